@@ -1,0 +1,37 @@
+// The door to the CUDA kernels. Needs no CUDA header, so that module.cpp is the same with and without CUDA.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "layers.h"
+#include "sums.h"
+
+namespace fastfs::cuda {
+
+// Device memory that launch() needs beside the output. Partials need no initialisation. Tickets are uint32, zero before
+// the first launch; every launch leaves them zero, so launches on one stream can share them.
+struct Workspace {
+  int64_t partial_bytes;
+  int64_t tickets;
+};
+
+template <class Sums>
+Workspace workspace(const std::vector<Layer>& layers);
+
+// Writes Sums::kSums + 2 doubles (sums, nonfinite, count) per segment to `out`, segments of all layers in order. All pointers are
+// device memory of `device`; work is queued on `stream` (a cudaStream_t) without synchronising. The calling thread's current device is
+// kept. Throws std::runtime_error with CUDA's own text when a launch is refused.
+template <class Sums>
+void launch(const std::vector<Layer>& layers, double* out, void* partials, uint32_t* tickets, int device, void* stream);
+
+// Reads every byte of the inputs as fast as the device can (benchmarks: the ceiling). One double per launch goes to `sink`.
+void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream);
+
+// Architectures compiled in, as "80,90,100,120+PTX"; runtime and driver versions as CUDA numbers them (driver 0: none).
+std::string architectures();
+int runtime_version();
+int driver_version();
+
+}  // namespace fastfs::cuda
