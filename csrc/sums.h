@@ -53,12 +53,18 @@ struct same_dtype<A, A> {
 // Scalar arithmetic. A vector type brings its own overloads of these eight, found by argument-dependent lookup.
 FASTFS_HD float add(float a, float b) { return a + b; }
 FASTFS_HD float sub(float a, float b) { return a - b; }
+#if defined(__CUDA_ARCH__)
+// The rounded product: nvcc would fuse a plain one with the addition that takes it, in one kernel and not in another.
+FASTFS_HD float mul(float a, float b) { return __fmul_rn(a, b); }
+FASTFS_HD double mul(double a, double b) { return __dmul_rn(a, b); }
+#else
 FASTFS_HD float mul(float a, float b) { return a * b; }
+FASTFS_HD double mul(double a, double b) { return a * b; }
+#endif
 FASTFS_HD float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTFS_HD float absolute(float a) { return __builtin_fabsf(a); }
 FASTFS_HD double add(double a, double b) { return a + b; }
 FASTFS_HD double sub(double a, double b) { return a - b; }
-FASTFS_HD double mul(double a, double b) { return a * b; }
 FASTFS_HD double mul_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
 FASTFS_HD double absolute(double a) { return __builtin_fabs(a); }
 
@@ -117,7 +123,7 @@ FASTFS_HD V spacing(V x) {
   }
 }
 template <class F, class V>
-constexpr double spacing_unit() {
+FASTFS_HD constexpr double spacing_unit() {
   return is_single<V>::value ? F::kEpsilon : 1.0;
 }
 
@@ -125,7 +131,7 @@ constexpr double spacing_unit() {
 struct FeatureSums {
   static constexpr int kInputs = 3;
   static constexpr int kSums = 7;  // in the order of stats.FeatureStats
-  static constexpr int kSquares[3] = {1, 2, 3};
+  FASTFS_HD static constexpr bool is_square(int k) { return k >= 1 && k <= 3; }
 
   template <class F, class V>
   FASTFS_HD static void add_terms(V (&acc)[kSums], const V (&x)[kInputs]) {
@@ -154,7 +160,7 @@ struct FeatureSums {
 struct UpdateSums {
   static constexpr int kInputs = 2;
   static constexpr int kSums = 3;  // in the order of stats.UpdateStats
-  static constexpr int kSquares[2] = {1, 2};
+  FASTFS_HD static constexpr bool is_square(int k) { return k >= 1; }
 
   template <class F, class V>
   FASTFS_HD static void add_terms(V (&acc)[kSums], const V (&x)[kInputs]) {
@@ -190,11 +196,13 @@ FASTFS_HD void merge(Partial<Sums>& into, const Partial<Sums>& other) {
 // Must a chunk that was summed in float be done again in double (and its non-finite entries counted)? So if a
 // square overflowed or is NaN, or if the squares are so small that products of float lose digits to underflow.
 template <class Sums>
+FASTFS_HD bool needs_double(int k, double sum) {
+  return !(sum - sum == 0.0) || (Sums::is_square(k) && sum != 0.0 && sum < 0x1p-100);
+}
+template <class Sums>
 FASTFS_HD bool needs_double(const Partial<Sums>& p) {
-  double all = 0.0;
-  for (int k = 0; k < Sums::kSums; ++k) all += p.sum[k];
-  bool again = !(all - all == 0.0);
-  for (int k : Sums::kSquares) again = again || (p.sum[k] != 0.0 && p.sum[k] < 0x1p-100);
+  bool again = false;
+  for (int k = 0; k < Sums::kSums; ++k) again = again || needs_double<Sums>(k, p.sum[k]);
   return again;
 }
 
