@@ -1,0 +1,128 @@
+"""What the measurements accept, and the errors for everything else.
+
+The only place with these rules. The native call does not come here unless it fails; the fake kernels and the
+reference come here on every call. Nothing here reads data, so it works on fake and meta tensors and while tracing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Layers = Tensor | Sequence[Tensor]
+
+
+def as_layers(**arguments: Layers) -> tuple[bool, list[list[Tensor]]]:
+    """Brings the arguments into one form: a list of tensors each.
+
+    Returns:
+        Whether the arguments are single tensors, and a list of layers per argument.
+
+    Raises:
+        TypeError: if the arguments are not all tensors or all sequences of tensors.
+        ValueError: if the sequences differ in length.
+    """
+    single = [isinstance(value, Tensor) for value in arguments.values()]
+    if all(single):
+        return True, [[value] for value in arguments.values()]  # type: ignore[list-item]
+
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor) and not _is_sequence(value):
+            raise TypeError(
+                f"{name}: expected a tensor or a sequence (list, tuple) of tensors, one per layer, got {_kind(value)}"
+            )
+    if any(single):
+        kinds = ", ".join(
+            f"{name} is a {'tensor' if alone else f'sequence of {len(value)}'}"
+            for (name, value), alone in zip(arguments.items(), single, strict=True)
+        )
+        raise TypeError(f"expected one tensor for every argument or a sequence for every argument, but {kinds}")
+
+    layers = [list(value) for value in arguments.values()]
+    for name, tensors in zip(arguments, layers, strict=True):
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"layer {index}: expected {name}[{index}] to be a tensor, got {_kind(tensor)}")
+    if len({len(tensors) for tensors in layers}) > 1:
+        counts = ", ".join(f"{len(tensors)} in {name}" for name, tensors in zip(arguments, layers, strict=True))
+        raise ValueError(f"expected the same number of layers in every argument, got {counts}")
+    return False, layers
+
+
+def check_feature_inputs(before: Layers, after: Layers, backward: Layers) -> tuple[bool, list[list[Tensor]]]:
+    """Checks the inputs of `feature_stats`: tensors, or sequences with one tensor per layer.
+
+    Every layer needs one shape, one dtype for `before` and `after` (`backward` may have another), and all tensors
+    one device.
+
+    Returns:
+        Whether the arguments are single tensors, and the layers of `before`, `after` and `backward` as lists.
+
+    Raises:
+        TypeError: for anything that is not a tensor or a sequence of tensors, or a mixture of the two.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers; names the layer and the argument.
+    """
+    single, layers = as_layers(before=before, after=after, backward=backward)
+    _check_layers(("before", "after", "backward"), layers, single)
+    for index, (old, new) in enumerate(zip(layers[0], layers[1], strict=True)):
+        if old.dtype != new.dtype:
+            _fail(index, single, f"after has dtype {new.dtype}, expected {old.dtype} as before has")
+    return single, layers
+
+
+def check_update_inputs(gradients: Layers, updates: Layers) -> tuple[bool, list[list[Tensor]]]:
+    """Checks the inputs of `update_stats`: tensors, or sequences with one tensor per parameter.
+
+    Every parameter needs one shape for its gradient and update (their dtypes may differ), and all tensors one device.
+
+    Returns:
+        Whether the arguments are single tensors, and the layers of `gradients` and `updates` as lists.
+
+    Raises:
+        TypeError: for anything that is not a tensor or a sequence of tensors, or a mixture of the two.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers; names the layer and the argument.
+    """
+    single, layers = as_layers(gradients=gradients, updates=updates)
+    _check_layers(("gradients", "updates"), layers, single)
+    return single, layers
+
+
+def _check_layers(names: Sequence[str], arguments: list[list[Tensor]], single: bool) -> None:
+    for index, tensors in enumerate(zip(*arguments, strict=True)):
+        first = tensors[0]
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.is_quantized:
+                _fail(index, single, f"{name} is quantized ({tensor.dtype}), expected {_supported()}")
+            if tensor.is_nested or tensor.layout != torch.strided:
+                layout = "nested" if tensor.is_nested else f"layout {tensor.layout}"
+                _fail(index, single, f"{name} is a tensor of {layout}, expected an ordinary (strided) tensor")
+            if tensor.dtype not in DTYPES:
+                _fail(index, single, f"{name} has dtype {tensor.dtype}, expected {_supported()}")
+            if tensor.shape != first.shape:
+                shape = f"{name} has shape {tuple(tensor.shape)}"
+                _fail(index, single, f"{shape}, expected {tuple(first.shape)} as {names[0]} has")
+            if tensor.device != arguments[0][0].device:
+                source = names[0] if index == 0 else f"{names[0]}[0]"
+                device = f"{name} is on device {tensor.device}"
+                _fail(index, single, f"{device}, expected {arguments[0][0].device} as {source} is")
+
+
+def _fail(index: int, single: bool, problem: str) -> NoReturn:
+    raise ValueError(problem if single else f"layer {index}: {problem}")
+
+
+def _supported() -> str:
+    return "one of " + ", ".join(str(dtype) for dtype in DTYPES)
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")

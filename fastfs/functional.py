@@ -1,0 +1,179 @@
+"""The public stateless measurements: call the native op, wrap the result.
+
+Inputs that the op takes pass through here without being looked at. Only when it fails are they checked
+(fastfs.checks), for an error that says which layer is wrong and how.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastfs import checks, ops, reference
+from fastfs.checks import Layers
+from fastfs.stats import FeatureStats, UpdateStats
+
+Backend = Literal["native", "reference"] | None
+
+
+@overload
+def feature_stats(
+    before: Layers,
+    after: Layers,
+    backward: Layers,
+    *,
+    per_row: Literal[False] = False,
+    backend: Backend = None,
+) -> FeatureStats: ...
+@overload
+def feature_stats(
+    before: Tensor, after: Tensor, backward: Tensor, *, per_row: Literal[True], backend: Backend = None
+) -> FeatureStats: ...
+@overload
+def feature_stats(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    backward: Sequence[Tensor],
+    *,
+    per_row: Literal[True],
+    backend: Backend = None,
+) -> list[FeatureStats]: ...
+@overload
+def feature_stats(
+    before: Layers, after: Layers, backward: Layers, *, per_row: bool, backend: Backend = None
+) -> FeatureStats | list[FeatureStats]: ...
+def feature_stats(
+    before: Layers,
+    after: Layers,
+    backward: Layers,
+    *,
+    per_row: bool = False,
+    backend: Backend = None,
+) -> FeatureStats | list[FeatureStats]:
+    """Measures how features moved in a step and how the move is aligned with the backward pass.
+
+    All sums over all elements of all layers in one pass over the memory, in float64, without waiting for the device.
+    The same inputs give the same bits whatever the number of threads and the other layers. The result is detached.
+
+    Args:
+        before: Features before the update of the parameters: a tensor of any shape and layout, or a sequence of one
+            tensor per layer. float16, bfloat16, float32 or float64; layers may differ in shape and dtype.
+        after: Features after the update, on the same rows; shape and dtype of `before`.
+        backward: Backward vector, dLoss/d(features); shape of `before`, any of the dtypes.
+        per_row: Sums per row instead of per layer; a row is the last dimension.
+        backend: None for the native core where it is built, or "native", or "reference" (plain torch).
+
+    Returns:
+        FeatureStats of shape () for tensors and (L,) for sequences of L. With `per_row`, of shape (rows,) for tensors
+        and a list of one per layer for sequences.
+
+    Raises:
+        TypeError: if the arguments are not all tensors or all sequences of tensors.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers; the message names the layer.
+        RuntimeError: if `backend="native"` is not built.
+
+    Source: sections 1 and 2 of "The Feature Speed Formula", arXiv 2311.18718.
+    """
+    if (backend is not None or not ops.native_available()) and _use_reference(backend):
+        return reference.feature_stats(before, after, backward, per_row=per_row)
+
+    single = isinstance(before, Tensor)
+    if isinstance(after, Tensor) is not single or isinstance(backward, Tensor) is not single:
+        checks.check_feature_inputs(before, after, backward)  # raises
+    op = torch.ops.fastfs.feature_stats_per_row if per_row else torch.ops.fastfs.feature_stats
+    try:
+        if single:
+            sums = op([before], [after], [backward])
+        else:
+            before = _listed(before)
+            sums = op(before, _listed(after), _listed(backward))
+    except Exception as failure:
+        raise _clearest(failure, checks.check_feature_inputs, before, after, backward) from None
+
+    if single:
+        return FeatureStats(sums if per_row else sums.squeeze(0))
+    if per_row:
+        rows = [math.prod(x.shape[:-1]) for x in before]
+        return [FeatureStats(part) for part in sums.split(rows)]
+    return FeatureStats(sums)
+
+
+def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None) -> UpdateStats:
+    """Measures how parameter updates are aligned with the gradients.
+
+    Args:
+        gradients: Gradient of the loss, a tensor, or a sequence of one tensor per parameter. Unclipped and unscaled,
+            for the feature speed formula to hold. Any shape and layout; float16, bfloat16, float32 or float64.
+        updates: What the optimizer's step really changed, w_after - w_before; shape of the gradient, any of the dtypes.
+        backend: None for the native core where it is built, or "native", or "reference" (plain torch).
+
+    Returns:
+        UpdateStats of shape () for tensors and (L,) for sequences of L; detached.
+
+    Raises:
+        TypeError: if the arguments are not all tensors or all sequences of tensors.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers; the message names the layer.
+        RuntimeError: if `backend="native"` is not built.
+
+    Source: D of section 2 of "The Feature Speed Formula", arXiv 2311.18718, in the form with dw.
+    """
+    if (backend is not None or not ops.native_available()) and _use_reference(backend):
+        return reference.update_stats(gradients, updates)
+
+    single = isinstance(gradients, Tensor)
+    if isinstance(updates, Tensor) is not single:
+        checks.check_update_inputs(gradients, updates)  # raises
+    try:
+        if single:
+            sums = torch.ops.fastfs.update_stats([gradients], [updates])
+        else:
+            sums = torch.ops.fastfs.update_stats(_listed(gradients), _listed(updates))
+    except Exception as failure:
+        raise _clearest(failure, checks.check_update_inputs, gradients, updates) from None
+    return UpdateStats(sums.squeeze(0) if single else sums)
+
+
+def _listed(layers: Any) -> Any:
+    """A sequence as the list or tuple that the op takes; everything else as it is, for the op to refuse."""
+    kind = type(layers)
+    if kind is list or kind is tuple or not isinstance(layers, Sequence):
+        return layers
+    return list(layers)
+
+
+def _clearest(failure: Exception, check: Callable[..., object], *arguments: object) -> Exception:
+    """The error that `check` has for the arguments, or else the failure itself."""
+    try:
+        check(*arguments)
+    except (TypeError, ValueError) as error:
+        return error
+    return failure
+
+
+def _use_reference(backend: Any) -> bool:
+    if backend == "reference":
+        return True
+    if backend is not None and backend != "native":
+        raise ValueError(f"backend: expected None, 'native' or 'reference', got {backend!r}")
+    if ops.native_available():
+        return False
+    if backend == "native":
+        raise RuntimeError(f"backend 'native': the native core of fastfs is not in use: {ops.why_not_native()}")
+    _warn_once()
+    return True
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"fastfs measures with its slow reference, because the native core is not in use: {ops.why_not_native()} "
+        "(backend='reference' chooses the reference without this warning)",
+        RuntimeWarning,
+        stacklevel=4,
+    )

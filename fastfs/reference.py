@@ -1,0 +1,100 @@
+"""The measurements of `fastfs.functional` in plain torch: the specification of the native core.
+
+Same names, arguments and results, in float64, for every device. Written to be read and trusted; slow.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastfs.checks import Layers, check_feature_inputs, check_update_inputs
+from fastfs.stats import FeatureStats, UpdateStats
+
+# Elements taken at once, so that the float64 copies of a large layer stay small.
+SLICE = 2**20
+
+
+def feature_stats(
+    before: Layers, after: Layers, backward: Layers, *, per_row: bool = False
+) -> FeatureStats | list[FeatureStats]:
+    """Reference for `fastfs.feature_stats`: see there for arguments, result and errors."""
+    single, layers = check_feature_inputs(before, after, backward)
+    if per_row:
+        rows = [FeatureStats(_feature_sums(*(_rows(x) for x in tensors))) for tensors in zip(*layers, strict=True)]
+        return rows[0] if single else rows
+    sums = [_in_slices(_feature_sums, tensors) for tensors in zip(*layers, strict=True)]
+    return FeatureStats(sums[0] if single else _stack(sums, len(FeatureStats.names)))
+
+
+def update_stats(gradients: Layers, updates: Layers) -> UpdateStats:
+    """Reference for `fastfs.update_stats`: see there for arguments, result and errors."""
+    single, layers = check_update_inputs(gradients, updates)
+    sums = [_in_slices(_update_sums, tensors) for tensors in zip(*layers, strict=True)]
+    return UpdateStats(sums[0] if single else _stack(sums, len(UpdateStats.names)))
+
+
+def _feature_sums(before: Tensor, after: Tensor, backward: Tensor) -> Tensor:
+    """Sums over the last dimension: (..., n) three times to (..., 9), in the order of `FeatureStats.names`."""
+    f, g, b = before.to(torch.float64), after.to(torch.float64), backward.to(torch.float64)
+    df = g - f
+    terms = [
+        df * b,
+        df * df,
+        b * b,
+        f * f,
+        f * df,
+        (df * b).abs(),
+        (spacing(before).square() + spacing(after).square()) / 12,
+        _nonfinite(f) + _nonfinite(g) + _nonfinite(b),
+        torch.ones_like(f),
+    ]
+    return torch.stack([term.sum(dim=-1) for term in terms], dim=-1)
+
+
+def _update_sums(gradient: Tensor, update: Tensor) -> Tensor:
+    """Sums over the last dimension: (..., n) twice to (..., 5), in the order of `UpdateStats.names`."""
+    g, dw = gradient.to(torch.float64), update.to(torch.float64)
+    terms = [g * dw, dw * dw, g * g, _nonfinite(g) + _nonfinite(dw), torch.ones_like(g)]
+    return torch.stack([term.sum(dim=-1) for term in terms], dim=-1)
+
+
+def spacing(x: Tensor) -> Tensor:
+    """Distance between the numbers that the dtype of `x` has around each value of `x`, in float64.
+
+    A value rounded to nearest is off by a uniform error of variance spacing^2 / 12. The spacing is
+    2^floor(log2|x|) eps. Zero counts as exact (ReLU, masks, padding), as does everything below the smallest normal
+    number, except in float16, whose subnormal numbers features do reach; they are all 2^-24 apart.
+
+    Returns:
+        float64 tensor of the shape of `x`; nan where `x` is not finite.
+    """
+    info = torch.finfo(x.dtype)
+    size = x.to(torch.float64).abs()
+    mantissa, _ = torch.frexp(size)  # size = mantissa * 2^exponent with mantissa in [1/2, 1)
+    power_of_two = size / (2 * mantissa)  # exact
+    below_normal = info.tiny * info.eps if x.dtype == torch.float16 else 0.0
+    result = torch.where(size < info.tiny, below_normal, power_of_two * info.eps)
+    return torch.where(size == 0, 0.0, result)
+
+
+def _nonfinite(x: Tensor) -> Tensor:
+    return (~x.isfinite()).to(torch.float64)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A detached (rows, width) view or copy of `x`: rows are all but the last dimension; 0-d is one row of one."""
+    width = x.shape[-1] if x.dim() else 1
+    return x.detach().reshape(math.prod(x.shape[:-1]), width)
+
+
+def _in_slices(sums, tensors: tuple[Tensor, ...]) -> Tensor:  # type: ignore[no-untyped-def]
+    """`sums` over all elements of the tensors, taken in slices: (names,)."""
+    slices = zip(*(x.detach().reshape(-1).split(SLICE) for x in tensors), strict=True)
+    return torch.stack([sums(*parts) for parts in slices]).sum(dim=0)
+
+
+def _stack(sums: list[Tensor], names: int) -> Tensor:
+    return torch.stack(sums) if sums else torch.zeros(0, names, dtype=torch.float64)
