@@ -1,0 +1,222 @@
+#include "measure.h"
+
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <memory>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef FASTFS_X86
+#include <xmmintrin.h>
+#endif
+
+#include "dispatch.h"
+#include "gather.h"
+
+namespace fastfs::cpu {
+namespace {
+
+constexpr int64_t kSerial = 1 << 15;  // elements: below, waking a second thread costs more than it saves
+
+// The processor's default floating-point mode while it lives: results do not depend on torch.set_flush_denormal.
+class DefaultFloatMode {
+ public:
+#ifdef FASTFS_X86
+  DefaultFloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultFloatMode() { _mm_setcsr(saved_); }
+  DefaultFloatMode(const DefaultFloatMode&) = delete;
+  DefaultFloatMode& operator=(const DefaultFloatMode&) = delete;
+
+ private:
+  unsigned saved_;
+#endif
+};
+
+// Calls body(thread-local state, item) for every item in [0, items), on up to `threads` threads.
+template <class Body>
+void parallel(int64_t items, int threads, const Body& body) {
+  std::atomic<int64_t> next{0};
+  std::exception_ptr error;
+  auto work = [&] {
+    const DefaultFloatMode mode;
+    Gather gather;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < items;) body(gather, i);
+  };
+  threads = static_cast<int>(std::min<int64_t>(threads, items));
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    {
+      try {
+        work();
+      } catch (...) {  // no exception may leave the parallel region: kept, and thrown after it
+#pragma omp critical
+        error = std::current_exception();
+      }
+    }
+    if (error) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  work();
+}
+
+// A range of chunks that one thread takes at a time. Chunks are numbered through all segments of a layer.
+struct Batch {
+  size_t layer;
+  int64_t begin, end;
+  int64_t slot;  // of the first chunk, among the chunks of all layers
+};
+
+// Batches of about `grain` elements; `tasks[t]..tasks[t + 1]` are the batches of task t (several where layers are tiny).
+struct Plan {
+  std::vector<Batch> batches;
+  std::vector<size_t> tasks{0};
+  int64_t chunks = 0;
+  int64_t elements = 0;
+
+  Plan(const std::vector<Layer>& layers, int threads) {
+    for (const Layer& l : layers) elements += l.segments * l.width;
+    const int64_t grain = std::clamp(elements / (int64_t{8} * threads), int64_t{8} * kChunk, int64_t{64} * kChunk);
+    int64_t filled = 0;
+    for (size_t n = 0; n < layers.size(); ++n) {
+      const Layer& l = layers[n];
+      const int64_t all = l.segments * chunks_of(l);
+      const int64_t size = std::max<int64_t>(std::min(l.width, kChunk), 1);
+      for (int64_t c = 0; c < all;) {
+        const int64_t take = std::min(all - c, std::max<int64_t>((grain - filled) / size, 1));
+        batches.push_back({n, c, c + take, chunks + c});
+        c += take;
+        filled += take * size;
+        if (filled >= grain) {
+          tasks.push_back(batches.size());
+          filled = 0;
+        }
+      }
+      chunks += all;
+    }
+    if (tasks.back() != batches.size()) tasks.push_back(batches.size());
+  }
+  int64_t task_count() const { return static_cast<int64_t>(tasks.size()) - 1; }
+};
+
+template <class Word, Word Exponent>
+double count_in(const char* p, int64_t n) {
+  int64_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Word u;
+    std::memcpy(&u, p + i * sizeof u, sizeof u);
+    bad += (u & Exponent) == Exponent;
+  }
+  return static_cast<double>(bad);
+}
+double count_nonfinite(DType d, const char* p, int64_t n) {
+  switch (d) {
+    case DType::f16:
+      return count_in<uint16_t, 0x7c00u>(p, n);
+    case DType::bf16:
+      return count_in<uint16_t, 0x7f80u>(p, n);
+    case DType::f32:
+      return count_in<uint32_t, 0x7f800000u>(p, n);
+    case DType::f64:
+      return count_in<uint64_t, 0x7ff0000000000000u>(p, n);
+  }
+  return 0.0;
+}
+
+template <class Sums>
+Partial<Sums> measure_chunk(const ChunkTable<Sums>& table, const Layer& l, const char* const* inputs, int64_t n) {
+  Partial<Sums> p;
+  p.nonfinite = 0.0;
+  const int first = static_cast<int>(l.first), last = static_cast<int>(l.last);
+  const ChunkFunction single = table.single[first][last];
+  (single != nullptr ? single : table.dbl[first][last])(inputs, n, p.sum);
+  if (needs_double(p)) {
+    if (single != nullptr) table.dbl[first][last](inputs, n, p.sum);
+    for (int i = 0; i < Sums::kInputs; ++i) {
+      p.nonfinite += count_nonfinite(i + 1 < Sums::kInputs ? l.first : l.last, inputs[i], n);
+    }
+  }
+  return p;
+}
+
+// Sum of n partials in index order: groups one after another, the groups pairwise, so that the error grows with log n.
+template <class Sums>
+Partial<Sums> merged(const Partial<Sums>* p, int64_t n) {
+  Partial<Sums> sum;
+  if (n > kGroupChunks) {
+    const int64_t left = ceil_div(ceil_div(n, kGroupChunks), 2) * kGroupChunks;
+    sum = merged(p, left);
+    merge(sum, merged(p + left, n - left));
+    return sum;
+  }
+  clear(sum);
+  for (int64_t i = 0; i < n; ++i) merge(sum, p[i]);
+  return sum;
+}
+
+}  // namespace
+
+template <class Sums>
+void measure(const std::vector<Layer>& layers, double* out, int threads) {
+  const ChunkTable<Sums>& chunk_table = table<Sums>();
+  const Plan plan(layers, threads);
+  const std::unique_ptr<Partial<Sums>[]> partials(new Partial<Sums>[static_cast<size_t>(plan.chunks)]);
+  parallel(plan.task_count(), plan.elements < kSerial ? 1 : threads, [&](Gather& gather, int64_t task) {
+    for (size_t b = plan.tasks[task]; b < plan.tasks[task + 1]; ++b) {
+      const Batch& batch = plan.batches[b];
+      const Layer& l = layers[batch.layer];
+      const int64_t per_segment = chunks_of(l);
+      for (int64_t c = batch.begin; c < batch.end; ++c) {
+        const int64_t within = c % per_segment * kChunk;
+        const int64_t n = std::min(kChunk, l.width - within);
+        const char* inputs[Sums::kInputs];
+        gather(l, Sums::kInputs, c / per_segment * l.width + within, n, inputs);
+        partials[batch.slot + c - batch.begin] = measure_chunk(chunk_table, l, inputs, n);
+      }
+    }
+  });
+  const Partial<Sums>* p = partials.get();
+  for (const Layer& l : layers) {
+    const int64_t per_segment = chunks_of(l);
+    for (int64_t s = 0; s < l.segments; ++s, p += per_segment) {
+      const Partial<Sums> sum = merged(p, per_segment);
+      for (int k = 0; k < Sums::kSums; ++k) *out++ = sum.sum[k];
+      *out++ = sum.nonfinite;
+      *out++ = static_cast<double>(l.width);
+    }
+  }
+}
+template void measure<FeatureSums>(const std::vector<Layer>&, double*, int);
+template void measure<UpdateSums>(const std::vector<Layer>&, double*, int);
+
+uint64_t stream_read(const std::vector<Layer>& layers, int inputs, int threads) {
+  constexpr int64_t kPiece = 1 << 20;  // bytes
+  struct Piece {
+    const char* data;
+    int64_t bytes;
+  };
+  std::vector<Piece> pieces;
+  for (const Layer& l : layers) {
+    for (int i = 0; i < inputs; ++i) {
+      const int64_t bytes = l.segments * l.width * item_size(i + 1 < inputs ? l.first : l.last);
+      for (int64_t b = 0; b < bytes; b += kPiece) pieces.push_back({l.data[i] + b, std::min(kPiece, bytes - b)});
+    }
+  }
+  std::atomic<uint64_t> all{0};
+  parallel(static_cast<int64_t>(pieces.size()), threads,
+           [&](Gather&, int64_t i) { all += loops().read(pieces[i].data, pieces[i].bytes); });
+  return all;
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace fastfs::cpu

@@ -1,0 +1,170 @@
+// Python lists of tensors -> checked Layers, through DLPack's C exchange API (about 30 ns a tensor, no torch needed).
+//
+// The checks here are the last guard before raw pointers: they are complete, and their texts short. The texts that
+// users see come from fastfs/checks.py, which runs when one of these fails.
+#pragma once
+
+#include <dlpack/dlpack.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "layers.h"
+
+namespace fastfs {
+
+namespace py = pybind11;
+
+[[noreturn]] inline void refuse(size_t layer, const std::string& why) {
+  throw py::value_error("layer " + std::to_string(layer) + ": " + why);
+}
+
+// The exchange API of one tensor type at a time: a call's tensors nearly always have one type.
+class Exchange {
+ public:
+  DLTensor view(PyObject* o) {
+    if (Py_TYPE(o) != type_) load(o);
+    DLTensor t;
+    if (api_->dltensor_from_py_object_no_sync(o, &t) != 0) throw py::error_already_set();
+    return t;
+  }
+  void* current_stream(DLDevice device) const {
+    void* stream = nullptr;
+    if (api_->current_work_stream(device.device_type, device.device_id, &stream) != 0) throw py::error_already_set();
+    return stream;
+  }
+
+ private:
+  void load(PyObject* o) {
+    py::object capsule = py::getattr(reinterpret_cast<PyObject*>(Py_TYPE(o)), "__dlpack_c_exchange_api__", py::none());
+    if (capsule.is_none()) {
+      throw py::type_error(std::string("expected tensors with a DLPack C exchange API, got ") + Py_TYPE(o)->tp_name);
+    }
+    auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    if (api->header.version.major != DLPACK_MAJOR_VERSION) {
+      throw std::runtime_error("this torch speaks DLPack " + std::to_string(api->header.version.major) +
+                               ", fastfs was built for " + std::to_string(DLPACK_MAJOR_VERSION));
+    }
+    type_ = Py_TYPE(o);
+    api_ = api;
+  }
+  PyTypeObject* type_ = nullptr;
+  const DLPackExchangeAPI* api_ = nullptr;
+};
+
+inline DType dtype_of(const DLTensor& t, size_t layer) {
+  if (t.dtype.lanes == 1) {
+    if (t.dtype.code == kDLFloat && t.dtype.bits == 32) return DType::f32;
+    if (t.dtype.code == kDLBfloat && t.dtype.bits == 16) return DType::bf16;
+    if (t.dtype.code == kDLFloat && t.dtype.bits == 16) return DType::f16;
+    if (t.dtype.code == kDLFloat && t.dtype.bits == 64) return DType::f64;
+  }
+  refuse(layer, "expected float16, bfloat16, float32 or float64");
+}
+
+inline bool is_contiguous(const DLTensor& t) {
+  if (t.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+// Fills in dims, shape, stride and contiguous of a layer that has a non-contiguous input. Sums do not depend on the order of elements, so
+// dimensions go by stride, outermost first: inputs that share a permuted layout (transposed, channels-last) become contiguous. With
+// per_row the last dimension stays the last and the rows keep their order.
+inline void merge_dims(Layer& l, const DLTensor* t, int inputs, bool per_row, size_t layer) {
+  int order[kMaxDims], n = 0;
+  for (int d = 0; d < t[0].ndim; ++d) {
+    if (t[0].shape[d] == 1) continue;
+    if (n == kMaxDims) refuse(layer, "expected at most " + std::to_string(kMaxDims) + " dimensions");
+    order[n++] = d;
+  }
+  auto stride = [&](int i, int d) { return t[i].strides[d]; };
+  auto widest = [&](int d) {
+    int64_t s = 0;
+    for (int i = 0; i < inputs; ++i) s = std::max(s, stride(i, d));
+    return s;
+  };
+  if (!per_row) std::stable_sort(order, order + n, [&](int a, int b) { return widest(a) > widest(b); });
+  l.dims = 0;
+  for (int k = 0; k < n; ++k) {
+    const int d = order[k], last = l.dims - 1;
+    bool merges = l.dims > 0;
+    for (int i = 0; i < inputs && merges; ++i) merges = l.stride[i][last] == stride(i, d) * t[0].shape[d];
+    const int into = merges ? last : l.dims++;
+    l.shape[into] = merges ? l.shape[into] * t[0].shape[d] : t[0].shape[d];
+    for (int i = 0; i < inputs; ++i) l.stride[i][into] = stride(i, d);
+  }
+  for (int i = 0; i < inputs; ++i) {
+    int64_t expected = 1;
+    l.contiguous[i] = true;
+    for (int d = l.dims - 1; d >= 0; --d) {
+      l.contiguous[i] = l.contiguous[i] && l.stride[i][d] == expected;
+      expected *= l.shape[d];
+    }
+  }
+}
+
+struct LayerList {
+  std::vector<Layer> layers;
+  DLDevice device{kDLCPU, 0};
+  int64_t segments = 0;
+};
+
+// `inputs`: one list of tensors per input, all of one length. Checks dtypes, shapes and devices.
+inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inputs, bool per_row) {
+  LayerList result;
+  const size_t count = lists[0].size();
+  for (int i = 1; i < inputs; ++i) {
+    if (lists[i].size() != count) throw py::value_error("expected the same number of layers in every argument");
+  }
+  result.layers.resize(count);
+  for (size_t n = 0; n < count; ++n) {
+    Layer& l = result.layers[n];
+    DLTensor t[kMaxInputs];
+    int64_t elements = 1;
+    bool all_contiguous = true;
+    for (int i = 0; i < inputs; ++i) {
+      t[i] = exchange.view(PyList_GET_ITEM(lists[i].ptr(), n));
+      if (t[i].ndim != t[0].ndim || !std::equal(t[i].shape, t[i].shape + t[i].ndim, t[0].shape)) {
+        refuse(n, "expected tensors of one shape");
+      }
+      if (n == 0 && i == 0) result.device = t[0].device;
+      if (t[i].device.device_type != result.device.device_type || t[i].device.device_id != result.device.device_id) {
+        refuse(n, "expected all tensors on one device");
+      }
+      l.data[i] = static_cast<const char*>(t[i].data) + t[i].byte_offset;
+      const DType d = dtype_of(t[i], n);
+      if (i == 0) l.first = d;
+      if (i == inputs - 1) {
+        l.last = d;
+      } else if (d != l.first) {
+        refuse(n, "expected before and after of one dtype");
+      }
+      l.contiguous[i] = is_contiguous(t[i]);
+      all_contiguous = all_contiguous && l.contiguous[i];
+    }
+    for (int d = 0; d < t[0].ndim; ++d) elements *= t[0].shape[d];
+    l.dims = 0;
+    l.segments = 1;
+    l.width = elements;
+    if (per_row && t[0].ndim > 0) {
+      l.width = t[0].shape[t[0].ndim - 1];
+      l.segments = 1;
+      for (int d = 0; d + 1 < t[0].ndim; ++d) l.segments *= t[0].shape[d];
+    }
+    if (!all_contiguous && elements > 0) merge_dims(l, t, inputs, per_row, n);
+    result.segments += l.segments;
+  }
+  return result;
+}
+
+}  // namespace fastfs

@@ -1,0 +1,167 @@
+"""The dispatcher ops: schemas, their CPU and CUDA kernels in `fastfs._C`, and their fakes. Not public.
+
+Every call of the native core comes through here: the dispatcher materialises negative views, sends fake tensors to the fakes
+and shows the op to torch.compile and the profiler. The raw functions of `_C` know none of that.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfs import checks
+from fastfs._version import __version__
+from fastfs.stats import FeatureStats, UpdateStats
+
+_C: Any = None
+_failure: str | None = None
+try:
+    from fastfs import _C  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _failure = str(error)
+
+FEATURES = len(FeatureStats.names)
+UPDATES = len(UpdateStats.names)
+
+# One schema each; the functions below it are its kernels. Results are detached: the autograd keys fall through.
+LIBRARY = torch.library.Library("fastfs", "DEF")
+LIBRARY.define("feature_stats(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
+LIBRARY.define("feature_stats_per_row(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
+LIBRARY.define("update_stats(Tensor[] gradients, Tensor[] updates) -> Tensor")
+
+
+def native_available() -> bool:
+    """Whether the native core is there."""
+    return _C is not None
+
+
+def why_not_native() -> str:
+    """What keeps the native core from being used, with the cure."""
+    return (
+        f"the compiled module fastfs._C cannot be imported ({_failure}); install fastfs with a C++ compiler at hand and "
+        "without FASTFS_NATIVE=0, then see `fastfs doctor`"
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """What the native core was built with and uses; see module.cpp.
+
+    Raises:
+        RuntimeError: if the native core is missing, or FASTFS_CPU names an instruction set that it cannot use.
+    """
+    if _C is None:
+        raise RuntimeError(why_not_native())
+    info: dict[str, Any] = _C.build_info()
+    return info
+
+
+def rows_of(x: Tensor) -> int:
+    """Rows of a layer: all but the last dimension; a 0-d tensor is one row."""
+    return math.prod(x.shape[:-1])
+
+
+# CPU
+
+
+def _feature_stats_cpu(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
+    out = torch.empty((len(before), FEATURES), dtype=torch.float64)
+    _C.feature_stats_cpu((before, after, backward), False, out, torch.get_num_threads())
+    return out
+
+
+def _feature_stats_per_row_cpu(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
+    out = torch.empty((sum(map(rows_of, before)), FEATURES), dtype=torch.float64)
+    _C.feature_stats_cpu((before, after, backward), True, out, torch.get_num_threads())
+    return out
+
+
+def _update_stats_cpu(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
+    out = torch.empty((len(gradients), UPDATES), dtype=torch.float64)
+    _C.update_stats_cpu((gradients, updates), False, out, torch.get_num_threads())
+    return out
+
+
+# CUDA: the call plans its memory, torch allocates it on the current stream, the call launches.
+
+
+@functools.lru_cache(maxsize=64)
+def _tickets(device: torch.device, stream: int, count: int) -> Tensor:
+    """Counters that say which block of a group finishes last: zero here, and left at zero by every launch.
+
+    So calls on one stream, which follow one another, share them without a memset each.
+    """
+    return torch.zeros(count, dtype=torch.int32, device=device)
+
+
+def _launch(call: Any, out: Tensor) -> Tensor:
+    device = out.device
+    partials = torch.empty(call.partial_bytes, dtype=torch.uint8, device=device)
+    count = 1 << max(call.tickets - 1, 1023).bit_length()
+    stream = torch.cuda.current_stream(device)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed beside eager calls on this stream: it gets counters of its own, zeroed in the graph.
+        tickets = torch.zeros(count, dtype=torch.int32, device=device)
+    else:
+        tickets = _tickets(device, stream.cuda_stream, count)
+    call.launch(out, partials.data_ptr(), tickets.data_ptr())
+    return out
+
+
+def _cuda_core() -> Any:
+    if not hasattr(_C, "FeatureStatsCuda"):
+        raise RuntimeError(
+            "fastfs was built without CUDA, but got CUDA tensors: install it with nvcc at hand (FASTFS_CUDA=1 makes the "
+            "build fail without), or pass backend='reference'"
+        )
+    return _C
+
+
+def _feature_stats_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
+    call = _cuda_core().FeatureStatsCuda((before, after, backward), False)
+    return _launch(call, torch.empty((len(before), FEATURES), dtype=torch.float64, device=before[0].device))
+
+
+def _feature_stats_per_row_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
+    call = _cuda_core().FeatureStatsCuda((before, after, backward), True)
+    rows = sum(map(rows_of, before))
+    return _launch(call, torch.empty((rows, FEATURES), dtype=torch.float64, device=before[0].device))
+
+
+def _update_stats_cuda(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
+    call = _cuda_core().UpdateStatsCuda((gradients, updates), False)
+    return _launch(call, torch.empty((len(gradients), UPDATES), dtype=torch.float64, device=gradients[0].device))
+
+
+# Fakes: shapes and errors without data.
+
+
+def _feature_stats_fake(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
+    checks.check_feature_inputs(before, after, backward)
+    return before[0].new_empty((len(before), FEATURES), dtype=torch.float64)
+
+
+def _feature_stats_per_row_fake(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
+    checks.check_feature_inputs(before, after, backward)
+    return before[0].new_empty((sum(map(rows_of, before)), FEATURES), dtype=torch.float64)
+
+
+def _update_stats_fake(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
+    checks.check_update_inputs(gradients, updates)
+    return gradients[0].new_empty((len(gradients), UPDATES), dtype=torch.float64)
+
+
+def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
+    if native_available():
+        LIBRARY.impl(name, cpu, "CPU")
+        LIBRARY.impl(name, cuda, "CUDA")
+    LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"fastfs::{name}", fake, lib=LIBRARY)
+
+
+_register("feature_stats", _feature_stats_cpu, _feature_stats_cuda, _feature_stats_fake)
+_register("feature_stats_per_row", _feature_stats_per_row_cpu, _feature_stats_per_row_cuda, _feature_stats_per_row_fake)
+_register("update_stats", _update_stats_cpu, _update_stats_cuda, _update_stats_fake)
