@@ -64,23 +64,27 @@ def rows_of(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
+def _empty(like: list[Tensor], rows: int, columns: int) -> Tensor:
+    return torch.empty((rows, columns), dtype=torch.float64, device=like[0].device if like else None)
+
+
 # CPU
 
 
 def _feature_stats_cpu(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    out = torch.empty((len(before), FEATURES), dtype=torch.float64)
+    out = _empty(before, len(before), FEATURES)
     _C.feature_stats_cpu((before, after, backward), False, out, torch.get_num_threads())
     return out
 
 
 def _feature_stats_per_row_cpu(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    out = torch.empty((sum(map(rows_of, before)), FEATURES), dtype=torch.float64)
+    out = _empty(before, sum(map(rows_of, before)), FEATURES)
     _C.feature_stats_cpu((before, after, backward), True, out, torch.get_num_threads())
     return out
 
 
 def _update_stats_cpu(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
-    out = torch.empty((len(gradients), UPDATES), dtype=torch.float64)
+    out = _empty(gradients, len(gradients), UPDATES)
     _C.update_stats_cpu((gradients, updates), False, out, torch.get_num_threads())
     return out
 
@@ -122,18 +126,17 @@ def _cuda_core() -> Any:
 
 def _feature_stats_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
     call = _cuda_core().FeatureStatsCuda((before, after, backward), False)
-    return _launch(call, torch.empty((len(before), FEATURES), dtype=torch.float64, device=before[0].device))
+    return _launch(call, _empty(before, len(before), FEATURES))
 
 
 def _feature_stats_per_row_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
     call = _cuda_core().FeatureStatsCuda((before, after, backward), True)
-    rows = sum(map(rows_of, before))
-    return _launch(call, torch.empty((rows, FEATURES), dtype=torch.float64, device=before[0].device))
+    return _launch(call, _empty(before, sum(map(rows_of, before)), FEATURES))
 
 
 def _update_stats_cuda(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
     call = _cuda_core().UpdateStatsCuda((gradients, updates), False)
-    return _launch(call, torch.empty((len(gradients), UPDATES), dtype=torch.float64, device=gradients[0].device))
+    return _launch(call, _empty(gradients, len(gradients), UPDATES))
 
 
 # Fakes: shapes and errors without data.
@@ -141,23 +144,24 @@ def _update_stats_cuda(gradients: list[Tensor], updates: list[Tensor]) -> Tensor
 
 def _feature_stats_fake(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
     checks.check_feature_inputs(before, after, backward)
-    return before[0].new_empty((len(before), FEATURES), dtype=torch.float64)
+    return _empty(before, len(before), FEATURES)
 
 
 def _feature_stats_per_row_fake(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
     checks.check_feature_inputs(before, after, backward)
-    return before[0].new_empty((sum(map(rows_of, before)), FEATURES), dtype=torch.float64)
+    return _empty(before, sum(map(rows_of, before)), FEATURES)
 
 
 def _update_stats_fake(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
     checks.check_update_inputs(gradients, updates)
-    return gradients[0].new_empty((len(gradients), UPDATES), dtype=torch.float64)
+    return _empty(gradients, len(gradients), UPDATES)
 
 
 def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
     if native_available():
         LIBRARY.impl(name, cpu, "CPU")
         LIBRARY.impl(name, cuda, "CUDA")
+        LIBRARY.impl(name, cpu, "Undefined")  # no layers, so no tensor that has a device
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"fastfs::{name}", fake, lib=LIBRARY)
 
