@@ -92,6 +92,8 @@ def feature_stats(
             sums = op([before], [after], [backward])
         else:
             before = _listed(before)
+            if not before:  # no layers: nothing that has a device, which the dispatcher goes by
+                return reference.feature_stats(before, after, backward, per_row=per_row)
             sums = op(before, _listed(after), _listed(backward))
     except Exception as failure:
         raise _clearest(failure, checks.check_feature_inputs, before, after, backward) from None
@@ -133,7 +135,10 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
         if single:
             sums = torch.ops.fastfs.update_stats([gradients], [updates])
         else:
-            sums = torch.ops.fastfs.update_stats(_listed(gradients), _listed(updates))
+            gradients = _listed(gradients)
+            if not gradients:
+                return reference.update_stats(gradients, updates)
+            sums = torch.ops.fastfs.update_stats(gradients, _listed(updates))
     except Exception as failure:
         raise _clearest(failure, checks.check_update_inputs, gradients, updates) from None
     return UpdateStats(sums.squeeze(0) if single else sums)

@@ -1,7 +1,8 @@
 """The dispatcher ops: schemas, their CPU and CUDA kernels in `fastfs._C`, and their fakes. Not public.
 
-Every call of the native core comes through here: the dispatcher materialises negative views, sends fake tensors to the fakes
-and shows the op to torch.compile and the profiler. The raw functions of `_C` know none of that.
+Every call of the native core comes through here: the dispatcher materialises negative views, sends fake tensors to
+the fakes and shows the op to torch.compile and the profiler. The raw functions of `_C` know none of that. A call
+without layers has no device to dispatch on: callers answer it themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fastfs import checks
-from fastfs._version import __version__
 from fastfs.stats import FeatureStats, UpdateStats
 
 _C: Any = None
@@ -42,8 +42,8 @@ def native_available() -> bool:
 def why_not_native() -> str:
     """What keeps the native core from being used, with the cure."""
     return (
-        f"the compiled module fastfs._C cannot be imported ({_failure}); install fastfs with a C++ compiler at hand and "
-        "without FASTFS_NATIVE=0, then see `fastfs doctor`"
+        f"the compiled module fastfs._C cannot be imported ({_failure}); install fastfs with a C++ compiler at hand "
+        "and without FASTFS_NATIVE=0, then see `fastfs doctor`"
     )
 
 
@@ -65,7 +65,7 @@ def rows_of(x: Tensor) -> int:
 
 
 def _empty(like: list[Tensor], rows: int, columns: int) -> Tensor:
-    return torch.empty((rows, columns), dtype=torch.float64, device=like[0].device if like else None)
+    return torch.empty((rows, columns), dtype=torch.float64, device=like[0].device)
 
 
 # CPU
@@ -118,8 +118,8 @@ def _launch(call: Any, out: Tensor) -> Tensor:
 def _cuda_core() -> Any:
     if not hasattr(_C, "FeatureStatsCuda"):
         raise RuntimeError(
-            "fastfs was built without CUDA, but got CUDA tensors: install it with nvcc at hand (FASTFS_CUDA=1 makes the "
-            "build fail without), or pass backend='reference'"
+            "fastfs was built without CUDA, but got CUDA tensors: install it with nvcc at hand (FASTFS_CUDA=1 makes "
+            "the build fail without), or pass backend='reference'"
         )
     return _C
 
@@ -161,7 +161,6 @@ def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
     if native_available():
         LIBRARY.impl(name, cpu, "CPU")
         LIBRARY.impl(name, cuda, "CUDA")
-        LIBRARY.impl(name, cpu, "Undefined")  # no layers, so no tensor that has a device
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"fastfs::{name}", fake, lib=LIBRARY)
 
