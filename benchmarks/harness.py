@@ -1,0 +1,105 @@
+"""What the benchmarks share: side-by-side timing, the environment, tables and result files.
+
+Contestants take turns inside each round, so a machine that slows down slows them all; what is reported is the median over
+rounds, and ratios are medians of the ratios within a round.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import fastfs
+from fastfs import ops
+
+Times = dict[str, list[float]]  # seconds per round, by contestant
+
+
+def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
+    """Seconds per call. On CUDA between two events, over a queue that is already full; else wall time."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for _ in range(repeat):
+            call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return float(start.elapsed_time(end)) / 1e3 / repeat
+    begin = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    return (time.perf_counter() - begin) / repeat
+
+
+def side_by_side(
+    contestants: dict[str, Callable[[], object]], device: torch.device, rounds: int, repeat: int = 1
+) -> Times:
+    """Times the contestants in turn, `rounds` times, after one call each that is not counted."""
+    for call in contestants.values():
+        call()
+    times: Times = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            times[name].append(time_call(call, device, repeat))
+    return times
+
+
+def median_ratio(times: Times, name: str, to: str) -> float:
+    """Median over the rounds of time(`name`) / time(`to`)."""
+    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on, for the result file."""
+    info: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "fastfs": fastfs.__version__,
+        "core": ops.build_info(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        info["device"] = properties.name
+        info["multiprocessors"] = properties.multi_processor_count
+        info["torch_cuda"] = torch.version.cuda
+    return info
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, device: torch.device, results: list[dict[str, Any]]) -> None:
+    """Writes the environment and the results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment(device), "results": results}, indent=1)
+    path.write_text(text + "\n")
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on the terminal, first column left, the others right."""
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=120).print(table)
