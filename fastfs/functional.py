@@ -90,11 +90,10 @@ def feature_stats(
     try:
         if single:
             sums = op([before], [after], [backward])
-        else:
-            before = _listed(before)
-            if not before:  # no layers: nothing that has a device, which the dispatcher goes by
-                return reference.feature_stats(before, after, backward, per_row=per_row)
-            sums = op(before, _listed(after), _listed(backward))
+        elif len(before) > 0:
+            sums = op(_listed(before), _listed(after), _listed(backward))
+        else:  # no layers: nothing that has a device, which the dispatcher goes by
+            return reference.feature_stats(before, after, backward, per_row=per_row)
     except Exception as failure:
         raise _clearest(failure, checks.check_feature_inputs, before, after, backward) from None
 
@@ -134,21 +133,22 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
     try:
         if single:
             sums = torch.ops.fastfs.update_stats([gradients], [updates])
-        else:
-            gradients = _listed(gradients)
-            if not gradients:
-                return reference.update_stats(gradients, updates)
-            sums = torch.ops.fastfs.update_stats(gradients, _listed(updates))
+        elif len(gradients) > 0:
+            sums = torch.ops.fastfs.update_stats(_listed(gradients), _listed(updates))
+        else:  # as above
+            return reference.update_stats(gradients, updates)
     except Exception as failure:
         raise _clearest(failure, checks.check_update_inputs, gradients, updates) from None
     return UpdateStats(sums.squeeze(0) if single else sums)
 
 
-def _listed(layers: Any) -> Any:
-    """A sequence as the list or tuple that the op takes; everything else as it is, for the op to refuse."""
+def _listed(layers: Any) -> list[Tensor] | tuple[Tensor, ...]:
+    """A sequence as the list or tuple that the op takes. Everything else would be iterated over, so it is refused."""
     kind = type(layers)
-    if kind is list or kind is tuple or not isinstance(layers, Sequence):
-        return layers
+    if kind is list or kind is tuple:
+        return layers  # type: ignore[no-any-return]
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"expected a sequence of tensors, got {kind}")
     return list(layers)
 
 

@@ -1,0 +1,118 @@
+"""The truth, in numpy's extended precision, and the only tolerances.
+
+Independent of fastfs: nothing here shares code with the reference or the native core.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# |error| <= relative * sum|terms| + absolute * count. The absolute part is what float loses to underflow.
+RELATIVE = {torch.float64: 1e-13}
+RELATIVE_SINGLE = 2e-6
+ABSOLUTE = {torch.float64: 2.0**-1022}
+ABSOLUTE_SINGLE = 2.0**-126
+
+# Of the double-precision reference, whatever the dtype.
+REFERENCE = 1e-13
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Exact sums, and the sums of absolute terms that errors are measured by: (..., names)."""
+
+    sums: np.ndarray
+    sizes: np.ndarray
+    count: np.ndarray
+    relative: float
+    absolute: float
+
+
+def feature_truth(before: Tensor, after: Tensor, backward: Tensor, *, per_row: bool = False) -> Truth:
+    """The nine sums of finite inputs: (9,), or (rows, 9) with `per_row`."""
+    f, g, b = (_values(x, per_row) for x in (before, after, backward))
+    df = g - f
+    rounding = (_rows(_spacing(before), per_row) ** 2 + _rows(_spacing(after), per_row) ** 2) / 12
+    terms = [df * b, df * df, b * b, f * f, f * df, np.abs(df * b), rounding, np.zeros_like(f), np.ones_like(f)]
+    return _truth(terms, before.dtype, backward.dtype)
+
+
+def update_truth(gradient: Tensor, update: Tensor) -> Truth:
+    """The five sums of finite inputs: (5,)."""
+    g, dw = _values(gradient, False), _values(update, False)
+    terms = [g * dw, dw * dw, g * g, np.zeros_like(g), np.ones_like(g)]
+    return _truth(terms, gradient.dtype, update.dtype)
+
+
+def assert_close(actual: Tensor, truth: Truth, *, relative: float | None = None, what: str = "") -> None:
+    """Every sum within the error budget; `relative` replaces the one of the dtype."""
+    assert actual.dtype == torch.float64
+    got = actual.detach().cpu().numpy().astype(np.longdouble)
+    assert got.shape == truth.sums.shape, f"{what}: shape {got.shape}, expected {truth.sums.shape}"
+    error = np.abs(got - truth.sums)
+    budget = (relative or truth.relative) * truth.sizes + truth.absolute * truth.count[..., None]
+    budget[..., -2:] = 0  # counts are exact
+    worst = f"{what}\ngot      {got}\nexpected {truth.sums}\nerror    {error}\nbudget   {budget}"
+    assert np.all(error <= budget), worst
+
+
+def assert_same(a: Tensor, b: Tensor, what: str = "") -> None:
+    """The same bits."""
+    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    assert torch.equal(a.cpu().contiguous().view(torch.int64), b.cpu().contiguous().view(torch.int64)), (
+        f"{what}: not the same bits\n{a}\n{b}\ndifference {a - b}"
+    )
+
+
+def assert_same_kind(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Where a sum is NaN or infinite, the other is the same; the rounding sum only has to be non-finite too."""
+    actual, expected = actual.cpu(), expected.cpu()
+    message = f"{what}\ngot      {actual}\nexpected {expected}"
+    assert torch.equal(actual.isfinite(), expected.isfinite()), message
+    if actual.shape[-1] == 9:
+        keep = [0, 1, 2, 3, 4, 5, 7, 8]
+        actual, expected = actual[..., keep], expected[..., keep]
+    odd = ~expected.isfinite()
+    assert torch.equal(actual[odd].nan_to_num(nan=0.5), expected[odd].nan_to_num(nan=0.5)), message
+    assert torch.equal(actual[..., -2:], expected[..., -2:]), message
+
+
+def _truth(terms: list[np.ndarray], *dtypes: torch.dtype) -> Truth:
+    double = torch.float64 in dtypes
+    return Truth(
+        sums=np.stack([t.sum(axis=-1) for t in terms], axis=-1),
+        sizes=np.stack([np.abs(t).sum(axis=-1) for t in terms], axis=-1),
+        count=np.asarray(terms[-1].sum(axis=-1)),
+        relative=RELATIVE[torch.float64] if double else RELATIVE_SINGLE,
+        absolute=ABSOLUTE[torch.float64] if double else ABSOLUTE_SINGLE,
+    )
+
+
+def _rows(values: np.ndarray, per_row: bool) -> np.ndarray:
+    if not per_row:
+        return values.reshape(-1)
+    width = values.shape[-1] if values.ndim else 1
+    return values.reshape(int(np.prod(values.shape[:-1])), width)
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    """The values of x, exactly; bfloat16 as float32."""
+    x = x.detach().cpu().resolve_neg().contiguous()
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def _values(x: Tensor, per_row: bool) -> np.ndarray:
+    return _rows(_numpy(x).astype(np.longdouble), per_row)
+
+
+def _spacing(x: Tensor) -> np.ndarray:
+    """Spacing of the dtype at each value; 0 at 0 and, except for float16, below the smallest normal number."""
+    info = torch.finfo(x.dtype)
+    values = np.abs(_numpy(x).astype(np.longdouble))
+    _, exponents = np.frexp(values)
+    result = np.ldexp(np.longdouble(info.eps), exponents - 1)
+    if x.dtype == torch.float16:
+        return np.where(values == 0, np.longdouble(0), np.maximum(result, np.longdouble(2.0**-24)))
+    return np.where(values < info.tiny, np.longdouble(0), result)

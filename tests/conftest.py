@@ -1,0 +1,77 @@
+"""Fixtures and markers of all tests. Warnings are errors (pyproject.toml)."""
+
+import functools
+import os
+import random
+import shutil
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+hypothesis.settings.register_profile("fastfs", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("fastfs")
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@functools.cache
+def missing_gpu() -> str | None:
+    """Why tests marked `gpu` cannot run, or None."""
+    return None if torch.cuda.is_available() else f"no CUDA device for torch {torch.__version__}"
+
+
+@functools.cache
+def missing_browser() -> str | None:
+    """Why tests marked `browser` cannot run, or None."""
+    if any(shutil.which(name) for name in BROWSERS):
+        return None
+    return f"no browser: none of {', '.join(BROWSERS)} on PATH"
+
+
+NEEDS = {
+    "gpu": (missing_gpu, "FASTFS_REQUIRE_GPU"),
+    "browser": (missing_browser, "FASTFS_REQUIRE_BROWSER"),
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker, (_, variable) in NEEDS.items():
+        config.addinivalue_line("markers", f"{marker}: needs a {marker}; skipped without, a failure with {variable}=1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker, (missing, variable) in NEEDS.items():
+        if item.get_closest_marker(marker) is None or (why := missing()) is None:
+            continue
+        if os.environ.get(variable) == "1":
+            pytest.fail(f"{variable}=1, but {why}", pytrace=False)
+        pytest.skip(why)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state and leaves none behind."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    yield
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Runs the test on the CPU and, where there is one, on the GPU."""
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    """`torch.set_num_threads`, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -1,0 +1,93 @@
+// Runs cases through the real launchers and kernels: driver CASES RESULTS. Both files are written and read by harness.py.
+//
+// A case:    op (0 feature_stats, 1 update_stats, 2 stream_read), multiprocessors, large parameters, repeats, layers; then per layer
+//            first, last, segments, width, dims, shape[dims]; then per input contiguous, stride[dims], misalignment, bytes, data
+// A result:  launches, tickets that are not zero, doubles; doubles
+// All numbers are int64. Every buffer has its exact size, so that a sanitizer sees a read beyond it.
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "shim.h"
+
+namespace {  // internal linkage: the address sanitizer guards only such shared arrays
+#include "launch.cu"
+
+FILE* in;
+
+int64_t number() {
+  int64_t v;
+  if (fread(&v, sizeof v, 1, in) != 1) throw std::runtime_error("the file of cases ends too soon");
+  return v;
+}
+
+template <class Sums>
+std::vector<double> measure(const std::vector<fastfs::Layer>& layers, int64_t repeats, int64_t& dirty) {
+  namespace cuda = fastfs::cuda;
+  const cuda::Workspace need = cuda::workspace<Sums>(layers);
+  int64_t rows = 0;
+  for (const auto& layer : layers) rows += layer.segments;
+  // Exact sizes, and contents that would be noticed.
+  std::unique_ptr<double[]> out(new double[rows * (Sums::kSums + 2)]), partials(new double[need.partial_bytes / 8]);
+  std::unique_ptr<uint32_t[]> tickets(new uint32_t[need.tickets]);
+  std::fill_n(out.get(), rows * (Sums::kSums + 2), -12345.0);
+  std::fill_n(partials.get(), need.partial_bytes / 8, -1e300);
+  std::fill_n(tickets.get(), need.tickets, 0u);
+  for (int64_t i = 0; i < repeats; ++i) {
+    cuda::launch<Sums>(layers, out.get(), partials.get(), tickets.get(), 0, nullptr);
+  }
+  dirty = need.tickets - std::count(tickets.get(), tickets.get() + need.tickets, 0u);
+  return {out.get(), out.get() + rows * (Sums::kSums + 2)};
+}
+
+void run_case(FILE* results) {
+  const int64_t op = number();
+  fastfs::cuda::fake_multiprocessors = static_cast<int>(number());
+  fastfs::cuda::fake_large_parameters = number() != 0;
+  const int64_t repeats = number();
+  std::vector<fastfs::Layer> layers(number());
+  const int inputs = op == 1 ? 2 : 3;
+  std::vector<std::unique_ptr<char[]>> buffers;
+  for (auto& layer : layers) {
+    layer = fastfs::Layer{};
+    layer.first = static_cast<fastfs::DType>(number());
+    layer.last = static_cast<fastfs::DType>(number());
+    layer.segments = number();
+    layer.width = number();
+    layer.dims = static_cast<int>(number());
+    for (int d = 0; d < layer.dims; ++d) layer.shape[d] = number();
+    for (int j = 0; j < inputs; ++j) {
+      layer.contiguous[j] = number() != 0;
+      for (int d = 0; d < layer.dims; ++d) layer.stride[j][d] = number();
+      const int64_t offset = number(), bytes = number();
+      buffers.emplace_back(new char[offset + bytes]);
+      char* p = buffers.back().get() + offset;
+      if (bytes > 0 && fread(p, 1, bytes, in) != static_cast<size_t>(bytes)) throw std::runtime_error("no data");
+      layer.data[j] = p;
+    }
+  }
+  fastfs::cuda::launches = 0;
+  int64_t dirty = 0;
+  std::vector<double> out;
+  if (op == 0) out = measure<fastfs::FeatureSums>(layers, repeats, dirty);
+  if (op == 1) out = measure<fastfs::UpdateSums>(layers, repeats, dirty);
+  if (op == 2) {
+    out.resize(1);
+    fastfs::cuda::stream_read(layers, inputs, out.data(), 0, nullptr);
+  }
+  const int64_t head[3] = {fastfs::cuda::launches, dirty, static_cast<int64_t>(out.size())};
+  fwrite(head, sizeof head, 1, results);
+  fwrite(out.data(), sizeof(double), out.size(), results);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3 || !(in = fopen(argv[1], "rb"))) return 2;
+  FILE* results = fopen(argv[2], "wb");
+  if (!results) return 2;
+  for (int64_t cases = number(); cases > 0; --cases) run_case(results);
+  return fclose(results) == 0 ? 0 : 2;
+}

@@ -1,0 +1,62 @@
+"""Merging over ranks, in a real group of two processes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from cases import inputs
+
+from fastfs import feature_stats, update_stats
+
+RANKS = 2
+
+
+def batch() -> tuple[list[torch.Tensor], ...]:
+    """Three layers of 8 rows, the same on every rank."""
+    torch.manual_seed(0)
+    parts = [
+        inputs((8, width), dtype) for width, dtype in ((5, torch.float32), (33, torch.bfloat16), (7, torch.float64))
+    ]
+    return tuple(list(x) for x in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    try:
+        f, g, b = batch()
+        mine = slice(rank * 4, rank * 4 + 4)
+        local = feature_stats([x[mine] for x in f], [x[mine] for x in g], [x[mine] for x in b])
+        kept = local.clone()
+        merged = local.all_reduce()
+        assert local == kept and merged is not local, "all_reduce changed its input"
+
+        update = update_stats([x[mine] for x in f], [x[mine] for x in b]).all_reduce(dist.group.WORLD)
+        part = local[1].all_reduce()  # a view into the sums of all layers
+        assert part == merged[1] and local == kept
+
+        alone = dist.new_group([rank], use_local_synchronization=True)
+        assert local.all_reduce(alone) == local
+        torch.save((merged.sums, update.sums), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_all_reduce_gives_the_whole_batch(tmp_path: Path):
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=RANKS, join=True)
+    f, g, b = batch()
+    expected = feature_stats(f, g, b), update_stats(f, b)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
+    for features, updates in results:
+        assert torch.equal(features[:, -2:], expected[0].sums[:, -2:])
+        torch.testing.assert_close(features, expected[0].sums, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(updates, expected[1].sums, rtol=2e-6, atol=1e-6)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+def test_without_a_group_is_an_error():
+    f, g, b = inputs((4,))
+    with pytest.raises((ValueError, RuntimeError), match="process group has not been initialized"):
+        feature_stats(f, g, b).all_reduce()

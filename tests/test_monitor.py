@@ -1,0 +1,313 @@
+"""Training is bitwise the same with a monitor, and the numbers are those computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monitor_cases import CASES, BatchNormNet, assert_same, rows, sgd, small_transformer, tokens, train
+from torch import nn
+
+import fastfs
+from fastfs.models import ResNet
+
+# Not perturbing
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_is_bitwise_the_same(case):
+    seen = []
+
+    def attach(model, optimizer):
+        return fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=2, sinks=[seen.extend])
+
+    assert_same(case.run(6, None), case.run(6, attach))
+    assert {row["step"] for row in seen} == {0, 2, 4}
+    assert {row["micro_batches"] for row in seen} == {case.micro_batches}
+    assert any(row["update_rms"] > 0 for row in seen)
+
+
+def test_training_is_bitwise_the_same_with_two_monitors_and_both_see_it():
+    case = CASES[0]
+    first, second = [], []
+
+    def attach(model, optimizer):
+        fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[first.extend])
+        return fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=2, sinks=[second.extend])
+
+    assert_same(case.run(4, None), case.run(4, attach))
+    assert len(first) == 4 * 3
+    assert len(second) == 2
+    for row in second:
+        twin = next(r for r in first if r["step"] == row["step"] and r["name"] == "blocks.1")
+        assert all(row[key] == twin[key] for key in ("angle", "update_rms", "backward_rms", "feature_rms"))
+
+
+def test_no_trace_is_left_after_close():
+    model = small_transformer()
+    optimizer = sgd(model)
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    with fastfs.Monitor(model, optimizer, layers="blocks", every=1, sinks=[lambda rows: None]) as monitor:
+        train(model, optimizer, 2, tokens)
+    monitor.close()
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert not optimizer._optimizer_step_post_hooks
+    train(model, optimizer, 1, tokens)
+    assert monitor.step == 2
+
+
+def test_no_item_in_the_step_path(monkeypatch):
+    model = ResNet(8, 16, 3, 3)
+    optimizer = sgd(model)
+    monitor = fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[lambda rows: None])
+    monkeypatch.setattr(monitor._recorder, "drain", lambda: None)
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("waits for the device")
+
+    x, y = rows(0)
+    loss = F.cross_entropy(model(x), y)
+    for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    monitor.log(loss=loss)
+    loss.backward()
+    monitor._capture.collect()
+    monitor._measure()
+    monkeypatch.undo()
+    monitor.close()
+
+
+# The numbers
+
+
+def by_hand(model, optimizer, x, y, layers):
+    """One training step with explicit autograd: features before, backward vectors, features after."""
+    kept = []
+    handles = [layer.register_forward_hook(lambda _m, _a, out: kept.append(out)) for layer in layers]
+    loss = F.cross_entropy(model(x), y)
+    before = list(kept)
+    backward = torch.autograd.grad(loss, before, retain_graph=True)
+    before = [f.detach().clone() for f in before]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    kept.clear()
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return fastfs.reference.feature_stats(before, kept, list(backward))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_are_the_statistics_computed_by_hand(dtype):
+    seen = []
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 4, 3).to(dtype)
+    twin = ResNet(8, 16, 4, 3).to(dtype)
+    twin.load_state_dict(model.state_dict())
+    optimizer, other = sgd(model), sgd(twin)
+    x, y = rows(0)
+    expected = by_hand(twin, other, x.to(dtype), y, list(twin.blocks))
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]) as monitor:
+        loss = F.cross_entropy(model(x.to(dtype)), y)
+        loss.backward()
+        monitor.log(loss=loss)
+        optimizer.step()
+    assert [row["name"] for row in seen] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert [row["layer"] for row in seen] == [0, 1, 2, 3]
+    for key in ("angle", "cos_angle", "update_rms", "relative_update", "feature_rms", "backward_rms", "noise_floor"):
+        assert [row[key] for row in seen] == pytest.approx(getattr(expected, key).tolist(), rel=1e-5), key
+    assert [row["count"] for row in seen] == [16 * 16] * 4
+    assert all(row["valid"] and row["nonfinite"] == 0 for row in seen)
+    assert {row["loss"] for row in seen} == {loss.item()}
+    assert all(row["measure_seconds"] > 0 for row in seen)
+
+
+def test_the_identity_of_the_feature_speed_formula_holds():
+    """<b, df> of a layer is the sum of <g, dw> over the parameters up to it, for a small step."""
+    seen = []
+    torch.manual_seed(0)
+    model = ResNet(8, 32, 6, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]):
+        x, y = rows(0)
+        F.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    decrease = 1e-4 * model.stem.weight.grad.square().sum().item()
+    for row, block in zip(seen, model.blocks, strict=True):
+        decrease += 1e-4 * block.linear.weight.grad.square().sum().item()
+        aligned = row["cos_angle"] * row["update_rms"] * row["backward_rms"] * row["count"]
+        assert aligned == pytest.approx(decrease, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [small_transformer, BatchNormNet])
+def test_a_step_that_changes_nothing_moves_no_feature(make):
+    """The second forward is the first one again: same dropout masks, same batch statistics."""
+    seen = []
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[seen.extend]):
+        train(model, optimizer, 2, tokens if make is small_transformer else rows)
+    assert [row["update_rms"] for row in seen] == [0.0] * 6
+    assert all(math.isnan(row["angle"]) and not row["valid"] and row["backward_rms"] > 0 for row in seen)
+
+
+def test_inplace_relu_after_the_layer_does_not_change_what_is_seen():
+    seen = {}
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
+        optimizer = sgd(model)
+        seen[inplace] = []
+        with fastfs.Monitor(model, optimizer, layers=["0", "2"], every=1, sinks=[seen[inplace].extend]):
+            train(model, optimizer, 2)
+    for plain, changed in zip(seen[False], seen[True], strict=True):
+        for key in ("angle", "update_rms", "feature_rms", "backward_rms"):
+            assert plain[key] == changed[key]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_inplace_relu_can_be_watched_itself(inplace):
+    seen = []
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers=["1"], sinks=[seen.extend]):
+        train(model, optimizer, 1)
+    assert seen[0]["valid"]
+    assert 0.1 < seen[0]["feature_rms"] < 1
+
+
+def test_inputs_changed_after_the_forward_do_not_matter():
+    """By the model itself, or by a loop that reuses one buffer."""
+    seen = {}
+    for reuse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.ReLU(inplace=reuse), nn.Linear(8, 8), nn.Linear(8, 3))
+        optimizer = sgd(model)
+        seen[reuse] = []
+        with fastfs.Monitor(model, optimizer, layers=["1"], sinks=[seen[reuse].extend]):
+            x, y = rows(0)
+            loss = F.cross_entropy(model(x), y)
+            if reuse:
+                x.fill_(7.0)
+            loss.backward() if not reuse else F.cross_entropy(model(rows(0)[0]), y).backward()
+            optimizer.step()
+    assert seen[False][0]["update_rms"] == seen[True][0]["update_rms"]
+    assert seen[True][0]["micro_batches"] == 1
+
+
+# Several forwards in a step
+
+
+def test_micro_batches_add_up_to_the_batch():
+    seen = {}
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = ResNet(8, 16, 3, 3).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen[parts] = []
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen[parts].extend]) as monitor:
+            x, y = rows(0)
+            for some, labels in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
+                loss = F.cross_entropy(model(some), labels) / parts
+                loss.backward()
+                monitor.log(loss=loss)
+            optimizer.step()
+    for whole, pieces in zip(seen[1], seen[4], strict=True):
+        assert pieces["micro_batches"] == 4
+        assert pieces["count"] == whole["count"]
+        for key in ("angle", "update_rms", "feature_rms", "backward_rms", "relative_update", "loss"):
+            assert pieces[key] == pytest.approx(whole[key], rel=1e-9), key
+
+
+def test_two_forwards_before_one_backward_count_both():
+    seen = []
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]):
+        a, b = model(rows(0)[0]), model(rows(1)[0])
+        (a - b).square().mean().backward()
+        optimizer.step()
+    assert [(row["micro_batches"], row["count"]) for row in seen] == [(2, 2 * 16 * 16)] * 2
+    assert all(row["valid"] for row in seen)
+
+
+@pytest.mark.parametrize("order", ["zero before forward", "zero after forward"])
+def test_a_skipped_optimizer_step_leaves_nothing_behind(order):
+    """As a gradient scaler does on overflow: the next step's measurement is of the next batch only."""
+    rows_of = {}
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = ResNet(8, 16, 3, 3)
+        optimizer = sgd(model)
+        rows_of[skip] = []
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[rows_of[skip].extend]):
+            for batch in [0, 1] if skip else [1]:
+                x, y = rows(batch)
+                if order == "zero before forward":
+                    optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                if order == "zero after forward":
+                    optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+    for clean, skipped in zip(rows_of[False], rows_of[True], strict=True):
+        assert skipped["micro_batches"] == 1
+        for key in ("angle", "update_rms", "feature_rms", "backward_rms", "count", "step"):
+            assert clean[key] == skipped[key]
+
+
+def test_a_gradient_scaler_that_skips_and_then_steps():
+    seen = []
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[seen.extend]) as monitor:
+        for step in range(3):
+            x, y = rows(step)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y) * (math.inf if step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert monitor.step == 2
+    assert [(row["step"], row["micro_batches"], row["valid"]) for row in seen] == [(s, 1, True) for s in (0, 0, 1, 1)]
+
+
+def test_a_step_with_a_closure_is_measured():
+    seen = []
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    x, y = rows(0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]):
+        optimizer.step(closure)
+    assert all(row["valid"] for row in seen)
+
+
+def test_a_layer_that_runs_twice_counts_its_rows_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))[:, :3]
+
+    seen = []
+    model = Twice()
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers="layer", sinks=[seen.extend]):
+        train(model, optimizer, 1)
+    assert seen[0]["count"] == 2 * 16 * 8
+    assert seen[0]["valid"]
