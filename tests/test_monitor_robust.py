@@ -36,9 +36,7 @@ def watched(layers=r"blocks\.\d+$", every=1, model=None, **options):
 
 
 def test_no_match_lists_the_candidates():
-    with pytest.raises(
-        ValueError, match=r"layers.*d' matches no module of ResNet. Candidates: stem, blocks, blocks.0"
-    ):
+    with pytest.raises(ValueError, match=r"layers.*d' matches no module of ResNet. Candidates: stem, blocks, blocks.0"):
         watched(layers=r"layers\.\d")
 
 

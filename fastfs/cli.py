@@ -1,0 +1,76 @@
+"""The ``fastfs`` command. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+except ImportError as missing:
+    raise SystemExit("the fastfs command needs typer and rich: pip install typer rich") from missing
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="Per-layer feature speed and backward-feature angle of networks in training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class DemoModel(str, Enum):
+    """What ``fastfs demo`` can train."""
+
+    transformer = "transformer"
+    resnet = "resnet"
+    all = "all"
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps commands named when there is only one."""
+
+
+@app.command()
+def demo(
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; 200 (transformer) and 400 (ResNet) if not given.")
+    ] = None,
+    model: Annotated[DemoModel, typer.Option(help="What to train.")] = DemoModel.all,
+    every: Annotated[int, typer.Option(min=1, help="Measure every this many steps.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for record.jsonl, plots and summary.json.")] = Path("runs/demo"),
+) -> None:
+    """Train a small transformer and a ResNet with the monitor on; show angles, speeds, pictures and what it costs."""
+    try:
+        from fastfs.experiments import demo as experiment
+        from fastfs.report import plots  # noqa: F401  not only after minutes of training
+    except ImportError as error:
+        typer.echo(f"fastfs demo: {error}", err=True)
+        raise typer.Exit(1) from error
+    names = list(experiment.TASKS) if model is DemoModel.all else [model.value]
+    try:
+        summary = experiment.run_demo(names, steps, every, out)
+    except (experiment.OutputError, ImportError, OSError) as error:
+        typer.echo(f"fastfs demo: {error}", err=True)
+        raise typer.Exit(1) from error
+    if not all(task["bitwise_equal"] for task in summary["tasks"].values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, built and in use, and check the native core against the reference."""
+    from fastfs.doctor import run_doctor
+
+    raise typer.Exit(run_doctor())
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The demo and the experiments. They import the rest of fastfs, never the reverse."""

@@ -1,0 +1,269 @@
+"""Small networks for the demo, the experiments and the tests.
+
+Every network is a chain of blocks in an ``nn.ModuleList`` called ``blocks``. The output of ``blocks.l`` is the feature
+vector f of that depth: the whole signal passes through it, so it is a *cut* and the feature speed formula holds there.
+All matrices start as independent Gaussian entries; the standard deviations are in the docstrings. No matrix of
+:class:`MLP` and :class:`ResNet` has a bias, as in the theory.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["MLP", "ResNet", "Transformer"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _gaussian_linear(in_features: int, out_features: int, std: float, generator: torch.Generator | None) -> nn.Linear:
+    """A linear map without bias whose entries are independent N(0, std^2)."""
+    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
+    nn.init.normal_(linear.weight, std=std, generator=generator)
+    return linear
+
+
+class _ReluLinear(nn.Module):
+    """``f -> V relu(f)``."""
+
+    def __init__(self, width: int, std: float, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.linear = _gaussian_linear(width, width, std, generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.linear(F.relu(features))
+
+
+class _ReluBranch(_ReluLinear):
+    """``f -> sqrt(1 - beta^2) f + beta V relu(f)``."""
+
+    def __init__(self, width: int, std: float, branch_scale: float, generator: torch.Generator | None) -> None:
+        super().__init__(width, std, generator)
+        self.branch_scale = branch_scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        skip = math.sqrt(1.0 - self.branch_scale**2)
+        return skip * features + self.branch_scale * super().forward(features)
+
+    def extra_repr(self) -> str:
+        return f"branch_scale={self.branch_scale:.4g}"
+
+
+class MLP(nn.Module):
+    """ReLU multi-layer perceptron: ``f_1 = U x``, ``f_l = V_l relu(f_{l-1})``, output ``W relu(f_{L-1})``.
+
+    ``blocks.0`` holds U and ``blocks.l`` holds V_{l+1}; ``head`` holds W. The features are pre-activations.
+
+    Args:
+        in_features: size d of the input, shape (rows, d).
+        width: size m of the hidden features.
+        depth: number L of weight matrices, at least 2 (input, L - 2 hidden, output).
+        out_features: size of the output, shape (rows, out_features).
+        input_std: std of U; 1/sqrt(d) by default, for inputs with entries of order 1.
+        hidden_std: std of V; sqrt(2/m) by default, which keeps rms(f) constant over depth.
+        output_std: std of W; 1/m by default (mean-field).
+        generator: random numbers for the initialisation; the global generator by default.
+
+    Raises:
+        ValueError: a size below 1 or a depth below 2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        depth: int,
+        out_features: int = 1,
+        *,
+        input_std: float | None = None,
+        hidden_std: float | None = None,
+        output_std: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        _require(min(in_features, width, out_features) >= 1, "MLP: in_features, width and out_features must be >= 1")
+        _require(depth >= 2, f"MLP: depth counts all weight matrices and must be >= 2, got {depth}")
+        input_std = 1.0 / math.sqrt(in_features) if input_std is None else input_std
+        hidden_std = math.sqrt(2.0 / width) if hidden_std is None else hidden_std
+        output_std = 1.0 / width if output_std is None else output_std
+        self.blocks = nn.ModuleList([_gaussian_linear(in_features, width, input_std, generator)])
+        self.blocks.extend(_ReluLinear(width, hidden_std, generator) for _ in range(depth - 2))
+        self.head = _gaussian_linear(width, out_features, output_std, generator)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = inputs
+        for block in self.blocks:
+            features = block(features)
+        return self.head(F.relu(features))
+
+
+class ResNet(nn.Module):
+    """ReLU ResNet with a branch scale: ``f_l = sqrt(1 - beta^2) f_{l-1} + beta V_l relu(f_{l-1})``, l = 1..L.
+
+    ``stem`` holds U of ``f_0 = U x``, ``blocks.{l-1}`` holds V_l, ``head`` holds W of the output ``W f_L``.
+    With beta = c/sqrt(L) the backward-feature angle at the last block tends with depth to a limit that depends on c
+    only; beta = 1 is the ReLU MLP, where the angle degenerates; beta of order 1/L gives angles near 0.
+
+    Args:
+        in_features: size d of the input, shape (rows, d).
+        width: size m of the features.
+        depth: number L of residual blocks, at least 1.
+        out_features: size of the output, shape (rows, out_features).
+        branch_scale: beta, in [0, 1]; 1/sqrt(L) by default.
+        input_std: std of U; 1/sqrt(d) by default.
+        hidden_std: std of V; sqrt(2/m) by default, which keeps rms(f) constant over depth.
+        output_std: std of W; 1/m by default (mean-field).
+        generator: random numbers for the initialisation; the global generator by default.
+
+    Raises:
+        ValueError: a size below 1 or a branch scale outside [0, 1].
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        depth: int,
+        out_features: int = 1,
+        *,
+        branch_scale: float | None = None,
+        input_std: float | None = None,
+        hidden_std: float | None = None,
+        output_std: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (in_features, width, depth, out_features)
+        _require(min(sizes) >= 1, "ResNet: in_features, width, depth and out_features must be >= 1")
+        branch_scale = 1.0 / math.sqrt(depth) if branch_scale is None else branch_scale
+        _require(0.0 <= branch_scale <= 1.0, f"ResNet: branch_scale must be in [0, 1], got {branch_scale}")
+        input_std = 1.0 / math.sqrt(in_features) if input_std is None else input_std
+        hidden_std = math.sqrt(2.0 / width) if hidden_std is None else hidden_std
+        output_std = 1.0 / width if output_std is None else output_std
+        self.stem = _gaussian_linear(in_features, width, input_std, generator)
+        self.blocks = nn.ModuleList(_ReluBranch(width, hidden_std, branch_scale, generator) for _ in range(depth))
+        self.head = _gaussian_linear(width, out_features, output_std, generator)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        features = self.stem(inputs)
+        for block in self.blocks:
+            features = block(features)
+        return self.head(features)
+
+
+class _Attention(nn.Module):
+    """Causal multi-head self-attention, (batch, time, width) -> same."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, output_std: float, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.qkv = _gaussian_linear(width, 3 * width, 1.0 / math.sqrt(width), generator)
+        self.out = _gaussian_linear(width, width, output_std, generator)
+
+    def forward(self, features: Tensor) -> Tensor:
+        batch, time, width = features.shape
+        heads = self.qkv(features).view(batch, time, 3, self.heads, width // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
+
+
+class _TransformerBlock(nn.Module):
+    """Pre-norm block; its output is the residual stream: ``h = f + attn(norm(f))``, ``f' = h + mlp(norm(h))``."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, branch_gain: float, generator: torch.Generator | None
+    ) -> None:
+        super().__init__()
+        hidden = 4 * width
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = _Attention(width, heads, dropout, branch_gain / math.sqrt(width), generator)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp_in = _gaussian_linear(width, hidden, 1.0 / math.sqrt(width), generator)
+        self.mlp_out = _gaussian_linear(hidden, width, branch_gain / math.sqrt(hidden), generator)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        features = features + self.dropout(self.attention(self.norm_attention(features)))
+        hidden = F.gelu(self.mlp_in(self.norm_mlp(features)))
+        return features + self.dropout(self.mlp_out(hidden))
+
+
+class Transformer(nn.Module):
+    """Small decoder-only transformer: tokens (batch, time), int64 -> logits (batch, time, vocabulary).
+
+    Pre-norm blocks around a residual stream; ``blocks.l`` outputs the stream. Initial standard deviations: token and
+    position embeddings 0.5 each (so the stream starts at rms 0.7), matrices 1/sqrt(fan_in), the two matrices that
+    write into the stream a further 1/sqrt(2 depth), an untied head 1/width, normalisation weights 1 and biases 0.
+    With ``tied=True`` the head reuses the token embedding, its logits divided by ``width * 0.5`` so that they start
+    as small as untied ones. A tied embedding acts before and after every block: there the sum over parameters in the
+    feature speed formula is ambiguous (angles and speeds are still well defined).
+
+    Args:
+        vocabulary: number of tokens; 256 for bytes.
+        width: size of the residual stream, a multiple of ``heads``.
+        depth: number of blocks.
+        heads: number of attention heads.
+        context: longest sequence.
+        dropout: probability, on the embedding, the attention weights and both branches.
+        tied: share the token embedding with the head.
+        generator: random numbers for the initialisation; the global generator by default.
+
+    Raises:
+        ValueError: a size below 1, a width that the heads do not divide, a dropout outside [0, 1), or (from
+            ``forward``) a sequence longer than ``context``.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int = 256,
+        width: int = 128,
+        depth: int = 4,
+        heads: int = 4,
+        context: int = 128,
+        *,
+        dropout: float = 0.0,
+        tied: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (vocabulary, width, depth, heads, context)
+        _require(min(sizes) >= 1, "Transformer: vocabulary, width, depth, heads and context must be >= 1")
+        _require(width % heads == 0, f"Transformer: width must be a multiple of heads, got {width} and {heads}")
+        _require(0.0 <= dropout < 1.0, f"Transformer: dropout must be in [0, 1), got {dropout}")
+        self.context = context
+        self.tied = tied
+        self.token = nn.utils.skip_init(nn.Embedding, vocabulary, width)
+        self.position = nn.utils.skip_init(nn.Embedding, context, width)
+        self.dropout = nn.Dropout(dropout)
+        branch_gain = 1.0 / math.sqrt(2.0 * depth)
+        self.blocks = nn.ModuleList(
+            _TransformerBlock(width, heads, dropout, branch_gain, generator) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        nn.init.normal_(self.token.weight, std=0.5, generator=generator)
+        nn.init.normal_(self.position.weight, std=0.5, generator=generator)
+        self.head = None if tied else _gaussian_linear(width, vocabulary, 1.0 / width, generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        time = tokens.shape[-1]
+        if time > self.context:
+            raise ValueError(f"Transformer: sequence of {time} tokens is longer than the context of {self.context}")
+        positions = torch.arange(time, device=tokens.device)
+        features = self.dropout(self.token(tokens) + self.position(positions))
+        for block in self.blocks:
+            features = block(features)
+        features = self.norm(features)
+        if self.head is None:
+            return F.linear(features, self.token.weight) / (0.5 * features.shape[-1])
+        return self.head(features)

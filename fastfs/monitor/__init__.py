@@ -1,0 +1,11 @@
+"""Watch how far the features of a network move in each training step, and how that move is aligned with the loss.
+
+Data flows one way: ``schedule`` says when, ``capture`` owns the hooks, ``measure`` is pure, ``record`` moves scalars
+to the host, ``sinks`` write. Nothing flows back into training.
+"""
+
+from fastfs.monitor.monitor import Monitor
+from fastfs.monitor.schedule import Every, Schedule
+from fastfs.monitor.sinks import CallableSink, JsonlSink, Sink
+
+__all__ = ["CallableSink", "Every", "JsonlSink", "Monitor", "Schedule", "Sink"]

@@ -1,0 +1,235 @@
+"""The hooks: what the watched layers put out in a forward, and the backward vectors that come back to them.
+
+    forward of the model -> Pass (inputs copied, state taken) -> per watched layer: Visit(before)
+    backward                                                                     -> Visit.backward
+    collect()            -> the passes whose gradients the optimizer step used
+    replay(pass)         -> the same forward once more, without gradient: features after, per layer and visit
+
+Until its backward comes a Pass is kept alive by the autograd graph alone (through the tensor hooks on the features), so
+forwards that lead nowhere - an evaluation without no_grad, an exception - leave nothing behind. After it, until
+:meth:`Capture.clear`.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastfs.monitor.layers import Layer
+from fastfs.monitor.replay import ForwardState, accelerators
+
+__all__ = ["Capture", "Pass", "Visit"]
+
+
+def _inert(*_args: Any, **_kwargs: Any) -> None:
+    """What a hook becomes in a copy of the model: a copy is not watched."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+class _Hook:
+    """A hook that neither ``copy.deepcopy`` nor ``pickle`` of the model follows into the monitor."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():  # inside a compiled graph there is nothing to capture into
+            self.function(*args, **kwargs)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_inert, ()
+
+
+class Visit:
+    """One call of a watched layer: its features, and the backward vector once it has come.
+
+    ``reachable`` is whether the output was part of the autograd graph; if it was and no gradient ever comes, the
+    backward vector is zero.
+    """
+
+    __slots__ = ("backward", "before", "reachable")
+
+    def __init__(self, before: Tensor, reachable: bool) -> None:
+        self.before = before
+        self.reachable = reachable
+        self.backward: Tensor | None = None
+
+
+class Pass:
+    """One forward of the model with gradient: a micro-batch."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState, layers: int) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.state = state
+        self.visits: list[list[Visit]] = [[] for _ in range(layers)]
+        self.has_backward = False
+        # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
+        self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
+
+    def accumulates(self) -> bool:
+        """False if the gradient of this pass has been thrown away by ``zero_grad()`` (to None)."""
+        if self.witness is None:
+            return True
+        parameter, gradient = self.witness
+        return parameter.grad is not None and parameter.grad is gradient()
+
+
+class Capture:
+    """Owns all hooks on the model. Does nothing while not ``armed``.
+
+    Args:
+        model: the module that is called in training.
+        layers: the watched modules.
+        parameters: those that the optimizer updates.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], parameters: Sequence[Tensor]) -> None:
+        self.armed = False
+        self.seconds = 0.0  # host time spent in the hooks since clear()
+        self._model = model
+        self._layers = tuple(layers)
+        self._parameters = tuple(parameters)
+        self._passes: list[Pass] = []  # those with a backward
+        self._open: Pass | None = None  # the forward that is running
+        self._depth = 0
+        self._after: list[list[Tensor]] | None = None  # not None: replaying
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True),
+            # always_call: also when the forward raises
+            model.register_forward_hook(_Hook(self._leave), always_call=True),
+        ]
+        for layer in self._layers:
+            self._handles.append(layer.module.register_forward_hook(_Hook(self._tap(layer))))
+
+    @property
+    def replaying(self) -> bool:
+        return self._after is not None
+
+    def close(self) -> None:
+        """Remove every hook and forget everything captured."""
+        self.armed = False
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        self._passes.clear()
+        self._open = None
+        self._depth = 0
+        self.seconds = 0.0
+
+    def collect(self) -> list[Pass]:
+        """The passes since the last step that had a backward and whose gradients were not thrown away."""
+        return list(self._passes)
+
+    def replay(self, passed: Pass) -> list[list[Tensor]]:
+        """Features of every layer and visit in a second forward on the same inputs, with the parameters of now."""
+        self._after = [[] for _ in self._layers]
+        try:
+            with passed.state.applied():
+                self._model(*passed.args, **passed.kwargs)
+            return self._after
+        finally:
+            self._after = None
+
+    # The hooks
+
+    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.armed or self.replaying or not torch.is_grad_enabled():
+            return
+        if self._open is not None:  # the model calls itself
+            self._depth += 1
+            return
+        with self._timed():
+            self._forget_thrown_away()
+            copies = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+            state = ForwardState.take(self._model, accelerators(self._model))
+            self._open = Pass(*copies, state, len(self._layers))
+
+    def _leave(self, *_: Any) -> None:
+        if self._open is not None and not self.replaying and torch.is_grad_enabled():
+            if self._depth:
+                self._depth -= 1
+            else:
+                self._open = None
+
+    def _tap(self, layer: Layer) -> Callable[..., None]:
+        def tap(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+            if self._after is not None:
+                # Copied, like the features before: a following operation may work in place.
+                self._after[layer.index].append(_features(layer.name, module, output).detach().clone())
+            elif self._open is not None and torch.is_grad_enabled():
+                with self._timed():
+                    self._visit(self._open, layer.index, _features(layer.name, module, output))
+
+        return tap
+
+    def _visit(self, passed: Pass, index: int, features: Tensor) -> None:
+        visit = Visit(features.detach().clone(), features.requires_grad)
+        passed.visits[index].append(visit)
+        if not features.requires_grad:
+            return
+
+        def receive(gradient: Tensor) -> None:
+            with self._timed():
+                if not passed.has_backward:
+                    passed.has_backward = True
+                    self._passes = [*(p for p in self._passes if p.accumulates()), passed]
+                gradient = gradient.detach()
+                visit.backward = gradient.clone() if visit.backward is None else visit.backward + gradient
+
+        features.register_hook(receive)
+
+    # Passes whose gradient never reaches a step
+
+    def _forget_thrown_away(self) -> None:
+        """Before a new pass: drop earlier ones if ``zero_grad`` came after them; else remember how to tell later.
+
+        That is how a skipped optimizer step differs from gradient accumulation. Only ``set_to_none=True`` (the
+        default) leaves a trace that can be read without waiting for the device.
+        """
+        if not self._passes:
+            return
+        held = next((p for p in self._parameters if p.grad is not None), None)
+        if held is None or held.grad is None:
+            self._passes.clear()
+            return
+        for passed in self._passes:
+            if passed.witness is None:
+                passed.witness = (held, weakref.ref(held.grad))
+
+    @contextmanager
+    def _timed(self) -> Any:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def _features(name: str, module: nn.Module, output: Any) -> Tensor:
+    """The output itself, or the first floating-point tensor in a tuple, list or dict (depth first)."""
+    leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    found = ", ".join(str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves)
+    raise TypeError(
+        f"layer {name!r} ({type(module).__name__}): expected an output that is or holds a floating-point tensor, "
+        f"got {type(output).__name__} of {found or 'nothing'}"
+    )

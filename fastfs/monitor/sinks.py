@@ -1,0 +1,120 @@
+"""Where rows go: plain dictionaries of numbers and strings, in batches."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+__all__ = ["CallableSink", "JsonlSink", "Row", "Sink", "as_sink"]
+
+Row = dict[str, Any]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Takes a header once, then batches of rows, then ``close``."""
+
+    def open(self, header: Mapping[str, Any]) -> None: ...
+
+    def write(self, rows: Sequence[Row]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class CallableSink:
+    """Calls a function with every batch of rows: ``sinks=[rows.extend]`` collects them in a list."""
+
+    def __init__(self, function: Callable[[list[Row]], object]) -> None:
+        self._function = function
+
+    def open(self, header: Mapping[str, Any]) -> None:
+        pass
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self._function(list(rows))
+
+    def close(self) -> None:
+        pass
+
+
+class JsonlSink:
+    """Appends to a file, one JSON object a line: a header per run, then one line per measured step and layer.
+
+    Every batch is one write to the operating system, so that a killed process loses nothing that was written and at
+    worst leaves its last line torn, which the reader tolerates. Each line carries the id of its run: several runs, one
+    after the other or at the same time, can share a file. NaN and infinities become null.
+
+    Args:
+        path: the file; missing folders are made.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._descriptor: int | None = None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+
+    def open(self, header: Mapping[str, Any]) -> None:
+        self._append([header], start=b"" if self._ends_a_line() else b"\n")
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self._append(rows)
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _append(self, lines: Sequence[Mapping[str, Any]], start: bytes = b"") -> None:
+        if self._descriptor is None:
+            raise ValueError(f"{self.path}: this sink is closed")
+        data = start + b"".join(_line(line) for line in lines)
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def _ends_a_line(self) -> bool:
+        """False if an earlier run was killed in the middle of a line."""
+        assert self._descriptor is not None
+        size = os.fstat(self._descriptor).st_size
+        if size == 0:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(size - 1)
+            return file.read(1) == b"\n"
+
+
+def as_sink(target: Any) -> Sink:
+    """A sink as it is, a path as :class:`JsonlSink`, a callable as :class:`CallableSink`.
+
+    Raises:
+        TypeError: none of these.
+    """
+    if isinstance(target, (str, os.PathLike)):
+        return JsonlSink(target)
+    if isinstance(target, Sink):
+        return target
+    if callable(target):
+        return CallableSink(target)
+    raise TypeError(f"sink: expected a path, a function or an object with open, write and close, got {target!r}")
+
+
+def _line(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(_finite(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
