@@ -89,7 +89,7 @@ uint64_t read(const char* data, int64_t bytes) {
   for (; i + 256 <= bytes; i += 256) {
 #pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
-      if (k % 2 == 0) __builtin_prefetch(data + i + 32 * k + 2 * kPrefetch);
+      if (k % 2 == 0) __builtin_prefetch(data + i + 32 * k + kReadPrefetch);
       a[k] = _mm256_xor_si256(a[k], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * k)));
     }
   }

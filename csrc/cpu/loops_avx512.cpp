@@ -93,7 +93,7 @@ uint64_t read(const char* data, int64_t bytes) {
   for (; i + 512 <= bytes; i += 512) {
 #pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
-      __builtin_prefetch(data + i + 64 * k + 2 * kPrefetch);
+      __builtin_prefetch(data + i + 64 * k + kReadPrefetch);
       a[k] = _mm512_xor_si512(a[k], _mm512_loadu_si512(data + i + 64 * k));
     }
   }

@@ -199,14 +199,16 @@ uint64_t stream_read(const std::vector<Layer>& layers, int inputs, int threads) 
     int64_t bytes;
   };
   std::vector<Piece> pieces;
+  int64_t elements = 0;
   for (const Layer& l : layers) {
     for (int i = 0; i < inputs; ++i) {
+      elements += l.segments * l.width;
       const int64_t bytes = l.segments * l.width * item_size(i + 1 < inputs ? l.first : l.last);
       for (int64_t b = 0; b < bytes; b += kPiece) pieces.push_back({l.data[i] + b, std::min(kPiece, bytes - b)});
     }
   }
   std::atomic<uint64_t> all{0};
-  parallel(static_cast<int64_t>(pieces.size()), threads,
+  parallel(static_cast<int64_t>(pieces.size()), elements < kSerial ? 1 : threads,
            [&](Gather&, int64_t i) { all += loops().read(pieces[i].data, pieces[i].bytes); });
   return all;
 }
