@@ -5,8 +5,8 @@
 #include <string>
 #include <vector>
 
-#include "layers.h"
-#include "sums.h"
+#include "../layers.h"
+#include "../sums.h"
 
 namespace fastfs::cuda {
 

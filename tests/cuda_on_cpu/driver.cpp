@@ -13,6 +13,21 @@
 #include "shim.h"
 
 namespace {  // internal linkage: the address sanitizer guards only such shared arrays
+#if defined(DRIVER_BF16_ONLY)  // a quick build: feature_stats of bfloat16 features
+#include "submit.cuh"
+#define DRIVER_LEAVE_OUT(S, F)                                               \
+  template <>                                                                \
+  void fastfs::cuda::submit<fastfs::S, fastfs::F>(const Job&, Kind) {        \
+    throw std::runtime_error("left out of this build");                      \
+  }
+DRIVER_LEAVE_OUT(FeatureSums, F16)
+DRIVER_LEAVE_OUT(FeatureSums, F32)
+DRIVER_LEAVE_OUT(FeatureSums, F64)
+DRIVER_LEAVE_OUT(UpdateSums, F16)
+DRIVER_LEAVE_OUT(UpdateSums, BF16)
+DRIVER_LEAVE_OUT(UpdateSums, F32)
+DRIVER_LEAVE_OUT(UpdateSums, F64)
+#endif
 #include "launch.cu"
 
 FILE* in;

@@ -1,0 +1,109 @@
+// The doors of launch.h: sorts layers into kinds and hands each kind to its kernels.
+#include "launch.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "stream_read.cuh"
+#include "submit.cuh"
+
+#ifndef FASTFS_ARCHITECTURES
+#define FASTFS_ARCHITECTURES "unknown"
+#endif
+
+namespace fastfs::cuda {
+
+#if !defined(FASTFS_CUDA_ON_CPU)  // where all is one file
+#define FASTFS_EXTERN(F)                                         \
+  extern template void submit<FeatureSums, F>(const Job&, Kind); \
+  extern template void submit<UpdateSums, F>(const Job&, Kind);
+FASTFS_EXTERN(F16)
+FASTFS_EXTERN(BF16)
+FASTFS_EXTERN(F32)
+FASTFS_EXTERN(F64)
+#undef FASTFS_EXTERN
+#endif
+
+namespace {
+
+// kernel launches of one kind follow one another on the stream, and so do kinds: they share partials and tickets.
+template <class Sums>
+int64_t items_with_partials(const std::vector<Layer>& layers) {
+  int64_t items[Kind::kKinds] = {};
+  bool needed[Kind::kKinds] = {};
+  for (const Layer& layer : layers) {
+    const Kind kind = kind_of(layer, Sums::kInputs);
+    if (kind.row_mode) continue;
+    items[kind.index()] += layer.segments * items_of(layer.width);
+    needed[kind.index()] = needed[kind.index()] || (layer.segments > 0 && layer.width > kChunk);
+  }
+  int64_t most = 0;
+  for (int k = 0; k < Kind::kKinds; ++k) most = std::max(most, needed[k] ? items[k] : 0);
+  return most;
+}
+
+}  // namespace
+
+template <class Sums>
+Workspace workspace(const std::vector<Layer>& layers) {
+  const int64_t items = items_with_partials<Sums>(layers);
+  return Workspace{items * (Sums::kSums + 1) * static_cast<int64_t>(sizeof(double)), items};
+}
+
+template <class Sums>
+void launch(const std::vector<Layer>& layers, double* out, void* partials, uint32_t* tickets, int device,
+            void* stream) {
+  std::vector<uint8_t> kinds(layers.size());
+  bool present[Kind::kKinds] = {};
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const int kind = kind_of(layers[i], Sums::kInputs).index();
+    kinds[i] = static_cast<uint8_t>(kind);
+    present[kind] = present[kind] || layers[i].segments > 0;
+  }
+  if (std::none_of(present, present + Kind::kKinds, [](bool p) { return p; })) return;
+  const DeviceGuard guard(device);
+  const Job job{layers, kinds, out, static_cast<double*>(partials), tickets, multiprocessors(device),
+                large_parameters(), stream};
+  for (int k = 0; k < Kind::kKinds; ++k) {
+    if (!present[k]) continue;
+    const Kind kind = Kind::at(k);
+    switch (kind.first) {
+      case DType::f16: submit<Sums, F16>(job, kind); break;
+      case DType::bf16: submit<Sums, BF16>(job, kind); break;
+      case DType::f32: submit<Sums, F32>(job, kind); break;
+      case DType::f64: submit<Sums, F64>(job, kind); break;
+    }
+  }
+}
+
+template Workspace workspace<FeatureSums>(const std::vector<Layer>&);
+template Workspace workspace<UpdateSums>(const std::vector<Layer>&);
+template void launch<FeatureSums>(const std::vector<Layer>&, double*, void*, uint32_t*, int, void*);
+template void launch<UpdateSums>(const std::vector<Layer>&, double*, void*, uint32_t*, int, void*);
+
+void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream) {
+  for (const Layer& layer : layers) {
+    for (int j = 0; j < inputs; ++j) {
+      if (!layer.contiguous[j]) throw std::runtime_error("fastfs: stream_read reads contiguous inputs only");
+    }
+  }
+  const DeviceGuard guard(device);
+  submit_reads(layers, inputs, sink, multiprocessors(device), large_parameters(), stream);
+}
+
+std::string architectures() { return FASTFS_ARCHITECTURES; }
+
+#if !defined(FASTFS_CUDA_ON_CPU)
+int runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version), "cudaRuntimeGetVersion");
+  return version;
+}
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+#endif
+
+}  // namespace fastfs::cuda

@@ -1,0 +1,220 @@
+// The kernel behind feature_stats and update_stats: every sum of every layer in one pass, in one launch.
+//
+// Block mode (a segment is a layer, or a row of more than kChunk elements). A chunk of kChunk elements is the work of one block of
+// kThreads threads; blocks take items blockIdx.x, blockIdx.x + gridDim.x, ...
+//
+//   segment    |<------------------------------- width ------------------------------->|
+//   chunk      |  0 (8192 elements)  |  1                  |  2                  |  3  |
+//   tile       |  0  |  1  |  2  | 3 |                          2048 elements = 256 threads x 8 (double: 1024 = 256 x 4)
+//   thread     |0|1|2| ... |255|                                8 consecutive elements: one 16-byte load of every input for
+//                                                               16-bit dtypes, two for float; 4 elements and two loads for double
+//
+// Row mode (per_row, rows of at most kChunk elements): a row is the work of one warp, a tile 32 x 8 elements, and a block takes
+// kWarps rows at once without a barrier. Rows are many and short, so there is parallelism without cutting
+// them, and the sums of a row come straight out of the warp.
+//
+// The sums of a thread live in double. What enters them are chains: float sums over at most kChain elements (two tiles of a 16-bit
+// dtype, whose loads are all under way before the first is used; one tile of float). With double inputs there are no chains.
+// A chunk whose float sums left the range of float, or met NaN or Inf, is done again element by element in double, counting
+// the non-finite entries; see needs_double().
+//
+// From the threads to the result, always in the order of the index (reduce.cuh):
+//   thread -> warp (exchanges) -> block (shared memory) -> chunk, in memory -> group of 64 chunks -> segment
+//
+// The order depends on the width of the segment alone: not on the grid, the layers beside it, alignment or strides.
+#pragma once
+
+#include "load.cuh"
+#include "reduce.cuh"
+
+namespace fastfs::cuda {
+
+// What a thread computes with.
+template <class F>
+struct compute {
+  using type = float;
+};
+template <>
+struct compute<F64> {
+  using type = double;
+};
+
+// Tiles that one chain of additions takes.
+template <class F>
+constexpr int kTiles = Storage<F>::kSize == 2 ? kChain / kRun<F> : 1;
+
+template <int N>
+__device__ __forceinline__ void clear_sums(double (&sums)[N]) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) sums[k] = 0.0;
+}
+
+// One chain: the sums in V over kTiles runs. In double there is no chain, the terms go to the sums of the thread themselves.
+template <class Sums, class F, class L, int N>
+struct Chain {
+  using V = typename compute<F>::type;
+  V sum[Sums::kSums];
+
+  __device__ __forceinline__ explicit Chain(const double (&sums)[N]) {
+#pragma unroll
+    for (int k = 0; k < Sums::kSums; ++k) sum[k] = is_single<V>::value ? V(0) : static_cast<V>(sums[k]);
+  }
+  __device__ __forceinline__ void add(Run<Sums, F, L>& run, DType any) {
+    Reader<L, kRun<F>>::widen(any, run.last);
+#pragma unroll
+    for (int i = 0; i < kRun<F>; ++i) {
+      V x[Sums::kInputs];
+      run.values(i, x);
+      Sums::template add_terms<F>(sum, x);
+    }
+  }
+  __device__ __forceinline__ void flush(double (&sums)[N]) const {
+#pragma unroll
+    for (int k = 0; k < Sums::kSums; ++k) sums[k] = is_single<V>::value ? sums[k] + sum[k] : sum[k];
+  }
+};
+
+// The sums of one thread, number `rank` of `team`, over its elements of a chunk.
+template <class Sums, class F, class L, class Source, int N>
+__device__ __forceinline__ void sum_chunk(const Source& source, int rank, int team, double (&sums)[N]) {
+  constexpr int kStep = kTiles<F>;
+  const int tile = team * kRun<F>;
+  int at = rank * kRun<F>, begin = 0;
+  if (source.wide()) {
+#pragma unroll 1
+    for (; begin + kStep * tile <= source.count; begin += kStep * tile, at += kStep * tile) {
+      Run<Sums, F, L> run[kStep];
+#pragma unroll
+      for (int t = 0; t < kStep; ++t) source.load(at + t * tile, run[t]);
+      Chain<Sums, F, L, N> chain(sums);
+#pragma unroll
+      for (int t = 0; t < kStep; ++t) chain.add(run[t], source.any);
+      chain.flush(sums);
+    }
+  }
+#pragma unroll 1
+  while (begin < source.count) {
+    Chain<Sums, F, L, N> chain(sums);
+#pragma unroll 1
+    for (int t = 0; t < kStep; ++t, begin += tile, at += tile) {
+      Run<Sums, F, L> run;
+      source.load_some(at, run);
+      chain.add(run, source.any);
+    }
+    chain.flush(sums);
+  }
+}
+
+// The same in double, one element after the other, with the count of non-finite entries.
+template <class Sums, class F, class Source, int N>
+__device__ __forceinline__ void sum_chunk_double(const Source& source, int rank, int team, double (&sums)[N]) {
+#pragma unroll 1
+  for (int at = rank * kRun<F>; at < source.count; at += team * kRun<F>) {
+#pragma unroll 1
+    for (int i = at; i < at + kRun<F> && i < source.count; ++i) {
+      double x[Sums::kInputs];
+#pragma unroll
+      for (int j = 0; j < Sums::kInputs; ++j) x[j] = source.element(j, i);
+      double terms[Sums::kSums];
+#pragma unroll
+      for (int k = 0; k < Sums::kSums; ++k) terms[k] = sums[k];
+      Sums::template add_terms<F>(terms, x);
+#pragma unroll
+      for (int k = 0; k < Sums::kSums; ++k) sums[k] = terms[k];
+#pragma unroll
+      for (int j = 0; j < Sums::kInputs; ++j) sums[N - 1] += x[j] - x[j] == 0.0 ? 0.0 : 1.0;
+    }
+  }
+}
+
+// Hides from the compiler that a value is what it was: what is computed from it again is not kept in registers meanwhile.
+__device__ __forceinline__ int64_t forget(int64_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+l"(value));
+#endif
+  return value;
+}
+
+// Must what was summed (value k of the chunk, over one warp) be done again by sum_chunk_double?
+template <class Sums, class V>
+__device__ __forceinline__ bool must_repeat(int k, double sum) {
+  if (is_single<V>::value) return k < Sums::kSums && needs_double<Sums>(k, sum);
+  return !(sum - sum == 0.0);
+}
+
+template <class Sums, class F, class L, class Table>
+struct source_of {
+  using type = DenseSource<Sums, F, L>;
+};
+template <class Sums, class F, class L, int kBytes>
+struct source_of<Sums, F, L, StridedTable<Sums::kInputs, kBytes>> {
+  using type = StridedSource<Sums, F, L, StridedTable<Sums::kInputs, kBytes>>;
+};
+
+// Blocks on a multiprocessor that registers allow; the grid is that many blocks on every one.
+template <class F, class L, class Table>
+constexpr int kBlocksPerSm = Storage<F>::kSize == 8 || same_dtype<L, Any>::value ? 2 : 3;
+
+// Sums: the measurement. F: dtype of all inputs but the last. L: dtype of the last, or Any.
+template <class Sums, class F, class L, class Table, int kThreads>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<F, L, Table>)
+    segment_sums(const __grid_constant__ Table table) {
+  using V = typename compute<F>::type;
+  constexpr int N = Sums::kSums + 1, kWarps = kThreads / 32;
+  __shared__ double parts[2][kWarps][N];  // two, so that one barrier a chunk does: a slow warp 0 still reads the other
+  const Launch& launch = table.launch;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const bool row_mode = launch.row_mode;
+  const int rank = row_mode ? lane : threadIdx.x, team = row_mode ? 32 : kThreads;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * (row_mode ? kWarps : 1);
+  int64_t number = static_cast<int64_t>(blockIdx.x) * (row_mode ? kWarps : 1) + (row_mode ? warp : 0);
+  // A chunk of float with a last input of double is done in double at once.
+  const bool skip = same_dtype<L, Any>::value && is_single<V>::value && launch.last == DType::f64;
+  int entry = 0, side = 0;
+#pragma unroll 1
+  for (; number < launch.items; number += step) {
+    const Item item = locate(table, number, entry);
+    entry = item.entry;
+    const typename source_of<Sums, F, L, Table>::type source(table, item);
+    double sums[N];
+    clear_sums(sums);
+    if (!skip) sum_chunk<Sums, F, L>(source, rank, team, sums);
+    double value = warp_sums(sums, lane);  // of value lane / (32 / N)
+    int again = skip || must_repeat<Sums, V>(lane / (32 / N), value);
+    if (row_mode) {
+      again = __any_sync(kFullWarp, again);
+    } else {
+      if (lane % (32 / N) == 0) parts[side][warp][lane / (32 / N)] = value;
+      again = __syncthreads_or(again);
+    }
+    if (again) {
+      clear_sums(sums);
+      sum_chunk_double<Sums, F>(source, rank, team, sums);
+      value = warp_sums(sums, lane);
+      if (!row_mode) {
+        if (lane % (32 / N) == 0) parts[side][warp][lane / (32 / N)] = value;
+        __syncthreads();
+      }
+    }
+    if (row_mode || warp == 0) {
+      // From here on lane l holds value l % N.
+      const int k = lane % N;
+      if (row_mode) {
+        value = __shfl_sync(kFullWarp, value, k * (32 / N));
+      } else {
+        value = 0.0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) value += parts[side][w][k];
+      }
+      if (k < Sums::kSums) {
+        value *= again ? Sums::template factor<F, double>(k) : Sums::template factor<F, V>(k);
+      }
+      const Item done = locate(table, forget(number), entry);
+      double* row = launch.out + (table.first_row(entry) + done.segment) * (N + 1);
+      finish<N>(launch, number, done, table.width(entry), row, value, lane);
+    }
+    side ^= 1;
+  }
+}
+
+}  // namespace fastfs::cuda

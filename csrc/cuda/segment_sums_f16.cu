@@ -1,0 +1,4 @@
+#include "submit.cuh"
+
+template void fastfs::cuda::submit<fastfs::FeatureSums, fastfs::F16>(const Job&, Kind);
+template void fastfs::cuda::submit<fastfs::UpdateSums, fastfs::F16>(const Job&, Kind);

@@ -1,0 +1,108 @@
+// From layers to launches: which layers can share one, and the kernel for them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "runtime.h"
+#include "segment_sums.cuh"
+
+namespace fastfs::cuda {
+
+// Layers of one launch have this in common.
+struct Kind {
+  DType first, last;
+  bool strided, row_mode;
+
+  static constexpr int kKinds = 64;
+  int index() const {
+    return static_cast<int>(first) << 4 | static_cast<int>(last) << 2 | static_cast<int>(strided) << 1 |
+           static_cast<int>(row_mode);
+  }
+  static Kind at(int i) {
+    return Kind{static_cast<DType>(i >> 4), static_cast<DType>(i >> 2 & 3), (i >> 1 & 1) != 0, (i & 1) != 0};
+  }
+};
+
+// Rows of at most a chunk are summed by a warp each; a single short segment by a block all the same, which is sooner done.
+inline Kind kind_of(const Layer& layer, int inputs) {
+  bool strided = false;
+  for (int j = 0; j < inputs; ++j) strided = strided || !layer.contiguous[j];
+  return Kind{layer.first, layer.last, strided && layer.width > 0, layer.segments > 1 && layer.width <= kChunk};
+}
+
+struct Job {
+  const std::vector<Layer>& layers;
+  const std::vector<uint8_t>& kinds;  // Kind::index() of every layer
+  double* out;
+  double* partials;
+  uint32_t* tickets;
+  int multiprocessors;
+  bool large_parameters;
+  void* stream;
+};
+
+inline int grid_of(const Launch& launch, int blocks_per_sm, int multiprocessors) {
+  const int64_t blocks = launch.row_mode ? ceil_div(launch.items, kThreads / 32) : launch.items;
+  return static_cast<int>(min64(blocks, static_cast<int64_t>(blocks_per_sm) * multiprocessors));
+}
+
+// Launches the layers of one kind, as many in a table as it holds.
+template <class Sums, class F, class L, class Table>
+void submit_tables(const Job& job, Kind kind) {
+  const auto table = std::make_unique<Table>();
+  Launch& launch = table->launch;
+  launch.out = job.out;
+  launch.partials = job.partials;
+  launch.tickets = job.tickets;
+  launch.last = kind.last;
+  launch.row_mode = kind.row_mode;
+  launch.items = 0;
+  table->clear();
+  const auto flush = [&] {
+    if (launch.items > 0) {
+      start(segment_sums<Sums, F, L, Table, kThreads>, *table,
+            grid_of(launch, kBlocksPerSm<F, L, Table>, job.multiprocessors), kThreads, job.stream);
+    }
+    launch.items = 0;
+    table->clear();
+  };
+  int64_t row = 0;
+  for (size_t i = 0; i < job.layers.size(); ++i) {
+    const Layer& layer = job.layers[i];
+    if (job.kinds[i] == kind.index() && layer.segments > 0) {
+      if (!table->add(layer, launch.items, row)) {
+        flush();
+        table->add(layer, 0, row);
+      }
+      launch.items += layer.segments * items_of(layer.width);
+    }
+    row += layer.segments;
+  }
+  flush();
+}
+
+// Launches the layers of one kind whose first dtype is F. To keep the build short, only inputs of one dtype have a kernel for large
+// tables, and double with another last dtype is left to the kernel for strides.
+template <class Sums, class F>
+void submit(const Job& job, Kind kind) {
+  using Small = DenseTable<Sums::kInputs, kSmallTable>;
+  using Large = DenseTable<Sums::kInputs, kLargeTable>;
+  const bool mixed = kind.first != kind.last;
+  if (kind.strided || (mixed && same_dtype<F, F64>::value)) {
+    return submit_tables<Sums, F, Any, StridedTable<Sums::kInputs, kSmallTable>>(job, kind);
+  }
+  if constexpr (!same_dtype<F, F64>::value) {
+    if (mixed) return submit_tables<Sums, F, Any, Small>(job, kind);
+  }
+#if defined(FASTFS_CUDA_ON_CPU) || CUDART_VERSION >= 12010
+  if (job.large_parameters) {
+    int count = 0;
+    for (const uint8_t k : job.kinds) count += k == kind.index();
+    if (count > Small::kCapacity) return submit_tables<Sums, F, F, Large>(job, kind);
+  }
+#endif
+  submit_tables<Sums, F, F, Small>(job, kind);
+}
+
+}  // namespace fastfs::cuda
