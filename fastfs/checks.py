@@ -96,6 +96,11 @@ def _check_layers(names: Sequence[str], arguments: list[list[Tensor]], single: b
     for index, tensors in enumerate(zip(*arguments, strict=True)):
         first = tensors[0]
         for name, tensor in zip(names, tensors, strict=True):
+            if hasattr(tensor, "to_local"):
+                local = "pass the .to_local() of every argument and merge the ranks with all_reduce()"
+                _fail(
+                    index, single, f"{name} is a {type(tensor).__name__}, expected a tensor of this rank alone: {local}"
+                )
             if tensor.is_quantized:
                 _fail(index, single, f"{name} is quantized ({tensor.dtype}), expected {_supported()}")
             if tensor.is_nested or tensor.layout != torch.strided:

@@ -6,6 +6,7 @@ Same names, arguments and results, in float64, for every device. Written to be r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -90,9 +91,9 @@ def _rows(x: Tensor) -> Tensor:
     return x.detach().reshape(math.prod(x.shape[:-1]), width)
 
 
-def _in_slices(sums, tensors: tuple[Tensor, ...]) -> Tensor:  # type: ignore[no-untyped-def]
+def _in_slices(sums: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
     """`sums` over all elements of the tensors, taken in slices: (names,)."""
-    slices = zip(*(x.detach().reshape(-1).split(SLICE) for x in tensors), strict=True)
+    slices = zip(*(torch.split(x.detach().reshape(-1), SLICE) for x in tensors), strict=True)
     return torch.stack([sums(*parts) for parts in slices]).sum(dim=0)
 
 

@@ -63,8 +63,8 @@ class Stats:
 
     def __getitem__(self, index: Any) -> Self:
         """Part of the layers or rows, with the indices that a tensor of the same shape takes; shares memory."""
-        key = index if isinstance(index, tuple) else (index,)
-        return type(self)(self.sums[(*key, slice(None))])
+        key = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
+        return type(self)(self.sums[key])
 
     def __iter__(self) -> Iterator[Self]:
         return (self[i] for i in range(len(self)))

@@ -1,5 +1,7 @@
 """The same inputs give the same bits: runs, threads, neighbours, instruction sets, floating-point modes."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from cases import DTYPES, LAYOUTS, inputs, layers, run_apart
@@ -50,6 +52,14 @@ def test_number_of_threads(threads):
     for n in (2, 3, 4, 7):
         threads(n)
         assert_all_same(one, everything(f, g, b), f"{n} threads")
+
+
+def test_calls_from_several_python_threads():
+    f, g, b = layers(BIG)
+    expected = everything(f, g, b)
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda _: everything(f, g, b), range(12)):
+            assert_all_same(expected, result)
 
 
 def test_neighbouring_layers(device):

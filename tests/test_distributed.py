@@ -56,6 +56,22 @@ def test_all_reduce_gives_the_whole_batch(tmp_path: Path):
     assert torch.equal(results[0][0], results[1][0])
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, about devices of the mesh
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_sharded_tensors_are_refused_with_the_cure(tmp_path: Path, backend: str):
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        f, g, b = (distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)]) for x in inputs((4, 3)))
+        with pytest.raises(ValueError, match=r"^before is a DTensor, expected .*to_local\(\).*all_reduce\(\)"):
+            feature_stats(f, g, b, backend=backend)
+        local = feature_stats(f.to_local(), g.to_local(), b.to_local(), backend=backend)
+        assert local.all_reduce().count == 12
+    finally:
+        dist.destroy_process_group()
+
+
 def test_without_a_group_is_an_error():
     f, g, b = inputs((4,))
     with pytest.raises((ValueError, RuntimeError), match="process group has not been initialized"):

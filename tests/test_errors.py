@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import run_apart
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastfs import checks, feature_stats, reference, update_stats
@@ -171,6 +172,24 @@ def test_errors_show_no_internal_one():
     with pytest.raises(ValueError) as caught:
         feature_stats(F, F.T, F)
     assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_tensors_whose_memory_was_freed_are_an_error(backend):
+    """As sharded training does between steps. Apart, because a null pointer read would end the process."""
+    output = run_apart(
+        f"""
+        import torch, fastfs
+        f, g = torch.ones(2, 10)
+        freed = torch.ones(10)
+        freed.untyped_storage().resize_(0)
+        try:
+            fastfs.feature_stats([f, f], [f, freed], [f, f], backend={backend!r})
+        except (ValueError, RuntimeError) as error:
+            print("refused:", error)
+        """
+    )
+    assert output.startswith("refused:")
 
 
 def test_checks_work_on_fake_tensors():

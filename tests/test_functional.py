@@ -55,9 +55,10 @@ def test_every_layout(layout, device):
 
 @pytest.mark.parametrize("shape", [(64, 33), (5, 8200), (2, 8, 6, 7)], ids=str)
 def test_mixed_layouts(shape, device):
+    every = 29 if torch.Size(shape).numel() < 10_000 else 151
     for i, names in enumerate(itertools.permutations(LAYOUTS, 3)):
-        if i % 29 == 0:
-            check_layer(*inputs(shape, DTYPES[i % 4], DTYPES[i // 29 % 4], names, device=device), str(names))
+        if i % every == 0:
+            check_layer(*inputs(shape, DTYPES[i % 4], DTYPES[i // every % 4], names, device=device), str(names))
 
 
 def test_all_kinds_of_layers_in_one_call(device):
