@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-except ImportError as missing:
-    raise SystemExit("the fastfs command needs typer and rich: pip install typer rich") from missing
+import typer
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     help="Per-layer feature speed and backward-feature angle of networks in training.",
@@ -46,7 +44,8 @@ def demo(
     """Train a small transformer and a ResNet with the monitor on; show angles, speeds, pictures and what it costs."""
     try:
         from fastfs.experiments import demo as experiment
-        from fastfs.report import plots  # noqa: F401  not only after minutes of training
+
+        importlib.import_module("fastfs.report.plots")  # if it cannot be, now rather than after minutes of training
     except ImportError as error:
         typer.echo(f"fastfs demo: {error}", err=True)
         raise typer.Exit(1) from error
@@ -68,9 +67,5 @@ def doctor() -> None:
     raise typer.Exit(run_doctor())
 
 
-def main() -> None:
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -24,7 +24,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _gaussian_linear(in_features: int, out_features: int, std: float, generator: torch.Generator | None) -> nn.Linear:
     """A linear map without bias whose entries are independent N(0, std^2)."""
-    linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
+    linear: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
     nn.init.normal_(linear.weight, std=std, generator=generator)
     return linear
 
@@ -37,7 +37,8 @@ class _ReluLinear(nn.Module):
         self.linear = _gaussian_linear(width, width, std, generator)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.linear(F.relu(features))
+        output: Tensor = self.linear(F.relu(features))
+        return output
 
 
 class _ReluBranch(_ReluLinear):
@@ -100,7 +101,8 @@ class MLP(nn.Module):
         features = inputs
         for block in self.blocks:
             features = block(features)
-        return self.head(F.relu(features))
+        output: Tensor = self.head(F.relu(features))
+        return output
 
 
 class ResNet(nn.Module):
@@ -154,7 +156,8 @@ class ResNet(nn.Module):
         features = self.stem(inputs)
         for block in self.blocks:
             features = block(features)
-        return self.head(features)
+        output: Tensor = self.head(features)
+        return output
 
 
 class _Attention(nn.Module):
@@ -175,7 +178,8 @@ class _Attention(nn.Module):
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        return self.out(mixed.transpose(1, 2).reshape(batch, time, width))
+        output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, time, width))
+        return output
 
 
 class _TransformerBlock(nn.Module):
@@ -196,7 +200,8 @@ class _TransformerBlock(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         features = features + self.dropout(self.attention(self.norm_attention(features)))
         hidden = F.gelu(self.mlp_in(self.norm_mlp(features)))
-        return features + self.dropout(self.mlp_out(hidden))
+        output: Tensor = features + self.dropout(self.mlp_out(hidden))
+        return output
 
 
 class Transformer(nn.Module):
@@ -264,6 +269,9 @@ class Transformer(nn.Module):
         for block in self.blocks:
             features = block(features)
         features = self.norm(features)
+        logits: Tensor
         if self.head is None:
-            return F.linear(features, self.token.weight) / (0.5 * features.shape[-1])
-        return self.head(features)
+            logits = F.linear(features, self.token.weight) / (0.5 * features.shape[-1])
+        else:
+            logits = self.head(features)
+        return logits

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -78,7 +79,7 @@ def test_transformer_blocks_put_out_the_residual_stream():
     for block in model.blocks:
         block.register_forward_hook(lambda _m, args, out: stream.append((args[0], out)))
     logits = model(tokens)
-    for (_, out), (following, _) in zip(stream, stream[1:], strict=False):
+    for (_, out), (following, _) in pairwise(stream):
         assert out is following
     torch.testing.assert_close(logits, model.head(model.norm(stream[-1][1])))
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import fastfs
 from fastfs.models import MLP, ResNet
-from fastfs.monitor.layers import clean_name, select_layers
+from fastfs.monitor.layers import clean_name
 
 
 def watched(layers=r"blocks\.\d+$", every=1, model=None, **options):
@@ -72,7 +72,7 @@ def test_wrong_model_optimizer_and_sink():
     model = MLP(8, 8, 3)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
         fastfs.Monitor(3, sgd(model), layers="blocks")
-    with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got str"):
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch.optim.Optimizer, got str"):
         fastfs.Monitor(model, "sgd", layers="blocks")
     with pytest.raises(ValueError, match="SGD updates no parameter of MLP"):
         fastfs.Monitor(model, sgd(MLP(8, 8, 3)), layers="blocks")
@@ -99,7 +99,8 @@ def test_repr_and_properties():
     assert (monitor.step, monitor.due) == (0, True)
     train(model, optimizer, 1)
     assert (monitor.step, monitor.due) == (1, False)
-    assert "3 layers" in repr(monitor) and "step 1" in repr(monitor)
+    assert "3 layers" in repr(monitor)
+    assert "step 1" in repr(monitor)
     monitor.close()
     assert "closed" in repr(monitor)
 
@@ -320,7 +321,7 @@ def test_exceptions_in_a_step_leave_nothing_behind(where):
         model, optimizer, seen, monitor = watched(model=Fragile())
         x, y = rows(0)
         if fail:
-            with pytest.raises(RuntimeError, match=where):
+            with pytest.raises(RuntimeError, match=where):  # noqa: PT012  wherever it comes from
                 model.fail = where == "forward"
                 out = model(rows(9)[0])
                 if where == "loss":
@@ -363,18 +364,20 @@ def test_a_second_forward_that_fails_is_one_warning_and_everything_is_put_back()
 
     model, optimizer, seen, monitor = watched(model=Second())
     buffer = model.count
+    torch.manual_seed(5)
     with pytest.warns(
         RuntimeWarning, match="measurement failed and is left out .RuntimeError: out of memory"
     ) as caught:
-        train(model, optimizer, 1)
-        state = torch.get_rng_state()
-        train(model, optimizer, 1)
+        train(model, optimizer, 2)
     assert len(caught) == 1
     assert model.count is buffer
     assert buffer.item() == 2
-    torch.manual_seed(0)
     assert not monitor.replaying
-    assert not torch.equal(state, torch.get_rng_state())
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    for _ in range(2):
+        torch.nn.functional.dropout(torch.ones(16, 8), 0.5)
+    assert torch.equal(after, torch.get_rng_state())
     monitor.close()
     assert seen == []
 
@@ -401,10 +404,14 @@ def test_a_forward_that_depends_on_its_own_counter_is_reported():
 
 def test_a_step_without_a_forward_of_the_model_warns_once():
     model, optimizer, seen, monitor = watched()
-    with pytest.warns(RuntimeWarning, match="no forward and backward of the model was seen") as caught:
-        for _ in range(3):
+
+    def steps(number):
+        for _ in range(number):
             model.blocks[0](torch.ones(2, 16)).sum().backward()
             optimizer.step()
+
+    with pytest.warns(RuntimeWarning, match=r"no forward and backward of the model was seen") as caught:
+        steps(3)
     assert len(caught) == 1
     monitor.close()
     assert seen == []
@@ -483,18 +490,18 @@ def test_a_copy_can_have_a_monitor_of_its_own():
 
 
 def test_a_compiled_model_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match="'blocks.0' is inside a part of the model that torch.compile has compiled"):
+    with pytest.raises(ValueError, match=r"'blocks.0' is inside a part of the model that torch.compile has compiled"):
         watched(model=torch.compile(ResNet(8, 16, 2, 3), backend="eager"))
     model = ResNet(8, 16, 2, 3)
     model.compile(backend="eager")
-    with pytest.raises(ValueError, match="compile the watched blocks one by one|Compile the watched blocks one by one"):
+    with pytest.raises(ValueError, match="Compile the watched blocks one by one"):
         watched(model=model)
 
 
 def test_a_model_compiled_after_attaching_is_one_warning():
     model, optimizer, seen, monitor = watched()
     compiled = torch.compile(model, backend="eager")
-    with pytest.warns(RuntimeWarning, match="no forward and backward of the model was seen.*torch.compile") as caught:
+    with pytest.warns(RuntimeWarning, match=r"no forward and backward of the model was seen.*torch.compile") as caught:
         train(compiled, optimizer, 2)
     assert [w.category for w in caught] == [RuntimeWarning]
     monitor.close()

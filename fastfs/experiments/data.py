@@ -75,7 +75,7 @@ def digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install scikit-learn") from error
+        raise ImportError('the digits need scikit-learn: pip install "fastfs[demo]"') from error
     images, labels = load_digits(return_X_y=True)
     inputs = torch.as_tensor(images, dtype=torch.float32)
     return (inputs - inputs.mean()) / inputs.std(), torch.as_tensor(labels, dtype=torch.int64)

@@ -272,10 +272,11 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
     console.print(f"loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {result['steps']} steps")
     console.print(
         f"monitoring: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, the others "
-        f"{cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, {cost['total_at_100']:+.1%} at every=100"
+        f"{cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
+        f"{cost['total_at_100']:+.1%} at every=100"
     )
     if result["bitwise_equal"]:
-        console.print("losses, final parameters and random state with and without the monitor: bitwise equal")
+        console.print("with and without the monitor: losses, final parameters and random state bitwise equal")
     else:
         console.print("[red]losses, parameters or random state differ with and without the monitor[/red]")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -157,9 +157,9 @@ class Capture:
             return
         with self._timed():
             self._forget_thrown_away()
-            copies = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
             state = ForwardState.take(self._model, accelerators(self._model))
-            self._open = Pass(*copies, state, len(self._layers))
+            self._open = Pass(args, kwargs, state, len(self._layers))
 
     def _leave(self, *_: Any) -> None:
         if self._open is not None and not self.replaying and torch.is_grad_enabled():
@@ -214,7 +214,7 @@ class Capture:
                 passed.witness = (held, weakref.ref(held.grad))
 
     @contextmanager
-    def _timed(self) -> Any:
+    def _timed(self) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield

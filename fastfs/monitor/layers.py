@@ -55,7 +55,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _check_not_compiled(model: nn.Module, layers: Sequence[Layer]) -> None:
-    """Hooks on a module inside a compiled one are not seen; hooks on the ``torch.compile(module)`` object itself are."""
+    """Hooks inside a compiled module are not called; those on the ``torch.compile(module)`` object itself are."""
     hidden: set[nn.Module] = set()
     for module in model.modules():
         if _is_compiled(module):

@@ -24,7 +24,7 @@ __all__ = ["Monitor"]
 
 
 class Monitor:
-    r"""Measures, every few optimizer steps, how far the features of each watched layer move in the step and at which angle.
+    r"""Measures, every few optimizer steps, how far and at which angle the features of each watched layer move.
 
         with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=100, path="run/record.jsonl"):
             for batch in data:      # the loop stays as it is
@@ -49,8 +49,8 @@ class Monitor:
     - *Layers that run several times in a forward* count as one layer with all the rows. A layer that does not run, or
       has no gradient, gets a row of nulls with ``valid`` false.
     - *Your hooks* on the model run in the second forward, too, since they may be part of the function (weight
-      normalisation, adapters). One that counts or logs can ask ``monitor.replaying``. Hooks on the optimizer registered after the
-      monitor run after the measurement.
+      normalisation, adapters). One that counts or logs can ask ``monitor.replaying``. Hooks on the
+      optimizer that are registered after the monitor run after the measurement.
     - *torch.compile.* Watched modules may be compiled themselves (``model.blocks[i] = torch.compile(...)``), not be
       inside something compiled: a ``ValueError`` says so. If compiled after attaching, one warning says that nothing
       can be seen.
@@ -60,8 +60,8 @@ class Monitor:
     Args:
         model: the module that the loop calls.
         optimizer: the optimizer whose steps count; it must update parameters of the model.
-        layers: regular expression searched for in module names, or a list of exact names. Choose modules through which the
-            whole signal passes (the residual stream after each block).
+        layers: regular expression searched for in module names, or a list of exact names. Choose modules
+            through which the whole signal passes (the residual stream after each block).
         every: measure steps 0, every, 2 every, ...; or a :class:`fastfs.monitor.Schedule`.
         path: file that rows are appended to, as JSON lines; ``record.jsonl`` in the current folder if neither ``path``
             nor ``sinks`` is given.
@@ -180,8 +180,8 @@ class Monitor:
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
                 "The model that was given must be the one that the loop calls, with gradient. If torch.compile "
-                "compiled it after the monitor was attached, its hooks are not called: compile the watched blocks one by one "
-                "(model.blocks[i] = torch.compile(model.blocks[i])) and attach after that",
+                "compiled it after the monitor was attached, its hooks are not called: compile the watched blocks one "
+                "by one (model.blocks[i] = torch.compile(model.blocks[i])) and attach after that",
             )
             return
         count = len(passes)
@@ -201,8 +201,8 @@ class Monitor:
                 self._warn(
                     layer.name,
                     f"layer {layer.name!r} ran {len(first)} times in the forward and {len(second)} times in the second "
-                    "one on the same inputs, or with other shapes: it is left out. The forward depends on something besides "
-                    "inputs, parameters, buffers and global random numbers",
+                    "one on the same inputs, or with other shapes: it is left out. The forward depends on something "
+                    "besides inputs, parameters, buffers and global random numbers",
                 )
                 triples.append([])
                 continue

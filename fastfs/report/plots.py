@@ -19,9 +19,9 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FixedLocator, MaxNLocator
 except ImportError as missing:
-    raise ImportError("fastfs.report.plots needs matplotlib: pip install matplotlib") from missing
+    raise ImportError('fastfs.report.plots needs matplotlib: pip install "fastfs[plot]"') from missing
 
 if TYPE_CHECKING:
     import pandas
@@ -53,12 +53,21 @@ PLOTS = (
         "angle",
         "angle.png",
         "Backward-feature angle",
-        "angle between feature update and -b (radians)",
+        "angle between feature update and -dLoss/df (radians)",
         "viridis",
         False,
     ),
-    Plot("update_rms", "speed.png", "Feature speed", "rms of the feature update (per step)", "magma", True),
-    Plot("relative_update", "relative_update.png", "Relative feature update", "|df| / |f| (per step)", "magma", True),
+    Plot(
+        "update_rms", "speed.png", "Feature speed", "rms of the feature update (feature units per step)", "magma", True
+    ),
+    Plot(
+        "relative_update",
+        "relative_update.png",
+        "Relative feature update",
+        "|feature update| / |feature| (per step)",
+        "magma",
+        True,
+    ),
 )
 
 
@@ -125,9 +134,10 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
         _edges(steps), np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(data), cmap=plot.colors, norm=norm
     )
     flagged = np.argwhere(np.isfinite(data) & ~(valid.to_numpy(dtype=float) > 0))
-    if 0 < len(flagged) <= _MOST_DOTS:
-        heat.plot(steps[flagged[:, 1]], flagged[:, 0], ".", color="0.6", markersize=3)
-    heat.set_xlabel("optimizer step")
+    shown = flagged[:: 1 + len(flagged) // _MOST_DOTS]
+    heat.plot(steps[shown[:, 1]], shown[:, 0], ".", color="0.6", markersize=3)
+    notes = ["grey: not measured"] * bool(np.isnan(data).any()) + ["dots: not valid"] * bool(len(flagged))
+    heat.set_xlabel("optimizer step" + (f"   ({', '.join(notes)})" if notes else ""))
     _name_layers(heat, names)
     figure.colorbar(mesh, ax=heat, label=plot.label, extend=_extend(data, norm))
 
@@ -153,12 +163,12 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
         depth = ScalarMappable(Normalize(0, len(names) - 1), colormaps["viridis"].resampled(256))
         figure.colorbar(depth, ax=lines, label="layer (0 is nearest the input)", ticks=MaxNLocator(8, integer=True))
     for axes in (heat, lines):
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True) if len(steps) > 1 else FixedLocator(steps.tolist()))
     return figure
 
 
 def _norm(data: np.ndarray[Any, Any], logarithmic: bool) -> Normalize:
-    """Color range from the 1st to the 99th percentile, so that a first step that stands out leaves the rest readable."""
+    """Color range from the 1st to the 99th percentile, so that one step that stands out leaves the rest readable."""
     finite = data[np.isfinite(data)]
     if not finite.size:
         return Normalize(0.0, 1.0)
@@ -185,11 +195,21 @@ def _edges(steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def _name_layers(axes: Any, names: Sequence[str]) -> None:
     """Names where they can be read, else numbers; a common beginning such as ``blocks.`` goes to the axis label."""
-    prefix = os.path.commonprefix(list(names)) if len(names) > 1 else ""
-    prefix = prefix[: prefix.rfind(".") + 1]
+    prefix = _shared_parents(names)
     if len(names) <= _MOST_NAMES:
         axes.set_yticks(range(len(names)), [name[len(prefix) :] for name in names], fontsize=8)
         axes.set_ylabel(f"layer ({prefix}*)" if prefix else "layer")
     else:
         axes.yaxis.set_major_locator(MaxNLocator(10, integer=True))
         axes.set_ylabel(f"layer number ({names[0]} to {names[-1]})")
+
+
+def _shared_parents(names: Sequence[str]) -> str:
+    """What all names begin with, up to and with a dot; empty for one name."""
+    parents = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for parts in zip(*parents, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}." for part in shared) if len(names) > 1 else ""

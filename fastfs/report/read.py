@@ -30,7 +30,7 @@ _FLOATS = (
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """All records of the file. A line that a killed process left torn is passed over: the last, or one before a header."""
+    """All records of the file, but for lines that a killed process left torn: the last, or one before a header."""
     raw = path.read_bytes().split(b"\n")
     records: list[dict[str, Any]] = []
     torn = 0
@@ -96,7 +96,7 @@ def read_record(path: str | os.PathLike[str]) -> pandas.DataFrame:
     try:
         import pandas
     except ImportError as error:
-        raise ImportError("fastfs.report.read_record needs pandas: pip install pandas") from error
+        raise ImportError('fastfs.report.read_record needs pandas: pip install "fastfs[pandas]"') from error
 
     path = Path(path)
     read_header(path)  # not a record, another schema

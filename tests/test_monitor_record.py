@@ -1,0 +1,261 @@
+"""What is on disk: valid JSON whatever the numbers, complete whenever the process dies, readable by report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from monitor_cases import rows, sgd, train
+from torch import nn
+
+import fastfs
+from fastfs.models import ResNet
+from fastfs.monitor.record import QUANTITIES, SCHEMA
+from fastfs.monitor.sinks import JsonlSink
+from fastfs.report import read_header, read_record
+
+COLUMNS = {
+    *("kind", "run", "step", "time", "layer", "name", *QUANTITIES),
+    *("loss", "micro_batches", "measure_seconds"),
+}
+
+
+def record(path, steps=3, every=1, lr=0.05, **options):
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=every, path=path, **options):
+        train(model, optimizer, steps)
+    return model
+
+
+def strict(line):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_header_and_rows(tmp_path):
+    path = tmp_path / "new" / "record.jsonl"
+    model = record(path, steps=3, every=2, metadata={"data": "made up", "lr": math.nan})
+    header, *lines = [strict(line) for line in path.read_text().splitlines()]
+    assert header.pop("started").startswith("20")
+    assert header.pop("torch") == torch.__version__
+    assert len(header.pop("run")) == 12
+    assert header.pop("python")
+    assert header.pop("device_name")
+    assert header == {
+        "kind": "header",
+        "schema": SCHEMA,
+        "mode": "batch",
+        "model": "ResNet",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": "float32",
+        "device": "cpu",
+        "optimizer": "SGD",
+        "layers": ["blocks.0", "blocks.1"],
+        "metadata": {"data": "made up", "lr": None},
+    }
+    assert [(line["step"], line["layer"], line["name"]) for line in lines] == [
+        (0, 0, "blocks.0"),
+        (0, 1, "blocks.1"),
+        (2, 0, "blocks.0"),
+        (2, 1, "blocks.1"),
+    ]
+    assert all(line.keys() == COLUMNS for line in lines)
+
+
+def test_the_reader_gives_back_what_sinks_got(tmp_path):
+    path, seen = tmp_path / "record.jsonl", []
+    record(path, sinks=[seen.extend])
+    table = read_record(path)
+    assert set(table.columns) == COLUMNS
+    for row, (_, line) in zip(seen, table.iterrows(), strict=True):
+        for key in COLUMNS - {"loss"}:
+            assert line[key] == row[key], key
+    assert table["loss"].isna().all()
+    assert table["valid"].dtype == bool
+    assert table["layer"].dtype == table["count"].dtype == "int64"
+    assert read_header(path)["layers"] == ["blocks.0", "blocks.1"]
+
+
+def test_undefined_numbers_are_null(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=1, lr=0.0)
+    lines = [strict(line) for line in path.read_text().splitlines()][1:]
+    assert [(line["angle"], line["cos_angle"], line["valid"]) for line in lines] == [(None, None, False)] * 2
+    table = read_record(path)
+    assert table["angle"].isna().all()
+    assert (table["update_rms"] == 0).all()
+
+
+def test_nan_and_inf_in_the_features_are_counted_and_written(tmp_path):
+    path = tmp_path / "record.jsonl"
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers="0", path=path) as monitor:
+        x, y = rows(0)
+        x[0, 0] = math.inf
+        loss = F.cross_entropy(model(x), y)
+        monitor.log(loss=loss)
+        loss.backward()
+        optimizer.step()
+    (line,) = [strict(line) for line in path.read_text().splitlines()][1:]
+    assert line["nonfinite"] > 0
+    assert not line["valid"]
+    assert (line["angle"], line["loss"]) == (None, None)
+    assert read_record(path)["nonfinite"][0] == line["nonfinite"]
+
+
+def test_a_second_run_is_appended(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=2)
+    first = path.read_bytes()
+    record(path, steps=1)
+    assert path.read_bytes().startswith(first)
+    table = read_record(path)
+    assert table["run"].nunique() == 2
+    assert len(table) == 6
+    assert read_header(path)["run"] == table["run"].iloc[-1]
+    assert read_header(path, run=table["run"].iloc[0])["run"] == table["run"].iloc[0]
+
+
+def test_every_cut_of_a_record_can_be_read(tmp_path):
+    path, cut = tmp_path / "record.jsonl", tmp_path / "cut.jsonl"
+    record(path, steps=2)
+    data = path.read_bytes()
+    header = data.index(b"\n") + 1
+    for size in range(header, len(data), 7):
+        cut.write_bytes(data[:size])
+        complete = data[:size].count(b"\n") - 1
+        assert len(read_record(cut)) in (complete, complete + 1)  # + 1: all but the newline was written
+
+
+def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=2)
+    path.write_bytes(path.read_bytes()[:-20])
+    record(path, steps=1)
+    table = read_record(path)
+    assert len(table) == 3 + 2
+    assert table["run"].nunique() == 2
+
+
+def test_damage_elsewhere_is_an_error(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=2)
+    lines = path.read_text().splitlines()
+    lines[2] = lines[2][:30]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=r"line 3: cannot be read, and it is not where a killed run ended"):
+        read_record(path)
+
+
+@pytest.mark.parametrize("text", ["", "hello\nworld\n", "[1]\n[2]\n", '{"a": 1}\n{"a": 2}\n'])
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "other.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.jsonl"):
+        read_record(path)
+
+
+def test_another_schema_is_refused(tmp_path):
+    path = tmp_path / "record.jsonl"
+    path.write_text('{"kind":"header","schema":99,"run":"a"}\n')
+    with pytest.raises(ValueError, match=r"schema 99; this version of fastfs reads \[1\]"):
+        read_record(path)
+    with pytest.raises(FileNotFoundError):
+        read_record(tmp_path / "none.jsonl")
+
+
+def test_rows_are_on_disk_when_the_step_returns(tmp_path):
+    path = tmp_path / "record.jsonl"
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, path=path):
+        for step in range(3):
+            train(model, optimizer, 1)
+            assert len(read_record(path)) == 2 * (step + 1)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_process_leaves_its_rows(tmp_path):
+    path = tmp_path / "record.jsonl"
+    script = f"""
+        import os, signal, torch, fastfs
+        from fastfs.models import ResNet
+        model = ResNet(8, 16, 2, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = fastfs.Monitor(model, optimizer, layers="blocks.[01]$", every=1, path={str(path)!r})
+        for step in range(5):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert read_record(path)["step"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_the_default_place_is_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record(None, steps=1)
+    assert len(read_record("record.jsonl")) == 2
+
+
+def test_two_monitors_can_share_a_file(tmp_path):
+    path = tmp_path / "record.jsonl"
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    with (
+        fastfs.Monitor(model, optimizer, layers=["blocks.0"], every=1, path=path),
+        fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=1, path=path),
+    ):
+        train(model, optimizer, 3)
+    table = read_record(path)
+    assert table.groupby("run")["name"].unique().map(list).tolist() in (
+        [["blocks.0"], ["blocks.1"]],
+        [["blocks.1"], ["blocks.0"]],
+    )
+
+
+def test_a_sink_can_be_an_object_and_a_path(tmp_path):
+    calls = []
+
+    class Mine:
+        def open(self, header):
+            calls.append(("open", header["schema"]))
+
+        def write(self, rows):
+            calls.append(("write", len(rows)))
+
+        def close(self):
+            calls.append(("close",))
+
+    record(None, steps=2, sinks=[Mine(), os.fspath(tmp_path / "a.jsonl"), tmp_path / "b.jsonl"])
+    assert calls == [("open", 1), ("write", 2), ("write", 2), ("close",)]
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_a_closed_sink_says_so(tmp_path):
+    sink = JsonlSink(tmp_path / "record.jsonl")
+    sink.close()
+    sink.close()
+    with pytest.raises(ValueError, match="closed"):
+        sink.write([{"a": 1}])
+
+
+def test_without_pandas_the_reader_says_what_to_install(tmp_path, monkeypatch):
+    record(tmp_path / "record.jsonl", steps=1)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"read_record needs pandas: pip install .fastfs.pandas."):
+        read_record(tmp_path / "record.jsonl")
