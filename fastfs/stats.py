@@ -206,7 +206,8 @@ class FeatureStats(Stats):
     def update_dot_backward(self) -> Tensor:
         """Sum of df b: the first-order change of the loss through this layer.
 
-        At a cut it is -D, the aligned decrease: <b, df> = sum over the parameters below of <g, dw> (section 2, identity).
+        At a cut it is -D, D the aligned decrease: <b, df> = sum over the parameters below of <g, dw> = -D (section 2,
+        identity).
         """
         return self._sum("update_dot_backward")
 

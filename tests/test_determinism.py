@@ -117,7 +117,8 @@ from test_determinism import BIG, everything, special
 from cases import layers
 torch.manual_seed(0)
 torch.set_num_threads(2)
-f, g, b = (x + y for x, y in zip(layers(BIG + ((1,), (7,), (15,), (17,), (31,), (33,), (8191,), (8193,)) * 4), special()))
+shapes = BIG + ((1,), (7,), (15,), (17,), (31,), (33,), (8191,), (8193,)) * 4
+f, g, b = (x + y for x, y in zip(layers(shapes), special(), strict=True))
 data = [x.contiguous().view(torch.int64).flatten().tolist() for x in everything(f, g, b)]
 print(ops.build_info()["instruction_set"], *(hashlib.sha256(repr(x).encode()).hexdigest()[:16] for x in data))
 """
@@ -134,7 +135,8 @@ def test_instruction_sets():
         used, *sums = fingerprint(name)
         assert used == name
         expected = expected or sums
-        assert sums == expected, f"{name} and {names[0]} differ in results {[a == b for a, b in zip(sums, expected)]}"
+        differ = [i for i, (a, b) in enumerate(zip(sums, expected, strict=True)) if a != b]
+        assert not differ, f"{name} and {names[0]} differ in results {differ} of {len(sums)}"
 
 
 def test_unknown_instruction_set_is_refused():

@@ -1,5 +1,7 @@
 """Wrong input: the error says which layer and argument, what was expected and what came."""
 
+import re
+
 import pytest
 import torch
 from cases import run_apart
@@ -137,9 +139,11 @@ def test_update_inputs(backend):
 
 @pytest.mark.parametrize("backend", ["cuda", "", 0, False, "Native"])
 def test_unknown_backend(backend):
-    with pytest.raises(ValueError, match=rf"^backend: expected None, 'native' or 'reference', got {backend!r}$"):
+    with pytest.raises(
+        ValueError, match=rf"^backend: expected None, 'native' or 'reference', got {re.escape(repr(backend))}$"
+    ):
         feature_stats(F, F, F, backend=backend)
-    with pytest.raises(ValueError, match="^backend: expected"):
+    with pytest.raises(ValueError, match=r"^backend: expected"):
         update_stats(F, F, backend=backend)
 
 
@@ -169,7 +173,7 @@ def test_other_failures_come_through_unchanged(monkeypatch):
 
 
 def test_errors_show_no_internal_one():
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="after has shape") as caught:
         feature_stats(F, F.T, F)
     assert caught.value.__suppress_context__
 

@@ -75,7 +75,8 @@ def test_fake_tensors_through_the_public_functions():
     with FakeTensorMode() as mode:
         f, g, b = ([mode.from_tensor(x) for x in part] for part in (f, g, b))
         stats = feature_stats(f, g, b)
-        assert stats.shape == (len(f),) and stats.angle.shape == (len(f),)
+        assert stats.shape == (len(f),)
+        assert stats.angle.shape == (len(f),)
         assert repr(stats).startswith("FeatureStats(shape=")
         assert feature_stats(f[0], g[0], b[0]).shape == ()
         assert len(feature_stats(f, g, b, per_row=True)) == len(f)

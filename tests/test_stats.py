@@ -133,7 +133,8 @@ def test_empty_layers_are_nan_and_invalid():
     empty = torch.zeros(0, 4)
     stats = feature_stats(empty, empty, empty)
     assert (stats.count, stats.valid) == (0, False)
-    assert stats.update_rms.isnan() and stats.angle.isnan()
+    assert stats.update_rms.isnan()
+    assert stats.angle.isnan()
     assert update_stats(empty, empty).angle.isnan()
 
 
@@ -141,7 +142,8 @@ def test_overflow_and_underflow_of_squares_give_nan_not_a_wrong_angle():
     f, b = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for size in (1e200, 1e-200):
         stats = feature_stats(f, -b * size, b)
-        assert stats.angle.isnan() and not stats.valid
+        assert stats.angle.isnan()
+        assert not stats.valid
         assert update_stats(b, -b * size).angle.isnan()
 
 
@@ -153,7 +155,8 @@ def test_nonfinite_inputs_are_invalid():
             keep = x[3].clone()
             x[3] = bad
             stats = feature_stats(f, g, b)
-            assert not stats.valid and stats.nonfinite == 1
+            assert not stats.valid
+            assert stats.nonfinite == 1
             x[3] = keep
 
 
@@ -193,8 +196,10 @@ def test_valid_norms_are_right_and_wrong_ones_are_flagged(dtype, features):
         if features != "same size":  # whose roundings are all the same
             noise = 4 * (stats.rounding_sq * stats.backward_sq / n).sqrt() + 0.01 * df.norm() * b.norm()
             assert abs(stats.update_dot_backward - (df * b).sum()) < noise
-    assert 1e-1 in valid and 3e-2 in valid
-    assert 1e-4 in wrong and 1e-5 in wrong  # the test bites
+    assert 1e-1 in valid
+    assert 3e-2 in valid
+    assert 1e-4 in wrong
+    assert 1e-5 in wrong
 
 
 def test_bfloat16_at_one_thousandth_reads_almost_twice_too_large():
@@ -262,7 +267,9 @@ def test_indexing_and_iteration():
     assert [one.shape for one in stats] == [()] * 4
     assert torch.equal(stats[2].update_sq, stats.update_sq[2])
     grid = FeatureStats(torch.stack([stats.sums, stats.sums]))
-    assert grid.shape == (2, 4) and grid[1, 2] == stats[2] and grid[..., 2].shape == (2,)
+    assert grid.shape == (2, 4)
+    assert grid[1, 2] == stats[2]
+    assert grid[..., 2].shape == (2,)
     for bad in (4, (0, 0), (0, 0, 0)):
         with pytest.raises(IndexError):
             stats[bad]
@@ -276,7 +283,10 @@ def test_indexing_and_iteration():
 
 def test_equality():
     a = some_features()
-    assert a == a.clone() and a != a[:2] and a != feature_sums() and a != "a"
+    assert a == a.clone()
+    assert a != a[:2]
+    assert a != feature_sums()
+    assert a != "a"
     assert feature_sums(update_sq=math.nan) == feature_sums(update_sq=math.nan)
     assert feature_sums(update_sq=1) != feature_sums(update_sq=1 + 1e-15)
     with pytest.raises(TypeError):
@@ -322,7 +332,8 @@ def test_to_dict_is_plain_and_complete():
     values = stats.to_dict()
     assert list(values) == [*FeatureStats.names, *FeatureStats.derived]
     assert json.loads(json.dumps(values)) == values
-    assert {type(v) for v in values["count"]} == {int} and {type(v) for v in values["valid"]} == {bool}
+    assert {type(v) for v in values["count"]} == {int}
+    assert {type(v) for v in values["valid"]} == {bool}
     assert {type(v) for v in values["angle"]} == {float}
     one = stats[0].to_dict()
     assert all(isinstance(v, int | float | bool) for v in one.values())
@@ -334,9 +345,11 @@ def test_repr_is_a_table():
     stats = some_features(3)
     lines = repr(stats).splitlines()
     assert lines[0] == "FeatureStats(shape=(3,), device=cpu)"
-    assert "angle" in lines[1] and "valid" in lines[1]
+    assert "angle" in lines[1]
+    assert "valid" in lines[1]
     assert [line.split()[0] for line in lines[2:]] == ["0", "1", "2"]
-    assert f"{stats.angle[1].item():.4g}" in lines[3] and " yes " in lines[3]
+    assert f"{stats.angle[1].item():.4g}" in lines[3]
+    assert " yes " in lines[3]
     assert len({len(line) for line in lines[1:]}) == 1
     assert len(repr(stats[0]).splitlines()) == 3
     assert len(repr(stats[:0]).splitlines()) == 2
@@ -347,7 +360,9 @@ def test_repr_is_a_table():
 def test_repr_of_many_layers_is_short():
     stats = FeatureStats(torch.zeros(10_000, 9, dtype=torch.float64))
     text = repr(stats)
-    assert len(text.splitlines()) < 60 and "..." in text and "9999" in text
+    assert len(text.splitlines()) < 60
+    assert "..." in text
+    assert "9999" in text
 
 
 def test_repr_without_data():
