@@ -110,8 +110,8 @@ def version_finding(built: str) -> Finding:
 
 def installed_as_pure_python(distributions: Iterable[importlib.metadata.Distribution]) -> bool:
     """Whether the wheel that was installed was built without native core on purpose, as its metadata says."""
-    wheels = [text for text in (d.read_text("WHEEL") for d in distributions) if text]
-    return bool(wheels) and all("Root-Is-Purelib: true" in text for text in wheels)
+    wheels = (text for text in (d.read_text("WHEEL") for d in distributions) if text)  # the one in use is first
+    return "Root-Is-Purelib: true" in next(wheels, "")
 
 
 # What is in use, and why not the rest
