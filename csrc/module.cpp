@@ -102,7 +102,8 @@ py::dict build_info() {
   info["version"] = FASTFS_VERSION;
   info["compiler"] = __VERSION__;
   info["openmp"] = cpu::has_openmp();
-  info["instruction_sets"] = cpu::instruction_sets();
+  info["instruction_sets"] = cpu::instruction_sets(false);
+  info["usable_instruction_sets"] = cpu::instruction_sets(true);
   info["instruction_set"] = cpu::instruction_set();
 #ifdef FASTFS_WITH_CUDA
   py::dict c;

@@ -83,12 +83,12 @@ FASTFS_HD double exponent_part(double a) {
   __builtin_memcpy(&a, &u, sizeof u);
   return a;
 }
-// `value` where |a| is at least `bound`, else `otherwise`.
+// `otherwise` where |a| is below `bound`, else `value`: also where a is NaN.
 FASTFS_HD float where_at_least(float a, double bound, float value, double otherwise) {
-  return __builtin_fabsf(a) >= static_cast<float>(bound) ? value : static_cast<float>(otherwise);
+  return __builtin_fabsf(a) < static_cast<float>(bound) ? static_cast<float>(otherwise) : value;
 }
 FASTFS_HD double where_at_least(double a, double bound, double value, double otherwise) {
-  return __builtin_fabs(a) >= bound ? value : otherwise;
+  return __builtin_fabs(a) < bound ? otherwise : value;
 }
 FASTFS_HD float scaled(float a, double s) { return a * static_cast<float>(s); }
 FASTFS_HD double scaled(double a, double s) { return a * s; }

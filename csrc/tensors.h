@@ -141,6 +141,9 @@ inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inpu
       if (t[i].device.device_type != result.device.device_type || t[i].device.device_id != result.device.device_id) {
         refuse(n, "expected all tensors on one device");
       }
+      if (t[i].data == nullptr && std::find(t[i].shape, t[i].shape + t[i].ndim, 0) == t[i].shape + t[i].ndim) {
+        refuse(n, "expected tensors whose memory has not been freed");
+      }
       l.data[i] = static_cast<const char*>(t[i].data) + t[i].byte_offset;
       const DType d = dtype_of(t[i], n);
       if (i == 0) l.first = d;

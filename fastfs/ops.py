@@ -20,7 +20,7 @@ from fastfs.stats import FeatureStats, UpdateStats
 _C: Any = None
 _failure: str | None = None
 try:
-    from fastfs import _C  # type: ignore[attr-defined, no-redef]
+    from fastfs import _C  # type: ignore[no-redef]
 except ImportError as error:
     _failure = str(error)
 
@@ -65,7 +65,7 @@ def rows_of(x: Tensor) -> int:
 
 
 def _empty(like: list[Tensor], rows: int, columns: int) -> Tensor:
-    return torch.empty((rows, columns), dtype=torch.float64, device=like[0].device)
+    return torch.empty((rows, columns), dtype=torch.float64, device=like[0].device if like else None)
 
 
 # CPU

@@ -52,9 +52,11 @@ const Loops& loops() {
   return chosen;
 }
 
-std::vector<std::string> instruction_sets() {
+std::vector<std::string> instruction_sets(bool usable) {
   std::vector<std::string> names;
-  for (const Choice& c : choices()) names.emplace_back(c.loops->name);
+  for (const Choice& c : choices()) {
+    if (c.supported || !usable) names.emplace_back(c.loops->name);
+  }
   return names;
 }
 
