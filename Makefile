@@ -26,11 +26,25 @@ bench: install
 doctor: install
 	$(BIN)/fastfs doctor
 
-lint: install
+# Targets of their own, so that `make --keep-going lint` tells everything at once.
+LINT := lint-ruff lint-format lint-mypy lint-clang-format lint-shellcheck
+.PHONY: $(LINT)
+lint: $(LINT)
+$(LINT): install
+
+lint-ruff:
 	$(BIN)/ruff check .
+
+lint-format:
 	$(BIN)/ruff format --check .
+
+lint-mypy:
 	$(BIN)/mypy
+
+lint-clang-format:
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+lint-shellcheck:
 	$(BIN)/shellcheck $(SCRIPTS)
 
 format: install
