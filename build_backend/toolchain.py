@@ -194,7 +194,10 @@ def _cudart_dir(nvcc: str) -> str:
     for folder in (root / "lib64", root / "lib", *sorted(root.glob("targets/*/lib"))):
         if (folder / "libcudart_static.a").is_file():
             return str(folder)
-    raise BuildError(f"the CUDA toolkit of {nvcc} has no libcudart_static.a (looked under {root}).")
+    raise BuildError(
+        f"the CUDA toolkit of {nvcc} has no libcudart_static.a (looked under {root}). "
+        "Install it completely, or build without CUDA: FASTFS_CUDA=0 pip install ..."
+    )
 
 
 def _run(*command: str) -> str:
