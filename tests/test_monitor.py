@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from monitor_cases import CASES, BatchNormNet, assert_same, rows, sgd, small_transformer, tokens, train
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastfs
 from fastfs.models import ResNet
@@ -73,7 +74,6 @@ def test_no_item_in_the_step_path(monkeypatch):
         monkeypatch.setattr(torch.Tensor, method, refuse)
     monitor.log(loss=loss)
     loss.backward()
-    monitor._capture.collect()
     monitor._measure()
     monkeypatch.undo()
     monitor.close()
@@ -198,6 +198,61 @@ def test_inputs_changed_after_the_forward_do_not_matter():
             optimizer.step()
     assert seen[False][0]["update_rms"] == seen[True][0]["update_rms"]
     assert seen[True][0]["micro_batches"] == 1
+
+
+def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step():
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+            self.prompt = nn.Parameter(torch.ones(8))
+
+        def forward(self, prompt, x):
+            return self.blocks[0](x * prompt)
+
+    seen = []
+    model = Prompted()
+    optimizer = torch.optim.SGD([model.prompt], lr=0.1)
+    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[seen.extend]):
+        x, y = rows(0)
+        F.cross_entropy(model(model.prompt, x), y).backward()
+        optimizer.step()
+    assert seen[0]["update_rms"] > 0
+    assert seen[0]["valid"]
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # the second forward
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    """The recomputation in the backward is no forward. Reentrant checkpoints hide the graph: rows of nulls."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, active):
+            super().__init__()
+            self.stem = nn.Linear(8, 8)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.Tanh()) for _ in range(3))
+            self.active = active
+
+        def forward(self, x):
+            x = self.stem(x)
+            for i, block in enumerate(self.blocks):
+                x = checkpoint(block, x, use_reentrant=reentrant) if self.active and i < 2 else block(x)
+            return x[:, :3]
+
+    seen = {}
+    for active in (False, True):
+        torch.manual_seed(0)
+        model = Checkpointed(active)
+        optimizer = sgd(model)
+        seen[active] = []
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[seen[active].extend]):
+            train(model, optimizer, 2)
+    for plain, saved in zip(seen[False], seen[True], strict=True):
+        hidden = reentrant and saved["layer"] < 2
+        assert saved["valid"] is not hidden
+        assert saved["count"] == (0 if hidden else 16 * 8)
+        if not hidden:
+            assert all(saved[key] == plain[key] for key in ("angle", "update_rms", "backward_rms", "feature_rms"))
 
 
 # Several forwards in a step

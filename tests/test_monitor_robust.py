@@ -205,23 +205,26 @@ def test_layers_that_are_unused_frozen_or_without_gradient():
     class Sometimes(nn.Module):
         def __init__(self):
             super().__init__()
+            self.backbone = nn.Linear(8, 8)
             self.frozen = nn.Linear(8, 8).requires_grad_(False)
             self.used = nn.Linear(8, 8)
             self.unused = nn.Linear(8, 8)
             self.apart = nn.Linear(8, 8)
 
         def forward(self, x):
+            with torch.no_grad():
+                x = self.backbone(x)
             x = self.used(self.frozen(x))
             self.apart(x)
             return x[:, :3]
 
-    model, optimizer, seen, monitor = watched(layers="frozen|used|unused|apart", model=Sometimes())
+    model, optimizer, seen, monitor = watched(layers="backbone|frozen|used|unused|apart", model=Sometimes())
     train(model, optimizer, 3)
     monitor.close()
-    assert len(seen) == 3 * 4
-    rows_of = {name: [row for row in seen if row["name"] == name] for name in ("frozen", "used", "unused", "apart")}
+    assert len(seen) == 3 * 5
+    rows_of = {name: [row for row in seen if row["name"] == name] for name in monitor.layers}
     assert all(row["valid"] for row in rows_of["used"])
-    for name in ("frozen", "unused"):
+    for name in ("backbone", "frozen", "unused"):
         assert all(row["count"] == 0 and not row["valid"] and math.isnan(row["angle"]) for row in rows_of[name])
     # Ran, and moved, but the loss does not depend on it: the backward vector is zero.
     assert all(row["backward_rms"] == 0 and row["update_rms"] > 0 and not row["valid"] for row in rows_of["apart"])
@@ -270,14 +273,26 @@ def test_evaluation_between_steps_is_not_measured():
     assert {(row["micro_batches"], row["count"]) for row in seen} == {(1, 16 * 16)}
 
 
+def test_a_backward_after_its_step_does_not_count_for_the_next():
+    model, optimizer, seen, monitor = watched()
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        late = F.cross_entropy(model(rows(9)[0]), rows(9)[1])
+        train(model, optimizer, 1)
+        F.cross_entropy(model(rows(1)[0]), rows(1)[1]).backward()
+        late.backward()
+        optimizer.step()
+    monitor.close()
+    assert [row["micro_batches"] for row in seen] == [1] * 6
+
+
 def test_forwards_without_a_backward_hold_no_memory():
     model, _, _, monitor = watched()
     references = []
     original = fastfs.monitor.capture.Visit.__init__
 
-    def spy(self, before, reachable):
-        original(self, before, reachable)
-        references.append(weakref.ref(before))
+    def spy(self, features):
+        original(self, features)
+        references.append(weakref.ref(self.before))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastfs.monitor.capture.Visit, "__init__", spy)

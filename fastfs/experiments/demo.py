@@ -58,7 +58,7 @@ def _text() -> tuple[Iterator[Batch], dict[str, Any]]:
 
 def _digits() -> tuple[Iterator[Batch], dict[str, Any]]:
     inputs, labels = data.digits()
-    return data.minibatches(inputs, labels, batch=128, seed=_SEED), {"digits": len(inputs)}
+    return data.minibatches(inputs, labels, batch=256, seed=_SEED), {"digits": len(inputs)}
 
 
 TASKS = {
@@ -74,9 +74,9 @@ TASKS = {
     "resnet": Task(
         name="resnet",
         title="ReLU ResNet, branch scale 1/sqrt(24), scikit-learn digits, SGD",
-        steps=400,
+        steps=300,
         model=lambda: ResNet(in_features=64, width=128, depth=24, out_features=10),
-        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
         batches=_digits,
         loss=F.cross_entropy,
     ),

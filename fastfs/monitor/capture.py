@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastfs.monitor.layers import Layer
-from fastfs.monitor.replay import ForwardState, accelerators
+from fastfs.monitor.replay import ForwardState
 
 __all__ = ["Capture", "Pass", "Visit"]
 
@@ -54,27 +54,30 @@ class _Hook:
 
 
 class Visit:
-    """One call of a watched layer: its features, and the backward vector once it has come.
+    """One call of a watched layer: shape and copy of its features, and the backward vector once it has come.
 
-    ``reachable`` is whether the output was part of the autograd graph; if it was and no gradient ever comes, the
-    backward vector is zero.
+    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``). If they were inside
+    and no gradient ever comes, the backward vector is zero.
     """
 
-    __slots__ = ("backward", "before", "reachable")
+    __slots__ = ("backward", "before", "shape")
 
-    def __init__(self, before: Tensor, reachable: bool) -> None:
-        self.before = before
-        self.reachable = reachable
+    def __init__(self, features: Tensor) -> None:
+        self.shape = features.shape
+        self.before = features.detach().clone() if features.requires_grad else None
         self.backward: Tensor | None = None
 
 
 class Pass:
     """One forward of the model with gradient: a micro-batch."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState, layers: int) -> None:
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState, layers: int, turn: int
+    ) -> None:
         self.args = args
         self.kwargs = kwargs
         self.state = state
+        self.turn = turn  # which step it is of
         self.visits: list[list[Visit]] = [[] for _ in range(layers)]
         self.has_backward = False
         # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
@@ -106,6 +109,7 @@ class Capture:
         self._passes: list[Pass] = []  # those with a backward
         self._open: Pass | None = None  # the forward that is running
         self._depth = 0
+        self._turn = 0
         self._after: list[list[Tensor]] | None = None  # not None: replaying
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True),
@@ -128,14 +132,17 @@ class Capture:
         self._handles.clear()
 
     def clear(self) -> None:
-        self._passes.clear()
+        """Forget everything captured: the next forward belongs to the next step."""
+        self._passes = []
         self._open = None
         self._depth = 0
+        self._turn += 1
         self.seconds = 0.0
 
     def collect(self) -> list[Pass]:
-        """The passes since the last step that had a backward and whose gradients were not thrown away."""
-        return list(self._passes)
+        """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
+        passes, self._passes = self._passes, []
+        return passes
 
     def replay(self, passed: Pass) -> list[list[Tensor]]:
         """Features of every layer and visit in a second forward on the same inputs, with the parameters of now."""
@@ -157,9 +164,13 @@ class Capture:
             return
         with self._timed():
             self._forget_thrown_away()
-            args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
-            state = ForwardState.take(self._model, accelerators(self._model))
-            self._open = Pass(args, kwargs, state, len(self._layers))
+            args, kwargs = tree_map_only(Tensor, self._copy, (args, kwargs))
+            state = ForwardState.take(self._model)
+            self._open = Pass(args, kwargs, state, len(self._layers), self._turn)
+
+    def _copy(self, argument: Tensor) -> Tensor:
+        """Of an input, since it may be changed in place; but a parameter is meant as it is after the step."""
+        return argument if any(argument is p for p in self._parameters) else argument.detach().clone()
 
     def _leave(self, *_: Any) -> None:
         if self._open is not None and not self.replaying and torch.is_grad_enabled():
@@ -173,20 +184,22 @@ class Capture:
             if self._after is not None:
                 # Copied, like the features before: a following operation may work in place.
                 self._after[layer.index].append(_features(layer.name, module, output).detach().clone())
-            elif self._open is not None and torch.is_grad_enabled():
+            elif self._open is not None:
                 with self._timed():
                     self._visit(self._open, layer.index, _features(layer.name, module, output))
 
         return tap
 
     def _visit(self, passed: Pass, index: int, features: Tensor) -> None:
-        visit = Visit(features.detach().clone(), features.requires_grad)
+        visit = Visit(features)
         passed.visits[index].append(visit)
-        if not features.requires_grad:
+        if visit.before is None:
             return
 
         def receive(gradient: Tensor) -> None:
             with self._timed():
+                if passed.turn != self._turn:  # too late: its step is over
+                    return
                 if not passed.has_backward:
                     passed.has_backward = True
                     self._passes = [*(p for p in self._passes if p.accumulates()), passed]

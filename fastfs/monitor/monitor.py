@@ -197,7 +197,7 @@ class Monitor:
         after = self._capture.replay(passed)
         triples: list[list[Triple]] = []
         for layer, first, second in zip(self._layers, passed.visits, after, strict=True):
-            if [v.before.shape for v in first] != [f.shape for f in second]:
+            if [v.shape for v in first] != [f.shape for f in second]:
                 self._warn(
                     layer.name,
                     f"layer {layer.name!r} ran {len(first)} times in the forward and {len(second)} times in the second "
@@ -206,8 +206,9 @@ class Monitor:
                 )
                 triples.append([])
                 continue
-            known = [(v, f) for v, f in zip(first, second, strict=True) if v.reachable]
-            triples.append([(v.before, f, _backward(v)) for v, f in known])
+            triples.append(
+                [(v.before, f, _backward(v)) for v, f in zip(first, second, strict=True) if v.before is not None]
+            )
         return triples
 
     def _warn(self, kind: str, message: str) -> None:
@@ -220,6 +221,7 @@ class Monitor:
 
 def _backward(visit: Visit) -> Tensor:
     """No gradient came to a feature in the graph: the loss does not depend on it."""
+    assert visit.before is not None
     return torch.zeros_like(visit.before) if visit.backward is None else visit.backward
 
 

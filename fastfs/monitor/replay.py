@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardState", "RandomState", "accelerators"]
-
-
-def accelerators(model: nn.Module) -> tuple[torch.device, ...]:
-    """The devices besides the CPU that hold parameters or buffers of the model."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return tuple(dict.fromkeys(t.device for t in tensors if t.device.type not in ("cpu", "meta")))
+__all__ = ["ForwardState", "RandomState"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +29,7 @@ class RandomState:
     numpy: Any
 
     @classmethod
-    def take(cls, devices: Sequence[torch.device]) -> RandomState:
+    def take(cls, devices: Iterable[torch.device]) -> RandomState:
         numpy = sys.modules.get("numpy")
         return cls(
             cpu=torch.get_rng_state(),
@@ -63,12 +57,14 @@ class ForwardState:
     buffers: list[tuple[nn.Module, str, Tensor]]
 
     @classmethod
-    def take(cls, model: nn.Module, devices: Sequence[torch.device]) -> ForwardState:
+    def take(cls, model: nn.Module) -> ForwardState:
         """The state now. Buffers are copied; a buffer that several modules share, once."""
+        modules = list(model.modules())
+        devices = _accelerators(modules)
         kinds = dict.fromkeys(["cpu", *(device.type for device in devices)])
         copies: dict[int, Tensor] = {}
         buffers: list[tuple[nn.Module, str, Tensor]] = []
-        for module in model.modules():
+        for module in modules:
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     if id(buffer) not in copies:
@@ -77,7 +73,7 @@ class ForwardState:
         return cls(
             randomness=RandomState.take(devices),
             autocast={kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds},
-            training=[(module, module.training) for module in model.modules()],
+            training=[(module, module.training) for module in modules],
             buffers=buffers,
         )
 
@@ -88,7 +84,7 @@ class ForwardState:
         Outside nothing has changed afterwards, also if the block raises. The copies of the buffers are used up: the
         state can be applied once. Autocast's cache of casted weights is off inside, since it may hold old weights.
         """
-        now = RandomState.take(tuple(self.randomness.devices))
+        now = RandomState.take(self.randomness.devices)
         modes = [(module, module.training) for module, mode in self.training if module.training != mode]
         originals = [(module, name, module._buffers.get(name)) for module, name, _ in self.buffers]
         with ExitStack() as stack:
@@ -109,3 +105,12 @@ class ForwardState:
                 options: dict[str, Any] = {"dtype": dtype} if enabled else {}
                 stack.enter_context(torch.autocast(kind, enabled=enabled, cache_enabled=False, **options))
             yield
+
+
+def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:
+    """The devices besides the CPU that hold parameters or buffers."""
+    found: dict[torch.device, None] = {}
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            found.update((t.device, None) for t in tensors.values() if t is not None)
+    return [device for device in found if device.type not in ("cpu", "meta")]

@@ -105,8 +105,15 @@ def as_sink(target: Any) -> Sink:
     raise TypeError(f"sink: expected a path, a function or an object with open, write and close, got {target!r}")
 
 
+_ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
 def _line(record: Mapping[str, Any]) -> bytes:
-    return json.dumps(_finite(record), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    try:
+        text = _ENCODE(record)
+    except ValueError:  # not finite
+        text = _ENCODE(_finite(record))
+    return text.encode() + b"\n"
 
 
 def _finite(value: Any) -> Any:

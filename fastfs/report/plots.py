@@ -153,9 +153,10 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
         lines.set_yscale("log")
     if plot.column == "angle":
         lines.axhline(math.pi / 2, color="0.35", linestyle="--", linewidth=1)
+        lines.margins(y=0.08)
         lines.annotate(
             "pi/2: move unrelated to the loss", (1, math.pi / 2), xycoords=("axes fraction", "data"),
-            xytext=(-4, -3), textcoords="offset points", ha="right", va="top", color="0.35", fontsize=8,
+            xytext=(-4, 3), textcoords="offset points", ha="right", va="bottom", color="0.35", fontsize=8,
         )  # fmt: skip
     if len(names) <= _MOST_LEGEND:
         lines.legend(fontsize=8, framealpha=0.85)
