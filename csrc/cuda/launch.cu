@@ -62,16 +62,24 @@ void launch(const std::vector<Layer>& layers, double* out, void* partials, uint3
   }
   if (std::none_of(present, present + Kind::kKinds, [](bool p) { return p; })) return;
   const DeviceGuard guard(device);
-  const Job job{layers, kinds, out, static_cast<double*>(partials), tickets, multiprocessors(device),
-                large_parameters(), stream};
+  const Job job{
+      layers, kinds, out, static_cast<double*>(partials), tickets, multiprocessors(device), large_parameters(), stream};
   for (int k = 0; k < Kind::kKinds; ++k) {
     if (!present[k]) continue;
     const Kind kind = Kind::at(k);
     switch (kind.first) {
-      case DType::f16: submit<Sums, F16>(job, kind); break;
-      case DType::bf16: submit<Sums, BF16>(job, kind); break;
-      case DType::f32: submit<Sums, F32>(job, kind); break;
-      case DType::f64: submit<Sums, F64>(job, kind); break;
+      case DType::f16:
+        submit<Sums, F16>(job, kind);
+        break;
+      case DType::bf16:
+        submit<Sums, BF16>(job, kind);
+        break;
+      case DType::f32:
+        submit<Sums, F32>(job, kind);
+        break;
+      case DType::f64:
+        submit<Sums, F64>(job, kind);
+        break;
     }
   }
 }

@@ -20,13 +20,13 @@ struct Workspace {
 template <class Sums>
 Workspace workspace(const std::vector<Layer>& layers);
 
-// Writes Sums::kSums + 2 doubles (sums, nonfinite, count) per segment to `out`, segments of all layers in order. All pointers are
-// device memory of `device`; work is queued on `stream` (a cudaStream_t) without synchronising. The calling thread's current device is
-// kept. Throws std::runtime_error with CUDA's own text when a launch is refused.
+// Writes Sums::kSums + 2 doubles (sums, nonfinite, count) per segment to `out`, segments of all layers in order. All
+// pointers are device memory of `device`; work is queued on `stream` (a cudaStream_t) without synchronising. The
+// calling thread's current device is kept. Throws std::runtime_error with CUDA's own text when a launch is refused.
 template <class Sums>
 void launch(const std::vector<Layer>& layers, double* out, void* partials, uint32_t* tickets, int device, void* stream);
 
-// Reads every byte of the inputs as fast as the device can (benchmarks: the ceiling). One double per launch goes to `sink`.
+// Reads every byte of the inputs as fast as the device can (benchmarks: the ceiling). One double goes to `sink`.
 void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream);
 
 // Architectures compiled in, as "80,90,100,120+PTX"; runtime and driver versions as CUDA numbers them (driver 0: none).

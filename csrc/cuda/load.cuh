@@ -1,12 +1,14 @@
-// Reading the inputs of a chunk, a run of eight consecutive elements at a time (four of double), whatever their alignment and strides.
-// Which thread takes which element depends on neither; an element beyond the end reads as zero, and adds nothing to any sum.
+// Reading the inputs of a chunk, a run of eight consecutive elements at a time (four of double), whatever their
+// alignment and strides. Which thread takes which element depends on neither; an element beyond the end reads as zero,
+// and adds nothing to any sum.
 #pragma once
 
 #include "table.cuh"
 
 namespace fastfs::cuda {
 
-// The dtype of the last input when it is known at run time alone: f16, bf16 or f32 (f64 too in single elements).
+// The dtype of the last input when it is known at run time alone: f16, bf16 or f32; f64 in single elements, with first
+// inputs of another dtype.
 struct Any {};
 
 template <class T>
@@ -77,10 +79,14 @@ __device__ __forceinline__ double element_at(const char* p, DType any) {
     return __ldg(reinterpret_cast<const double*>(p));
   } else {
     switch (any) {
-      case DType::f16: return element_at<F16>(p, any);
-      case DType::bf16: return element_at<BF16>(p, any);
-      case DType::f32: return element_at<F32>(p, any);
-      default: return element_at<F64>(p, any);
+      case DType::f16:
+        return element_at<F16>(p, any);
+      case DType::bf16:
+        return element_at<BF16>(p, any);
+      case DType::f32:
+        return element_at<F32>(p, any);
+      default:
+        return element_at<F64>(p, any);
     }
   }
 }
@@ -164,8 +170,8 @@ __device__ __forceinline__ void push_element(const char* p, bool valid, uint32_t
   }
 }
 
-// The ways to read a run of E elements of one input, with the dtype known now or at run time. Of Any, a 16-bit dtype fills the first
-// half of the words until widen() spreads it.
+// The ways to read a run of E elements of one input, with the dtype known now or at run time. Of Any, a 16-bit dtype
+// fills the first half of the words until widen() spreads it.
 template <class T, int E>
 struct Reader {
   static constexpr int kWords = kWordsOf<T, E>, kSize = Storage<T>::kSize;
@@ -256,9 +262,7 @@ struct DenseSource {
 #pragma unroll
     for (int j = 0; j < kInputs; ++j) p[j] = table.entry[item.entry].data[j] + item.begin * size(j);
   }
-  __device__ __forceinline__ int size(int j) const {
-    return j == kInputs - 1 ? size_of<L>(any) : Storage<F>::kSize;
-  }
+  __device__ __forceinline__ int size(int j) const { return j == kInputs - 1 ? size_of<L>(any) : Storage<F>::kSize; }
   __device__ __forceinline__ bool wide() const {
     bool all = true;
 #pragma unroll
@@ -293,7 +297,8 @@ struct DenseSource {
   }
 };
 
-// The inputs of a chunk whose layer has gaps or another order: coordinates by division, once for a run within the last dimension.
+// The inputs of a chunk whose layer has gaps or another order: coordinates by division, once for a run that lies within
+// the last dimension.
 template <class Sums, class F, class L, class Table>
 struct StridedSource {
   static constexpr int kInputs = Sums::kInputs, E = kRun<F>;
@@ -304,9 +309,7 @@ struct StridedSource {
 
   __device__ __forceinline__ StridedSource(const Table& t, const Item& i)
       : table(t), item(i), any(t.launch.last), count(i.count) {}
-  __device__ __forceinline__ int size(int j) const {
-    return j == kInputs - 1 ? size_of<L>(any) : Storage<F>::kSize;
-  }
+  __device__ __forceinline__ int size(int j) const { return j == kInputs - 1 ? size_of<L>(any) : Storage<F>::kSize; }
   __device__ __forceinline__ bool wide() const { return false; }
   __device__ __forceinline__ void load(int, Run<Sums, F, L>&) const {}
 
@@ -320,9 +323,8 @@ struct StridedSource {
 #pragma unroll 1
     for (int d = table.dims(e) - 1; d >= 0; --d) {
       const int64_t extent = table.shape(e, d);
-      const int64_t quotient = (rest | extent) >> 32 == 0
-                                   ? static_cast<uint32_t>(rest) / static_cast<uint32_t>(extent)
-                                   : rest / extent;
+      const int64_t quotient =
+          (rest | extent) >> 32 == 0 ? static_cast<uint32_t>(rest) / static_cast<uint32_t>(extent) : rest / extent;
       const int64_t index = rest - quotient * extent;
       if (d == table.dims(e) - 1) run = extent - index;
 #pragma unroll

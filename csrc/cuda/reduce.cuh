@@ -1,4 +1,5 @@
-// Sums over the threads of a warp, and the last-block finish over the chunks of a segment. Every order is fixed by index.
+// Sums over the threads of a warp, and the last-block finish over the chunks of a segment, all in the order of the
+// index.
 #pragma once
 
 #include "table.cuh"
@@ -28,8 +29,8 @@ __device__ __forceinline__ double warp_sums(double (&v)[N], int lane) {
   return v[0];
 }
 
-// Sums `count` partial results of N values, `step` partials apart, in index order: lane l returns the total of value l % N.
-// Lane l adds partials l / N, l / N + 32 / N, ... and then the 32 / N lanes of a value are added pairwise.
+// Sums `count` partial results of N values, `step` partials apart, in index order: lane l returns the total of value
+// l % N. Lane l adds partials l / N, l / N + 32 / N, ... and then the 32 / N lanes of a value are added pairwise.
 template <int N>
 __device__ __forceinline__ double sum_partials(const double* partials, int64_t count, int64_t step, int lane) {
   double v = 0.0;
@@ -47,25 +48,27 @@ __device__ __forceinline__ void write_row(double* row, double value, int64_t cou
   if (lane == N) row[N] = static_cast<double>(count);
 }
 
-// Counts this warp in at a ticket that `expected` warps take; true (in every lane) for the last one, which then sees what the
-// others had written before. The ticket wraps to zero, ready for the next launch.
+// Counts this warp in at a ticket that `expected` warps take; true (in every lane) for the last one, which then sees
+// what the others had written before. The ticket wraps to zero, ready for the next launch.
 __device__ __forceinline__ bool arrive_last(uint32_t* ticket, int64_t expected, int lane) {
   const unsigned last = static_cast<unsigned>(expected - 1);
+  unsigned before = 0;
   __threadfence();
   __syncwarp();
-  unsigned before = 0;
-  if (lane == 0) before = atomicInc(ticket, last);
-  before = __shfl_sync(kFullWarp, before, 0);
-  __threadfence();
-  return before == last;
+  if (lane == 0) {
+    before = atomicInc(ticket, last);
+    __threadfence();
+  }
+  __syncwarp();
+  return __shfl_sync(kFullWarp, before, 0) == last;
 }
 
 // Takes the sums of one chunk (lane l of the calling warp holds value l % N) to the result.
 //
-//   chunk     0 1 2 ... 63 | 64 65 ... 127 | 128 ... 140      partials[first + chunk], written by the block of the chunk
-//   group     0            | 1             | 2                the last block of a group sums its partials in index order
-//                                                             into the slot of the group's first chunk
-//   segment   row of sums                                     the last group of a segment sums the groups' slots likewise
+//   chunk     0 1 2 ... 63 | 64 ... 127 | 128 ... 140    partials[first + chunk], written by the block of the chunk
+//   group     0            | 1          | 2              the last block of a group sums its partials in index order
+//                                                        into the slot of the group's first chunk
+//   segment   row of sums                                the last group of a segment sums those slots likewise
 //
 // Tickets: of a group at the item of its first chunk, of the segment at the item of its second chunk.
 template <int N>

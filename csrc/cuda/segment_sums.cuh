@@ -1,22 +1,22 @@
 // The kernel behind feature_stats and update_stats: every sum of every layer in one pass, in one launch.
 //
-// Block mode (a segment is a layer, or a row of more than kChunk elements). A chunk of kChunk elements is the work of one block of
-// kThreads threads; blocks take items blockIdx.x, blockIdx.x + gridDim.x, ...
+// Block mode (a segment is a layer, or a row of more than kChunk elements). A chunk of kChunk elements is the work of
+// one block of kThreads threads; blocks take items blockIdx.x, blockIdx.x + gridDim.x, ...
 //
-//   segment    |<------------------------------- width ------------------------------->|
-//   chunk      |  0 (8192 elements)  |  1                  |  2                  |  3  |
-//   tile       |  0  |  1  |  2  | 3 |                          2048 elements = 256 threads x 8 (double: 1024 = 256 x 4)
-//   thread     |0|1|2| ... |255|                                8 consecutive elements: one 16-byte load of every input for
-//                                                               16-bit dtypes, two for float; 4 elements and two loads for double
+//   segment   |<---------------------------- width ---------------------------->|
+//   chunk     |  0 (8192 elements)   |  1                   |  2           ...  |
+//   tile      |  0  |  1  |  2  |  3 |    2048 elements = 256 threads x 8 (double: 1024 = 256 x 4)
+//   thread    |0|1|2| ... |255|           8 consecutive elements: one 16-byte load of every input
+//                                         for 16-bit dtypes, two for float (double: 4 elements, two loads)
 //
-// Row mode (per_row, rows of at most kChunk elements): a row is the work of one warp, a tile 32 x 8 elements, and a block takes
-// kWarps rows at once without a barrier. Rows are many and short, so there is parallelism without cutting
+// Row mode (per_row, rows of at most kChunk elements): a row is the work of one warp, a tile 32 x 8 elements, and a
+// block takes kWarps rows at once without a barrier. Rows are many and short, so there is parallelism without cutting
 // them, and the sums of a row come straight out of the warp.
 //
-// The sums of a thread live in double. What enters them are chains: float sums over at most kChain elements (two tiles of a 16-bit
-// dtype, whose loads are all under way before the first is used; one tile of float). With double inputs there are no chains.
-// A chunk whose float sums left the range of float, or met NaN or Inf, is done again element by element in double, counting
-// the non-finite entries; see needs_double().
+// The sums of a thread live in double. What enters them are chains: float sums over at most kChain elements (two tiles
+// of a 16-bit dtype, whose loads are all under way before the first is used; one tile of float). With double inputs
+// there are no chains. A chunk whose float sums left the range of float in a warp, or met NaN or Inf, is done again
+// element by element in double, counting the non-finite entries; see needs_double().
 //
 // From the threads to the result, always in the order of the index (reduce.cuh):
 //   thread -> warp (exchanges) -> block (shared memory) -> chunk, in memory -> group of 64 chunks -> segment
@@ -49,7 +49,7 @@ __device__ __forceinline__ void clear_sums(double (&sums)[N]) {
   for (int k = 0; k < N; ++k) sums[k] = 0.0;
 }
 
-// One chain: the sums in V over kTiles runs. In double there is no chain, the terms go to the sums of the thread themselves.
+// One chain: the sums in V over kTiles runs. In double there is none, the terms go to the thread's sums themselves.
 template <class Sums, class F, class L, int N>
 struct Chain {
   using V = typename compute<F>::type;
@@ -127,7 +127,7 @@ __device__ __forceinline__ void sum_chunk_double(const Source& source, int rank,
   }
 }
 
-// Hides from the compiler that a value is what it was: what is computed from it again is not kept in registers meanwhile.
+// Hides from the compiler that a value is what it was: what is computed from it again is not kept in registers.
 __device__ __forceinline__ int64_t forget(int64_t value) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(value));

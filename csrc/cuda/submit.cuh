@@ -24,7 +24,7 @@ struct Kind {
   }
 };
 
-// Rows of at most a chunk are summed by a warp each; a single short segment by a block all the same, which is sooner done.
+// Rows of at most a chunk are summed by a warp each; a single short segment by a block all the same, which is faster.
 inline Kind kind_of(const Layer& layer, int inputs) {
   bool strided = false;
   for (int j = 0; j < inputs; ++j) strided = strided || !layer.contiguous[j];
@@ -82,15 +82,19 @@ void submit_tables(const Job& job, Kind kind) {
   flush();
 }
 
-// Launches the layers of one kind whose first dtype is F. To keep the build short, only inputs of one dtype have a kernel for large
-// tables, and double with another last dtype is left to the kernel for strides.
+// Launches the layers of one kind whose first dtype is F. To keep the build short, only inputs of one dtype have a
+// kernel for large tables, and double with another last dtype is left to the kernel for strides.
 template <class Sums, class F>
 void submit(const Job& job, Kind kind) {
   using Small = DenseTable<Sums::kInputs, kSmallTable>;
   using Large = DenseTable<Sums::kInputs, kLargeTable>;
   const bool mixed = kind.first != kind.last;
   if (kind.strided || (mixed && same_dtype<F, F64>::value)) {
-    return submit_tables<Sums, F, Any, StridedTable<Sums::kInputs, kSmallTable>>(job, kind);
+    using Strided = StridedTable<Sums::kInputs, kSmallTable>;
+    if constexpr (same_dtype<F, F64>::value) {  // Any is no double
+      if (!mixed) return submit_tables<Sums, F, F, Strided>(job, kind);
+    }
+    return submit_tables<Sums, F, Any, Strided>(job, kind);
   }
   if constexpr (!same_dtype<F, F64>::value) {
     if (mixed) return submit_tables<Sums, F, Any, Small>(job, kind);

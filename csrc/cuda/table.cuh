@@ -64,7 +64,7 @@ struct DenseTable {
   }
 };
 
-// Layers of any strides, contiguous inputs (one dimension here) among them. An entry has as many words as its dimensions need:
+// Layers of any strides, contiguous inputs among them. An entry has as many words as its dimensions need:
 //   data[kInputs], width, first_row, contiguous bits, dims, shape[dims], stride[kInputs][dims]
 template <int kInputs, int kBytes>
 struct StridedTable {
@@ -83,9 +83,7 @@ struct StridedTable {
   FASTFS_HD bool contiguous(int e, int j) const { return word[at[e] + kInputs + 2] >> j & 1; }
   FASTFS_HD int dims(int e) const { return static_cast<int>(word[at[e] + kInputs + 3]); }
   FASTFS_HD int64_t shape(int e, int d) const { return word[at[e] + kInputs + 4 + d]; }
-  FASTFS_HD int64_t stride(int e, int j, int d) const {
-    return word[at[e] + kInputs + 4 + (j + 1) * dims(e) + d];
-  }
+  FASTFS_HD int64_t stride(int e, int j, int d) const { return word[at[e] + kInputs + 4 + (j + 1) * dims(e) + d]; }
 
   void clear() { launch.entries = 0; }
   bool add(const Layer& layer, int64_t item, int64_t row) {

@@ -1,7 +1,9 @@
-// Runs cases through the real launchers and kernels: driver CASES RESULTS. Both files are written and read by harness.py.
+// Runs cases through the real launchers and kernels: driver CASES RESULTS. Both files are written and read by
+// harness.py.
 //
-// A case:    op (0 feature_stats, 1 update_stats, 2 stream_read), multiprocessors, large parameters, repeats, layers; then per layer
-//            first, last, segments, width, dims, shape[dims]; then per input contiguous, stride[dims], misalignment, bytes, data
+// A case:    op (0 feature_stats, 1 update_stats, 2 stream_read), multiprocessors, large parameters, repeats, layers;
+//            per layer first, last, segments, width, dims, shape[dims];
+//            per input contiguous, stride[dims], misalignment, bytes, data
 // A result:  launches, tickets that are not zero, doubles; doubles
 // All numbers are int64. Every buffer has its exact size, so that a sanitizer sees a read beyond it.
 #include <algorithm>
@@ -12,13 +14,13 @@
 
 #include "shim.h"
 
-namespace {  // internal linkage: the address sanitizer guards only such shared arrays
+namespace {                    // internal linkage: the address sanitizer guards only such shared arrays
 #if defined(DRIVER_BF16_ONLY)  // a quick build: feature_stats of bfloat16 features
 #include "submit.cuh"
-#define DRIVER_LEAVE_OUT(S, F)                                               \
-  template <>                                                                \
-  void fastfs::cuda::submit<fastfs::S, fastfs::F>(const Job&, Kind) {        \
-    throw std::runtime_error("left out of this build");                      \
+#define DRIVER_LEAVE_OUT(S, F)                                        \
+  template <>                                                         \
+  void fastfs::cuda::submit<fastfs::S, fastfs::F>(const Job&, Kind) { \
+    throw std::runtime_error("left out of this build");               \
   }
 DRIVER_LEAVE_OUT(FeatureSums, F16)
 DRIVER_LEAVE_OUT(FeatureSums, F32)

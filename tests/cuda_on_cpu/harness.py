@@ -22,11 +22,11 @@ FLAGS = "-std=c++17 -w -fno-strict-aliasing -ffp-contract=off -pthread -DFASTFS_
 BUILDS = {
     "plain": (["-O1"], []),
     "asan": (
-        "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -DSHIM_SHARED_STATIC".split(),
+        "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DSHIM_SHARED_STATIC -DFASTFS_SHIM_THREADS=64".split(),
         ["-DSHIM_ASAN", "-DSHIM_SHARED_STATIC"],
     ),
     # The thread sanitizer tells about 255 contexts apart: blocks of 64 threads, see README.md.
-    "tsan": ("-O1 -g -fsanitize=thread -DSHIM_TSAN -DFASTFS_SHIM_THREADS=64".split(), ["-DSHIM_TSAN"]),
+    "tsan": ("-O1 -fsanitize=thread -DSHIM_TSAN -DFASTFS_SHIM_THREADS=64".split(), ["-DSHIM_TSAN"]),
 }
 BF16_ONLY = "-DDRIVER_BF16_ONLY"
 
@@ -108,8 +108,8 @@ def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) 
     environment = dict(
         os.environ,
         SHIM_SEED=str(seed),
-        TSAN_OPTIONS="halt_on_error=1:exitcode=66",
-        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0",
+        TSAN_OPTIONS="halt_on_error=1:exitcode=66:symbolize=0",
+        ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:symbolize=0",
     )
     done = subprocess.run(
         [str(program), str(given), str(found)], capture_output=True, text=True, check=False, env=environment

@@ -1,4 +1,5 @@
-// csrc/cuda/runtime.h for the host: the same calls, with the multiprocessors and the parameter size that a test asks for.
+// csrc/cuda/runtime.h for the host: the same calls, with the multiprocessors and the parameter size that a test asks
+// for.
 #pragma once
 
 #include "shim.h"
