@@ -1,4 +1,4 @@
-"""The sums of `fastfs.feature_stats` as one writes them without fastfs: by hand in eager torch, and under torch.compile.
+"""The sums of `fastfs.feature_stats` as one writes them without fastfs: in eager torch, and under torch.compile.
 
 All return a (L, 8) tensor: the seven sums of FeatureStats in its order, and the count of non-finite entries.
 """
@@ -55,7 +55,7 @@ def compiled(before: Layers) -> Callable[[Layers, Layers, Layers], Tensor]:
 
 
 def by_hand(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Eager torch as an expert writes it: float32 once, dot products (which make no temporaries) wherever one serves."""
+    """Eager torch as an expert writes it: float32 once, dot products (no temporaries) wherever one serves."""
     rows = []
     for old, new, bw in zip(before, after, backward, strict=True):
         f, g, b = old.reshape(-1).float(), new.reshape(-1).float(), bw.reshape(-1).float()
@@ -95,9 +95,6 @@ def by_hand_foreach(before: Layers, after: Layers, backward: Layers) -> Tensor:
             (torch.dot(p, p) + torch.dot(q, q)) * _rounding_factor(old.dtype)
             for p, q, old in zip(map(_exponent_part, f), map(_exponent_part, g), before, strict=True)
         ],
-        [
-            sum((~x.isfinite()).sum() for x in layer).float()
-            for layer in zip(before, after, backward, strict=True)
-        ],
+        [sum((~x.isfinite()).sum() for x in layer).float() for layer in zip(before, after, backward, strict=True)],
     ]
     return torch.stack([torch.stack(list(column)) for column in sums], dim=1)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.feature_stats [--device cuda] [--json FILE] [--quick]
 
-Bandwidth counts the bytes of the three inputs, read once. The ceiling is a streaming read of the same tensors in the same
-run. Every contestant's sums are checked against float64 before it is timed; the error is relative to the sum of the
-absolute terms.
+Bandwidth counts the bytes of the three inputs, read once. The ceiling is a streaming read of the same tensors in the
+same run. Every contestant's sums are checked against float64 before it is timed; the error is relative to the sum of
+the absolute terms.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the benchmarks share: side-by-side timing, the environment, tables and result files.
 
-Contestants take turns inside each round, so a machine that slows down slows them all; what is reported is the median over
-rounds, and ratios are medians of the ratios within a round.
+Contestants take turns inside each round, so a machine that slows down slows them all; what is reported is the median
+over rounds, and ratios are medians of the ratios within a round.
 """
 
 from __future__ import annotations
