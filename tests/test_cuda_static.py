@@ -19,8 +19,8 @@ FILES = ("segment_sums_f16", "segment_sums_bf16", "segment_sums_f32", "segment_s
 ARCHITECTURES = {"80": "80", "90": "80", "120": "100"}
 THREADS, REGISTER_FILE = 256, 65536
 ARITHMETIC = ("FFMA", "FMUL", "DFMA", "DMUL")
-# Of every dtype: same dtypes with a small and a large table, another last dtype (not for f64), any strides (two for f64);
-# times two measurements; and the streaming read with two tables.
+# Of every dtype: equal dtypes with a small and a large table, another last dtype (not for f64), any strides (two for
+# f64); times two measurements; and the streaming read with two tables.
 KERNELS = {"segment_sums_f64": 8, "launch": 2} | {f"segment_sums_{d}": 8 for d in ("f16", "bf16", "f32")}
 
 
@@ -99,7 +99,8 @@ def test_no_spills_and_bounded_registers(
 
 def sass(cubin: Path) -> dict[str, list[str]]:
     """Opcodes of every kernel, in order."""
-    assert CUOBJDUMP is not None and NVDISASM is not None
+    assert CUOBJDUMP is not None
+    assert NVDISASM is not None
     path = os.pathsep.join([str(Path(NVDISASM).parent), os.environ.get("PATH", "")])
     command = [CUOBJDUMP, "-sass", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ, PATH=path)).stdout
@@ -130,8 +131,8 @@ def test_wide_loads_and_no_local_memory(
         assert len(wide) >= inputs, f"{symbol}: {len(wide)} wide loads"
         assert any(op.startswith("ATOMG") and "INC" in op for op in counts), symbol
         if "DenseTable" in symbol:
-            # The fast loop comes first, with two wide loads of every input (three here of a wider last one). All but one are
-            # under way before the first arithmetic; on sm_120, with its lower bandwidth, those of one tile.
+            # The fast loop comes first, with two wide loads of every input. All but one are under way before the first
+            # arithmetic; on sm_120, with its lower bandwidth, at least those of one tile.
             wanted = inputs if architecture == "120" else 2 * inputs - 1
             arithmetic = (i for i, op in enumerate(opcodes) if i > wide[0] and op.startswith(ARITHMETIC))
             ahead = bisect.bisect(wide, next(arithmetic))

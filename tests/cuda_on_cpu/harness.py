@@ -22,7 +22,10 @@ FLAGS = "-std=c++17 -w -fno-strict-aliasing -ffp-contract=off -pthread -DFASTFS_
 BUILDS = {
     "plain": (["-O1"], []),
     "asan": (
-        "-O1 -fsanitize=address,undefined -fno-sanitize-recover=all -DSHIM_SHARED_STATIC -DFASTFS_SHIM_THREADS=64".split(),
+        [
+            *("-O1", "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"),
+            *("-DSHIM_SHARED_STATIC", "-DFASTFS_SHIM_THREADS=64"),
+        ],
         ["-DSHIM_ASAN", "-DSHIM_SHARED_STATIC"],
     ),
     # The thread sanitizer tells about 255 contexts apart: blocks of 64 threads, see README.md.

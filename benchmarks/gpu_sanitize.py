@@ -1,0 +1,44 @@
+"""Small calls of every CUDA kernel, for compute-sanitizer: dtypes, tails, misaligned and strided inputs, rows, NaN."""
+
+import itertools
+import math
+
+import torch
+
+from fastfs import feature_stats, update_stats
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def main() -> None:
+    """Runs the calls and checks them roughly; the sanitizer does the rest."""
+    torch.manual_seed(0)
+    for dtype, last in itertools.product(DTYPES, DTYPES):
+        for size in (1, 9, 8193, 66 * 8192 + 5):
+            if size > 10_000 and dtype != last:
+                continue
+            f, g, b = (torch.randn(size + 3, device="cuda").to(d) for d in (dtype, dtype, last))
+            check(f[3:], g[:-3], b[1:-2])
+            check(f[:-3], g[:-3], b[:-3])
+        f, g, b = (torch.randn(37, 130, device="cuda").to(d) for d in (dtype, dtype, last))
+        check(f[:, :99], g[:, 1:100], b[:, 31:])
+        check(f.t(), g.t(), b.t())
+        stats = feature_stats(f, g, b, per_row=True)
+        assert stats.sums.isfinite().all()
+        g[0, 0] = math.nan
+        assert feature_stats(f, g, b).nonfinite.item() == 1
+    many = [torch.randn(1 + i, device="cuda") for i in range(200)]
+    assert feature_stats(many, many, many).sums[:, 1].eq(0).all()
+    torch.cuda.synchronize()
+    print("all calls done")
+
+
+def check(f: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> None:
+    """One layer against torch in double."""
+    expected = ((g.double() - f.double()) * b.double()).abs().sum()
+    torch.testing.assert_close(feature_stats(f, g, b).sums[5], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(update_stats(f, b).sums[1], b.double().square().sum(), rtol=1e-5, atol=0)
+
+
+if __name__ == "__main__":
+    main()
