@@ -39,6 +39,7 @@ def demo(
     ] = None,
     model: Annotated[DemoModel, typer.Option(help="What to train.")] = DemoModel.all,
     every: Annotated[int, typer.Option(min=1, help="Measure every this many steps.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; one is steady on a busy machine.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for record.jsonl, plots and summary.json.")] = Path("runs/demo"),
 ) -> None:
     """Train a small transformer and a ResNet with the monitor on; show angles, speeds, pictures and what it costs."""
@@ -51,7 +52,7 @@ def demo(
         raise typer.Exit(1) from error
     names = list(experiment.TASKS) if model is DemoModel.all else [model.value]
     try:
-        summary = experiment.run_demo(names, steps, every, out)
+        summary = experiment.run_demo(names, steps, every, out, threads=threads)
     except (experiment.OutputError, ImportError, OSError) as error:
         typer.echo(f"fastfs demo: {error}", err=True)
         raise typer.Exit(1) from error

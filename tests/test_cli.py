@@ -25,7 +25,7 @@ def test_help_lists_the_commands():
     assert "doctor" in output
     code, output = run("demo", "--help")
     assert code == 0
-    for option in ("--steps", "--model", "--every", "--out"):
+    for option in ("--steps", "--model", "--every", "--threads", "--out"):
         assert option in output
 
 
@@ -44,6 +44,7 @@ def test_demo_writes_where_it_is_told_to(tmp_path):
         (("--steps", "0"), "--steps"),
         (("--steps", "many"), "--steps"),
         (("--every", "-1"), "--every"),
+        (("--threads", "0"), "--threads"),
         (("--model", "gpt"), "--model"),
     ],
 )

@@ -81,6 +81,7 @@ def small(monkeypatch):
 
 
 def test_both_models_end_to_end(tmp_path, small):
+    threads = torch.get_num_threads()
     out, printed = tmp_path / "new" / "demo", io.StringIO()
     summary = run_demo(list(TASKS), steps=12, every=5, out=out, console=Console(file=printed, width=100))
     assert summary == json.loads((out / "summary.json").read_text())
@@ -100,6 +101,7 @@ def test_both_models_end_to_end(tmp_path, small):
         assert all((out / file).exists() for file in task["files"])
         assert len(task["files"]) == 4
     assert read_header(out / "transformer" / "record.jsonl")["metadata"]["bytes"] == 4_000_000
+    assert torch.get_num_threads() == threads
     text = printed.getvalue()
     for expected in ("angle (rad)", "blocks.1", "bitwise equal", "a measured step takes", "What the numbers mean"):
         assert expected in text

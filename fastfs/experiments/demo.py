@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -114,7 +115,7 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
     """Train twice, step by step side by side, with and without the monitor; write record and pictures.
 
     Both trainings start from the same parameters and see the same batches and the same random numbers. Which goes
-    first alternates, so that neither gains from a warm cache.
+    first is drawn for every step, so that neither gains from a warm cache.
 
     Returns:
         The task's part of ``summary.json``.
@@ -129,6 +130,7 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
     batches, about = task.batches()
     plain, watched = _Run.start(task), _Run.start(task)
     equal_randomness = True
+    order = random.Random(_SEED)
     with (
         Monitor(
             watched.model,
@@ -141,11 +143,11 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
         _progress(console) as progress,
     ):
         bar = progress.add_task(task.name, total=steps, loss=float("nan"))
-        for step in range(steps):
+        for _ in range(steps):
             batch = next(batches)
             before = torch.get_rng_state()
             after: list[Tensor] = []
-            for run in (plain, watched) if step % 2 else (watched, plain):
+            for run in (plain, watched) if order.random() < 0.5 else (watched, plain):
                 torch.set_rng_state(before)
                 run.step(task, batch, monitor if run is watched else None)
                 after.append(torch.get_rng_state())
@@ -175,7 +177,8 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
 def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str, float]:
     """Ratios of median step times, watched to plain, over the same steps.
 
-    ``total`` is what the monitor adds at this ``every``, ``total_at_100`` what it would at 100.
+    ``total`` is what the monitor adds at this ``every``, ``total_at_100`` what it would at 100. ``noise_ratio`` is
+    of plain steps to plain steps (even to odd ones): the other ratios are known no better than it is near 1.
     """
     measured = statistics.median(watched[::every]) / statistics.median(plain[::every])
     idle = 1.0
@@ -184,6 +187,7 @@ def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str,
         idle = statistics.median(watched[i] for i in others) / statistics.median(plain[i] for i in others)
     return {
         "plain_step_seconds": statistics.median(plain),
+        "noise_ratio": statistics.median(plain[::2]) / statistics.median(plain[1::2] or plain),
         "measured_step_ratio": measured,
         "other_step_ratio": idle,
         "total": (measured + (every - 1) * idle) / every - 1.0,
@@ -205,7 +209,13 @@ def _layer_table(table: pandas.DataFrame) -> list[dict[str, Any]]:
 
 
 def run_demo(
-    models: list[str], steps: int | None, every: int, out: Path, console: Console | None = None
+    models: list[str],
+    steps: int | None,
+    every: int,
+    out: Path,
+    *,
+    threads: int = 1,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """Run the named tasks, print what came out, write ``summary.json``.
 
@@ -214,6 +224,7 @@ def run_demo(
         steps: optimizer steps of each; the task's own number by default.
         every: measure every this many steps.
         out: folder; in an existing one only files of an earlier demo are overwritten.
+        threads: of torch, while this runs. One is fast enough, and steady on a machine that is busy otherwise.
         console: where to print.
 
     Returns:
@@ -225,14 +236,18 @@ def run_demo(
     console = console or Console()
     _check_out(out, models)
     out.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"made_by": _MARK, "torch": str(torch.__version__), "threads": torch.get_num_threads()}
-    summary["tasks"] = {}
-    for name in models:
-        task = TASKS[name]
-        console.print(f"\n[bold]{task.name}[/bold]: {task.title}")
-        result = run_task(task, steps or task.steps, every, out / name, console)
-        summary["tasks"][name] = result
-        _print_result(console, result)
+    summary: dict[str, Any] = {"made_by": _MARK, "torch": str(torch.__version__), "threads": threads, "tasks": {}}
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in models:
+            task = TASKS[name]
+            console.print(f"\n[bold]{task.name}[/bold]: {task.title}")
+            result = run_task(task, steps or task.steps, every, out / name, console)
+            summary["tasks"][name] = result
+            _print_result(console, result)
+    finally:
+        torch.set_num_threads(threads_before)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(_MEANING)
     console.print(
@@ -273,7 +288,7 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
     console.print(
         f"monitoring: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, the others "
         f"{cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
-        f"{cost['total_at_100']:+.1%} at every=100"
+        f"by that {cost['total_at_100']:+.1%} at every=100 (plain to plain steps: {cost['noise_ratio']:.3f}x)"
     )
     if result["bitwise_equal"]:
         console.print("with and without the monitor: losses, final parameters and random state bitwise equal")

@@ -56,8 +56,8 @@ class _Hook:
 class Visit:
     """One call of a watched layer: shape and copy of its features, and the backward vector once it has come.
 
-    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``). If they were inside
-    and no gradient ever comes, the backward vector is zero.
+    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``). If they were
+    inside and no gradient ever comes, the backward vector is zero.
     """
 
     __slots__ = ("backward", "before", "shape")
