@@ -15,7 +15,10 @@ from compare import assert_close, assert_same, feature_truth, update_truth
 from cuda_on_cpu import harness
 from cuda_on_cpu.harness import STREAM_READ, UPDATES, Case, rows, run
 
-pytestmark = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing())),
+]
 
 CHUNK, GROUP = 8192, 64 * 8192
 SIZES = (0, 1, 7, 8, 9, 255, 2047, 2048, 2049, 4095, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 17)

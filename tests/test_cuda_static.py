@@ -32,7 +32,7 @@ def find_tool(name: str) -> str | None:
 
 
 NVCC, CUOBJDUMP, NVDISASM = find_tool("nvcc"), find_tool("cuobjdump"), find_tool("nvdisasm")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc: set CUDA_HOME or PATH")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc: set CUDA_HOME or PATH")]
 
 
 @dataclass(frozen=True)
