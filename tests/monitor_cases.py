@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastfs
 from fastfs.models import ResNet, Transformer
 
 
@@ -106,6 +107,8 @@ class Case:
                     loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten()) / self.micro_batches
                 loss.backward()
                 trace.append(loss.detach().clone())
+                # What a loop may draw between a forward and the step, from every generator.
+                trace.append(torch.rand(1) + random.random() + np.random.rand())  # noqa: NPY002
             if self.clip is not None:
                 trace.append(nn.utils.clip_grad_norm_(model.parameters(), self.clip))
             optimizer.step()
@@ -161,3 +164,16 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, batch:
         optimizer.zero_grad()
         F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
         optimizer.step()
+
+
+def watched(layers: Any = r"blocks\.\d+$", every: Any = 1, model: nn.Module | None = None, **options: Any) -> Any:
+    """A model, its optimizer, the list that rows go to, and the monitor."""
+    model = ResNet(8, 16, 3, 3) if model is None else model
+    optimizer = sgd(model)
+    seen: list[dict[str, Any]] = []
+    return (
+        model,
+        optimizer,
+        seen,
+        fastfs.Monitor(model, optimizer, layers=layers, every=every, sinks=[seen.extend], **options),
+    )

@@ -183,21 +183,40 @@ def test_an_inplace_relu_can_be_watched_itself(inplace):
 
 def test_inputs_changed_after_the_forward_do_not_matter():
     """By the model itself, or by a loop that reuses one buffer."""
-    seen = {}
-    for reuse in (False, True):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.ReLU(inplace=reuse), nn.Linear(8, 8), nn.Linear(8, 3))
-        optimizer = sgd(model)
-        seen[reuse] = []
-        with fastfs.Monitor(model, optimizer, layers=["1"], sinks=[seen[reuse].extend]):
-            x, y = rows(0)
-            loss = F.cross_entropy(model(x), y)
-            if reuse:
-                x.fill_(7.0)
-            loss.backward() if not reuse else F.cross_entropy(model(rows(0)[0]), y).backward()
-            optimizer.step()
-    assert seen[False][0]["update_rms"] == seen[True][0]["update_rms"]
-    assert seen[True][0]["micro_batches"] == 1
+
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 3)])
+
+        def forward(self, batch):
+            return self.blocks[0](batch["x"].mul_(2))
+
+    seen = []
+    model = Doubling()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[seen.extend]):
+        x, y = rows(0)
+        F.cross_entropy(model({"x": x}), y).backward()
+        x.fill_(7.0)
+        optimizer.step()
+    assert seen[0]["update_rms"] == 0
+    assert seen[0]["backward_rms"] > 0
+
+
+def test_the_second_forward_has_the_autocast_of_the_first():
+    seen = []
+    model = small_transformer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fastfs.Monitor(model, optimizer, layers="blocks", every=1, sinks=[seen.extend]):
+        for step in range(2):
+            x, y = tokens(step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=step == 0):
+                loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=step == 1):
+                optimizer.step()
+    assert {row["update_rms"] for row in seen if row["count"]} == {0.0}
 
 
 def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step():
