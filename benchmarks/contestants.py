@@ -55,7 +55,18 @@ def compiled(before: Layers) -> Callable[[Layers, Layers, Layers], Tensor]:
 
 
 def by_hand(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Eager torch as an expert writes it: float32 once, dot products (no temporaries) wherever one serves."""
+    """Eager torch as an expert writes it: float32 once, dot products (no temporaries) wherever one serves.
+
+    On the CPU in slices of 256K elements, which keeps the temporaries in the cache: the fastest of 16K to 1M here.
+    """
+    rows = []
+    for layer in zip(before, after, backward, strict=True):
+        slices = [x.reshape(-1).split(2**18) if x.device.type == "cpu" else [x] for x in layer]
+        rows.append(_sums_by_hand(*slices).double().sum(dim=0))
+    return torch.stack(rows)
+
+
+def _sums_by_hand(before: Layers, after: Layers, backward: Layers) -> Tensor:
     rows = []
     for old, new, bw in zip(before, after, backward, strict=True):
         f, g, b = old.reshape(-1).float(), new.reshape(-1).float(), bw.reshape(-1).float()

@@ -43,21 +43,29 @@ def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1)
 
 
 def side_by_side(
-    contestants: dict[str, Callable[[], object]], device: torch.device, rounds: int, repeat: int = 1
+    contestants: dict[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    repeat: int = 1,
+    budget: float = 4.0,
 ) -> Times:
-    """Times the contestants in turn, `rounds` times, after one call each that is not counted."""
+    """Times the contestants in turn, `rounds` times, after one call each that is not counted.
+
+    One that has used up its `budget` of seconds sits out the later rounds, after three at least.
+    """
     for call in contestants.values():
         call()
     times: Times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
-            times[name].append(time_call(call, device, repeat))
+            if len(times[name]) < 3 or sum(times[name]) * repeat < budget:
+                times[name].append(time_call(call, device, repeat))
     return times
 
 
 def median_ratio(times: Times, name: str, to: str) -> float:
-    """Median over the rounds of time(`name`) / time(`to`)."""
-    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=True))
+    """Median of time(`name`) / time(`to`) over the rounds in which both took part."""
+    return statistics.median(a / b for a, b in zip(times[name], times[to], strict=False))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

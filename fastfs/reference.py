@@ -14,8 +14,8 @@ from torch import Tensor
 from fastfs.checks import Layers, check_feature_inputs, check_update_inputs
 from fastfs.stats import FeatureStats, UpdateStats
 
-# Elements taken at once, so that the float64 copies of a large layer stay small.
-SLICE = 2**20
+# Elements taken at once, so that the float64 copies of a large layer stay small: in the processor's cache.
+SLICE = 2**16
 
 
 def feature_stats(
