@@ -10,8 +10,8 @@
 
 namespace fastfs {
 
-constexpr int64_t kChunk = 8192;       // elements
-constexpr int64_t kGroupChunks = 64;   // chunks
+constexpr int64_t kChunk = 8192;      // elements
+constexpr int64_t kGroupChunks = 64;  // chunks
 constexpr int kMaxInputs = 3;
 constexpr int kMaxDims = 16;
 
@@ -21,10 +21,10 @@ constexpr int64_t item_size(DType d) { return d == DType::f64 ? 8 : d == DType::
 
 struct Layer {
   const char* data[kMaxInputs];
-  DType first;           // dtype of all inputs but the last (before and after; gradient)
-  DType last;            // dtype of the last input (backward; update)
+  DType first;  // dtype of all inputs but the last (before and after; gradient)
+  DType last;   // dtype of the last input (backward; update)
   int64_t segments;
-  int64_t width;         // elements per segment
+  int64_t width;                // elements per segment
   bool contiguous[kMaxInputs];  // row-major without gaps: element i lies at data + i * item_size
   // For inputs that are not contiguous: the dimensions, merged where all inputs allow it, strides in elements.
   int dims;

@@ -1,5 +1,6 @@
-// fastfs._C: one entry point per measurement and device. Reads the tensors, lets go of the GIL, runs the kernel. Called by
-// fastfs/ops.py alone, behind the dispatcher: out of it, fake tensors and lazy views would come through as raw pointers.
+// fastfs._C: one entry point per measurement and device. Reads the tensors, lets go of the GIL, runs the kernel. Called
+// by fastfs/ops.py alone, behind the dispatcher: out of it, fake tensors and lazy views would come through as raw
+// pointers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -103,8 +103,8 @@ struct is_single<float> {
   static constexpr bool value = true;
 };
 
-// Spacing of the format F at a stored value x, in units of spacing_unit<F, V>(). Zero is exact (ReLU, masks, padding), and so is, for
-// the formats with the range of float or more, everything below the smallest normal number; float16 has
+// Spacing of the format F at a stored value x, in units of spacing_unit<F, V>(). Zero is exact (ReLU, masks, padding),
+// and so is, for the formats with the range of float or more, everything below the smallest normal number; float16 has
 // subnormals that features do reach, and they are all kMinNormal * kEpsilon apart.
 template <class F, class V>
 FASTFS_HD V spacing(V x) {
@@ -149,7 +149,8 @@ struct FeatureSums {
     acc[6] = mul_add(q, q, acc[6]);
   }
 
-  // What a chunk's accumulator has to be multiplied with. Only the rounding variance has a factor: spacing^2 / 12 per rounding.
+  // What a chunk's accumulator has to be multiplied with. Only the rounding variance has a factor: spacing^2 / 12 per
+  // rounding.
   template <class F, class V>
   FASTFS_HD static double factor(int k) {
     return k == 6 ? spacing_unit<F, V>() * spacing_unit<F, V>() / 12.0 : 1.0;

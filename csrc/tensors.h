@@ -77,9 +77,9 @@ inline bool is_contiguous(const DLTensor& t) {
   return true;
 }
 
-// Fills in dims, shape, stride and contiguous of a layer that has a non-contiguous input. Sums do not depend on the order of elements, so
-// dimensions go by stride, outermost first: inputs that share a permuted layout (transposed, channels-last) become contiguous. With
-// per_row the last dimension stays the last and the rows keep their order.
+// Fills in dims, shape, stride and contiguous of a layer that has a non-contiguous input. Sums do not depend on the
+// order of elements, so dimensions go by stride, outermost first: inputs that share a permuted layout (transposed,
+// channels-last) become contiguous. With per_row the last dimension stays the last and the rows keep their order.
 inline void merge_dims(Layer& l, const DLTensor* t, int inputs, bool per_row, size_t layer) {
   int order[kMaxDims], n = 0;
   for (int d = 0; d < t[0].ndim; ++d) {

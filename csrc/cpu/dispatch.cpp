@@ -20,8 +20,7 @@ std::vector<Choice> choices() {
   std::vector<Choice> all{{&loops_generic(), true}};
 #ifdef FASTFS_X86
   __builtin_cpu_init();
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   all.push_back({&loops_avx2(), avx2});
   all.push_back({&loops_avx512(), avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")});
@@ -39,8 +38,8 @@ const Loops& choose() {
     if (wanted == nullptr || *wanted == '\0' || std::string(wanted) == c.loops->name) best = c.loops;
   }
   if (best == nullptr) {
-    throw std::runtime_error("FASTFS_CPU=" + std::string(wanted) + ": expected one of the instruction sets usable here (" +
-                             usable + ") or nothing");
+    throw std::runtime_error("FASTFS_CPU=" + std::string(wanted) +
+                             ": expected one of the instruction sets usable here (" + usable + ") or nothing");
   }
   return *best;
 }

@@ -1,9 +1,9 @@
-// A chunk of a layer as contiguous inputs. Inputs that are not contiguous are copied, a chunk at a time, into scratch memory that
-// stays in the cache: no tensor is ever copied whole.
+// A chunk of a layer as contiguous inputs. Inputs that are not contiguous are copied, a chunk at a time, into scratch
+// memory that stays in the cache: no tensor is ever copied whole.
 #pragma once
 
-#include <cstdint>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 

@@ -1,8 +1,8 @@
 // The CPU loops over one chunk, once per instruction set (loops_generic.cpp, loops_avx2.cpp, loops_avx512.cpp).
 //
-// Every instruction set computes with the same 16 lanes: lane i takes the elements whose index is i modulo 16. A lane's float
-// accumulator takes kChain elements and is added to a double; the 16 doubles are added as a fixed tree. So
-// all instruction sets give the same bits. One with registers of 8 lanes walks each run twice, half the lanes at a time.
+// Every instruction set computes with the same 16 lanes: lane i takes the elements whose index is i modulo 16. A lane's
+// float accumulator takes kChain elements and is added to a double; the 16 doubles are added as a fixed tree. So all
+// instruction sets give the same bits. One with registers of 8 lanes walks each run twice, half the lanes at a time.
 #pragma once
 
 #include <cstddef>

@@ -63,8 +63,8 @@ struct Vec {
 using Single = Vec<float>;
 using Double = Vec<double>;
 
-#define FASTFS_LANES(expression)                              \
-  Vec<T> r;                                                     \
+#define FASTFS_LANES(expression)                                                        \
+  Vec<T> r;                                                                             \
   _Pragma("GCC unroll 1") for (int i = 0; i < Vec<T>::kLanes; ++i) r.v[i] = expression; \
   return r
 

@@ -2,13 +2,15 @@
 //   Single, Double   with  kLanes, static zero(), static load<F>(const char*), void add_to(double*) const
 // and the arithmetic that sums.h asks for, and kUnroll, how many steps of the inner loop to unroll.
 
-// Bytes ahead. Three streams of bfloat16 on one core of a Zen 5 EPYC: 26 GB/s at 1 KB, 36 from 3 KB on; float32: 32 and 36.
-// The plain read of one stream, which is the benchmarks' ceiling, is best further ahead.
+// Bytes ahead. Three streams of bfloat16 on one core of a Zen 5 EPYC: 26 GB/s at 1 KB, 36 from 3 KB on; float32: 32
+// and 36. The plain read of one stream, which is the benchmarks' ceiling, is best further ahead.
 constexpr int64_t kPrefetch = 3072;
 constexpr int64_t kReadPrefetch = 16384;
 
 template <class F>
-constexpr int64_t kItemSize = same_dtype<F, F64>::value ? 8 : same_dtype<F, F32>::value ? 4 : 2;
+constexpr int64_t kItemSize = same_dtype<F, F64>::value   ? 8
+                              : same_dtype<F, F32>::value ? 4
+                                                          : 2;
 
 template <class V, class F>
 FASTFS_HD V load_at(const char* p, int64_t left) {
@@ -75,10 +77,10 @@ void chunk(const char* const* inputs, int64_t n, double* sums) {
 template <class Sums, class V>
 constexpr void fill(ChunkFunction (&f)[4][4]) {
   // Order of DType: f16, bf16, f32, f64.
-#define FASTFS_ROW(i, F)                 \
-  f[i][0] = &chunk<Sums, F, F16, V>;     \
-  f[i][1] = &chunk<Sums, F, BF16, V>;    \
-  f[i][2] = &chunk<Sums, F, F32, V>;     \
+#define FASTFS_ROW(i, F)              \
+  f[i][0] = &chunk<Sums, F, F16, V>;  \
+  f[i][1] = &chunk<Sums, F, BF16, V>; \
+  f[i][2] = &chunk<Sums, F, F32, V>;  \
   f[i][3] = is_single<V>::value ? nullptr : &chunk<Sums, F, F64, Double>
   FASTFS_ROW(0, F16);
   FASTFS_ROW(1, BF16);

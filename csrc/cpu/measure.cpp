@@ -70,7 +70,8 @@ struct Batch {
   int64_t slot;  // of the first chunk, among the chunks of all layers
 };
 
-// Batches of about `grain` elements; `tasks[t]..tasks[t + 1]` are the batches of task t (several where layers are tiny).
+// Batches of about `grain` elements; `tasks[t]..tasks[t + 1]` are the batches of task t (several where layers are
+// tiny).
 struct Plan {
   std::vector<Batch> batches;
   std::vector<size_t> tasks{0};

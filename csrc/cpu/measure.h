@@ -17,8 +17,8 @@ void measure(const std::vector<Layer>& layers, double* out, int threads);
 // Reads every byte of the (contiguous) inputs as fast as this machine can: the benchmarks' ceiling.
 uint64_t stream_read(const std::vector<Layer>& layers, int inputs, int threads);
 
-// Instruction sets compiled in, or those of them that this processor has, best last; and the one in use. FASTFS_CPU names
-// another; one that is unknown, not compiled in or not supported by the processor throws std::runtime_error.
+// Instruction sets compiled in, or those of them that this processor has, best last; and the one in use. FASTFS_CPU
+// names another; one that is unknown, not compiled in or not supported by the processor throws std::runtime_error.
 std::vector<std::string> instruction_sets(bool usable);
 std::string instruction_set();
 bool has_openmp();
