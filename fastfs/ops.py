@@ -103,14 +103,16 @@ def _tickets(device: torch.device, stream: int, count: int) -> Tensor:
 
 def _launch(call: Any, out: Tensor) -> Tensor:
     device = out.device
+    if device.index != torch.cuda.current_device():  # so that "current stream" means that of the tensors' device
+        with torch.cuda.device(device):
+            return _launch(call, out)
     partials = torch.empty(call.partial_bytes, dtype=torch.uint8, device=device)
     count = 1 << max(call.tickets - 1, 1023).bit_length()
-    stream = torch.cuda.current_stream(device)
     if torch.cuda.is_current_stream_capturing():
         # A graph may be replayed beside eager calls on this stream: it gets counters of its own, zeroed in the graph.
         tickets = torch.zeros(count, dtype=torch.int32, device=device)
     else:
-        tickets = _tickets(device, stream.cuda_stream, count)
+        tickets = _tickets(device, torch.cuda.current_stream().cuda_stream, count)
     call.launch(out, partials.data_ptr(), tickets.data_ptr())
     return out
 
