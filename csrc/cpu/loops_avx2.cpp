@@ -81,25 +81,6 @@ namespace cpu {
 namespace {
 constexpr int kUnroll = 4;
 #include "loops_impl.h"
-
-uint64_t read(const char* data, int64_t bytes) {
-  __m256i a[8];
-  for (auto& x : a) x = _mm256_setzero_si256();
-  int64_t i = 0;
-  for (; i + 256 <= bytes; i += 256) {
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      if (k % 2 == 0) __builtin_prefetch(data + i + 32 * k + kReadPrefetch);
-      a[k] = _mm256_xor_si256(a[k], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i + 32 * k)));
-    }
-  }
-  for (int k = 1; k < 8; ++k) a[0] = _mm256_xor_si256(a[0], a[k]);
-  alignas(32) uint64_t part[4];
-  _mm256_store_si256(reinterpret_cast<__m256i*>(part), a[0]);
-  uint64_t r = part[0] + part[1] + part[2] + part[3];
-  for (; i < bytes; ++i) r += static_cast<unsigned char>(data[i]);
-  return r;
-}
 }  // namespace
 
 const Loops& loops_avx2() {

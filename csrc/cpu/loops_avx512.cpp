@@ -85,23 +85,6 @@ namespace cpu {
 namespace {
 constexpr int kUnroll = 4;
 #include "loops_impl.h"
-
-uint64_t read(const char* data, int64_t bytes) {
-  __m512i a[8];
-  for (auto& x : a) x = _mm512_setzero_si512();
-  int64_t i = 0;
-  for (; i + 512 <= bytes; i += 512) {
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      __builtin_prefetch(data + i + 64 * k + kReadPrefetch);
-      a[k] = _mm512_xor_si512(a[k], _mm512_loadu_si512(data + i + 64 * k));
-    }
-  }
-  for (int k = 1; k < 8; ++k) a[0] = _mm512_xor_si512(a[0], a[k]);
-  uint64_t r = static_cast<uint64_t>(_mm512_reduce_add_epi64(a[0]));
-  for (; i < bytes; ++i) r += static_cast<unsigned char>(data[i]);
-  return r;
-}
 }  // namespace
 
 const Loops& loops_avx512() {

@@ -112,18 +112,6 @@ namespace cpu {
 namespace {
 constexpr int kUnroll = 1;
 #include "loops_impl.h"
-
-uint64_t read(const char* data, int64_t bytes) {
-  uint64_t r = 0;
-  int64_t i = 0;
-  for (; i + 8 <= bytes; i += 8) {
-    uint64_t x;
-    __builtin_memcpy(&x, data + i, sizeof x);
-    r ^= x;
-  }
-  for (; i < bytes; ++i) r += static_cast<unsigned char>(data[i]);
-  return r;
-}
 }  // namespace
 
 const Loops& loops_generic() {
