@@ -81,11 +81,9 @@ inline bool is_contiguous(const DLTensor& t) {
 // order of elements, so dimensions go by stride, outermost first: inputs that share a permuted layout (transposed,
 // channels-last) become contiguous. With per_row the last dimension stays the last and the rows keep their order.
 inline void merge_dims(Layer& l, const DLTensor* t, int inputs, bool per_row, size_t layer) {
-  int order[kMaxDims], n = 0;
+  std::vector<int> order;
   for (int d = 0; d < t[0].ndim; ++d) {
-    if (t[0].shape[d] == 1) continue;
-    if (n == kMaxDims) refuse(layer, "expected at most " + std::to_string(kMaxDims) + " dimensions");
-    order[n++] = d;
+    if (t[0].shape[d] != 1) order.push_back(d);
   }
   auto stride = [&](int i, int d) { return t[i].strides[d]; };
   auto widest = [&](int d) {
@@ -93,12 +91,17 @@ inline void merge_dims(Layer& l, const DLTensor* t, int inputs, bool per_row, si
     for (int i = 0; i < inputs; ++i) s = std::max(s, stride(i, d));
     return s;
   };
-  if (!per_row) std::stable_sort(order, order + n, [&](int a, int b) { return widest(a) > widest(b); });
+  if (!per_row) std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return widest(a) > widest(b); });
   l.dims = 0;
-  for (int k = 0; k < n; ++k) {
-    const int d = order[k], last = l.dims - 1;
+  for (const int d : order) {
+    const int last = l.dims - 1;
     bool merges = l.dims > 0;
     for (int i = 0; i < inputs && merges; ++i) merges = l.stride[i][last] == stride(i, d) * t[0].shape[d];
+    if (!merges && l.dims == kMaxDims) {
+      refuse(layer, "expected at most " + std::to_string(kMaxDims) +
+                        " dimensions that cannot be merged, got a layout of " + std::to_string(t[0].ndim) +
+                        " dimensions; pass contiguous tensors");
+    }
     const int into = merges ? last : l.dims++;
     l.shape[into] = merges ? l.shape[into] * t[0].shape[d] : t[0].shape[d];
     for (int i = 0; i < inputs; ++i) l.stride[i][into] = stride(i, d);
@@ -146,6 +149,9 @@ inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inpu
       }
       l.data[i] = static_cast<const char*>(t[i].data) + t[i].byte_offset;
       const DType d = dtype_of(t[i], n);
+      if (result.device.device_type == kDLCUDA && reinterpret_cast<uintptr_t>(l.data[i]) % item_size(d) != 0) {
+        refuse(n, "expected data aligned to its element size");  // a GPU cannot load it, and would fault
+      }
       if (i == 0) l.first = d;
       if (i == inputs - 1) {
         l.last = d;

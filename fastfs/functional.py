@@ -74,12 +74,14 @@ def feature_stats(
         and a list of one per layer for sequences.
 
     Raises:
-        TypeError: if the arguments are not all tensors or all sequences of tensors.
+        TypeError: if the arguments are not all tensors or all sequences of tensors, or `per_row` is not a bool.
         ValueError: for a wrong dtype, layout, shape, device or number of layers; the message names the layer.
         RuntimeError: if `backend="native"` is not built.
 
     Source: sections 1 and 2 of "The Feature Speed Formula", arXiv 2311.18718.
     """
+    if not isinstance(per_row, bool):
+        raise TypeError(f"per_row: expected True or False, got {per_row!r}")
     if (backend is not None or not ops.native_available()) and _use_reference(backend):
         return reference.feature_stats(before, after, backward, per_row=per_row)
 

@@ -98,4 +98,4 @@ def _in_slices(sums: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> Tens
 
 
 def _stack(sums: list[Tensor], names: int) -> Tensor:
-    return torch.stack(sums) if sums else torch.zeros(0, names, dtype=torch.float64)
+    return torch.stack(sums) if sums else torch.zeros(0, names, dtype=torch.float64, device="cpu")

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastfs.text import table
+
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from typing_extensions import Self
@@ -117,7 +119,8 @@ class Stats:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        return self.shape == other.shape and torch.allclose(self.sums, other.sums, rtol=0, atol=0, equal_nan=True)
+        theirs = other.sums.to(self.device)
+        return self.shape == other.shape and torch.allclose(self.sums, theirs, rtol=0, atol=0, equal_nan=True)
 
     def to_dict(self) -> dict[str, Any]:
         """All sums and derived quantities as plain Python numbers (shape ()) or nested lists, in one transfer.
@@ -133,7 +136,7 @@ class Stats:
             here = self.to("cpu").to_dict()
         except (RuntimeError, NotImplementedError):  # no data: a meta or fake tensor
             return title
-        return "\n".join([title, *_table(here, self.columns, self.shape)])
+        return "\n".join([title, *table(here, self.columns, self.shape)])
 
     def _sum(self, name: str) -> Tensor:
         return self.sums[..., self.names.index(name)]
@@ -399,27 +402,3 @@ def _cosine(dot: Tensor, first_sq: Tensor, second_sq: Tensor) -> Tensor:
     norms = first_sq.sqrt() * second_sq.sqrt()
     defined = (norms > 0) & norms.isfinite()
     return torch.where(defined, dot / norms, torch.nan).clamp(-1.0, 1.0)
-
-
-def _table(values: dict[str, Any], columns: tuple[str, ...], shape: torch.Size, most: int = 40) -> list[str]:
-    """Lines of an aligned table, one line per layer; the middle of a long one is left out."""
-    flat = {name: torch.tensor(values[name]).reshape(-1).tolist() for name in columns}
-    size = shape.numel()
-    rows = list(range(size))
-    if size > most:
-        rows = [*rows[: most // 2], -1, *rows[-most // 2 :]]
-
-    def label(i: int) -> str:
-        return ",".join(str(int(part)) for part in torch.unravel_index(torch.tensor(i), shape)) if shape else ""
-
-    lines = [["", *columns]]
-    for i in rows:
-        lines.append(["..."] * (len(columns) + 1) if i < 0 else [label(i), *(_cell(flat[name][i]) for name in columns)])
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns) + 1)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-
-
-def _cell(value: float | bool) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"

@@ -147,6 +147,12 @@ def test_unknown_backend(backend):
         update_stats(F, F, backend=backend)
 
 
+@pytest.mark.parametrize("per_row", ["no", None, 1])
+def test_per_row_is_a_bool(per_row):
+    with pytest.raises(TypeError, match="^per_row: expected True or False, got"):
+        feature_stats(F, F, F, per_row=per_row)
+
+
 def test_options_are_keyword_only():
     with pytest.raises(TypeError):
         feature_stats(F, F, F, True)

@@ -81,6 +81,8 @@ def test_many_dimensions(device):
             feature_stats(f, g, b)
     f, g = f.contiguous(), g.contiguous()
     assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b))
+    g = g.transpose(0, 1).contiguous().transpose(0, 1)  # three dimensions after merging
+    assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b))
 
 
 @st.composite

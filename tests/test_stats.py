@@ -365,6 +365,14 @@ def test_repr_of_many_layers_is_short():
     assert "9999" in text
 
 
+def test_default_device_does_not_matter():
+    stats = fastfs.feature_stats(torch.ones(3, 4), torch.zeros(3, 4), torch.ones(3, 4))
+    text = repr(stats)
+    with torch.device("meta"):
+        assert repr(stats) == text
+        assert fastfs.feature_stats([], [], []).device == torch.device("cpu")
+
+
 def test_repr_without_data():
     assert repr(FeatureStats(torch.zeros(2, 9, dtype=torch.float64, device="meta"))) == (
         "FeatureStats(shape=(2,), device=meta)"
