@@ -149,7 +149,7 @@ def test_unknown_backend(backend):
 
 @pytest.mark.parametrize("per_row", ["no", None, 1])
 def test_per_row_is_a_bool(per_row):
-    with pytest.raises(TypeError, match="^per_row: expected True or False, got"):
+    with pytest.raises(TypeError, match=r"^per_row: expected True or False, got"):
         feature_stats(F, F, F, per_row=per_row)
 
 
