@@ -8,7 +8,12 @@ from compare import assert_close, assert_same, assert_same_kind, feature_truth, 
 import fastfs
 from fastfs import feature_stats, ops, update_stats
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # torch's own, when its compiler is imported
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+]
 BF16 = torch.bfloat16
 CHUNK = 8192
 
@@ -43,7 +48,9 @@ def test_layouts_are_read_in_place(layout: str, dtype: torch.dtype) -> None:
         dense = (f.contiguous(), g, b.contiguous())
         for per_row in (False, True):
             got = feature_stats(f, g, b, per_row=per_row).sums
-            assert_same(got, feature_stats(*dense, per_row=per_row).sums, what=f"{layout} {shape} {per_row}")
+            # Whole layers are read in the order of their memory: one laid out in another order is summed in it.
+            if per_row or layout not in ("channels_last", "reversed_dims"):
+                assert_same(got, feature_stats(*dense, per_row=per_row).sums, what=f"{layout} {shape} {per_row}")
             assert_close(got, feature_truth(f, g, b, per_row=per_row), what=f"{layout} {shape} {per_row}")
 
 
@@ -186,7 +193,7 @@ def test_compile() -> None:
 def test_profiler_shows_one_kernel() -> None:
     before, after, backward = ([x[: 1000 * (i + 1)] for i in range(60)] for x in on_gpu((64 * CHUNK,), BF16))
     feature_stats(before, after, backward)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         feature_stats(before, after, backward)
         torch.cuda.synchronize()
     kernels = [event for event in profile.events() if "segment_sums" in event.name]

@@ -187,7 +187,7 @@ def test_default_dtype_and_device_change_nothing():
 
 def test_the_profiler_shows_the_ops():
     f, g, b = layers()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         feature_stats(f, g, b)
         feature_stats(f, g, b, per_row=True)
         update_stats(f, b)
@@ -206,11 +206,23 @@ def test_subclasses_of_tensor():
     assert_same(torch.Tensor(stats.sums) if type(stats.sums) is Tagged else stats.sums, expected.sums)
 
 
-def test_gradients_of_vmap_and_grad_transforms_are_refused_not_wrong():
+def test_vmap_is_refused():
     f, g, b = inputs((6, 10))
-    expected = feature_stats(f, g, b, per_row=True)
-    try:
-        sums = torch.vmap(lambda *x: feature_stats(*x).sums)(f, g, b)
-    except RuntimeError:
-        return
-    assert_same(sums, expected.sums)
+    with pytest.raises(RuntimeError, match=r"^Batching rule not implemented for fastfs::feature_stats\."):
+        torch.vmap(lambda *x: feature_stats(*x).sums)(f, g, b)
+
+
+def test_constant_to_the_grad_transforms():
+    f, g, b = inputs((6, 10))
+    expected = feature_stats(f, g, b).sums
+
+    def loss(f):
+        sums = feature_stats(f, g, b).sums
+        return (f * b).sum() + sums.sum(), sums
+
+    gradient, sums = torch.func.grad(loss, has_aux=True)(f)
+    assert_same(sums, expected)
+    assert torch.equal(gradient, b)
+    sums, tangent = torch.func.jvp(lambda f: feature_stats(f, g, b).sums, (f,), (b,))
+    assert_same(sums, expected)
+    assert not tangent.any()
