@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "layers.h"
+#include "strides.h"
 
 namespace fastfs {
 
@@ -77,45 +78,6 @@ inline bool is_contiguous(const DLTensor& t) {
   return true;
 }
 
-// Fills in dims, shape, stride and contiguous of a layer that has a non-contiguous input. Sums do not depend on the
-// order of elements, so dimensions go by stride, outermost first: inputs that share a permuted layout (transposed,
-// channels-last) become contiguous. With per_row the last dimension stays the last and the rows keep their order.
-inline void merge_dims(Layer& l, const DLTensor* t, int inputs, bool per_row, size_t layer) {
-  std::vector<int> order;
-  for (int d = 0; d < t[0].ndim; ++d) {
-    if (t[0].shape[d] != 1) order.push_back(d);
-  }
-  auto stride = [&](int i, int d) { return t[i].strides[d]; };
-  auto widest = [&](int d) {
-    int64_t s = 0;
-    for (int i = 0; i < inputs; ++i) s = std::max(s, stride(i, d));
-    return s;
-  };
-  if (!per_row) std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return widest(a) > widest(b); });
-  l.dims = 0;
-  for (const int d : order) {
-    const int last = l.dims - 1;
-    bool merges = l.dims > 0;
-    for (int i = 0; i < inputs && merges; ++i) merges = l.stride[i][last] == stride(i, d) * t[0].shape[d];
-    if (!merges && l.dims == kMaxDims) {
-      refuse(layer, "expected at most " + std::to_string(kMaxDims) +
-                        " dimensions that cannot be merged, got a layout of " + std::to_string(t[0].ndim) +
-                        " dimensions; pass contiguous tensors");
-    }
-    const int into = merges ? last : l.dims++;
-    l.shape[into] = merges ? l.shape[into] * t[0].shape[d] : t[0].shape[d];
-    for (int i = 0; i < inputs; ++i) l.stride[i][into] = stride(i, d);
-  }
-  for (int i = 0; i < inputs; ++i) {
-    int64_t expected = 1;
-    l.contiguous[i] = true;
-    for (int d = l.dims - 1; d >= 0; --d) {
-      l.contiguous[i] = l.contiguous[i] && l.stride[i][d] == expected;
-      expected *= l.shape[d];
-    }
-  }
-}
-
 struct LayerList {
   std::vector<Layer> layers;
   DLDevice device{kDLCPU, 0};
@@ -170,7 +132,15 @@ inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inpu
       l.segments = 1;
       for (int d = 0; d + 1 < t[0].ndim; ++d) l.segments *= t[0].shape[d];
     }
-    if (!all_contiguous && elements > 0) merge_dims(l, t, inputs, per_row, n);
+    if (!all_contiguous && elements > 0) {
+      const int64_t* strides[kMaxInputs] = {};
+      for (int i = 0; i < inputs; ++i) strides[i] = t[i].strides;
+      if (!merge_dims(l, inputs, per_row, t[0].ndim, t[0].shape, strides)) {
+        refuse(n, "expected at most " + std::to_string(kMaxDims) +
+                      " dimensions that cannot be merged, got a layout of " + std::to_string(t[0].ndim) +
+                      " dimensions; pass contiguous tensors");
+      }
+    }
     result.segments += l.segments;
   }
   return result;

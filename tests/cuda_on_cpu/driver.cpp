@@ -2,9 +2,10 @@
 // harness.py.
 //
 // A case:    op (0 feature_stats, 1 update_stats, 2 stream_read), multiprocessors, large parameters, repeats, layers;
-//            per layer first, last, segments, width, dims, shape[dims];
+//            per layer first, last, segments, width, per row, dims, shape[dims];
 //            per input contiguous, stride[dims], misalignment, bytes, data
 // A result:  launches, tickets that are not zero, doubles; doubles
+// Shape and strides are those of the tensors: they are merged here by the code that the module uses.
 // All numbers are int64. Every buffer has its exact size, so that a sanitizer sees a read beyond it.
 #include <algorithm>
 #include <memory>
@@ -30,6 +31,7 @@ DRIVER_LEAVE_OUT(UpdateSums, BF16)
 DRIVER_LEAVE_OUT(UpdateSums, F32)
 DRIVER_LEAVE_OUT(UpdateSums, F64)
 #endif
+#include "../strides.h"
 #include "launch.cu"
 
 FILE* in;
@@ -73,16 +75,26 @@ void run_case(FILE* results) {
     layer.last = static_cast<fastfs::DType>(number());
     layer.segments = number();
     layer.width = number();
-    layer.dims = static_cast<int>(number());
-    for (int d = 0; d < layer.dims; ++d) layer.shape[d] = number();
+    const bool per_row = number() != 0;
+    std::vector<int64_t> shape(number()), strides[fastfs::kMaxInputs];
+    for (int64_t& n : shape) n = number();
+    const int64_t* all_strides[fastfs::kMaxInputs] = {};
+    bool dense = true;
     for (int j = 0; j < inputs; ++j) {
       layer.contiguous[j] = number() != 0;
-      for (int d = 0; d < layer.dims; ++d) layer.stride[j][d] = number();
+      dense = dense && layer.contiguous[j];
+      strides[j].resize(shape.size());
+      for (int64_t& n : strides[j]) n = number();
+      all_strides[j] = strides[j].data();
       const int64_t offset = number(), bytes = number();
       buffers.emplace_back(new char[offset + bytes]);
       char* p = buffers.back().get() + offset;
       if (bytes > 0 && fread(p, 1, bytes, in) != static_cast<size_t>(bytes)) throw std::runtime_error("no data");
       layer.data[j] = p;
+    }
+    if (!dense && layer.segments * layer.width > 0 &&
+        !fastfs::merge_dims(layer, inputs, per_row, static_cast<int>(shape.size()), shape.data(), all_strides)) {
+      throw std::runtime_error("too many dimensions");
     }
   }
   fastfs::cuda::launches = 0;

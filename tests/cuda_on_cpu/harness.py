@@ -155,7 +155,8 @@ def _encode_layer(layer: tuple[Tensor, ...], case: Case) -> bytes:
     else:
         segments, width = 1, layer[0].numel()
     dims = list(shape) or [1]
-    parts = [struct.pack("5q", DTYPES[layer[0].dtype], DTYPES[layer[-1].dtype], segments, width, len(dims))]
+    dtypes = DTYPES[layer[0].dtype], DTYPES[layer[-1].dtype]
+    parts = [struct.pack("6q", *dtypes, segments, width, int(case.per_row), len(dims))]
     parts.append(struct.pack(f"{len(dims)}q", *dims))
     for tensor, misaligned in zip(layer, case.misaligned, strict=False):
         strides = list(tensor.stride()) or [1]
