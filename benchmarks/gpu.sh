@@ -3,39 +3,78 @@
 #
 #   benchmarks/gpu.sh          build in place, CUDA tests, compute-sanitizer, benchmarks; no network
 #
-# Needs python with torch (CUDA), numpy, pytest, hypothesis, setuptools, pybind11 and ninja; nvcc; compute-sanitizer.
+# First says all that is missing of what it needs. Where there is no network: on another machine
+# `pip install --target DIR PACKAGES`, then here PYTHONPATH=DIR benchmarks/gpu.sh.
 #   PYTHON  interpreter (default: python3)
 #   OUT     folder of the results (default: benchmarks/results)
 #   QUICK=1 small benchmarks
-# Ends with the first step that fails, and its exit code.
+# Without a build it ends at once. Of the other steps all run; those that failed are listed at the end, and it exits 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
+# The files with tests marked gpu, so that what the other files import need not be there.
+tests=(tests/test_{cuda,determinism,doctor,functional,ops,reference,stats}.py)
 mkdir -p "$out"
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
+failed=()
 step() { printf '\n== %s\n' "$*"; }
-fail() {
-  printf 'gpu.sh: %s\n' "$*" >&2
-  exit 1
+# Runs a command as a step; that it failed is remembered for the end.
+try() {
+  local name=$1
+  shift
+  step "$name"
+  "$@" || { failed+=("$name") && printf 'gpu.sh: %s failed\n' "$name" >&2; }
 }
+
+step needs
+"$python" - <<'PY'
+import shutil, sys
+from importlib.metadata import PackageNotFoundError, version
+
+# Distributions, with the oldest version where it matters. expecttest is for torch.library.opcheck, rich for tables.
+needs = {
+    "torch": (2, 11), "setuptools": (77,), "pybind11": (2, 13), "ninja": (), "numpy": (), "rich": (),
+    "pytest": (), "hypothesis": (), "expecttest": (),
+}
+missing = []
+for name, oldest in needs.items():
+    wanted = name + (">=" + ".".join(map(str, oldest)) if oldest else "")
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        missing.append(f"{wanted}: not installed")
+        continue
+    print(f"{name} {found}")
+    if oldest and tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit()) < oldest:
+        missing.append(f"{wanted}: {found} is installed")
+if not shutil.which("nvcc"):
+    missing.append("nvcc: not on PATH nor in CUDA_HOME")
+if missing:
+    sys.exit(f"gpu.sh: missing for {sys.executable}:\n  " + "\n  ".join(missing))
+PY
+command -v compute-sanitizer > /dev/null || echo "compute-sanitizer: not on PATH nor in CUDA_HOME; its steps will fail"
+nvcc --version | tail -n 2
 
 step machine
 "$python" - "$out/gpu_machine.json" <<'PY'
-import json, platform, subprocess, sys
+import json, platform, shutil, subprocess, sys
 import torch
 
 if not torch.cuda.is_available():
     sys.exit(f"gpu.sh: torch {torch.__version__} sees no CUDA device")
 p = torch.cuda.get_device_properties(0)
-query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+driver = None
+if shutil.which("nvidia-smi"):
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0].strip() or None
 facts = {
     "device": p.name, "capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count,
     "memory_gib": round(p.total_memory / 2**30, 1), "l2_mib": round(p.L2_cache_size / 2**20, 1),
-    "driver": subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0],
-    "torch": torch.__version__, "cuda_of_torch": torch.version.cuda, "python": platform.python_version(),
+    "driver": driver, "torch": torch.__version__, "cuda_of_torch": torch.version.cuda,
+    "python": platform.python_version(),
 }
 with open(sys.argv[1], "w") as file:
     json.dump(facts, file, indent=2)
@@ -43,32 +82,38 @@ print(json.dumps(facts, indent=2))
 PY
 
 step build
-command -v nvcc > /dev/null || fail "no nvcc: set CUDA_HOME or PATH"
-nvcc --version | tail -n 2
 SECONDS=0
 FASTFS_CUDA=1 "$python" setup.py build_ext --inplace
 echo "built in $SECONDS s"
 
-step tests
-FASTFS_REQUIRE_GPU=1 "$python" -m pytest -q -m gpu tests -p no:cacheprovider --junitxml "$out/gpu_tests.xml"
+run_tests() {
+  FASTFS_REQUIRE_GPU=1 "$python" -m pytest -q -m gpu "${tests[@]}" -p no:cacheprovider --junitxml "$out/gpu_tests.xml"
+}
+try tests run_tests
 
-step compute-sanitizer
-command -v compute-sanitizer > /dev/null || fail "no compute-sanitizer on PATH"
 # Without torch's cache every tensor is an allocation of its own, with edges that memcheck sees.
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-for tool in memcheck racecheck initcheck synccheck; do
-  echo "-- $tool"
-  only=(--kernel-name kernel_substring=segment_sums)
-  # What torch's kernels wrote is initialised: initcheck has to see them all.
-  [[ $tool == initcheck ]] && only=()
-  PYTHONPATH=. compute-sanitizer --tool "$tool" "${only[@]}" --report-api-errors no --error-exitcode 9 \
-    "$python" benchmarks/gpu_sanitize.py | tee "$out/gpu_$tool.txt"
+sanitize() {
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" compute-sanitizer --tool "$@" \
+    --report-api-errors no "$python" benchmarks/gpu_sanitize.py 2>&1 | tee "$out/gpu_$1.txt"
+}
+# What torch's kernels wrote is initialised, so initcheck has to see them all; but only findings in ours count.
+initcheck() {
+  sanitize initcheck --show-backtrace device --print-limit 1000000 || return
+  grep -q 'all calls done' "$out/gpu_initcheck.txt" || return
+  ! grep -n 'segment_sums' "$out/gpu_initcheck.txt"
+}
+for tool in memcheck racecheck synccheck; do
+  try "$tool" sanitize "$tool" --kernel-name kernel_substring=segment_sums --error-exitcode 9
 done
-unset PYTORCH_NO_CUDA_MEMORY_CACHING
+try initcheck initcheck
 
-step benchmarks
 quick=()
 [[ ${QUICK:-0} == 1 ]] && quick=(--quick)
-"$python" -m benchmarks.feature_stats --device cuda --json "$out/gpu_feature_stats.json" "${quick[@]}"
+try benchmarks "$python" -m benchmarks.feature_stats --device cuda --json "$out/gpu_feature_stats.json" "${quick[@]}"
 
-step "done: results in $out"
+step "results in $out"
+if ((${#failed[@]})); then
+  printf 'gpu.sh: failed: %s\n' "${failed[*]}" >&2
+  exit 1
+fi
+echo "all steps passed"

@@ -71,7 +71,7 @@ def median_ratio(times: Times, name: str, to: str) -> float:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on, for the result file."""
     info: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "fastfs": fastfs.__version__,
         "core": ops.build_info(),
         "python": platform.python_version(),
