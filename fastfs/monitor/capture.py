@@ -8,6 +8,8 @@
 Until its backward comes a Pass is kept alive by the autograd graph alone (through the tensor hooks on the features), so
 forwards that lead nowhere - an evaluation without no_grad, an exception - leave nothing behind. After it, until
 :meth:`Capture.clear`.
+
+A pass that cannot be captured, for its inputs or for want of memory, is dropped with a warning: training goes on.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from fastfs.monitor.inputs import UnknownArgumentError, copy_arguments
 from fastfs.monitor.layers import Layer
 from fastfs.monitor.replay import ForwardState
 
@@ -69,19 +72,26 @@ class Visit:
 
 
 class Pass:
-    """One forward of the model with gradient: a micro-batch."""
+    """One forward of the model with gradient: a micro-batch. Empty until inputs and state are set."""
 
-    def __init__(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState, layers: int, turn: int
-    ) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self.state = state
+    def __init__(self, layers: int, turn: int) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.state: ForwardState | None = None
         self.turn = turn  # which step it is of
+        self.dropped = False  # could not be captured
         self.visits: list[list[Visit]] = [[] for _ in range(layers)]
         self.has_backward = False
         # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
         self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
+
+    def drop(self) -> None:
+        """Give up, and give back the memory, also that of copies which the autograd graph keeps alive."""
+        self.dropped = True
+        self.args, self.kwargs, self.state = (), {}, None
+        for visit in (visit for visits in self.visits for visit in visits):
+            visit.before = visit.backward = None
+        self.visits = []
 
     def accumulates(self) -> bool:
         """False if the gradient of this pass has been thrown away by ``zero_grad()`` (to None)."""
@@ -98,14 +108,23 @@ class Capture:
         model: the module that is called in training.
         layers: the watched modules.
         parameters: those that the optimizer updates.
+        warn: called with a kind and a message when a pass cannot be captured.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        parameters: Sequence[Tensor],
+        warn: Callable[[str, str], None],
+    ) -> None:
         self.armed = False
         self.seconds = 0.0  # host time spent in the hooks since clear()
+        self.dropped = 0  # passes that could not be captured since clear()
         self._model = model
         self._layers = tuple(layers)
         self._parameters = tuple(parameters)
+        self._warn = warn
         self._passes: list[Pass] = []  # those with a backward
         self._open: Pass | None = None  # the forward that is running
         self._depth = 0
@@ -138,6 +157,7 @@ class Capture:
         self._depth = 0
         self._turn += 1
         self.seconds = 0.0
+        self.dropped = 0
 
     def collect(self) -> list[Pass]:
         """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
@@ -146,6 +166,7 @@ class Capture:
 
     def replay(self, passed: Pass) -> list[list[Tensor]]:
         """Features of every layer and visit in a second forward on the same inputs, with the parameters of now."""
+        assert passed.state is not None
         self._after = [[] for _ in self._layers]
         try:
             with passed.state.applied():
@@ -162,11 +183,11 @@ class Capture:
         if self._open is not None:  # the model calls itself
             self._depth += 1
             return
-        with self._timed():
+        self._open = passed = Pass(len(self._layers), self._turn)
+        with self._timed(), self._or_drop(passed):
             self._forget_thrown_away()
-            args, kwargs = tree_map_only(Tensor, self._copy, (args, kwargs))
-            state = ForwardState.take(self._model)
-            self._open = Pass(args, kwargs, state, len(self._layers), self._turn)
+            passed.args, passed.kwargs = copy_arguments((args, kwargs), self._copy)
+            passed.state = ForwardState.take(self._model)
 
     def _copy(self, argument: Tensor) -> Tensor:
         """Of an input, since it may be changed in place; but a parameter is meant as it is after the step."""
@@ -184,9 +205,11 @@ class Capture:
             if self._after is not None:
                 # Copied, like the features before: a following operation may work in place.
                 self._after[layer.index].append(_features(layer.name, module, output).detach().clone())
-            elif self._open is not None:
+            elif self._open is not None and not self._open.dropped:
                 with self._timed():
-                    self._visit(self._open, layer.index, _features(layer.name, module, output))
+                    features = _features(layer.name, module, output)  # a TypeError is the user's to see
+                    with self._or_drop(self._open):
+                        self._visit(self._open, layer.index, features)
 
         return tap
 
@@ -197,9 +220,9 @@ class Capture:
             return
 
         def receive(gradient: Tensor) -> None:
-            with self._timed():
-                if passed.turn != self._turn:  # too late: its step is over
-                    return
+            if passed.dropped or passed.turn != self._turn:  # too late: its step is over
+                return
+            with self._timed(), self._or_drop(passed):
                 if not passed.has_backward:
                     passed.has_backward = True
                     self._passes = [*(p for p in self._passes if p.accumulates()), passed]
@@ -207,6 +230,25 @@ class Capture:
                 visit.backward = gradient.clone() if visit.backward is None else visit.backward + gradient
 
         features.register_hook(receive)
+
+    @contextmanager
+    def _or_drop(self, passed: Pass) -> Iterator[None]:
+        """What fails inside ends the capture of this pass, not the training run."""
+        message: tuple[str, str] | None = None
+        try:
+            yield
+        except UnknownArgumentError as error:
+            message = "argument", f"has a forward with {error}: this forward is left out"
+        except Exception as error:
+            message = (
+                "copy",
+                f"has a forward that could not be copied and is left out ({type(error).__name__}: {error})",
+            )
+        if message is not None:  # out of the handler, whose traceback holds tensors
+            passed.drop()
+            self._passes = [p for p in self._passes if p is not passed]
+            self.dropped += 1
+            self._warn(*message)
 
     # Passes whose gradient never reaches a step
 

@@ -37,15 +37,20 @@ class Monitor:
 
     What holds and what does not:
 
-    - *Same rows, same masks.* Inputs are copied at the forward; the second forward gets the same random numbers (torch
-      on CPU and devices, Python's ``random``, NumPy), autocast, buffers and modes as the first. Generators of the
-      model's own and plain tensors or counters kept as attributes are not known and not restored.
+    - *Same rows, same masks.* The model's inputs are copied at the forward: tensors, numbers, strings, NumPy arrays,
+      and plain dataclasses and containers of them (lists, dictionaries, what is registered with
+      ``torch.utils._pytree``). A forward with other inputs - an iterator, an object of some class - is left out, and
+      one warning names the type. The second forward gets the same random numbers (torch on CPU and devices, Python's
+      ``random``, NumPy), autocast, buffers and modes as the first. Generators of the model's own and plain tensors or
+      counters kept as attributes are not known and not restored. Another thread that draws from the global generators
+      during the second forward gets other numbers, and disturbs those of the measurement.
     - *Gradient accumulation.* Every forward with a backward since the last step counts as a micro-batch; the sums of
       all add up, as if their rows were one batch. b is the gradient of the loss as ``backward()`` got it: divide the
       loss by the number of micro-batches if it is a mean, as for training. After a skipped optimizer step,
       ``zero_grad()`` marks the earlier forwards as thrown away; with ``set_to_none=False`` it cannot be seen.
     - *Loss scaling.* With a gradient scaler b carries the scale: ``backward_rms`` is multiplied by it, nothing else.
-    - *Data parallel.* Numbers are those of this process: its rows, its local loss.
+    - *Data parallel.* Numbers are those of this process: its rows, its local loss. *Model parallel* is not there yet:
+      all watched layers must be on one device.
     - *Layers that run several times in a forward* count as one layer with all the rows. A layer that does not run, or
       has no gradient, gets a row of nulls with ``valid`` false.
     - *Your hooks* on the model run in the second forward, too, since they may be part of the function (weight
@@ -56,6 +61,7 @@ class Monitor:
       can be seen.
     - *Copies* of the model (``copy.deepcopy``, ``torch.save``) are not watched.
     - *Memory.* At a measured step, up to three copies of every watched feature tensor per micro-batch. Nothing between.
+      A micro-batch for which memory runs out is left out with a warning (``micro_batches`` counts those measured).
 
     Args:
         model: the module that the loop calls.
@@ -99,7 +105,7 @@ class Monitor:
         opened: list[Sink] = [as_sink(target) for target in ([] if path is None else [path]) + list(sinks)]
         self._recorder = Recorder(self._layers, opened, head)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._capture = Capture(model, self._layers, parameters)
+        self._capture = Capture(model, self._layers, parameters, self._warn)
         self._handle = optimizer.register_step_post_hook(self._after_step)
         self._capture.armed = self._schedule.due(self._step)
 
@@ -176,6 +182,8 @@ class Monitor:
         start = time.perf_counter()
         passes = self._capture.collect()
         if not passes:
+            if self._capture.dropped:  # which has been said
+                return
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "

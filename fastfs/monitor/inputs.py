@@ -1,0 +1,91 @@
+"""Copies of a forward's arguments, for a second forward on the same values.
+
+What is not known to be copied in full is refused: an iterator would be consumed by the second forward and change
+training, an unknown container could be changed between the two and make the numbers wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_map
+
+__all__ = ["UnknownArgumentError", "copy_arguments"]
+
+_IMMUTABLE = (
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    range,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+class UnknownArgumentError(TypeError):
+    """An argument holds something of which no copy can be made."""
+
+
+def copy_arguments(arguments: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested containers, new, with copies of what they hold.
+
+    Args:
+        arguments: tensors, numbers, strings and the like, NumPy arrays, and of these packed sequences, dataclasses
+            without further attributes, and all containers that ``torch.utils._pytree`` knows.
+        copy_tensor: makes the copy of a tensor.
+
+    Raises:
+        UnknownArgumentError: anything else is in them; nothing has been consumed.
+    """
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return copy_tensor(leaf)
+        if isinstance(leaf, _IMMUTABLE):
+            return leaf
+        if isinstance(leaf, slice):
+            return slice(copy(leaf.start), copy(leaf.stop), copy(leaf.step))
+        if isinstance(leaf, PackedSequence):
+            return PackedSequence(*(copy(part) for part in leaf))
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(leaf, (numpy.ndarray, numpy.generic)) and not leaf.dtype.hasobject:
+            return leaf.copy()
+        if _is_plain_dataclass(leaf):
+            new = object.__new__(type(leaf))
+            for name, value in vars(leaf).items():
+                object.__setattr__(new, name, tree_map(copy, value))  # frozen ones, too
+            return new
+        kind = type(leaf)
+        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+        raise UnknownArgumentError(
+            f"an argument of type {name}, of which no copy can be made. Pass tensors, or containers of them that are "
+            "registered with torch.utils._pytree"
+        )
+
+    return tree_map(copy, arguments)
+
+
+def _is_plain_dataclass(value: Any) -> bool:
+    """A dataclass instance that consists of its fields."""
+    return (
+        dataclasses.is_dataclass(value)
+        and not isinstance(value, type)
+        and type(value).__new__ is object.__new__  # no dict or tuple underneath
+        and hasattr(value, "__dict__")
+        and vars(value).keys() == {field.name for field in dataclasses.fields(value)}
+    )
