@@ -24,12 +24,27 @@ from fastfs import ops
 
 Times = dict[str, list[float]]  # seconds per round, by contestant
 
+# More than any GPU's clock: a wait of so many cycles per second lasts at least as long as asked for.
+CYCLES_PER_SECOND = 3e9
+
 
 def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
-    """Seconds per call. On CUDA between two events, over a queue that is already full; else wall time."""
+    """Seconds per call, the mean over `repeat` calls in a row: on CUDA the GPU's time, else wall time.
+
+    On CUDA the GPU is kept waiting while the calls are queued, for longer than an untimed pass before took to queue
+    them. So the time between the events is that of the kernels and the gaps between them, without the host's. A call
+    that waits for the GPU, or launches more than the queue holds (about a thousand kernels), cannot be queued ahead
+    in full: what the GPU then waits for the host counts.
+    """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        queueing = time.perf_counter() - begin
+        torch.cuda.synchronize(device)
+        torch.cuda._sleep(int((2 * queueing + 1e-3) * CYCLES_PER_SECOND))
         start.record()
         for _ in range(repeat):
             call()

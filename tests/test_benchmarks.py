@@ -1,0 +1,107 @@
+"""The benchmarks run, and the GPU script knows its tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import feature_stats, harness
+from fastfs import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+
+CONTESTANTS = [
+    "streaming read",
+    "fastfs",
+    "torch.compile",
+    "torch.compile, no rounding_sq",
+    "eager by hand",
+    "eager (reference)",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ops.native_available(), reason="no native core")
+def test_quick_benchmark_of_feature_stats(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    command = [sys.executable, "-m", "benchmarks.feature_stats", "--quick", "--rounds", "3", "--json", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # otherwise everything is compiled for two numbers of threads
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = json.loads(path.read_text())
+    assert written["environment"]["torch"] == torch.__version__
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", written["environment"]["date"])
+    overhead, *measured = written["results"]
+    assert set(overhead["microseconds"]) == {"1 layer", "100 layers"}
+    names = {workload.name for workload in feature_stats.workloads(quick=True)}
+    assert {(r["workload"], r["dtype"]) for r in measured} == {(n, d) for n in names for d in ("float32", "bfloat16")}
+    for result in measured:
+        assert [row["contestant"] for row in result["rows"]] == CONTESTANTS
+        for row in result["rows"]:
+            assert row["milliseconds"] > 0
+            assert row["contestant"] in done.stdout
+        ours = result["rows"][1]
+        assert ours["fastfs is faster by"] == 1
+        assert ours["error"] <= 2e-6
+
+
+def test_turns_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    contestants: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in ("slow", "quick")}
+
+    def time_call(call: Callable[[], object], device: torch.device, repeat: int) -> float:
+        call()
+        return 1.0 if calls[-1] == "slow" else 0.25
+
+    monkeypatch.setattr(harness, "time_call", time_call)
+    times = harness.side_by_side(contestants, torch.device("cpu"), rounds=6, repeat=2, budget=4.0)
+    assert times == {"slow": [1.0] * 3, "quick": [0.25] * 6}
+    assert calls == ["slow", "quick"] * 4 + ["quick"] * 3
+    assert harness.median_ratio(times, "slow", "quick") == 4
+
+
+def test_gpu_waits_until_all_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that only writes down what it is told."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def elapsed_time(self, end: Event) -> float:
+            return 6.0
+
+    def sleep(cycles: int) -> None:
+        assert cycles >= 3_000_000
+        log.append("sleep")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    assert harness.time_call(lambda: log.append("call"), torch.device("cuda"), repeat=3) == pytest.approx(2e-3)
+    waited = log.index("sleep")
+    assert log[waited - 1] == "synchronize"
+    assert log[waited:] == ["sleep", "event", "call", "call", "call", "event", "synchronize"]
+
+
+def test_gpu_script_runs_every_file_with_gpu_tests() -> None:
+    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = set(re.findall(r"^tests/test_(\w+)\.py::", done.stdout, re.MULTILINE))
+    named = re.search(
+        r"^tests=\(tests/test_\{([\w,]+)\}\.py\)$", (ROOT / "benchmarks/gpu.sh").read_text(), re.MULTILINE
+    )
+    assert named is not None
+    assert set(named[1].split(",")) == found
