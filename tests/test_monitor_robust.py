@@ -82,6 +82,36 @@ def test_a_measured_step_leaves_no_tensor_behind():
     monitor.close()
 
 
+def test_a_layer_that_returns_a_parameter_is_measured_and_leaves_no_hook_behind():
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, 3))
+
+        def forward(self):
+            return self.weight
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = Table()
+
+        def forward(self, x):
+            return x @ self.table()
+
+    model, optimizer, seen, monitor = watched(model=Model(), layers="table")
+    for step in range(3):
+        train(model, optimizer, 1, lambda _, step=step: rows(step))
+        assert not model.table.weight._backward_hooks
+    F.cross_entropy(model(rows(4)[0]), rows(4)[1]).backward()
+    assert model.table.weight._backward_hooks
+    monitor.close()
+    assert not model.table.weight._backward_hooks
+    assert [row["valid"] for row in seen] == [True] * 3
+    # The backward vector of the parameter is its gradient: plain descent goes against it at first.
+    assert seen[0]["angle"] < 0.1
+
+
 @pytest.mark.parametrize("where", ["forward", "loss", "backward", "step"])
 def test_exceptions_in_a_step_leave_nothing_behind(where):
     class Fragile(nn.Module):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from fastfs.monitor.inputs import UnknownArgumentError, copy_arguments
 from fastfs.monitor.layers import Layer
@@ -130,6 +131,7 @@ class Capture:
         self._depth = 0
         self._turn = 0
         self._after: list[list[Tensor]] | None = None  # not None: replaying
+        self._leaf_handles: list[RemovableHandle] = []
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True),
             # always_call: also when the forward raises
@@ -156,6 +158,9 @@ class Capture:
         self._open = None
         self._depth = 0
         self._turn += 1
+        for handle in self._leaf_handles:
+            handle.remove()
+        self._leaf_handles = []
         self.seconds = 0.0
         self.dropped = 0
 
@@ -229,7 +234,9 @@ class Capture:
                 gradient = gradient.detach()
                 visit.backward = gradient.clone() if visit.backward is None else visit.backward + gradient
 
-        features.register_hook(receive)
+        handle = features.register_hook(receive)
+        if features.is_leaf:  # outlives the step, and would keep this pass
+            self._leaf_handles.append(handle)
 
     @contextmanager
     def _or_drop(self, passed: Pass) -> Iterator[None]:
