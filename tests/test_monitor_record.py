@@ -150,14 +150,57 @@ def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
     assert table["run"].nunique() == 2
 
 
-def test_damage_elsewhere_is_an_error(tmp_path):
+def test_a_torn_line_elsewhere_is_left_out_with_one_warning(tmp_path):
     path = tmp_path / "record.jsonl"
     record(path, steps=2)
     lines = path.read_text().splitlines()
     lines[2] = lines[2][:30]
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(ValueError, match=r"line 3: cannot be read, and it is not where a killed run ended"):
-        read_record(path)
+    with pytest.warns(RuntimeWarning, match=r"record\.jsonl, line 3: cannot be read and is left out") as caught:
+        table = read_record(path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert list(zip(table["step"], table["layer"], strict=True)) == [(0, 0), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("part", [0, 40, -5])
+def test_a_write_cut_short_costs_its_rows_only(tmp_path, monkeypatch, part):
+    path = tmp_path / "record.jsonl"
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    write = os.write
+    calls = []
+
+    def full(descriptor, data):
+        calls.append(data)
+        if len(calls) == 1:
+            return write(descriptor, data[:part])
+        raise OSError(28, "No space left on device")
+
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, path=path):
+        train(model, optimizer, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            with pytest.warns(RuntimeWarning, match="JsonlSink failed at step 1"):
+                train(model, optimizer, 1)
+        train(model, optimizer, 2)
+    if part:
+        with pytest.warns(RuntimeWarning, match=f"line {4 if part > 0 else 5}: cannot be read") as caught:
+            table = read_record(path)
+        assert len(caught) == 1
+    else:
+        table = read_record(path)
+    assert table["step"].tolist() == ([0, 0, 2, 2, 3, 3] if part >= 0 else [0, 0, 1, 2, 2, 3, 3])
+
+
+def test_a_record_must_start_with_its_header(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=1)
+    first, *others = path.read_text().splitlines()
+    for text in ([*others, first], [first[:30], first, *others]):
+        path.write_text("\n".join(text) + "\n")
+        with pytest.raises(ValueError, match=r"record\.jsonl, line 1: expected the header of a record"):
+            read_record(path)
 
 
 @pytest.mark.parametrize("text", ["", "hello\nworld\n", "[1]\n[2]\n", '{"a": 1}\n{"a": 2}\n'])

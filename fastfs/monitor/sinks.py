@@ -45,7 +45,8 @@ class JsonlSink:
     """Appends to a file, one JSON object a line: a header per run, then one line per measured step and layer.
 
     Every batch is one write to the operating system, so that a killed process loses nothing that was written and at
-    worst leaves its last line torn, which the reader tolerates. Each line carries the id of its run: several runs, one
+    worst leaves its last line torn, which the reader tolerates. So does a write that the disk cuts short; the next one
+    starts on a line of its own. Each line carries the id of its run: several runs, one
     after the other or at the same time, can share a file. NaN and infinities become null.
 
     Args:
@@ -60,9 +61,11 @@ class JsonlSink:
         self._descriptor: int | None = None
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._torn = False  # the last line written has no end
 
     def open(self, header: Mapping[str, Any]) -> None:
-        self._append([header], start=b"" if self._ends_a_line() else b"\n")
+        self._torn = not self._ends_a_line()
+        self._append([header])
 
     def write(self, rows: Sequence[Row]) -> None:
         self._append(rows)
@@ -72,12 +75,15 @@ class JsonlSink:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _append(self, lines: Sequence[Mapping[str, Any]], start: bytes = b"") -> None:
+    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
         if self._descriptor is None:
             raise ValueError(f"{self.path}: this sink is closed")
-        data = start + b"".join(_line(line) for line in lines)
+        data = (b"\n" if self._torn else b"") + b"".join(_line(line) for line in lines)
         while data:
-            data = data[os.write(self._descriptor, data) :]
+            written = os.write(self._descriptor, data)
+            if written:
+                self._torn = data[written - 1 : written] != b"\n"
+            data = data[written:]
 
     def _ends_a_line(self) -> bool:
         """False if an earlier run was killed in the middle of a line."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,15 @@ _FLOATS = (
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """All records of the file, but for lines that a killed process left torn: the last, or one before a header."""
+    """All records of the file, of which the first must be a header; without lines that cannot be read.
+
+    A line that a killed process left torn, the last or one before a header, is nothing to speak of; others are reported
+    by one warning.
+    """
     raw = path.read_bytes().split(b"\n")
     records: list[dict[str, Any]] = []
-    torn = 0
+    torn: list[int] = []  # since the last record
+    left_out: list[int] = []
     for number, line in enumerate(raw, start=1):
         if not line.strip():
             continue
@@ -42,19 +48,37 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record, dict) or "kind" not in record:
                 raise ValueError("not a record of fastfs.Monitor")
         except ValueError as error:
-            if torn:
-                raise ValueError(
-                    f"{path}, line {torn}: cannot be read, and it is not where a killed run ended"
-                ) from None
-            torn = number
-            if number == 1 and len(raw) > 1:
-                raise ValueError(f"{path}, line 1: {error}") from None
+            if not records:
+                raise ValueError(f"{path}, line {number}: expected the header of a record: {error}") from None
+            torn.append(number)
             continue
-        if torn and record["kind"] != "header":
-            raise ValueError(f"{path}, line {torn}: cannot be read, and it is not where a killed run ended")
-        torn = 0
+        if not records and record["kind"] != "header":
+            raise ValueError(f"{path}, line {number}: expected the header of a record, got {record['kind']!r}")
+        if record["kind"] == "header":
+            torn = torn[:-1]  # where the run before was killed
+        left_out += torn
+        torn = []
         records.append(record)
+    left_out += torn[:-1]
+    if left_out:
+        numbers = ", ".join(map(str, left_out[:10])) + (", ..." if len(left_out) > 10 else "")
+        warnings.warn(
+            f"{path}, line {numbers}: cannot be read and is left out (a write that failed, on a full disk perhaps)",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return records
+
+
+def _header(path: Path, records: list[dict[str, Any]], run: str | None = None) -> dict[str, Any]:
+    headers = [record for record in records if record["kind"] == "header"]
+    for header in headers:
+        if header.get("schema") not in _SCHEMAS:
+            raise ValueError(f"{path}: schema {header.get('schema')!r}; this version of fastfs reads {list(_SCHEMAS)}")
+    found = [header for header in headers if run is None or header["run"] == run]
+    if not found:
+        raise ValueError(f"{path}: no run {run!r}" if run else f"{path}: holds no run of fastfs.Monitor")
+    return found[-1]
 
 
 def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[str, Any]:
@@ -69,14 +93,7 @@ def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[st
         ValueError: not a record, of another schema version, or without that run.
     """
     path = Path(path)
-    headers = [record for record in _lines(path) if record["kind"] == "header"]
-    for header in headers:
-        if header.get("schema") not in _SCHEMAS:
-            raise ValueError(f"{path}: schema {header.get('schema')!r}; this version of fastfs reads {list(_SCHEMAS)}")
-    found = [header for header in headers if run is None or header["run"] == run]
-    if not found:
-        raise ValueError(f"{path}: no run {run!r}" if run else f"{path}: holds no run of fastfs.Monitor")
-    return found[-1]
+    return _header(path, _lines(path), run)
 
 
 def read_record(path: str | os.PathLike[str]) -> pandas.DataFrame:
@@ -91,7 +108,10 @@ def read_record(path: str | os.PathLike[str]) -> pandas.DataFrame:
     Raises:
         ImportError: pandas is not installed.
         OSError: the file cannot be read.
-        ValueError: not a record, of another schema version, or damaged elsewhere than where a run was killed.
+        ValueError: not a record, or of another schema version.
+
+    Warns:
+        RuntimeWarning: lines that cannot be read are left out, other than where a run was killed.
     """
     try:
         import pandas
@@ -99,8 +119,9 @@ def read_record(path: str | os.PathLike[str]) -> pandas.DataFrame:
         raise ImportError('fastfs.report.read_record needs pandas: pip install "fastfs[pandas]"') from error
 
     path = Path(path)
-    read_header(path)  # not a record, another schema
-    rows = [record for record in _lines(path) if record["kind"] != "header"]
+    records = _lines(path)
+    _header(path, records)  # not a record, another schema
+    rows = [record for record in records if record["kind"] != "header"]
     columns = [*_STRINGS, *_INTEGERS, *_FLOATS, "valid"]
     table = pandas.DataFrame({name: [row.get(name) for row in rows] for name in columns})
     kinds = {
