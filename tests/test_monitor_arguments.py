@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from monitor_cases import rows, sgd, train, watched
@@ -42,6 +43,10 @@ def test_many_candidates_are_cut():
         ({"every": 0}, ValueError, "every.*got 0"),
         ({"every": 2.5}, ValueError, "every.*got 2.5"),
         ({"every": True}, ValueError, "every.*got True"),
+        ({"every": np.float64(2)}, ValueError, "every.*got"),
+        ({"every": np.bool_(True)}, ValueError, "every.*got"),
+        ({"every": fastfs.monitor.Every}, ValueError, "every.*got <class"),
+        ({"metadata": [1]}, TypeError, "metadata: expected a dictionary, got list"),
     ],
 )
 def test_wrong_arguments(options, error, message):
@@ -61,6 +66,42 @@ def test_wrong_model_optimizer_and_sink():
         fastfs.Monitor(model, torch.optim.LBFGS(model.parameters()), layers="blocks")
     with pytest.raises(TypeError, match="sink: expected a path, a function"):
         fastfs.Monitor(model, sgd(model), layers="blocks", sinks=[3])
+
+
+@pytest.mark.parametrize("sinks", ["abc", b"abc", print, 3, {"a.jsonl"}])
+def test_sinks_must_be_a_list(sinks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = MLP(8, 8, 3)
+    with pytest.raises(TypeError, match=r"sinks: expected a list of paths, .* one file can be given as path="):
+        fastfs.Monitor(model, sgd(model), layers="blocks", sinks=sinks)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_is_no_sink():
+    model = MLP(8, 8, 3)
+    with pytest.raises(TypeError, match=r"expected an object, got the class JsonlSink: make one, JsonlSink\(...\)"):
+        fastfs.Monitor(model, sgd(model), layers="blocks", sinks=[fastfs.monitor.JsonlSink])
+
+
+@pytest.mark.parametrize("value", [object(), torch.zeros(2), {1, 2}, {(1, 2): 3}])
+def test_metadata_that_json_cannot_hold(value, tmp_path):
+    model = MLP(8, 8, 3)
+    loop = {}
+    loop["again"] = loop
+    for bad in (value, loop):
+        with pytest.raises(TypeError, match="metadata: expected a dictionary that JSON can hold"):
+            fastfs.Monitor(
+                model, sgd(model), layers="blocks", path=tmp_path / "new" / "record.jsonl", metadata={"it": bad}
+            )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_integers_of_numpy_are_integers():
+    model, optimizer, seen, monitor = watched(every=np.int64(2))
+    train(model, optimizer, 3)
+    monitor.close()
+    assert sorted({row["step"] for row in seen}) == [0, 2]
+    assert type(fastfs.monitor.Every(np.int64(2)).steps) is int
 
 
 def test_a_schedule_of_ones_own():

@@ -289,6 +289,51 @@ def test_a_sink_can_be_an_object_and_a_path(tmp_path):
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
+class Remembering:
+    """A sink that knows what happened to it, and fails where it is told to."""
+
+    def __init__(self, fail=""):
+        self.calls = []
+        self.fail = fail
+
+    def _do(self, what):
+        self.calls.append(what)
+        if what == self.fail:
+            raise OSError(f"no {what}")
+
+    def open(self, header):
+        self._do("open")
+
+    def write(self, rows):
+        self._do("write")
+
+    def close(self):
+        self._do("close")
+
+
+def test_sinks_opened_so_far_are_closed_if_one_fails(tmp_path, monkeypatch):
+    closed = []
+    original = JsonlSink.close
+    monkeypatch.setattr(JsonlSink, "close", lambda self: (closed.append(self.path.name), original(self)))
+    first, second, third = Remembering(), Remembering("open"), Remembering()
+    with pytest.raises(OSError, match="no open"):
+        record(tmp_path / "a.jsonl", sinks=[first, second, third])
+    assert [sink.calls for sink in (first, second, third)] == [["open", "close"], ["open"], []]
+    assert set(closed) == {"a.jsonl"}
+    closed.clear()
+    with pytest.raises(TypeError, match="sink: expected a path"):
+        record(tmp_path / "b.jsonl", sinks=[3])
+    assert closed == ["b.jsonl"]
+
+
+def test_a_sink_that_does_not_close_is_a_warning_and_the_others_close():
+    first, second = Remembering("close"), Remembering()
+    with pytest.warns(RuntimeWarning, match=r"could not be closed: Remembering .OSError: no close") as caught:
+        record(None, steps=1, sinks=[first, second])
+    assert len(caught) == 1
+    assert second.calls == ["open", "write", "close"]
+
+
 def test_a_closed_sink_says_so(tmp_path):
     sink = JsonlSink(tmp_path / "record.jsonl")
     sink.close()

@@ -6,6 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -16,8 +17,8 @@ from fastfs.monitor.capture import Capture, Pass, Visit
 from fastfs.monitor.layers import select_layers
 from fastfs.monitor.measure import Triple, measure
 from fastfs.monitor.record import Measurement, Recorder, header
-from fastfs.monitor.schedule import Every, Schedule
-from fastfs.monitor.sinks import Sink, as_sink
+from fastfs.monitor.schedule import Schedule, as_schedule
+from fastfs.monitor.sinks import Sink, as_sink, as_sinks, checked_metadata
 from fastfs.stats import FeatureStats
 
 __all__ = ["Monitor"]
@@ -75,8 +76,8 @@ class Monitor:
         metadata: anything that JSON can hold, for the header of the record.
 
     Raises:
-        TypeError: an argument of the wrong type; from the first measured forward, a layer whose output holds no
-            floating-point tensor.
+        TypeError: an argument of the wrong type, or metadata that JSON cannot hold; from the first measured forward, a
+            layer whose output holds no floating-point tensor.
         ValueError: no layer matches (the message lists the candidates), a layer inside a compiled module, a schedule
             below 1, an optimizer without a parameter of the model or that evaluates the loss several times in a step.
     """
@@ -93,21 +94,30 @@ class Monitor:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         _check(model, optimizer)
-        self._schedule: Schedule = every if isinstance(every, Schedule) else Every(every)
+        self._schedule = as_schedule(every)
+        due = self._schedule.due(0)
         self._layers = select_layers(model, layers)
         self._warned: set[str] = set()
         self._step = 0
         self._loss: Tensor | float | None = None
         self._closed = False
-        head = header(model, optimizer, self._layers, metadata or {})
-        if path is None and not sinks:
-            path = "record.jsonl"
-        opened: list[Sink] = [as_sink(target) for target in ([] if path is None else [path]) + list(sinks)]
-        self._recorder = Recorder(self._layers, opened, head)
+        head = header(model, optimizer, self._layers, checked_metadata(metadata))
+        targets = as_sinks(sinks)
+        if path is not None or not targets:
+            targets.insert(0, "record.jsonl" if path is None else path)
+        with ExitStack() as undo:
+            opened: list[Sink] = []
+            for target in targets:
+                sink = as_sink(target)
+                opened.append(sink)
+                if sink is not target:  # made here: nobody else could close it
+                    undo.callback(sink.close)
+            self._recorder = Recorder(self._layers, opened, head)
+            undo.pop_all()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._capture = Capture(model, self._layers, parameters, self._warn)
         self._handle = optimizer.register_step_post_hook(self._after_step)
-        self._capture.armed = self._schedule.due(self._step)
+        self._capture.armed = due
 
     @property
     def step(self) -> int:

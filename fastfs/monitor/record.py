@@ -12,6 +12,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -92,8 +93,11 @@ class Recorder:
         self._run = head["run"]
         self._pending: deque[tuple[Measurement, _Transfer]] = deque()
         self._failed: set[int] = set()
-        for sink in self._sinks:
-            sink.open(head)
+        with ExitStack() as undo:
+            for sink in self._sinks:
+                sink.open(head)
+                undo.callback(sink.close)
+            undo.pop_all()
 
     def push(self, measurement: Measurement) -> None:
         """Start the transfer; does not wait."""
@@ -111,9 +115,22 @@ class Recorder:
                 self._write(index, sink, rows)
 
     def close(self) -> None:
-        self.drain(wait=True)
-        for sink in self._sinks:
-            sink.close()
+        """Write what is left and close every sink, also if one of them fails: that is a warning."""
+        failures: list[str] = []
+        try:
+            self.drain(wait=True)
+        finally:
+            for sink in self._sinks:
+                try:
+                    sink.close()
+                except Exception as error:
+                    failures.append(f"{type(sink).__name__} ({type(error).__name__}: {error})")
+        if failures:
+            warnings.warn(
+                f"fastfs.Monitor: could not be closed: {', '.join(failures)}. The others are.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _write(self, index: int, sink: Sink, rows: list[Row]) -> None:
         try:

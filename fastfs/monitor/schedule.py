@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Every", "Schedule"]
+__all__ = ["Every", "Schedule", "as_schedule"]
 
 
 @runtime_checkable
@@ -26,10 +27,26 @@ class Every:
     steps: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        try:
+            steps = 0 if isinstance(self.steps, bool) else operator.index(self.steps)  # NumPy's integers, too
+        except TypeError:
+            steps = 0
+        if steps < 1:
             raise ValueError(
                 f"every: expected an integer >= 1, the number of steps between measurements, got {self.steps!r}"
             )
+        object.__setattr__(self, "steps", steps)
 
     def due(self, step: int) -> bool:
         return step % self.steps == 0
+
+
+def as_schedule(every: Any) -> Schedule:
+    """A schedule as it is, an integer as :class:`Every`.
+
+    Raises:
+        ValueError: neither, or an integer below 1.
+    """
+    if isinstance(every, Schedule) and not isinstance(every, type):
+        return every
+    return Every(every)

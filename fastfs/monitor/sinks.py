@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["CallableSink", "JsonlSink", "Row", "Sink", "as_sink"]
+__all__ = ["CallableSink", "JsonlSink", "Row", "Sink", "as_sink", "as_sinks", "checked_metadata"]
 
 Row = dict[str, Any]
 
@@ -100,8 +100,10 @@ def as_sink(target: Any) -> Sink:
     """A sink as it is, a path as :class:`JsonlSink`, a callable as :class:`CallableSink`.
 
     Raises:
-        TypeError: none of these.
+        TypeError: none of these, or a class.
     """
+    if isinstance(target, type):
+        raise TypeError(f"sink: expected an object, got the class {target.__name__}: make one, {target.__name__}(...)")
     if isinstance(target, (str, os.PathLike)):
         return JsonlSink(target)
     if isinstance(target, Sink):
@@ -109,6 +111,37 @@ def as_sink(target: Any) -> Sink:
     if callable(target):
         return CallableSink(target)
     raise TypeError(f"sink: expected a path, a function or an object with open, write and close, got {target!r}")
+
+
+def as_sinks(targets: Any) -> list[Any]:
+    """The targets of ``sinks=``, each for :func:`as_sink`; nothing is opened.
+
+    Raises:
+        TypeError: not a list; a single path or function, say.
+    """
+    if isinstance(targets, (str, bytes, bytearray)) or not isinstance(targets, Sequence):
+        raise TypeError(
+            f"sinks: expected a list of paths, functions or sinks, got {targets!r}; one file can be given as path="
+        )
+    return list(targets)
+
+
+def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Metadata for the header.
+
+    Raises:
+        TypeError: not a dictionary, or JSON cannot hold it.
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata: expected a dictionary, got {type(metadata).__name__}")
+    result = dict(metadata)
+    try:
+        _line(result)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TypeError(f"metadata: expected a dictionary that JSON can hold: {error}") from error
+    return result
 
 
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
