@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastfs.text import table
 
@@ -132,11 +133,9 @@ class Stats:
 
     def __repr__(self) -> str:
         title = f"{type(self).__name__}(shape={tuple(self.shape)}, device={self.device})"
-        try:
-            here = self.to("cpu").to_dict()
-        except (RuntimeError, NotImplementedError):  # no data: a meta or fake tensor
+        if self.sums.is_meta or isinstance(self.sums, FakeTensor):  # no data
             return title
-        return "\n".join([title, *table(here, self.columns, self.shape)])
+        return "\n".join([title, *table(self.to_dict(), self.columns, self.shape)])
 
     def _sum(self, name: str) -> Tensor:
         return self.sums[..., self.names.index(name)]

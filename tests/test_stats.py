@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from cases import inputs
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastfs
 from fastfs import FeatureStats, UpdateStats
@@ -377,3 +378,5 @@ def test_repr_without_data():
     assert repr(FeatureStats(torch.zeros(2, 9, dtype=torch.float64, device="meta"))) == (
         "FeatureStats(shape=(2,), device=meta)"
     )
+    with FakeTensorMode():
+        assert repr(FeatureStats(torch.zeros(2, 9, dtype=torch.float64))) == "FeatureStats(shape=(2,), device=cpu)"
