@@ -11,6 +11,9 @@
 #endif
 
 namespace fastfs {
+
+void bind_rows(py::module_& m);  // rows_module.cpp
+
 namespace {
 
 // The lists of a call: one per input.
@@ -127,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("feature_stats_cpu", &measure_cpu<FeatureSums>);
   m.def("update_stats_cpu", &measure_cpu<UpdateSums>);
   m.def("stream_read_cpu", &stream_read_cpu);
+  bind_rows(m);
 #ifdef FASTFS_WITH_CUDA
   bind_cuda<FeatureSums>(m, "FeatureStatsCuda");
   bind_cuda<UpdateSums>(m, "UpdateStatsCuda");

@@ -92,6 +92,29 @@ def check_update_inputs(gradients: Layers, updates: Layers) -> tuple[bool, list[
     return single, layers
 
 
+def check_row_inputs(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None = None) -> None:
+    """Checks the inputs of `gather_rows` and `row_squares`, without the numbers in `rows`: they are data.
+
+    Raises:
+        TypeError: if `x` or `rows` is not a tensor.
+        ValueError: for a wrong dtype, layout, shape or device; names the argument.
+    """
+    for name, tensor in (("x", x), ("rows", rows)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {_kind(tensor)}")
+    _check_layers(("x",), [[x]], True)
+    if not 0 <= row_dims <= x.dim():
+        shape = f"x has shape {tuple(x.shape)}"
+        raise ValueError(f"row_dims is {row_dims}, expected 0 to {x.dim()}, the dimensions that number rows: {shape}")
+    if rows.dtype != torch.int64 or rows.dim() != 1 or rows.layout != torch.strided:
+        got = f"{rows.dtype} of shape {tuple(rows.shape)}"
+        raise ValueError(f"rows is {got}, expected an ordinary tensor of torch.int64 with one dimension")
+    if rows.device != x.device:
+        raise ValueError(f"rows is on device {rows.device}, expected {x.device} as x is")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}, expected {_supported()} or None")
+
+
 def _check_layers(names: Sequence[str], arguments: list[list[Tensor]], single: bool) -> None:
     for index, tensors in enumerate(zip(*arguments, strict=True)):
         first = tensors[0]

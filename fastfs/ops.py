@@ -29,6 +29,8 @@ UPDATES = len(UpdateStats.names)
 
 # One schema each; the functions below it are its kernels. Results are detached: the autograd keys fall through.
 LIBRARY = torch.library.Library("fastfs", "DEF")
+LIBRARY.define("gather_rows(Tensor x, Tensor rows, int row_dims, ScalarType? dtype=None) -> (Tensor, Tensor)")
+LIBRARY.define("row_squares(Tensor x, Tensor rows, int row_dims) -> Tensor")
 LIBRARY.define("feature_stats(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
 LIBRARY.define("feature_stats_per_row(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
 LIBRARY.define("update_stats(Tensor[] gradients, Tensor[] updates) -> Tensor")
@@ -159,6 +161,55 @@ def _update_stats_fake(gradients: list[Tensor], updates: list[Tensor]) -> Tensor
     return _empty(gradients, len(gradients), UPDATES)
 
 
+# Rows. Documented in fastfs.reference; the C++ checks are the guard, those of Python tell what is wrong.
+
+
+def _empty_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None) -> Tensor:
+    width = math.prod(x.shape[row_dims:])
+    return torch.empty((rows.numel(), width), dtype=dtype or x.dtype, device=x.device)
+
+
+def _empty_squares(x: Tensor, rows: Tensor) -> Tensor:
+    return torch.empty(rows.numel(), dtype=torch.float64, device=x.device)
+
+
+def _take_rows(x: Tensor, rows: Tensor, row_dims: int, out: Tensor | None) -> Tensor:
+    squares = _empty_squares(x, rows)
+    try:
+        if x.is_cuda:
+            core = _cuda_core()
+            partials = core.row_partials(rows.numel(), math.prod(x.shape[row_dims:]))
+            scratch = torch.empty(partials, dtype=torch.float64, device=x.device)
+            core.gather_rows_cuda(x, rows, row_dims, out, squares, scratch)
+        else:
+            _C.gather_rows_cpu(x, rows, row_dims, out, squares, torch.get_num_threads())
+    except (TypeError, ValueError):
+        checks.check_row_inputs(x, rows, row_dims, None if out is None else out.dtype)
+        raise
+    return squares
+
+
+def _gather_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    out = _empty_rows(x, rows, row_dims, dtype)
+    return out, _take_rows(x, rows, row_dims, out)
+
+
+def _row_squares(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
+    return _take_rows(x, rows, row_dims, None)
+
+
+def _gather_rows_fake(
+    x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    checks.check_row_inputs(x, rows, row_dims, dtype)
+    return _empty_rows(x, rows, row_dims, dtype), _empty_squares(x, rows)
+
+
+def _row_squares_fake(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
+    checks.check_row_inputs(x, rows, row_dims)
+    return _empty_squares(x, rows)
+
+
 def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
     if native_available():
         LIBRARY.impl(name, cpu, "CPU")
@@ -167,6 +218,8 @@ def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
     torch.library.register_fake(f"fastfs::{name}", fake, lib=LIBRARY)
 
 
+_register("gather_rows", _gather_rows, _gather_rows, _gather_rows_fake)
+_register("row_squares", _row_squares, _row_squares, _row_squares_fake)
 _register("feature_stats", _feature_stats_cpu, _feature_stats_cuda, _feature_stats_fake)
 _register("feature_stats_per_row", _feature_stats_per_row_cpu, _feature_stats_per_row_cuda, _feature_stats_per_row_fake)
 _register("update_stats", _update_stats_cpu, _update_stats_cuda, _update_stats_fake)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastfs.checks import Layers, check_feature_inputs, check_update_inputs
+from fastfs.checks import Layers, check_feature_inputs, check_row_inputs, check_update_inputs
 from fastfs.stats import FeatureStats, UpdateStats
 
 # Elements taken at once, so that the float64 copies of a large layer stay small: in the processor's cache.
@@ -35,6 +35,49 @@ def update_stats(gradients: Layers, updates: Layers) -> UpdateStats:
     single, layers = check_update_inputs(gradients, updates)
     sums = [_in_slices(_update_sums, tensors) for tensors in zip(*layers, strict=True)]
     return UpdateStats(sums[0] if single else _stack(sums, len(UpdateStats.names)))
+
+
+def gather_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Copies rows of a tensor, casts them, and takes the squared norm of each as it is in `x`.
+
+    Args:
+        x: tensor of any strides; its first `row_dims` dimensions, flattened row-major, number the rows, and the
+            others are the width of a row. With `row_dims` 0 it is one row.
+        rows: int64 (k,) on the device of `x`: which rows, in any order, repeats allowed.
+        row_dims: 0 to `x.dim()`.
+        dtype: of the copy, rounded to nearest even; None for that of `x`.
+
+    Returns:
+        The rows, contiguous (k, width), and their squared norms, float64 (k,).
+
+    Raises:
+        TypeError, ValueError: see `fastfs.checks.check_row_inputs`.
+        IndexError: on the CPU, if `rows` has a number that is not that of a row. On other devices, where this is not
+            known without waiting, such a row and its norm are NaN.
+    """
+    check_row_inputs(x, rows, row_dims, dtype)
+    kept = _take_rows(x, rows, row_dims)
+    return kept.to(dtype or x.dtype), kept.to(torch.float64).square().sum(dim=1)
+
+
+def row_squares(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
+    """The squared norms of `gather_rows` alone: float64 (k,)."""
+    return gather_rows(x, rows, row_dims)[1]
+
+
+def _take_rows(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
+    count = math.prod(x.shape[:row_dims])
+    table = x.detach().reshape(count, math.prod(x.shape[row_dims:]))
+    valid = (rows >= 0) & (rows < count)
+    if x.device.type == "cpu" and not bool(valid.all()):
+        at = int((~valid).nonzero()[0])
+        raise IndexError(
+            f"rows[{at}] is {int(rows[at])}, expected the number of one of the {count} rows of x: "
+            f"at least 0 and less than {count}"
+        )
+    if count == 0:
+        return table.new_full((rows.numel(), table.shape[1]), torch.nan)
+    return torch.where(valid[:, None], table[torch.where(valid, rows, 0)], torch.nan)
 
 
 def _feature_sums(before: Tensor, after: Tensor, backward: Tensor) -> Tensor:
