@@ -58,6 +58,24 @@ def assert_close(actual: Tensor, truth: Truth, *, relative: float | None = None,
     assert np.all(error <= budget), worst
 
 
+def assert_close_squares(actual: Tensor, rows: Tensor, *, relative: float | None = None, what: str = "") -> None:
+    """The squared norms (k,) of finite rows (k, width) within the error budget of their dtype."""
+    assert actual.dtype == torch.float64
+    truth = (_numpy(rows).astype(np.longdouble) ** 2).sum(axis=1)
+    got = actual.detach().cpu().numpy().astype(np.longdouble)
+    assert got.shape == truth.shape, f"{what}: shape {got.shape}, expected {truth.shape}"
+    budget = (relative or RELATIVE.get(rows.dtype, RELATIVE_SINGLE)) * truth + ABSOLUTE[torch.float64] * rows.shape[1]
+    assert np.all(np.abs(got - truth) <= budget), f"{what}\ngot      {got}\nexpected {truth}"
+
+
+def assert_same_values(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """The same dtype, shape and values, NaN for NaN, and the same signs of zeros: a cast has no tolerance."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape), what
+    a, b = actual.detach().cpu(), expected.detach().cpu()
+    same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
+    assert bool(same.all()), f"{what}\ngot      {a[~same]}\nexpected {b[~same]}"
+
+
 def assert_same(a: Tensor, b: Tensor, what: str = "") -> None:
     """The same bits."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"

@@ -85,7 +85,9 @@ class Run:
     results: list[Result] = field(default_factory=list)
 
 
-def compile_driver(build: str, folder: Path, sources: Path = CUDA_SOURCES, *flags: str) -> Path:
+def compile_driver(
+    build: str, folder: Path, sources: Path = CUDA_SOURCES, *flags: str, driver: str = "driver.cpp"
+) -> Path:
     """Builds the driver with the kernels in `sources`; raises with the compiler's words when that fails."""
     kernel_flags, runtime_flags = BUILDS[build]
     include = include_folder()
@@ -95,7 +97,7 @@ def compile_driver(build: str, folder: Path, sources: Path = CUDA_SOURCES, *flag
     runtime, program = folder / "shim_rt.o", folder / "driver"
     for command in (
         [*common, "-O2", *runtime_flags, "-c", str(HERE / "shim_rt.cpp"), "-o", str(runtime)],
-        [*common, *kernel_flags, *flags, str(HERE / "driver.cpp"), str(runtime), "-o", str(program)],
+        [*common, *kernel_flags, *flags, str(HERE / driver), str(runtime), "-o", str(program)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
@@ -103,19 +105,23 @@ def compile_driver(build: str, folder: Path, sources: Path = CUDA_SOURCES, *flag
     return program
 
 
-def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) -> Run:
-    """Runs the cases in one process; `seed` shuffles the order of blocks and threads."""
-    given, found = program.parent / f"cases.{os.getpid()}", program.parent / f"results.{os.getpid()}"
-    given.write_bytes(struct.pack("q", len(cases)) + b"".join(_encode(case) for case in cases))
-    found.write_bytes(b"")
-    environment = dict(
+def environment(seed: int) -> dict[str, str]:
+    """That of a driver: the order of blocks and threads, and sanitizers that end at the first finding."""
+    return dict(
         os.environ,
         SHIM_SEED=str(seed),
         TSAN_OPTIONS="halt_on_error=1:exitcode=66:symbolize=0",
         ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0:symbolize=0",
     )
+
+
+def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) -> Run:
+    """Runs the cases in one process; `seed` shuffles the order of blocks and threads."""
+    given, found = program.parent / f"cases.{os.getpid()}", program.parent / f"results.{os.getpid()}"
+    given.write_bytes(struct.pack("q", len(cases)) + b"".join(_encode(case) for case in cases))
+    found.write_bytes(b"")
     done = subprocess.run(
-        [str(program), str(given), str(found)], capture_output=True, text=True, check=False, env=environment
+        [str(program), str(given), str(found)], capture_output=True, text=True, check=False, env=environment(seed)
     )
     outcome = Run(done.returncode, (done.stdout + done.stderr)[-6000:])
     if check:
@@ -160,14 +166,14 @@ def _encode_layer(layer: tuple[Tensor, ...], case: Case) -> bytes:
     parts.append(struct.pack(f"{len(dims)}q", *dims))
     for tensor, misaligned in zip(layer, case.misaligned, strict=False):
         strides = list(tensor.stride()) or [1]
-        data = _bytes(tensor)
+        data = reached(tensor)
         parts.append(struct.pack(f"{len(dims) + 1}q", int(tensor.is_contiguous()), *strides))
         parts.append(struct.pack("2q", misaligned * tensor.element_size(), len(data)))
         parts.append(data)
     return b"".join(parts)
 
 
-def _bytes(tensor: Tensor) -> bytes:
+def reached(tensor: Tensor) -> bytes:
     """What lies between the first and the last element that the tensor reaches."""
     if tensor.numel() == 0:
         return b""
