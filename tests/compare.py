@@ -134,3 +134,9 @@ def _spacing(x: Tensor) -> np.ndarray:
     if x.dtype == torch.float16:
         return np.where(values == 0, np.longdouble(0), np.maximum(result, np.longdouble(2.0**-24)))
     return np.where(values < info.tiny, np.longdouble(0), result)
+
+
+def assert_identity(actual: Tensor, expected: Tensor, *, holds: bool, what: str = "") -> None:
+    """<b, df> and the sum of <g, dw>, in float64: equal up to rounding where the identity holds, else not."""
+    close = torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
+    assert close == holds, f"{what}: <b, df> = {actual}, sum of <g, dw> = {expected}, identity expected: {holds}"
