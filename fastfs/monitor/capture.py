@@ -1,19 +1,22 @@
-"""The hooks: what the watched layers put out in a forward, and the backward vectors that come back to them.
+"""What the watched layers put out in a forward, and the backward vectors that come back to them.
 
-    forward of the model -> Pass (inputs copied, state taken) -> per watched layer: Visit(before)
-    backward                                                                     -> Visit.backward
+    forward of the model -> Pass (inputs copied, state taken) -> per watched layer: Visit (rows of the features kept)
+    backward                                                  -> Visit.backward (the same rows)
     collect()            -> the passes whose gradients the optimizer step used
     replay(pass)         -> the same forward once more, without gradient: features after, per layer and visit
 
 Until its backward comes a Pass is kept alive by the autograd graph alone (through the tensor hooks on the features), so
 forwards that lead nowhere - an evaluation without no_grad, an exception - leave nothing behind. After it, until
-:meth:`Capture.clear`.
+:meth:`Capture.clear`. Two kinds have no tensor hook of ours yet and are held until then: visits inside of compiled
+graphs, and of blocks under a reentrant checkpoint, whose backward vectors come with the recomputation. The memory
+budget bounds them.
 
 A pass that cannot be captured, for its inputs or for want of memory, is dropped with a warning: training goes on.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -25,51 +28,39 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from fastfs.monitor import taps
 from fastfs.monitor.inputs import UnknownArgumentError, copy_arguments
 from fastfs.monitor.layers import Layer
 from fastfs.monitor.replay import ForwardState
+from fastfs.monitor.sampling import BudgetError, Kept, Sampler, row_dims
+from fastfs.monitor.structure import Edge, Structure, analyse, edge_of
 
-__all__ = ["Capture", "Pass", "Visit"]
+__all__ = ["Capture", "Pass", "Sink", "Visit"]
 
+Sink = Callable[[Layer, Tensor], None]
+"""Takes the features of a layer in a forward of the monitor's own."""
 
-def _inert(*_args: Any, **_kwargs: Any) -> None:
-    """What a hook becomes in a copy of the model: a copy is not watched."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return _inert
-
-
-class _Hook:
-    """A hook that neither ``copy.deepcopy`` nor ``pickle`` of the model follows into the monitor."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():  # inside a compiled graph there is nothing to capture into
-            self.function(*args, **kwargs)
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _make_inert, ()
+_COPIES = 3  # of every kept row: before, backward, after
 
 
 class Visit:
-    """One call of a watched layer: shape and copy of its features, and the backward vector once it has come.
+    """One call of a watched layer: the rows kept of its features, and of the backward vector once it has come.
 
-    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``). If they were
-    inside and no gradient ever comes, the backward vector is zero.
+    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``), or if not even
+    one row fits into the memory budget. If they were inside and no gradient ever comes, the backward vector is zero.
     """
 
-    __slots__ = ("backward", "before", "shape")
+    __slots__ = ("backward", "before", "inside", "shape")
 
-    def __init__(self, features: Tensor) -> None:
-        self.shape = features.shape
-        self.before = features.detach().clone() if features.requires_grad else None
+    def __init__(self, shape: torch.Size, before: Kept | None, inside: bool) -> None:
+        self.shape = shape
+        self.before = before
         self.backward: Tensor | None = None
+        self.inside = inside  # known to be in the autograd graph
+
+    @property
+    def measurable(self) -> bool:
+        return self.before is not None and (self.inside or self.backward is not None)
 
 
 class Pass:
@@ -80,8 +71,10 @@ class Pass:
         self.kwargs: dict[str, Any] = {}
         self.state: ForwardState | None = None
         self.turn = turn  # which step it is of
+        self.bytes = 0  # of the memory budget
         self.dropped = False  # could not be captured
         self.visits: list[list[Visit]] = [[] for _ in range(layers)]
+        self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]  # only where the structure is wanted
         self.has_backward = False
         # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
         self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
@@ -92,7 +85,7 @@ class Pass:
         self.args, self.kwargs, self.state = (), {}, None
         for visit in (visit for visits in self.visits for visit in visits):
             visit.before = visit.backward = None
-        self.visits = []
+        self.visits, self.edges, self.bytes = [], [], 0
 
     def accumulates(self) -> bool:
         """False if the gradient of this pass has been thrown away by ``zero_grad()`` (to None)."""
@@ -103,50 +96,71 @@ class Pass:
 
 
 class Capture:
-    """Owns all hooks on the model. Does nothing while not ``armed``.
+    """Owns the hooks on the model and its watched layers.
 
     Args:
         model: the module that is called in training.
         layers: the watched modules.
-        parameters: those that the optimizer updates.
-        warn: called with a kind and a message when a pass cannot be captured.
+        parameters: those that the optimizer updates, and their names.
+        sampler: which rows are kept.
+        limit: bytes that everything captured may take; replayed features included.
+        select: the features in a layer's output.
+        warn: called with a kind and a message when something cannot be captured.
+        begins: called when the model begins a forward with gradient, captured or not.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[Layer],
-        parameters: Sequence[Tensor],
+        parameters: dict[str, Tensor],
+        sampler: Sampler,
+        limit: int,
+        select: taps.Select,
         warn: Callable[[str, str], None],
+        begins: Callable[[], None],
     ) -> None:
-        self.armed = False
+        self.switch = taps.Switch()
         self.seconds = 0.0  # host time spent in the hooks since clear()
         self.dropped = 0  # passes that could not be captured since clear()
+        self.most_bytes = 0  # ever held at a time
+        self.structure: Structure | None = None
+        self.wants_structure = True
+        self.squares: list[list[Tensor]] = [[] for _ in layers]  # of the backward vectors, at level GRADIENTS
+        self.counts = [0] * len(layers)  # elements that they have
         self._model = model
         self._layers = tuple(layers)
-        self._parameters = tuple(parameters)
+        self._parameters = parameters
+        self._sampler = sampler
+        self._limit = limit
         self._warn = warn
+        self._begins = begins
+        self._expected = 1  # visits of a layer in a step
         self._passes: list[Pass] = []  # those with a backward
+        self._held: list[Pass] = []  # those that no tensor hook of ours holds
+        self._live: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._open: Pass | None = None  # the forward that is running
         self._depth = 0
         self._turn = 0
-        self._after: list[list[Tensor]] | None = None  # not None: replaying
+        self._sink: Sink | None = None  # not None: a forward of the monitor's own
         self._leaf_handles: list[RemovableHandle] = []
+        key = taps.register(self)
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True),
+            model.register_forward_pre_hook(_Around(self._enter), prepend=True, with_kwargs=True),
             # always_call: also when the forward raises
-            model.register_forward_hook(_Hook(self._leave), always_call=True),
+            model.register_forward_hook(_Around(self._leave), always_call=True),
         ]
         for layer in self._layers:
-            self._handles.append(layer.module.register_forward_hook(_Hook(self._tap(layer))))
+            tap = taps.Tap(layer, self.switch, self, key, select)
+            self._handles.append(layer.module.register_forward_hook(tap))
 
     @property
     def replaying(self) -> bool:
-        return self._after is not None
+        return self._sink is not None
 
     def close(self) -> None:
         """Remove every hook and forget everything captured."""
-        self.armed = False
+        self.switch.level = taps.OFF
         self.clear()
         for handle in self._handles:
             handle.remove()
@@ -155,88 +169,238 @@ class Capture:
     def clear(self) -> None:
         """Forget everything captured: the next forward belongs to the next step."""
         self._passes = []
+        self._held = []
         self._open = None
         self._depth = 0
         self._turn += 1
         for handle in self._leaf_handles:
             handle.remove()
         self._leaf_handles = []
+        self.forget_squares()
         self.seconds = 0.0
         self.dropped = 0
+
+    def forget_squares(self) -> None:
+        """The gradients so far were thrown away."""
+        self.squares = [[] for _ in self._layers]
+        self.counts = [0] * len(self._layers)
 
     def collect(self) -> list[Pass]:
         """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
         passes, self._passes = self._passes, []
+        if passes:
+            self._expected = max(1, *(sum(len(p.visits[i]) for p in passes) for i in range(len(self._layers))))
         return passes
 
-    def replay(self, passed: Pass) -> list[list[Tensor]]:
-        """Features of every layer and visit in a second forward on the same inputs, with the parameters of now."""
-        assert passed.state is not None
-        self._after = [[] for _ in self._layers]
+    @contextmanager
+    def into(self, sink: Sink) -> Iterator[None]:
+        """Forwards in the ``with`` block are the monitor's own: features go to ``sink``."""
+        level = self.switch.level
+        self._sink, self.switch.level = sink, taps.EVERYTHING
         try:
-            with passed.state.applied():
-                self._model(*passed.args, **passed.kwargs)
-            return self._after
+            yield
         finally:
-            self._after = None
+            self._sink, self.switch.level = None, level
 
-    # The hooks
+    def replay(
+        self, passed: Pass, forward: Callable[..., Any], see: Callable[[Tensor], Tensor] = Tensor.detach
+    ) -> list[list[tuple[torch.Size, Tensor | None]]]:
+        """A second forward on the same inputs and in the same state.
+
+        Args:
+            passed: of which forward.
+            forward: called with its arguments; the model, or the model at other parameters.
+            see: what of the features to take.
+
+        Returns:
+            Per layer and visit the shape of the features, and the rows of them that the visit has kept.
+        """
+        assert passed.state is not None
+        after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
+
+        def sink(layer: Layer, features: Tensor) -> None:
+            number = len(after[layer.index])
+            visits = passed.visits[layer.index]
+            before = visits[number].before if number < len(visits) else None
+            rows = None
+            if before is not None and features.shape == visits[number].shape:
+                # Copied, like the features before: a following operation may work in place.
+                rows = self._sampler.keep(see(features), before.values.shape[0]).values
+            after[layer.index].append((features.shape, rows))
+
+        with self.into(sink), passed.state.applied():
+            forward(*passed.args, **passed.kwargs)
+        return after
+
+    # The hooks on the model
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.armed or self.replaying or not torch.is_grad_enabled():
+        if self.replaying or not torch.is_grad_enabled():
             return
         if self._open is not None:  # the model calls itself
             self._depth += 1
             return
+        self._begins()
+        if self.switch.level != taps.EVERYTHING:
+            return
         self._open = passed = Pass(len(self._layers), self._turn)
+        self._live.add(passed)
         with self._timed(), self._or_drop(passed):
             self._forget_thrown_away()
-            passed.args, passed.kwargs = copy_arguments((args, kwargs), self._copy)
+            passed.args, passed.kwargs = copy_arguments((args, kwargs), lambda x: self._copy(passed, x))
             passed.state = ForwardState.take(self._model)
 
-    def _copy(self, argument: Tensor) -> Tensor:
+    def _copy(self, passed: Pass, argument: Tensor) -> Tensor:
         """Of an input, since it may be changed in place; but a parameter is meant as it is after the step."""
-        return argument if any(argument is p for p in self._parameters) else argument.detach().clone()
+        if any(argument is p for p in self._parameters.values()):
+            return argument
+        self._take(passed, argument.numel() * argument.element_size(), "a copy of the model's inputs")
+        return argument.detach().clone()
 
-    def _leave(self, *_: Any) -> None:
-        if self._open is not None and not self.replaying and torch.is_grad_enabled():
-            if self._depth:
-                self._depth -= 1
-            else:
-                self._open = None
+    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if self._open is None or self.replaying or not torch.is_grad_enabled():
+            return
+        if self._depth:
+            self._depth -= 1
+            return
+        passed, self._open = self._open, None
+        if self.wants_structure and not passed.dropped and self.structure is None:
+            with self._timed(), self._or_drop(passed):
+                outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+                if outputs and any(edge is not None for edges in passed.edges for edge in edges):
+                    self.structure = self.analyse(passed.edges, outputs, list(self._parameters.values()))
+            passed.edges = []
 
-    def _tap(self, layer: Layer) -> Callable[..., None]:
-        def tap(module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-            if self._after is not None:
-                # Copied, like the features before: a following operation may work in place.
-                self._after[layer.index].append(_features(layer.name, module, output).detach().clone())
-            elif self._open is not None and not self._open.dropped:
-                with self._timed():
-                    features = _features(layer.name, module, output)  # a TypeError is the user's to see
-                    with self._or_drop(self._open):
-                        self._visit(self._open, layer.index, features)
+    def analyse(
+        self, edges: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    ) -> Structure:
+        """Which parameters are below which layer, and which layers are cuts.
 
-        return tap
+        Args:
+            edges: of every layer's visits.
+            outputs: of the forward.
+            parameters: the leaves that stood for the parameters in it, in their order.
+        """
+        return analyse(edges, outputs, parameters, list(self._parameters))
+
+    def account(self) -> Pass:
+        """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
+        passed = Pass(len(self._layers), self._turn)
+        self._live.add(passed)
+        return passed
+
+    # From the taps
+
+    def visit(self, layer: Layer, features: Tensor) -> None:
+        if self._sink is not None:
+            self._sink(layer, features)
+        elif self.switch.level == taps.GRADIENTS:
+            if features.requires_grad:
+                turn = self._turn
+                self._hook(features, lambda gradient: self._square(layer.index, gradient, turn))
+        elif self._open is None:
+            self._recomputed(layer, features)
+        elif not self._open.dropped:
+            with self._timed(), self._or_drop(self._open):
+                self._visit(self._open, layer.index, features)
 
     def _visit(self, passed: Pass, index: int, features: Tensor) -> None:
-        visit = Visit(features)
+        inside = features.requires_grad
+        hidden = not inside and not torch.is_grad_enabled()  # its gradient may come with a recomputation
+        visit = Visit(features.shape, self.keep(passed, features) if inside or hidden else None, inside)
         passed.visits[index].append(visit)
-        if visit.before is None:
+        if self.wants_structure and self.structure is None:
+            passed.edges[index].append(edge_of(features))
+        if hidden:
+            self._hold(passed)
+        elif visit.before is not None:
+            self._hook(features, lambda gradient: self._receive(passed, visit, gradient))
+
+    def _recomputed(self, layer: Layer, features: Tensor) -> None:
+        """A forward outside of one of the model: the recomputation of a reentrant checkpoint, or none of ours."""
+        if not (self._held and features.requires_grad):
             return
+        for passed in reversed(self._held):
+            visits = [] if passed.dropped else passed.visits[layer.index]
+            for visit in reversed(visits):
+                if not visit.inside and visit.before is not None and visit.shape == features.shape:
+                    visit.inside = True
+                    self._hook(features, lambda gradient, p=passed, v=visit: self._receive(p, v, gradient))
+                    return
 
-        def receive(gradient: Tensor) -> None:
-            if passed.dropped or passed.turn != self._turn:  # too late: its step is over
-                return
+    def compiled_features(self, layer: int, features: Tensor) -> None:
+        if self._sink is not None:
+            self._sink(self._layers[layer], features)
+        elif self._open is not None and not self._open.dropped and self.switch.level == taps.EVERYTHING:
+            passed = self._open
             with self._timed(), self._or_drop(passed):
-                if not passed.has_backward:
-                    passed.has_backward = True
-                    self._passes = [*(p for p in self._passes if p.accumulates()), passed]
-                gradient = gradient.detach()
-                visit.backward = gradient.clone() if visit.backward is None else visit.backward + gradient
+                passed.visits[layer].append(Visit(features.shape, self.keep(passed, features), False))
+                self._hold(passed)
 
+    def compiled_gradient(self, layer: int, gradient: Tensor) -> None:
+        if self.switch.level == taps.GRADIENTS:
+            self._square(layer, gradient, self._turn)
+            return
+        for passed in reversed(self._held):  # the last forward comes back first
+            for visit in reversed([] if passed.dropped else passed.visits[layer]):
+                if visit.backward is None and visit.before is not None and visit.shape == gradient.shape:
+                    self._receive(passed, visit, gradient)
+                    return
+
+    def _hook(self, features: Tensor, receive: Callable[[Tensor], None]) -> None:
         handle = features.register_hook(receive)
         if features.is_leaf:  # outlives the step, and would keep this pass
             self._leaf_handles.append(handle)
+
+    def _receive(self, passed: Pass, visit: Visit, gradient: Tensor) -> None:
+        if passed.dropped or passed.turn != self._turn or visit.before is None:  # too late: its step is over
+            return
+        with self._timed(), self._or_drop(passed):
+            if not passed.has_backward:
+                passed.has_backward = True
+                self._passes = [*(p for p in self._passes if p.accumulates()), passed]
+            rows = self._sampler.keep(gradient, visit.before.values.shape[0]).values
+            visit.backward = rows if visit.backward is None else visit.backward + rows
+
+    def _square(self, layer: int, gradient: Tensor, turn: int) -> None:
+        if turn != self._turn:
+            return
+        with self._timed():
+            total = math.prod(gradient.shape[: row_dims(gradient)])
+            self.counts[layer] += gradient.numel()
+            self.squares[layer].append(self._sampler.squares(gradient, self._sampler.wanted(total)))
+
+    # Memory
+
+    def _take(self, passed: Pass, size: int, what: str) -> None:
+        used = sum(p.bytes for p in self._live)
+        if used + size > self._limit:
+            left = self._limit - used
+            raise BudgetError(f"{what} takes {size:,} bytes, and {left:,} of the memory budget are left")
+        passed.bytes += size
+        self.most_bytes = max(self.most_bytes, used + size)
+
+    def keep(self, passed: Pass, features: Tensor) -> Kept | None:
+        """As many rows as are wanted, or as fit into this visit's share of the budget."""
+        dims = row_dims(features)
+        total = math.prod(features.shape[:dims])
+        size = math.prod(features.shape[dims:]) * features.element_size() * _COPIES
+        share = self._limit // (len(self._layers) * self._expected)
+        left = self._limit - sum(p.bytes for p in self._live)
+        kept = min(self._sampler.wanted(total), min(share, left) // size if size else total)
+        if kept == 0 < total:
+            self._warn(
+                "budget",
+                f"has no room for even one row of {size // _COPIES:,} bytes of a layer: it gets a row of nulls. Raise "
+                f"memory= above {self._limit:,} bytes or watch fewer layers",
+            )
+            return None
+        self._take(passed, kept * size, "rows of features")
+        return self._sampler.keep(features, kept)
+
+    def _hold(self, passed: Pass) -> None:
+        if not self._held or self._held[-1] is not passed:
+            self._held.append(passed)
 
     @contextmanager
     def _or_drop(self, passed: Pass) -> Iterator[None]:
@@ -267,7 +431,7 @@ class Capture:
         """
         if not self._passes:
             return
-        held = next((p for p in self._parameters if p.grad is not None), None)
+        held = next((p for p in self._parameters.values() if p.grad is not None), None)
         if held is None or held.grad is None:
             self._passes.clear()
             return
@@ -284,14 +448,12 @@ class Capture:
             self.seconds += time.perf_counter() - start
 
 
-def _features(name: str, module: nn.Module, output: Any) -> Tensor:
-    """The output itself, or the first floating-point tensor in a tuple, list or dict (depth first)."""
-    leaves = [output] if isinstance(output, Tensor) else tree_leaves(output)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return leaf
-    found = ", ".join(str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__ for leaf in leaves)
-    raise TypeError(
-        f"layer {name!r} ({type(module).__name__}): expected an output that is or holds a floating-point tensor, "
-        f"got {type(output).__name__} of {found or 'nothing'}"
-    )
+class _Around(taps.Hook):
+    """A hook on the model as a whole."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():  # a model compiled around it: inputs cannot be copied from inside
+            self.function(*args, **kwargs)

@@ -3,121 +3,129 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor.capture import Capture, Pass, Visit
-from fastfs.monitor.layers import select_layers
-from fastfs.monitor.measure import Triple, measure
-from fastfs.monitor.record import Measurement, Recorder, header
+from fastfs.monitor import settings, taps
+from fastfs.monitor.aligned import GradientFactor, LossScale
+from fastfs.monitor.capture import Capture
+from fastfs.monitor.engine import Engine, Parameters
+from fastfs.monitor.header import make_header
+from fastfs.monitor.layers import AUTO, Selection, select_groups, select_layers
+from fastfs.monitor.modes import BatchMode, JvpMode, Probe, ProbeMode
+from fastfs.monitor.payload import Names
+from fastfs.monitor.record import Recorder
+from fastfs.monitor.sampling import Sampler
 from fastfs.monitor.schedule import Schedule, as_schedule
-from fastfs.monitor.sinks import Sink, as_sink, as_sinks, checked_metadata
-from fastfs.stats import FeatureStats
+from fastfs.monitor.sinks import checked_metadata
+from fastfs.monitor.steps import OptimizerSteps
 
 __all__ = ["Monitor"]
 
 
 class Monitor:
-    r"""Measures, every few optimizer steps, how far and at which angle the features of each watched layer move.
-
-        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=100, path="run/record.jsonl"):
-            for batch in data:      # the loop stays as it is
-                ...
-
-    At a measured step the features f of the watched layers and their backward vectors b = dLoss/df are copied as the
-    training step computes them; after ``optimizer.step()`` the model runs forward once more on the same inputs, without
-    gradient, for the features after the update. Training does not notice: parameters, gradients, losses, buffers, modes
-    and random streams are bitwise the same with and without the monitor.
-
-    What holds and what does not:
-
-    - *Same rows, same masks.* The model's inputs are copied at the forward: tensors, numbers, strings, NumPy arrays,
-      and plain dataclasses and containers of them (lists, dictionaries, what is registered with
-      ``torch.utils._pytree``). A forward with other inputs - an iterator, an object of some class - is left out, and
-      one warning names the type. The second forward gets the same random numbers (torch on CPU and devices, Python's
-      ``random``, NumPy), autocast, buffers and modes as the first. Generators of the model's own and plain tensors or
-      counters kept as attributes are not known and not restored. Another thread that draws from the global generators
-      during the second forward gets other numbers, and disturbs those of the measurement.
-    - *Gradient accumulation.* Every forward with a backward since the last step counts as a micro-batch; the sums of
-      all add up, as if their rows were one batch. b is the gradient of the loss as ``backward()`` got it: divide the
-      loss by the number of micro-batches if it is a mean, as for training. After a skipped optimizer step,
-      ``zero_grad()`` marks the earlier forwards as thrown away; with ``set_to_none=False`` it cannot be seen.
-    - *Loss scaling.* With a gradient scaler b carries the scale: ``backward_rms`` is multiplied by it, nothing else.
-    - *Data parallel.* Numbers are those of this process: its rows, its local loss. *Model parallel* is not there yet:
-      all watched layers must be on one device.
-    - *Layers that run several times in a forward* count as one layer with all the rows. A layer that does not run, or
-      has no gradient, gets a row of nulls with ``valid`` false.
-    - *Your hooks* on the model run in the second forward, too, since they may be part of the function (weight
-      normalisation, adapters). One that counts or logs can ask ``monitor.replaying``. Hooks on the
-      optimizer that are registered after the monitor run after the measurement.
-    - *torch.compile.* Watched modules may be compiled themselves (``model.blocks[i] = torch.compile(...)``), not be
-      inside something compiled: a ``ValueError`` says so. If compiled after attaching, one warning says that nothing
-      can be seen.
-    - *Copies* of the model (``copy.deepcopy``, ``torch.save``) are not watched.
-    - *Memory.* At a measured step, up to three copies of every watched feature tensor per micro-batch. Nothing between.
-      A micro-batch for which memory runs out is left out with a warning (``micro_batches`` counts those measured).
-
-    Args:
-        model: the module that the loop calls.
-        optimizer: the optimizer whose steps count; it must update parameters of the model.
-        layers: regular expression searched for in module names, or a list of exact names. Choose modules
-            through which the whole signal passes (the residual stream after each block).
-        every: measure steps 0, every, 2 every, ...; or a :class:`fastfs.monitor.Schedule`.
-        path: file that rows are appended to, as JSON lines; ``record.jsonl`` in the current folder if neither ``path``
-            nor ``sinks`` is given.
-        sinks: further places for the rows: paths, functions of a list of rows, or :class:`fastfs.monitor.Sink` objects.
-        metadata: anything that JSON can hold, for the header of the record.
-
-    Raises:
-        TypeError: an argument of the wrong type, or metadata that JSON cannot hold; from the first measured forward, a
-            layer whose output holds no floating-point tensor.
-        ValueError: no layer matches (the message lists the candidates), a layer inside a compiled module, a schedule
-            below 1, an optimizer without a parameter of the model or that evaluates the loss several times in a step.
-    """
+    """DOC"""
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
-        layers: str | Sequence[str],
+        layers: Selection = AUTO,
         every: int | Schedule = 100,
+        mode: Literal["batch", "probe", "jvp"] = "batch",
+        aligned_every: int | Schedule | None = None,
+        probe: Probe | tuple[Any, Callable[[Any], Tensor]] | None = None,
+        amplify: bool = False,
+        rows: int | None = 1024,
+        memory: int = 2**29,
+        groups: dict[str, str] | None = None,
+        quantiles: Sequence[float] = (),
+        select: taps.Select = taps.first_floating,
+        scaler: Any = None,
         path: str | os.PathLike[str] | None = None,
         sinks: Sequence[Any] = (),
+        flush_seconds: float = 5.0,
+        alerts: Sequence[Any] | None = None,
+        on_alert: Callable[[dict[str, Any]], object] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        verbose: bool = True,
     ) -> None:
-        _check(model, optimizer)
+        optimizers = settings.check_optimizers(model, optimizer)
         self._schedule = as_schedule(every)
-        due = self._schedule.due(0)
+        self._aligned = None if aligned_every is None else as_schedule(aligned_every)
+        chosen = settings.check_mode(mode, probe, amplify)
+        settings.check_sizes(rows, memory, quantiles)
         self._layers = select_layers(model, layers)
+        members = select_groups(self._layers, groups)
+        scale = LossScale(scaler)
+        settings.check_compiled(model, mode)
+        first = (self._schedule.due(0), self._aligned is not None and self._aligned.due(0))
+        meta = checked_metadata(metadata)
+
         self._warned: set[str] = set()
         self._step = 0
         self._loss: Tensor | float | None = None
         self._closed = False
-        head = header(model, optimizer, self._layers, checked_metadata(metadata))
-        targets = as_sinks(sinks)
-        if path is not None or not targets:
-            targets.insert(0, "record.jsonl" if path is None else path)
-        with ExitStack() as undo:
-            opened: list[Sink] = []
-            for target in targets:
-                sink = as_sink(target)
-                opened.append(sink)
-                if sink is not target:  # made here: nobody else could close it
-                    undo.callback(sink.close)
-            self._recorder = Recorder(self._layers, opened, head)
-            undo.pop_all()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._capture = Capture(model, self._layers, parameters, self._warn)
-        self._handle = optimizer.register_step_post_hook(self._after_step)
-        self._capture.armed = due
+        self._failed = False  # this step's measurement, before it began
+        self._optimizers = optimizers
+        self._sampler = Sampler(rows)
+        parameters = Parameters(model, optimizers, snapshot=amplify or mode != "batch")
+        names = settings.parameter_names(model, parameters.tensors)
+        self._header = make_header(
+            model,
+            optimizers[0],
+            self.layers,
+            meta,
+            mode=mode,
+            every=settings.shown(self._schedule),
+            aligned_every=settings.shown(self._aligned),
+            rows=rows,
+            memory_bytes=memory,
+            groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
+        )
+        self._recorder = settings.open_recorder(
+            path, sinks, self._header, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
+        )
+        self._capture = Capture(
+            model, self._layers, names, self._sampler, memory, select, self._warn, self._forward_begins
+        )
+        device = next(iter(names.values())).device
+        self._engine = Engine(
+            model=model,
+            layers=self._layers,
+            names=Names(len(self._layers), members),
+            mode=self._make_mode(mode, model, chosen),
+            amplify=amplify,
+            quantiles=tuple(quantiles),
+            capture=self._capture,
+            parameters=parameters,
+            factor=GradientFactor(parameters.tensors, self._capture.switch, always=scale.given),
+            scale=scale,
+            device=device,
+            push=self._recorder.push,
+            put=self._recorder.put,
+        )
+        self._steps = OptimizerSteps(optimizers, self)
+        self._measures, self._aligns = first
+        self._arm()
+        if verbose and settings.speaks():
+            print(self.description, file=sys.stderr)
+
+    def _make_mode(self, mode: str, model: nn.Module, probe: Probe | None) -> BatchMode | ProbeMode:
+        if probe is not None:
+            return ProbeMode(model, self._layers, self._capture, self._sampler, probe)
+        kind = JvpMode if mode == "jvp" else BatchMode
+        return kind(model, self._layers, self._capture, self._warn)
+
+    # What it is doing
 
     @property
     def step(self) -> int:
@@ -127,17 +135,36 @@ class Monitor:
     @property
     def due(self) -> bool:
         """Whether the next optimizer step will be measured."""
-        return self._capture.armed
+        return self._measures and not self._closed
 
     @property
     def replaying(self) -> bool:
-        """True during the second forward of a measurement: for hooks of yours that count or log."""
+        """True during forwards of the monitor's own: for hooks of yours that count or log."""
         return self._capture.replaying
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the watched layers, in the order of the record."""
         return tuple(layer.name for layer in self._layers)
+
+    @property
+    def run(self) -> str:
+        """Id of the run in the record."""
+        return self._recorder.run
+
+    @property
+    def description(self) -> str:
+        """What is measured how often, and the memory it may take: what is printed when the monitor is attached."""
+        parameters = self._engine.parameters
+        return settings.describe(
+            self._header, parameters.snapshot_bytes, self._recorder.device_bytes, self._capture.switch
+        )
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"step {self._step}"
+        return f"<fastfs.Monitor of {len(self._layers)} layers, {self._schedule}, {state}>"
+
+    # What the loop may say
 
     def log(self, *, loss: Tensor | float) -> None:
         """Give the loss of the coming step, for the record (before ``optimizer.step()``); a tensor is not waited for.
@@ -146,18 +173,23 @@ class Monitor:
         """
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"Monitor.log: expected a scalar loss, got a tensor of shape {tuple(loss.shape)}")
-        if self._closed or not self._capture.armed:
+        if self._closed or not (self._measures or self._aligns):
             return
         value = loss.detach().to(torch.float64, copy=True).reshape(()) if isinstance(loss, Tensor) else float(loss)
         self._loss = value if self._loss is None else self._loss + value
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Bring everything measured so far to the sinks and wait for that; False if that took longer."""
+        return self._recorder.flush(timeout)
 
     def close(self) -> None:
         """Remove every hook, write what is left, close the sinks. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._handle.remove()
+        self._steps.close()
         self._capture.close()
+        self._engine.close()
         self._recorder.close()
 
     def __enter__(self) -> Monitor:
@@ -168,66 +200,106 @@ class Monitor:
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        state = "closed" if self._closed else f"step {self._step}"
-        return f"<fastfs.Monitor of {len(self._layers)} layers, {self._schedule}, {state}>"
+    # Going on with a run
 
-    # A step
+    def state_dict(self) -> dict[str, Any]:
+        """What another monitor needs to go on with this run: tensors on the CPU and plain values."""
+        return {"step": self._step, "recorder": self._recorder.state_dict(), "engine": self._engine.state_dict()}
 
-    def _after_step(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the run of another monitor's ``state_dict()``: same id in the record, which is appended to.
+
+        To be called before the first step. The layers must be the same.
+
+        Raises:
+            ValueError: a state of other layers, or steps have been taken.
+        """
+        settings.check_state(state, self.layers, self._step)
+        self._engine.load_state_dict(state["engine"])
+        self._step = int(state["step"])
+        self._header |= {"run": state["recorder"]["run"], "resumed_at": self._step}
+        self._recorder.resume(self._header, state["recorder"])
+        self._arm_for(self._step)
+
+    # What happens around the optimizers
+
+    def before(self, optimizer: int, first: bool) -> None:
+        """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        if not self._active or self._failed:
+            return
         try:
-            if self._capture.armed:
+            self._engine.before(self._optimizers[optimizer], optimizer, first=first, measured=self._measures)
+        except Exception as error:
+            self._fail(error)
+
+    def after(self, optimizer: int) -> None:
+        """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        if not self._active or self._failed:
+            return
+        try:
+            self._engine.after(self._optimizers[optimizer], optimizer, measured=self._measures)
+        except Exception as error:
+            self._fail(error)
+
+    def finish(self) -> None:
+        """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        started = time.perf_counter()
+        try:
+            if self._active and not self._failed:
                 try:
-                    self._measure()
+                    with torch.no_grad():
+                        self._measure(started)
                 except Exception as error:  # a measurement must not end a training run
-                    self._warn("failed", f"measurement failed and is left out ({type(error).__name__}: {error})")
-            self._recorder.drain()
+                    self._fail(error)
+            self._recorder.poll()
         finally:
             self._capture.clear()
+            self._engine.clear()
             self._loss = None
+            self._failed = False
             self._step += 1
-            self._capture.armed = self._schedule.due(self._step)
+            self._arm_for(self._step)
 
-    def _measure(self) -> None:
-        start = time.perf_counter()
-        passes = self._capture.collect()
-        if not passes:
-            if self._capture.dropped:  # which has been said
-                return
+    @property
+    def _active(self) -> bool:
+        return self._measures or self._aligns
+
+    def _arm_for(self, step: int) -> None:
+        self._measures = self._schedule.due(step)
+        self._aligns = self._aligned is not None and self._aligned.due(step)
+        self._arm()
+
+    def _arm(self) -> None:
+        """How much the taps take until the next step. A probe needs nothing of the training forward."""
+        probe = isinstance(self._engine.mode, ProbeMode)
+        if self._measures and not probe:
+            self._capture.switch.level = taps.EVERYTHING
+        else:
+            self._capture.switch.level = taps.GRADIENTS if self._aligns else taps.OFF
+
+    def _measure(self, started: float) -> None:
+        loss = torch.tensor(self._loss) if isinstance(self._loss, float) else self._loss
+        if not self._measures:
+            self._engine.predict(self._step, loss, started)
+        elif not self._engine.measure(self._step, loss, started) and not self._capture.dropped:
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
                 "The model that was given must be the one that the loop calls, with gradient. If torch.compile "
-                "compiled it after the monitor was attached, its hooks are not called: compile the watched blocks one "
-                "by one (model.blocks[i] = torch.compile(model.blocks[i])) and attach after that",
+                "compiled it after the monitor was attached, its hooks are not called: attach the monitor to the "
+                "compiled model, fastfs.Monitor(torch.compile(model), ...)",
             )
-            return
-        count = len(passes)
-        total: FeatureStats | None = None
-        while passes:
-            stats = measure(self._triples(passes.pop(0)))
-            total = stats if total is None else total + stats
-        assert total is not None
-        seconds = self._capture.seconds + time.perf_counter() - start
-        self._recorder.push(Measurement(self._step, time.time(), total, count, self._loss, seconds))
 
-    def _triples(self, passed: Pass) -> list[list[Triple]]:
-        after = self._capture.replay(passed)
-        triples: list[list[Triple]] = []
-        for layer, first, second in zip(self._layers, passed.visits, after, strict=True):
-            if [v.shape for v in first] != [f.shape for f in second]:
-                self._warn(
-                    layer.name,
-                    f"layer {layer.name!r} ran {len(first)} times in the forward and {len(second)} times in the second "
-                    "one on the same inputs, or with other shapes: it is left out. The forward depends on something "
-                    "besides inputs, parameters, buffers and global random numbers",
-                )
-                triples.append([])
-                continue
-            triples.append(
-                [(v.before, f, _backward(v)) for v, f in zip(first, second, strict=True) if v.before is not None]
-            )
-        return triples
+    def _forward_begins(self) -> None:
+        self._steps.forward_begins()
+        if self._engine.factor.thrown_away():
+            self._engine.skipped(self._step, "gradients were thrown away without an optimizer step")
+            self._engine.factor.clear()
+            self._capture.forget_squares()
+
+    def _fail(self, error: Exception) -> None:
+        self._failed = True
+        self._warn("failed", f"measurement failed and is left out ({type(error).__name__}: {error})")
 
     def _warn(self, kind: str, message: str) -> None:
         """Once for each kind."""
@@ -235,21 +307,3 @@ class Monitor:
             self._warned.add(kind)
             text = f"fastfs.Monitor: step {self._step} {message}. Training goes on; said once."
             warnings.warn(text, RuntimeWarning, stacklevel=2)
-
-
-def _backward(visit: Visit) -> Tensor:
-    """No gradient came to a feature in the graph: the loss does not depend on it."""
-    assert visit.before is not None
-    return torch.zeros_like(visit.before) if visit.backward is None else visit.backward
-
-
-def _check(model: Any, optimizer: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ValueError("optimizer: LBFGS evaluates the loss several times in a step; a step cannot be measured")
-    own = {id(p) for p in model.parameters()}
-    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(f"optimizer: {type(optimizer).__name__} updates no parameter of {type(model).__name__}")

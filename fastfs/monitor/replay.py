@@ -78,11 +78,14 @@ class ForwardState:
         )
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Give this state back for the duration of a ``with`` block, in which no gradient is recorded.
+    def applied(self, *, grad: bool = False) -> Iterator[None]:
+        """Give this state back for the duration of a ``with`` block, as often as wanted.
 
-        Outside nothing has changed afterwards, also if the block raises. The copies of the buffers are used up: the
-        state can be applied once. Autocast's cache of casted weights is off inside, since it may hold old weights.
+        Outside nothing has changed afterwards, also if the block raises. Autocast's cache of casted weights is off
+        inside, since it may hold old weights.
+
+        Args:
+            grad: record gradients inside.
         """
         now = RandomState.take(self.randomness.devices)
         modes = [(module, module.training) for module, mode in self.training if module.training != mode]
@@ -94,12 +97,15 @@ class ForwardState:
             for module, mode in modes:
                 stack.callback(setattr, module, "training", mode)
             self.randomness.give()
+            fresh: dict[int, Tensor] = {}  # the forward may write to them
             for module, name, copy in self.buffers:
-                module._buffers[name] = copy
+                if id(copy) not in fresh:
+                    fresh[id(copy)] = copy.clone()
+                module._buffers[name] = fresh[id(copy)]
             for module, mode in self.training:
                 if module.training != mode:
                     module.training = mode
-            stack.enter_context(torch.no_grad())
+            stack.enter_context(torch.set_grad_enabled(grad))
             for kind, (enabled, dtype) in self.autocast.items():
                 # With autocast off the dtype is not used, and some defaults (float16 on CPU) would only warn.
                 options: dict[str, Any] = {"dtype": dtype} if enabled else {}

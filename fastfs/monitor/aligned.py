@@ -1,0 +1,157 @@
+"""The aligned decrease of every layer, from gradients and the optimizer's own update: no extra forward.
+
+D_l = - sum of <g, dw> over the parameters upstream of layer l (section 2, identity). g is the gradient as ``backward()``
+computed it and dw what the optimizer really did. In between a loop may scale all gradients by one factor: clipping by
+norm, a gradient scaler. :class:`GradientFactor` finds the factor, and D_l and the backward vector stay consistent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from fastfs.monitor.structure import Structure
+from fastfs.monitor.taps import OFF, Hook, Switch
+from fastfs.stats import ParameterStats
+
+__all__ = ["Aligned", "GradientFactor", "Incidence", "LossScale", "aligned"]
+
+_WITNESSES = 4
+_PARALLEL = 1e-4  # 1 - cos^2 up to which two gradients are one direction: rounding to 16 bits moves it by 1e-6
+
+
+class _Witness(Hook):
+    """Copies a parameter's gradient whenever a backward has added to it."""
+
+    def __init__(self, switch: Switch, always: bool, index: int, seen: dict[int, Tensor]) -> None:
+        self.switch = switch
+        self.always = always
+        self.index = index
+        self.seen = seen
+
+    def __call__(self, parameter: Tensor) -> None:
+        if (self.always or self.switch.level != OFF) and parameter.grad is not None:
+            self.seen[self.index] = parameter.grad.detach().clone()
+
+
+class GradientFactor:
+    """By which factor the gradients that the optimizer sees differ from those that ``backward()`` computed.
+
+    The smallest parameters are witnesses: their gradients are copied when they come, and compared before the step.
+
+    Args:
+        parameters: those that the optimizers update.
+        switch: nothing is copied while it is off.
+        always: copy all the same, so that steps that a gradient scaler skips are seen.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], switch: Switch, *, always: bool) -> None:
+        candidates = [p for p in parameters if p.requires_grad and p.numel() > 1] or list(parameters)
+        self._parameters = sorted(candidates, key=lambda p: p.numel())[:_WITNESSES]
+        self._seen: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = [
+            p.register_post_accumulate_grad_hook(_Witness(switch, always, i, self._seen))
+            for i, p in enumerate(self._parameters)
+            if p.requires_grad and p.is_leaf
+        ]
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a backward has been seen since :meth:`clear`."""
+        return bool(self._seen)
+
+    def thrown_away(self) -> bool:
+        """Whether a backward was seen whose gradients are gone: ``zero_grad()`` without a step."""
+        return self.waiting and all(self._parameters[i].grad is None for i in self._seen)
+
+    def take(self, device: torch.device) -> Tensor:
+        """The factor, float64 0-d: 1 if nothing happened to the gradients, nan if it was no common factor."""
+        dot, before, now = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+        found = False
+        for index, seen in self._seen.items():
+            gradient = self._parameters[index].grad
+            if gradient is not None and gradient.shape == seen.shape:
+                found = True
+                old, new = seen.to(device, torch.float64), gradient.detach().to(device, torch.float64)
+                dot, before, now = dot + (old * new).sum(), before + old.square().sum(), now + new.square().sum()
+        if not found:  # gradients that are gone before the step can be asked: the optimizer is in the backward
+            return torch.ones((), dtype=torch.float64, device=device)
+        factor = torch.where(before > 0, dot / before, 1.0)
+        return torch.where(dot.square() >= (1.0 - _PARALLEL) * before * now, factor, torch.nan)
+
+    def clear(self) -> None:
+        self._seen.clear()
+
+    def close(self) -> None:
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+class LossScale:
+    """What a gradient scaler multiplies the loss with, asked without waiting for the device."""
+
+    def __init__(self, scaler: Any) -> None:
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
+        self._scaler = scaler
+
+    @property
+    def given(self) -> bool:
+        return self._scaler is not None
+
+    def take(self, device: torch.device) -> Tensor:
+        """float64 0-d: 1 without a scaler."""
+        one = torch.ones((), device=device)
+        scaled = one if self._scaler is None else self._scaler.scale(one)
+        return scaled.to(torch.float64)
+
+
+class Aligned:
+    """What one optimizer step did, per layer: float64 tensors (L,) on the device of the parameters.
+
+    Attributes:
+        decrease: D_l, in units of the loss; nan while the structure is not known.
+        parameter_norm, update_norm, gradient_norm: of the parameters between this layer and the watched ones before.
+    """
+
+    __slots__ = ("decrease", "gradient_norm", "parameter_norm", "update_norm")
+
+    def __init__(self, decrease: Tensor, parameter_norm: Tensor, update_norm: Tensor, gradient_norm: Tensor) -> None:
+        self.decrease = decrease
+        self.parameter_norm = parameter_norm
+        self.update_norm = update_norm
+        self.gradient_norm = gradient_norm
+
+    @classmethod
+    def unknown(cls, layers: int, device: torch.device) -> Aligned:
+        return cls(*(torch.full((layers,), torch.nan, dtype=torch.float64, device=device) for _ in range(4)))
+
+
+class Incidence:
+    """Which parameters count for which layer, as matrices on the device."""
+
+    def __init__(self, structure: Structure, device: torch.device) -> None:
+        def matrix(bits: Tensor) -> Tensor:
+            return bits.to(torch.float64).to(device, non_blocking=True)
+
+        self.upstream = matrix(structure.upstream)
+        self.own = matrix(structure.own)
+
+
+def aligned(stats: ParameterStats, incidence: Incidence, factor: Tensor) -> Aligned:
+    """Sums over parameters to sums over layers.
+
+    Args:
+        stats: of every parameter, shape (P,).
+        incidence: of L layers and P parameters.
+        factor: what the gradients in ``stats`` have to be divided by.
+    """
+    gradients = factor.square()
+    own = incidence.own @ torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / gradients], dim=1)
+    return Aligned(-(incidence.upstream @ stats.dot) / factor, *own.sqrt().unbind(dim=1))

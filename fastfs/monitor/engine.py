@@ -1,0 +1,334 @@
+"""One measured step from hooks to payload: what is asked of which part, and in which order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfs.monitor import payload, trust
+from fastfs.monitor.aligned import Aligned, GradientFactor, Incidence, LossScale, aligned
+from fastfs.monitor.capture import Capture, Pass
+from fastfs.monitor.layers import Layer
+from fastfs.monitor.measure import LayerSums, RowSums, totals
+from fastfs.monitor.modes import BatchMode, JvpMode, ProbeMode
+from fastfs.monitor.payload import Names, Payload
+from fastfs.monitor.perturbed import Perturbed
+from fastfs.monitor.record import Record
+from fastfs.monitor.structure import Structure
+from fastfs.monitor.updates import UpdateMeter
+from fastfs.stats import FeatureStats, ParameterStats
+
+__all__ = ["Engine", "Parameters"]
+
+Push = Callable[[Tensor, Callable[[Tensor], list[Record]]], None]
+
+
+class Parameters:
+    """What the optimizers do to the parameters, all of them in one order: optimizer by optimizer, group by group."""
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, snapshot: bool) -> None:
+        self._meters = [UpdateMeter(optimizer) for optimizer in optimizers]
+        self._snapshots = [UpdateMeter(optimizer, snapshot=True) for optimizer in optimizers] if snapshot else []
+        self._model = model
+        self._results: list[list[Tensor]] = [[] for _ in optimizers]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [p for meter in self._meters for p in meter.parameters]
+
+    @property
+    def previous(self) -> list[Tensor]:
+        """Values before the step; only with ``snapshot``, after a step that was watched in full."""
+        return [p for meter in self._snapshots for p in meter.previous]
+
+    @property
+    def snapshot_bytes(self) -> int:
+        return sum(meter.snapshot_bytes for meter in (*self._meters, *self._snapshots))
+
+    def before(self, index: int, full: bool) -> None:
+        self._of(index, full).before()
+
+    def after(self, index: int, full: bool) -> None:
+        self._results[index].append(self._of(index, full).after().sums)
+
+    def take(self, device: torch.device) -> ParameterStats:
+        """The statistics of all parameters since the last call; zeros for those of an optimizer that did not step."""
+        parts = []
+        for meter, results in zip(self._meters, self._results, strict=True):
+            size = len(meter.parameters)
+            total = torch.zeros((size, len(ParameterStats.names)), dtype=torch.float64, device=device)
+            for sums in results:
+                total = total + sums.to(device, non_blocking=True)
+            parts.append(total)
+            results.clear()
+        return ParameterStats(torch.cat(parts))
+
+    def clear(self) -> None:
+        for results in self._results:
+            results.clear()
+
+    def _of(self, index: int, full: bool) -> UpdateMeter:
+        return (self._snapshots if full and self._snapshots else self._meters)[index]
+
+
+@dataclass
+class Engine:
+    """Measures one training step.
+
+    Attributes:
+        layers, names: the watched layers, and what columns are of.
+        mode: how features are seen.
+        amplify: whether an update that rounding hides is measured enlarged.
+        quantiles: of the rows.
+        capture, parameters, factor, scale: the parts that have watched the step.
+        device: of sums.
+        push: takes a payload and what makes records of it; ``put`` a record that is on the host.
+    """
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    names: Names
+    mode: BatchMode | ProbeMode
+    amplify: bool
+    quantiles: Sequence[float]
+    capture: Capture
+    parameters: Parameters
+    factor: GradientFactor
+    scale: LossScale
+    device: torch.device
+    push: Push
+    put: Callable[[Record], None]
+
+    def __post_init__(self) -> None:
+        self._perturbed = Perturbed(self.model, self.parameters.tensors)
+        self._structure: Structure | None = None
+        self._incidence: Incidence | None = None
+        self._gradient_factor: Tensor | None = None  # of the step that is under way
+        self._loss_scale: Tensor | None = None
+        self._found_inf: Tensor | None = None
+        self.cosine = torch.full((len(self.layers),), torch.nan, dtype=torch.float64, device=self.device)
+        self.kappa: Tensor | None = None
+
+    @property
+    def full_snapshot(self) -> bool:
+        return self.amplify or isinstance(self.mode, (ProbeMode, JvpMode))
+
+    # Around the optimizers
+
+    def before(self, optimizer: torch.optim.Optimizer, index: int, *, first: bool, measured: bool) -> None:
+        if first:
+            factor = self.factor.take(self.device)
+            inside: Tensor | None = getattr(optimizer, "grad_scale", None)
+            # A fused optimizer takes the scale out of the gradients itself, within its step.
+            self._gradient_factor = factor if inside is None else factor / inside.to(self.device, torch.float64)
+            self._loss_scale = self.scale.take(self.device)
+            if measured and isinstance(self.mode, ProbeMode):
+                self.mode.before_step(self._perturbed, self.parameters.tensors)
+        self.parameters.before(index, measured)
+
+    def after(self, optimizer: torch.optim.Optimizer, index: int, *, measured: bool) -> None:
+        self.parameters.after(index, measured)
+        found: Tensor | None = getattr(optimizer, "found_inf", None)
+        if found is not None:
+            self._found_inf = found.detach().to(self.device, torch.float64).reshape(()).clone()
+
+    def close(self) -> None:
+        self.clear()
+        self.factor.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next measurement takes from the last one."""
+        kappa = None if self.kappa is None else self.kappa.cpu()
+        return {"layers": [layer.name for layer in self.layers], "cosine": self.cosine.cpu(), "kappa": kappa}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.cosine = state["cosine"].to(self.device)
+        self.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
+
+    def clear(self) -> None:
+        """Forget the step that is over."""
+        self.parameters.clear()
+        self.factor.clear()
+        self._gradient_factor = self._loss_scale = self._found_inf = None
+        if isinstance(self.mode, ProbeMode):
+            self.mode.clear()
+
+    # After them
+
+    def measure(self, step: int, loss: Tensor | None, started: float) -> bool:
+        """Measure the step and push its payload. False if there was nothing to measure."""
+        passes: list[Pass] = []
+        if not isinstance(self.mode, ProbeMode):
+            passes = self.capture.collect()
+            if not passes:
+                return False
+        stats = self.parameters.take(self.device)
+        self._learn_structure(passes, step)
+        scale = self._loss_scale
+        assert scale is not None and self._gradient_factor is not None
+        if isinstance(self.mode, ProbeMode):
+            plain = self._totals([self.mode.measure(self._perturbed, self.parameters.tensors)])
+            done = self._aligned_on_probe(stats)
+            scale = torch.ones_like(scale)
+            loss = self.mode.loss if loss is None else loss
+        else:
+            rows = self._rows(passes)
+            plain = self._totals(rows)
+            done = self._aligned(stats, self._gradient_factor * scale)
+        verdict = self._verdict(plain, passes, stats)
+        sums = _unscaled(verdict.sums, scale)
+        found = FeatureStats(sums)
+        cuts = torch.tensor(self._cuts(), dtype=torch.bool).to(self.device, non_blocking=True)
+        residual = torch.where(cuts, 1.0 - done.decrease / -found.update_dot_backward, torch.nan)
+        self.cosine = torch.where(verdict.valid & cuts, found.cos_angle, self.cosine)
+        tensors = {
+            "sums": self.names.with_groups(sums),
+            "trust": self._padded(verdict.code),
+            "noise_floor": self._padded(verdict.noise_floor),
+            "angle_se": plain.angle_se,
+            "update_se": plain.update_se,
+            "quantiles": plain.quantiles,
+            "residual": residual,
+            "aligned": _columns(done),
+            "loss_scale": scale,
+        }
+        if self.kappa is not None:
+            tensors["kappa"] = self.kappa
+        common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
+        method = self.mode.method
+        names, rows, quantiles = self.names, plain.rows, self.quantiles
+        self._push(
+            tensors,
+            loss,
+            common,
+            lambda parts: payload.measured(parts, names, rows, quantiles, method, common),
+            step,
+            started,
+        )
+        return True
+
+    def predict(self, step: int, loss: Tensor | None, started: float) -> None:
+        """Aligned decrease of the step, and what the feature speed formula makes of it with the last angle."""
+        stats = self.parameters.take(self.device)
+        scale = self._loss_scale
+        assert scale is not None and self._gradient_factor is not None
+        done = self._aligned(stats, self._gradient_factor * scale)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = torch.stack([sum(parts, zero) if parts else zero + torch.nan for parts in self.capture.squares])
+        counts = [float(count) or torch.nan for count in self.capture.counts]
+        count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
+        backward = squares.sqrt() / scale
+        speed = done.decrease / (self.cosine * backward)  # section 2, the feature speed formula
+        tensors = {
+            "aligned": _columns(done),
+            "backward_rms": backward / count.sqrt(),
+            "update_rms": torch.where(speed > 0, speed / count.sqrt(), torch.nan),
+            "loss_scale": scale,
+        }
+        common = {"step": step, "time": time.time(), "loss": None}
+        names = self.names
+        self._push(tensors, loss, common, lambda parts: payload.predicted(parts, names, common), step, started)
+
+    def skipped(self, step: int, reason: str) -> None:
+        """Say that gradients led to no step."""
+        self.put(Record(kind="skipped", step=step, time=time.time(), scalars={"reason": reason}, columns={}))
+
+    def _push(
+        self,
+        tensors: dict[str, Tensor],
+        loss: Tensor | None,
+        common: dict[str, Any],
+        decode: Callable[[dict[str, Tensor]], Record],
+        step: int,
+        started: float,
+    ) -> None:
+        if loss is not None:
+            tensors["loss"] = loss.to(self.device, torch.float64)
+        if self._found_inf is not None:
+            tensors["found_inf"] = self._found_inf
+        packed = Payload(tensors)
+        common["overhead_seconds"] = self.capture.seconds + time.perf_counter() - started
+
+        def records(host: Tensor) -> list[Record]:
+            parts = packed.split(host)
+            if "found_inf" in parts and parts["found_inf"].item() > 0:
+                reason = "the gradient scaler found gradients that are not finite"
+                return [Record(kind="skipped", step=step, time=common["time"], scalars={"reason": reason}, columns={})]
+            return [decode(parts)]
+
+        self.push(packed.vector, records)
+
+    # The parts of a measurement
+
+    def _rows(self, passes: list[Pass]) -> list[RowSums]:
+        if isinstance(self.mode, JvpMode):
+            return self.mode.along(passes, self._perturbed, self.parameters.previous, self.parameters.tensors)
+        assert isinstance(self.mode, BatchMode)
+        return self.mode.measure(passes)
+
+    def _totals(self, rows: list[RowSums]) -> LayerSums:
+        return totals(rows, self.quantiles, self.device)
+
+    def _verdict(self, plain: LayerSums, passes: list[Pass], stats: ParameterStats) -> trust.Verdict:
+        raise NotImplementedError
+
+    def _aligned(self, stats: ParameterStats, factor: Tensor) -> Aligned:
+        if self._incidence is None:
+            return Aligned.unknown(len(self.layers), self.device)
+        return aligned(stats, self._incidence, factor)
+
+    def _aligned_on_probe(self, stats: ParameterStats) -> Aligned:
+        """With the gradients of the probe; dw, |w| and |dw| are the same."""
+        assert isinstance(self.mode, ProbeMode)
+        found, which = self.mode.updates(self.parameters.previous, self.parameters.tensors)
+        sums = stats.sums.clone()
+        names = ParameterStats.names
+        sums[:, names.index("dot")] = 0.0
+        sums[:, names.index("gradient_sq")] = 0.0
+        sums[which, names.index("dot")] = found.dot
+        sums[which, names.index("gradient_sq")] = found.gradient_sq
+        one = torch.ones((), dtype=torch.float64, device=self.device)
+        return self._aligned(ParameterStats(sums), one)
+
+    def _learn_structure(self, passes: list[Pass], step: int) -> None:
+        """Once: which parameters are below which layer. From the step's own graph, or a forward that shows it."""
+        if self._structure is not None:
+            return
+        if isinstance(self.mode, ProbeMode):
+            structure = self.mode.structure
+        else:
+            structure = self.capture.structure
+            if structure is None or structure.opaque:
+                structure = self.mode.structure(passes[0], self._perturbed, self.parameters.tensors)
+        if structure is None:
+            return
+        self._structure = structure
+        self.capture.wants_structure = False
+        self._incidence = Incidence(structure, self.device)
+        counts = structure.upstream.sum(dim=1).tolist()
+        columns = {"cut": structure.cut, "reason": structure.reason, "parameters": counts}
+        padded = {key: self.names.padded(column) for key, column in columns.items()}
+        record = Record(kind="structure", step=step, time=time.time(), scalars={}, columns=padded)
+        self.put(record)
+
+    def _cuts(self) -> list[bool]:
+        return [False] * len(self.layers) if self._structure is None else self._structure.cut
+
+
+def _columns(done: Aligned) -> Tensor:
+    """In the order of ``payload.ALIGNED``."""
+    return torch.stack([done.decrease, done.parameter_norm, done.update_norm, done.gradient_norm])
+
+
+def _unscaled(sums: Tensor, scale: Tensor) -> Tensor:
+    """Sums over features with the loss scale taken out of the backward vector."""
+    names = FeatureStats.names
+    result = sums.clone()
+    for name, power in (("update_dot_backward", 1), ("abs_update_dot_backward", 1), ("backward_sq", 2)):
+        result[:, names.index(name)] /= scale**power
+    return result

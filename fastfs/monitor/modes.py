@@ -1,0 +1,284 @@
+"""The ways to see what an update does to the features: on the training batch, to first order, on a probe batch.
+
+    BatchMode   f(w + dw) - f(w) on the rows of the training batch: one more forward
+    JvpMode     the derivative of f along dw on the same rows, exactly: one more forward, in forward mode
+    ProbeMode   f(w + dw) - f(w) on a batch of the user's: forward, backward, forward
+
+A mode is asked before the optimizer step (:meth:`before_step`) and after it (:meth:`measure`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastfs.functional import update_stats
+from fastfs.monitor.capture import Capture, Pass
+from fastfs.monitor.inputs import copy_arguments
+from fastfs.monitor.layers import Layer
+from fastfs.monitor.measure import RowSums, Triple, from_direction, from_replay
+from fastfs.monitor.perturbed import Perturbed, interpolate, tangents
+from fastfs.monitor.replay import ForwardState
+from fastfs.monitor.sampling import Kept, Sampler
+from fastfs.monitor.structure import Edge, Structure, edge_of
+from fastfs.stats import UpdateStats
+
+__all__ = ["MODES", "BatchMode", "JvpMode", "Probe", "ProbeMode"]
+
+MODES = ("batch", "probe", "jvp")
+
+Warn = Callable[[str, str], None]
+
+
+class BatchMode:
+    """Features before and backward vectors of the training step itself; features after from a second forward.
+
+    Args:
+        model: the model that the loop calls.
+        layers: the watched layers.
+        capture: of the training step.
+        warn: called with a kind and a message where a layer cannot be measured.
+    """
+
+    method = "plain"
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], capture: Capture, warn: Warn) -> None:
+        parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        # Without the wrapper's collectives: the other ranks need not have a monitor.
+        self._forward: nn.Module = model.module if isinstance(model, parallel) else model
+        self._layers = layers
+        self._capture = capture
+        self._warn = warn
+
+    def measure(self, passes: Sequence[Pass]) -> list[RowSums]:
+        """Sums of rows of every pass; the parameters are those after the step."""
+        return [self._measure(passed, self._forward) for passed in passes]
+
+    def amplified(
+        self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor], kappa: Tensor
+    ) -> list[RowSums]:
+        """The same with f(w + kappa dw) - f(w): the update still has to be divided by kappa.
+
+        Features before are computed again where the training step's come from a compiled graph: both have to be rounded
+        at the same places.
+        """
+        values = interpolate(before, now, kappa)
+        result = []
+        for passed in passes:
+            base = None
+            if model.compiled:
+                base = self._capture.replay(passed, lambda *args, **kwargs: model(before, *args, **kwargs))
+            result.append(self._measure(passed, lambda *args, **kwargs: model(values, *args, **kwargs), base))
+        return result
+
+    def _measure(self, passed: Pass, forward: Callable[..., Any], base: Any = None) -> RowSums:
+        return from_replay(self._triples(passed, self._capture.replay(passed, forward), base))
+
+    def _triples(self, passed: Pass, after: Any, base: Any = None) -> list[list[Triple]]:
+        triples: list[list[Triple]] = []
+        for layer, first, second in zip(self._layers, passed.visits, after, strict=True):
+            triples.append([])
+            if [visit.shape for visit in first] != [shape for shape, _ in second]:
+                self._warn(
+                    layer.name,
+                    f"layer {layer.name!r} ran {len(first)} times in the forward and {len(second)} times in the second "
+                    "one on the same inputs, or with other shapes: it is left out. The forward depends on something "
+                    "besides inputs, parameters, buffers and global random numbers",
+                )
+                continue
+            for number, (visit, (_, rows)) in enumerate(zip(first, second, strict=True)):
+                if visit.measurable and visit.before is not None and rows is not None:
+                    before = visit.before.values if base is None else base[layer.index][number][1]
+                    # No gradient came to a feature in the graph: the loss does not depend on it.
+                    backward = torch.zeros_like(before) if visit.backward is None else visit.backward
+                    triples[-1].append(Triple(before, rows, backward, visit.before.total))
+        return triples
+
+    def structure(self, passed: Pass, model: Perturbed, values: Sequence[Tensor]) -> Structure | None:
+        """From a forward of its own, where the training step's graph does not show it: with gradient, uncompiled."""
+        assert passed.state is not None
+        return _structure(
+            self._capture, self._layers, passed.state, values, lambda v: model(v, *passed.args, **passed.kwargs)
+        )
+
+
+class JvpMode(BatchMode):
+    """The first-order feature update: the derivative of the features along the real parameter update."""
+
+    method = "jvp"
+
+    def along(
+        self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor]
+    ) -> list[RowSums]:
+        """Sums of rows of every pass.
+
+        Args:
+            passes: captured in the training step.
+            model: as a function of its parameters.
+            before, now: parameters before and after the step.
+        """
+        directions = [n.detach() - b for b, n in zip(before, now, strict=True)]
+        result = []
+        for passed in passes:
+            with model.duals(before, directions) as duals:
+                changes = self._capture.replay(
+                    passed, lambda *args, duals=duals, **kwargs: model(duals, *args, **kwargs), tangents
+                )
+            result.append(from_direction(self._triples(passed, changes)))
+        return result
+
+
+class Probe:
+    """A fixed batch and loss to measure on, instead of the training batch.
+
+    The same rows at every measured step make curves comparable, and float32 keeps 16-bit rounding out of the angle.
+
+    Args:
+        inputs: what the model is called with: a tensor, a tuple of positional or a dictionary of keyword arguments.
+        loss: function of the model's output that gives a scalar; it holds the targets.
+        dtype: what parameters and floating-point inputs are cast to for the probe; None leaves them as they are, and
+            autocast as it is around ``optimizer.step()``. Autocast is off otherwise.
+
+    Raises:
+        TypeError: inputs of which no copy can be made, a loss that is no function, or a dtype that is none.
+    """
+
+    def __init__(self, inputs: Any, loss: Callable[[Any], Tensor], *, dtype: torch.dtype | None = torch.float32) -> None:
+        if not callable(loss):
+            raise TypeError(f"probe: expected a function of the model's output as the loss, got {loss!r}")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"probe: expected a floating-point dtype or None, got {dtype!r}")
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        inputs = copy_arguments(inputs, lambda x: self._cast(x.detach().clone(), dtype))
+        if isinstance(inputs, Mapping):
+            self.kwargs = dict(inputs)
+        else:
+            self.args = inputs if isinstance(inputs, tuple) else (inputs,)
+        self.loss = loss
+        self.dtype = dtype
+
+    def cast(self, x: Tensor) -> Tensor:
+        return self._cast(x, self.dtype)
+
+    @staticmethod
+    def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        return x.to(dtype) if dtype is not None and x.is_floating_point() else x
+
+
+class ProbeMode:
+    """Forward and backward on the probe before the step, forward after it; ``.grad`` and the loop see nothing of it."""
+
+    method = "plain"
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[Layer], capture: Capture, sampler: Sampler, probe: Probe
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._capture = capture
+        self._sampler = sampler
+        self._probe = probe
+        self._state: ForwardState | None = None
+        self._before: list[list[tuple[Kept, list[Tensor]]]] = []
+        self._account: Pass | None = None
+        self._gradients: list[Tensor | None] = []
+        self.loss: Tensor | None = None
+        self.structure: Structure | None = None
+
+    def before_step(self, perturbed: Perturbed, parameters: Sequence[Tensor]) -> None:
+        """Features, backward vectors and gradients at the parameters before the step."""
+        state = self._fixed_state()
+        leaves = [self._probe.cast(p.detach()).detach().requires_grad_(p.requires_grad) for p in parameters]
+        self._before = [[] for _ in self._layers]
+        self._account = self._capture.account()
+        edges: list[list[Edge | None]] = [[] for _ in self._layers]
+
+        def sink(layer: Layer, features: Tensor) -> None:
+            kept = self._capture.keep(self._account, features)
+            if kept is None:
+                return
+            arrived: list[Tensor] = []
+            self._before[layer.index].append((kept, arrived))
+            edges[layer.index].append(edge_of(features))
+            if features.requires_grad:  # a tensor hook, since a following operation may work in place
+                features.register_hook(lambda b: arrived.append(self._sampler.keep(b, kept.values.shape[0]).values))
+
+        with self._capture.into(sink), state.applied(grad=True), torch.enable_grad():
+            output = perturbed(leaves, *self._probe.args, **self._probe.kwargs)
+            loss = self._probe.loss(output)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise TypeError(f"probe: expected a loss that gives a scalar tensor, got {loss!r}")
+            if self.structure is None:
+                self.structure = self._capture.analyse(edges, [loss], leaves)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
+        self._gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        self.loss = loss.detach().to(torch.float64).reshape(())
+
+    def measure(self, perturbed: Perturbed, parameters: Sequence[Tensor]) -> RowSums:
+        """Sums of rows of the probe; the parameters are those after the step."""
+        after: list[list[Tensor]] = [[] for _ in self._layers]
+
+        def sink(layer: Layer, features: Tensor) -> None:
+            if len(after[layer.index]) == len(self._before[layer.index]):  # no room for its rows
+                return
+            kept, _ = self._before[layer.index][len(after[layer.index])]
+            after[layer.index].append(self._sampler.keep(features, kept.values.shape[0]).values)
+
+        values = [self._probe.cast(p.detach()) for p in parameters]
+        with self._capture.into(sink), self._fixed_state().applied():
+            perturbed(values, *self._probe.args, **self._probe.kwargs)
+        triples = [
+            [
+                Triple(kept.values, rows, arrived[0], kept.total)
+                for (kept, arrived), rows in zip(visits, found, strict=True)
+                if arrived
+            ]
+            for visits, found in zip(self._before, after, strict=True)
+        ]
+        return from_replay(triples)
+
+    def updates(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[UpdateStats, list[int]]:
+        """<g, dw> with the gradients of the probe, and which parameters they are of."""
+        found = [(i, g) for i, g in enumerate(self._gradients) if g is not None]
+        directions = [self._probe.cast(now[i].detach()) - self._probe.cast(before[i]) for i, _ in found]
+        stats = update_stats([g for _, g in found], directions)
+        self._gradients = []
+        return stats, [i for i, _ in found]
+
+    def clear(self) -> None:
+        self._before, self._gradients, self.loss, self._account = [], [], None, None
+
+    def _fixed_state(self) -> ForwardState:
+        """The model's buffers and modes of now, with the same random numbers at every measured step."""
+        state = ForwardState.take(self._model)
+        if self._state is None:
+            self._state = state
+        off = {kind: (False, dtype) for kind, (_, dtype) in state.autocast.items()}
+        return dataclasses.replace(
+            state,
+            randomness=self._state.randomness,
+            autocast=state.autocast if self._probe.dtype is None else off,
+            buffers=[(module, name, self._probe.cast(buffer)) for module, name, buffer in state.buffers],
+        )
+
+
+def _structure(
+    capture: Capture,
+    layers: Sequence[Layer],
+    state: ForwardState,
+    values: Sequence[Tensor],
+    forward: Callable[[Sequence[Tensor]], Any],
+) -> Structure | None:
+    edges: list[list[Edge | None]] = [[] for _ in layers]
+    leaves = [v.detach().requires_grad_(v.requires_grad) for v in values]
+    with capture.into(lambda layer, x: edges[layer.index].append(edge_of(x))), state.applied(grad=True):
+        output = forward(leaves)
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+        return capture.analyse(edges, outputs, leaves) if outputs else None

@@ -1,0 +1,120 @@
+"""From tensors of one step to one vector on the device, and from its copy on the host to a record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfs.monitor import trust
+from fastfs.monitor.record import Record
+from fastfs.stats import FeatureStats
+
+__all__ = ["Names", "Payload", "measured", "predicted"]
+
+STATS = (
+    "angle",
+    "cos_angle",
+    "update_rms",
+    "relative_update",
+    "feature_rms",
+    "backward_rms",
+    "radial_update",
+    "tangential_update",
+)
+"""Columns that come from :class:`fastfs.FeatureStats`, under the names that they have there."""
+
+ALIGNED = ("aligned_decrease", "parameter_norm", "parameter_update_norm", "gradient_norm")
+
+
+class Payload:
+    """Named tensors as one float64 vector: one transfer to the host takes them all."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        self.vector = torch.cat([tensor.detach().to(torch.float64).reshape(-1) for tensor in tensors.values()])
+
+    def split(self, host: Tensor) -> dict[str, Tensor]:
+        """The tensors again, out of the vector's copy."""
+        parts = host.split([math.prod(shape) for shape in self._shapes.values()])
+        return {name: part.reshape(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+
+
+class Names:
+    """What the entries of a record's columns are of: L layers, then groups of them."""
+
+    def __init__(self, layers: int, groups: dict[str, list[int]]) -> None:
+        self.layers = layers
+        self.groups = groups
+
+    def with_groups(self, sums: Tensor) -> Tensor:
+        """(L, ...) -> (L + G, ...): a group's sums are those of its layers."""
+        if not self.groups:
+            return sums
+        return torch.cat([sums, torch.stack([sums[members].sum(dim=0) for members in self.groups.values()])])
+
+    def padded(self, values: Sequence[Any]) -> list[Any]:
+        """A column that groups have no entry in."""
+        return [*values, *[None] * len(self.groups)]
+
+
+def measured(
+    parts: dict[str, Tensor],
+    names: Names,
+    rows: Sequence[tuple[int, int]],
+    quantiles: Sequence[float],
+    method: str,
+    common: dict[str, Any],
+) -> Record:
+    """The record of a measured step.
+
+    Args:
+        parts: what the payload was made of, on the host.
+        names: of the columns' entries.
+        rows: kept and all rows of every layer.
+        quantiles: that the rows' quantiles are of.
+        method: how layers were measured, where an enlarged update was not needed.
+        common: step, time and what else is not per layer.
+    """
+    stats = FeatureStats(parts["sums"])
+    columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in STATS}
+    why = trust.reasons(parts["trust"], stats)
+    columns["noise_floor"] = parts["noise_floor"].tolist()
+    columns["valid"] = [reason is None for reason in why]
+    columns["why"] = why
+    columns["method"] = trust.methods(parts["trust"], method)
+    columns["nonfinite"] = stats.nonfinite.tolist()
+    columns["count"] = stats.count.tolist()
+    columns["rows"] = names.padded([kept for kept, _ in rows])
+    sampled = [0 < kept < total for kept, total in rows]
+    errors = zip(sampled, parts["angle_se"].tolist(), strict=True)
+    columns["angle_se"] = names.padded([value if part else None for part, value in errors])
+    norms = (parts["update_se"] * stats.update_rms[: names.layers]).tolist()
+    columns["update_rms_se"] = names.padded([v if part else None for part, v in zip(sampled, norms, strict=True)])
+    columns["residual"] = names.padded(parts["residual"].tolist())
+    for name, values in zip(ALIGNED, parts["aligned"], strict=True):
+        columns[name] = names.padded(values.tolist())
+    for place, quantile in enumerate(quantiles):
+        suffix = f"q{100 * quantile:g}"
+        columns[f"cos_angle_{suffix}"] = names.padded(parts["quantiles"][:, 0, place].tolist())
+        columns[f"update_rms_{suffix}"] = names.padded(parts["quantiles"][:, 1, place].tolist())
+    return _record("measured", columns, parts, common)
+
+
+def predicted(parts: dict[str, Tensor], names: Names, common: dict[str, Any]) -> Record:
+    """The record of a step whose features were not measured."""
+    columns = {name: names.padded(values.tolist()) for name, values in zip(ALIGNED, parts["aligned"], strict=True)}
+    columns["backward_rms"] = names.padded(parts["backward_rms"].tolist())
+    columns["update_rms"] = names.padded(parts["update_rms"].tolist())
+    return _record("predicted", columns, parts, common)
+
+
+def _record(kind: str, columns: dict[str, list[Any]], parts: dict[str, Tensor], common: dict[str, Any]) -> Record:
+    scalars = {key: value for key, value in common.items() if key not in ("step", "time")}
+    for name in ("loss", "loss_scale", "kappa"):
+        if name in parts:
+            scalars[name] = parts[name].item()
+    return Record(kind=kind, step=common["step"], time=common["time"], scalars=scalars, columns=columns)

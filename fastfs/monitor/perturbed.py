@@ -1,0 +1,78 @@
+"""The model as a function of its parameters: forwards at other parameters than those that it has.
+
+The parameters themselves are never written to: ``torch.func.functional_call`` puts other tensors in their place for one
+forward. It runs without torch.compile, whose graphs are made for the parameters that it knows, and inside of
+data-parallel wrappers, whose forward is tied to the training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastfs.monitor.layers import unwrapped
+
+__all__ = ["Perturbed", "eager", "has_compiled", "interpolate", "tangents"]
+
+
+def has_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has a part in the model."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def eager(model: nn.Module) -> Any:
+    """A context in which compiled parts of the model run as they were written."""
+    return torch.compiler.set_stance("force_eager") if has_compiled(model) else nullcontext()
+
+
+class Perturbed:
+    """Forwards of a model at given values of some of its parameters.
+
+    Args:
+        model: the model; wrappers are looked through.
+        parameters: those whose values will be given; others stay as they are in the model.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
+        self._model = model
+        self.compiled = has_compiled(model)
+        self._inner = unwrapped(model)
+        names = {id(parameter): name for name, parameter in self._inner.named_parameters()}
+        self._names = [names.get(id(parameter)) for parameter in parameters]
+
+    def __call__(self, values: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
+        """The output of the model; parameters that are not the model's own have no effect."""
+        named = {name: value for name, value in zip(self._names, values, strict=True) if name is not None}
+        with eager(self._model):
+            return torch.func.functional_call(self._inner, named, args, kwargs)
+
+    @contextmanager
+    def duals(self, values: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+        """Values that carry a direction: forwards on them give exact first-order changes (:func:`tangents`).
+
+        Attention runs as plain mathematics inside, since the fused kernels have no forward-mode derivative.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(forward_ad.dual_level())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield [forward_ad.make_dual(v.detach(), d) for v, d in zip(values, directions, strict=True)]
+
+
+def tangents(features: Tensor) -> Tensor:
+    """The first-order change that features computed from duals carry; zero if they depend on none."""
+    tangent = forward_ad.unpack_dual(features).tangent
+    return torch.zeros_like(features) if tangent is None else tangent
+
+
+def interpolate(before: Sequence[Tensor], now: Sequence[Tensor], kappa: Tensor) -> list[Tensor]:
+    """before + kappa (now - before), in the dtype of the parameters; for kappa = 1 the bits of ``now``."""
+    return [torch.lerp(b, n.detach(), kappa.to(b.dtype)) for b, n in zip(before, now, strict=True)]

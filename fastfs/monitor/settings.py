@@ -1,0 +1,169 @@
+"""The monitor's arguments: checked before anything is opened or hooked, and put into words."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfs.monitor.layers import clean_name, is_wrapped
+from fastfs.monitor.modes import MODES, Probe
+from fastfs.monitor.record import Recorder
+from fastfs.monitor.schedule import Every
+from fastfs.monitor.sinks import as_sink, as_sinks
+
+__all__ = [
+    "check_compiled",
+    "check_mode",
+    "check_optimizers",
+    "check_sizes",
+    "check_state",
+    "describe",
+    "open_recorder",
+    "parameter_names",
+    "shown",
+    "speaks",
+]
+
+_MIB = 2**20
+
+
+def check_optimizers(model: Any, optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers as a list.
+
+    Raises:
+        TypeError: the model is no module, or something is no optimizer.
+        ValueError: LBFGS, an optimizer twice, none at all, or none that updates a parameter of the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
+    optimizers = list(optimizer) if several else [optimizer]
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(each).__name__}")
+        if isinstance(each, torch.optim.LBFGS):
+            raise ValueError("optimizer: LBFGS evaluates the loss several times in a step; a step cannot be measured")
+    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    if len({id(p) for p in parameters}) != len(parameters):
+        raise ValueError("optimizer: expected every parameter in one optimizer, got some in several")
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for p in parameters):
+        what = ", ".join(type(each).__name__ for each in optimizers) or "an empty list"
+        raise ValueError(f"optimizer: {what} updates no parameter of {type(model).__name__}")
+    return optimizers
+
+
+def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
+    """The probe of probe mode.
+
+    Raises:
+        TypeError: a probe that is none.
+        ValueError: an unknown mode, or arguments that do not go together.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if not isinstance(amplify, bool):
+        raise TypeError(f"amplify: expected True or False, got {amplify!r}")
+    if amplify and mode != "batch":
+        raise ValueError(f'amplify: is for mode="batch"; mode={mode!r} has no rounding noise to overcome')
+    if (probe is not None) != (mode == "probe"):
+        raise ValueError(
+            'probe: expected with mode="probe", and only there: a pair of inputs and a loss function of the output, '
+            f"or fastfs.monitor.Probe(inputs, loss); got mode={mode!r} and probe={'None' if probe is None else '...'}"
+        )
+    if probe is None or isinstance(probe, Probe):
+        return probe
+    if not isinstance(probe, tuple) or len(probe) != 2:
+        raise TypeError(f"probe: expected a pair of inputs and loss function, got {type(probe).__name__}")
+    return Probe(*probe)
+
+
+def check_sizes(rows: Any, memory: Any, quantiles: Any) -> None:
+    """Raises ValueError for what is out of range, TypeError for what is no number."""
+    for name, value, least in (("rows", rows, 2), ("memory", memory, 1)):
+        if name == "rows" and value is None:
+            continue
+        try:
+            number = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = -1
+        if number < least:
+            unit = "rows kept of a layer, or None for all" if name == "rows" else "bytes"
+            raise ValueError(f"{name}: expected an integer >= {least} ({unit}), got {value!r}")
+    if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
+        raise TypeError(f"quantiles: expected numbers between 0 and 1, got {quantiles!r}")
+    for quantile in quantiles:
+        if not isinstance(quantile, (int, float)) or not 0.0 <= quantile <= 1.0:
+            raise ValueError(f"quantiles: expected numbers between 0 and 1, got {quantile!r}")
+
+
+def check_compiled(model: nn.Module, mode: str) -> None:
+    """Raises ValueError if the model's own forward hooks would be called inside of a compiled graph only."""
+    if mode != "probe" and getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "model: was compiled in place by model.compile(), so that its inputs can only be seen from inside the "
+            'graph. Attach to compiled = torch.compile(model) instead and call that, or use mode="probe"'
+        )
+
+
+def check_state(state: Mapping[str, Any], layers: Sequence[str], step: int) -> None:
+    """Raises ValueError if a monitor with these layers cannot go on from that state."""
+    if step:
+        raise ValueError(f"load_state_dict: expected a monitor that has seen no step, this one has seen {step}")
+    theirs = state["engine"]["layers"]
+    if list(theirs) != list(layers):
+        raise ValueError(f"load_state_dict: expected a state of the layers {list(layers)}, got {list(theirs)}")
+
+
+def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: Any) -> Recorder:
+    """A recorder into ``path`` and ``sinks``; into ``record.jsonl`` if neither is given."""
+    targets = as_sinks(sinks)
+    if path is not None or not targets:
+        targets.insert(0, "record.jsonl" if path is None else path)
+    with ExitStack() as undo:
+        opened = []
+        for target in targets:
+            sink = as_sink(target)
+            opened.append(sink)
+            if sink is not target:  # made here: nobody else could close it
+                undo.callback(sink.close)
+        recorder = Recorder(opened, header, **options)
+        undo.pop_all()
+    return recorder
+
+
+def parameter_names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Names of the parameters that the optimizers update, in their order."""
+    wrapped = is_wrapped(model)
+    names = {id(p): clean_name(name, wrapped) for name, p in model.named_parameters()}
+    return {names.get(id(p), f"(parameter {i}, not the model's)"): p for i, p in enumerate(parameters)}
+
+
+def shown(schedule: Any) -> Any:
+    """A schedule for the header."""
+    return schedule.steps if isinstance(schedule, Every) else None if schedule is None else repr(schedule)
+
+
+def speaks() -> bool:
+    """In a group of processes, the first one does."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def describe(header: Mapping[str, Any], snapshot_bytes: int, ring_bytes: int) -> str:
+    """One line for a person."""
+    every = header["every"]
+    often = f"every {every} steps" if isinstance(every, int) else every
+    aligned = "" if header["aligned_every"] is None else f", aligned decrease every {header['aligned_every']}"
+    rows = "all rows" if header["rows"] is None else f"{header['rows']} rows a layer"
+    snapshot = f", {snapshot_bytes / _MIB:.1f} MiB for parameters before the step" if snapshot_bytes else ""
+    return (
+        f"fastfs.Monitor: {len(header['layers'])} layers of {header['model']}, {header['mode']} mode, {often}{aligned}; "
+        f"memory at a measured step: at most {header['memory_bytes'] / _MIB:.1f} MiB for inputs and {rows}{snapshot}, "
+        f"{ring_bytes / _MIB:.1f} MiB for the record"
+    )

@@ -1,0 +1,170 @@
+"""Taps: hooks on the watched layers that also work inside of graphs that torch.compile has compiled.
+
+Outside of a compiled graph a tap hands the features to the capture directly. Inside, where no Python of ours runs, it is
+the op ``fastfs::tap(features, anchor)``, and a second one on the gradient: Dynamo traces both into the graph, whose
+calls come back to the capture when the graph runs. The anchor is a small tensor on the CPU whose *content* says to
+whom: (key of the capture, layer, direction). So one graph serves every block of a model, and nothing is compiled again
+for the next block or the next step. It counts as written to, which keeps the op from being optimised away.
+
+Whether a step is tapped is :attr:`Switch.level`, a Python number that Dynamo guards on: one cached graph for each of the
+levels that occur, and the one of level 0 is exactly that of the model without a monitor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastfs.monitor.layers import Layer
+from fastfs.ops import LIBRARY
+
+__all__ = ["EVERYTHING", "GRADIENTS", "OFF", "Receiver", "Select", "Switch", "Tap", "first_floating", "inert"]
+
+OFF, GRADIENTS, EVERYTHING = 0, 1, 2
+"""Levels of a switch: nothing; backward vectors only; features, too."""
+
+FORWARD, BACKWARD = 0, 1
+
+Select = Callable[[Any], Tensor]
+"""Takes a layer's output and gives the features in it."""
+
+
+class Receiver(Protocol):
+    """What taps hand features to."""
+
+    def visit(self, layer: Layer, features: Tensor) -> None:
+        """The features of a layer, in eager execution: still in the autograd graph."""
+
+    def compiled_features(self, layer: int, features: Tensor) -> None:
+        """The features of a layer, out of a compiled graph."""
+
+    def compiled_gradient(self, layer: int, gradient: Tensor) -> None:
+        """The backward vector of a layer, out of a compiled graph."""
+
+
+class Switch:
+    """How much is tapped in the next forward."""
+
+    def __init__(self) -> None:
+        self.level = OFF
+
+
+# Ops know tensors only: this is how one finds its receiver. Weak, so it keeps no monitor alive.
+_RECEIVERS: weakref.WeakValueDictionary[int, Receiver] = weakref.WeakValueDictionary()
+_KEYS = itertools.count()
+
+
+def register(receiver: Receiver) -> int:
+    """A key for the anchors of this receiver."""
+    key = next(_KEYS)
+    _RECEIVERS[key] = receiver
+    return key
+
+
+def _tap(features: Tensor, anchor: Tensor) -> None:
+    key, layer, direction = anchor.tolist()
+    receiver = _RECEIVERS.get(key)
+    if receiver is not None:
+        (receiver.compiled_gradient if direction == BACKWARD else receiver.compiled_features)(layer, features)
+
+
+def _tap_fake(features: Tensor, anchor: Tensor) -> None:
+    pass
+
+
+LIBRARY.define("tap(Tensor features, Tensor(a!) anchor) -> ()")
+LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
+LIBRARY.impl("tap", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("fastfs::tap", _tap_fake, lib=LIBRARY)
+
+
+def inert(*_args: Any, **_kwargs: Any) -> None:
+    """What a hook becomes in a copy of the model: a copy is not watched."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return inert
+
+
+class Hook:
+    """A hook that neither ``copy.deepcopy`` nor ``pickle`` of the model follows into the monitor."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
+        return inert
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_inert, ()
+
+
+class Tap(Hook):
+    """The forward hook of one watched layer."""
+
+    def __init__(self, layer: Layer, switch: Switch, receiver: Receiver, key: int, select: Select) -> None:
+        self.layer = layer
+        self.switch = switch
+        self.receiver = receiver
+        self.select = select
+        self.forward_anchor = torch.tensor([key, layer.index, FORWARD])
+        self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
+
+    def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        if self.switch.level == OFF:
+            return
+        if not torch.compiler.is_compiling():
+            self.receiver.visit(self.layer, self.features(module, output))
+            return
+        features = self.select(output)
+        if self.switch.level == EVERYTHING:
+            torch.ops.fastfs.tap(features, self.forward_anchor)
+        if features.requires_grad:
+            anchor = self.backward_anchor
+            features.register_hook(lambda gradient: torch.ops.fastfs.tap(gradient, anchor))
+
+    def features(self, module: nn.Module, output: Any) -> Tensor:
+        """Raises TypeError if the output has no features."""
+        found = self.select(output)
+        if not isinstance(found, Tensor) or not found.is_floating_point():
+            what = f"{found.dtype} tensor" if isinstance(found, Tensor) else type(found).__name__
+            leaves = ", ".join(_kinds(output)) or "nothing"
+            raise TypeError(
+                f"layer {self.layer.name!r} ({type(module).__name__}): expected an output that is or holds a "
+                f"floating-point tensor, got {type(output).__name__} of {leaves}"
+                + ("" if self.select is first_floating else f"; select= gave a {what}")
+            )
+        return found
+
+
+def first_floating(output: Any) -> Any:
+    """The output itself, or the first floating-point tensor in tuples, lists, dictionaries and dataclasses; or None."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    for part in _parts(output):
+        found = first_floating(part)
+        if found is not None:
+            return found
+    return None
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, (tuple, list)):
+        return list(value)
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return []
+
+
+def _kinds(value: Any) -> list[str]:
+    """What an output consists of, for a message."""
+    if isinstance(value, Tensor):
+        return [str(value.dtype)]
+    if isinstance(value, (tuple, list, Mapping)) or dataclasses.is_dataclass(value):
+        return [kind for part in _parts(value) for kind in _kinds(part)]
+    return [type(value).__name__]
