@@ -73,4 +73,7 @@ FASTFS_HD int64_t row_offset(const T& x, int64_t row) {
 // small that float loses digits, or all of them, to underflow.
 FASTFS_HD bool squares_need_double(double sum) { return !(sum - sum == 0.0) || sum < 0x1p-100; }
 
+// One NaN for all: which of two NaNs an addition returns depends on the order that a compiler gives them.
+FASTFS_HD double one_nan(double sum) { return sum == sum ? sum : __builtin_nan(""); }
+
 }  // namespace fastfs

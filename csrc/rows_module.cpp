@@ -65,11 +65,12 @@ struct RowCall {
     if (out.is_none()) return;
     const DLTensor to = exchange.view(out.ptr());
     request.to_dtype = dtype_of_rows(to, "out");
-    if (to.ndim != 2 || to.shape[0] != request.kept || to.shape[1] != x.row.width || !is_contiguous(to) ||
-        !same_device(to, t)) {
+    const int64_t elements = request.kept * x.row.width;
+    if (to.ndim != 2 || to.shape[0] != request.kept || to.shape[1] != x.row.width || !same_device(to, t) ||
+        (elements > 0 && !is_contiguous(to))) {
       throw py::value_error("expected a contiguous output of rows x width on the device of x");
     }
-    if (request.kept * x.row.width > 0) request.to = data_of(to);
+    if (elements > 0) request.to = data_of(to);
   }
 };
 

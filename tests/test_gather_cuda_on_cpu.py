@@ -44,11 +44,11 @@ BUGS = {
         "  __syncthreads();\n  v = 0.0;", "  __syncwarp();\n  v = 0.0;", "tsan", "data race"
     ),
     "shared array too small": Bug(
-        "double parts[2][kThreads / 32];", "double parts[1][kThreads / 32];", "asan", "out of bounds for type"
+        "double parts[2][kThreads / 32];", "double parts[2][kThreads / 32 - 1];", "asan", "out of bounds for type"
     ),
     "tail read past the end": Bug("      if (valid == E) {", "      if (valid > 0) {", "asan", "heap-buffer-overflow"),
     "fast loop past the end": Bug("+ (kTiles - 1) * tile + E <= count", "<= count", "asan", "heap-buffer-overflow"),
-    "tail written past the end": Bug("      if (i >= valid) break;", "", "asan", "heap-buffer-overflow"),
+    "tail written past the end": Bug("    if (i >= valid) break;\n", "", "asan", "heap-buffer-overflow"),
     "wide stores of a copy that is not aligned": Bug(
         "kWords % 4 == 0 && aligned(p, 16)", "kWords % 4 == 0", "asan", "misaligned address"
     ),

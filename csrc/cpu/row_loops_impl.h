@@ -65,10 +65,10 @@ FASTFS_HD double pass(const char* from, char* to, int64_t n) {
 template <class F, class To>
 double take(const char* from, char* to, int64_t n) {
   if constexpr (same_dtype<F, F64>::value) {
-    return pass<Doubles, F, To>(from, to, n);
+    return one_nan(pass<Doubles, F, To>(from, to, n));
   } else {
     const double sum = pass<Floats, F, To>(from, to, n);
-    return squares_need_double(sum) ? pass<Doubles, F, void>(from, nullptr, n) : sum;
+    return squares_need_double(sum) ? one_nan(pass<Doubles, F, void>(from, nullptr, n)) : sum;
   }
 }
 

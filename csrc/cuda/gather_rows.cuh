@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kThreads, kRowBlocksPerSm) gather_rows_kernel(
         if (to_size == 8) *reinterpret_cast<uint64_t*>(q) = nan;
       }
     }
-    if (rank == 0) job.squares[item] = sum;
+    if (rank == 0) job.squares[item] = one_nan(sum);
   }
 }
 
