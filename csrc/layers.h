@@ -12,7 +12,8 @@ namespace fastfs {
 
 constexpr int64_t kChunk = 8192;      // elements
 constexpr int64_t kGroupChunks = 64;  // chunks
-constexpr int kMaxInputs = 3;
+constexpr int kMaxInputs = 4;
+constexpr int kMaxCoefficients = 4;
 constexpr int kMaxDims = 16;
 
 enum class DType : uint8_t { f16, bf16, f32, f64 };
@@ -30,6 +31,7 @@ struct Layer {
   int dims;
   int64_t shape[kMaxDims];
   int64_t stride[kMaxInputs][kMaxDims];
+  double coefficients[kMaxCoefficients];  // of a measurement that has some (updates.h), where they are on the CPU
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -28,12 +28,34 @@ LayerList read(Exchange& exchange, const py::tuple& inputs, bool per_row) {
 // The memory of `out`, which has to be `rows` x `columns` float64 on `device`.
 double* output(Exchange& exchange, const py::object& out, int64_t rows, int64_t columns, DLDevice device) {
   const DLTensor t = exchange.view(out.ptr());
-  if (t.ndim != 2 || t.shape[0] != rows || t.shape[1] != columns || dtype_of(t, 0) != DType::f64 || !is_contiguous(t) ||
-      (rows > 0 && (t.device.device_type != device.device_type || t.device.device_id != device.device_id))) {
-    throw py::value_error("expected a contiguous float64 output of " + std::to_string(rows) + " x " +
-                          std::to_string(columns) + " on the device of the inputs");
+  double* const p = doubles(t, rows, columns, "an output");
+  if (rows > 0 && !same_device(t.device, device)) throw py::value_error("expected an output on the inputs' device");
+  return p;
+}
+
+// Reads the coefficients of a measurement that has some: one row for each layer. On the CPU they go into the layers;
+// on the layers' own device they stay where they are, and come back as a pointer for the kernel.
+template <class Sums>
+const double* read_coefficients(Exchange& exchange, const py::object& coefficients, LayerList& list) {
+  for (size_t n = 0; n < list.layers.size(); ++n) {
+    const Layer& l = list.layers[n];
+    if (l.first != l.last) refuse(n, "expected tensors of one dtype");
+    if (!Sums::kSixteenBit && item_size(l.first) == 2) refuse(n, "expected float32 or float64");
   }
-  return reinterpret_cast<double*>(static_cast<char*>(t.data) + t.byte_offset);
+  const DLTensor t = exchange.view(coefficients.ptr());
+  const auto rows = static_cast<int64_t>(list.layers.size());
+  const double* const p = doubles(t, rows, Sums::kCoefficients, "coefficients");
+  if (rows == 0) return nullptr;
+  if (t.device.device_type == kDLCPU) {
+    for (size_t n = 0; n < list.layers.size(); ++n) {
+      std::copy_n(p + n * Sums::kCoefficients, Sums::kCoefficients, list.layers[n].coefficients);
+    }
+    return nullptr;
+  }
+  if (!same_device(t.device, list.device)) {
+    throw py::value_error("expected coefficients on the CPU or on the device of the tensors");
+  }
+  return p;
 }
 
 template <class Sums>
@@ -41,6 +63,18 @@ void measure_cpu(const py::tuple& inputs, bool per_row, const py::object& out, i
   Exchange exchange;
   const LayerList list = read<Sums::kInputs>(exchange, inputs, per_row);
   if (list.device.device_type != kDLCPU) throw py::value_error("expected tensors on the CPU");
+  double* const to = output(exchange, out, list.segments, Sums::kSums + 2, list.device);
+  const py::gil_scoped_release released;
+  cpu::measure<Sums>(list.layers, to, threads);
+}
+
+template <class Sums>
+void measure_optimizer_cpu(const py::tuple& inputs, const py::object& coefficients, const py::object& out,
+                           int threads) {
+  Exchange exchange;
+  LayerList list = read<Sums::kInputs>(exchange, inputs, false);
+  if (list.device.device_type != kDLCPU) throw py::value_error("expected tensors on the CPU");
+  read_coefficients<Sums>(exchange, coefficients, list);
   double* const to = output(exchange, out, list.segments, Sums::kSums + 2, list.device);
   const py::gil_scoped_release released;
   cpu::measure<Sums>(list.layers, to, threads);
@@ -64,6 +98,10 @@ class CudaCall {
     if (list_.device.device_type != kDLCUDA) throw py::value_error("expected tensors on a CUDA device");
     workspace_ = cuda::workspace<Sums>(list_.layers);
   }
+  // ... with coefficients, which have to live until the launch.
+  CudaCall(const py::tuple& inputs, const py::object& coefficients) : CudaCall(inputs, false) {
+    coefficients_ = read_coefficients<Sums>(exchange_, coefficients, list_);
+  }
   int64_t partial_bytes() const { return workspace_.partial_bytes; }
   int64_t tickets() const { return workspace_.tickets; }
   // Queues the work on torch's current stream of the inputs' device.
@@ -71,21 +109,26 @@ class CudaCall {
     double* const to = output(exchange_, out, list_.segments, Sums::kSums + 2, list_.device);
     void* const stream = exchange_.current_stream(list_.device);
     const py::gil_scoped_release released;
-    cuda::launch<Sums>(list_.layers, to, reinterpret_cast<void*>(partials), reinterpret_cast<uint32_t*>(tickets),
-                       list_.device.device_id, stream);
+    cuda::launch<Sums>(list_.layers, coefficients_, to, reinterpret_cast<void*>(partials),
+                       reinterpret_cast<uint32_t*>(tickets), list_.device.device_id, stream);
   }
 
  private:
   Exchange exchange_;
   LayerList list_;
   cuda::Workspace workspace_{};
+  const double* coefficients_ = nullptr;
 };
 
 template <class Sums>
 void bind_cuda(py::module_& m, const char* name) {
-  py::class_<CudaCall<Sums>>(m, name)
-      .def(py::init<const py::tuple&, bool>())
-      .def_property_readonly("partial_bytes", &CudaCall<Sums>::partial_bytes)
+  py::class_<CudaCall<Sums>> call(m, name);
+  if constexpr (Sums::kCoefficients > 0) {
+    call.def(py::init<const py::tuple&, const py::object&>());
+  } else {
+    call.def(py::init<const py::tuple&, bool>());
+  }
+  call.def_property_readonly("partial_bytes", &CudaCall<Sums>::partial_bytes)
       .def_property_readonly("tickets", &CudaCall<Sums>::tickets)
       .def("launch", &CudaCall<Sums>::launch);
 }
@@ -129,11 +172,19 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "fastfs native core: called through fastfs.ops, never directly";
   m.def("feature_stats_cpu", &measure_cpu<FeatureSums>);
   m.def("update_stats_cpu", &measure_cpu<UpdateSums>);
+  m.def("linear_stats_cpu", &measure_optimizer_cpu<LinearSums>);
+  m.def("adam_stats_cpu", &measure_optimizer_cpu<AdamSums>);
+  m.def("adamax_stats_cpu", &measure_optimizer_cpu<AdamaxSums>);
+  m.def("rmsprop_stats_cpu", &measure_optimizer_cpu<RmspropSums>);
   m.def("stream_read_cpu", &stream_read_cpu);
   bind_rows(m);
 #ifdef FASTFS_WITH_CUDA
   bind_cuda<FeatureSums>(m, "FeatureStatsCuda");
   bind_cuda<UpdateSums>(m, "UpdateStatsCuda");
+  bind_cuda<LinearSums>(m, "LinearStatsCuda");
+  bind_cuda<AdamSums>(m, "AdamStatsCuda");
+  bind_cuda<AdamaxSums>(m, "AdamaxStatsCuda");
+  bind_cuda<RmspropSums>(m, "RmspropStatsCuda");
   m.def("stream_read_cuda", &stream_read_cuda);
 #endif
   m.def("build_info", &build_info);

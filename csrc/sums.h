@@ -1,8 +1,8 @@
 // The sums of each measurement and how partial results merge: one definition for every CPU
 // instruction set and for CUDA.
 //
-// A measurement is a struct (FeatureSums, UpdateSums) whose `add` takes one element of each input
-// and adds its terms to the accumulators. V is what the caller computes with: float or double (a CUDA
+// A measurement is a struct (FeatureSums, UpdateSums, those of updates.h) whose `add_terms` takes one element of each
+// input and adds its terms to the accumulators. V is what the caller computes with: float or double (a CUDA
 // thread, the generic CPU loop) or a vector of them (AVX2, AVX-512); V needs the free functions
 // below. F is the storage dtype of the first inputs, which the rounding noise depends on.
 //
@@ -50,16 +50,24 @@ struct same_dtype<A, A> {
   static constexpr bool value = true;
 };
 
-// Scalar arithmetic. A vector type brings its own overloads of these eight, found by argument-dependent lookup.
+// Scalar arithmetic. A vector type brings its own overloads of these, found by argument-dependent lookup.
 FASTFS_HD float add(float a, float b) { return a + b; }
 FASTFS_HD float sub(float a, float b) { return a - b; }
 #if defined(__CUDA_ARCH__)
 // The rounded product: nvcc would fuse a plain one with the addition that takes it, in one kernel and not in another.
 FASTFS_HD float mul(float a, float b) { return __fmul_rn(a, b); }
 FASTFS_HD double mul(double a, double b) { return __dmul_rn(a, b); }
+FASTFS_HD float quotient(float a, float b) { return __fdiv_rn(a, b); }
+FASTFS_HD double quotient(double a, double b) { return __ddiv_rn(a, b); }
+FASTFS_HD float root(float a) { return __fsqrt_rn(a); }
+FASTFS_HD double root(double a) { return __dsqrt_rn(a); }
 #else
 FASTFS_HD float mul(float a, float b) { return a * b; }
 FASTFS_HD double mul(double a, double b) { return a * b; }
+FASTFS_HD float quotient(float a, float b) { return a / b; }
+FASTFS_HD double quotient(double a, double b) { return a / b; }
+FASTFS_HD float root(float a) { return __builtin_sqrtf(a); }
+FASTFS_HD double root(double a) { return __builtin_sqrt(a); }
 #endif
 FASTFS_HD float mul_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 FASTFS_HD float absolute(float a) { return __builtin_fabsf(a); }
@@ -103,6 +111,33 @@ struct is_single<float> {
   static constexpr bool value = true;
 };
 
+// One number in every lane of V.
+template <class V>
+FASTFS_HD V splat(double x) {
+  if constexpr (same_dtype<V, float>::value || same_dtype<V, double>::value) {
+    return static_cast<V>(x);
+  } else {
+    return V::splat(x);
+  }
+}
+
+// What a layer brings along for all its elements.
+template <class V, int kCount>
+struct Coefficients {
+  V value[kCount];
+};
+template <class V>
+struct Coefficients<V, 0> {};
+
+template <class V, int kCount>
+FASTFS_HD Coefficients<V, kCount> coefficients_at(const double* p) {
+  Coefficients<V, kCount> c;
+  if constexpr (kCount > 0) {
+    for (int i = 0; i < kCount; ++i) c.value[i] = splat<V>(p[i]);
+  }
+  return c;
+}
+
 // Spacing of the format F at a stored value x, in units of spacing_unit<F, V>(). Zero is exact (ReLU, masks, padding),
 // and so is, for the formats with the range of float or more, everything below the smallest normal number; float16 has
 // subnormals that features do reach, and they are all kMinNormal * kEpsilon apart.
@@ -130,11 +165,14 @@ FASTFS_HD constexpr double spacing_unit() {
 // fastfs.feature_stats: inputs before, after (dtype F) and backward.
 struct FeatureSums {
   static constexpr int kInputs = 3;
-  static constexpr int kSums = 7;  // in the order of stats.FeatureStats
+  static constexpr int kSums = 7;          // in the order of stats.FeatureStats
+  static constexpr int kCounted = 3;       // the first inputs: those whose non-finite entries are counted
+  static constexpr int kCoefficients = 0;  // of a layer
+  static constexpr bool kOneDtype = false, kSixteenBit = true;  // may dtypes differ, may they have 16 bits
   FASTFS_HD static constexpr bool is_square(int k) { return k >= 1 && k <= 3; }
 
   template <class F, class V>
-  FASTFS_HD static void add_terms(V (&acc)[kSums], const V (&x)[kInputs]) {
+  FASTFS_HD static void add_terms(V (&acc)[kSums], const V (&x)[kInputs], const Coefficients<V, 0>&) {
     const V before = x[0], after = x[1], backward = x[2];
     const V update = sub(after, before);
     const V product = mul(update, backward);
@@ -161,10 +199,12 @@ struct FeatureSums {
 struct UpdateSums {
   static constexpr int kInputs = 2;
   static constexpr int kSums = 3;  // in the order of stats.UpdateStats
+  static constexpr int kCounted = 2, kCoefficients = 0;
+  static constexpr bool kOneDtype = false, kSixteenBit = true;
   FASTFS_HD static constexpr bool is_square(int k) { return k >= 1; }
 
   template <class F, class V>
-  FASTFS_HD static void add_terms(V (&acc)[kSums], const V (&x)[kInputs]) {
+  FASTFS_HD static void add_terms(V (&acc)[kSums], const V (&x)[kInputs], const Coefficients<V, 0>&) {
     const V gradient = x[0], update = x[1];
     acc[0] = mul_add(gradient, update, acc[0]);
     acc[1] = mul_add(update, update, acc[1]);
@@ -180,7 +220,7 @@ struct UpdateSums {
 template <class Sums>
 struct Partial {
   double sum[Sums::kSums];
-  double nonfinite;  // entries of all inputs that are NaN or Inf; a double counts exactly to 2^53
+  double nonfinite;  // entries of the counted inputs that are NaN or Inf; a double counts exactly to 2^53
 };
 
 template <class Sums>

@@ -78,6 +78,17 @@ inline bool is_contiguous(const DLTensor& t) {
   return true;
 }
 
+// The memory of a float64 tensor of `rows` x `columns` without gaps, or a complaint about `what`.
+inline double* doubles(const DLTensor& t, int64_t rows, int64_t columns, const char* what) {
+  if (t.ndim != 2 || t.shape[0] != rows || t.shape[1] != columns || dtype_of(t, 0) != DType::f64 || !is_contiguous(t)) {
+    throw py::value_error(std::string("expected ") + what + ": contiguous float64 of " + std::to_string(rows) + " x " +
+                          std::to_string(columns));
+  }
+  return reinterpret_cast<double*>(static_cast<char*>(t.data) + t.byte_offset);
+}
+
+inline bool same_device(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
+
 struct LayerList {
   std::vector<Layer> layers;
   DLDevice device{kDLCPU, 0};
@@ -94,7 +105,7 @@ inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inpu
   result.layers.resize(count);
   for (size_t n = 0; n < count; ++n) {
     Layer& l = result.layers[n];
-    DLTensor t[kMaxInputs];
+    DLTensor t[kMaxInputs] = {};
     int64_t elements = 1;
     bool all_contiguous = true;
     for (int i = 0; i < inputs; ++i) {
@@ -103,7 +114,7 @@ inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inpu
         refuse(n, "expected tensors of one shape");
       }
       if (n == 0 && i == 0) result.device = t[0].device;
-      if (t[i].device.device_type != result.device.device_type || t[i].device.device_id != result.device.device_id) {
+      if (!same_device(t[i].device, result.device)) {
         refuse(n, "expected all tensors on one device");
       }
       if (t[i].data == nullptr && std::find(t[i].shape, t[i].shape + t[i].ndim, 0) == t[i].shape + t[i].ndim) {

@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 from fastfs import reference
 from fastfs._version import __version__
 from fastfs.functional import feature_stats, update_stats
-from fastfs.stats import FeatureStats, UpdateStats
+from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
 
 if TYPE_CHECKING:
     from fastfs.monitor import Monitor
 
-__all__ = ["FeatureStats", "Monitor", "UpdateStats", "__version__", "feature_stats", "reference", "update_stats"]
+__all__ = [
+    "FeatureStats",
+    "Monitor",
+    "ParameterStats",
+    "UpdateStats",
+    "__version__",
+    "feature_stats",
+    "reference",
+    "update_stats",
+]
 
 
 def __getattr__(name: str) -> Any:

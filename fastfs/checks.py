@@ -12,6 +12,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from fastfs.rules import Rule
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Layers = Tensor | Sequence[Tensor]
@@ -113,6 +115,55 @@ def check_row_inputs(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype 
         raise ValueError(f"rows is on device {rows.device}, expected {x.device} as x is")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype}, expected {_supported()} or None")
+
+
+def check_optimizer_inputs(
+    rule: int,
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    coefficients: Tensor,
+) -> tuple[Rule, list[list[Tensor]]]:
+    """Checks the inputs of `optimizer_stats`: sequences with one tensor per parameter, and the coefficients.
+
+    Returns:
+        The rule, and the gradients, parameters and states that it takes as lists.
+
+    Raises:
+        TypeError: for anything that is not a sequence of tensors.
+        ValueError: for an unknown rule, or a wrong dtype, layout, shape, device or number of tensors.
+    """
+    if rule not in list(Rule):
+        raise ValueError(f"rule: expected one of {', '.join(f'{r.value} ({r.name})' for r in Rule)}, got {rule!r}")
+    rule = Rule(rule)
+    given: dict[str, Layers] = {"gradients": gradients, "parameters": parameters, "first": first, "second": second}
+    if rule.states == 1 and len(given.pop("second")) > 0:
+        raise ValueError(f"second: rule {rule.name} has one state, expected an empty list, got {len(second)} tensors")
+    for name, value in given.items():
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a sequence of tensors, got a tensor")
+    _, layers = as_layers(**given)
+    _check_layers(tuple(given), layers, False)
+    for index, tensors in enumerate(zip(*layers, strict=True)):
+        for name, tensor in zip(given, tensors, strict=True):
+            if tensor.dtype != tensors[0].dtype:
+                _fail(index, False, f"{name} has dtype {tensor.dtype}, expected {tensors[0].dtype} as gradients has")
+        if rule is not Rule.LINEAR and tensors[0].dtype not in (torch.float32, torch.float64):
+            _fail(index, False, f"rule {rule.name} takes float32 and float64, got {tensors[0].dtype}")
+    if not isinstance(coefficients, Tensor):
+        raise TypeError(f"coefficients: expected a tensor, got {_kind(coefficients)}")
+    shape = (len(layers[0]), len(rule.coefficients))
+    if coefficients.dtype != torch.float64 or tuple(coefficients.shape) != shape:
+        raise ValueError(
+            f"coefficients: expected float64 of shape {shape} for rule {rule.name} ({', '.join(rule.coefficients)}), "
+            f"got {coefficients.dtype} of shape {tuple(coefficients.shape)}"
+        )
+    devices = {torch.device("cpu"), *(x.device for x in layers[0][:1])}
+    if coefficients.device not in devices:
+        expected = " or ".join(sorted(map(str, devices)))
+        raise ValueError(f"coefficients: expected them on {expected}, got {coefficients.device}")
+    return rule, layers
 
 
 def _check_layers(names: Sequence[str], arguments: list[list[Tensor]], single: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastfs import checks, ops, reference
 from fastfs.checks import Layers
-from fastfs.stats import FeatureStats, UpdateStats
+from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
 
 Backend = Literal["native", "reference"] | None
 
@@ -142,6 +142,48 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
     except Exception as failure:
         raise _clearest(failure, checks.check_update_inputs, gradients, updates) from None
     return UpdateStats(sums.squeeze(0) if single else sums)
+
+
+def optimizer_stats(
+    rule: int,
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    backend: Backend = None,
+) -> ParameterStats:
+    """What a step of an optimizer did to P parameters, from what it left behind: dw is not written anywhere.
+
+    Args:
+        rule: A `fastfs.rules.Rule`: how dw follows from the tensors and the coefficients.
+        gradients: Gradients, one tensor per parameter. Any layout. All tensors of one parameter have its shape and
+            dtype: float32 or float64, with `Rule.LINEAR` also float16 or bfloat16.
+        parameters: The parameters after the step.
+        first: The first state of every parameter. A rule of which it has none takes the gradients again.
+        second: The second state; an empty list for `Rule.LINEAR`.
+        coefficients: float64 (P, C), contiguous, with the columns `rule.coefficients`. On the CPU (they then travel
+            with the launch) or on the parameters' device (they are then read by the kernel, so nothing waits).
+        backend: None for the native core where it is built, or "native", or "reference" (plain torch).
+
+    Returns:
+        ParameterStats of shape (P,), detached; nonfinite counts entries of gradients and parameters.
+
+    Raises:
+        TypeError: for anything that is not a sequence of tensors.
+        ValueError: for an unknown rule, or a wrong dtype, layout, shape, device or number of tensors.
+        RuntimeError: if `backend="native"` is not built.
+    """
+    arguments = (rule, gradients, parameters, first, second, coefficients)
+    if (backend is not None or not ops.native_available()) and _use_reference(backend):
+        return reference.optimizer_stats(*arguments)
+    if isinstance(gradients, Sequence) and len(gradients) == 0:
+        return reference.optimizer_stats(*arguments)  # nothing that has a device
+    try:
+        return ParameterStats(torch.ops.fastfs.optimizer_stats(*arguments))
+    except Exception as failure:
+        raise _clearest(failure, checks.check_optimizer_inputs, *arguments) from None
 
 
 def _listed(layers: Any) -> list[Tensor] | tuple[Tensor, ...]:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastfs import checks
-from fastfs.stats import FeatureStats, UpdateStats
+from fastfs.rules import Rule
+from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
 
 _C: Any = None
 _failure: str | None = None
@@ -26,6 +27,7 @@ except ImportError as error:
 
 FEATURES = len(FeatureStats.names)
 UPDATES = len(UpdateStats.names)
+PARAMETERS = len(ParameterStats.names)
 
 # One schema each; the functions below it are its kernels. Results are detached: the autograd keys fall through.
 LIBRARY = torch.library.Library("fastfs", "DEF")
@@ -34,6 +36,10 @@ LIBRARY.define("row_squares(Tensor x, Tensor rows, int row_dims) -> Tensor")
 LIBRARY.define("feature_stats(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
 LIBRARY.define("feature_stats_per_row(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
 LIBRARY.define("update_stats(Tensor[] gradients, Tensor[] updates) -> Tensor")
+LIBRARY.define(
+    "optimizer_stats(int rule, Tensor[] gradients, Tensor[] parameters, Tensor[] first, Tensor[] second, "
+    "Tensor coefficients) -> Tensor"
+)
 
 
 def native_available() -> bool:
@@ -91,6 +97,34 @@ def _update_stats_cpu(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
     return out
 
 
+_OPTIMIZER_CPU = {rule: f"{rule.name.lower()}_stats_cpu" for rule in Rule}
+_OPTIMIZER_CUDA = {rule: f"{rule.name.capitalize()}StatsCuda" for rule in Rule}
+
+
+def _optimizer_inputs(
+    rule: int, gradients: list[Tensor], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
+) -> tuple[list[Tensor], ...]:
+    if rule == Rule.LINEAR:
+        if second:
+            raise ValueError("expected no second state for LINEAR")
+        return gradients, parameters, first
+    return gradients, parameters, first, second
+
+
+def _optimizer_stats_cpu(
+    rule: int,
+    gradients: list[Tensor],
+    parameters: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    coefficients: Tensor,
+) -> Tensor:
+    out = _empty(gradients, len(gradients), PARAMETERS)
+    inputs = _optimizer_inputs(rule, gradients, parameters, first, second)
+    getattr(_C, _OPTIMIZER_CPU[Rule(rule)])(inputs, coefficients, out, torch.get_num_threads())
+    return out
+
+
 # CUDA: the call plans its memory, torch allocates it on the current stream, the call launches.
 
 
@@ -141,6 +175,19 @@ def _feature_stats_per_row_cuda(before: list[Tensor], after: list[Tensor], backw
 def _update_stats_cuda(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
     call = _cuda_core().UpdateStatsCuda((gradients, updates), False)
     return _launch(call, _empty(gradients, len(gradients), UPDATES))
+
+
+def _optimizer_stats_cuda(
+    rule: int,
+    gradients: list[Tensor],
+    parameters: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    coefficients: Tensor,
+) -> Tensor:
+    inputs = _optimizer_inputs(rule, gradients, parameters, first, second)
+    call = getattr(_cuda_core(), _OPTIMIZER_CUDA[Rule(rule)])(inputs, coefficients)
+    return _launch(call, _empty(gradients, len(gradients), PARAMETERS))
 
 
 # Fakes: shapes and errors without data.
@@ -210,6 +257,18 @@ def _row_squares_fake(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
     return _empty_squares(x, rows)
 
 
+def _optimizer_stats_fake(
+    rule: int,
+    gradients: list[Tensor],
+    parameters: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    coefficients: Tensor,
+) -> Tensor:
+    checks.check_optimizer_inputs(rule, gradients, parameters, first, second, coefficients)
+    return _empty(gradients, len(gradients), PARAMETERS)
+
+
 def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
     if native_available():
         LIBRARY.impl(name, cpu, "CPU")
@@ -223,3 +282,4 @@ _register("row_squares", _row_squares, _row_squares, _row_squares_fake)
 _register("feature_stats", _feature_stats_cpu, _feature_stats_cuda, _feature_stats_fake)
 _register("feature_stats_per_row", _feature_stats_per_row_cpu, _feature_stats_per_row_cuda, _feature_stats_per_row_fake)
 _register("update_stats", _update_stats_cpu, _update_stats_cuda, _update_stats_fake)
+_register("optimizer_stats", _optimizer_stats_cpu, _optimizer_stats_cuda, _optimizer_stats_fake)

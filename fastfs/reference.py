@@ -6,13 +6,20 @@ Same names, arguments and results, in float64, for every device. Written to be r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastfs.checks import Layers, check_feature_inputs, check_row_inputs, check_update_inputs
-from fastfs.stats import FeatureStats, UpdateStats
+from fastfs.checks import (
+    Layers,
+    check_feature_inputs,
+    check_optimizer_inputs,
+    check_row_inputs,
+    check_update_inputs,
+)
+from fastfs.rules import Rule
+from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
 
 # Elements taken at once, so that the float64 copies of a large layer stay small: in the processor's cache.
 SLICE = 2**16
@@ -78,6 +85,44 @@ def _take_rows(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
     if count == 0:
         return table.new_full((rows.numel(), table.shape[1]), torch.nan)
     return torch.where(valid[:, None], table[torch.where(valid, rows, 0)], torch.nan)
+
+
+def optimizer_stats(
+    rule: int,
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    coefficients: Tensor,
+) -> ParameterStats:
+    """Reference for `fastfs.functional.optimizer_stats`: see there for arguments, result and errors."""
+    kind, layers = check_optimizer_inputs(rule, gradients, parameters, first, second, coefficients)
+    sums = []
+    for row, tensors in zip(coefficients, zip(*layers, strict=True), strict=True):
+        c = row.to(tensors[0].device)
+        sums.append(_in_slices(lambda *x, c=c: _optimizer_sums(kind, c, *x), tensors))
+    return ParameterStats(_stack(sums, len(ParameterStats.names)))
+
+
+def _optimizer_sums(rule: Rule, c: Tensor, gradient: Tensor, parameter: Tensor, *state: Tensor) -> Tensor:
+    """Sums over the last dimension: (..., n) each to (..., 6), in the order of `ParameterStats.names`."""
+    g, w, *s = (x.to(torch.float64) for x in (gradient, parameter, *state))
+    nonfinite = _nonfinite(g) + _nonfinite(w)
+    if rule is Rule.LINEAR:
+        dw = c[0] * w + c[1] * g + c[2] * s[0]
+        g = g + c[3] * s[0]
+    elif rule is Rule.ADAM:
+        dw = c[0] * w + c[1] * s[0] / _denominator(c[2] * s[1].sqrt() + c[3])
+    elif rule is Rule.ADAMAX:
+        dw = c[0] * s[0] / _denominator(s[1])
+    else:
+        dw = (c[0] * w + c[1] * g) / _denominator((s[0] - c[2] * s[1].square()).sqrt() + c[3])
+    terms = [g * dw, dw * dw, g * g, w * w, nonfinite, torch.ones_like(g)]
+    return torch.stack([term.sum(dim=-1) for term in terms], dim=-1)
+
+
+def _denominator(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)
 
 
 def _feature_sums(before: Tensor, after: Tensor, backward: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 Independent of fastfs: nothing here shares code with the reference or the native core.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +75,50 @@ def assert_same_values(actual: Tensor, expected: Tensor, what: str = "") -> None
     a, b = actual.detach().cpu(), expected.detach().cpu()
     same = ((a == b) & (a.signbit() == b.signbit())) | (a.isnan() & b.isnan())
     assert bool(same.all()), f"{what}\ngot      {a[~same]}\nexpected {b[~same]}"
+
+
+def assert_step(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "") -> None:
+    """Sums of a step, (6,), against those of the tensors before and after it, which `dtype` rounds.
+
+    The parameter after the step is off by its rounding, a few per element, and a gradient that has to be taken out of a
+    sum by the rounding of that sum. Beyond that, 1e-9 for float64 and for the others the error of sums in float.
+    """
+    got, truth = (x.detach().cpu().numpy().astype(np.longdouble) for x in (actual, expected))
+    eps, relative = torch.finfo(dtype).eps, 1e-9 if dtype == torch.float64 else 5e-6
+    update, gradient, parameter = (np.sqrt(truth[i]) for i in (1, 2, 3))
+    moved, turned = 4 * eps * parameter + relative * update, 40 * eps * gradient + relative * gradient
+    products = gradient * moved + update * turned
+    squares = (2 * update * moved + moved**2, 2 * gradient * turned, relative * truth[3])
+    budget = np.array([products, *squares, 0, 0])
+    error = np.abs(got - truth)
+    assert np.all(error <= budget), f"{what}\ngot      {got}\nexpected {truth}\nerror    {error}\nbudget   {budget}"
+
+
+def optimizer_truth(rule: int, tensors: tuple[Tensor, ...], coefficients: Tensor) -> Truth:
+    """The six sums of finite inputs: (6,). `tensors`: gradient, parameter, states."""
+    g, w, *s = (_values(x, False) for x in tensors)
+    c = coefficients.cpu().numpy().astype(np.longdouble)
+    gradients = [g, c[3] * s[0]] if rule == 0 else [g]
+    if rule == 0:
+        updates = [c[0] * w, c[1] * g, c[2] * s[0]]
+    elif rule == 1:
+        updates = [c[0] * w, c[1] * s[0] / _nonzero(c[2] * np.sqrt(s[1]) + c[3])]
+    elif rule == 2:
+        updates = [c[0] * s[0] / _nonzero(s[1])]
+    else:
+        below = _nonzero(np.sqrt(s[0] - c[2] * s[1] ** 2) + c[3])
+        updates = [c[0] * w / below, c[1] * g / below]
+    zeros, ones = np.zeros_like(w), np.ones_like(w)
+    dw, g = np.sum(updates, axis=0), np.sum(gradients, axis=0)
+    truth = _truth([g * dw, dw * dw, g * g, w * w, zeros, ones], *(x.dtype for x in tensors))
+    # Errors are measured by the parts of dw and g, before they cancel.
+    dw, g = np.abs(updates).sum(axis=0), np.abs(gradients).sum(axis=0)
+    sizes = [x.sum(axis=-1) for x in (g * dw, dw * dw, g * g, w * w, zeros, ones)]
+    return dataclasses.replace(truth, sizes=np.stack(sizes, axis=-1))
+
+
+def _nonzero(x: np.ndarray) -> np.ndarray:
+    return np.where(x == 0, 1, x)
 
 
 def assert_same(a: Tensor, b: Tensor, what: str = "") -> None:

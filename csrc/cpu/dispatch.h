@@ -8,14 +8,8 @@ namespace fastfs::cpu {
 const Loops& loops();  // chosen at the first call; throws std::runtime_error for a FASTFS_CPU that cannot be had
 
 template <class Sums>
-const ChunkTable<Sums>& table();
-template <>
-inline const ChunkTable<FeatureSums>& table<FeatureSums>() {
-  return *loops().feature;
-}
-template <>
-inline const ChunkTable<UpdateSums>& table<UpdateSums>() {
-  return *loops().update;
+const ChunkTable<Sums>& table() {
+  return loops().tables;
 }
 
 }  // namespace fastfs::cpu

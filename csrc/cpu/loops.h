@@ -10,24 +10,32 @@
 
 #include "../layers.h"
 #include "../sums.h"
+#include "../updates.h"
 
 namespace fastfs::cpu {
 
 constexpr int kLanes = 16;
 
-// Sums of one chunk of n <= kChunk elements that are contiguous at inputs[0..Sums::kInputs).
-using ChunkFunction = void (*)(const char* const* inputs, int64_t n, double* sums);
+// Sums of one chunk of n <= kChunk elements that are contiguous at inputs[0..Sums::kInputs), of a layer with these
+// coefficients.
+using ChunkFunction = void (*)(const char* const* inputs, int64_t n, const double* coefficients, double* sums);
 
 template <class Sums>
 struct ChunkTable {
   ChunkFunction single[4][4];  // [first][last] computed in float; null where one of them is float64
-  ChunkFunction dbl[4][4];     // computed in double
+  ChunkFunction dbl[4][4];     // computed in double; null for dtypes that the measurement does not take
 };
+
+struct Tables : ChunkTable<FeatureSums>,
+                ChunkTable<UpdateSums>,
+                ChunkTable<LinearSums>,
+                ChunkTable<AdamSums>,
+                ChunkTable<AdamaxSums>,
+                ChunkTable<RmspropSums> {};
 
 struct Loops {
   const char* name;
-  const ChunkTable<FeatureSums>* feature;
-  const ChunkTable<UpdateSums>* update;
+  const Tables& tables;
   uint64_t (*read)(const char* data, int64_t bytes);  // touches every byte: the streaming-read ceiling
 };
 

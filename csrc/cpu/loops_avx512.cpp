@@ -13,6 +13,7 @@ struct Single {
   static constexpr int kLanes = 16;
   __m512 v;
   FASTFS_HD static Single zero() { return {_mm512_setzero_ps()}; }
+  FASTFS_HD static Single splat(double x) { return {_mm512_set1_ps(static_cast<float>(x))}; }
   template <class F>
   FASTFS_HD static Single load(const char* p) {
     if constexpr (same_dtype<F, F32>::value) {
@@ -33,6 +34,8 @@ struct Single {
 FASTFS_HD Single add(Single a, Single b) { return {_mm512_add_ps(a.v, b.v)}; }
 FASTFS_HD Single sub(Single a, Single b) { return {_mm512_sub_ps(a.v, b.v)}; }
 FASTFS_HD Single mul(Single a, Single b) { return {_mm512_mul_ps(a.v, b.v)}; }
+FASTFS_HD Single quotient(Single a, Single b) { return {_mm512_div_ps(a.v, b.v)}; }
+FASTFS_HD Single root(Single a) { return {_mm512_sqrt_ps(a.v)}; }
 FASTFS_HD Single mul_add(Single a, Single b, Single c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 FASTFS_HD Single absolute(Single a) { return {_mm512_abs_ps(a.v)}; }
 FASTFS_HD Single exponent_part(Single a) {
@@ -47,6 +50,7 @@ struct Double {
   static constexpr int kLanes = 8;
   __m512d v;
   FASTFS_HD static Double zero() { return {_mm512_setzero_pd()}; }
+  FASTFS_HD static Double splat(double x) { return {_mm512_set1_pd(x)}; }
   template <class F>
   FASTFS_HD static Double load(const char* p) {
     if constexpr (same_dtype<F, F64>::value) {
@@ -64,6 +68,8 @@ struct Double {
 FASTFS_HD Double add(Double a, Double b) { return {_mm512_add_pd(a.v, b.v)}; }
 FASTFS_HD Double sub(Double a, Double b) { return {_mm512_sub_pd(a.v, b.v)}; }
 FASTFS_HD Double mul(Double a, Double b) { return {_mm512_mul_pd(a.v, b.v)}; }
+FASTFS_HD Double quotient(Double a, Double b) { return {_mm512_div_pd(a.v, b.v)}; }
+FASTFS_HD Double root(Double a) { return {_mm512_sqrt_pd(a.v)}; }
 FASTFS_HD Double mul_add(Double a, Double b, Double c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
 FASTFS_HD Double absolute(Double a) { return {_mm512_abs_pd(a.v)}; }
 FASTFS_HD Double scaled(Double a, double s) { return {_mm512_mul_pd(a.v, _mm512_set1_pd(s))}; }
@@ -88,7 +94,7 @@ constexpr int kUnroll = 4;
 }  // namespace
 
 const Loops& loops_avx512() {
-  static constexpr Loops loops{"avx512", &kFeatureTable, &kUpdateTable, &read};
+  static constexpr Loops loops{"avx512", kTables, &read};
   return loops;
 }
 }  // namespace cpu

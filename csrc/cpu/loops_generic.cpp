@@ -47,6 +47,11 @@ struct Vec {
   static constexpr int kLanes = 16;
   T v[kLanes];
   FASTFS_HD static Vec zero() { return {}; }
+  FASTFS_HD static Vec splat(double x) {
+    Vec r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = static_cast<T>(x);
+    return r;
+  }
   template <class F>
   FASTFS_HD static Vec load(const char* p) {
     constexpr int size = same_dtype<F, F64>::value ? 8 : same_dtype<F, F32>::value ? 4 : 2;
@@ -79,6 +84,14 @@ FASTFS_HD Vec<T> sub(const Vec<T>& a, const Vec<T>& b) {
 template <class T>
 FASTFS_HD Vec<T> mul(const Vec<T>& a, const Vec<T>& b) {
   FASTFS_LANES(a.v[i] * b.v[i]);
+}
+template <class T>
+FASTFS_HD Vec<T> quotient(const Vec<T>& a, const Vec<T>& b) {
+  FASTFS_LANES(a.v[i] / b.v[i]);
+}
+template <class T>
+FASTFS_HD Vec<T> root(const Vec<T>& a) {
+  FASTFS_LANES(fastfs::root(a.v[i]));
 }
 template <class T>
 FASTFS_HD Vec<T> mul_add(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
@@ -115,7 +128,7 @@ constexpr int kUnroll = 1;
 }  // namespace
 
 const Loops& loops_generic() {
-  static constexpr Loops loops{"generic", &kFeatureTable, &kUpdateTable, &read};
+  static constexpr Loops loops{"generic", kTables, &read};
   return loops;
 }
 }  // namespace cpu

@@ -22,7 +22,8 @@ FASTFS_HD V load_at(const char* p, int64_t left) {
 
 // One run of kChain * kLanes elements (fewer if Partial), lanes [half * V::kLanes, (half + 1) * V::kLanes).
 template <class Sums, class F, class B, class V, bool Partial>
-FASTFS_HD void run(const char* const* inputs, int64_t start, int64_t left, int half, double (*total)[kLanes]) {
+FASTFS_HD void run(const char* const* inputs, int64_t start, int64_t left, int half,
+                   const Coefficients<V, Sums::kCoefficients>& coefficients, double (*total)[kLanes]) {
   constexpr int kIn = Sums::kInputs;
   V acc[Sums::kSums];
 #pragma GCC unroll 8
@@ -46,25 +47,26 @@ FASTFS_HD void run(const char* const* inputs, int64_t start, int64_t left, int h
         x[i] = i + 1 < kIn ? V::template load<F>(p) : V::template load<B>(p);
       }
     }
-    Sums::template add_terms<F>(acc, x);
+    Sums::template add_terms<F>(acc, x, coefficients);
   }
 #pragma GCC unroll 8
   for (int k = 0; k < Sums::kSums; ++k) acc[k].add_to(total[k] + half * V::kLanes);
 }
 
 template <class Sums, class F, class B, class V>
-void chunk(const char* const* inputs, int64_t n, double* sums) {
+void chunk(const char* const* inputs, int64_t n, const double* coefficients, double* sums) {
   constexpr int64_t kRun = kChain * kLanes;
+  const auto c = coefficients_at<V, Sums::kCoefficients>(coefficients);
   alignas(64) double total[Sums::kSums][kLanes] = {};
   int64_t start = 0;
   for (; start + kRun <= n; start += kRun) {
 #pragma GCC unroll 4
     for (int half = 0; half < kLanes / V::kLanes; ++half) {
-      run<Sums, F, B, V, false>(inputs, start, kRun, half, total);
+      run<Sums, F, B, V, false>(inputs, start, kRun, half, c, total);
     }
   }
   for (int half = 0; start < n && half < kLanes / V::kLanes; ++half) {
-    run<Sums, F, B, V, true>(inputs, start, n - start, half, total);
+    run<Sums, F, B, V, true>(inputs, start, n - start, half, c, total);
   }
   for (int k = 0; k < Sums::kSums; ++k) {
     for (int width = kLanes / 2; width > 0; width /= 2) {
@@ -77,19 +79,29 @@ void chunk(const char* const* inputs, int64_t n, double* sums) {
 template <class Sums, class V>
 constexpr void fill(ChunkFunction (&f)[4][4]) {
   // Order of DType: f16, bf16, f32, f64.
+  if constexpr (Sums::kOneDtype) {
+    if constexpr (Sums::kSixteenBit) {
+      f[0][0] = &chunk<Sums, F16, F16, V>;
+      f[1][1] = &chunk<Sums, BF16, BF16, V>;
+    }
+    f[2][2] = &chunk<Sums, F32, F32, V>;
+    f[3][3] = is_single<V>::value ? nullptr : &chunk<Sums, F64, F64, Double>;
+    return;
+  } else {
 #define FASTFS_ROW(i, F)              \
   f[i][0] = &chunk<Sums, F, F16, V>;  \
   f[i][1] = &chunk<Sums, F, BF16, V>; \
   f[i][2] = &chunk<Sums, F, F32, V>;  \
   f[i][3] = is_single<V>::value ? nullptr : &chunk<Sums, F, F64, Double>
-  FASTFS_ROW(0, F16);
-  FASTFS_ROW(1, BF16);
-  FASTFS_ROW(2, F32);
+    FASTFS_ROW(0, F16);
+    FASTFS_ROW(1, BF16);
+    FASTFS_ROW(2, F32);
 #undef FASTFS_ROW
-  f[3][0] = is_single<V>::value ? nullptr : &chunk<Sums, F64, F16, Double>;
-  f[3][1] = is_single<V>::value ? nullptr : &chunk<Sums, F64, BF16, Double>;
-  f[3][2] = is_single<V>::value ? nullptr : &chunk<Sums, F64, F32, Double>;
-  f[3][3] = is_single<V>::value ? nullptr : &chunk<Sums, F64, F64, Double>;
+    f[3][0] = is_single<V>::value ? nullptr : &chunk<Sums, F64, F16, Double>;
+    f[3][1] = is_single<V>::value ? nullptr : &chunk<Sums, F64, BF16, Double>;
+    f[3][2] = is_single<V>::value ? nullptr : &chunk<Sums, F64, F32, Double>;
+    f[3][3] = is_single<V>::value ? nullptr : &chunk<Sums, F64, F64, Double>;
+  }
 }
 
 template <class Sums>
@@ -99,8 +111,8 @@ constexpr ChunkTable<Sums> make_table() {
   fill<Sums, Double>(t.dbl);
   return t;
 }
-constexpr ChunkTable<FeatureSums> kFeatureTable = make_table<FeatureSums>();
-constexpr ChunkTable<UpdateSums> kUpdateTable = make_table<UpdateSums>();
+constexpr Tables kTables{make_table<FeatureSums>(), make_table<UpdateSums>(), make_table<LinearSums>(),
+                         make_table<AdamSums>(),    make_table<AdamaxSums>(), make_table<RmspropSums>()};
 
 // Touches every byte: the streaming read that is the benchmarks' ceiling. In the compiler's own vectors, which it maps
 // to the registers of the instruction set.

@@ -80,10 +80,10 @@ Partial<Sums> measure_chunk(const ChunkTable<Sums>& table, const Layer& l, const
   p.nonfinite = 0.0;
   const int first = static_cast<int>(l.first), last = static_cast<int>(l.last);
   const ChunkFunction single = table.single[first][last];
-  (single != nullptr ? single : table.dbl[first][last])(inputs, n, p.sum);
+  (single != nullptr ? single : table.dbl[first][last])(inputs, n, l.coefficients, p.sum);
   if (needs_double(p)) {
-    if (single != nullptr) table.dbl[first][last](inputs, n, p.sum);
-    for (int i = 0; i < Sums::kInputs; ++i) {
+    if (single != nullptr) table.dbl[first][last](inputs, n, l.coefficients, p.sum);
+    for (int i = 0; i < Sums::kCounted; ++i) {
       p.nonfinite += count_nonfinite(i + 1 < Sums::kInputs ? l.first : l.last, inputs[i], n);
     }
   }
@@ -139,6 +139,10 @@ void measure(const std::vector<Layer>& layers, double* out, int threads) {
 }
 template void measure<FeatureSums>(const std::vector<Layer>&, double*, int);
 template void measure<UpdateSums>(const std::vector<Layer>&, double*, int);
+template void measure<LinearSums>(const std::vector<Layer>&, double*, int);
+template void measure<AdamSums>(const std::vector<Layer>&, double*, int);
+template void measure<AdamaxSums>(const std::vector<Layer>&, double*, int);
+template void measure<RmspropSums>(const std::vector<Layer>&, double*, int);
 
 uint64_t stream_read(const std::vector<Layer>& layers, int inputs, int threads) {
   constexpr int64_t kPiece = 1 << 20;  // bytes

@@ -7,6 +7,7 @@
 
 #include "../layers.h"
 #include "../sums.h"
+#include "../updates.h"
 
 namespace fastfs::cpu {
 

@@ -16,9 +16,17 @@ namespace fastfs::cuda {
 #if !defined(FASTFS_CUDA_ON_CPU)  // where all is one file
 #define FASTFS_EXTERN(F)                                         \
   extern template void submit<FeatureSums, F>(const Job&, Kind); \
-  extern template void submit<UpdateSums, F>(const Job&, Kind);
+  extern template void submit<UpdateSums, F>(const Job&, Kind);  \
+  extern template void submit<LinearSums, F>(const Job&, Kind);
 FASTFS_EXTERN(F16)
 FASTFS_EXTERN(BF16)
+FASTFS_EXTERN(F32)
+FASTFS_EXTERN(F64)
+#undef FASTFS_EXTERN
+#define FASTFS_EXTERN(F)                                        \
+  extern template void submit<AdamSums, F>(const Job&, Kind);   \
+  extern template void submit<AdamaxSums, F>(const Job&, Kind); \
+  extern template void submit<RmspropSums, F>(const Job&, Kind);
 FASTFS_EXTERN(F32)
 FASTFS_EXTERN(F64)
 #undef FASTFS_EXTERN
@@ -47,12 +55,12 @@ int64_t items_with_partials(const std::vector<Layer>& layers) {
 template <class Sums>
 Workspace workspace(const std::vector<Layer>& layers) {
   const int64_t items = items_with_partials<Sums>(layers);
-  return Workspace{items * (Sums::kSums + 1) * static_cast<int64_t>(sizeof(double)), items};
+  return Workspace{items * kSlots<Sums> * static_cast<int64_t>(sizeof(double)), items};
 }
 
 template <class Sums>
-void launch(const std::vector<Layer>& layers, double* out, void* partials, uint32_t* tickets, int device,
-            void* stream) {
+void launch(const std::vector<Layer>& layers, const double* coefficients, double* out, void* partials,
+            uint32_t* tickets, int device, void* stream) {
   std::vector<uint8_t> kinds(layers.size());
   bool present[Kind::kKinds] = {};
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -62,17 +70,24 @@ void launch(const std::vector<Layer>& layers, double* out, void* partials, uint3
   }
   if (std::none_of(present, present + Kind::kKinds, [](bool p) { return p; })) return;
   const DeviceGuard guard(device);
-  const Job job{
-      layers, kinds, out, static_cast<double*>(partials), tickets, multiprocessors(device), large_parameters(), stream};
+  const Job job{layers,
+                kinds,
+                coefficients,
+                out,
+                static_cast<double*>(partials),
+                tickets,
+                multiprocessors(device),
+                large_parameters(),
+                stream};
   for (int k = 0; k < Kind::kKinds; ++k) {
     if (!present[k]) continue;
     const Kind kind = Kind::at(k);
     switch (kind.first) {
       case DType::f16:
-        submit<Sums, F16>(job, kind);
+        if constexpr (Sums::kSixteenBit) submit<Sums, F16>(job, kind);
         break;
       case DType::bf16:
-        submit<Sums, BF16>(job, kind);
+        if constexpr (Sums::kSixteenBit) submit<Sums, BF16>(job, kind);
         break;
       case DType::f32:
         submit<Sums, F32>(job, kind);
@@ -84,10 +99,16 @@ void launch(const std::vector<Layer>& layers, double* out, void* partials, uint3
   }
 }
 
-template Workspace workspace<FeatureSums>(const std::vector<Layer>&);
-template Workspace workspace<UpdateSums>(const std::vector<Layer>&);
-template void launch<FeatureSums>(const std::vector<Layer>&, double*, void*, uint32_t*, int, void*);
-template void launch<UpdateSums>(const std::vector<Layer>&, double*, void*, uint32_t*, int, void*);
+#define FASTFS_INSTANCE(Sums)                                    \
+  template Workspace workspace<Sums>(const std::vector<Layer>&); \
+  template void launch<Sums>(const std::vector<Layer>&, const double*, double*, void*, uint32_t*, int, void*);
+FASTFS_INSTANCE(FeatureSums)
+FASTFS_INSTANCE(UpdateSums)
+FASTFS_INSTANCE(LinearSums)
+FASTFS_INSTANCE(AdamSums)
+FASTFS_INSTANCE(AdamaxSums)
+FASTFS_INSTANCE(RmspropSums)
+#undef FASTFS_INSTANCE
 
 void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream) {
   for (const Layer& layer : layers) {

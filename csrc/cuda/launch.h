@@ -7,6 +7,7 @@
 
 #include "../layers.h"
 #include "../sums.h"
+#include "../updates.h"
 
 namespace fastfs::cuda {
 
@@ -23,8 +24,10 @@ Workspace workspace(const std::vector<Layer>& layers);
 // Writes Sums::kSums + 2 doubles (sums, nonfinite, count) per segment to `out`, segments of all layers in order. All
 // pointers are device memory of `device`; work is queued on `stream` (a cudaStream_t) without synchronising. The
 // calling thread's current device is kept. Throws std::runtime_error with CUDA's own text when a launch is refused.
+// `coefficients`: those of all layers, in device memory, or null if they are in the layers (or there are none).
 template <class Sums>
-void launch(const std::vector<Layer>& layers, double* out, void* partials, uint32_t* tickets, int device, void* stream);
+void launch(const std::vector<Layer>& layers, const double* coefficients, double* out, void* partials,
+            uint32_t* tickets, int device, void* stream);
 
 // Reads every byte of the inputs as fast as the device can (benchmarks: the ceiling). One double goes to `sink`.
 void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream);

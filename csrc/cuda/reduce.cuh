@@ -41,11 +41,11 @@ __device__ __forceinline__ double sum_partials(const double* partials, int64_t c
   return v;
 }
 
-// One row of the result: lane k < N writes value k, lane N the count.
-template <int N>
+// One row of the result: lane k < kValues writes value k, lane kValues the count.
+template <int kValues>
 __device__ __forceinline__ void write_row(double* row, double value, int64_t count, int lane) {
-  if (lane < N) row[lane] = value;
-  if (lane == N) row[N] = static_cast<double>(count);
+  if (lane < kValues) row[lane] = value;
+  if (lane == kValues) row[kValues] = static_cast<double>(count);
 }
 
 // Counts this warp in at a ticket that `expected` warps take; true (in every lane) for the last one, which then sees
@@ -70,8 +70,9 @@ __device__ __forceinline__ bool arrive_last(uint32_t* ticket, int64_t expected, 
 //                                                        into the slot of the group's first chunk
 //   segment   row of sums                                the last group of a segment sums those slots likewise
 //
-// Tickets: of a group at the item of its first chunk, of the segment at the item of its second chunk.
-template <int N>
+// Tickets: of a group at the item of its first chunk, of the segment at the item of its second chunk. Of the N values
+// the first kValues are results.
+template <int N, int kValues>
 __device__ __forceinline__ void finish(const Launch& launch, int64_t item, const Item& at, int64_t width, double* row,
                                        double value, int lane) {
   if (at.chunks > 1) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ void finish(const Launch& launch, int64_t item, const
       value = sum_partials<N>(launch.partials + first * N, groups, kGroupChunks, lane);
     }
   }
-  write_row<N>(row, value, width, lane);
+  write_row<kValues>(row, value, width, lane);
 }
 
 }  // namespace fastfs::cuda

@@ -1,4 +1,5 @@
-// The kernel behind feature_stats and update_stats: every sum of every layer in one pass, in one launch.
+// The kernel behind feature_stats, update_stats and optimizer_stats: every sum of every layer in one pass, in one
+// launch.
 //
 // Block mode (a segment is a layer, or a row of more than kChunk elements). A chunk of kChunk elements is the work of
 // one block of kThreads threads; blocks take items blockIdx.x, blockIdx.x + gridDim.x, ...
@@ -43,6 +44,25 @@ struct compute<F64> {
 template <class F>
 constexpr int kTiles = Storage<F>::kSize == 2 ? kChain / kRun<F> : 1;
 
+// Values that the threads of a warp add up: the sums, the non-finite entries, and zeros up to a power of two.
+template <class Sums>
+constexpr int kSlots = Sums::kSums + 1 <= 4 ? 4 : 8;
+
+// The coefficients of an entry, from the table or from device memory.
+template <class Sums, class V, class Table>
+__device__ __forceinline__ Coefficients<V, Sums::kCoefficients> coefficients_of(const Table& table, int entry) {
+  Coefficients<V, Sums::kCoefficients> c;
+  if constexpr (Sums::kCoefficients > 0) {
+    const double* const p = table.launch.coefficients;
+#pragma unroll
+    for (int i = 0; i < Sums::kCoefficients; ++i) {
+      c.value[i] = static_cast<V>(p != nullptr ? __ldg(p + table.first_row(entry) * Sums::kCoefficients + i)
+                                               : table.coefficient(entry, i));
+    }
+  }
+  return c;
+}
+
 template <int N>
 __device__ __forceinline__ void clear_sums(double (&sums)[N]) {
 #pragma unroll
@@ -59,13 +79,13 @@ struct Chain {
 #pragma unroll
     for (int k = 0; k < Sums::kSums; ++k) sum[k] = is_single<V>::value ? V(0) : static_cast<V>(sums[k]);
   }
-  __device__ __forceinline__ void add(Run<Sums, F, L>& run, DType any) {
+  __device__ __forceinline__ void add(Run<Sums, F, L>& run, DType any, const Coefficients<V, Sums::kCoefficients>& c) {
     Reader<L, kRun<F>>::widen(any, run.last);
 #pragma unroll
     for (int i = 0; i < kRun<F>; ++i) {
       V x[Sums::kInputs];
       run.values(i, x);
-      Sums::template add_terms<F>(sum, x);
+      Sums::template add_terms<F>(sum, x, c);
     }
   }
   __device__ __forceinline__ void flush(double (&sums)[N]) const {
@@ -75,8 +95,8 @@ struct Chain {
 };
 
 // The sums of one thread, number `rank` of `team`, over its elements of a chunk.
-template <class Sums, class F, class L, class Source, int N>
-__device__ __forceinline__ void sum_chunk(const Source& source, int rank, int team, double (&sums)[N]) {
+template <class Sums, class F, class L, class Source, class C, int N>
+__device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int rank, int team, double (&sums)[N]) {
   constexpr int kStep = kTiles<F>;
   const int tile = team * kRun<F>;
   int at = rank * kRun<F>, begin = 0;
@@ -88,7 +108,7 @@ __device__ __forceinline__ void sum_chunk(const Source& source, int rank, int te
       for (int t = 0; t < kStep; ++t) source.load(at + t * tile, run[t]);
       Chain<Sums, F, L, N> chain(sums);
 #pragma unroll
-      for (int t = 0; t < kStep; ++t) chain.add(run[t], source.any);
+      for (int t = 0; t < kStep; ++t) chain.add(run[t], source.any, c);
       chain.flush(sums);
     }
   }
@@ -99,15 +119,16 @@ __device__ __forceinline__ void sum_chunk(const Source& source, int rank, int te
     for (int t = 0; t < kStep; ++t, begin += tile, at += tile) {
       Run<Sums, F, L> run;
       source.load_some(at, run);
-      chain.add(run, source.any);
+      chain.add(run, source.any, c);
     }
     chain.flush(sums);
   }
 }
 
 // The same in double, one element after the other, with the count of non-finite entries.
-template <class Sums, class F, class Source, int N>
-__device__ __forceinline__ void sum_chunk_double(const Source& source, int rank, int team, double (&sums)[N]) {
+template <class Sums, class F, class Source, class C, int N>
+__device__ __forceinline__ void sum_chunk_double(const Source& source, const C& c, int rank, int team,
+                                                 double (&sums)[N]) {
 #pragma unroll 1
   for (int at = rank * kRun<F>; at < source.count; at += team * kRun<F>) {
 #pragma unroll 1
@@ -118,11 +139,11 @@ __device__ __forceinline__ void sum_chunk_double(const Source& source, int rank,
       double terms[Sums::kSums];
 #pragma unroll
       for (int k = 0; k < Sums::kSums; ++k) terms[k] = sums[k];
-      Sums::template add_terms<F>(terms, x);
+      Sums::template add_terms<F>(terms, x, c);
 #pragma unroll
       for (int k = 0; k < Sums::kSums; ++k) sums[k] = terms[k];
 #pragma unroll
-      for (int j = 0; j < Sums::kInputs; ++j) sums[N - 1] += x[j] - x[j] == 0.0 ? 0.0 : 1.0;
+      for (int j = 0; j < Sums::kCounted; ++j) sums[Sums::kSums] += x[j] - x[j] == 0.0 ? 0.0 : 1.0;
     }
   }
 }
@@ -147,20 +168,21 @@ struct source_of {
   using type = DenseSource<Sums, F, L>;
 };
 template <class Sums, class F, class L, int kBytes>
-struct source_of<Sums, F, L, StridedTable<Sums::kInputs, kBytes>> {
-  using type = StridedSource<Sums, F, L, StridedTable<Sums::kInputs, kBytes>>;
+struct source_of<Sums, F, L, StridedTable<Sums::kInputs, kBytes, Sums::kCoefficients>> {
+  using type = StridedSource<Sums, F, L, StridedTable<Sums::kInputs, kBytes, Sums::kCoefficients>>;
 };
 
 // Blocks on a multiprocessor that registers allow; the grid is that many blocks on every one.
-template <class F, class L, class Table>
-constexpr int kBlocksPerSm = Storage<F>::kSize == 8 || same_dtype<L, Any>::value ? 2 : 3;
+template <class Sums, class F, class L>
+constexpr int kBlocksPerSm =
+    (Storage<F>::kSize == 8 || same_dtype<L, Any>::value ? 2 : 3) - (Sums::kCoefficients > 0 ? 1 : 0);
 
 // Sums: the measurement. F: dtype of all inputs but the last. L: dtype of the last, or Any.
 template <class Sums, class F, class L, class Table, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<F, L, Table>)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Sums, F, L>)
     segment_sums(const __grid_constant__ Table table) {
   using V = typename compute<F>::type;
-  constexpr int N = Sums::kSums + 1, kWarps = kThreads / 32;
+  constexpr int N = kSlots<Sums>, kWarps = kThreads / 32;
   __shared__ double parts[2][kWarps][N];  // two, so that one barrier a chunk does: a slow warp 0 still reads the other
   const Launch& launch = table.launch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -178,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<F, L, Table>)
     const typename source_of<Sums, F, L, Table>::type source(table, item);
     double sums[N];
     clear_sums(sums);
-    if (!skip) sum_chunk<Sums, F, L>(source, rank, team, sums);
+    if (!skip) sum_chunk<Sums, F, L>(source, coefficients_of<Sums, V>(table, entry), rank, team, sums);
     double value = warp_sums(sums, lane);  // of value lane / (32 / N)
     int again = skip || must_repeat<Sums, V>(lane / (32 / N), value);
     if (row_mode) {
@@ -189,7 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<F, L, Table>)
     }
     if (again) {
       clear_sums(sums);
-      sum_chunk_double<Sums, F>(source, rank, team, sums);
+      sum_chunk_double<Sums, F>(source, coefficients_of<Sums, double>(table, entry), rank, team, sums);
       value = warp_sums(sums, lane);
       if (!row_mode) {
         if (lane % (32 / N) == 0) parts[side][warp][lane / (32 / N)] = value;
@@ -210,8 +232,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<F, L, Table>)
         value *= again ? Sums::template factor<F, double>(k) : Sums::template factor<F, V>(k);
       }
       const Item done = locate(table, forget(number), entry);
-      double* row = launch.out + (table.first_row(entry) + done.segment) * (N + 1);
-      finish<N>(launch, number, done, table.width(entry), row, value, lane);
+      double* row = launch.out + (table.first_row(entry) + done.segment) * (Sums::kSums + 2);
+      finish<N, Sums::kSums + 1>(launch, number, done, table.width(entry), row, value, lane);
     }
     side ^= 1;
   }

@@ -34,6 +34,7 @@ inline Kind kind_of(const Layer& layer, int inputs) {
 struct Job {
   const std::vector<Layer>& layers;
   const std::vector<uint8_t>& kinds;  // Kind::index() of every layer
+  const double* coefficients;         // in device memory, or null
   double* out;
   double* partials;
   uint32_t* tickets;
@@ -55,6 +56,7 @@ void submit_tables(const Job& job, Kind kind) {
   launch.out = job.out;
   launch.partials = job.partials;
   launch.tickets = job.tickets;
+  launch.coefficients = job.coefficients;
   launch.last = kind.last;
   launch.row_mode = kind.row_mode;
   launch.items = 0;
@@ -62,7 +64,7 @@ void submit_tables(const Job& job, Kind kind) {
   const auto flush = [&] {
     if (launch.items > 0) {
       start(segment_sums<Sums, F, L, Table, kThreads>, *table,
-            grid_of(launch, kBlocksPerSm<F, L, Table>, job.multiprocessors), kThreads, job.stream);
+            grid_of(launch, kBlocksPerSm<Sums, F, L>, job.multiprocessors), kThreads, job.stream);
     }
     launch.items = 0;
     table->clear();
@@ -86,17 +88,18 @@ void submit_tables(const Job& job, Kind kind) {
 // kernel for large tables, and double with another last dtype is left to the kernel for strides.
 template <class Sums, class F>
 void submit(const Job& job, Kind kind) {
-  using Small = DenseTable<Sums::kInputs, kSmallTable>;
-  using Large = DenseTable<Sums::kInputs, kLargeTable>;
+  using Small = DenseTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
+  using Large = DenseTable<Sums::kInputs, kLargeTable, Sums::kCoefficients>;
+  using Strided = StridedTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
+  constexpr bool kMixed = !Sums::kOneDtype;
   const bool mixed = kind.first != kind.last;
   if (kind.strided || (mixed && same_dtype<F, F64>::value)) {
-    using Strided = StridedTable<Sums::kInputs, kSmallTable>;
-    if constexpr (same_dtype<F, F64>::value) {  // Any is no double
+    if constexpr (!kMixed || same_dtype<F, F64>::value) {  // Any is no double
       if (!mixed) return submit_tables<Sums, F, F, Strided>(job, kind);
     }
-    return submit_tables<Sums, F, Any, Strided>(job, kind);
+    if constexpr (kMixed) return submit_tables<Sums, F, Any, Strided>(job, kind);
   }
-  if constexpr (!same_dtype<F, F64>::value) {
+  if constexpr (kMixed && !same_dtype<F, F64>::value) {
     if (mixed) return submit_tables<Sums, F, Any, Small>(job, kind);
   }
 #if defined(FASTFS_CUDA_ON_CPU) || CUDART_VERSION >= 12010

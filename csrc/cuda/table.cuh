@@ -10,8 +10,11 @@
 // A table never straddles launches: partial results and tickets are indexed by the item of its launch.
 #pragma once
 
+#include <cstring>
+
 #include "../layers.h"
 #include "../sums.h"
+#include "../updates.h"
 
 namespace fastfs::cuda {
 
@@ -21,9 +24,10 @@ constexpr int kLargeTable = 32764;
 
 struct Launch {
   int64_t items;
-  double* out;        // rows of Sums::kSums + 2
-  double* partials;   // items x (Sums::kSums + 1); block mode only
-  uint32_t* tickets;  // items; block mode only
+  double* out;                 // rows of Sums::kSums + 2
+  double* partials;            // items x slots (segment_sums.cuh); block mode only
+  uint32_t* tickets;           // items; block mode only
+  const double* coefficients;  // rows for all layers, in device memory; null if they are in the entries
   int32_t entries;
   DType last;     // dtype of the last input
   bool row_mode;  // one warp per segment
@@ -35,11 +39,18 @@ FASTFS_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 // Items of a segment. An empty one still has an item, which writes its row of zeros.
 FASTFS_HD constexpr int64_t items_of(int64_t width) { return width <= kChunk ? 1 : (width + kChunk - 1) / kChunk; }
 
+template <int kCount>
+struct EntryCoefficients {
+  double coefficient[kCount];
+};
+template <>
+struct EntryCoefficients<0> {};
+
 // Layers whose inputs are all contiguous.
-template <int kInputs, int kBytes>
+template <int kInputs, int kBytes, int kCoefficients = 0>
 struct DenseTable {
   static constexpr bool kStrided = false;
-  struct Entry {
+  struct Entry : EntryCoefficients<kCoefficients> {
     const char* data[kInputs];
     int64_t width, first_item, first_row;
   };
@@ -50,6 +61,7 @@ struct DenseTable {
   FASTFS_HD int64_t first_item(int e) const { return entry[e].first_item; }
   FASTFS_HD int64_t width(int e) const { return entry[e].width; }
   FASTFS_HD int64_t first_row(int e) const { return entry[e].first_row; }
+  FASTFS_HD double coefficient(int e, int i) const { return entry[e].coefficient[i]; }
 
   void clear() { launch.entries = 0; }
   // Adds a layer, or says that the table is full.
@@ -60,13 +72,16 @@ struct DenseTable {
     e.width = layer.width;
     e.first_item = item;
     e.first_row = row;
+    if constexpr (kCoefficients > 0) {
+      for (int i = 0; i < kCoefficients; ++i) e.coefficient[i] = layer.coefficients[i];
+    }
     return true;
   }
 };
 
 // Layers of any strides, contiguous inputs among them. An entry has as many words as its dimensions need:
-//   data[kInputs], width, first_row, contiguous bits, dims, shape[dims], stride[kInputs][dims]
-template <int kInputs, int kBytes>
+//   data[kInputs], width, first_row, contiguous bits, dims, coefficients, shape[dims], stride[kInputs][dims]
+template <int kInputs, int kBytes, int kCoefficients = 0>
 struct StridedTable {
   static constexpr bool kStrided = true;
   static constexpr int kCapacity = kBytes / 128;
@@ -82,8 +97,13 @@ struct StridedTable {
   FASTFS_HD const char* data(int e, int j) const { return reinterpret_cast<const char*>(word[at[e] + j]); }
   FASTFS_HD bool contiguous(int e, int j) const { return word[at[e] + kInputs + 2] >> j & 1; }
   FASTFS_HD int dims(int e) const { return static_cast<int>(word[at[e] + kInputs + 3]); }
-  FASTFS_HD int64_t shape(int e, int d) const { return word[at[e] + kInputs + 4 + d]; }
-  FASTFS_HD int64_t stride(int e, int j, int d) const { return word[at[e] + kInputs + 4 + (j + 1) * dims(e) + d]; }
+  FASTFS_HD double coefficient(int e, int i) const {
+    double value;
+    __builtin_memcpy(&value, &word[at[e] + kInputs + 4 + i], sizeof value);
+    return value;
+  }
+  FASTFS_HD int64_t shape(int e, int d) const { return word[at[e] + kHead + d]; }
+  FASTFS_HD int64_t stride(int e, int j, int d) const { return word[at[e] + kHead + (j + 1) * dims(e) + d]; }
 
   void clear() { launch.entries = 0; }
   bool add(const Layer& layer, int64_t item, int64_t row) {
@@ -105,6 +125,10 @@ struct StridedTable {
     for (int j = 0; j < kInputs; ++j) *w |= static_cast<int64_t>(layer.contiguous[j]) << j;
     *++w = layer_dims;
     ++w;
+    if constexpr (kCoefficients > 0) {
+      std::memcpy(w, layer.coefficients, kCoefficients * sizeof *w);
+      w += kCoefficients;
+    }
     for (int d = 0; d < layer_dims; ++d) *w++ = shape[d];
     for (int j = 0; j < kInputs; ++j) {
       for (int d = 0; d < layer_dims; ++d) *w++ = layer.contiguous[j] ? 0 : layer.stride[j][d];
@@ -114,8 +138,9 @@ struct StridedTable {
   }
 
  private:
-  static constexpr int size(int dims) { return kInputs + 4 + (kInputs + 1) * dims; }
-  static_assert(kInputs + 4 + (kInputs + 1) * kMaxDims <= kWords, "a layer of most dimensions must fit");
+  static constexpr int kHead = kInputs + 4 + kCoefficients;
+  static constexpr int size(int dims) { return kHead + (kInputs + 1) * dims; }
+  static_assert(kHead + (kInputs + 1) * kMaxDims <= kWords, "a layer of most dimensions must fit");
 };
 
 // The part of a segment that one item is: elements begin .. begin + count - 1 of segment `segment`.

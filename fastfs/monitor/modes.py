@@ -148,7 +148,9 @@ class Probe:
         TypeError: inputs of which no copy can be made, a loss that is no function, or a dtype that is none.
     """
 
-    def __init__(self, inputs: Any, loss: Callable[[Any], Tensor], *, dtype: torch.dtype | None = torch.float32) -> None:
+    def __init__(
+        self, inputs: Any, loss: Callable[[Any], Tensor], *, dtype: torch.dtype | None = torch.float32
+    ) -> None:
         if not callable(loss):
             raise TypeError(f"probe: expected a function of the model's output as the loss, got {loss!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

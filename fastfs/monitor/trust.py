@@ -1,7 +1,9 @@
 """temporary"""
+
 from dataclasses import dataclass
 from torch import Tensor
 import torch
+
 
 @dataclass
 class Verdict:
@@ -10,7 +12,10 @@ class Verdict:
     noise_floor: Tensor
     valid: Tensor
 
+
 def reasons(codes, stats):
     return [None if c == 0 else "x" for c in codes.tolist()]
+
+
 def methods(codes, method):
     return [method for _ in codes.tolist()]
