@@ -11,8 +11,18 @@ from fastfs.stats import FeatureStats, UpdateStats
 
 if TYPE_CHECKING:
     from fastfs.monitor import Monitor
+    from fastfs.report.read import load
 
-__all__ = ["FeatureStats", "Monitor", "UpdateStats", "__version__", "feature_stats", "reference", "update_stats"]
+__all__ = [
+    "FeatureStats",
+    "Monitor",
+    "UpdateStats",
+    "__version__",
+    "feature_stats",
+    "load",
+    "reference",
+    "update_stats",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -20,4 +30,8 @@ def __getattr__(name: str) -> Any:
         from fastfs.monitor import Monitor
 
         return Monitor
+    if name == "load":
+        from fastfs.report.read import load
+
+        return load
     raise AttributeError(f"module 'fastfs' has no attribute {name!r}")

@@ -14,14 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from fastfs.monitor.capture import Capture, Pass, Visit
+from fastfs.monitor.header import make_header
 from fastfs.monitor.layers import select_layers
 from fastfs.monitor.measure import Triple, measure
-from fastfs.monitor.record import Measurement, Recorder, header
+from fastfs.monitor.record import Record, Recorder
 from fastfs.monitor.schedule import Schedule, as_schedule
 from fastfs.monitor.sinks import Sink, as_sink, as_sinks, checked_metadata
 from fastfs.stats import FeatureStats
 
 __all__ = ["Monitor"]
+
+_QUANTITIES = (
+    "angle",
+    "cos_angle",
+    "update_rms",
+    "relative_update",
+    "feature_rms",
+    "backward_rms",
+    "radial_update",
+    "noise_floor",
+    "valid",
+    "nonfinite",
+    "count",
+)
 
 
 class Monitor:
@@ -92,6 +107,9 @@ class Monitor:
         path: str | os.PathLike[str] | None = None,
         sinks: Sequence[Any] = (),
         metadata: Mapping[str, Any] | None = None,
+        alerts: Sequence[Any] | None = None,
+        on_alert: Any = None,
+        flush_seconds: float = 5.0,
     ) -> None:
         _check(model, optimizer)
         self._schedule = as_schedule(every)
@@ -101,7 +119,7 @@ class Monitor:
         self._step = 0
         self._loss: Tensor | float | None = None
         self._closed = False
-        head = header(model, optimizer, self._layers, checked_metadata(metadata))
+        head = make_header(model, optimizer, self.layers, checked_metadata(metadata))
         targets = as_sinks(sinks)
         if path is not None or not targets:
             targets.insert(0, "record.jsonl" if path is None else path)
@@ -112,7 +130,7 @@ class Monitor:
                 opened.append(sink)
                 if sink is not target:  # made here: nobody else could close it
                     undo.callback(sink.close)
-            self._recorder = Recorder(self._layers, opened, head)
+            self._recorder = Recorder(opened, head, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds)
             undo.pop_all()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._capture = Capture(model, self._layers, parameters, self._warn)
@@ -151,6 +169,10 @@ class Monitor:
         value = loss.detach().to(torch.float64, copy=True).reshape(()) if isinstance(loss, Tensor) else float(loss)
         self._loss = value if self._loss is None else self._loss + value
 
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Bring all rows to the sinks; False if that failed."""
+        return self._recorder.flush(timeout)
+
     def close(self) -> None:
         """Remove every hook, write what is left, close the sinks. A second call does nothing."""
         if self._closed:
@@ -181,7 +203,7 @@ class Monitor:
                     self._measure()
                 except Exception as error:  # a measurement must not end a training run
                     self._warn("failed", f"measurement failed and is left out ({type(error).__name__}: {error})")
-            self._recorder.drain()
+            self._recorder.poll()
         finally:
             self._capture.clear()
             self._loss = None
@@ -209,7 +231,22 @@ class Monitor:
             total = stats if total is None else total + stats
         assert total is not None
         seconds = self._capture.seconds + time.perf_counter() - start
-        self._recorder.push(Measurement(self._step, time.time(), total, count, self._loss, seconds))
+        sums = total.sums.reshape(-1)
+        loss, step, now, layers = self._loss, self._step, time.time(), len(self._layers)
+        with_loss = isinstance(loss, Tensor)
+        payload = torch.cat([sums, loss.to(sums).reshape(1)]) if isinstance(loss, Tensor) else sums
+
+        def decode(host: Tensor) -> list[Record]:
+            stats = FeatureStats(host[: layers * 9].reshape(layers, 9))
+            scalars = {
+                "loss": host[-1].item() if with_loss else loss,
+                "micro_batches": count,
+                "overhead_seconds": seconds,
+            }
+            columns = {name: getattr(stats, name).tolist() for name in _QUANTITIES}
+            return [Record("measured", step, now, scalars, columns)]  # type: ignore[arg-type]
+
+        self._recorder.push(payload, decode)
 
     def _triples(self, passed: Pass) -> list[list[Triple]]:
         after = self._capture.replay(passed)
