@@ -11,6 +11,7 @@ from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
 
 if TYPE_CHECKING:
     from fastfs.monitor import Monitor
+    from fastfs.report.read import load
 
 __all__ = [
     "FeatureStats",
@@ -19,6 +20,7 @@ __all__ = [
     "UpdateStats",
     "__version__",
     "feature_stats",
+    "load",
     "reference",
     "update_stats",
 ]
@@ -29,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from fastfs.monitor import Monitor
 
         return Monitor
+    if name == "load":
+        from fastfs.report.read import load
+
+        return load
     raise AttributeError(f"module 'fastfs' has no attribute {name!r}")

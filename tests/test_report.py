@@ -9,38 +9,35 @@ import sys
 import numpy as np
 import pytest
 
-from fastfs.monitor.record import QUANTITIES
+from fastfs.monitor.record import SCHEMA, Record
 from fastfs.monitor.sinks import JsonlSink
 from fastfs.report.plots import PLOTS, plot_layers, plot_record
-from fastfs.report.read import read_record
+from fastfs.report.read import load
 
 
 def write(path, layers, steps, angle=lambda step, layer: 1.0 + 0.1 * math.sin(step + layer), run="a", prefix="blocks."):
     sink = JsonlSink(path)
-    sink.open({"kind": "header", "schema": 1, "run": run})
+    names = [f"{prefix}{layer}" for layer in range(layers)]
+    sink.open({"kind": "header", "schema": SCHEMA, "run": run, "layers": names, "groups": {"all": names}})
     for step in steps:
-        rows = []
-        for layer in range(layers):
-            value = angle(step, layer)
-            numbers = {
-                **dict.fromkeys(QUANTITIES, 0.01 * (1 + layer)),
-                "angle": value,
-                "valid": step % 2 == 0,
-                "nonfinite": 0,
-                "count": 10,
-            }
-            common = {
-                "kind": "measured",
-                "run": run,
-                "step": step,
-                "time": 0.0,
-                "layer": layer,
-                "name": f"{prefix}{layer}",
-            }
-            rows.append({**common, **numbers, "loss": None, "micro_batches": 1, "measure_seconds": 0.1})
-        sink.write(rows)
+        values = [0.01 * (1 + layer) for layer in [*range(layers), 50]]
+        columns = {
+            **dict.fromkeys(("cos_angle", "update_rms", "relative_update", "feature_rms", "backward_rms"), values),
+            "angle": [*(angle(step, layer) for layer in range(layers)), 1.5],
+            "valid": [step % 2 == 0] * (layers + 1),
+            "nonfinite": [0] * (layers + 1),
+            "count": [10] * (layers + 1),
+        }
+        scalars = {"loss": None, "micro_batches": 1, "overhead_seconds": 0.1}
+        sink.write([Record("measured", step, 0.0, scalars, columns)])
+        sink.write([Record("predicted", step + 1, 0.0, {"loss": 1.0}, {"update_rms": values})])
     sink.close()
     return path
+
+
+def measured(path):
+    table = load(path)
+    return table[(table["kind"] == "measured") & ~table["group"]]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +50,7 @@ def test_every_plot_is_written(tmp_path, layers, steps):
 
 
 def test_labels_have_units_and_layers_have_names(tmp_path):
-    table = read_record(write(tmp_path / "record.jsonl", 4, range(5)))
+    table = measured(write(tmp_path / "record.jsonl", 4, range(5)))
     for plot, unit in zip(PLOTS, ("radians", "per step", "per step"), strict=True):
         figure = plot_layers(table, plot, title="a run")
         heat, lines, bar = figure.axes
@@ -68,7 +65,7 @@ def test_labels_have_units_and_layers_have_names(tmp_path):
 
 
 def test_many_layers_get_a_color_bar_instead_of_names(tmp_path):
-    figure = plot_layers(read_record(write(tmp_path / "record.jsonl", 100, range(3))), PLOTS[0])
+    figure = plot_layers(measured(write(tmp_path / "record.jsonl", 100, range(3))), PLOTS[0])
     heat, lines, *bars = figure.axes
     assert len(bars) == 2
     assert lines.get_legend() is None
@@ -78,7 +75,7 @@ def test_many_layers_get_a_color_bar_instead_of_names(tmp_path):
 
 def test_layers_without_numbers_are_grey_and_said_so(tmp_path):
     path = write(tmp_path / "record.jsonl", 3, range(4), angle=lambda step, layer: math.nan if layer == 1 else 1.0)
-    figure = plot_layers(read_record(path), PLOTS[0])
+    figure = plot_layers(measured(path), PLOTS[0])
     assert "grey: not measured" in figure.axes[0].get_xlabel()
     assert "dots: not valid" in figure.axes[0].get_xlabel()
     drawn = figure.axes[0].collections[0].get_array()
@@ -114,7 +111,7 @@ def test_without_matplotlib_plots_say_what_to_install():
 def test_fastfs_itself_stays_light():
     script = (
         "import sys, fastfs; fastfs.Monitor, fastfs.feature_stats; import fastfs.models; "
-        "print([m for m in ('matplotlib', 'pandas', 'rich', 'typer', 'sklearn', 'scipy') if m in sys.modules])"
+        "print([m for m in ('matplotlib', 'pandas', 'pyarrow', 'tensorboard', 'rich', 'typer', 'sklearn', 'scipy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"

@@ -121,7 +121,7 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
         The task's part of ``summary.json``.
     """
     from fastfs.report.plots import plot_record
-    from fastfs.report.read import read_record
+    from fastfs.report.read import load
 
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -154,7 +154,7 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
             equal_randomness &= torch.equal(*after)
             progress.update(bar, advance=1, loss=watched.losses[-1])
 
-    table = read_record(record)
+    table = load(record)
     pictures = plot_record(record, out, title=task.title)
     return {
         "title": task.title,
@@ -197,6 +197,7 @@ def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str,
 
 def _layer_table(table: pandas.DataFrame) -> list[dict[str, Any]]:
     """Medians over the last quarter of the measured steps, one entry a layer."""
+    table = table[(table["kind"] == "measured") & ~table["group"]]
     steps = sorted(table["step"].unique())
     late = table[table["step"] >= steps[-max(1, len(steps) // 4)]]
     groups = late.groupby("layer", sort=True)

@@ -4,8 +4,24 @@ Data flows one way: ``schedule`` says when, ``capture`` owns the hooks, ``measur
 to the host, ``sinks`` write. Nothing flows back into training.
 """
 
+from fastfs.monitor.alerts import AngleCollapse, LayerFrozen, NonFinite, ResidualLarge, UpdateAbove, default_alerts
 from fastfs.monitor.monitor import Monitor
+from fastfs.monitor.rows import Record
 from fastfs.monitor.schedule import Every, Schedule
 from fastfs.monitor.sinks import CallableSink, JsonlSink, Sink
 
-__all__ = ["CallableSink", "Every", "JsonlSink", "Monitor", "Schedule", "Sink"]
+__all__ = [
+    "AngleCollapse",
+    "CallableSink",
+    "Every",
+    "JsonlSink",
+    "LayerFrozen",
+    "Monitor",
+    "NonFinite",
+    "Record",
+    "ResidualLarge",
+    "Schedule",
+    "Sink",
+    "UpdateAbove",
+    "default_alerts",
+]

@@ -1,8 +1,8 @@
 """The aligned decrease of every layer, from gradients and the optimizer's own update: no extra forward.
 
-D_l = - sum of <g, dw> over the parameters upstream of layer l (section 2, identity). g is the gradient as ``backward()``
-computed it and dw what the optimizer really did. In between a loop may scale all gradients by one factor: clipping by
-norm, a gradient scaler. :class:`GradientFactor` finds the factor, and D_l and the backward vector stay consistent.
+D_l = - sum of <g, dw> over the parameters upstream of layer l (section 2, identity). g is the gradient as
+``backward()`` computed it and dw what the optimizer really did. In between a loop may scale all gradients by one
+factor: clipping by norm, a gradient scaler. :class:`GradientFactor` finds it, and D_l fits the backward vector.
 """
 
 from __future__ import annotations

@@ -170,7 +170,8 @@ class Engine:
         stats = self.parameters.take(self.device)
         self._learn_structure(passes, step)
         scale = self._loss_scale
-        assert scale is not None and self._gradient_factor is not None
+        assert scale is not None
+        assert self._gradient_factor is not None
         if isinstance(self.mode, ProbeMode):
             plain = self._totals([self.mode.measure(self._perturbed, self.parameters.tensors)])
             done = self._aligned_on_probe(stats)
@@ -216,7 +217,8 @@ class Engine:
         """Aligned decrease of the step, and what the feature speed formula makes of it with the last angle."""
         stats = self.parameters.take(self.device)
         scale = self._loss_scale
-        assert scale is not None and self._gradient_factor is not None
+        assert scale is not None
+        assert self._gradient_factor is not None
         done = self._aligned(stats, self._gradient_factor * scale)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         squares = torch.stack([sum(parts, zero) if parts else zero + torch.nan for parts in self.capture.squares])

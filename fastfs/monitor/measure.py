@@ -16,7 +16,7 @@ from torch import Tensor
 from fastfs.functional import feature_stats
 from fastfs.stats import FeatureStats
 
-__all__ = ["LayerSums", "Rows", "RowSums", "Triple", "from_direction", "from_replay", "totals"]
+__all__ = ["LayerSums", "RowSums", "Rows", "Triple", "from_direction", "from_replay", "totals"]
 
 _NAMES = FeatureStats.names
 DOT, UPDATE, BACKWARD = (_NAMES.index(n) for n in ("update_dot_backward", "update_sq", "backward_sq"))

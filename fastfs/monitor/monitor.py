@@ -21,7 +21,6 @@ from fastfs.monitor.header import make_header
 from fastfs.monitor.layers import AUTO, Selection, select_groups, select_layers
 from fastfs.monitor.modes import BatchMode, JvpMode, Probe, ProbeMode
 from fastfs.monitor.payload import Names
-from fastfs.monitor.record import Recorder
 from fastfs.monitor.sampling import Sampler
 from fastfs.monitor.schedule import Schedule, as_schedule
 from fastfs.monitor.sinks import checked_metadata

@@ -1,194 +1,230 @@
-"""From sums on the device to rows on the host, in batches, without making the device wait.
-
-One transfer per measured step carries the sums of all layers and the loss. On a GPU it goes to pinned memory behind
-an event that later steps only look at; rows are made and written once it has passed.
-"""
+"""From numbers on the device to records in the sinks, without making the device or the training loop wait."""
 
 from __future__ import annotations
 
-import platform
-import time
-import uuid
+import os
 import warnings
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastfs.monitor.layers import Layer
-from fastfs.monitor.sinks import Row, Sink
-from fastfs.stats import FeatureStats
+from fastfs.monitor.alerts import Alerts
+from fastfs.monitor.outlet import Outlet
+from fastfs.monitor.ring import Decode, Ring
+from fastfs.monitor.rows import COLUMNS, SCHEMA, Record, as_line
+from fastfs.monitor.sinks import Sink
+from fastfs.monitor.writer import Message, Writer
 
-__all__ = ["QUANTITIES", "SCHEMA", "Measurement", "Recorder", "header"]
+__all__ = ["COLUMNS", "SCHEMA", "Record", "Recorder"]
 
-SCHEMA = 1
-"""Version of the record's format: raised when a column changes its meaning or goes."""
-
-QUANTITIES = (
-    "angle",
-    "cos_angle",
-    "update_rms",
-    "relative_update",
-    "feature_rms",
-    "backward_rms",
-    "noise_floor",
-    "valid",
-    "nonfinite",
-    "count",
-)
-"""Columns that come from :class:`fastfs.FeatureStats`, under the names that they have there."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One measured step.
-
-    ``stats`` has shape (L,) and may be on any device, ``loss`` is a scalar; ``seconds`` is host time.
-    """
-
-    step: int
-    time: float
-    stats: FeatureStats
-    micro_batches: int
-    loss: Tensor | float | None
-    seconds: float
-
-
-class _Transfer:
-    """A copy of a tensor on its way to the host."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self._event: Any = None
-        if tensor.device.type == "cuda":
-            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            self._host.copy_(tensor, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(tensor.device))
-        else:
-            self._host = tensor.to("cpu")
-
-    def ready(self) -> bool:
-        return self._event is None or bool(self._event.query())
-
-    def wait(self) -> Tensor:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._host
+_EXIT_SECONDS = 10.0
+_MESSAGES = 1000
 
 
 class Recorder:
-    """Turns measurements into rows and hands them to the sinks, in order.
+    """Takes payloads on the device and records on the host, in order, and sees to it that they reach the sinks.
 
-    A sink that raises is reported by one warning and does not get those rows; training goes on.
+        recorder = Recorder(sinks, header)
+        recorder.push(payload, decode)      # a copy on the device; decode(host tensor) -> records, in another thread
+        recorder.poll()                     # once a step: raises what there is to say in this thread
+
+    ``push``, ``put`` and ``poll`` never wait: not for the device, not for a sink. If the sinks do not keep up, records
+    are dropped: one warning says so, and an ``alert`` of the rule ``dropped`` in the record says how many and where.
+    Errors of sinks and of ``decode`` become warnings. Memory is bounded by ``capacity``, ``most_entries`` and
+    ``backlog``. A record is due at the sinks ``flush_seconds`` after it came, also while the loop rests.
+
+    A forked child of the process (a DataLoader's worker) has no part in it: there, every method does nothing. What
+    waits when the interpreter exits or the recorder is collected is written then, for ten seconds at most.
+
+    Args:
+        sinks: opened here, in order; closed again if one fails to.
+        header: the first line; holds ``run`` and ``layers``. With the ``run`` of an earlier one and ``resumed_at`` the
+            run goes on.
+        alerts: rules, see :mod:`fastfs.monitor.alerts`; the default rules if None, ``()`` for none.
+        on_alert: called by :meth:`poll` in the training thread with every alert as a dictionary (``run``, ``step``,
+            ``time``, ``rule``, ``layer``, ``value``, ``message``). An exception in it becomes a warning.
+        flush_seconds: how long a record may wait before it goes to the host and the sinks.
+        capacity: float64 numbers in each of the two buffers on the device; grows only if one payload is larger.
+        most_entries: payloads and records that may wait in the buffer.
+        backlog: numbers that are kept for each sink that fails.
+        retry_seconds: pause before a failing sink is tried again; doubles up to a minute.
+
+    Raises:
+        Exception: whatever a sink's ``open`` raises.
+        TypeError: a rule that is none.
+        ValueError: a setting out of range.
     """
 
-    def __init__(self, layers: Sequence[Layer], sinks: Sequence[Sink], head: Mapping[str, Any]) -> None:
-        self._names = [layer.name for layer in layers]
-        self._sinks = tuple(sinks)
-        self._run = head["run"]
-        self._pending: deque[tuple[Measurement, _Transfer]] = deque()
-        self._failed: set[int] = set()
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        header: Mapping[str, Any],
+        *,
+        alerts: Sequence[Any] | None = None,
+        on_alert: Callable[[dict[str, Any]], object] | None = None,
+        flush_seconds: float = 5.0,
+        capacity: int = 1 << 19,
+        most_entries: int = 8192,
+        backlog: int = 500_000,
+        retry_seconds: float = 1.0,
+    ) -> None:
+        if not flush_seconds >= 0:
+            raise ValueError(f"flush_seconds: expected a number >= 0, got {flush_seconds!r}")
+        for name, value in (("capacity", capacity), ("most_entries", most_entries), ("backlog", backlog)):
+            if value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        self.header = dict(header)
+        self._on_alert = on_alert
+        self._messages: deque[Message] = deque(maxlen=_MESSAGES)
+        self._pid = os.getpid()
+        self._closed = False
+        self._ring = Ring(capacity, most_entries)
+        rules = Alerts(alerts, self.header)
         with ExitStack() as undo:
-            for sink in self._sinks:
-                sink.open(head)
+            for sink in sinks:
+                sink.open(self.header)
                 undo.callback(sink.close)
+            outlets = [Outlet(sink, backlog, retry_seconds, self._messages.append) for sink in sinks]
+            self._writer = Writer(self._ring, outlets, rules, self._messages, flush_seconds)
             undo.pop_all()
+        self._finalizer = weakref.finalize(self, _finish, self._writer, self._pid)
 
-    def push(self, measurement: Measurement) -> None:
-        """Start the transfer; does not wait."""
-        sums = measurement.stats.sums.reshape(-1)
-        loss = measurement.loss
-        payload = torch.cat([sums, loss.to(sums).reshape(1)]) if isinstance(loss, Tensor) else sums
-        self._pending.append((measurement, _Transfer(payload)))
+    @property
+    def run(self) -> str:
+        """Id of the run."""
+        return str(self.header["run"])
 
-    def drain(self, *, wait: bool = False) -> None:
-        """Write the measurements that have arrived, or all of them."""
-        while self._pending and (wait or self._pending[0][1].ready()):
-            measurement, transfer = self._pending.popleft()
-            rows = self._rows(measurement, transfer.wait())
-            for index, sink in enumerate(self._sinks):
-                self._write(index, sink, rows)
+    @property
+    def dropped(self) -> int:
+        """Records dropped so far because the sinks did not keep up."""
+        return self._writer.dropped
 
-    def close(self) -> None:
-        """Write what is left and close every sink, also if one of them fails: that is a warning."""
-        failures: list[str] = []
-        try:
-            self.drain(wait=True)
-        finally:
-            for sink in self._sinks:
-                try:
-                    sink.close()
-                except Exception as error:
-                    failures.append(f"{type(sink).__name__} ({type(error).__name__}: {error})")
-        if failures:
-            warnings.warn(
-                f"fastfs.Monitor: could not be closed: {', '.join(failures)}. The others are.",
-                RuntimeWarning,
-                stacklevel=3,
+    @property
+    def device_bytes(self) -> int:
+        """Memory on the training device that recording takes, at most."""
+        return self._ring.device_bytes
+
+    def push(self, payload: Tensor, decode: Decode) -> None:
+        """Copy a payload to the ring, in the order of the current stream; does not wait for anything.
+
+        Args:
+            payload: 1-D float64 tensor of any length, on any device. May be changed afterwards.
+            decode: called later in the writer's thread with the payload on the host, as a tensor of its own.
+
+        Raises:
+            ValueError: not a 1-D float64 tensor, or the recorder is closed.
+        """
+        if payload.dim() != 1 or payload.dtype != torch.float64:
+            raise ValueError(
+                f"payload: expected a 1-D float64 tensor, got shape {tuple(payload.shape)} of {payload.dtype}"
             )
+        if not self._forked():
+            self._writer.push(payload, decode)
 
-    def _write(self, index: int, sink: Sink, rows: list[Row]) -> None:
-        try:
-            sink.write(rows)
-        except Exception as error:
-            if index not in self._failed:
-                self._failed.add(index)
-                warnings.warn(
-                    f"fastfs.Monitor: {type(sink).__name__} failed at step {rows[0]['step'] if rows else '?'} "
-                    f"({type(error).__name__}: {error}); its rows are lost, training goes on. Said once.",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+    def put(self, record: Record) -> None:
+        """Add a record that is on the host already, in order with the payloads."""
+        if not self._forked():
+            self._writer.put(record)
 
-    def _rows(self, measurement: Measurement, host: Tensor) -> list[Row]:
-        loss: Any = measurement.loss
-        if isinstance(loss, Tensor):
-            loss, host = host[-1].item(), host[:-1]
-        stats = FeatureStats(host.reshape(len(self._names), -1))
-        columns = {name: getattr(stats, name).tolist() for name in QUANTITIES}
-        common = {"kind": "measured", "run": self._run, "step": measurement.step, "time": measurement.time}
-        tail = {
-            "loss": loss,
-            "micro_batches": measurement.micro_batches,
-            "measure_seconds": measurement.seconds,
-        }
-        return [
-            {**common, "layer": i, "name": name, **{key: column[i] for key, column in columns.items()}, **tail}
-            for i, name in enumerate(self._names)
-        ]
+    def poll(self) -> list[Record]:
+        """Raise warnings and call ``on_alert`` for what has come up since the last call, in this thread.
+
+        Returns:
+            The alerts, most often none.
+        """
+        if not self._messages or self._forked():
+            return []
+        alerts: list[Record] = []
+        while self._messages:
+            message = self._messages.popleft()
+            if isinstance(message, Record):
+                alerts.append(message)
+                self._alert(message)
+            else:
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
+        return alerts
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Bring everything to the sinks and wait for that.
+
+        Returns:
+            False if it took longer than ``timeout`` seconds, or a sink did not take it.
+        """
+        if self._forked():
+            return True
+        done = self._writer.flush(timeout)
+        self.poll()
+        return done
+
+    def close(self, timeout: float = 30.0) -> None:
+        """Write everything, close every sink, end the thread. A second call does nothing.
+
+        Warns:
+            RuntimeWarning: what could not be written or closed within ``timeout`` seconds.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._finalizer.detach()
+        if self._forked():
+            return
+        _say_what_failed(self._writer, self._writer.stop(timeout), timeout, self._messages.append)
+        self.poll()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs to go on recording: its id and the state of the alerts. Flushes."""
+        self.flush()
+        return {"run": self.run, "alerts": self._writer.alerts.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of the alerts. The id of the run goes into the header of a new recorder instead."""
+        self._writer.alerts.load_state_dict(state["alerts"])
+
+    def _alert(self, record: Record) -> None:
+        scalars = record.scalars
+        if self._on_alert is not None:
+            try:
+                self._on_alert(as_line(record, self.run))
+            except Exception as error:
+                text = f"fastfs.Monitor: on_alert failed ({type(error).__name__}: {error})"
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
+        where = "" if scalars["layer"] is None else f"layer {scalars['layer']!r}: "
+        text = f"fastfs.Monitor: step {record.step}: {where}{scalars['message']} [{scalars['rule']}]"
+        warnings.warn(text, RuntimeWarning, stacklevel=4)
+
+    def _forked(self) -> bool:
+        """In a child the writer's thread does not exist, and its lock may be held for ever."""
+        return os.getpid() != self._pid
 
 
-def header(
-    model: nn.Module, optimizer: torch.optim.Optimizer, layers: Sequence[Layer], metadata: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The first line of a run: what ran, where, on what."""
-    parameters = list(model.parameters())
-    model_type = type(getattr(model, "_orig_mod", model))
-    devices = dict.fromkeys(str(p.device) for p in parameters)
-    return {
-        "kind": "header",
-        "schema": SCHEMA,
-        "run": uuid.uuid4().hex[:12],
-        "started": datetime.fromtimestamp(time.time(), timezone.utc).isoformat(timespec="seconds"),
-        "mode": "batch",
-        "model": model_type.__qualname__,
-        "parameters": sum(p.numel() for p in parameters),
-        "dtype": ", ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters)),
-        "device": ", ".join(devices),
-        "device_name": ", ".join(
-            torch.cuda.get_device_name(d)
-            if torch.device(d).type == "cuda"
-            else platform.processor() or platform.machine()
-            for d in devices
-        ),
-        "optimizer": type(optimizer).__qualname__,
-        "layers": [layer.name for layer in layers],
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        "metadata": dict(metadata),
-    }
+def _say_what_failed(writer: Writer, ended: bool, timeout: float, say: Callable[[str], None]) -> None:
+    if not ended:
+        say(
+            f"fastfs.Monitor: the sinks did not finish within {timeout:g} s: about {writer.waiting()} records are not "
+            "written."
+        )
+        return
+    for outlet in writer.outlets:
+        missing = len(outlet) + outlet.lost
+        if missing or outlet.error is not None:
+            error = outlet.error
+            why = "" if error is None else f" ({type(error).__name__}: {error})"
+            say(f"fastfs.Monitor: {outlet.name}: {missing or 'some'} records could not be written{why}.")
+    if writer.unclosed:
+        say(f"fastfs.Monitor: could not be closed: {', '.join(writer.unclosed)}. The others are.")
+
+
+def _finish(writer: Writer, pid: int) -> None:
+    """At the exit of the interpreter or when the recorder is collected."""
+    if os.getpid() != pid:
+        return
+    _say_what_failed(writer, writer.stop(_EXIT_SECONDS), _EXIT_SECONDS, writer.messages.append)
+    while writer.messages:
+        message = writer.messages.popleft()
+        text = message if isinstance(message, str) else f"fastfs.Monitor: {message.scalars['message']}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)

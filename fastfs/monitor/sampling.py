@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Budget", "BudgetError", "Kept", "Sampler", "row_dims", "row_squares"]
+__all__ = ["BudgetError", "Kept", "Sampler", "row_dims"]
 
 _SUBSETS = 16  # remembered; batches of changing size have many
 
@@ -38,29 +38,6 @@ class Kept:
     def scale(self) -> float:
         """What a sum over the kept rows has to be multiplied with, as an estimate of the sum over all."""
         return self.total / self.values.shape[0] if self.values.shape[0] else 1.0
-
-
-class Budget:
-    """Bytes that may be held at a time."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.used = 0
-        self.most = 0
-
-    @property
-    def left(self) -> int:
-        return self.limit - self.used
-
-    def take(self, size: int, what: str) -> None:
-        """Raises BudgetError if that much is not left."""
-        if size > self.left:
-            raise BudgetError(f"{what} of {size:,} bytes are above what is left of the memory budget, {self.left:,}")
-        self.used += size
-        self.most = max(self.most, self.used)
-
-    def clear(self) -> None:
-        self.used = 0
 
 
 class Sampler:
@@ -111,5 +88,5 @@ class Sampler:
         """Estimate of the sum of the squares of ``x`` from ``kept`` rows: float64, 0-d."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
-        sums = row_squares(x.detach(), self.subset(total, kept, x.device), dims)
+        sums = torch.ops.fastfs.row_squares(x.detach(), self.subset(total, kept, x.device), dims)
         return sums.sum() * (total / kept if kept else 1.0)

@@ -1,4 +1,4 @@
-"""Where rows go: plain dictionaries of numbers and strings, in batches."""
+"""Where records go: files of JSON lines, functions, and whatever has ``open``, ``write`` and ``close``."""
 
 from __future__ import annotations
 
@@ -9,45 +9,79 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["CallableSink", "JsonlSink", "Row", "Sink", "as_sink", "as_sinks", "checked_metadata"]
+from fastfs.monitor.rows import Record, as_line, as_rows
+
+__all__ = [
+    "CallableSink",
+    "JsonlSink",
+    "PartlyWrittenError",
+    "Row",
+    "Sink",
+    "as_sink",
+    "as_sinks",
+    "checked_metadata",
+    "to_json",
+]
 
 Row = dict[str, Any]
 
 
+class PartlyWrittenError(OSError):
+    """A write that failed after the first ``written`` records were safe: only the others are to be tried again."""
+
+    def __init__(self, error: OSError, written: int) -> None:
+        super().__init__(error.errno, error.strerror)
+        self.written = written
+
+
 @runtime_checkable
 class Sink(Protocol):
-    """Takes a header once, then batches of rows, then ``close``."""
+    """Takes a header, then batches of records, then ``close``.
+
+    ``open`` is called in the thread that attaches the monitor and may raise: attaching fails. All else happens in the
+    writer's thread. A batch whose ``write`` raises is given again later, from its first record on.
+
+    A sink that collects what it gets may have two methods more: ``flush()``, after which everything is safe, and
+    ``due() -> float | None``, the time (``time.monotonic()``) at which ``flush`` is to be called. Several headers can
+    come with one run id: a run that was resumed (``resumed_at``) goes on where it was.
+    """
 
     def open(self, header: Mapping[str, Any]) -> None: ...
 
-    def write(self, rows: Sequence[Row]) -> None: ...
+    def write(self, records: Sequence[Record]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class CallableSink:
-    """Calls a function with every batch of rows: ``sinks=[rows.extend]`` collects them in a list."""
+    """Calls a function with every batch of rows: ``sinks=[rows.extend]`` collects them in a list.
+
+    A row is a dictionary: ``kind, run, step, time, layer, name, group``, the columns of the record at that layer, and
+    its scalars; a record without columns (an alert, a skipped step) is one dictionary. Numbers can be NaN here. The
+    function is called in the writer's thread; if it raises, it gets the same rows again later.
+    """
 
     def __init__(self, function: Callable[[list[Row]], object]) -> None:
         self._function = function
+        self._header: Mapping[str, Any] = {}
 
     def open(self, header: Mapping[str, Any]) -> None:
-        pass
+        self._header = header
 
-    def write(self, rows: Sequence[Row]) -> None:
-        self._function(list(rows))
+    def write(self, records: Sequence[Record]) -> None:
+        self._function([row for record in records for row in as_rows(record, self._header)])
 
     def close(self) -> None:
         pass
 
 
 class JsonlSink:
-    """Appends to a file, one JSON object a line: a header per run, then one line per measured step and layer.
+    """Appends to a file, one JSON object a line: a header per run, then a line per record.
 
     Every batch is one write to the operating system, so that a killed process loses nothing that was written and at
-    worst leaves its last line torn, which the reader tolerates. So does a write that the disk cuts short; the next one
-    starts on a line of its own. Each line carries the id of its run: several runs, one
-    after the other or at the same time, can share a file. NaN and infinities become null.
+    worst leaves its last line torn, which the reader tolerates. After a write that the disk cut short the torn line is
+    written again, on a line of its own. Each line carries the id of its run: several runs, one after the other or at
+    the same time, can share a file. NaN and infinities become null.
 
     Args:
         path: the file; missing folders are made.
@@ -59,52 +93,80 @@ class JsonlSink:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._descriptor: int | None = None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        self._run = ""
         self._torn = False  # the last line written has no end
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     def open(self, header: Mapping[str, Any]) -> None:
+        self._run = header["run"]
         self._torn = not self._ends_a_line()
         self._append([header])
 
-    def write(self, rows: Sequence[Row]) -> None:
-        self._append(rows)
+    def write(self, records: Sequence[Record]) -> None:
+        """Append the records.
+
+        Raises:
+            PartlyWrittenError: the operating system took only some of the lines.
+            ValueError: the sink is closed.
+        """
+        self._append([as_line(record, self._run) for record in records])
 
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def _append(self, objects: Sequence[Mapping[str, Any]]) -> None:
         if self._descriptor is None:
             raise ValueError(f"{self.path}: this sink is closed")
-        data = (b"\n" if self._torn else b"") + b"".join(_line(line) for line in lines)
-        while data:
-            written = os.write(self._descriptor, data)
-            if written:
-                self._torn = data[written - 1 : written] != b"\n"
-            data = data[written:]
+        lines = [to_json(item).encode() + b"\n" for item in objects]
+        if self._torn and lines:
+            lines[0] = b"\n" + lines[0]
+        data = memoryview(b"".join(lines))
+        sent = 0
+        try:
+            while sent < len(data):
+                count = os.write(self._descriptor, data[sent:])
+                sent += count
+                if count:
+                    self._torn = data[sent - 1] != 0x0A
+        except OSError as error:
+            done = 0
+            for line in lines:
+                sent -= len(line)
+                if sent < 0:
+                    break
+                done += 1
+            raise PartlyWrittenError(error, done) from error
 
     def _ends_a_line(self) -> bool:
         """False if an earlier run was killed in the middle of a line."""
         assert self._descriptor is not None
         size = os.fstat(self._descriptor).st_size
-        if size == 0:
-            return True
-        with self.path.open("rb") as file:
-            file.seek(size - 1)
-            return file.read(1) == b"\n"
+        return size == 0 or os.pread(self._descriptor, 1, size - 1) == b"\n"
 
 
 def as_sink(target: Any) -> Sink:
-    """A sink as it is, a path as :class:`JsonlSink`, a callable as :class:`CallableSink`.
+    """A sink as it is; a callable as :class:`CallableSink`; a path that ends in ``.parquet`` as a
+    :class:`fastfs.monitor.parquet.ParquetSink`, ``"tensorboard:FOLDER"`` as a
+    :class:`fastfs.monitor.tensorboard.TensorBoardSink`, other paths as :class:`JsonlSink`.
 
     Raises:
+        ImportError: the sink needs a package that is not installed.
         TypeError: none of these, or a class.
     """
     if isinstance(target, type):
         raise TypeError(f"sink: expected an object, got the class {target.__name__}: make one, {target.__name__}(...)")
+    if isinstance(target, str) and target.startswith("tensorboard:"):
+        from fastfs.monitor.tensorboard import TensorBoardSink
+
+        return TensorBoardSink(target.removeprefix("tensorboard:"))
     if isinstance(target, (str, os.PathLike)):
+        if os.fspath(target).rstrip("/").endswith(".parquet"):
+            from fastfs.monitor.parquet import ParquetSink
+
+            return ParquetSink(target)
         return JsonlSink(target)
     if isinstance(target, Sink):
         return target
@@ -138,7 +200,7 @@ def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         raise TypeError(f"metadata: expected a dictionary, got {type(metadata).__name__}")
     result = dict(metadata)
     try:
-        _line(result)
+        to_json(result)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"metadata: expected a dictionary that JSON can hold: {error}") from error
     return result
@@ -147,12 +209,16 @@ def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
 _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
-def _line(record: Mapping[str, Any]) -> bytes:
+def to_json(value: Any) -> str:
+    """One line; NaN and infinities become null.
+
+    Raises:
+        TypeError: JSON cannot hold the value.
+    """
     try:
-        text = _ENCODE(record)
+        return _ENCODE(value)
     except ValueError:  # not finite
-        text = _ENCODE(_finite(record))
-    return text.encode() + b"\n"
+        return _ENCODE(_finite(value))
 
 
 def _finite(value: Any) -> Any:
@@ -162,5 +228,5 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [None if type(x) is float and not math.isfinite(x) else _finite(x) for x in value]
     return value

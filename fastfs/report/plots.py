@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastfs.report.read import read_record
+from fastfs.report.read import load
 
 try:
     from matplotlib import colormaps
@@ -89,7 +89,8 @@ def plot_record(
         ImportError: matplotlib or pandas is not installed.
         ValueError: the record has no rows of that run.
     """
-    table = read_record(path)
+    table = load(path)
+    table = table[(table["kind"] == "measured") & ~table["group"]]
     if len(table) and run is None:
         run = table["run"].iloc[-1]
     table = table[table["run"] == run]
@@ -133,7 +134,7 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
     mesh = heat.pcolormesh(
         _edges(steps), np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(data), cmap=plot.colors, norm=norm
     )
-    flagged = np.argwhere(np.isfinite(data) & ~(valid.to_numpy(dtype=float) > 0))
+    flagged = np.argwhere(np.isfinite(data) & ~(valid.to_numpy(dtype=float, na_value=math.nan) > 0))
     shown = flagged[:: 1 + len(flagged) // _MOST_DOTS]
     heat.plot(steps[shown[:, 1]], shown[:, 0], ".", color="0.6", markersize=3)
     notes = ["grey: not measured"] * bool(np.isnan(data).any()) + ["dots: not valid"] * bool(len(flagged))

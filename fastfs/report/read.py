@@ -5,61 +5,162 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fastfs.monitor.rows import TABLED, row_names
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["read_header", "read_record"]
+__all__ = ["load", "read_header", "read_record"]
 
-_SCHEMAS = (1,)
-_INTEGERS = ("step", "layer", "nonfinite", "count", "micro_batches")
-_STRINGS = ("kind", "run", "name")
-_FLOATS = (
-    "time",
-    "angle",
-    "cos_angle",
-    "update_rms",
-    "relative_update",
-    "feature_rms",
-    "backward_rms",
-    "noise_floor",
-    "loss",
-    "measure_seconds",
-)
+_SCHEMAS = (1, 2)
+
+Line = dict[str, Any]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
+    """A record as a table: one row for each measured or predicted record and layer or group, of all runs in it.
+
+    Columns: ``kind`` (measured or predicted), ``run``, ``step``, ``time`` (seconds since 1970), ``layer`` (its number;
+    groups come after the layers), ``name``, ``group`` (bool), then what was recorded (``angle`` in radians,
+    ``update_rms`` in features per step, ...) and what belongs to the whole step (``loss``, ``micro_batches``,
+    ``overhead_seconds``, ``loss_scale``). Numbers that are absent or were undefined are NaN, strings None; ``valid`` is
+    NA where absent (then its dtype is ``boolean``), and columns of integers become floats where some are absent.
+
+    When a run was resumed, steps that it did again are in the table once, as done last. ``attrs`` of the table holds
+    ``headers`` (one for each start of a run), and ``structure``, ``alerts`` and ``skipped``: lists of dictionaries.
+
+    Args:
+        path: a JSONL file or a folder of Parquet parts written by :class:`fastfs.Monitor`, also one that is still
+            being written. Files of the first version (schema 1) are read, too.
+
+    Raises:
+        ImportError: pandas is not installed, or pyarrow for Parquet.
+        OSError: the file cannot be read.
+        ValueError: not a record, or of an unknown schema version.
+
+    Warns:
+        RuntimeWarning: lines that cannot be read are left out, other than where a run was killed.
+    """
+    try:
+        import pandas  # noqa: F401
+    except ImportError as error:
+        raise ImportError('fastfs.load needs pandas: pip install "fastfs[pandas]"') from error
+    from fastfs.report.table import Builder
+
+    path = Path(path)
+    if path.is_dir():
+        from fastfs.report.parquet import read_parts
+
+        parts, headers = read_parts(path)
+        _check_schemas(path, headers)
+        builder = Builder()
+        for header, part, others in parts:
+            _resume(builder, header)
+            builder.add_frame(part)
+            for line in others:
+                builder.add_other(line)
+        return builder.table(headers)
+    headers = []
+    names: dict[str, Sequence[str]] = {}
+    layers: dict[str, int] = {}
+    builder = Builder()
+    for line in _lines(path):
+        kind, run = line["kind"], line.get("run", "")
+        if kind == "header":
+            _check_schemas(path, [line])
+            headers.append(line)
+            names[run], layers[run] = row_names(line)
+            _resume(builder, line)
+        elif kind not in TABLED:
+            builder.add_other(line)
+        elif "layer" in line:  # schema 1: a line for each layer
+            builder.add_row(line)
+        else:
+            builder.add(line, names.get(run, ()), layers.get(run, 0))
+    _some(path, headers)
+    return builder.table(headers)
+
+
+read_record = load
+"""Another name of :func:`load`."""
+
+
+def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[str, Any]:
+    """The header of a run in a record: what ran, on what, since when.
+
+    Args:
+        path: a file or folder written by :class:`fastfs.Monitor`.
+        run: id of the run; the last one by default. Of a run that was resumed, the last header.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: not a record, of another schema version, or without that run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from fastfs.report.parquet import read_headers
+
+        headers = read_headers(path)
+    else:
+        headers = [line for line in _lines(path) if line["kind"] == "header"]
+    _check_schemas(path, headers)
+    found = [header for header in headers if run is None or header["run"] == run]
+    _some(path, found, run)
+    return found[-1]
+
+
+def _resume(builder: Any, header: Line) -> None:
+    if header.get("resumed_at") is not None:
+        builder.forget(header["run"], int(header["resumed_at"]))
+
+
+def _check_schemas(path: Path, headers: Sequence[Line]) -> None:
+    for header in headers:
+        if header.get("schema") not in _SCHEMAS:
+            raise ValueError(f"{path}: schema {header.get('schema')!r}; this version of fastfs reads {list(_SCHEMAS)}")
+
+
+def _some(path: Path, headers: Sequence[Line], run: str | None = None) -> None:
+    if not headers:
+        raise ValueError(f"{path}: no run {run!r}" if run else f"{path}: holds no run of fastfs.Monitor")
+
+
+def _lines(path: Path) -> Iterator[Line]:
     """All records of the file, of which the first must be a header; without lines that cannot be read.
 
-    A line that a killed process left torn, the last or one before a header, is nothing to speak of; others are reported
-    by one warning.
+    A line that a killed process left torn, the last or one before a header, is nothing to speak of, nor is one that was
+    written again on the next line; others are reported by one warning.
     """
-    raw = path.read_bytes().split(b"\n")
-    records: list[dict[str, Any]] = []
-    torn: list[int] = []  # since the last record
+    started = False
+    torn: list[tuple[int, bytes]] = []  # since the last record
     left_out: list[int] = []
-    for number, line in enumerate(raw, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "kind" not in record:
-                raise ValueError("not a record of fastfs.Monitor")
-        except ValueError as error:
-            if not records:
-                raise ValueError(f"{path}, line {number}: expected the header of a record: {error}") from None
-            torn.append(number)
-            continue
-        if not records and record["kind"] != "header":
-            raise ValueError(f"{path}, line {number}: expected the header of a record, got {record['kind']!r}")
-        if record["kind"] == "header":
-            torn = torn[:-1]  # where the run before was killed
-        left_out += torn
-        torn = []
-        records.append(record)
-    left_out += torn[:-1]
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, start=1):
+            line = raw.strip()
+            if not line:
+                continue
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or "kind" not in record:
+                    raise ValueError("not a record of fastfs.Monitor")
+            except ValueError as error:
+                if not started and not line.startswith(_HEADER[: len(line)]):
+                    raise ValueError(f"{path}, line {number}: expected the header of a record: {error}") from None
+                torn.append((number, line))
+                continue
+            if not started and record["kind"] != "header":
+                raise ValueError(f"{path}, line {number}: expected the header of a record, got {record['kind']!r}")
+            if torn and (record["kind"] == "header" or line.startswith(torn[-1][1])):
+                torn.pop()  # where the run before was killed; written again
+            left_out += (number for number, _ in torn)
+            torn = []
+            started = True
+            yield record
+    left_out += (number for number, _ in torn[:-1])
     if left_out:
         numbers = ", ".join(map(str, left_out[:10])) + (", ..." if len(left_out) > 10 else "")
         warnings.warn(
@@ -67,68 +168,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
             RuntimeWarning,
             stacklevel=3,
         )
-    return records
 
 
-def _header(path: Path, records: list[dict[str, Any]], run: str | None = None) -> dict[str, Any]:
-    headers = [record for record in records if record["kind"] == "header"]
-    for header in headers:
-        if header.get("schema") not in _SCHEMAS:
-            raise ValueError(f"{path}: schema {header.get('schema')!r}; this version of fastfs reads {list(_SCHEMAS)}")
-    found = [header for header in headers if run is None or header["run"] == run]
-    if not found:
-        raise ValueError(f"{path}: no run {run!r}" if run else f"{path}: holds no run of fastfs.Monitor")
-    return found[-1]
-
-
-def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[str, Any]:
-    """The header of a run in a record: what ran, on what, since when.
-
-    Args:
-        path: a file written by :class:`fastfs.Monitor`.
-        run: id of the run; the last one in the file by default.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: not a record, of another schema version, or without that run.
-    """
-    path = Path(path)
-    return _header(path, _lines(path), run)
-
-
-def read_record(path: str | os.PathLike[str]) -> pandas.DataFrame:
-    """A record as a table: one line per measured step and layer, of all runs in the file (column ``run``).
-
-    Quantities that were undefined are NaN. Units: ``angle`` in radians, ``update_rms`` (feature speed) in features per
-    step, ``time`` in seconds since 1970.
-
-    Args:
-        path: a file written by :class:`fastfs.Monitor`, also one that is still being written.
-
-    Raises:
-        ImportError: pandas is not installed.
-        OSError: the file cannot be read.
-        ValueError: not a record, or of another schema version.
-
-    Warns:
-        RuntimeWarning: lines that cannot be read are left out, other than where a run was killed.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ImportError('fastfs.report.read_record needs pandas: pip install "fastfs[pandas]"') from error
-
-    path = Path(path)
-    records = _lines(path)
-    _header(path, records)  # not a record, another schema
-    rows = [record for record in records if record["kind"] != "header"]
-    columns = [*_STRINGS, *_INTEGERS, *_FLOATS, "valid"]
-    table = pandas.DataFrame({name: [row.get(name) for row in rows] for name in columns})
-    kinds = {
-        **dict.fromkeys(_STRINGS, "object"),
-        **dict.fromkeys(_INTEGERS, "int64"),
-        **dict.fromkeys(_FLOATS, "float64"),
-    }
-    table = table.astype({**kinds, "valid": "bool"})
-    order = ("kind", "run", "step", "time", "layer", "name", "angle", "cos_angle", "update_rms", "relative_update")
-    return table[[*order, *(name for name in columns if name not in order)]]
+_HEADER = b'{"kind":"header",'
