@@ -5,6 +5,7 @@ to the host, ``sinks`` write. Nothing flows back into training.
 """
 
 from fastfs.monitor.alerts import AngleCollapse, LayerFrozen, NonFinite, ResidualLarge, UpdateAbove, default_alerts
+from fastfs.monitor.modes import Probe
 from fastfs.monitor.monitor import Monitor
 from fastfs.monitor.rows import Record
 from fastfs.monitor.schedule import Every, Schedule
@@ -18,6 +19,7 @@ __all__ = [
     "LayerFrozen",
     "Monitor",
     "NonFinite",
+    "Probe",
     "Record",
     "ResidualLarge",
     "Schedule",

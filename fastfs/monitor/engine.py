@@ -193,6 +193,7 @@ class Engine:
             "noise_floor": self._padded(verdict.noise_floor),
             "angle_se": plain.angle_se,
             "update_se": plain.update_se,
+            "residual_se": plain.dot_se * (1.0 - residual).abs(),
             "quantiles": plain.quantiles,
             "residual": residual,
             "aligned": _columns(done),
@@ -277,7 +278,11 @@ class Engine:
         return totals(rows, self.quantiles, self.device)
 
     def _verdict(self, plain: LayerSums, passes: list[Pass], stats: ParameterStats) -> trust.Verdict:
-        raise NotImplementedError
+        st = plain.stats
+        return trust.Verdict(st.sums, (~st.valid).double(), st.noise_floor, st.valid)
+
+    def _padded(self, t):
+        return torch.cat([t, t.new_zeros(len(self.names.groups))])
 
     def _aligned(self, stats: ParameterStats, factor: Tensor) -> Aligned:
         if self._incidence is None:

@@ -57,7 +57,8 @@ class LayerSums:
     Attributes:
         stats: shape (L,).
         angle_se: standard error of the angle in radians, float64 (L,).
-        update_se: relative standard error of \\|df\\|, float64 (L,).
+        update_se: relative standard error of the norm of df, float64 (L,).
+        dot_se: relative standard error of <b, df>, float64 (L,).
         rows: rows kept of each layer, and how many there were.
         quantiles: float64 (L, 2, Q): of the rows' cosines, and of their speeds (rms of a row's df).
     """
@@ -65,6 +66,7 @@ class LayerSums:
     stats: FeatureStats
     angle_se: Tensor
     update_se: Tensor
+    dot_se: Tensor
     rows: list[tuple[int, int]]
     quantiles: Tensor
 
@@ -117,7 +119,7 @@ def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.
     layers = [[rows for layer in strata for rows in layer] for strata in zip(*passes, strict=True)]
     zero = torch.zeros(len(_NAMES), dtype=torch.float64, device=device)
     sums = torch.stack([_add([_estimate(rows) for rows in visits], zero) for visits in layers])
-    cosine_se, update_se = _standard_errors(layers, sums)
+    cosine_se, update_se, dot_se = _standard_errors(layers, sums)
     stats = FeatureStats(sums)
     cosine = stats.cos_angle
     sine = (1.0 - cosine.square()).clamp_min(0.0).sqrt()
@@ -125,6 +127,7 @@ def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.
         stats=stats,
         angle_se=cosine_se * cosine.abs() / sine,
         update_se=update_se,
+        dot_se=dot_se,
         rows=[(sum(r.kept for r in visits), sum(r.total for r in visits)) for visits in layers],
         quantiles=_quantiles(layers, quantiles, device),
     )
@@ -147,18 +150,20 @@ def _estimate(rows: Rows) -> Tensor:
     return sums * scale
 
 
-def _standard_errors(layers: Sequence[Sequence[Rows]], sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Relative standard errors of the cosine and of |df|, float64 (L,) each."""
+def _standard_errors(layers: Sequence[Sequence[Rows]], sums: Tensor) -> list[Tensor]:
+    """Relative standard errors of the cosine, of |df| and of <b, df>, float64 (L,) each."""
     if all(rows.kept == rows.total for visits in layers for rows in visits):
-        return torch.zeros_like(sums[:, 0]), torch.zeros_like(sums[:, 0])
-    halves = torch.zeros((2, len(_NAMES)), dtype=torch.float64, device=sums.device)
-    halves[0, DOT], halves[0, UPDATE], halves[0, BACKWARD] = 1.0, -0.5, -0.5  # of d log cos
-    halves[1, UPDATE] = 0.5  # of d log |df|
+        return [torch.zeros_like(sums[:, 0])] * 3
+    # Rows: d log cos, d log |df|, d log <b, df>, by the sums that they come from.
+    halves = torch.zeros((3, len(_NAMES)), dtype=torch.float64, device=sums.device)
+    halves[0, DOT], halves[0, UPDATE], halves[0, BACKWARD] = 1.0, -0.5, -0.5
+    halves[1, UPDATE] = 0.5
+    halves[2, DOT] = 1.0
     variances = []
     for index, visits in enumerate(layers):
-        weights = (halves / sums[index]).T  # what a row adds to either, (9, 2)
+        weights = (halves / sums[index]).T  # what a row adds to each, (9, 3)
         weights = torch.where(weights.isfinite(), weights, 0.0)
-        variance = torch.zeros(2, dtype=torch.float64, device=sums.device)
+        variance = torch.zeros(3, dtype=torch.float64, device=sums.device)
         for rows in visits:
             if 1 < rows.kept < rows.total:
                 factor = (rows.total / rows.kept) ** 2 * rows.kept * (1.0 - rows.kept / rows.total)
@@ -166,8 +171,7 @@ def _standard_errors(layers: Sequence[Sequence[Rows]], sums: Tensor) -> tuple[Te
             elif rows.kept < rows.total:
                 variance = variance + torch.nan  # one row tells no error
         variances.append(variance)
-    errors = torch.stack(variances).sqrt()
-    return errors[:, 0], errors[:, 1]
+    return list(torch.stack(variances).sqrt().unbind(dim=1))
 
 
 def _quantiles(layers: Sequence[Sequence[Rows]], wanted: Sequence[float], device: torch.device) -> Tensor:

@@ -154,10 +154,7 @@ class Monitor:
     @property
     def description(self) -> str:
         """What is measured how often, and the memory it may take: what is printed when the monitor is attached."""
-        parameters = self._engine.parameters
-        return settings.describe(
-            self._header, parameters.snapshot_bytes, self._recorder.device_bytes, self._capture.switch
-        )
+        return settings.describe(self._header, self._engine.parameters.snapshot_bytes, self._recorder.device_bytes)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}"

@@ -89,11 +89,15 @@ def measured(
     columns["nonfinite"] = stats.nonfinite.tolist()
     columns["count"] = stats.count.tolist()
     columns["rows"] = names.padded([kept for kept, _ in rows])
+    errors = {
+        "angle_se": parts["angle_se"],
+        "update_rms_se": parts["update_se"] * stats.update_rms[: names.layers],
+        "residual_se": parts["residual_se"],
+    }
     sampled = [0 < kept < total for kept, total in rows]
-    errors = zip(sampled, parts["angle_se"].tolist(), strict=True)
-    columns["angle_se"] = names.padded([value if part else None for part, value in errors])
-    norms = (parts["update_se"] * stats.update_rms[: names.layers]).tolist()
-    columns["update_rms_se"] = names.padded([v if part else None for part, v in zip(sampled, norms, strict=True)])
+    for name, values in errors.items():
+        found = zip(sampled, values.tolist(), strict=True)
+        columns[name] = names.padded([value if part else None for part, value in found])
     columns["residual"] = names.padded(parts["residual"].tolist())
     for name, values in zip(ALIGNED, parts["aligned"], strict=True):
         columns[name] = names.padded(values.tolist())

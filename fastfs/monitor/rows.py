@@ -44,6 +44,7 @@ COLUMNS = (
     "rows",
     "angle_se",
     "update_rms_se",
+    "residual_se",
     "aligned_decrease",
     "residual",
     "parameter_norm",

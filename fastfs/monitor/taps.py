@@ -1,13 +1,13 @@
 """Taps: hooks on the watched layers that also work inside of graphs that torch.compile has compiled.
 
-Outside of a compiled graph a tap hands the features to the capture directly. Inside, where no Python of ours runs, it is
-the op ``fastfs::tap(features, anchor)``, and a second one on the gradient: Dynamo traces both into the graph, whose
+Outside of a compiled graph a tap hands the features to the capture directly. Inside, where no Python of ours runs, it
+is the op ``fastfs::tap(features, anchor)``, and a second one on the gradient: Dynamo traces both into the graph, whose
 calls come back to the capture when the graph runs. The anchor is a small tensor on the CPU whose *content* says to
 whom: (key of the capture, layer, direction). So one graph serves every block of a model, and nothing is compiled again
 for the next block or the next step. It counts as written to, which keeps the op from being optimised away.
 
-Whether a step is tapped is :attr:`Switch.level`, a Python number that Dynamo guards on: one cached graph for each of the
-levels that occur, and the one of level 0 is exactly that of the model without a monitor.
+Whether a step is tapped is :attr:`Switch.level`, a Python number that Dynamo guards on: one cached graph for each of
+the levels that occur, and the one of level 0 is exactly that of the model without a monitor.
 """
 
 from __future__ import annotations

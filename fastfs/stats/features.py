@@ -37,6 +37,7 @@ class FeatureStats(Stats):
         "cos_angle",
         "angle",
         "radial_update",
+        "tangential_update",
         "dot_conditioning",
         "noise_floor",
         "valid",
@@ -148,6 +149,11 @@ class FeatureStats(Stats):
     def radial_update(self) -> Tensor:
         """<f, df> / |f|^2: relative growth of the features; what is left of relative_update turns them."""
         return self.before_dot_update / self.before_sq
+
+    @property
+    def tangential_update(self) -> Tensor:
+        """|df - (radial_update) f| / |f|: how far the features turn. relative_update^2 is the sum of both squares."""
+        return (self.relative_update.square() - self.radial_update.square()).clamp_min(0.0).sqrt()
 
     @property
     def dot_conditioning(self) -> Tensor:
