@@ -16,7 +16,7 @@ from fastfs.monitor.capture import Capture, Pass
 from fastfs.monitor.layers import Layer
 from fastfs.monitor.measure import LayerSums, RowSums, totals
 from fastfs.monitor.modes import BatchMode, JvpMode, ProbeMode
-from fastfs.monitor.payload import Names, Payload
+from fastfs.monitor.payload import Names
 from fastfs.monitor.perturbed import Perturbed
 from fastfs.monitor.record import Record
 from fastfs.monitor.structure import Structure
@@ -254,17 +254,17 @@ class Engine:
             tensors["loss"] = loss.to(self.device, torch.float64)
         if self._found_inf is not None:
             tensors["found_inf"] = self._found_inf
-        packed = Payload(tensors)
+        vector, split = payload.pack(tensors)
         common["overhead_seconds"] = self.capture.seconds + time.perf_counter() - started
 
         def records(host: Tensor) -> list[Record]:
-            parts = packed.split(host)
+            parts = split(host)
             if "found_inf" in parts and parts["found_inf"].item() > 0:
                 reason = "the gradient scaler found gradients that are not finite"
                 return [Record(kind="skipped", step=step, time=common["time"], scalars={"reason": reason}, columns={})]
             return [decode(parts)]
 
-        self.push(packed.vector, records)
+        self.push(vector, records)
 
     # The parts of a measurement
 

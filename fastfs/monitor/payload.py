@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fastfs.monitor import trust
 from fastfs.monitor.record import Record
 from fastfs.stats import FeatureStats
 
-__all__ = ["Names", "Payload", "measured", "predicted"]
+__all__ = ["Names", "measured", "pack", "predicted"]
 
 STATS = (
     "angle",
@@ -30,17 +30,19 @@ STATS = (
 ALIGNED = ("aligned_decrease", "parameter_norm", "parameter_update_norm", "gradient_norm")
 
 
-class Payload:
-    """Named tensors as one float64 vector: one transfer to the host takes them all."""
+def pack(tensors: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], dict[str, Tensor]]]:
+    """Named tensors as one float64 vector, so that one transfer takes them all.
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.vector = torch.cat([tensor.detach().to(torch.float64).reshape(-1) for tensor in tensors.values()])
+    Returns:
+        The vector, and what takes its copy on the host apart again. That holds no tensor.
+    """
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
 
-    def split(self, host: Tensor) -> dict[str, Tensor]:
-        """The tensors again, out of the vector's copy."""
-        parts = host.split([math.prod(shape) for shape in self._shapes.values()])
-        return {name: part.reshape(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
+    def split(host: Tensor) -> dict[str, Tensor]:
+        parts = host.split([math.prod(shape) for shape in shapes.values()])
+        return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    return torch.cat([tensor.detach().to(torch.float64).reshape(-1) for tensor in tensors.values()]), split
 
 
 class Names:

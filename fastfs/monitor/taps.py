@@ -6,8 +6,8 @@ calls come back to the capture when the graph runs. The anchor is a small tensor
 whom: (key of the capture, layer, direction). So one graph serves every block of a model, and nothing is compiled again
 for the next block or the next step. It counts as written to, which keeps the op from being optimised away.
 
-Whether a step is tapped is :attr:`Switch.level`, a Python number that Dynamo guards on: one cached graph for each of
-the levels that occur, and the one of level 0 is exactly that of the model without a monitor.
+Whether a step is tapped is :attr:`Switch.on`, a Python flag that Dynamo guards on: two cached graphs, and the one for off
+is exactly that of the model without a monitor.
 """
 
 from __future__ import annotations
@@ -49,10 +49,23 @@ class Receiver(Protocol):
 
 
 class Switch:
-    """How much is tapped in the next forward."""
+    """How much is tapped in the next forward.
+
+    Dynamo guards on ``on`` alone: between the two levels that are on, the receiver decides when the graph runs.
+    """
 
     def __init__(self) -> None:
-        self.level = OFF
+        self.on = False
+        self._level = OFF
+
+    @property
+    def level(self) -> int:
+        return self._level
+
+    @level.setter
+    def level(self, level: int) -> None:
+        self._level = level
+        self.on = level != OFF
 
 
 # Ops know tensors only: this is how one finds its receiver. Weak, so it keeps no monitor alive.
@@ -114,14 +127,13 @@ class Tap(Hook):
         self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
 
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if self.switch.level == OFF:
+        if not self.switch.on:
             return
         if not torch.compiler.is_compiling():
             self.receiver.visit(self.layer, self.features(module, output))
             return
         features = self.select(output)
-        if self.switch.level == EVERYTHING:
-            torch.ops.fastfs.tap(features, self.forward_anchor)
+        torch.ops.fastfs.tap(features, self.forward_anchor)
         if features.requires_grad:
             anchor = self.backward_anchor
             features.register_hook(lambda gradient: torch.ops.fastfs.tap(gradient, anchor))
