@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 # The files with tests marked gpu, so that what the other files import need not be there.
-tests=(tests/test_{cuda,determinism,doctor,functional,ops,reference,stats}.py)
+tests=(tests/test_{cuda,determinism,doctor,functional,gather,ops,reference,stats}.py)
 mkdir -p "$out"
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
@@ -100,16 +100,17 @@ sanitize() {
 initcheck() {
   sanitize initcheck --show-backtrace device --print-limit 1000000 || return
   grep -q 'all calls done' "$out/gpu_initcheck.txt" || return
-  ! grep -n 'segment_sums' "$out/gpu_initcheck.txt"
+  ! grep -n 'segment_sums\|_rows_kernel' "$out/gpu_initcheck.txt"
 }
 for tool in memcheck racecheck synccheck; do
-  try "$tool" sanitize "$tool" --kernel-name kernel_substring=segment_sums --error-exitcode 9
+  try "$tool" sanitize "$tool" --kernel-name kernel_substring=fastfs --error-exitcode 9
 done
 try initcheck initcheck
 
 quick=()
 [[ ${QUICK:-0} == 1 ]] && quick=(--quick)
 try benchmarks "$python" -m benchmarks.feature_stats --device cuda --json "$out/gpu_feature_stats.json" "${quick[@]}"
+try "benchmark of rows" "$python" -m benchmarks.gather_rows --device cuda --json "$out/gpu_gather_rows.json" "${quick[@]}"
 
 step "results in $out"
 if ((${#failed[@]})); then

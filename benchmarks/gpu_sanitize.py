@@ -29,6 +29,13 @@ def main() -> None:
         assert feature_stats(f, g, b).nonfinite.item() == 1
     many = [torch.randn(1 + i, device="cuda") for i in range(200)]
     assert feature_stats(many, many, many).sums[:, 1].eq(0).all()
+    for dtype, to, width in itertools.product(DTYPES, DTYPES, (5, 777, 1030, 8195)):
+        x = torch.randn(6, width, device="cuda").to(dtype)
+        check_rows(x, torch.tensor([5, 0, 5, 3], device="cuda"), to)
+        check_rows(x.flatten()[3:].view(-1)[: 4 * width].view(4, width), torch.tensor([3, 0], device="cuda"), to)
+        check_rows(x.t(), torch.tensor([width - 1, 0], device="cuda"), to)
+        outside = torch.tensor([6, -1, 2**40], device="cuda")
+        assert torch.ops.fastfs.gather_rows(x, outside, 1, to)[0].isnan().all()
     torch.cuda.synchronize()
     print("all calls done")
 
@@ -38,6 +45,14 @@ def check(f: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> None:
     expected = ((g.double() - f.double()) * b.double()).abs().sum()
     torch.testing.assert_close(feature_stats(f, g, b).sums[5], expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(update_stats(f, b).sums[1], b.double().square().sum(), rtol=1e-5, atol=0)
+
+
+def check_rows(x: torch.Tensor, rows: torch.Tensor, to: torch.dtype) -> None:
+    """The rows of a matrix against torch."""
+    out, squares = torch.ops.fastfs.gather_rows(x, rows, 1, to)
+    torch.testing.assert_close(out, x[rows].to(to), rtol=0, atol=0)
+    torch.testing.assert_close(squares, x[rows].double().square().sum(1), rtol=1e-5, atol=0)
+    torch.testing.assert_close(torch.ops.fastfs.row_squares(x, rows, 1), squares, rtol=0, atol=0)
 
 
 if __name__ == "__main__":

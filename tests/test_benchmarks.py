@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import feature_stats, harness
+from benchmarks import feature_stats, gather_rows, harness
 from fastfs import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +51,23 @@ def test_quick_benchmark_of_feature_stats(tmp_path: Path) -> None:
         ours = result["rows"][1]
         assert ours["fastfs is faster by"] == 1
         assert ours["error"] <= 2e-6
+
+
+@pytest.mark.skipif(not ops.native_available(), reason="no native core")
+def test_quick_benchmark_of_gather_rows(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.gather_rows", "--quick", "--rounds", "3", "--json", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads(path.read_text())["results"]
+    assert [r["workload"] for r in results] == [w.name for w in gather_rows.workloads(quick=True)]
+    for result in results:
+        contestants = [gather_rows.CEILING, gather_rows.OURS, gather_rows.SQUARES, gather_rows.EAGER]
+        assert [row["contestant"] for row in result["rows"]] == contestants
+        assert all(row["microseconds"] > 0 for row in result["rows"])
+        assert result["rows"][1]["fastfs is faster by"] == 1
+        assert result["error"] <= 2e-6
 
 
 def test_turns_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:

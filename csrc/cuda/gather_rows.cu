@@ -5,8 +5,14 @@
 namespace fastfs::cuda {
 namespace {
 
-int blocks_for(int64_t teams_needed, int teams_of_block, int multiprocessors) {
-  return static_cast<int>(min64(ceil_div(teams_needed, teams_of_block), int64_t{kRowBlocksPerSm} * multiprocessors));
+int blocks_for(int64_t teams_needed, int teams_of_block, int blocks_of_device) {
+  return static_cast<int>(min64(ceil_div(teams_needed, teams_of_block), blocks_of_device));
+}
+
+template <class F>
+void start_rows(const RowJob& job, int multiprocessors, void* stream) {
+  const int blocks = blocks_for(job.kept * job.chunks, kRowThreads / job.team, kRowBlocks<F> * multiprocessors);
+  start(gather_rows_kernel<F, kRowThreads>, job, blocks, kRowThreads, stream);
 }
 
 }  // namespace
@@ -38,24 +44,23 @@ void gather_rows(const RowTensor& x, const RowRequest& q, double* partials, int 
 
   const DeviceGuard guard(device);
   const int sms = multiprocessors(device);
-  const int blocks = blocks_for(job.kept * job.chunks, kRowThreads / job.team, sms);
   switch (x.dtype) {
     case DType::f16:
-      start(gather_rows_kernel<F16, kRowThreads>, job, blocks, kRowThreads, stream);
+      start_rows<F16>(job, sms, stream);
       break;
     case DType::bf16:
-      start(gather_rows_kernel<BF16, kRowThreads>, job, blocks, kRowThreads, stream);
+      start_rows<BF16>(job, sms, stream);
       break;
     case DType::f32:
-      start(gather_rows_kernel<F32, kRowThreads>, job, blocks, kRowThreads, stream);
+      start_rows<F32>(job, sms, stream);
       break;
     case DType::f64:
-      start(gather_rows_kernel<F64, kRowThreads>, job, blocks, kRowThreads, stream);
+      start_rows<F64>(job, sms, stream);
       break;
   }
   if (job.chunks > 1) {
     const MergeJob merge{partials, q.squares, job.kept, job.chunks};
-    start(merge_rows_kernel<kRowThreads>, merge, blocks_for(job.kept, kRowThreads / 32, sms), kRowThreads, stream);
+    start(merge_rows_kernel<kRowThreads>, merge, blocks_for(job.kept, kRowThreads / 32, 8 * sms), kRowThreads, stream);
   }
 }
 

@@ -17,7 +17,9 @@ namespace fastfs::cuda {
 
 // Few rows are kept: small blocks spread them over more multiprocessors.
 constexpr int kRowThreads = kThreads < 128 ? kThreads : 128;
-constexpr int kRowBlocksPerSm = 6;
+// Of every multiprocessor. Rows of float have more bytes under way in each thread, and need more registers.
+template <class F>
+constexpr int kRowBlocks = same_dtype<F, F32>::value ? 5 : 6;
 constexpr int64_t kWarpRow = 1024;  // elements
 
 // Dimensions that are walked row-major.
@@ -258,7 +260,7 @@ __device__ __forceinline__ double team_sum(double v, int team, double (&parts)[2
 }
 
 template <class F, int kThreads>
-__global__ void __launch_bounds__(kThreads, kRowBlocksPerSm) gather_rows_kernel(const __grid_constant__ RowJob job) {
+__global__ void __launch_bounds__(kThreads, kRowBlocks<F>) gather_rows_kernel(const __grid_constant__ RowJob job) {
   using Source = RowSource<F>;
   using V = decltype(value_of<F>(nullptr, 0));  // float, but double for double
   __shared__ double parts[2][kThreads / 32];

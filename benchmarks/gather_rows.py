@@ -1,0 +1,176 @@
+"""How fast is the row gather of the monitor: copy, cast and squared norms of some rows, against eager torch.
+
+    python -m benchmarks.gather_rows [--device cuda] [--json FILE] [--quick]
+
+Bandwidth counts the bytes of the kept rows, read once, and those of the copy, written once. The ceiling is torch's copy
+(with the cast) of as many rows that lie side by side: no index, no norms. Copies are checked to be equal and norms
+against float64 before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import median_ratio, print_table, side_by_side, write_json
+
+CEILING = "copy of rows side by side"
+OURS = "fastfs"
+SQUARES = "fastfs, squares alone"
+EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Features of (batch, tokens, width), of which `kept` rows are taken, cast from `dtype` to `to`."""
+
+    shape: tuple[int, ...]
+    kept: int
+    dtype: torch.dtype
+    to: torch.dtype
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The workload in words."""
+        cast = f"{self.dtype} to {self.to}".replace("torch.", "")
+        layout = ", (batch, width, tokens) in memory" if self.transposed else ""
+        return f"{self.kept} rows of {' x '.join(map(str, self.shape))}{layout}, {cast}"
+
+    def make(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The features and the row numbers: a random subset, in order."""
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.empty(self.shape, device=device).normal_(generator=generator).to(self.dtype)
+        if self.transposed:
+            x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+        rows = torch.randperm(self.shape[0] * self.shape[1], generator=generator, device=device)[: self.kept]
+        return x, rows.sort().values
+
+
+def workloads(quick: bool) -> list[Workload]:
+    """All workloads, or two tiny ones."""
+    f32, bf16 = torch.float32, torch.bfloat16
+    if quick:
+        return [Workload((2, 64, 64), 16, bf16, f32), Workload((2, 64, 64), 16, f32, f32, transposed=True)]
+    features = (16, 1024, 768)
+    wide = (4, 2048, 8192)
+    return [
+        Workload(features, 256, bf16, bf16),
+        Workload(features, 256, bf16, f32),
+        Workload(features, 4096, bf16, bf16),
+        Workload(features, 4096, bf16, f32),
+        Workload(features, 4096, f32, f32),
+        Workload(features, 4096, f32, bf16),
+        Workload(wide, 1024, bf16, bf16),
+        Workload(features, 256, bf16, bf16, transposed=True),
+    ]
+
+
+def eager(x: Tensor, rows: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The same in torch."""
+    kept = x.flatten(0, -2)[rows]
+    return kept.to(to), kept.to(torch.float64).square().sum(dim=1)
+
+
+def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], what: str) -> float:
+    """The largest relative error of the norms.
+
+    Raises:
+        AssertionError: if the copies differ, or a norm is off by more than 2e-6.
+    """
+    if not torch.equal(found[0], expected[0]):
+        raise AssertionError(f"{what}: the copies differ")
+    error = float(((found[1] - expected[1]).abs() / expected[1]).max())
+    if not error <= 2e-6:
+        raise AssertionError(f"{what}: a norm is off by {error:.1e}, allowed is 2e-6")
+    return error
+
+
+def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Times one workload: microseconds, GB/s, ratio to the ceiling and fastfs' gain for every contestant."""
+    x, rows = workload.make(device)
+    dims = x.dim() - 1
+    block = x.flatten(0, -2)[: workload.kept].contiguous()
+    ours = torch.ops.fastfs.gather_rows
+    error = check(ours(x, rows, dims, workload.to), eager(x, rows, workload.to), workload.name)
+    calls: dict[str, Callable[[], object]] = {
+        CEILING: lambda: block.to(workload.to, copy=True),
+        OURS: lambda: ours(x, rows, dims, workload.to),
+        SQUARES: lambda: torch.ops.fastfs.row_squares(x, rows, dims),
+        EAGER: lambda: eager(x, rows, workload.to),
+    }
+    repeat = 20
+    times = side_by_side(calls, device, rounds, repeat)
+    read = block.numel() * block.element_size()
+    written = block.numel() * workload.to.itemsize
+    results = []
+    for name in times:
+        seconds = statistics.median(times[name])
+        size = read if name == SQUARES else read + written
+        results.append(
+            {
+                "contestant": name,
+                "microseconds": round(seconds * 1e6, 2),
+                "GB/s": round(size / seconds / 1e9, 2),
+                "of ceiling": round(median_ratio(times, CEILING, name), 3),
+                "fastfs is faster by": round(median_ratio(times, name, OURS), 2),
+            }
+        )
+    return {
+        "workload": workload.name,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "bytes": read + written,
+        "error": error,
+        "rounds": rounds,
+        "calls per round": repeat,
+        "rows": results,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """One table on the terminal."""
+    threads = f", {result['threads']} thread{'s' * (result['threads'] > 1)}" if result["threads"] else ""
+    rows = [
+        [
+            row["contestant"],
+            f"{row['microseconds']:.1f}",
+            f"{row['GB/s']:.1f}",
+            f"{row['of ceiling']:.2f}",
+            f"{row['fastfs is faster by']:.1f}x",
+        ]
+        for row in result["rows"]
+    ]
+    print_table(f"{result['workload']}{threads}", ["", "us", "GB/s", "of ceiling", "fastfs is faster by"], rows)
+
+
+def main() -> None:
+    """Runs the workloads that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="tiny workloads: does the benchmark run")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+
+    results = []
+    every = torch.get_num_threads()
+    for workload in workloads(arguments.quick):
+        for threads in sorted({1, every}) if device.type == "cpu" else [every]:
+            torch.set_num_threads(threads)
+            results.append(measure(workload, device, arguments.rounds))
+            show(results[-1])
+    torch.set_num_threads(every)
+    if arguments.json:
+        write_json(arguments.json, device, results)
+
+
+if __name__ == "__main__":
+    main()
