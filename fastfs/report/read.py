@@ -57,6 +57,7 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
 
         parts, headers = read_parts(path)
         _check_schemas(path, headers)
+        _some(path, headers)
         builder = Builder()
         for header, part, others in parts:
             _resume(builder, header)
