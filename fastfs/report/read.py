@@ -155,7 +155,7 @@ def _lines(path: Path) -> Iterator[Line]:
                 continue
             if not started and record["kind"] != "header":
                 raise ValueError(f"{path}, line {number}: expected the header of a record, got {record['kind']!r}")
-            if torn and (record["kind"] == "header" or line.startswith(torn[-1][1])):
+            if torn and (record["kind"] == "header" or _written_again(torn[-1][1], line)):
                 torn.pop()  # where the run before was killed; written again
             left_out += (number for number, _ in torn)
             torn = []
@@ -169,6 +169,10 @@ def _lines(path: Path) -> Iterator[Line]:
             RuntimeWarning,
             stacklevel=3,
         )
+
+
+def _written_again(torn: bytes, line: bytes) -> bool:
+    return b'"time":' in torn and line.startswith(torn)  # what is shorter could be of another step
 
 
 _HEADER = b'{"kind":"header",'
