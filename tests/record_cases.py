@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import torch
 
-from fastfs.monitor.record import SCHEMA, Record
+from fastfs.monitor.record import SCHEMA, Record, Recorder
 
 LAYERS = ["blocks.0", "blocks.1", "blocks.2"]
 
@@ -98,3 +99,18 @@ class Collecting:
 
     def of(self, kind):
         return [record for record in self.records if record.kind == kind]
+
+
+SOON = 20.0
+
+
+def until(condition, seconds=SOON):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.005)
+
+
+def recorder(*sinks, **options):
+    options = {"alerts": (), "flush_seconds": 60.0, "retry_seconds": 0.02, **options}
+    return Recorder(sinks, head(), **options)

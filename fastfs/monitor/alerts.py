@@ -271,7 +271,7 @@ def _rows(
     valid: bool = False,
     groups: bool = True,
 ) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Layers of a measured record that have finite numbers in all the columns, with those (``also``: where there are)."""
+    """Layers of a measured record that have finite numbers in all ``columns``, with them and what there is ``also``."""
     if record.kind != "measured" or any(name not in record.columns for name in columns):
         return
     names, layers = row_names(header)
