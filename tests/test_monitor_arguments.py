@@ -134,6 +134,7 @@ def test_log_takes_scalars_only_and_adds_up():
     monitor.log(loss=1.5)
     monitor.log(loss=torch.tensor(2.0))
     train(model, optimizer, 2)
+    monitor.flush()
     assert [row["loss"] for row in seen] == [3.5] * 3 + [None] * 3
     monitor.close()
     monitor.log(loss=1.0)

@@ -18,14 +18,11 @@ from torch import nn
 
 import fastfs
 from fastfs.models import ResNet
-from fastfs.monitor.record import QUANTITIES, SCHEMA
+from fastfs.monitor.rows import COLUMNS, SCALARS, SCHEMA
 from fastfs.monitor.sinks import JsonlSink
-from fastfs.report import read_header, read_record
+from fastfs.report import read_header
 
-COLUMNS = {
-    *("kind", "run", "step", "time", "layer", "name", *QUANTITIES),
-    *("loss", "micro_batches", "measure_seconds"),
-}
+QUANTITIES = {"angle", "cos_angle", "update_rms", "relative_update", "feature_rms", "backward_rms", "valid", "count"}
 
 
 def record(path, steps=3, every=1, lr=0.05, **options):
@@ -56,6 +53,7 @@ def test_header_and_rows(tmp_path):
     assert header == {
         "kind": "header",
         "schema": SCHEMA,
+        "fastfs": fastfs.__version__,
         "mode": "batch",
         "model": "ResNet",
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -63,24 +61,24 @@ def test_header_and_rows(tmp_path):
         "device": "cpu",
         "optimizer": "SGD",
         "layers": ["blocks.0", "blocks.1"],
+        "groups": {},
         "metadata": {"data": "made up", "lr": None},
     }
-    assert [(line["step"], line["layer"], line["name"]) for line in lines] == [
-        (0, 0, "blocks.0"),
-        (0, 1, "blocks.1"),
-        (2, 0, "blocks.0"),
-        (2, 1, "blocks.1"),
-    ]
-    assert all(line.keys() == COLUMNS for line in lines)
+    assert [(line["kind"], line["step"]) for line in lines] == [("measured", 0), ("measured", 2)]
+    for line in lines:
+        assert line["layers"].keys() >= QUANTITIES
+        assert all(len(column) == 2 for column in line["layers"].values())
+        assert line["micro_batches"] == 1
+        assert line["overhead_seconds"] > 0
 
 
 def test_the_reader_gives_back_what_sinks_got(tmp_path):
     path, seen = tmp_path / "record.jsonl", []
     record(path, sinks=[seen.extend])
-    table = read_record(path)
-    assert set(table.columns) == COLUMNS
+    table = fastfs.load(path)
+    assert set(table.columns) == {"kind", "run", "step", "time", "layer", "name", "group", *COLUMNS, *SCALARS}
     for row, (_, line) in zip(seen, table.iterrows(), strict=True):
-        for key in COLUMNS - {"loss"}:
+        for key in row.keys() - {"loss"}:
             assert line[key] == row[key], key
     assert table["loss"].isna().all()
     assert table["valid"].dtype == bool
@@ -92,8 +90,10 @@ def test_undefined_numbers_are_null(tmp_path):
     path = tmp_path / "record.jsonl"
     record(path, steps=1, lr=0.0)
     lines = [strict(line) for line in path.read_text().splitlines()][1:]
-    assert [(line["angle"], line["cos_angle"], line["valid"]) for line in lines] == [(None, None, False)] * 2
-    table = read_record(path)
+    (columns,) = [line["layers"] for line in lines]
+    assert columns["angle"] == columns["cos_angle"] == [None] * 2
+    assert columns["valid"] == [False] * 2
+    table = fastfs.load(path)
     assert table["angle"].isna().all()
     assert (table["update_rms"] == 0).all()
 
@@ -102,18 +102,23 @@ def test_nan_and_inf_in_the_features_are_counted_and_written(tmp_path):
     path = tmp_path / "record.jsonl"
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
     optimizer = sgd(model)
-    with fastfs.Monitor(model, optimizer, layers="0", path=path) as monitor:
-        x, y = rows(0)
-        x[0, 0] = math.inf
-        loss = F.cross_entropy(model(x), y)
-        monitor.log(loss=loss)
-        loss.backward()
-        optimizer.step()
-    (line,) = [strict(line) for line in path.read_text().splitlines()][1:]
-    assert line["nonfinite"] > 0
-    assert not line["valid"]
-    assert (line["angle"], line["loss"]) == (None, None)
-    assert read_record(path)["nonfinite"][0] == line["nonfinite"]
+    monitor = fastfs.Monitor(model, optimizer, layers="0", path=path)
+    x, y = rows(0)
+    x[0, 0] = math.inf
+    loss = F.cross_entropy(model(x), y)
+    monitor.log(loss=loss)
+    loss.backward()
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match=r"entries are NaN|the loss is nan"):
+        monitor.close()
+    line, *_alerts = [strict(line) for line in path.read_text().splitlines()][1:]
+    columns = line["layers"]
+    assert columns["nonfinite"][0] > 0
+    assert columns["valid"] == [False]
+    assert (columns["angle"], line["loss"]) == ([None], None)
+    table = fastfs.load(path)
+    assert table["nonfinite"][0] == columns["nonfinite"][0]
+    assert [alert["rule"] for alert in table.attrs["alerts"]] == ["nonfinite", "nonfinite"]
 
 
 def test_a_second_run_is_appended(tmp_path):
@@ -122,7 +127,7 @@ def test_a_second_run_is_appended(tmp_path):
     first = path.read_bytes()
     record(path, steps=1)
     assert path.read_bytes().startswith(first)
-    table = read_record(path)
+    table = fastfs.load(path)
     assert table["run"].nunique() == 2
     assert len(table) == 6
     assert read_header(path)["run"] == table["run"].iloc[-1]
@@ -137,7 +142,7 @@ def test_every_cut_of_a_record_can_be_read(tmp_path):
     for size in range(header, len(data), 7):
         cut.write_bytes(data[:size])
         complete = data[:size].count(b"\n") - 1
-        assert len(read_record(cut)) in (complete, complete + 1)  # + 1: all but the newline was written
+        assert len(fastfs.load(cut)) in (2 * complete, 2 * complete + 2)  # + 1: all but the newline was written
 
 
 def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
@@ -145,62 +150,31 @@ def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
     record(path, steps=2)
     path.write_bytes(path.read_bytes()[:-20])
     record(path, steps=1)
-    table = read_record(path)
-    assert len(table) == 3 + 2
+    table = fastfs.load(path)
+    assert len(table) == 2 + 2
     assert table["run"].nunique() == 2
 
 
 def test_a_torn_line_elsewhere_is_left_out_with_one_warning(tmp_path):
     path = tmp_path / "record.jsonl"
-    record(path, steps=2)
+    record(path, steps=3)
     lines = path.read_text().splitlines()
     lines[2] = lines[2][:30]
     path.write_text("\n".join(lines) + "\n")
     with pytest.warns(RuntimeWarning, match=r"record\.jsonl, line 3: cannot be read and is left out") as caught:
-        table = read_record(path)
+        table = fastfs.load(path)
     assert len(caught) == 1
     assert caught[0].filename == __file__
-    assert list(zip(table["step"], table["layer"], strict=True)) == [(0, 0), (1, 0), (1, 1)]
-
-
-@pytest.mark.parametrize("part", [0, 40, -5])
-def test_a_write_cut_short_costs_its_rows_only(tmp_path, monkeypatch, part):
-    path = tmp_path / "record.jsonl"
-    model = ResNet(8, 16, 2, 3)
-    optimizer = sgd(model)
-    write = os.write
-    calls = []
-
-    def full(descriptor, data):
-        calls.append(data)
-        if len(calls) == 1:
-            return write(descriptor, data[:part])
-        raise OSError(28, "No space left on device")
-
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, path=path):
-        train(model, optimizer, 1)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "write", full)
-            with pytest.warns(RuntimeWarning, match="JsonlSink failed at step 1"):
-                train(model, optimizer, 1)
-        train(model, optimizer, 2)
-    if part:
-        with pytest.warns(RuntimeWarning, match=f"line {4 if part > 0 else 5}: cannot be read") as caught:
-            table = read_record(path)
-        assert len(caught) == 1
-    else:
-        table = read_record(path)
-    assert table["step"].tolist() == ([0, 0, 2, 2, 3, 3] if part >= 0 else [0, 0, 1, 2, 2, 3, 3])
+    assert list(zip(table["step"], table["layer"], strict=True)) == [(0, 0), (0, 1), (2, 0), (2, 1)]
 
 
 def test_a_record_must_start_with_its_header(tmp_path):
     path = tmp_path / "record.jsonl"
     record(path, steps=1)
     first, *others = path.read_text().splitlines()
-    for text in ([*others, first], [first[:30], first, *others]):
-        path.write_text("\n".join(text) + "\n")
-        with pytest.raises(ValueError, match=r"record\.jsonl, line 1: expected the header of a record"):
-            read_record(path)
+    path.write_text("\n".join([*others, first]) + "\n")
+    with pytest.raises(ValueError, match=r"record\.jsonl, line 1: expected the header of a record"):
+        fastfs.load(path)
 
 
 @pytest.mark.parametrize("text", ["", "hello\nworld\n", "[1]\n[2]\n", '{"a": 1}\n{"a": 2}\n'])
@@ -208,26 +182,18 @@ def test_other_files_are_refused(tmp_path, text):
     path = tmp_path / "other.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"other\.jsonl"):
-        read_record(path)
+        fastfs.load(path)
 
 
-def test_another_schema_is_refused(tmp_path):
-    path = tmp_path / "record.jsonl"
-    path.write_text('{"kind":"header","schema":99,"run":"a"}\n')
-    with pytest.raises(ValueError, match=r"schema 99; this version of fastfs reads \[1\]"):
-        read_record(path)
-    with pytest.raises(FileNotFoundError):
-        read_record(tmp_path / "none.jsonl")
-
-
-def test_rows_are_on_disk_when_the_step_returns(tmp_path):
+def test_rows_are_on_disk_after_a_flush(tmp_path):
     path = tmp_path / "record.jsonl"
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, path=path):
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, path=path) as monitor:
         for step in range(3):
             train(model, optimizer, 1)
-            assert len(read_record(path)) == 2 * (step + 1)
+            assert monitor.flush()
+            assert len(fastfs.load(path)) == 2 * (step + 1)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
@@ -239,20 +205,22 @@ def test_a_killed_process_leaves_its_rows(tmp_path):
         model = ResNet(8, 16, 2, 3)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         monitor = fastfs.Monitor(model, optimizer, layers="blocks.[01]$", every=1, path={str(path)!r})
-        for step in range(5):
+        for step in range(6):
             model(torch.randn(4, 8)).square().mean().backward()
             optimizer.step()
+            if step == 4:
+                monitor.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=120)
     assert done.returncode == -signal.SIGKILL
-    assert read_record(path)["step"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert fastfs.load(path)["step"].tolist()[:10] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_the_default_place_is_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     record(None, steps=1)
-    assert len(read_record("record.jsonl")) == 2
+    assert len(fastfs.load("record.jsonl")) == 2
 
 
 def test_two_monitors_can_share_a_file(tmp_path):
@@ -264,7 +232,7 @@ def test_two_monitors_can_share_a_file(tmp_path):
         fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=1, path=path),
     ):
         train(model, optimizer, 3)
-    table = read_record(path)
+    table = fastfs.load(path)
     assert table.groupby("run")["name"].unique().map(list).tolist() in (
         [["blocks.0"], ["blocks.1"]],
         [["blocks.1"], ["blocks.0"]],
@@ -278,14 +246,14 @@ def test_a_sink_can_be_an_object_and_a_path(tmp_path):
         def open(self, header):
             calls.append(("open", header["schema"]))
 
-        def write(self, rows):
-            calls.append(("write", len(rows)))
+        def write(self, records):
+            calls.append(("write", [record.step for record in records]))
 
         def close(self):
             calls.append(("close",))
 
     record(None, steps=2, sinks=[Mine(), os.fspath(tmp_path / "a.jsonl"), tmp_path / "b.jsonl"])
-    assert calls == [("open", 1), ("write", 2), ("write", 2), ("close",)]
+    assert calls == [("open", SCHEMA), ("write", [0, 1]), ("close",)]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
@@ -304,7 +272,7 @@ class Remembering:
     def open(self, header):
         self._do("open")
 
-    def write(self, rows):
+    def write(self, records):
         self._do("write")
 
     def close(self):
@@ -339,11 +307,11 @@ def test_a_closed_sink_says_so(tmp_path):
     sink.close()
     sink.close()
     with pytest.raises(ValueError, match="closed"):
-        sink.write([{"a": 1}])
+        sink.write([])
 
 
 def test_without_pandas_the_reader_says_what_to_install(tmp_path, monkeypatch):
     record(tmp_path / "record.jsonl", steps=1)
     monkeypatch.setitem(sys.modules, "pandas", None)
-    with pytest.raises(ImportError, match=r"read_record needs pandas: pip install .fastfs.pandas."):
-        read_record(tmp_path / "record.jsonl")
+    with pytest.raises(ImportError, match=r"fastfs.load needs pandas: pip install .fastfs.pandas."):
+        fastfs.load(tmp_path / "record.jsonl")

@@ -85,7 +85,7 @@ class LayerFrozen:
     def judge(self, record: Record, header: Mapping[str, Any]) -> Judgement:
         result: Judgement = {}
         trained = "gradient_norm" not in record.columns
-        for layer, row in _rows(record, header, "update_rms", "backward_rms", groups=False):
+        for layer, row in _rows(record, header, "update_rms", "backward_rms", also=("gradient_norm",), groups=False):
             trained = trained or _number(row.get("gradient_norm")) > 0
             if trained and row["backward_rms"] > 0:
                 frozen = row["update_rms"] == 0
@@ -148,7 +148,7 @@ class ResidualLarge:
             layer: Finding(row["residual"], f"formula residual {row['residual']:.3g}: not a first-order step, or a bug")
             if abs(row["residual"]) > self.residual
             else None
-            for layer, row in _rows(record, header, "residual", valid=True, groups=False)
+            for layer, row in _rows(record, header, "residual", also=("cos_angle",), valid=True, groups=False)
             if not abs(_number(row.get("cos_angle", 1.0))) < self.cosine
         }
 
@@ -264,16 +264,22 @@ def _number(value: Any) -> float:
 
 
 def _rows(
-    record: Record, header: Mapping[str, Any], *columns: str, valid: bool = False, groups: bool = True
+    record: Record,
+    header: Mapping[str, Any],
+    *columns: str,
+    also: tuple[str, ...] = (),
+    valid: bool = False,
+    groups: bool = True,
 ) -> Iterable[tuple[str, dict[str, Any]]]:
-    """Layers of a measured record, with their values, that have finite numbers in all the columns."""
+    """Layers of a measured record that have finite numbers in all ``columns``, with them and what there is ``also``."""
     if record.kind != "measured" or any(name not in record.columns for name in columns):
         return
     names, layers = row_names(header)
     flags = record.columns.get("valid")
+    values = {name: record.columns[name] for name in (*columns, *also) if name in record.columns}
     for index, name in enumerate(names if groups else names[:layers]):
         if valid and flags is not None and not flags[index]:
             continue
-        row = {key: column[index] for key, column in record.columns.items() if index < len(column)}
+        row = {key: column[index] for key, column in values.items() if index < len(column)}
         if all(math.isfinite(_number(row.get(column))) for column in columns):
             yield name, row

@@ -20,7 +20,7 @@ _LONGEST_PAUSE = 60.0
 class Outlet:
     """Writes to a sink; keeps what a failing one does not take and tries again, with growing pauses.
 
-    After a failure the first record is tried alone, so that one that cannot be written does not hold up the others. An
+    After a failure the records are tried one by one, so that one that cannot be written does not hold up the others. An
     ``OSError`` (a full disk, a network) may pass and is tried for ever; a record that fails three times with another
     error is given up. When the backlog is full its oldest records go.
 
@@ -43,7 +43,8 @@ class Outlet:
         self._most_values = most_values
         self._retry_seconds = self._pause = retry_seconds
         self._retry_at = 0.0
-        self._tries = 0
+        self._singly = 0  # so many records are tried one by one
+        self._tries = 0  # how often the first one alone
         self._warned = False
         self._say = say
 
@@ -81,7 +82,7 @@ class Outlet:
             try:
                 self._flush()
             except Exception as error:
-                self._failed(error, "flush", "")
+                self._failed(error, " to flush")
             else:
                 self._worked()
 
@@ -100,23 +101,30 @@ class Outlet:
             return self._due()
         except Exception as error:
             self._due = None
-            self._failed(error, "due", "")
+            self._failed(error, " to say when it is due")
             return None
 
     def _write(self) -> bool:
         while self._backlog:
-            part = list(islice(self._backlog, 1 if self._tries else None))
+            part = list(islice(self._backlog, 1 if self._singly else None))
             try:
                 self.sink.write(part)
             except Exception as error:
-                self._remove(min(getattr(error, "written", 0), len(part)))
-                self._failed(error, "write", f" at step {part[0].step}")
-                if self._tries >= _TRIES and not isinstance(error, OSError) and self._backlog:
-                    self._remove(1)
-                    self.lost += 1
-                    self._tries = 1  # the next one alone, too
-                return False
+                done = min(getattr(error, "written", 0), len(part))
+                self._remove(done)
+                self._failed(error, f" at step {part[min(done, len(part) - 1)].step}")
+                self._tries = self._tries + 1 if self._singly else 0
+                self._singly = self._singly or len(part) - done
+                if self._tries < _TRIES or isinstance(error, OSError):
+                    return False
+                self._remove(1)  # given up
+                self.lost += 1
+                self._singly -= 1
+                self._tries = 0
+                continue
             self._remove(len(part))
+            self._singly = max(0, self._singly - 1)
+            self._tries = 0
             self._worked()
         return True
 
@@ -125,17 +133,16 @@ class Outlet:
             self._values -= self._backlog.popleft().size
 
     def _worked(self) -> None:
-        self._tries, self._pause, self._retry_at, self.error = 0, self._retry_seconds, 0.0, None
+        self._pause, self._retry_at, self.error = self._retry_seconds, 0.0, None
 
-    def _failed(self, error: Exception, what: str, where: str) -> None:
-        self._tries += 1
+    def _failed(self, error: Exception, what: str) -> None:
         self._retry_at = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, max(_LONGEST_PAUSE, self._retry_seconds))
         self.error = error
         if not self._warned:
             self._warned = True
             self._say(
-                f"fastfs.Monitor: {self.name} failed{where} to {what} ({type(error).__name__}: {error}); its rows are "
+                f"fastfs.Monitor: {self.name} failed{what} ({type(error).__name__}: {error}); its rows are "
                 "kept and tried again, training goes on. Said once."
             )
 

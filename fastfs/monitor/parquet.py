@@ -44,7 +44,9 @@ class ParquetSink:
         ValueError: a setting out of range.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, part_seconds: float = 60.0, part_rows: int = 100_000) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], *, part_seconds: float = 300.0, part_rows: int = 100_000
+    ) -> None:
         if not part_seconds >= 0 or part_rows < 1:
             raise ValueError(
                 f"expected part_seconds >= 0 and part_rows >= 1, got part_seconds={part_seconds!r}, "

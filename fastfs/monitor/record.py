@@ -178,12 +178,15 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs to go on recording: its id and the state of the alerts. Flushes."""
+        if self._forked():
+            return {"run": self.run, "alerts": {}}
         self.flush()
         return {"run": self.run, "alerts": self._writer.alerts.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the state of the alerts. The id of the run goes into the header of a new recorder instead."""
-        self._writer.alerts.load_state_dict(state["alerts"])
+        if not self._forked():
+            self._writer.alerts.load_state_dict(state["alerts"])
 
     def _alert(self, record: Record) -> None:
         scalars = record.scalars

@@ -25,6 +25,9 @@ __all__ = [
 
 Row = dict[str, Any]
 
+TORN = b"~"
+"""Ends a line that a failed write left torn and whose record is written again."""
+
 
 class PartlyWrittenError(OSError):
     """A write that failed after the first ``written`` records were safe: only the others are to be tried again."""
@@ -79,8 +82,8 @@ class JsonlSink:
     """Appends to a file, one JSON object a line: a header per run, then a line per record.
 
     Every batch is one write to the operating system, so that a killed process loses nothing that was written and at
-    worst leaves its last line torn, which the reader tolerates. After a write that the disk cut short the torn line is
-    written again, on a line of its own. Each line carries the id of its run: several runs, one after the other or at
+    worst leaves its last line torn, which the reader tolerates. After a write that the disk cut short the torn line
+    gets a mark and is written again. Each line carries the id of its run: several runs, one after the other or at
     the same time, can share a file. NaN and infinities become null.
 
     Args:
@@ -94,7 +97,8 @@ class JsonlSink:
         self.path = Path(path)
         self._descriptor: int | None = None
         self._run = ""
-        self._torn = False  # the last line written has no end
+        self._torn = False  # the last line in the file has no end
+        self._tore = False  # and this sink wrote it
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
@@ -122,7 +126,7 @@ class JsonlSink:
             raise ValueError(f"{self.path}: this sink is closed")
         lines = [to_json(item).encode() + b"\n" for item in objects]
         if self._torn and lines:
-            lines[0] = b"\n" + lines[0]
+            lines[0] = (TORN if self._tore else b"") + b"\n" + lines[0]
         data = memoryview(b"".join(lines))
         sent = 0
         try:
@@ -132,6 +136,7 @@ class JsonlSink:
                 if count:
                     self._torn = data[sent - 1] != 0x0A
         except OSError as error:
+            self._tore = self._torn
             done = 0
             for line in lines:
                 sent -= len(line)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastfs.monitor.alerts import Alerts
 from fastfs.monitor.outlet import Outlet
-from fastfs.monitor.ring import Decode, Ring
+from fastfs.monitor.ring import Batch, Decode, Ring
 from fastfs.monitor.rows import Record
 
 __all__ = ["Message", "Writer"]
@@ -122,38 +122,45 @@ class Writer:
     # The writer thread
 
     def _run(self) -> None:
-        while True:
-            with self._condition:
-                while (pause := self._pause()) is None or pause > 0:
-                    self._condition.wait(pause)
-                force, stopping, asked = self._stopping or self._asked > self._done, self._stopping, self._asked
-                since = self._ring.since
-                due = since is not None and time.monotonic() >= since + self._flush_seconds
-                batch = self._ring.swap() if force or due or self._ring.half_full else None
-                untold, self._untold = (self._untold, 0) if batch else (0, self._untold)
-            records: list[Record] = []
-            if batch is not None:
-                try:
-                    host = self._ring.fetch(batch)
-                    for entry in batch.entries:
-                        records += self._decoded(entry.decode, host[entry.start : entry.stop], entry.record)
-                except Exception as error:
-                    self._say("fetch", f"fastfs.Monitor: rows are lost ({type(error).__name__}: {error}). Said once.")
-                with self._condition:
-                    self._ring.give_back(batch)
-                records = self._with_alerts(records, untold)
-            for outlet in self.outlets:
-                outlet.add(records)
-                for _ in range(_LAST_TRIES if stopping else 1):
-                    outlet.run(force=force, settle=force)
-                    if not len(outlet) and outlet.error is None:
-                        break
-            with self._condition:
-                self._done = max(self._done, asked)
-                self._condition.notify_all()
-                if stopping and not len(self._ring):
-                    break
+        while self._turn():  # a call of its own: nothing of the last batch is held while this thread sleeps
+            pass
         self.unclosed = [failure for outlet in self.outlets if (failure := outlet.close()) is not None]
+
+    def _turn(self) -> bool:
+        """Wait until there is something to do and do it; False at the end."""
+        with self._condition:
+            while (pause := self._pause()) is None or pause > 0:
+                self._condition.wait(pause)
+            force, stopping, asked = self._stopping or self._asked > self._done, self._stopping, self._asked
+            since = self._ring.since
+            due = since is not None and time.monotonic() >= since + self._flush_seconds
+            batch = self._ring.swap() if force or due or self._ring.half_full else None
+            untold = 0
+            if batch is not None:
+                untold, self._untold = self._untold, 0
+        records = [] if batch is None else self._with_alerts(self._records(batch), untold)
+        for outlet in self.outlets:
+            outlet.add(records)
+            for _ in range(_LAST_TRIES if stopping else 1):
+                outlet.run(force=force, settle=force)
+                if not len(outlet) and outlet.error is None:
+                    break
+        with self._condition:
+            self._done = max(self._done, asked)
+            self._condition.notify_all()
+            return not stopping or len(self._ring) > 0
+
+    def _records(self, batch: Batch) -> list[Record]:
+        records: list[Record] = []
+        try:
+            host = self._ring.fetch(batch)
+            for entry in batch.entries:
+                records += self._decoded(entry.decode, host[entry.start : entry.stop], entry.record)
+        except Exception as error:
+            self._say("fetch", f"fastfs.Monitor: rows are lost ({type(error).__name__}: {error}). Said once.")
+        with self._condition:
+            self._ring.give_back(batch)
+        return records
 
     def _pause(self) -> float | None:
         """Seconds until there is something to do; None if nothing is known of. Called with the lock."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastfs.monitor.rows import TABLED, row_names
+from fastfs.monitor.sinks import TORN
 
 if TYPE_CHECKING:
     import pandas
@@ -57,6 +58,7 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
 
         parts, headers = read_parts(path)
         _check_schemas(path, headers)
+        _some(path, headers)
         builder = Builder()
         for header, part, others in parts:
             _resume(builder, header)
@@ -132,11 +134,11 @@ def _some(path: Path, headers: Sequence[Line], run: str | None = None) -> None:
 def _lines(path: Path) -> Iterator[Line]:
     """All records of the file, of which the first must be a header; without lines that cannot be read.
 
-    A line that a killed process left torn, the last or one before a header, is nothing to speak of, nor is one that was
-    written again on the next line; others are reported by one warning.
+    A line that a killed process left torn, the last or one before a header, is nothing to speak of, nor is one that the
+    sink marked as torn, since it wrote the record again; others are reported by one warning.
     """
     started = False
-    torn: list[tuple[int, bytes]] = []  # since the last record
+    torn: list[int] = []  # since the last record
     left_out: list[int] = []
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
@@ -150,17 +152,18 @@ def _lines(path: Path) -> Iterator[Line]:
             except ValueError as error:
                 if not started and not line.startswith(_HEADER[: len(line)]):
                     raise ValueError(f"{path}, line {number}: expected the header of a record: {error}") from None
-                torn.append((number, line))
+                if not line.endswith(TORN):
+                    torn.append(number)
                 continue
             if not started and record["kind"] != "header":
                 raise ValueError(f"{path}, line {number}: expected the header of a record, got {record['kind']!r}")
-            if torn and (record["kind"] == "header" or line.startswith(torn[-1][1])):
-                torn.pop()  # where the run before was killed; written again
-            left_out += (number for number, _ in torn)
+            if torn and record["kind"] == "header":
+                torn.pop()  # where the run before was killed
+            left_out += torn
             torn = []
             started = True
             yield record
-    left_out += (number for number, _ in torn[:-1])
+    left_out += torn[:-1]
     if left_out:
         numbers = ", ".join(map(str, left_out[:10])) + (", ..." if len(left_out) > 10 else "")
         warnings.warn(

@@ -181,7 +181,7 @@ def _from_frame(frame: pandas.DataFrame, name: str) -> Array:
         return np.full(len(frame), None, dtype=object) if name in (*_NAMED, *BOOLEANS) else np.full(len(frame), np.nan)
     column = frame[name]
     if name in (*_NAMED, *BOOLEANS) or not pandas.api.types.is_numeric_dtype(column):
-        values: Array = column.to_numpy(dtype=object)
+        values: Array = column.to_numpy(dtype=object, copy=True)
         values[column.isna().to_numpy()] = None
         return values
     numbers: Array = column.to_numpy()
@@ -196,5 +196,6 @@ def _typed(name: str, values: Array) -> Any:
     if name in INTEGERS and values.dtype != np.int64 and np.isfinite(values).all():
         return values.astype(np.int64)
     if values.dtype == object:
+        values[[isinstance(value, float) and value != value for value in values]] = None  # a part without the column
         return pandas.Series(values, dtype=object)
     return values
