@@ -104,7 +104,6 @@ def as_line(record: Record, run: str) -> dict[str, Any]:
 def as_rows(record: Record, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Plain dictionaries: one for each layer and group, or a single one for a record without columns."""
     common = {"kind": record.kind, "run": header["run"], "step": record.step, "time": record.time}
-    if record.kind == "structure": return []  # TMP
     if not record.columns:
         return [{**common, **record.scalars}]
     names, layers = row_names(header)
