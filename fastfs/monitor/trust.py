@@ -24,8 +24,7 @@ subtraction alone can be wrong by q/12) and r = kappa |df|/|f| (what is left of 
   than the one that is meant. Without aligned decreases it cannot be asked.
 
 ``benchmarks/accuracy.py`` is the study behind these numbers: bf16 (autocast, and bf16 parameters) against float64, with
-its results in ``benchmarks/results/accuracy-cpu.json``. The worst error in a cell that is called valid, and what each of the
-three conditions is needed for, are in the notes there.
+its results in ``benchmarks/results/accuracy-cpu.json``.
 
 Without the two forwards the noise is a guess from the precision and the depth, on the safe side: in bf16 only
 moves above some 5e-2 are then valid, in float32 those above 1e-6.
@@ -129,10 +128,11 @@ def judge(
     Args:
         plain: of f(w) and f(w + dw): shape (L,), layers in the order of the forward.
         probe: the amplified probe, if there was one.
-        eps: float64 (L,): spacing of the numbers at 1 in the coarsest precision that the features pass through, whatever
-            their own dtype: 2^-7 under bf16 autocast, 2^-10 in float16 and for TF32 matrix products, 2^-23 in float32.
+        eps: float64 (L,): spacing of the numbers at 1 in the coarsest precision that the features pass through,
+            whatever their own dtype: 2^-7 under bf16 autocast, 2^-10 for float16 and TF32 products, 2^-23 in float32.
         depth: float64 (L,): how many layers lie before; 0, 1, 2, ... by default. Pass it if few layers are watched.
-        aligned_decrease: float64 (L,): D of the step, in the scale of the backward vectors; nan where a layer is no cut.
+        aligned_decrease: float64 (L,): D of the step, in the scale of the backward vectors; nan for a layer that is no
+            cut. With the step as it was, that is parameters after rounding minus before.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -228,7 +228,8 @@ class _Estimate:
 
 def _second_difference(probe: Probe) -> Tensor:
     """|f(w + kappa dw) + f(w - kappa dw) - 2 f(w)|^2."""
-    return (2 * probe.plus.update_sq + 2 * probe.minus.update_sq - probe.central.update_sq).clamp_min(0.0)
+    doubled = 2 * (probe.plus.update_sq + probe.minus.update_sq)
+    return (doubled - probe.central.update_sq).clamp_min(0.0)
 
 
 def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
@@ -241,7 +242,7 @@ def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
     odd, even = 1 / (2 * kappa), 1 / (2 * kappa**2)
 
     def linear(name: str) -> Tensor:
-        plus, minus = getattr(probe.plus, name), getattr(probe.minus, name)
+        plus, minus = probe.plus._sum(name), probe.minus._sum(name)
         return odd * (plus - minus) + even * (plus + minus)
 
     share = odd**2 + 3 * even**2  # of the noise in central, that is S/3 at most
