@@ -18,7 +18,7 @@ The estimate of the relative error is ``q/4 + r^2 (1 - 1/kappa^2)``, with q = S 
 subtraction alone can be wrong by q/12) and r = kappa |df|/|f| (what is left of the curvature). Valid means:
 
 - that estimate is at most 0.02 for the norm, and so is what follows from it for the angle;
-- q is at most 0.1 in every measured layer up to this one: noise that swamps a layer disturbs those above it;
+- q is at most 0.15 in every measured layer up to this one: noise that swamps a layer disturbs those above it;
 - the **residual** of the feature speed formula, from the central dot product (free of curvature to second order), is
   at most 0.01 as a root mean square over the cuts. Only this sees that a deep network in 16 bits has another Jacobian
   than the one that is meant. Without aligned decreases it cannot be asked.
@@ -34,6 +34,7 @@ All functions work on the device and never wait for it. Source: section 5 of the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,17 +42,19 @@ from torch import Tensor
 
 from fastfs.stats import FeatureStats
 
-__all__ = ["KAPPA_MAX", "REASONS", "TARGET", "Probe", "Trusted", "choose_kappa", "first_kappa", "judge"]
+__all__ = ["KAPPA_MAX", "REASONS", "TARGET", "Probe", "Trusted", "choose_kappa", "first_kappa", "judge", "target_for"]
 
 TARGET = 6e-2
-"""Relative move of the features that the amplified probe aims at."""
+"""Relative move of the features that the amplified probe aims at in bf16; see :func:`target_for`."""
 
 KAPPA_MAX = 2.0**14
 """Updates that need more than this are too small for 16 bits; a few changed weights would be blown up beyond sense."""
 
 TOLERANCE = 0.02
-WORST_BELOW = 0.1  # of q, in the layers below
+WORST_BELOW = 0.15  # of q, in the layers below
 RESIDUAL = 0.01
+LEAST_COSINE = 0.1  # the residual is relative to <b, df>, or to this times |b| |df|
+BIAS = 0.01
 
 # Root mean square of a rounding error relative to the value: eps times sqrt(3/(8 ln 2) / 12), for a uniform logarithm.
 _ROUNDING = 0.212
@@ -72,8 +75,9 @@ REASONS: tuple[str | None, ...] = (
     "rounding noise in a layer below",
     "the feature speed formula does not hold: rounding has changed the Jacobian",
     "the angle is too small for this precision",
+    "rounding is biased: the features differ from those in float32",
 )
-_OK, _NONFINITE, _NO_UPDATE, _NO_BACKWARD, _NOISE, _NONLINEAR, _BELOW, _RESIDUAL_LARGE, _SMALL_ANGLE = range(9)
+_OK, _NONFINITE, _NO_UPDATE, _NO_BACKWARD, _NOISE, _NONLINEAR, _BELOW, _JACOBIAN, _SMALL_ANGLE, _BIASED = range(10)
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def judge(
     eps: Tensor,
     depth: Tensor | None = None,
     aligned_decrease: Tensor | None = None,
+    exact_before_sq: Tensor | None = None,
 ) -> Trusted:
     """Puts together what was measured, per layer from where the error is smaller, and judges it.
 
@@ -133,11 +138,13 @@ def judge(
         depth: float64 (L,): how many layers lie before; 0, 1, 2, ... by default. Pass it if few layers are watched.
         aligned_decrease: float64 (L,): D of the step, in the scale of the backward vectors; nan for a layer that is no
             cut. With the step as it was, that is parameters after rounding minus before.
+        exact_before_sq: float64 (L,): |f|^2 in float32, on the same rows; one forward now and then is enough.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    _check_shapes(plain, probe, eps, depth, aligned_decrease)
+    optional = {"depth": depth, "aligned_decrease": aligned_decrease, "exact_before_sq": exact_before_sq}
+    _check_shapes(plain, probe, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
     before_sq = plain.before_sq
     if depth is None:
         depth = torch.arange(len(plain), dtype=torch.float64, device=plain.device)
@@ -145,33 +152,43 @@ def judge(
     guessed = torch.maximum(guessed, 3 * plain.rounding_sq)  # in the measure of a second difference
     if probe is None:
         estimate = _plain(plain, guessed)
-        residual = torch.zeros((), dtype=torch.float64, device=plain.device)
+        residual_large = torch.zeros((), dtype=torch.bool, device=plain.device)
     else:
         second = _second_difference(probe)
         estimate = _better(_amplified(plain, probe, second), _plain(plain, torch.minimum(second, guessed)))
-        residual = _residual(probe, aligned_decrease)
+        residual_large = _residual_large(plain, probe, aligned_decrease)
 
     stats = FeatureStats(estimate.sums)
-    worst = torch.where(estimate.q.isfinite(), estimate.q, 0.0).cummax(dim=0).values
+    finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
+    worst = torch.where(finite & ~estimate.q.isnan(), estimate.q, 0.0).cummax(dim=0).values
     # Of the backward vector, as far as rounding in these layers goes; the smaller of what was seen and the guess.
-    noise = torch.where(before_sq > 0, torch.minimum(estimate.second, guessed) / (6 * before_sq), 0.0)
+    noise = torch.where(finite & (before_sq > 0), torch.minimum(estimate.second, guessed) / (6 * before_sq), 0.0)
     backward_error = _BACKWARD**2 * noise.amax(dim=0) / 2
     angle_error = _angle_error(stats.cos_angle, estimate.error, backward_error)
 
     conditions = (
+        (_BIASED, _biased(before_sq, exact_before_sq)),
         (_SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
-        (_RESIDUAL_LARGE, (~(residual <= RESIDUAL)).expand(stats.shape)),
+        (_JACOBIAN, residual_large.expand(stats.shape)),
         (_BELOW, worst > WORST_BELOW),
         (_NONLINEAR, ~(estimate.error <= TOLERANCE)),
         (_NOISE, ~(estimate.q / 4 <= TOLERANCE) | ~(stats.update_sq > 0)),
         (_NO_BACKWARD, ~(stats.backward_sq > 0)),
         (_NO_UPDATE, plain.update_sq <= 0 if probe is None else probe.central.update_sq <= 0),
-        (_NONFINITE, (stats.nonfinite > 0) | ~stats.sums.isfinite().all(dim=-1)),
+        (_NONFINITE, ~finite),
     )
     reason = torch.full(stats.shape, _OK, dtype=torch.int64, device=plain.device)
     for code, holds in conditions:  # the last that holds is the most telling
         reason = torch.where(holds, code, reason)
     return Trusted(stats, estimate.amplified, estimate.error, angle_error, reason == _OK, reason)
+
+
+def target_for(eps: float) -> float:
+    """Relative move that a probe in a precision of spacing ``eps`` aims at: :data:`TARGET` for bf16.
+
+    Noise falls with the move, curvature grows: the best grows like the square root of eps.
+    """
+    return TARGET * math.sqrt(min(eps, 2.0**-7) / 2.0**-7)
 
 
 def choose_kappa(previous: Tensor, relative_update: Tensor, target: float = TARGET) -> Tensor:
@@ -217,7 +234,10 @@ def first_kappa(update_norms: Tensor, parameter_norms: Tensor, target: float = T
 
 @dataclass(frozen=True)
 class _Estimate:
-    """One way to the update by dw: sums (L, 9), second difference, q, estimated error of the norm, which way."""
+    """One way to the update by dw: sums (L, 9), second difference, q, estimated error of the norm, which way.
+
+    q is nan where nothing moves (frozen layers), which says nothing about the layers above.
+    """
 
     sums: Tensor
     second: Tensor
@@ -271,7 +291,7 @@ def _plain(plain: FeatureStats, second: Tensor) -> _Estimate:
     """The plain replay; ``second`` bounds its noise as a second difference would show it."""
     noise = second / 3
     update_sq = plain.update_sq - noise / 2
-    q = second / update_sq.clamp_min(0.0)
+    q = torch.where(plain.update_sq > 0, second / update_sq.clamp_min(0.0), torch.nan)  # inf: all of it may be noise
     columns = {"update_sq": update_sq, "rounding_sq": noise / 2}
     return _Estimate(_replace(plain, columns), second, q, q / 4, torch.zeros_like(q, dtype=torch.bool))
 
@@ -288,14 +308,33 @@ def _better(first: _Estimate, second: _Estimate) -> _Estimate:
     )
 
 
-def _residual(probe: Probe, aligned_decrease: Tensor | None) -> Tensor:
-    """Root mean square over the cuts of 1 - D / -<b, df>, with the odd part of the dot product: 0-d; 0 without cuts."""
-    dot = (probe.plus.update_dot_backward - probe.minus.update_dot_backward) / (2 * probe.kappa.to(torch.float64))
+def _residual_large(plain: FeatureStats, probe: Probe, aligned_decrease: Tensor | None) -> Tensor:
+    """Is the residual 1 - D / -<b, df>, with the odd part of the dot product, large as a root mean square? 0-d bool.
+
+    Steps that are large themselves (kappa = 1) may have a residual of the order of the square of their move.
+    """
     if aligned_decrease is None:
-        return torch.zeros((), dtype=torch.float64, device=dot.device)
-    cut = ~aligned_decrease.isnan() & (dot != 0)
-    squares = torch.where(cut, (1 + aligned_decrease / dot).square(), 0.0)
-    return (squares.sum() / cut.sum().clamp_min(1)).sqrt()
+        return torch.zeros((), dtype=torch.bool, device=plain.device)
+    kappa = probe.kappa.to(torch.float64)
+    dot = (probe.plus.update_dot_backward - probe.minus.update_dot_backward) / (2 * kappa)
+    lengths = (probe.central.update_sq * plain.backward_sq).sqrt() / (2 * kappa)
+    scale = torch.maximum(dot.abs(), LEAST_COSINE * lengths)
+    cut = ~aligned_decrease.isnan() & (scale > 0)
+    count = cut.sum().clamp_min(1)
+    squares = torch.where(cut, ((dot + aligned_decrease) / scale).square(), 0.0)
+    moves = torch.where(cut, probe.central.update_sq / (4 * plain.before_sq), 0.0).sum() / count
+    allowed = RESIDUAL + (moves - (2 * TARGET) ** 2).clamp_min(0.0)
+    return ~((squares.sum() / count).sqrt() <= allowed)
+
+
+def _biased(before_sq: Tensor, exact_before_sq: Tensor | None) -> Tensor:
+    """Do the norms of the features differ by more than noise explains? No difference of features can show that.
+
+    Example: multiplying by 0.998 leaves many bf16 numbers as they are, and the error adds up over the layers.
+    """
+    if exact_before_sq is None:
+        return torch.zeros_like(before_sq, dtype=torch.bool)
+    return ~(((before_sq / exact_before_sq).sqrt() - 1).abs() <= BIAS)
 
 
 def _angle_error(cosine: Tensor, norm_error: Tensor, backward_error: Tensor) -> Tensor:
@@ -310,20 +349,14 @@ def _replace(stats: FeatureStats, columns: dict[str, Tensor]) -> Tensor:
     return torch.stack([columns[name] if name in columns else stats._sum(name) for name in stats.names], dim=-1)
 
 
-def _check_shapes(
-    plain: FeatureStats, probe: Probe | None, eps: Tensor, depth: Tensor | None, aligned_decrease: Tensor | None
-) -> None:
+def _check_shapes(plain: FeatureStats, probe: Probe | None, vectors: dict[str, Tensor]) -> None:
     if len(plain.shape) != 1:
         raise ValueError(f"judge: expected statistics of shape (L,), one per layer, got {tuple(plain.shape)}")
-    parts: dict[str, torch.Size] = {"eps": eps.shape}
-    if depth is not None:
-        parts["depth"] = depth.shape
-    if aligned_decrease is not None:
-        parts["aligned_decrease"] = aligned_decrease.shape
+    shapes = {name: vector.shape for name, vector in vectors.items()}
     if probe is not None:
-        parts |= {"minus": probe.minus.shape, "plus": probe.plus.shape, "central": probe.central.shape}
+        shapes |= {"minus": probe.minus.shape, "plus": probe.plus.shape, "central": probe.central.shape}
         if probe.kappa.dim():
             raise ValueError(f"judge: kappa: expected a 0-d tensor, got shape {tuple(probe.kappa.shape)}")
-    for name, shape in parts.items():
+    for name, shape in shapes.items():
         if shape != plain.shape:
             raise ValueError(f"judge: {name}: expected shape {tuple(plain.shape)}, got {tuple(shape)}")
