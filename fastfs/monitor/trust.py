@@ -1,0 +1,362 @@
+r"""When can a measured angle be trusted? Noise and curvature of a feature update, from sums on the device.
+
+In 16 bits ``f(w + dw) - f(w)`` drowns in rounding once |df|/|f| falls below a few per cent: not only that of the last
+operation, which ``rounding_sq`` counts, but that of every layer and every cast of a weight before it (2 to 7 times as
+much in the study, with float32 outputs under autocast too, whose last rounding is none). The remedy is the
+**central amplified probe**: two forwards at ``w + kappa dw`` and ``w - kappa dw``, with kappa such that the features
+move by about 6e-2. Three sums of squares, of
+
+    plus = f(w + kappa dw) - f(w),    minus = f(w - kappa dw) - f(w),    central = f(w + kappa dw) - f(w - kappa dw),
+
+give by the parallelogram law the **second difference** S = |plus + minus|^2 = 2 |plus|^2 + 2 |minus|^2 - |central|^2.
+It holds all that is no straight line: rounding noise, 6 sigma^2 of it where one forward has sigma^2, and curvature.
+Central holds 2 sigma^2 of noise, so at most S/3, beside (2 kappa |df|)^2, and its curvature cancels to second order;
+the one-sided probe has it to first order (errors of 6% at a relative move of 6e-2, where the central has 0.5%).
+Half of the largest possible noise is subtracted.
+
+The estimate of the relative error is ``q/4 + r^2 (1 - 1/kappa^2)``, with q = S / |central|^2 (noise and curvature; the
+subtraction alone can be wrong by q/12) and r = kappa |df|/|f| (what is left of the curvature). Valid means:
+
+- that estimate is at most 0.02 for the norm, and so is what follows from it for the angle;
+- q is at most 0.15 in every measured layer up to this one: noise that swamps a layer disturbs those above it;
+- the **residual** of the feature speed formula, from the central dot product (free of curvature to second order), is
+  at most 0.01 as a root mean square over the cuts. Only this sees that a deep network in 16 bits has another Jacobian
+  than the one that is meant. Without aligned decreases it cannot be asked.
+
+``benchmarks/accuracy.py`` is the study behind these numbers: bf16 (autocast, and bf16 parameters) against float64, with
+its results in ``benchmarks/results/accuracy-cpu.json``.
+
+Without the two forwards the noise is a guess from the precision and the depth, on the safe side: in bf16 only
+moves above some 5e-2 are then valid, in float32 those above 1e-6.
+
+All functions work on the device and never wait for it. Source: section 5 of the notes on measuring.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastfs.stats import FeatureStats
+
+__all__ = ["KAPPA_MAX", "REASONS", "TARGET", "Probe", "Trusted", "choose_kappa", "first_kappa", "judge", "target_for"]
+
+TARGET = 6e-2
+"""Relative move of the features that the amplified probe aims at in bf16; see :func:`target_for`."""
+
+KAPPA_MAX = 2.0**14
+"""Updates that need more than this are too small for 16 bits; a few changed weights would be blown up beyond sense."""
+
+TOLERANCE = 0.02
+WORST_BELOW = 0.15  # of q, in the layers below
+RESIDUAL = 0.01
+LEAST_COSINE = 0.1  # the residual is relative to <b, df>, or to this times |b| |df|
+BIAS = 0.01
+
+# Root mean square of a rounding error relative to the value: eps times sqrt(3/(8 ln 2) / 12), for a uniform logarithm.
+_ROUNDING = 0.212
+# Variance of the value noise in units of one rounding, at most: measured 1.4 to 3 at the first layer (weights, inputs
+# and outputs are all rounded), 21 after 40 ReLU layers, 49 after 32 residual ones in bf16.
+_AT_FIRST, _PER_LAYER = 6.0, 3.0
+# Relative error of the backward vector per relative noise of the features: 2 to 9 in transformers and ResNets. It
+# matters for small angles only.
+_BACKWARD = 10.0
+
+REASONS: tuple[str | None, ...] = (
+    None,
+    "values that are not finite",
+    "no update of the features",
+    "no backward vector",
+    "rounding noise",
+    "amplified beyond the linear range",
+    "rounding noise in a layer below",
+    "the feature speed formula does not hold: rounding has changed the Jacobian",
+    "the angle is too small for this precision",
+    "rounding is biased: the features differ from those in float32",
+)
+_OK, _NONFINITE, _NO_UPDATE, _NO_BACKWARD, _NOISE, _NONLINEAR, _BELOW, _JACOBIAN, _SMALL_ANGLE, _BIASED = range(10)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The central amplified probe: sums of unscaled differences, each of shape (L,), against the same backward vectors.
+
+    Attributes:
+        minus: of f(w) and f(w - kappa dw).
+        plus: of f(w) and f(w + kappa dw). With kappa = 1 that is the plain replay.
+        central: of f(w - kappa dw) and f(w + kappa dw).
+        kappa: 0-d tensor, at least 1; a power of two, so that parameters in 16 bits are not rounded anew.
+    """
+
+    minus: FeatureStats
+    plus: FeatureStats
+    central: FeatureStats
+    kappa: Tensor
+
+
+@dataclass(frozen=True)
+class Trusted:
+    """The best estimate per layer, and how good it is; every tensor has shape (L,).
+
+    Attributes:
+        stats: sums of the update by ``dw``, noise removed as far as known; ``rounding_sq`` is the noise that may be
+            left in ``update_sq``, so that ``stats.noise_floor`` stays a relative update. Use ``valid`` from here.
+        amplified: taken from the probe (else from the plain replay).
+        norm_error: estimated relative error of |df|.
+        angle_error: estimated relative error of the angle.
+        valid: both are at most 0.02, and nothing else speaks against it.
+        reason: int64, why not: index into :data:`REASONS`, 0 where valid.
+    """
+
+    stats: FeatureStats
+    amplified: Tensor
+    norm_error: Tensor
+    angle_error: Tensor
+    valid: Tensor
+    reason: Tensor
+
+
+def judge(
+    plain: FeatureStats,
+    probe: Probe | None = None,
+    *,
+    eps: Tensor,
+    depth: Tensor | None = None,
+    aligned_decrease: Tensor | None = None,
+    exact_before_sq: Tensor | None = None,
+) -> Trusted:
+    """Puts together what was measured, per layer from where the error is smaller, and judges it.
+
+    Args:
+        plain: of f(w) and f(w + dw): shape (L,), layers in the order of the forward.
+        probe: the amplified probe, if there was one.
+        eps: float64 (L,): spacing of the numbers at 1 in the coarsest precision that the features pass through,
+            whatever their own dtype: 2^-7 under bf16 autocast, 2^-10 for float16 and TF32 products, 2^-23 in float32.
+        depth: float64 (L,): how many layers lie before; 0, 1, 2, ... by default. Pass it if few layers are watched.
+        aligned_decrease: float64 (L,): D of the step, in the scale of the backward vectors; nan for a layer that is no
+            cut. With the step as it was, that is parameters after rounding minus before.
+        exact_before_sq: float64 (L,): |f|^2 in float32, on the same rows; one forward now and then is enough.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    optional = {"depth": depth, "aligned_decrease": aligned_decrease, "exact_before_sq": exact_before_sq}
+    _check_shapes(plain, probe, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
+    before_sq = plain.before_sq
+    if depth is None:
+        depth = torch.arange(len(plain), dtype=torch.float64, device=plain.device)
+    guessed = 6 * (_AT_FIRST + _PER_LAYER * depth) * (_ROUNDING * eps).square() * before_sq
+    guessed = torch.maximum(guessed, 3 * plain.rounding_sq)  # in the measure of a second difference
+    if probe is None:
+        estimate = _plain(plain, guessed)
+        residual_large = torch.zeros((), dtype=torch.bool, device=plain.device)
+    else:
+        second = _second_difference(probe)
+        estimate = _better(_amplified(plain, probe, second), _plain(plain, torch.minimum(second, guessed)))
+        residual_large = _residual_large(plain, probe, aligned_decrease)
+
+    stats = FeatureStats(estimate.sums)
+    finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
+    worst = torch.where(finite & ~estimate.q.isnan(), estimate.q, 0.0).cummax(dim=0).values
+    # Of the backward vector, as far as rounding in these layers goes; the smaller of what was seen and the guess.
+    noise = torch.where(finite & (before_sq > 0), torch.minimum(estimate.second, guessed) / (6 * before_sq), 0.0)
+    backward_error = _BACKWARD**2 * noise.amax(dim=0) / 2
+    angle_error = _angle_error(stats.cos_angle, estimate.error, backward_error)
+
+    conditions = (
+        (_BIASED, _biased(before_sq, exact_before_sq)),
+        (_SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
+        (_JACOBIAN, residual_large.expand(stats.shape)),
+        (_BELOW, worst > WORST_BELOW),
+        (_NONLINEAR, ~(estimate.error <= TOLERANCE)),
+        (_NOISE, ~(estimate.q / 4 <= TOLERANCE) | ~(stats.update_sq > 0)),
+        (_NO_BACKWARD, ~(stats.backward_sq > 0)),
+        (_NO_UPDATE, plain.update_sq <= 0 if probe is None else probe.central.update_sq <= 0),
+        (_NONFINITE, ~finite),
+    )
+    reason = torch.full(stats.shape, _OK, dtype=torch.int64, device=plain.device)
+    for code, holds in conditions:  # the last that holds is the most telling
+        reason = torch.where(holds, code, reason)
+    return Trusted(stats, estimate.amplified, estimate.error, angle_error, reason == _OK, reason)
+
+
+def target_for(eps: float) -> float:
+    """Relative move that a probe in a precision of spacing ``eps`` aims at: :data:`TARGET` for bf16.
+
+    Noise falls with the move, curvature grows: the best grows like the square root of eps.
+    """
+    return TARGET * math.sqrt(min(eps, 2.0**-7) / 2.0**-7)
+
+
+def choose_kappa(previous: Tensor, relative_update: Tensor, target: float = TARGET) -> Tensor:
+    """The amplification for the next probe, from what the last one saw.
+
+    The geometric mean over the layers is to move by ``target``, none by more than twice that. An update that reads as
+    too large for its noise makes the next kappa too small, never too large; it grows by at most 64 at a time, so from a
+    cold start it is right after two or three probes.
+
+    Args:
+        previous: 0-d tensor: the last kappa, or :func:`first_kappa`.
+        relative_update: float64 (L,): |df|/|f| of one unscaled step; layers with 0, nan or inf do not count.
+
+    Returns:
+        0-d float64 tensor: a power of two from 1 to :data:`KAPPA_MAX`; ``previous`` if no layer counts.
+    """
+    counts = relative_update.isfinite() & (relative_update > 0)
+    logarithms = torch.where(counts, relative_update.clamp_min(1e-30).log2(), 0.0)
+    mean = logarithms.sum() / counts.sum()
+    largest = torch.where(counts, relative_update, 0.0).amax(dim=0)
+    previous = previous.to(torch.float64)
+    kappa = torch.exp2((torch.log2(torch.full_like(mean, target)) - mean).round())
+    kappa = torch.minimum(kappa, torch.exp2(torch.log2(2 * target / largest).floor()))
+    kappa = torch.minimum(kappa, 64 * previous)
+    return torch.where(counts.any(), kappa, previous).clamp(1.0, KAPPA_MAX)
+
+
+def first_kappa(update_norms: Tensor, parameter_norms: Tensor, target: float = TARGET) -> Tensor:
+    """A careful first kappa, from norms of the parameters' updates and of the parameters themselves.
+
+    Features move by more than their parameters, relatively: 2 to 30 times as much in the study, as moves of several
+    layers add up. So the first kappa aims at a sixteenth of the target for the parameter that moves most.
+
+    Args:
+        update_norms: (P,) |dw|.
+        parameter_norms: (P,) |w|; parameters with |w| = 0 (fresh biases) do not count.
+    """
+    counts = (parameter_norms > 0) & (update_norms > 0)
+    ratio = torch.where(counts, update_norms.double() / parameter_norms.double().clamp_min(1e-300), 0.0).amax(dim=0)
+    kappa = torch.exp2(torch.log2(target / 16 / ratio).floor())
+    return torch.where(counts.any(), kappa, torch.ones_like(kappa)).clamp(1.0, KAPPA_MAX)
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """One way to the update by dw: sums (L, 9), second difference, q, estimated error of the norm, which way.
+
+    q is nan where nothing moves (frozen layers), which says nothing about the layers above.
+    """
+
+    sums: Tensor
+    second: Tensor
+    q: Tensor
+    error: Tensor
+    amplified: Tensor
+
+
+def _second_difference(probe: Probe) -> Tensor:
+    """|f(w + kappa dw) + f(w - kappa dw) - 2 f(w)|^2."""
+    doubled = 2 * (probe.plus.update_sq + probe.minus.update_sq)
+    return (doubled - probe.central.update_sq).clamp_min(0.0)
+
+
+def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
+    """Central difference plus what the second difference says of the curvature of the real step (kappa = 1).
+
+    With f(w + k dw) = f + k d + k^2 c / 2 the update is d + c/2: <.,b> and |.|^2 of it follow from the three sums. At
+    kappa = 1 this is the plain replay, exactly.
+    """
+    kappa = probe.kappa.to(torch.float64)
+    odd, even = 1 / (2 * kappa), 1 / (2 * kappa**2)
+
+    def linear(name: str) -> Tensor:
+        plus, minus = probe.plus._sum(name), probe.minus._sum(name)
+        return odd * (plus - minus) + even * (plus + minus)
+
+    share = odd**2 + 3 * even**2  # of the noise in central, that is S/3 at most
+    noise = second / 3 * share
+    update_sq = (
+        odd**2 * probe.central.update_sq
+        + 2 * odd * even * (probe.plus.update_sq - probe.minus.update_sq)
+        + even**2 * second
+        - noise / 2
+    )
+    q = second / probe.central.update_sq * (share / odd**2)
+    moved = kappa.square() * update_sq / plain.before_sq
+    error = q / 4 + moved * (1 - 1 / kappa.square())
+    columns = {
+        "update_dot_backward": linear("update_dot_backward"),
+        "update_sq": update_sq,
+        "before_dot_update": linear("before_dot_update"),
+        "abs_update_dot_backward": odd * probe.central.abs_update_dot_backward,
+        "rounding_sq": noise / 2,
+        "nonfinite": plain._sum("nonfinite") + probe.plus._sum("nonfinite") + probe.minus._sum("nonfinite"),
+    }
+    return _Estimate(_replace(plain, columns), second, q, error, torch.ones_like(q, dtype=torch.bool))
+
+
+def _plain(plain: FeatureStats, second: Tensor) -> _Estimate:
+    """The plain replay; ``second`` bounds its noise as a second difference would show it."""
+    noise = second / 3
+    update_sq = plain.update_sq - noise / 2
+    q = torch.where(plain.update_sq > 0, second / update_sq.clamp_min(0.0), torch.nan)  # inf: all of it may be noise
+    columns = {"update_sq": update_sq, "rounding_sq": noise / 2}
+    return _Estimate(_replace(plain, columns), second, q, q / 4, torch.zeros_like(q, dtype=torch.bool))
+
+
+def _better(first: _Estimate, second: _Estimate) -> _Estimate:
+    """Per layer the one with the smaller error."""
+    take = ~(second.error < first.error)
+    return _Estimate(
+        torch.where(take[:, None], first.sums, second.sums),
+        torch.where(take, first.second, second.second),
+        torch.where(take, first.q, second.q),
+        torch.where(take, first.error, second.error),
+        torch.where(take, first.amplified, second.amplified),
+    )
+
+
+def _residual_large(plain: FeatureStats, probe: Probe, aligned_decrease: Tensor | None) -> Tensor:
+    """Is the residual 1 - D / -<b, df>, with the odd part of the dot product, large as a root mean square? 0-d bool.
+
+    Steps that are large themselves (kappa = 1) may have a residual of the order of the square of their move.
+    """
+    if aligned_decrease is None:
+        return torch.zeros((), dtype=torch.bool, device=plain.device)
+    kappa = probe.kappa.to(torch.float64)
+    dot = (probe.plus.update_dot_backward - probe.minus.update_dot_backward) / (2 * kappa)
+    lengths = (probe.central.update_sq * plain.backward_sq).sqrt() / (2 * kappa)
+    scale = torch.maximum(dot.abs(), LEAST_COSINE * lengths)
+    cut = ~aligned_decrease.isnan() & (scale > 0)
+    count = cut.sum().clamp_min(1)
+    squares = torch.where(cut, ((dot + aligned_decrease) / scale).square(), 0.0)
+    moves = torch.where(cut, probe.central.update_sq / (4 * plain.before_sq), 0.0).sum() / count
+    allowed = RESIDUAL + (moves - (2 * TARGET) ** 2).clamp_min(0.0)
+    return ~((squares.sum() / count).sqrt() <= allowed)
+
+
+def _biased(before_sq: Tensor, exact_before_sq: Tensor | None) -> Tensor:
+    """Do the norms of the features differ by more than noise explains? No difference of features can show that.
+
+    Example: multiplying by 0.998 leaves many bf16 numbers as they are, and the error adds up over the layers.
+    """
+    if exact_before_sq is None:
+        return torch.zeros_like(before_sq, dtype=torch.bool)
+    return ~(((before_sq / exact_before_sq).sqrt() - 1).abs() <= BIAS)
+
+
+def _angle_error(cosine: Tensor, norm_error: Tensor, backward_error: Tensor) -> Tensor:
+    """Relative change of the angle by relative changes of the cosine: both signs, the larger."""
+    angle = cosine.acos()
+    change = cosine.abs() * (norm_error + backward_error)
+    up, down = (cosine + change).clamp(-1.0, 1.0).acos(), (cosine - change).clamp(-1.0, 1.0).acos()
+    return torch.maximum(angle - up, down - angle) / angle
+
+
+def _replace(stats: FeatureStats, columns: dict[str, Tensor]) -> Tensor:
+    return torch.stack([columns[name] if name in columns else stats._sum(name) for name in stats.names], dim=-1)
+
+
+def _check_shapes(plain: FeatureStats, probe: Probe | None, vectors: dict[str, Tensor]) -> None:
+    if len(plain.shape) != 1:
+        raise ValueError(f"judge: expected statistics of shape (L,), one per layer, got {tuple(plain.shape)}")
+    shapes = {name: vector.shape for name, vector in vectors.items()}
+    if probe is not None:
+        shapes |= {"minus": probe.minus.shape, "plus": probe.plus.shape, "central": probe.central.shape}
+        if probe.kappa.dim():
+            raise ValueError(f"judge: kappa: expected a 0-d tensor, got shape {tuple(probe.kappa.shape)}")
+    for name, shape in shapes.items():
+        if shape != plain.shape:
+            raise ValueError(f"judge: {name}: expected shape {tuple(plain.shape)}, got {tuple(shape)}")
