@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from fastfs.rules import Rule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -143,6 +145,47 @@ def layers(
         for into, part in zip(result, parts, strict=True):
             into.append(part)
     return result
+
+
+# One row of coefficients for every rule, of a size that keeps all their terms.
+COEFFICIENTS = {
+    Rule.LINEAR: (-1e-2, -0.1, 0.3, -0.9),
+    Rule.ADAM: (-1e-2, -0.1, 1.3, 1e-8),
+    Rule.ADAMAX: (-0.1,),
+    Rule.RMSPROP: (-1e-2, -0.1, 1.0, 1e-3),
+}
+# Rules with the dtypes that they take.
+RULES = [(rule, dtype) for rule in Rule for dtype in DTYPES if rule is Rule.LINEAR or dtype.itemsize >= 4]
+
+
+def step_inputs(
+    rule: Rule,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    layouts: tuple[str, ...] = ("contiguous",) * 4,
+    *,
+    device: str = "cpu",
+) -> tuple[Tensor, ...]:
+    """Gradient, parameter after the step and the states of one parameter, from the global generator."""
+    g, w, s = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
+    positive = torch.rand(shape, dtype=torch.float64) + 0.1
+    states = {Rule.LINEAR: (s,), Rule.RMSPROP: (1 + positive, s.tanh())}.get(rule, (s, positive))
+    values = (g, w, *states)
+    result = [LAYOUTS[layout](x.to(device, dtype)) for x, layout in zip(values, layouts, strict=False)]
+    return tuple(result)
+
+
+def step_arguments(
+    rule: Rule, parameters: Sequence[tuple[Tensor, ...]], coefficients: Tensor | None = None
+) -> tuple[Rule, list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    """The arguments of `optimizer_stats` for what `step_inputs` made; every parameter has its own coefficients."""
+    if coefficients is None:
+        row = torch.tensor([COEFFICIENTS[rule]], dtype=torch.float64)
+        coefficients = row * torch.linspace(1, 2, len(parameters), dtype=torch.float64)[:, None]
+        if rule is Rule.RMSPROP:
+            coefficients[:, 2] = row[0, 2]
+    lists = [list(x) for x in zip(*parameters, strict=True)] if parameters else [[]] * (rule.states + 2)
+    return rule, lists[0], lists[1], lists[2], lists[3] if rule.states == 2 else [], coefficients
 
 
 def run_apart(code: str, **environment: str) -> str:

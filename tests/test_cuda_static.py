@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-FILES = ("segment_sums_f16", "segment_sums_bf16", "segment_sums_f32", "segment_sums_f64", "launch")
+DTYPES = ("f16", "bf16", "f32", "f64")
+FILES = (*(f"{kind}_sums_{d}" for kind in ("segment", "optimizer") for d in DTYPES), "launch")
 # As the build does: real architecture, and the virtual one whose PTX it is assembled from.
 ARCHITECTURES = {"80": "80", "90": "80", "120": "100"}
 THREADS, REGISTER_FILE = 256, 65536
 ARITHMETIC = ("FFMA", "FMUL", "DFMA", "DMUL")
 # Of every dtype: equal dtypes with a small and a large table, another last dtype (not for f64), any strides (two for
-# f64); times two measurements; and the streaming read with two tables.
-KERNELS = {"segment_sums_f64": 8, "launch": 2} | {f"segment_sums_{d}": 8 for d in ("f16", "bf16", "f32")}
+# f64); times two measurements; and the streaming read with two tables. Of the four rules of optimizer_stats (one for
+# 16 bits): a small and a large table, and any strides.
+KERNELS = {"launch": 2, **{f"segment_sums_{d}": 8 for d in DTYPES}}
+KERNELS |= {f"optimizer_sums_{d}": 3 if d.endswith("16") else 12 for d in DTYPES}
 
 
 def find_tool(name: str) -> str | None:
@@ -94,6 +97,8 @@ def test_no_spills_and_bounded_registers(
         # So many blocks fit on a multiprocessor, and the grid counts on them: kBlocksPerSm, kReadBlocksPerSm.
         same = re.search(r"NS_\d+(B?F\d\d)E(S\d?_|NS_\d+\1E)", kernel.symbol) is not None
         blocks = 4 if "stream_read" in kernel.symbol else 3 if same and "F64" not in kernel.symbol else 2
+        if "OptimizerSums" in kernel.symbol:
+            blocks = 1 if "F64" in kernel.symbol else 2
         assert kernel.registers * THREADS * blocks <= REGISTER_FILE, f"{kernel.symbol}: {kernel.registers} registers"
 
 
@@ -127,7 +132,7 @@ def test_wide_loads_and_no_local_memory(
         if "stream_read" in symbol:
             assert len(wide) >= 8, symbol
             continue
-        inputs = 3 if "FeatureSums" in symbol else 2
+        inputs = 2 if "UpdateSums" in symbol else 3 if "FeatureSums" in symbol or "Linear" in symbol else 4
         assert len(wide) >= inputs, f"{symbol}: {len(wide)} wide loads"
         assert any(op.startswith("ATOMG") and "INC" in op for op in counts), symbol
         if "DenseTable" in symbol:

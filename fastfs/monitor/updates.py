@@ -30,6 +30,8 @@ class _Part:
 
     group: Group
     form: Form | None  # None: by a snapshot
+    device: torch.device
+    closed: bool  # by the form
     indices: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
 
@@ -70,6 +72,10 @@ class UpdateMeter:
         self.optimizer = optimizer
         self.snapshot = snapshot
         self._buffers: dict[Tensor, Tensor] = {}
+        # By id of a parameter: form and dtype with which its state was found to serve; of the state that is `_state`.
+        self._closed: dict[int, tuple[Form, torch.dtype]] = {}
+        self._state: object = optimizer.state
+        self._forms: dict[Form, Form] = {}
         self._parts: list[_Part] | None = None  # between before() and after()
         self._orders: dict[tuple[int, ...], Tensor] = {}
 
@@ -126,27 +132,37 @@ class UpdateMeter:
         """
         parts: list[_Part] = []
         copied: list[Tensor] = []
-        index = 0
+        if self.optimizer.state is not self._state:  # load_state_dict makes a new one
+            self._state = self.optimizer.state
+            self._closed.clear()
+        closed, index = self._closed, -1
         for group in self.optimizer.param_groups:
             form = self._form(group)
-            found: dict[tuple[torch.device, bool], _Part] = {}
+            found: list[_Part] = []
+            part: _Part | None = None
             for p in group["params"]:
-                gradient = p.grad
-                if gradient is not None:
-                    closed = form is not None and not gradient.is_sparse and self._follows(p, form)
-                    key = (p.device, closed)
-                    part = found.get(key)
-                    if part is None:
-                        part = found[key] = _Part(group, form if closed else None)
-                    part.indices.append(index)
-                    part.params.append(p)
-                    if not closed:
-                        _check(index, p)
-                        copied.append(p)
-                elif self.snapshot:
-                    copied.append(p)
                 index += 1
-            parts += found.values()
+                gradient = p.grad
+                if gradient is None:
+                    if self.snapshot:
+                        copied.append(p)
+                    continue
+                dtype = p.dtype
+                follows = form is not None and gradient.dtype is dtype and not gradient.is_sparse
+                if follows and closed.get(id(p)) != (form, dtype):
+                    follows = self._learn(p, form)
+                if not follows:
+                    _check(index, p)
+                    copied.append(p)
+                device = p.device
+                if part is None or part.device != device or part.closed is not follows:
+                    part = next((x for x in found if x.device == device and x.closed is follows), None)
+                    if part is None:
+                        part = _Part(group, form if follows else None, device, follows)
+                        found.append(part)
+                part.indices.append(index)
+                part.params.append(p)
+            parts += found
         self._copy(copied)
         self._parts = parts
 
@@ -170,7 +186,16 @@ class UpdateMeter:
             return ParameterStats(self._in_order(results))
 
     def _form(self, group: Group) -> Form | None:
-        return None if self.snapshot else closed_form(self.optimizer, group)
+        form = None if self.snapshot else closed_form(self.optimizer, group)
+        return form and self._forms.setdefault(form, form)  # one object each: quick to compare
+
+    def _learn(self, p: Tensor, form: Form | None) -> bool:
+        """`_follows`, kept for the next steps once there is a state."""
+        if form is None or not self._follows(p, form):
+            return False
+        if not form.states or self.optimizer.state.get(p):
+            self._closed[id(p)] = (form, p.dtype)
+        return True
 
     def _follows(self, p: Tensor, form: Form) -> bool:
         """Whether the update of this parameter follows from the state."""
@@ -218,22 +243,23 @@ class UpdateMeter:
                 self._dense(p, g, part.group if rewritten else None) for p, g in zip(params, gradients, strict=True)
             ]
             table = torch.tensor([_SNAPSHOT], dtype=torch.float64, device="cpu").expand(len(params), -1)
-            call = calls.setdefault((params[0].device, Rule.LINEAR, table.device), _Call())
+            call = calls.setdefault((part.device, Rule.LINEAR, table.device), _Call())
             call.gradients += dense
             for p, g in zip(params, dense, strict=True):
                 call.parameters.append(p.to(g.dtype))
                 call.first.append(self._buffers[p].to(g.dtype))
         else:
             try:
-                steps = [states[p]["step"] for p in params] if form.steps else []
-                first = gradients if form.first is None else [states[p][form.first] for p in params]
-                second = params if form.second is None else [states[p][form.second] for p in params]
+                kept = [states[p] for p in params] if form.states else []
+                steps = [s["step"] for s in kept] if form.steps else []
+                first = gradients if form.first is None else [s[form.first] for s in kept]
+                second = params if form.second is None else [s[form.second] for s in kept]
             except KeyError as missing:
                 raise RuntimeError(
                     f"UpdateMeter.after: the optimizer's state has no {missing}; call it right after step()"
                 ) from None
             table = coefficients(self.optimizer, part.group, form, len(params), steps, rewritten)
-            call = calls.setdefault((params[0].device, form.rule, table.device), _Call())
+            call = calls.setdefault((part.device, form.rule, table.device), _Call())
             call.gradients += gradients  # type: ignore[arg-type]
             call.parameters += params
             call.first += first  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
 // Runs cases through the real launchers and kernels: driver CASES RESULTS. Both files are written and read by
 // harness.py.
 //
-// A case:    op (0 feature_stats, 1 update_stats, 2 stream_read), multiprocessors, large parameters, repeats, layers;
-//            per layer first, last, segments, width, per row, dims, shape[dims];
+// A case:    op (0 feature_stats, 1 update_stats, 2 stream_read, 3 on: the rules of optimizer_stats), multiprocessors,
+//            large parameters, repeats, coefficients in device memory, layers;
+//            per layer first, last, segments, width, per row, coefficients (their number and bits), dims, shape[dims];
 //            per input contiguous, stride[dims], misalignment, bytes, data
 // A result:  launches, tickets that are not zero, doubles; doubles
 // Shape and strides are those of the tensors: they are merged here by the code that the module uses.
@@ -30,6 +31,16 @@ DRIVER_LEAVE_OUT(UpdateSums, F16)
 DRIVER_LEAVE_OUT(UpdateSums, BF16)
 DRIVER_LEAVE_OUT(UpdateSums, F32)
 DRIVER_LEAVE_OUT(UpdateSums, F64)
+DRIVER_LEAVE_OUT(LinearSums, F16)
+DRIVER_LEAVE_OUT(LinearSums, BF16)
+DRIVER_LEAVE_OUT(LinearSums, F32)
+DRIVER_LEAVE_OUT(LinearSums, F64)
+DRIVER_LEAVE_OUT(AdamSums, F32)
+DRIVER_LEAVE_OUT(AdamSums, F64)
+DRIVER_LEAVE_OUT(AdamaxSums, F32)
+DRIVER_LEAVE_OUT(AdamaxSums, F64)
+DRIVER_LEAVE_OUT(RmspropSums, F32)
+DRIVER_LEAVE_OUT(RmspropSums, F64)
 #endif
 #include "../strides.h"
 #include "launch.cu"
@@ -43,11 +54,15 @@ int64_t number() {
 }
 
 template <class Sums>
-std::vector<double> measure(const std::vector<fastfs::Layer>& layers, int64_t repeats, int64_t& dirty) {
+std::vector<double> measure(const std::vector<fastfs::Layer>& layers, bool far, int64_t repeats, int64_t& dirty) {
   namespace cuda = fastfs::cuda;
   const cuda::Workspace need = cuda::workspace<Sums>(layers);
   int64_t rows = 0;
   for (const auto& layer : layers) rows += layer.segments;
+  std::unique_ptr<double[]> coefficients(new double[layers.size() * Sums::kCoefficients]);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    std::copy_n(layers[i].coefficients, Sums::kCoefficients, coefficients.get() + i * Sums::kCoefficients);
+  }
   // Exact sizes, and contents that would be noticed.
   std::unique_ptr<double[]> out(new double[rows * (Sums::kSums + 2)]), partials(new double[need.partial_bytes / 8]);
   std::unique_ptr<uint32_t[]> tickets(new uint32_t[need.tickets]);
@@ -55,7 +70,8 @@ std::vector<double> measure(const std::vector<fastfs::Layer>& layers, int64_t re
   std::fill_n(partials.get(), need.partial_bytes / 8, -1e300);
   std::fill_n(tickets.get(), need.tickets, 0u);
   for (int64_t i = 0; i < repeats; ++i) {
-    cuda::launch<Sums>(layers, out.get(), partials.get(), tickets.get(), 0, nullptr);
+    cuda::launch<Sums>(layers, far ? coefficients.get() : nullptr, out.get(), partials.get(), tickets.get(), 0,
+                       nullptr);
   }
   dirty = need.tickets - std::count(tickets.get(), tickets.get() + need.tickets, 0u);
   return {out.get(), out.get() + rows * (Sums::kSums + 2)};
@@ -66,8 +82,9 @@ void run_case(FILE* results) {
   fastfs::cuda::fake_multiprocessors = static_cast<int>(number());
   fastfs::cuda::fake_large_parameters = number() != 0;
   const int64_t repeats = number();
+  const bool far = number() != 0;
   std::vector<fastfs::Layer> layers(number());
-  const int inputs = op == 1 ? 2 : 3;
+  const int inputs = op == 1 ? 2 : op > 3 ? 4 : 3;
   std::vector<std::unique_ptr<char[]>> buffers;
   for (auto& layer : layers) {
     layer = fastfs::Layer{};
@@ -76,6 +93,11 @@ void run_case(FILE* results) {
     layer.segments = number();
     layer.width = number();
     const bool per_row = number() != 0;
+    const int64_t coefficients = number();
+    for (int64_t i = 0; i < coefficients; ++i) {
+      const int64_t bits = number();
+      std::memcpy(&layer.coefficients[i], &bits, sizeof bits);
+    }
     std::vector<int64_t> shape(number()), strides[fastfs::kMaxInputs];
     for (int64_t& n : shape) n = number();
     const int64_t* all_strides[fastfs::kMaxInputs] = {};
@@ -100,8 +122,12 @@ void run_case(FILE* results) {
   fastfs::cuda::launches = 0;
   int64_t dirty = 0;
   std::vector<double> out;
-  if (op == 0) out = measure<fastfs::FeatureSums>(layers, repeats, dirty);
-  if (op == 1) out = measure<fastfs::UpdateSums>(layers, repeats, dirty);
+  if (op == 0) out = measure<fastfs::FeatureSums>(layers, far, repeats, dirty);
+  if (op == 1) out = measure<fastfs::UpdateSums>(layers, far, repeats, dirty);
+  if (op == 3) out = measure<fastfs::LinearSums>(layers, far, repeats, dirty);
+  if (op == 4) out = measure<fastfs::AdamSums>(layers, far, repeats, dirty);
+  if (op == 5) out = measure<fastfs::AdamaxSums>(layers, far, repeats, dirty);
+  if (op == 6) out = measure<fastfs::RmspropSums>(layers, far, repeats, dirty);
   if (op == 2) {
     out.resize(1);
     fastfs::cuda::stream_read(layers, inputs, out.data(), 0, nullptr);

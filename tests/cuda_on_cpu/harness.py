@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastfs.rules import Rule
+
 HERE = Path(__file__).parent
 CUDA_SOURCES = HERE.parents[1] / "csrc"
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-FEATURES, UPDATES, STREAM_READ = 0, 1, 2
-COLUMNS = {FEATURES: 9, UPDATES: 5}
+FEATURES, UPDATES, STREAM_READ, RULES = 0, 1, 2, 3  # RULES + rule: optimizer_stats
+COLUMNS = {FEATURES: 9, UPDATES: 5} | {RULES + rule: 6 for rule in Rule}
 
 FLAGS = "-std=c++17 -w -fno-strict-aliasing -ffp-contract=off -pthread -DFASTFS_CUDA_ON_CPU".split()
 # name: flags of the kernels, flags of the runtime (which is never compiled with a sanitizer)
@@ -64,7 +66,9 @@ class Case:
     multiprocessors: int = 2
     large_parameters: bool = False
     repeats: int = 1
-    misaligned: tuple[int, ...] = (0, 0, 0)  # elements
+    misaligned: tuple[int, ...] = (0, 0, 0, 0)  # elements
+    coefficients: Tensor | None = None  # (layers, C)
+    far: bool = False  # coefficients in device memory
 
 
 @dataclass
@@ -149,11 +153,13 @@ def rows(program: Path, *cases: Case, seed: int = 0) -> list[Tensor]:
 
 
 def _encode(case: Case) -> bytes:
-    head = [case.op, case.multiprocessors, int(case.large_parameters), case.repeats, len(case.layers)]
-    return struct.pack("5q", *head) + b"".join(_encode_layer(layer, case) for layer in case.layers)
+    head = [case.op, case.multiprocessors, int(case.large_parameters), case.repeats, int(case.far), len(case.layers)]
+    table = [[]] * len(case.layers) if case.coefficients is None else case.coefficients.tolist()
+    layers = (_encode_layer(layer, row, case) for layer, row in zip(case.layers, table, strict=True))
+    return struct.pack("6q", *head) + b"".join(layers)
 
 
-def _encode_layer(layer: tuple[Tensor, ...], case: Case) -> bytes:
+def _encode_layer(layer: tuple[Tensor, ...], coefficients: list[float], case: Case) -> bytes:
     shape = layer[0].shape
     if case.per_row:
         width = shape[-1] if shape else 1
@@ -162,8 +168,9 @@ def _encode_layer(layer: tuple[Tensor, ...], case: Case) -> bytes:
         segments, width = 1, layer[0].numel()
     dims = list(shape) or [1]
     dtypes = DTYPES[layer[0].dtype], DTYPES[layer[-1].dtype]
-    parts = [struct.pack("6q", *dtypes, segments, width, int(case.per_row), len(dims))]
-    parts.append(struct.pack(f"{len(dims)}q", *dims))
+    parts = [struct.pack("5q", *dtypes, segments, width, int(case.per_row))]
+    parts.append(struct.pack(f"q{len(coefficients)}d", len(coefficients), *coefficients))
+    parts.append(struct.pack(f"{len(dims) + 1}q", len(dims), *dims))
     for tensor, misaligned in zip(layer, case.misaligned, strict=False):
         strides = list(tensor.stride()) or [1]
         data = reached(tensor)
