@@ -16,64 +16,17 @@ from fastfs.monitor.capture import Capture, Pass
 from fastfs.monitor.layers import Layer
 from fastfs.monitor.measure import LayerSums, RowSums, totals
 from fastfs.monitor.modes import BatchMode, JvpMode, ProbeMode
+from fastfs.monitor.parameters import Parameters
 from fastfs.monitor.payload import Names
 from fastfs.monitor.perturbed import Perturbed
 from fastfs.monitor.record import Record
 from fastfs.monitor.structure import Structure
-from fastfs.monitor.updates import UpdateMeter
+from fastfs.monitor.verdict import Amplified, Judge
 from fastfs.stats import FeatureStats, ParameterStats
 
-__all__ = ["Engine", "Parameters"]
+__all__ = ["Engine"]
 
 Push = Callable[[Tensor, Callable[[Tensor], list[Record]]], None]
-
-
-class Parameters:
-    """What the optimizers do to the parameters, all of them in one order: optimizer by optimizer, group by group."""
-
-    def __init__(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, snapshot: bool) -> None:
-        self._meters = [UpdateMeter(optimizer) for optimizer in optimizers]
-        self._snapshots = [UpdateMeter(optimizer, snapshot=True) for optimizer in optimizers] if snapshot else []
-        self._model = model
-        self._results: list[list[Tensor]] = [[] for _ in optimizers]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [p for meter in self._meters for p in meter.parameters]
-
-    @property
-    def previous(self) -> list[Tensor]:
-        """Values before the step; only with ``snapshot``, after a step that was watched in full."""
-        return [p for meter in self._snapshots for p in meter.previous]
-
-    @property
-    def snapshot_bytes(self) -> int:
-        return sum(meter.snapshot_bytes for meter in (*self._meters, *self._snapshots))
-
-    def before(self, index: int, full: bool) -> None:
-        self._of(index, full).before()
-
-    def after(self, index: int, full: bool) -> None:
-        self._results[index].append(self._of(index, full).after().sums)
-
-    def take(self, device: torch.device) -> ParameterStats:
-        """The statistics of all parameters since the last call; zeros for those of an optimizer that did not step."""
-        parts = []
-        for meter, results in zip(self._meters, self._results, strict=True):
-            size = len(meter.parameters)
-            total = torch.zeros((size, len(ParameterStats.names)), dtype=torch.float64, device=device)
-            for sums in results:
-                total = total + sums.to(device, non_blocking=True)
-            parts.append(total)
-            results.clear()
-        return ParameterStats(torch.cat(parts))
-
-    def clear(self) -> None:
-        for results in self._results:
-            results.clear()
-
-    def _of(self, index: int, full: bool) -> UpdateMeter:
-        return (self._snapshots if full and self._snapshots else self._meters)[index]
 
 
 @dataclass
@@ -112,11 +65,7 @@ class Engine:
         self._loss_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
         self.cosine = torch.full((len(self.layers),), torch.nan, dtype=torch.float64, device=self.device)
-        self.kappa: Tensor | None = None
-
-    @property
-    def full_snapshot(self) -> bool:
-        return self.amplify or isinstance(self.mode, (ProbeMode, JvpMode))
+        self.judge = Judge(self.parameters.tensors, self.device)
 
     # Around the optimizers
 
@@ -143,12 +92,12 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next measurement takes from the last one."""
-        kappa = None if self.kappa is None else self.kappa.cpu()
+        kappa = None if self.judge.kappa is None else self.judge.kappa.cpu()
         return {"layers": [layer.name for layer in self.layers], "cosine": self.cosine.cpu(), "kappa": kappa}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.cosine = state["cosine"].to(self.device)
-        self.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
+        self.judge.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
 
     def clear(self) -> None:
         """Forget the step that is over."""
@@ -173,37 +122,32 @@ class Engine:
         assert scale is not None
         assert self._gradient_factor is not None
         if isinstance(self.mode, ProbeMode):
-            plain = self._totals([self.mode.measure(self._perturbed, self.parameters.tensors)])
-            done = self._aligned_on_probe(stats)
             scale = torch.ones_like(scale)
             loss = self.mode.loss if loss is None else loss
+            done = self._aligned_on_probe(stats)
         else:
-            rows = self._rows(passes)
-            plain = self._totals(rows)
             done = self._aligned(stats, self._gradient_factor * scale)
-        verdict = self._verdict(plain, passes, stats)
-        sums = _unscaled(verdict.sums, scale)
-        found = FeatureStats(sums)
         cuts = torch.tensor(self._cuts(), dtype=torch.bool).to(self.device, non_blocking=True)
-        residual = torch.where(cuts, 1.0 - done.decrease / -found.update_dot_backward, torch.nan)
-        self.cosine = torch.where(verdict.valid & cuts, found.cos_angle, self.cosine)
+        verdict, found = self._look(passes, stats, torch.where(cuts, done.decrease * scale, torch.nan))
+        sums = FeatureStats(_unscaled(verdict.stats.sums, scale))
+        residual = torch.where(cuts, 1.0 - done.decrease / -sums.update_dot_backward, torch.nan)
+        self.cosine = torch.where(verdict.valid & cuts, sums.cos_angle, self.cosine)
         tensors = {
-            "sums": self.names.with_groups(sums),
-            "trust": self._padded(verdict.code),
-            "noise_floor": self._padded(verdict.noise_floor),
-            "angle_se": plain.angle_se,
-            "update_se": plain.update_se,
-            "residual_se": plain.dot_se * (1.0 - residual).abs(),
-            "quantiles": plain.quantiles,
+            "sums": self.names.with_groups(sums.sums),
+            "reason": self.names.worst(verdict.reason),
+            "amplified": self.names.worst(verdict.amplified.long()),
+            "angle_se": found.angle_se,
+            "update_se": found.update_se,
+            "residual_se": found.dot_se * (1.0 - residual).abs(),
+            "quantiles": found.quantiles,
             "residual": residual,
             "aligned": _columns(done),
             "loss_scale": scale,
         }
-        if self.kappa is not None:
-            tensors["kappa"] = self.kappa
+        if self.judge.kappa is not None:
+            tensors["kappa"] = self.judge.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
-        method = self.mode.method
-        names, rows, quantiles = self.names, plain.rows, self.quantiles
+        names, rows, quantiles, method = self.names, found.rows, self.quantiles, self.mode.method
         self._push(
             tensors,
             loss,
@@ -268,21 +212,37 @@ class Engine:
 
     # The parts of a measurement
 
-    def _rows(self, passes: list[Pass]) -> list[RowSums]:
-        if isinstance(self.mode, JvpMode):
-            return self.mode.along(passes, self._perturbed, self.parameters.previous, self.parameters.tensors)
+    def _look(self, passes: list[Pass], updates: ParameterStats, decrease: Tensor) -> tuple[trust.Trusted, LayerSums]:
+        """Sums over features with their verdict, and the sums that standard errors and quantiles come from."""
+        structure = self._structure
+        mode, now = self.mode, self.parameters.tensors
+        if isinstance(mode, ProbeMode):
+            found = self._totals([mode.measure(self._perturbed, now)])
+            return self.judge.plain(found, passes, structure, mode.dtype), found
+        if isinstance(mode, JvpMode):
+            found = self._totals(mode.along(passes, self._perturbed, self.parameters.previous, now))
+            return self._same(self.judge.tangent(found, passes, decrease), passes), found
+        found = self._totals(mode.measure(passes))
+        if not self.amplify:
+            return self.judge.plain(found, passes, structure), found
+
+        def probe(kappa: Tensor) -> Amplified:
+            rows = mode.amplified(passes, self._perturbed, self.parameters.previous, now, kappa)
+            return Amplified(*map(self._totals, rows))
+
+        verdict, central = self.judge.amplified(found, passes, structure, updates, decrease, probe)
+        return self._same(verdict, passes), central
+
+    def _same(self, verdict: trust.Trusted, passes: list[Pass]) -> trust.Trusted:
+        """Backward vectors are those of the training step: with torch.compile, of another forward perhaps."""
+        if not self._perturbed.compiled:
+            return verdict
         assert isinstance(self.mode, BatchMode)
-        return self.mode.measure(passes)
+        rows = self.mode.eager_difference(passes, self._perturbed, self.parameters.previous)
+        return self.judge.same_function(verdict, self._totals(rows).stats)
 
     def _totals(self, rows: list[RowSums]) -> LayerSums:
         return totals(rows, self.quantiles, self.device)
-
-    def _verdict(self, plain: LayerSums, passes: list[Pass], stats: ParameterStats) -> trust.Verdict:
-        st = plain.stats
-        return trust.Verdict(st.sums, (~st.valid).double(), st.noise_floor, st.valid)
-
-    def _padded(self, t):
-        return torch.cat([t, t.new_zeros(len(self.names.groups))])
 
     def _aligned(self, stats: ParameterStats, factor: Tensor) -> Aligned:
         if self._incidence is None:

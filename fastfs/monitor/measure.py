@@ -7,7 +7,7 @@ of totals, rows drawn without replacement). Where all rows were kept the sums ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,11 @@ class LayerSums:
     dot_se: Tensor
     rows: list[tuple[int, int]]
     quantiles: Tensor
+
+    def scaled(self, factor: Tensor) -> LayerSums:
+        """With all row speeds multiplied; relative errors and angles stay as they are, and so does ``stats``."""
+        quantiles = torch.stack([self.quantiles[:, 0], self.quantiles[:, 1] * factor], dim=1)
+        return replace(self, quantiles=quantiles)
 
 
 def from_replay(layers: Sequence[Sequence[Triple]]) -> RowSums:

@@ -57,27 +57,35 @@ class BatchMode:
 
     def measure(self, passes: Sequence[Pass]) -> list[RowSums]:
         """Sums of rows of every pass; the parameters are those after the step."""
-        return [self._measure(passed, self._forward) for passed in passes]
+        return [from_replay(self._triples(p, self._capture.replay(p, self._forward))) for p in passes]
 
     def amplified(
         self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor], kappa: Tensor
-    ) -> list[RowSums]:
-        """The same with f(w + kappa dw) - f(w): the update still has to be divided by kappa.
+    ) -> tuple[list[RowSums], list[RowSums], list[RowSums]]:
+        """Sums of rows of every pass for f(w - kappa dw) and f(w + kappa dw) against f(w), and against each other.
 
-        Features before are computed again where the training step's come from a compiled graph: both have to be rounded
+        Features before are computed again where the training step's come from a compiled graph: all have to be rounded
         at the same places.
         """
-        values = interpolate(before, now, kappa)
-        result = []
+        below, above = interpolate(before, now, -kappa), interpolate(before, now, kappa)
+        result: tuple[list[RowSums], list[RowSums], list[RowSums]] = ([], [], [])
         for passed in passes:
-            base = None
-            if model.compiled:
-                base = self._capture.replay(passed, lambda *args, **kwargs: model(before, *args, **kwargs))
-            result.append(self._measure(passed, lambda *args, **kwargs: model(values, *args, **kwargs), base))
+            base = self._eager(passed, model, before) if model.compiled else None
+            minus, plus = (self._triples(passed, self._eager(passed, model, v), base) for v in (below, above))
+            central = [
+                [Triple(m.after, p.after, p.backward, p.total) for m, p in zip(*visits, strict=True)]
+                for visits in zip(minus, plus, strict=True)
+            ]
+            for sums, triples in zip(result, (minus, plus, central), strict=True):
+                sums.append(from_replay(triples))
         return result
 
-    def _measure(self, passed: Pass, forward: Callable[..., Any], base: Any = None) -> RowSums:
-        return from_replay(self._triples(passed, self._capture.replay(passed, forward), base))
+    def eager_difference(self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor]) -> list[RowSums]:
+        """Between the features of the training step and those of an eager forward with the same parameters."""
+        return [from_replay(self._triples(passed, self._eager(passed, model, before))) for passed in passes]
+
+    def _eager(self, passed: Pass, model: Perturbed, values: Sequence[Tensor]) -> Any:
+        return self._capture.replay(passed, lambda *args, **kwargs: model(values, *args, **kwargs))
 
     def _triples(self, passed: Pass, after: Any, base: Any = None) -> list[list[Triple]]:
         triples: list[list[Triple]] = []
@@ -192,6 +200,11 @@ class ProbeMode:
         self._gradients: list[Tensor | None] = []
         self.loss: Tensor | None = None
         self.structure: Structure | None = None
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the probe is computed in, if the user has not left it to the model."""
+        return self._probe.dtype
 
     def before_step(self, perturbed: Perturbed, parameters: Sequence[Tensor]) -> None:
         """Features, backward vectors and gradients at the parameters before the step."""

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from fastfs.monitor import settings, taps
 from fastfs.monitor.aligned import GradientFactor, LossScale
 from fastfs.monitor.capture import Capture
-from fastfs.monitor.engine import Engine, Parameters
+from fastfs.monitor.engine import Engine
 from fastfs.monitor.header import make_header
 from fastfs.monitor.layers import AUTO, Selection, select_groups, select_layers
 from fastfs.monitor.modes import BatchMode, JvpMode, Probe, ProbeMode
+from fastfs.monitor.parameters import Parameters
 from fastfs.monitor.payload import Names
 from fastfs.monitor.sampling import Sampler
 from fastfs.monitor.schedule import Schedule, as_schedule
@@ -76,7 +77,7 @@ class Monitor:
         self._failed = False  # this step's measurement, before it began
         self._optimizers = optimizers
         self._sampler = Sampler(rows)
-        parameters = Parameters(model, optimizers, snapshot=amplify or mode != "batch")
+        parameters = Parameters(optimizers, snapshot=amplify or mode != "batch")
         names = settings.parameter_names(model, parameters.tensors)
         self._header = make_header(
             model,

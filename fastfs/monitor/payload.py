@@ -24,6 +24,7 @@ STATS = (
     "backward_rms",
     "radial_update",
     "tangential_update",
+    "noise_floor",
 )
 """Columns that come from :class:`fastfs.FeatureStats`, under the names that they have there."""
 
@@ -58,6 +59,12 @@ class Names:
             return sums
         return torch.cat([sums, torch.stack([sums[members].sum(dim=0) for members in self.groups.values()])])
 
+    def worst(self, codes: Tensor) -> Tensor:
+        """(L,) -> (L + G,): a group's code is the largest of its layers, 0 where all are fine."""
+        if not self.groups:
+            return codes
+        return torch.cat([codes, torch.stack([codes[members].max() for members in self.groups.values()])])
+
     def padded(self, values: Sequence[Any]) -> list[Any]:
         """A column that groups have no entry in."""
         return [*values, *[None] * len(self.groups)]
@@ -83,11 +90,10 @@ def measured(
     """
     stats = FeatureStats(parts["sums"])
     columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in STATS}
-    why = trust.reasons(parts["trust"], stats)
-    columns["noise_floor"] = parts["noise_floor"].tolist()
+    why = [trust.REASONS[int(code)] for code in parts["reason"].tolist()]
     columns["valid"] = [reason is None for reason in why]
     columns["why"] = why
-    columns["method"] = trust.methods(parts["trust"], method)
+    columns["method"] = ["amplified" if taken else method for taken in parts["amplified"].tolist()]
     columns["nonfinite"] = stats.nonfinite.tolist()
     columns["count"] = stats.count.tolist()
     columns["rows"] = names.padded([kept for kept, _ in rows])

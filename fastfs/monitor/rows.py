@@ -102,10 +102,10 @@ def as_line(record: Record, run: str) -> dict[str, Any]:
 
 
 def as_rows(record: Record, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Plain dictionaries: one for each layer and group, or a single one for a record without columns."""
+    """Plain dictionaries: one for each layer and group of a measured or predicted step, a single one for the others."""
     common = {"kind": record.kind, "run": header["run"], "step": record.step, "time": record.time}
-    if not record.columns:
-        return [{**common, **record.scalars}]
+    if record.kind not in TABLED:
+        return [{**common, **record.scalars, **({"layers": record.columns} if record.columns else {})}]
     names, layers = row_names(header)
     length = max(map(len, record.columns.values()))
     return [

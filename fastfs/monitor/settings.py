@@ -162,8 +162,8 @@ def describe(header: Mapping[str, Any], snapshot_bytes: int, ring_bytes: int) ->
     aligned = "" if header["aligned_every"] is None else f", aligned decrease every {header['aligned_every']}"
     rows = "all rows" if header["rows"] is None else f"{header['rows']} rows a layer"
     snapshot = f", {snapshot_bytes / _MIB:.1f} MiB for parameters before the step" if snapshot_bytes else ""
+    budget = f"at most {header['memory_bytes'] / _MIB:.1f} MiB for inputs and {rows}"
     return (
         f"fastfs.Monitor: {len(header['layers'])} layers of {header['model']}, {header['mode']} mode, {often}{aligned}"
-        f"; memory at a measured step: at most {header['memory_bytes'] / _MIB:.1f} MiB for inputs and {rows}{snapshot}, "
-        f"{ring_bytes / _MIB:.1f} MiB for the record"
+        f"; memory at a measured step: {budget}{snapshot}, {ring_bytes / _MIB:.1f} MiB for the record"
     )

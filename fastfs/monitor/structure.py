@@ -52,6 +52,7 @@ class Structure:
             the same, the graph hides it.
         opaque: a watched feature is one of several results of a compiled region, which is a single function in the
             graph: the answer is on the safe side, that is fewer cuts; an eager forward gives the exact one.
+        matrices: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more.
     """
 
     upstream: Tensor
@@ -60,6 +61,7 @@ class Structure:
     reason: list[str | None]
     unreached: list[str]
     opaque: bool
+    matrices: Tensor
 
 
 def edge_of(tensor: Tensor) -> Edge | None:
@@ -101,13 +103,16 @@ def analyse(
     for index in sorted(range(len(layers)), key=lambda i: layers[i].position):
         own[index] = layers[index].upstream & ~earlier
         earlier |= layers[index].upstream
+    upstream = _matrix([layer.upstream for layer in layers], len(parameters))
+    wide = torch.tensor([p.dim() > 1 for p in parameters], dtype=torch.bool, device="cpu")
     return Structure(
-        upstream=_matrix([layer.upstream for layer in layers], len(parameters)),
+        upstream=upstream,
         own=_matrix(own, len(parameters)),
         cut=[layer.reason is None for layer in layers],
         reason=[layer.reason for layer in layers],
         unreached=_names(~graph.upstream[graph.root] & ((1 << len(names)) - 1), names),
         opaque=any(graph.opaque(visit) for layer in layers for visit in layer.visits),
+        matrices=(upstream & wide).sum(dim=1),
     )
 
 

@@ -6,8 +6,8 @@ calls come back to the capture when the graph runs. The anchor is a small tensor
 whom: (key of the capture, layer, direction). So one graph serves every block of a model, and nothing is compiled again
 for the next block or the next step. It counts as written to, which keeps the op from being optimised away.
 
-Whether a step is tapped is :attr:`Switch.on`, a Python flag that Dynamo guards on: two cached graphs, and the one for off
-is exactly that of the model without a monitor.
+Whether a step is tapped is :attr:`Switch.on`, a Python flag that Dynamo guards on: two cached graphs, and the one for
+off is exactly that of the model without a monitor.
 """
 
 from __future__ import annotations

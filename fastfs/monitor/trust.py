@@ -35,7 +35,8 @@ All functions work on the device and never wait for it. Source: section 5 of the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,8 +77,11 @@ REASONS: tuple[str | None, ...] = (
     "the feature speed formula does not hold: rounding has changed the Jacobian",
     "the angle is too small for this precision",
     "rounding is biased: the features differ from those in float32",
+    "torch.compile has other random numbers than the eager forward that this mode needs",
 )
 _OK, _NONFINITE, _NO_UPDATE, _NO_BACKWARD, _NOISE, _NONLINEAR, _BELOW, _JACOBIAN, _SMALL_ANGLE, _BIASED = range(10)
+OTHER_MASKS = 10
+"""Code for :func:`refuse`."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def judge(
     depth: Tensor | None = None,
     aligned_decrease: Tensor | None = None,
     exact_before_sq: Tensor | None = None,
+    dot_se: Tensor | None = None,
 ) -> Trusted:
     """Puts together what was measured, per layer from where the error is smaller, and judges it.
 
@@ -139,11 +144,17 @@ def judge(
         aligned_decrease: float64 (L,): D of the step, in the scale of the backward vectors; nan for a layer that is no
             cut. With the step as it was, that is parameters after rounding minus before.
         exact_before_sq: float64 (L,): |f|^2 in float32, on the same rows; one forward now and then is enough.
+        dot_se: float64 (L,): relative standard error of <b, df> where rows were sampled; the residual has it, too.
 
     Raises:
         ValueError: shapes that do not fit.
     """
-    optional = {"depth": depth, "aligned_decrease": aligned_decrease, "exact_before_sq": exact_before_sq}
+    optional = {
+        "depth": depth,
+        "aligned_decrease": aligned_decrease,
+        "exact_before_sq": exact_before_sq,
+        "dot_se": dot_se,
+    }
     _check_shapes(plain, probe, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
     before_sq = plain.before_sq
     if depth is None:
@@ -156,7 +167,7 @@ def judge(
     else:
         second = _second_difference(probe)
         estimate = _better(_amplified(plain, probe, second), _plain(plain, torch.minimum(second, guessed)))
-        residual_large = _residual_large(plain, probe, aligned_decrease)
+        residual_large = _residual_large(plain, probe, aligned_decrease, dot_se)
 
     stats = FeatureStats(estimate.sums)
     finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
@@ -177,10 +188,39 @@ def judge(
         (_NO_UPDATE, plain.update_sq <= 0 if probe is None else probe.central.update_sq <= 0),
         (_NONFINITE, ~finite),
     )
-    reason = torch.full(stats.shape, _OK, dtype=torch.int64, device=plain.device)
-    for code, holds in conditions:  # the last that holds is the most telling
-        reason = torch.where(holds, code, reason)
+    reason = _most_telling(stats, conditions)
     return Trusted(stats, estimate.amplified, estimate.error, angle_error, reason == _OK, reason)
+
+
+def judge_tangent(
+    stats: FeatureStats, *, eps: Tensor, aligned_decrease: Tensor | None = None, dot_se: Tensor | None = None
+) -> Trusted:
+    """Judges a first-order update from forward-mode differentiation: nothing was subtracted, so nothing drowns.
+
+    What is left is that in 16 bits the derivative is that of a rounded network; the residual shows it, as in
+    :func:`judge`. Arguments and errors as there.
+    """
+    optional = {"aligned_decrease": aligned_decrease, "dot_se": dot_se}
+    _check_shapes(stats, None, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
+    finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
+    large = _residual(stats, stats.update_dot_backward, stats.update_sq, aligned_decrease, dot_se)[0] > RESIDUAL
+    zero = torch.zeros_like(stats.update_sq)
+    error = zero + (_BACKWARD * _ROUNDING * eps).square() / 2
+    angle_error = _angle_error(stats.cos_angle, zero, error)
+    conditions = (
+        (_SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
+        (_JACOBIAN, large.expand(stats.shape)),
+        (_NO_BACKWARD, ~(stats.backward_sq > 0)),
+        (_NO_UPDATE, ~(stats.update_sq > 0)),
+        (_NONFINITE, ~finite),
+    )
+    reason = _most_telling(stats, conditions)
+    return Trusted(stats, zero > 0, error, angle_error, reason == _OK, reason)
+
+
+def refuse(trusted: Trusted, code: int, where: Tensor) -> Trusted:
+    """Not valid where ``where`` holds, for the reason ``code``, an index into :data:`REASONS`."""
+    return replace(trusted, valid=trusted.valid & ~where, reason=torch.where(where, code, trusted.reason))
 
 
 def target_for(eps: float) -> float:
@@ -308,23 +348,42 @@ def _better(first: _Estimate, second: _Estimate) -> _Estimate:
     )
 
 
-def _residual_large(plain: FeatureStats, probe: Probe, aligned_decrease: Tensor | None) -> Tensor:
-    """Is the residual 1 - D / -<b, df>, with the odd part of the dot product, large as a root mean square? 0-d bool.
+def _residual_large(
+    plain: FeatureStats, probe: Probe, aligned_decrease: Tensor | None, dot_se: Tensor | None
+) -> Tensor:
+    """Is the residual, with the odd part of the dot product, large as a root mean square? 0-d bool.
 
     Steps that are large themselves (kappa = 1) may have a residual of the order of the square of their move.
     """
-    if aligned_decrease is None:
-        return torch.zeros((), dtype=torch.bool, device=plain.device)
     kappa = probe.kappa.to(torch.float64)
     dot = (probe.plus.update_dot_backward - probe.minus.update_dot_backward) / (2 * kappa)
-    lengths = (probe.central.update_sq * plain.backward_sq).sqrt() / (2 * kappa)
-    scale = torch.maximum(dot.abs(), LEAST_COSINE * lengths)
+    update_sq = probe.central.update_sq / (2 * kappa).square()
+    residual, cut = _residual(plain, dot, update_sq, aligned_decrease, dot_se)
+    moves = torch.where(cut, probe.central.update_sq / (4 * plain.before_sq), 0.0).sum() / cut.sum().clamp_min(1)
+    return ~(residual <= RESIDUAL + (moves - (2 * TARGET) ** 2).clamp_min(0.0))
+
+
+def _residual(
+    stats: FeatureStats, dot: Tensor, update_sq: Tensor, aligned_decrease: Tensor | None, dot_se: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Root mean square over the cuts of the residual 1 - D / -<b, df>, and which layers count: 0-d, bool (L,)."""
+    if aligned_decrease is None:
+        return torch.zeros((), dtype=torch.float64, device=stats.device), torch.zeros_like(dot, dtype=torch.bool)
+    scale = torch.maximum(dot.abs(), LEAST_COSINE * (update_sq * stats.backward_sq).sqrt())
     cut = ~aligned_decrease.isnan() & (scale > 0)
-    count = cut.sum().clamp_min(1)
-    squares = torch.where(cut, ((dot + aligned_decrease) / scale).square(), 0.0)
-    moves = torch.where(cut, probe.central.update_sq / (4 * plain.before_sq), 0.0).sum() / count
-    allowed = RESIDUAL + (moves - (2 * TARGET) ** 2).clamp_min(0.0)
-    return ~((squares.sum() / count).sqrt() <= allowed)
+    squares = ((dot + aligned_decrease) / scale).square()
+    if dot_se is not None:  # an error of the sample is none of the measurement: it is taken out, twice over
+        squares = (squares - (2 * dot_se * dot / scale).square()).clamp_min(0.0)
+    squares = torch.where(cut, squares, 0.0)
+    return (squares.sum() / cut.sum().clamp_min(1)).sqrt(), cut
+
+
+def _most_telling(stats: FeatureStats, conditions: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """The last code that holds, per layer; 0 where none does."""
+    reason = torch.full(stats.shape, _OK, dtype=torch.int64, device=stats.device)
+    for code, holds in conditions:
+        reason = torch.where(holds, code, reason)
+    return reason
 
 
 def _biased(before_sq: Tensor, exact_before_sq: Tensor | None) -> Tensor:
