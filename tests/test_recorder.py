@@ -225,7 +225,7 @@ def test_memory_stays_where_it_is_over_ten_thousand_steps(tmp_path):
         for _ in range(count):
             one.push(value, wide)
             one.poll()
-            if one._writer.waiting() > 60:
+            while one._writer.waiting() > 60:
                 time.sleep(0.002)
         one.flush()
 

@@ -122,8 +122,14 @@ class Writer:
     # The writer thread
 
     def _run(self) -> None:
-        while self._turn():  # a call of its own: nothing of the last batch is held while this thread sleeps
-            pass
+        going = True
+        while going:
+            try:
+                going = self._turn()  # a call of its own: nothing of the last batch is held while this thread sleeps
+            except Exception as error:  # out of memory, say
+                self._say("turn", f"fastfs.Monitor: rows are lost ({type(error).__name__}: {error}). Said once.")
+                going = not self._stopping
+                time.sleep(0.1)
         self.unclosed = [failure for outlet in self.outlets if (failure := outlet.close()) is not None]
 
     def _turn(self) -> bool:
