@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["read_header", "read_record"]
+__all__ = ["load", "read_header", "read_record"]
 
 _SCHEMAS = (1,)
 _INTEGERS = ("step", "layer", "nonfinite", "count", "micro_batches")
@@ -132,3 +132,60 @@ def read_record(path: str | os.PathLike[str]) -> pandas.DataFrame:
     table = table.astype({**kinds, "valid": "bool"})
     order = ("kind", "run", "step", "time", "layer", "name", "angle", "cos_angle", "update_rms", "relative_update")
     return table[[*order, *(name for name in columns if name not in order)]]
+
+
+def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
+    """A record of schema 2 as a tidy table: one row per record of a step and layer or group.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: not a record.
+    """
+    import pandas
+
+    path = Path(path)
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            record = json.loads(line) if line.strip() else None
+        except ValueError:
+            record = None
+        if record is None:
+            continue
+        if not records and (not isinstance(record, dict) or record.get("kind") != "header"):
+            raise ValueError(f"{path}, line {number}: expected the header of a record")
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path}: holds no record of fastfs.Monitor")
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    tables = []
+    names: list[str] = []
+    layers = 0
+    for record in records:
+        kinds.setdefault(record["kind"], []).append(record)
+        if record["kind"] == "header":
+            layers = len(record["layers"])
+            names = [*record["layers"], *record.get("groups", {})]
+        elif record["kind"] in ("measured", "predicted"):
+            common = {key: value for key, value in record.items() if key != "layers"}
+            count = len(next(iter(record["layers"].values())))
+            tables.append(
+                {
+                    **{key: [value] * count for key, value in common.items()},
+                    "layer": list(range(count)),
+                    "name": names[:count],
+                    "group": [i >= layers for i in range(count)],
+                    **record["layers"],
+                }
+            )
+    columns = list(dict.fromkeys(key for part in tables for key in part))
+    joined = {c: [v for part in tables for v in part.get(c, [None] * len(part["layer"]))] for c in columns}
+    table = pandas.DataFrame(joined)
+    table = table.astype({c: "float64" for c in columns if c not in ("kind", "run", "name", "why", "method", "valid", "group")})
+    table.attrs = {
+        "headers": kinds.get("header", []),
+        "structure": kinds.get("structure", []),
+        "alerts": kinds.get("alert", []),
+        "skipped": kinds.get("skipped", []),
+    }
+    return table
