@@ -149,7 +149,7 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
         "source": source,
         "run": run,
         "cards": summary.cards(header, measured, predicted, len(layers), len(alerts), len(skipped)),
-        "findings": summary.findings(names, len(layers), measured, before),
+        "findings": summary.findings(names, len(layers), measured, before, len(predicted.steps) > 0),
         "rows": _rows(names, len(layers), header, structures),
         "measured": {**_packed(measured, kept, shown), "origin": origin[kept.index].tolist()},
         "predicted": _packed(predicted, kept_predicted, shown_predicted),

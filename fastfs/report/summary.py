@@ -71,27 +71,26 @@ def cards(
         ("Time", since(seconds), "from the start to the last row"),
         ("Measured", f"{len(measured.steps):,} steps", f"and {len(predicted.steps):,} predicted from the formula"),
         ("Angles valid", f"{100 * valid / present:.3g} %" if present else "-", f"{valid:,} of {present:,} (layers x steps)" if present else "no angle was measured"),
-        ("Overhead", f"{100 * spent / seconds:.2g} %" if seconds > 0 else "-", f"{since(spent)} spent measuring" if len(steps) else ""),
+        ("Overhead", f"{100 * spent / seconds:.2g} %" if seconds > 0 else "-", f"{since(spent)} spent measuring" if len(steps) else "nothing measured yet"),
         ("Alerts", f"{alerts:,}", f"{skipped:,} optimizer steps skipped" if skipped else "no optimizer step skipped"),
         ("Loss", number(loss[1]), f"from {number(loss[0])} at the start" if math.isfinite(loss[0]) else "not recorded"),
     ]  # fmt: skip
     return [{"label": label, "value": value, "note": note} for label, value, note in boxes]
 
 
-def findings(names: Sequence[str], layers: int, measured: Grid, before: Array) -> list[str]:
-    """Sentences about what stands out; empty without measured rows. ``before``: as of ``grids.predicted_before``."""
+def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, predicted: bool) -> list[str]:
+    """Sentences about what stands out. ``before``: as of ``grids.predicted_before``; ``predicted``: there are such rows."""
     if not len(measured.steps):
-        return []
+        return ["No step was measured: what is shown are predictions from gradients and optimizer steps."] if predicted else []
     said: list[str] = []
     recent = max(1, round(_RECENT * len(measured.steps)))
     when = "at the end of the run" if recent < len(measured.steps) else "in the run"
     angle = _layer_medians(measured, "angle", layers, recent)
     if len(angle):
         first, last, top = min(angle), max(angle), max(angle, key=lambda i: angle[i])
-        said.append(
-            f"Angle {when} (median per layer): {_rad(angle[first])} in {names[first]}, {_rad(angle[last])} in {names[last]}; "
-            f"highest in {names[top]}, {_rad(angle[top])}. Near 90° a layer moves without lowering the loss."
-        )
+        highest = f"; highest in {names[top]}, {_rad(angle[top])}" if top not in (first, last) else ""
+        ends = f"{_rad(angle[first])} in {names[first]}" + (f", {_rad(angle[last])} in {names[last]}" if last != first else "")
+        said.append(f"Angle {when} (median per layer): {ends}{highest}. Near 90° a layer moves without lowering the loss.")
     relative = _layer_medians(measured, "relative_update", layers, recent)
     if len(relative) > 1:
         fast, slow = max(relative, key=lambda i: relative[i]), min(relative, key=lambda i: relative[i])

@@ -1,6 +1,7 @@
 "use strict";
 // Figures for Plotly: each function takes what to show and gives traces and layout.
 
+const DARK_LINES = ["#4AA3DF", "#F0803C", "#2FC79A", "#E08FBC", "#A9DCFF", "#F5C04A"]; // the same hues, lighter
 const LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]; // Okabe and Ito, without black and yellow
 const DASHES = ["solid", "dash", "dot"];
 const MOST_DOTS = 1500;
@@ -12,8 +13,9 @@ const narrow = () => window.innerWidth < 760;
 function frame(height, more = {}) {
   return {
     height, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: css("--plot"), font: { color: css("--ink"), size: 12 },
-    margin: { l: 64, r: 16, t: 14, b: 44 }, dragmode: narrow() ? false : "zoom", hoverlabel: { align: "left" },
-    legend: { orientation: "h", y: -0.24, yanchor: "top", x: 0 }, ...more,
+    margin: { l: 64, r: 16, t: narrow() ? 14 : 32, b: 44 }, dragmode: narrow() ? false : "zoom", hoverlabel: { align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: css("--quiet"), activecolor: css("--accent") },
+    legend: { orientation: "h", y: -46 / (height - 80), yanchor: "top", x: 0 }, ...more,
   };
 }
 function axis(title, more = {}) {
@@ -22,17 +24,29 @@ function axis(title, more = {}) {
 const stepAxis = (range, more = {}) => axis("optimizer step", { range, separatethousands: true, nticks: narrow() ? 5 : 10, exponentformat: "none", ...more });
 
 function colorOf(index) {
-  return { color: LINES[index % LINES.length], dash: DASHES[Math.floor(index / LINES.length) % DASHES.length] };
+  const colors = document.documentElement.dataset.theme === "dark" ? DARK_LINES : LINES;
+  return { color: colors[index % colors.length], dash: DASHES[Math.floor(index / LINES.length) % DASHES.length] };
 }
 
 // Decades for a color bar of log10 values, with steps of 2 and 5 where there are few.
 function logTicks(low, high) {
   const vals = [], text = [];
-  for (let e = Math.floor(low); e <= Math.ceil(high); e++) for (const m of high - low < 2.2 ? [1, 2, 5] : [1]) {
+  for (let e = Math.floor(low); e <= Math.ceil(high); e++) for (const m of high - low < 0.9 ? [1, 1.5, 2, 3, 5, 7] : high - low < 2.2 ? [1, 2, 5] : [1]) {
     const at = e + Math.log10(m);
     if (at >= low - 1e-9 && at <= high + 1e-9) { vals.push(at); text.push(format(m * 10 ** e, 3)); }
   }
   return { tickvals: vals, ticktext: text };
+}
+
+// A logarithmic axis with readable numbers over the values of the traces.
+function logAxis(title, traces, more = {}) {
+  const all = traces.flatMap((trace) => trace.y).filter((v) => v > 0);
+  if (!all.length) return axis(title, { showticklabels: false, ...more });
+  let low = Math.log10(all.reduce((a, b) => Math.min(a, b))), high = Math.log10(all.reduce((a, b) => Math.max(a, b)));
+  const pad = Math.max(0.05, (high - low) * 0.05);
+  low -= pad; high += pad;
+  const { tickvals, ticktext } = logTicks(low, high);
+  return axis(title, { type: "log", range: [low, high], tickvals: tickvals.map((v) => 10 ** v), ticktext, ...more });
 }
 
 // Layer x step. Returns traces, layout, and notes about what is drawn.
@@ -69,16 +83,16 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
   const phone = narrow();
   const names = rows.map((row) => data.rows[row].name);
   const prefix = sharedParents(names);
-  const plotHeight = Math.min(720, Math.max(120, rows.length * 18));
+  const plotHeight = Math.min(720, Math.max(150, rows.length * 18));
   const every = Math.max(1, Math.ceil((rows.length * 15) / plotHeight));
   const labels = rows.map((row, y) => y).filter((y) => y % every === 0);
   const text = labels.map((y) => escapeLabel(shorten(names[y].slice(prefix.length), phone ? 12 : 26)));
   const left = Math.max(...text.map((t) => t.length), 3) * 7 + (prefix ? 34 : 30);
   const ticks = log ? logTicks(low, high) : {};
-  const unit = `${q.label} (${q.unit})`;
+  const unit = escapeLabel(q.unit);
   const bar = phone
     ? { orientation: "h", y: 1.01, yanchor: "bottom", x: 0.5, thickness: 10, len: 1, title: { text: unit, side: "top", font: { size: 11 } }, exponentformat: "power", ...ticks }
-    : { thickness: 14, len: 1, title: { text: unit, side: "right" }, exponentformat: "power", ...ticks };
+    : { thickness: 14, len: 1, title: { text: unit, side: "right", font: { size: 11 } }, exponentformat: "power", ...ticks };
   const x = steps;
   const common = { type: "heatmap", x, y: rows.map((row, y) => y), xgap: width <= 60 ? 1 : 0, ygap: rows.length <= 40 ? 1 : 0 };
   const flat = (name) => [[0, name], [1, name]];
@@ -91,8 +105,8 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
   const alerts = data.alerts.filter((a) => a.row !== null && place.has(a.row));
   if (alerts.length) traces.push({ type: "scatter", mode: "markers", name: "alerts", x: alerts.map((a) => a.step), y: alerts.map((a) => place.get(a.row)), showlegend: false,
     marker: { symbol: "triangle-down", size: 9, color: "#D55E00", line: { color: "#fff", width: 1 } }, hoverinfo: "skip" });
-  const layout = frame(plotHeight + (phone ? 120 : 62), {
-    margin: { l: Math.min(left, phone ? 110 : 240), r: phone ? 10 : 20, t: phone ? 66 : 10, b: 48 },
+  const layout = frame(plotHeight + (phone ? 120 : 84), {
+    margin: { l: Math.min(left, phone ? 110 : 240), r: phone ? 10 : 20, t: phone ? 66 : 32, b: 48 },
     xaxis: stepAxis(range, { showgrid: false }),
     yaxis: axis(prefix ? `layer (${escapeLabel(shorten(prefix, 30))}*)` : "layer", { tickvals: labels, ticktext: text, range: [rows.length - 0.5, -0.5], showgrid: false, automargin: false, fixedrange: phone }),
   });
@@ -100,7 +114,7 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
 }
 
 // One line per picked layer; crosses where not valid, a band of one standard error where there is one.
-function linesFigure(q, picks, { log, range, height = 380, clip = null }) {
+function linesFigure(q, picks, { log, range, height = 380 }) {
   const part = q.part, steps = part.steps, width = steps.length, traces = [];
   let bad = 0, bands = 0;
   picks.forEach((row, index) => {
@@ -126,7 +140,7 @@ function linesFigure(q, picks, { log, range, height = 380, clip = null }) {
     if (crossX.length) traces.push({ type: "scatter", mode: "markers", name: name + ", not valid", legendgroup: String(row), showlegend: false, x: crossX, y: crossY, text: why, marker: { symbol: "x-thin", size: 6, line: { width: 1.2, color: line.color } }, opacity: 0.7,
       hovertemplate: `${name}: not valid<br>%{text}<br>step %{x:,d}<br>%{y:.4g}<extra></extra>` });
   });
-  const layout = frame(height, { xaxis: stepAxis(range), yaxis: axis(`${q.label} (${q.unit})`, { type: log ? "log" : "linear", ...(clip || {}) }), showlegend: true });
+  const layout = frame(height, { xaxis: stepAxis(range), yaxis: log ? logAxis(`${q.label} (${q.unit})`, traces) : axis(`${q.label} (${q.unit})`), showlegend: true });
   if (q.key === "angle") layout.shapes = [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: Math.PI / 2, y1: Math.PI / 2, line: { color: css("--quiet"), dash: "dot", width: 1 } }];
   if (q.key === "angle") layout.annotations = [{ xref: "paper", x: 1, xanchor: "right", y: Math.PI / 2, yanchor: "bottom", showarrow: false, text: "90°: the move does not change the loss", font: { size: 11, color: css("--quiet") } }];
   return { traces, layout, notes: { bad, bands } };
@@ -152,8 +166,8 @@ function scatterFigure(rows) {
       text: shown.map((p) => `${escapeLabel(data.rows[p[2]].name)}<br>measured at step ${whole(part.steps[p[3]])}<br>predicted at step ${whole(part.origin[p[3]])}`),
       hovertemplate: "%{text}<br>predicted %{x:.4g}<br>measured %{y:.4g}<extra></extra>" },
   ];
-  const scale = { type: "log", range: [Math.log10(low), Math.log10(high)], nticks: 6 };
-  const layout = frame(380, { xaxis: axis("predicted speed (units per step)", scale), yaxis: axis("measured speed (units per step)", scale) });
+  const both = [{ y: all }];
+  const layout = frame(380, { xaxis: logAxis("predicted speed (units per step)", both, { tickangle: 0 }), yaxis: logAxis("measured speed (units per step)", both) });
   return { traces, layout, notes: { points: points.length, shown: shown.length, median: percentile(ratios, 0.5) } };
 }
 
@@ -163,12 +177,12 @@ function speedFigure(picks, range) {
   picks.forEach((row, index) => {
     const name = escapeLabel(shorten(data.rows[row].name, 30)), { color } = colorOf(index);
     const series = (part, keep) => part.steps.map((s, c) => { const at = row * part.steps.length + c, v = part.columns.update_rms[at]; return v > 0 && keep(at) ? v : null; });
-    if (p.columns.update_rms) traces.push({ type: "scatter", mode: "lines", x: p.steps, y: series(p, () => true), name: name + ", predicted", legendgroup: String(row), showlegend: !m.columns.update_rms, line: { color, width: 1 }, opacity: 0.75,
+    if (p.columns.update_rms) traces.push({ type: "scatter", mode: "lines", x: p.steps, y: series(p, () => true), name: name + ", predicted", legendgroup: String(row), showlegend: !m.columns.update_rms, line: { color, width: 1 }, opacity: 0.85,
       hovertemplate: `${name}<br>step %{x:,d}<br>predicted %{y:.4g}<extra></extra>` });
     if (m.columns.update_rms) traces.push({ type: "scatter", mode: "markers", x: m.steps, y: series(m, (at) => m.invalid[at] !== 1), name, legendgroup: String(row), marker: { color, size: 5, symbol: index < LINES.length ? "circle" : "diamond-open" },
       hovertemplate: `${name}<br>step %{x:,d}<br>measured %{y:.4g}<extra></extra>` });
   });
-  return { traces, layout: frame(380, { xaxis: stepAxis(range), yaxis: axis("speed (units per step)", { type: "log", nticks: 6 }), showlegend: true }) };
+  return { traces, layout: frame(380, { xaxis: stepAxis(range), yaxis: logAxis("speed (units per step)", traces), showlegend: true }) };
 }
 
 function lossFigure(range) {

@@ -38,7 +38,7 @@ const groupRows = data.rows.map((row, i) => i).filter((i) => data.rows[i].group)
 
 function format(value, digits = 4) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "-";
-  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return value.toExponential(digits - 2);
+  if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e6)) return Number(value.toPrecision(digits)).toExponential();
   return String(Number(value.toPrecision(digits)));
 }
 const whole = (value) => (Number.isFinite(value) ? value.toLocaleString("en") : "-");

@@ -4,7 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const MOST_PICKS = 12;
 const MOST_CHIPS = 300;
-const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset" };
+const CONFIG = { responsive: true, displaylogo: false, displayModeBar: !narrow(), modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset" };
 const LINKED = ["heat", "lines", "speed", "residual", "loss"];
 
 const allSteps = [...data.measured.steps, ...data.predicted.steps, ...data.loss.steps];
@@ -42,7 +42,8 @@ function fillTable(table, columns, rows) {
 
 function legend(node, parts) {
   node.replaceChildren();
-  for (const [color, text] of parts) {
+  for (const [color, words] of parts) {
+    const text = words.endsWith(".") ? words : words + ".";
     if (color) { const mark = element("i"); mark.style.background = color; node.append(mark); }
     node.append(document.createTextNode((color ? "" : " ") + text));
   }
@@ -81,6 +82,8 @@ function drawStatic() {
     for (const q of quantities.filter((one) => one.part === part)) { const option = element("option", q.label); option.value = q.id; group.append(option); }
     if (group.children.length) menu.append(group);
   }
+  $("check-box").hidden = !data.measured.total;
+  $("nothing").hidden = hasRows;
   $("kind-box").hidden = !groupRows.length;
   for (const id of ["controls", "heat-panel", "lines-panel"]) $(id).hidden = !quantities.length;
   $("formula-panel").hidden = !data.measured.columns.update_rms && !data.predicted.columns.update_rms;
@@ -121,11 +124,13 @@ function drawLines() {
     const figure = linesFigure(residual, state.picks, { log: false, range: range(), height: 320 });
     const seen = figure.traces.flatMap((t) => t.y).filter((v) => v !== null && Math.abs(v) > 2);
     if (seen.length) figure.layout.yaxis.range = [-2, 2];
+    legend($("residual-legend"), seen.length ? [[null, `${whole(seen.length)} points above 2 or below -2 are off the picture: zoom out to see them.`]] : []);
     work.push(Plotly.react("residual", figure.traces, figure.layout, CONFIG));
   }
   if (!$("formula-panel").hidden) {
     const speed = speedFigure(state.picks, range());
-    work.push(Plotly.react("speed", speed.traces, speed.layout, CONFIG));
+    $("speed").hidden = !speed.traces.some((trace) => trace.y.some((value) => value !== null));
+    if (!$("speed").hidden) work.push(Plotly.react("speed", speed.traces, speed.layout, CONFIG));
   }
   return Promise.all(work);
 }
@@ -172,6 +177,13 @@ function togglePick(row) {
   state.picks = state.picks.includes(row) ? state.picks.filter((r) => r !== row) : [...state.picks, row].slice(-MOST_PICKS);
   drawPicks();
   drawLines();
+}
+
+// From nothing: Plotly.react keeps parts of a color bar that changes its place.
+function redraw() {
+  for (const id of [...LINKED, "scatter"]) if ($(id).data) Plotly.purge(id);
+  CONFIG.displayModeBar = !narrow();
+  return drawAll().then(attach);
 }
 
 function drawAll() {
@@ -243,6 +255,13 @@ function chooseQuantity(id) {
   $("quantity").value = id;
   $("scale").value = state.log ? "log" : "linear";
 }
+function attach() {
+  for (const id of LINKED) if ($(id).data) link(id);
+  if (!$("heat").data) return;
+  $("heat").on("plotly_hover", showTip);
+  $("heat").on("plotly_unhover", () => { $("tip").hidden = true; });
+  $("heat").on("plotly_click", (e) => { const p = e.points.find((one) => one.data.name === "values"); if (p) togglePick(shownRows()[p.y]); });
+}
 function setTheme(theme) {
   document.documentElement.dataset.theme = theme;
 }
@@ -264,7 +283,7 @@ function wire() {
   $("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); drawAll(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (e) => { setTheme(e.matches ? "dark" : "light"); drawAll(); });
   let small = narrow();
-  window.addEventListener("resize", () => { if (narrow() !== small) { small = narrow(); drawAll(); } });
+  window.addEventListener("resize", () => { if (narrow() !== small) { small = narrow(); redraw(); } });
 }
 
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
@@ -273,11 +292,6 @@ wire();
 if (quantities.length) { chooseQuantity(state.quantity); state.picks = spread(layerRows, 5); }
 if (hasRows) { $("from").value = first; $("to").value = last; }
 drawAll().then(() => {
-  for (const id of LINKED) if ($(id).data) link(id);
-  if ($("heat").data) {
-    $("heat").on("plotly_hover", showTip);
-    $("heat").on("plotly_unhover", () => { $("tip").hidden = true; });
-    $("heat").on("plotly_click", (e) => { const p = e.points.find((one) => one.data.name === "values"); if (p) togglePick(shownRows()[p.y]); });
-  }
+  attach();
   document.documentElement.dataset.ready = "yes";
 });
