@@ -1,4 +1,4 @@
-"""A headless Chromium, driven over the DevTools protocol through pipes: no driver, no port, nothing to install beside it."""
+"""A headless Chromium, driven through pipes by the DevTools protocol: no driver, no port, nothing else to install."""
 
 from __future__ import annotations
 
@@ -129,7 +129,9 @@ class Browser:
             details = about["exceptionDetails"]
             self.problems.append(details.get("exception", {}).get("description") or details["text"])
         elif event == "Runtime.consoleAPICalled" and about["type"] in ("error", "warning", "assert"):
-            self.problems.append(f"{about['type']}: {[arg.get('value', arg.get('description')) for arg in about['args']]}")
+            self.problems.append(
+                f"{about['type']}: {[arg.get('value', arg.get('description')) for arg in about['args']]}"
+            )
         elif event == "Log.entryAdded" and about["entry"]["level"] in ("error", "warning"):
             self.problems.append(f"{about['entry']['source']}: {about['entry']['text']}")
         elif event == "Network.requestWillBeSent":
@@ -137,7 +139,9 @@ class Browser:
 
     def evaluate(self, script: str, timeout: float = 60) -> Any:
         """The value of a JavaScript expression; promises are waited for."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, timeout=timeout)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True, timeout=timeout
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 

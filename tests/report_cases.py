@@ -28,7 +28,9 @@ START = 1_767_603_600.0  # the time in HEADER, in seconds since 1970
 STEP_SECONDS = 0.25
 
 
-def header(names: list[str], *, run: str = "r1", every: int = 1, groups: dict[str, list[str]] | None = None, **more: Any):
+def header(
+    names: list[str], *, run: str = "r1", every: int = 1, groups: dict[str, list[str]] | None = None, **more: Any
+):
     return {
         **HEADER,
         "run": run,
@@ -96,7 +98,8 @@ def measured(names: list[str], step: int, *, run: str = "r1", invalid: float = 0
             "angle_se": [0.02 for _ in names],
             "update_rms_se": [0.1 * s for s in speed],
             "aligned_decrease": [
-                (1 - r) * s * b * size * math.cos(a) for r, s, b, a in zip(residual, speed, backward, angle, strict=True)
+                (1 - r) * s * b * size * math.cos(a)
+                for r, s, b, a in zip(residual, speed, backward, angle, strict=True)
             ],
             "residual": residual,
             "parameter_norm": [3.0 for _ in names],
@@ -119,7 +122,9 @@ def predicted(names: list[str], step: int, *, run: str = "r1") -> dict[str, Any]
     }
 
 
-def alert(step: int, *, rule: str = "angle_collapse", layer: str | None = "blocks.1", run: str = "r1") -> dict[str, Any]:
+def alert(
+    step: int, *, rule: str = "angle_collapse", layer: str | None = "blocks.1", run: str = "r1"
+) -> dict[str, Any]:
     message = f"{layer or 'the loss'}: {rule.replace('_', ' ')} at step {step}"
     common = {"kind": "alert", "run": run, "step": step, "time": START + step * STEP_SECONDS}
     return {**common, "rule": rule, "layer": layer, "value": 1.56, "message": message}

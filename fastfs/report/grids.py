@@ -2,54 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastfs.report.quantities import QUANTITIES, Quantity
+
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["QUANTITIES", "Grid", "Quantity", "Thinned", "make_grid", "predicted_before", "thin", "thin_series"]
+__all__ = ["Grid", "Thinned", "make_grid", "predicted_before", "quantities_of", "thin", "thin_series"]
 
 Array = np.ndarray[Any, Any]
 
-
-@dataclass(frozen=True)
-class Quantity:
-    """A column of a record as it is shown.
-
-    ``log``: shown on a logarithmic scale at first. ``guarded``: means nothing where ``valid`` is false. ``error``: the
-    column with its standard error.
-    """
-
-    key: str
-    label: str
-    unit: str
-    about: str
-    log: bool = False
-    guarded: bool = False
-    error: str | None = None
-
-
-QUANTITIES = (
-    Quantity("angle", "Angle", "rad", "Angle between the feature update and the steepest way down, -dLoss/df. 0: straight down; pi/2 (1.57): the move does not change the loss.", guarded=True, error="angle_se"),
-    Quantity("update_rms", "Speed", "feature units per step", "Root mean square of how far the features of the layer moved in one optimizer step.", log=True, guarded=True, error="update_rms_se"),
-    Quantity("relative_update", "Relative update", "per step", "Speed divided by the size of the features: 0.01 is a move of 1 % in one step.", log=True, guarded=True),
-    Quantity("aligned_decrease", "Aligned decrease", "loss per step", "The loss decrease, to first order, that the parameters up to this layer contribute in one step. Negative: they raise the loss.", log=True),
-    Quantity("residual", "Residual", "1 = 100 %", "How far aligned decrease and measured move disagree. Near 0: consistent; else the step is large, rounding dominates, or the layer is no cut.", guarded=True),
-    Quantity("cos_angle", "Cosine of the angle", "no unit", "1: straight down the loss; 0: the move does not change the loss; negative: up.", guarded=True),
-    Quantity("noise_floor", "Noise floor", "per step", "The relative update that rounding alone would show. A relative update should be at least 5 times this.", log=True),
-    Quantity("feature_rms", "Feature size", "feature units", "Root mean square of the features before the step.", log=True),
-    Quantity("backward_rms", "Backward size", "loss per feature unit", "Root mean square of the gradient of the loss with respect to the features.", log=True),
-    Quantity("radial_update", "Radial update", "see record", "The part of the move along the features themselves: growth or shrinking.", guarded=True),
-    Quantity("tangential_update", "Tangential update", "see record", "The part of the move across the features: rotation.", log=True, guarded=True),
-    Quantity("gradient_norm", "Gradient norm", "loss per parameter unit", "Norm of the gradient of the parameters between this layer and the one before.", log=True),
-    Quantity("parameter_update_norm", "Parameter update norm", "parameter units per step", "Norm of the optimizer's change of those parameters.", log=True),
-    Quantity("parameter_norm", "Parameter norm", "parameter units", "Norm of those parameters.", log=True),
-)  # fmt: skip
-"""What a report can show, in the order of its menu."""
 
 _NOT_SHOWN = {
     "kind", "run", "step", "time", "layer", "name", "group", "valid", "why", "method", "nonfinite", "count", "rows",
@@ -83,7 +51,9 @@ def quantities_of(table: pandas.DataFrame) -> list[Quantity]:
     errors = {quantity.error for quantity in QUANTITIES}
     known = {quantity.key: quantity for quantity in QUANTITIES}
     others = [c for c in table.columns if c not in _NOT_SHOWN and c not in known and c not in errors]
-    found = [q for q in QUANTITIES if q.key in table.columns and pandas.to_numeric(table[q.key], "coerce").notna().any()]
+    found = [
+        q for q in QUANTITIES if q.key in table.columns and pandas.to_numeric(table[q.key], "coerce").notna().any()
+    ]
     numeric = [c for c in others if pandas.to_numeric(table[c], "coerce").notna().any()]
     return found + [Quantity(c, c, "see record", "Column of the record.", guarded=True) for c in numeric[:_MOST_OTHERS]]
 
@@ -178,20 +148,22 @@ def thin(grid: Grid, most: int, alert_steps: Sequence[int] = ()) -> Thinned:
         np.add.at(alerts, np.clip(at, 0, None), 1)
     score = alerts * (grid.invalid.shape[0] + 1) + grid.invalid.sum(axis=0)
     starts, ends = edges[:-1], edges[1:]
-    index = np.array([e - 1 - int(np.argmax(score[s:e][::-1])) for s, e in zip(starts, ends, strict=True)], dtype=np.int64)
+    index = np.array(
+        [e - 1 - int(np.argmax(score[s:e][::-1])) for s, e in zip(starts, ends, strict=True)], dtype=np.int64
+    )
     counts = np.add.reduceat(grid.invalid.astype(np.int64), starts, axis=1) if len(starts) else grid.invalid[:, :0]
     return Thinned(index, ends - starts, counts.astype(np.uint16))
 
 
 def thin_series(steps: Array, values: Array, most: int) -> tuple[Array, Array]:
-    """A line with at most ``most`` points: of every group of neighbours its lowest and its highest, at their own steps."""
+    """At most ``most`` points of a line: of every group of neighbours the lowest and the highest, at their own steps."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(steps) <= most:
         return steps, values
     edges = np.linspace(0, len(steps), max(most // 2, 1) + 1).round().astype(np.int64)
     keep = {0, len(steps) - 1}
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in itertools.pairwise(edges):
         keep |= {start + int(np.argmin(values[start:end])), start + int(np.argmax(values[start:end]))}
     chosen = np.array(sorted(keep))
     return steps[chosen], values[chosen]

@@ -13,16 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastfs.report import summary
 from fastfs.report.grids import (
-    QUANTITIES,
     Array,
     Grid,
-    Quantity,
     Thinned,
     make_grid,
     predicted_before,
@@ -30,15 +28,14 @@ from fastfs.report.grids import (
     thin,
     thin_series,
 )
+from fastfs.report.quantities import Quantity
 from fastfs.report.read import load
 
 try:
+    import pandas
     from plotly.offline import get_plotlyjs
 except ImportError as missing:
-    raise ImportError('fastfs.report.page needs plotly: pip install "fastfs[report]"') from missing
-
-if TYPE_CHECKING:
-    import pandas
+    raise ImportError(f'a report needs plotly and pandas ({missing}): pip install "fastfs[report]"') from missing
 
 __all__ = ["build_page", "page_data", "render", "write_page"]
 
@@ -53,7 +50,14 @@ _MOST_SKIPPED = 200
 _MOST_POINTS = 2000
 _MOST_TEXT = 2000
 
-_PREDICTED = ("aligned_decrease", "update_rms", "backward_rms", "gradient_norm", "parameter_update_norm", "parameter_norm")
+_PREDICTED = (
+    "aligned_decrease",
+    "update_rms",
+    "backward_rms",
+    "gradient_norm",
+    "parameter_update_norm",
+    "parameter_norm",
+)
 _ASSETS = ("report.css", "data.js", "charts.js", "report.js")
 
 
@@ -73,7 +77,9 @@ def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str], *, run
     out = Path(out)
     page = build_page(load(path), run=run, source=Path(path).name)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=out.parent, prefix=f".{out.name}.", encoding="utf-8", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", dir=out.parent, prefix=f".{out.name}.", encoding="utf-8", delete=False
+    ) as file:
         try:
             file.write(page)
             file.close()
@@ -174,8 +180,9 @@ def _of_run(table: pandas.DataFrame, name: str, run: str) -> list[dict[str, Any]
 def _grid(table: pandas.DataFrame, kind: str, rows: int) -> tuple[Grid, list[Quantity]]:
     part = table[table["kind"] == kind] if len(table) else table
     if not len(part):
-        nothing: Array = np.empty(0)
-        return Grid(nothing.astype(np.int64), nothing, nothing, nothing, {}, np.zeros((rows, 0), bool), np.zeros((rows, 0), np.uint8), []), []  # fmt: skip
+        none: Array = np.empty(0)
+        cells: Array = np.zeros((rows, 0), np.uint8)
+        return Grid(none.astype(np.int64), none, none, none, {}, cells.astype(bool), cells, []), []
     found = quantities_of(part)
     if kind == "predicted":
         found = [quantity for quantity in found if quantity.key in _PREDICTED]
@@ -276,12 +283,16 @@ def _thinned(
     for name, grid, shown in (("measured", measured, kept), ("predicted", predicted, kept_predicted)):
         if len(shown.index) < len(grid.steps):
             said.append(
-                f"{len(shown.index):,} of {len(grid.steps):,} {name} steps are drawn, one for each {int(shown.merged.max()):,} or so neighbours, "
-                "as recorded (nothing is averaged). Of those neighbours it is the step with the most alerts, then the one with the most cells that are "
-                "not valid, then the last: so the picture looks rather too bad than too good. Hovering over a cell tells how many were not valid."
+                f"{len(shown.index):,} of {len(grid.steps):,} {name} steps are drawn, one for each "
+                f"{int(shown.merged.max()):,} or so neighbours, as recorded (nothing is averaged). It is the step with "
+                "the most alerts of those, then the one with the most cells that are not valid, then the last: the "
+                "picture looks rather too bad than too good. Hovering over a cell tells how many were not valid."
             )
     if len(line[0]) < line[2]:
-        said.append(f"Loss: {len(line[0]):,} of {line[2]:,} values; of neighbours the lowest and the highest, so that no spike is lost.")  # fmt: skip
+        said.append(
+            f"Loss: {len(line[0]):,} of {line[2]:,} values; of neighbours the lowest and the highest, so that no spike "
+            "is lost."
+        )
     if alerts > _MOST_ALERTS:
         said.append(f"Alerts: the first and the last {_MOST_ALERTS // 2} of {alerts:,}; the counts by rule are of all.")
     if skipped > _MOST_SKIPPED:
@@ -307,7 +318,7 @@ def _facts(
     if resumed:
         facts.append(["resumed at step", ", ".join(resumed[:50])])
     metadata = header.get("metadata")
-    for key, value in (metadata.items() if isinstance(metadata, Mapping) else []):
+    for key, value in metadata.items() if isinstance(metadata, Mapping) else []:
         facts.append([f"metadata: {key}", str(_text(value))])
     others = [other for other in runs if other != run]
     if others:

@@ -181,7 +181,9 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
     columns = list(dict.fromkeys(key for part in tables for key in part))
     joined = {c: [v for part in tables for v in part.get(c, [None] * len(part["layer"]))] for c in columns}
     table = pandas.DataFrame(joined)
-    table = table.astype({c: "float64" for c in columns if c not in ("kind", "run", "name", "why", "method", "valid", "group")})
+    table = table.astype(
+        {c: "float64" for c in columns if c not in ("kind", "run", "name", "why", "method", "valid", "group")}
+    )
     table.attrs = {
         "headers": kinds.get("header", []),
         "structure": kinds.get("structure", []),

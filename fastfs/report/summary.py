@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,9 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number as a person reads it."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.{digits}g}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 
 def since(seconds: float) -> str:
@@ -31,7 +34,8 @@ def since(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.2g} s"
     parts = [(86400, "d"), (3600, "h"), (60, "min"), (1, "s")]
-    rest, said = round(seconds), []
+    rest = round(seconds)
+    said: list[str] = []
     for size, unit in parts:
         if rest >= size or (unit == "s" and not said):
             said.append(f"{rest // size} {unit}")
@@ -48,10 +52,8 @@ def duration(header: Mapping[str, Any], grids: Sequence[Grid]) -> float:
     if not len(times):
         return math.nan
     start = float(times.min())
-    try:
+    with contextlib.suppress(ValueError):  # a header without a readable start: from the first row on
         start = min(start, datetime.fromisoformat(str(header.get("started"))).timestamp())
-    except ValueError:
-        pass  # a header without a readable start: from the first row on
     return float(times.max()) - start
 
 
@@ -66,22 +68,43 @@ def cards(
     valid = int((np.isfinite(angle) & ~measured.invalid[:layers]).sum()) if angle.size else 0
     spent = float(np.nansum(measured.overhead) + np.nansum(predicted.overhead))
     loss = _loss(measured, predicted)
+    some = len(steps) > 0
     boxes = [
-        ("Steps", f"{number(int(steps[-1]) + 1)}" if len(steps) else "none", f"{steps[0]:,} to {steps[-1]:,} in the record" if len(steps) else "the record has no rows yet"),
+        (
+            "Steps",
+            number(int(steps[-1]) + 1) if some else "none",
+            f"{steps[0]:,} to {steps[-1]:,} in the record" if some else "the record has no rows yet",
+        ),
         ("Time", since(seconds), "from the start to the last row"),
         ("Measured", f"{len(measured.steps):,} steps", f"and {len(predicted.steps):,} predicted from the formula"),
-        ("Angles valid", f"{100 * valid / present:.3g} %" if present else "-", f"{valid:,} of {present:,} (layers x steps)" if present else "no angle was measured"),
-        ("Overhead", f"{100 * spent / seconds:.2g} %" if seconds > 0 else "-", f"{since(spent)} spent measuring" if len(steps) else "nothing measured yet"),
+        (
+            "Angles valid",
+            f"{100 * valid / present:.3g} %" if present else "-",
+            f"{valid:,} of {present:,} (layers x steps)" if present else "no angle was measured",
+        ),
+        (
+            "Overhead",
+            f"{100 * spent / seconds:.2g} %" if seconds > 0 else "-",
+            f"{since(spent)} spent measuring" if some else "nothing measured yet",
+        ),
         ("Alerts", f"{alerts:,}", f"{skipped:,} optimizer steps skipped" if skipped else "no optimizer step skipped"),
-        ("Loss", number(loss[1]), f"from {number(loss[0])} at the start" if math.isfinite(loss[0]) else "not recorded"),
-    ]  # fmt: skip
+        (
+            "Loss",
+            number(loss[1]),
+            f"from {number(loss[0])} at the start" if math.isfinite(loss[0]) else "not recorded",
+        ),
+    ]
     return [{"label": label, "value": value, "note": note} for label, value, note in boxes]
 
 
 def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, predicted: bool) -> list[str]:
-    """Sentences about what stands out. ``before``: as of ``grids.predicted_before``; ``predicted``: there are such rows."""
+    """Sentences about what stands out. ``before``: as of ``grids.predicted_before``; ``predicted``: are there such rows."""
     if not len(measured.steps):
-        return ["No step was measured: what is shown are predictions from gradients and optimizer steps."] if predicted else []
+        return (
+            ["No step was measured: what is shown are predictions from gradients and optimizer steps."]
+            if predicted
+            else []
+        )
     said: list[str] = []
     recent = max(1, round(_RECENT * len(measured.steps)))
     when = "at the end of the run" if recent < len(measured.steps) else "in the run"
@@ -89,8 +112,12 @@ def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, p
     if len(angle):
         first, last, top = min(angle), max(angle), max(angle, key=lambda i: angle[i])
         highest = f"; highest in {names[top]}, {_rad(angle[top])}" if top not in (first, last) else ""
-        ends = f"{_rad(angle[first])} in {names[first]}" + (f", {_rad(angle[last])} in {names[last]}" if last != first else "")
-        said.append(f"Angle {when} (median per layer): {ends}{highest}. Near 90° a layer moves without lowering the loss.")
+        ends = f"{_rad(angle[first])} in {names[first]}" + (
+            f", {_rad(angle[last])} in {names[last]}" if last != first else ""
+        )
+        said.append(
+            f"Angle {when} (median per layer): {ends}{highest}. Near 90° a layer moves without lowering the loss."
+        )
     relative = _layer_medians(measured, "relative_update", layers, recent)
     if len(relative) > 1:
         fast, slow = max(relative, key=lambda i: relative[i]), min(relative, key=lambda i: relative[i])
@@ -129,7 +156,7 @@ def _invalid(names: Sequence[str], layers: int, measured: Grid) -> list[str]:
     said = f"Not valid: {int(bad.sum()):,} of {bad.size:,} cells; most often ({count:,}): {reason}."
     if bad.all():
         return [f"No angle of this run is valid. Reason given most often ({count:,} of {bad.size:,}): {reason}."]
-    never = [names[i] for i in np.flatnonzero(bad.all(axis=1))]
+    never = [names[i] for i in np.flatnonzero(bad.all(axis=1)).tolist()]
     if never:
         said += f" Never valid: {', '.join(never[:5])}{f' and {len(never) - 5} more' if len(never) > 5 else ''}."
     return [said]
