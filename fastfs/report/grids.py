@@ -156,7 +156,7 @@ def thin(grid: Grid, most: int, alert_steps: Sequence[int] = ()) -> Thinned:
 
 
 def thin_series(steps: Array, values: Array, most: int) -> tuple[Array, Array]:
-    """At most ``most`` points of a line: of every group of neighbours the lowest and the highest, at their own steps."""
+    """At most ``most`` points of a line: of every group of neighbours the lowest and the highest, where they are."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(steps) <= most:

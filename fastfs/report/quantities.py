@@ -98,14 +98,14 @@ QUANTITIES = (
     Quantity(
         "radial_update",
         "Radial update",
-        "see record",
+        "share of the features, per step",
         "The part of the move along the features themselves: growth or shrinking.",
         guarded=True,
     ),
     Quantity(
         "tangential_update",
         "Tangential update",
-        "see record",
+        "share of the features, per step",
         "The part of the move across the features: rotation.",
         log=True,
         guarded=True,

@@ -72,7 +72,7 @@ def cards(
     boxes = [
         (
             "Steps",
-            number(int(steps[-1]) + 1) if some else "none",
+            f"{steps[-1] + 1:,}" if some else "none",
             f"{steps[0]:,} to {steps[-1]:,} in the record" if some else "the record has no rows yet",
         ),
         ("Time", since(seconds), "from the start to the last row"),
@@ -98,7 +98,7 @@ def cards(
 
 
 def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, predicted: bool) -> list[str]:
-    """Sentences about what stands out. ``before``: as of ``grids.predicted_before``; ``predicted``: are there such rows."""
+    """What stands out, in sentences. ``before``: of ``grids.predicted_before``; ``predicted``: are there such rows."""
     if not len(measured.steps):
         return (
             ["No step was measured: what is shown are predictions from gradients and optimizer steps."]
