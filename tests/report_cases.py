@@ -115,8 +115,8 @@ def predicted(names: list[str], step: int, *, run: str = "r1") -> dict[str, Any]
     keep = ("aligned_decrease", "backward_rms", "parameter_norm", "parameter_update_norm", "gradient_norm")
     speed = [v if i % 5 != 3 else None for i, v in enumerate(columns["update_rms"])]
     return {
-        **{key: row[key] for key in ("run", "step", "time", "loss", "loss_scale")},
         "kind": "predicted",
+        **{key: row[key] for key in ("run", "step", "time", "loss", "loss_scale")},
         "overhead_seconds": 0.001,
         "layers": {**{key: columns[key] for key in keep}, "update_rms": speed},
     }

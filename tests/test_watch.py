@@ -278,7 +278,8 @@ class Terminal:
         while not re.search(pattern, self.seen):
             assert time.monotonic() < end, f"{pattern!r} did not show in {self.seen[-3000:]!r}"
             if select.select([self.main], [], [], 0.1)[0]:
-                self.seen += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(self.main, 1 << 16).decode())
+                text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", os.read(self.main, 1 << 16).decode())
+                self.seen = re.sub(r"\s+", " ", self.seen + text)
         return self.seen
 
     def close(self):

@@ -131,7 +131,7 @@ def screen(
     """
     lines = _heading(state, now, name)
     rows = [i for i, layer in enumerate(state.names) if search.lower() in layer.lower()]
-    room = len(rows) if height is None else max(1, height - len(lines) - 5)
+    room = len(rows) if height is None else max(1, height - len(lines) - 3)
     shown = rows
     note = ""
     if len(rows) > room:
@@ -149,7 +149,7 @@ def screen(
     wide = width >= _WIDE
     if wide:
         table.add_column("#", justify="right", no_wrap=True, min_width=len(str(state.layers)))
-    table.add_column("layer", no_wrap=True, overflow="ellipsis", ratio=2, min_width=8)
+    table.add_column("layer", no_wrap=True, overflow="ellipsis", ratio=2, min_width=12)
     table.add_column("angle", justify="right", no_wrap=True, min_width=11 if wide else 5)
     for title in ("speed", "relative", "predicted"):
         table.add_column(title, justify="right", no_wrap=True, min_width=9)
