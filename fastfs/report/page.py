@@ -282,11 +282,14 @@ def _thinned(
     said = []
     for name, grid, shown in (("measured", measured, kept), ("predicted", predicted, kept_predicted)):
         if len(shown.index) < len(grid.steps):
+            invalid = (
+                "then the one with the most cells that are not valid, then the last: the picture looks rather too bad "
+                "than too good. Hovering over a cell tells how many were not valid."
+            )
             said.append(
                 f"{len(shown.index):,} of {len(grid.steps):,} {name} steps are drawn, one for each "
                 f"{int(shown.merged.max()):,} or so neighbours, as recorded (nothing is averaged). It is the step with "
-                "the most alerts of those, then the one with the most cells that are not valid, then the last: the "
-                "picture looks rather too bad than too good. Hovering over a cell tells how many were not valid."
+                f"the most alerts of those, {invalid if name == 'measured' else 'then the last.'}"
             )
     if len(line[0]) < line[2]:
         said.append(

@@ -3,11 +3,15 @@
 
 const DARK_LINES = ["#4AA3DF", "#F0803C", "#2FC79A", "#E08FBC", "#A9DCFF", "#F5C04A"]; // the same hues, lighter
 const LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]; // Okabe and Ito, without black and yellow
+// Blue to red; what is 0 is pale on light ground and dark on dark ground, so that it is not taken for the grey of "not valid".
+const DIVERGING = [[0, "#2166ac"], [0.25, "#7fb6d9"], [0.5, "#fbf7ef"], [0.75, "#f0976b"], [1, "#b2182b"]];
+const DARK_DIVERGING = [[0, "#a6d8f5"], [0.25, "#3b87bd"], [0.5, "#0b0e12"], [0.75, "#c94f3d"], [1, "#ffcdb0"]];
 const DASHES = ["solid", "dash", "dot"];
 const MOST_DOTS = 1500;
 const MOST_SCATTER = 4000;
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const isDark = () => document.documentElement.dataset.theme === "dark";
 const narrow = () => window.innerWidth < 760;
 
 function frame(height, more = {}) {
@@ -19,12 +23,12 @@ function frame(height, more = {}) {
   };
 }
 function axis(title, more = {}) {
-  return { title: { text: title, standoff: 8 }, gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true, exponentformat: "power", ...more };
+  return { title: { text: title, standoff: 8 }, gridcolor: css("--grid"), linecolor: css("--line"), zeroline: false, automargin: true, exponentformat: "e", ...more };
 }
 const stepAxis = (range, more = {}) => axis("optimizer step", { range, separatethousands: true, nticks: narrow() ? 5 : 10, exponentformat: "none", ...more });
 
 function colorOf(index) {
-  const colors = document.documentElement.dataset.theme === "dark" ? DARK_LINES : LINES;
+  const colors = isDark() ? DARK_LINES : LINES;
   return { color: colors[index % colors.length], dash: DASHES[Math.floor(index / LINES.length) % DASHES.length] };
 }
 
@@ -78,7 +82,8 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
   const least = log ? 0.05 : Math.max(1e-12, Math.abs(high) * 1e-3);
   if (high - low < least) { const mid = (low + high) / 2; low = mid - least; high = mid + least; }
   const diverging = !log && low < 0;
-  if (diverging) { high = Math.max(-low, high); low = -high; }
+  // A healthy residual looks calm: the colors do not grow stronger below one half.
+  if (diverging) { high = Math.max(-low, high, q.key === "residual" ? 0.5 : 0); low = -high; }
 
   const phone = narrow();
   const names = rows.map((row) => data.rows[row].name);
@@ -91,12 +96,12 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
   const ticks = log ? logTicks(low, high) : {};
   const unit = escapeLabel(q.unit);
   const bar = phone
-    ? { orientation: "h", y: 1.01, yanchor: "bottom", x: 0.5, thickness: 10, len: 1, title: { text: unit, side: "top", font: { size: 11 } }, exponentformat: "power", ...ticks }
-    : { thickness: 14, len: 1, title: { text: unit, side: "right", font: { size: 11 } }, exponentformat: "power", ...ticks };
+    ? { orientation: "h", y: 1.01, yanchor: "bottom", x: 0.5, thickness: 10, len: 1, title: { text: unit, side: "top", font: { size: 11 } }, exponentformat: "e", ...ticks }
+    : { thickness: 14, len: 1, title: { text: unit, side: "right", font: { size: 11 } }, exponentformat: "e", ...ticks };
   const x = steps;
   const common = { type: "heatmap", x, y: rows.map((row, y) => y), xgap: width <= 60 ? 1 : 0, ygap: rows.length <= 40 ? 1 : 0 };
   const flat = (name) => [[0, name], [1, name]];
-  const traces = [{ ...common, name: "values", z, zmin: low, zmax: high, colorscale: diverging ? "RdBu" : "Viridis", colorbar: bar, showscale: finite.length > 0, hoverinfo: "none" }];
+  const traces = [{ ...common, name: "values", z, zmin: low, zmax: high, colorscale: diverging ? (isDark() ? DARK_DIVERGING : DIVERGING) : "Viridis", colorbar: bar, showscale: finite.length > 0, hoverinfo: "none" }];
   if (invalidCells) traces.push({ ...common, name: "not valid", z: grey, zmin: 0, zmax: 1, colorscale: flat(css("--invalid")), showscale: false, hoverinfo: "skip" });
   if (belowCells) traces.push({ ...common, name: "not above zero", z: below, zmin: 0, zmax: 1, colorscale: flat("#D55E00"), showscale: false, hoverinfo: "skip" });
   const showDots = dots.x.length > 0 && dots.x.length <= MOST_DOTS;

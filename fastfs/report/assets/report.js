@@ -139,7 +139,7 @@ function drawFormula() {
   if ($("formula-panel").hidden) return null;
   const { traces, layout, notes } = scatterFigure(shownRows());
   const some = notes.points > 0;
-  $("scatter").hidden = !some;
+  $("scatter").hidden = $("formula-about").hidden = !some;
   $("scatter").parentElement.style.gridTemplateColumns = some ? "" : "minmax(0, 1fr)";
   const why = !data.predicted.total ? "This run has no predicted rows" : !data.measured.total ? "This run has no measured rows" : "No valid measurement of the shown layers has a prediction before it";
   $("formula-note").textContent = some
