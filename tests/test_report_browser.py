@@ -149,6 +149,21 @@ def test_controls_work(browser, pages, name):
     assert_clean(browser, pages[name])
 
 
+@pytest.mark.parametrize("name", ["small", "predicted"])
+def test_no_button_sends_anything_anywhere(browser, pages, name):
+    load(browser, pages[name])
+    titles = browser.evaluate(
+        "[...new Set([...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title))]"
+    )
+    assert sorted(titles) == ["Download plot as a PNG", "Pan", "Reset axes", "Zoom", "Zoom in", "Zoom out"]
+    assert browser.evaluate("document.querySelectorAll('a[href], form, iframe').length") == 0
+    assert browser.evaluate("Plotly.toImage('heat', {format: 'png'}).then((url) => url.length)") > 1000
+    # The page forbids what it should never do, whatever asks for it.
+    refused = "fetch('http://127.0.0.1:9/').then(() => 'sent', () => 'refused')"
+    assert browser.evaluate(refused) == "refused"
+    assert any("Content Security Policy" in problem for problem in browser.problems)
+
+
 def test_zooming_one_plot_moves_the_others(browser, pages):
     load(browser, pages["small"])
     browser.evaluate("Plotly.relayout('loss', {'xaxis.range[0]': 5, 'xaxis.range[1]': 10}).then(() => true)")

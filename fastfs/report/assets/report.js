@@ -4,7 +4,8 @@
 const $ = (id) => document.getElementById(id);
 const MOST_PICKS = 12;
 const MOST_CHIPS = 300;
-const CONFIG = { responsive: true, displaylogo: false, displayModeBar: !narrow(), modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset" };
+// Plotly offers to upload a chart to its cloud unless it is told not to: nothing of a run leaves this page.
+const CONFIG = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: !narrow(), modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset" };
 const LINKED = ["heat", "lines", "speed", "residual", "loss"];
 
 const allSteps = [...data.measured.steps, ...data.predicted.steps, ...data.loss.steps];
