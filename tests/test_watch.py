@@ -19,6 +19,7 @@ from rich.console import Console
 
 from fastfs.report import follow
 from fastfs.report.follow import Follower
+from fastfs.report.locate import find_record
 from fastfs.report.watch import RunState, screen, watch
 from tests import report_cases as cases
 
@@ -241,6 +242,23 @@ def test_once_prints_one_table_and_ends(tmp_path):
     assert done.returncode == 0
     assert done.stdout.count("blocks.") >= 100
     assert "\x1b" not in done.stdout
+
+
+def test_which_record_a_folder_means(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no record in this folder"):
+        find_record(tmp_path)
+    parts = tmp_path / "numbers.parquet"
+    parts.mkdir()
+    (parts / "part-r1-0.parquet").touch()
+    assert find_record(tmp_path) == find_record(parts) == parts
+    with pytest.raises(ValueError, match="only JSONL records can be followed"):
+        watch(tmp_path, once=True)
+    (tmp_path / "other.jsonl").touch()
+    with pytest.raises(ValueError, match="several records in this folder.*numbers.parquet, other.jsonl"):
+        find_record(tmp_path)
+    (tmp_path / "record.jsonl").touch()
+    assert find_record(tmp_path) == tmp_path / "record.jsonl"
+    assert find_record(tmp_path / "other.jsonl") == tmp_path / "other.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["SUFFIXES", "find_record"]
-
-SUFFIXES = (".jsonl", ".parquet")
-"""Files of these kinds are looked for in a folder."""
+__all__ = ["find_record"]
 
 
 def find_record(path: str | os.PathLike[str]) -> Path:
-    """The record that ``path`` means: itself, or the only record (or the ``record.jsonl``) of that folder.
+    """The record that ``path`` means: itself, or the ``record.jsonl`` or else the only record of that folder.
+
+    A record is a JSONL file, or a folder of Parquet parts.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or no record in the folder.
@@ -21,14 +20,19 @@ def find_record(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if not path.is_dir():
+    if path.is_file() or _is_parquet(path):
         return path
     if (path / "record.jsonl").is_file():
         return path / "record.jsonl"
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+    found = sorted(one for one in path.iterdir() if (one.suffix == ".jsonl" and one.is_file()) or _is_parquet(one))
     if not found:
-        raise FileNotFoundError(f"{path}: no record in this folder (expected a file *{', *'.join(SUFFIXES)})")
+        raise FileNotFoundError(f"{path}: no record in this folder (expected a file *.jsonl or a folder of Parquet)")
     if len(found) > 1:
         names = ", ".join(file.name for file in found[:8]) + (", ..." if len(found) > 8 else "")
         raise ValueError(f"{path}: several records in this folder, name one of them: {names}")
     return found[0]
+
+
+def _is_parquet(path: Path) -> bool:
+    """Whether this is a folder as the Parquet sink writes it."""
+    return path.is_dir() and any(path.glob("part-*.parquet"))

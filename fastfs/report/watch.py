@@ -300,7 +300,7 @@ def _fitted(state: RunState, console: Console, now: float, order: str, search: s
 
 def _follower(path: str | os.PathLike[str]) -> Follower:
     record = find_record(path)
-    if record.suffix == ".parquet":
+    if record.is_dir() or record.suffix == ".parquet":
         raise ValueError(f"{record}: only JSONL records can be followed while they grow; use fastfs report")
     return Follower(record)
 
