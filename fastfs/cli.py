@@ -60,6 +60,53 @@ def demo(
         raise typer.Exit(1)
 
 
+class Order(str, Enum):
+    """Which layers ``fastfs watch`` shows where not all fit."""
+
+    worst = "worst"
+    layer = "layer"
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A record, or the folder of a run.", metavar="RUN")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="Id of the run; the last in the record if not given.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run: heat maps, lines, predictions, alerts. It needs no network to be read."""
+    try:
+        from fastfs.report.locate import find_record
+        from fastfs.report.page import write_page
+
+        if out.is_dir():
+            raise ValueError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
+        page = write_page(find_record(run), out, run=run_id)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"fastfs report: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A record that is being written, or the folder of a run.", metavar="RUN")],
+    once: Annotated[bool, typer.Option("--once", help="Print one table with all layers and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at the record.")] = 1.0,
+    layers: Annotated[str, typer.Option(help="Only layers with this in their name.")] = "",
+    order: Annotated[Order, typer.Option(help="Which layers to show where not all fit.")] = Order.worst,
+) -> None:
+    """Show the latest numbers of a running run in the terminal: angle, speed, loss, alerts. Ctrl-C ends it."""
+    from fastfs.report.watch import watch as follow
+
+    try:
+        follow(run, once=once, interval=interval, search=layers, order=order.value)
+    except (OSError, ValueError) as error:
+        typer.echo(f"fastfs watch: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
 @app.command()
 def doctor() -> None:
     """Say what is installed, built and in use, and check the native core against the reference."""

@@ -3,17 +3,16 @@
 import functools
 import os
 import random
-import shutil
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
 
+from tests.browser import BROWSERS, find_browser
+
 hypothesis.settings.register_profile("fastfs", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("fastfs")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 @functools.cache
@@ -25,9 +24,7 @@ def missing_gpu() -> str | None:
 @functools.cache
 def missing_browser() -> str | None:
     """Why tests marked `browser` cannot run, or None."""
-    if any(shutil.which(name) for name in BROWSERS):
-        return None
-    return f"no browser: none of {', '.join(BROWSERS)} on PATH"
+    return None if find_browser() else f"no browser: none of {', '.join(BROWSERS)} on PATH"
 
 
 NEEDS = {

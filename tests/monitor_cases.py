@@ -166,6 +166,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, batch:
         optimizer.step()
 
 
+def measured_into(seen: list[dict[str, Any]]) -> Callable[[list[dict[str, Any]]], None]:
+    """A sink that keeps the rows of measured steps."""
+    return lambda rows: seen.extend(row for row in rows if row["kind"] == "measured")
+
+
 def watched(layers: Any = r"blocks\.\d+$", every: Any = 1, model: nn.Module | None = None, **options: Any) -> Any:
     """A model, its optimizer, the list that rows go to, and the monitor."""
     model = ResNet(8, 16, 3, 3) if model is None else model
@@ -175,5 +180,5 @@ def watched(layers: Any = r"blocks\.\d+$", every: Any = 1, model: nn.Module | No
         model,
         optimizer,
         seen,
-        fastfs.Monitor(model, optimizer, layers=layers, every=every, sinks=[seen.extend], **options),
+        fastfs.Monitor(model, optimizer, layers=layers, every=every, sinks=[measured_into(seen)], **options),
     )

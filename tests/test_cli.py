@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fastfs.cli import app
+from tests import report_cases as cases
 
 
 def run(*arguments):
@@ -22,7 +23,8 @@ def test_help_lists_the_commands():
     code, output = run("--help")
     assert code == 0
     assert "demo" in output
-    assert "doctor" in output
+    for command in ("doctor", "report", "watch"):
+        assert command in output
     code, output = run("demo", "--help")
     assert code == 0
     for option in ("--steps", "--model", "--every", "--threads", "--out"):
@@ -77,6 +79,48 @@ def test_missing_packages_are_one_line(monkeypatch, tmp_path):
     assert code == 1
     assert "fastfs demo:" in output
     assert not (tmp_path / "out").exists()
+
+
+def test_report_writes_the_page_and_says_where(tmp_path):
+    cases.write(tmp_path / "record.jsonl", cases.run_lines(3, 5))
+    code, output = run("report", tmp_path, "-o", tmp_path / "pages" / "report.html")
+    assert code == 0, output
+    assert output.endswith("MB)")
+    page = (tmp_path / "pages" / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "blocks.2" in page
+
+
+@pytest.mark.parametrize(
+    ("files", "arguments", "message"),
+    [
+        ({}, ["record.jsonl"], "record.jsonl: no such file or folder"),
+        ({}, ["."], "no record in this folder"),
+        ({"a.jsonl": "", "b.jsonl": ""}, ["."], "several records in this folder, name one of them: a.jsonl, b.jsonl"),
+        ({"a.jsonl": "hello"}, ["a.jsonl"], "a.jsonl"),
+        ({"a.jsonl": json.dumps(cases.header(["x"]))}, ["a.jsonl", "--run", "r9"], "no run 'r9' in the record"),
+        ({"a.jsonl": json.dumps(cases.header(["x"]))}, ["a.jsonl", "-o", "."], "is a folder"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line(tmp_path, monkeypatch, files, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    code, output = run("report", *arguments)
+    assert code == 1
+    assert output.startswith("fastfs report: ")
+    assert message in output
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_without_plotly_says_what_to_install(monkeypatch, tmp_path):
+    cases.write(tmp_path / "record.jsonl", cases.run_lines(3, 5))
+    for name in [name for name in sys.modules if name.startswith(("plotly", "fastfs.report.page"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    code, output = run("report", tmp_path)
+    assert code == 1
+    assert 'pip install "fastfs[report]"' in output
 
 
 def test_it_runs_as_a_module():

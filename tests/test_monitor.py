@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from monitor_cases import CASES, BatchNormNet, assert_same, rows, sgd, small_transformer, tokens, train
+from monitor_cases import measured_into, CASES, BatchNormNet, assert_same, rows, sgd, small_transformer, tokens, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +22,7 @@ def test_training_is_bitwise_the_same(case):
     seen = []
 
     def attach(model, optimizer):
-        return fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=2, sinks=[seen.extend])
+        return fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=2, sinks=[measured_into(seen)])
 
     assert_same(case.run(6, None), case.run(6, attach))
     assert {row["step"] for row in seen} == {0, 2, 4}
@@ -35,8 +35,8 @@ def test_training_is_bitwise_the_same_with_two_monitors_and_both_see_it():
     first, second, monitors = [], [], []
 
     def attach(model, optimizer):
-        monitors.append(fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[first.extend]))
-        return fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=2, sinks=[second.extend])
+        monitors.append(fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(first)]))
+        return fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=2, sinks=[measured_into(second)])
 
     assert_same(case.run(4, None), case.run(4, attach))
     monitors[0].close()
@@ -112,7 +112,7 @@ def test_rows_are_the_statistics_computed_by_hand(dtype):
     optimizer, other = sgd(model), sgd(twin)
     x, y = rows(0)
     expected = by_hand(twin, other, x.to(dtype), y, list(twin.blocks))
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]) as monitor:
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]) as monitor:
         loss = F.cross_entropy(model(x.to(dtype)), y)
         loss.backward()
         monitor.log(loss=loss)
@@ -133,7 +133,7 @@ def test_the_identity_of_the_feature_speed_formula_holds():
     torch.manual_seed(0)
     model = ResNet(8, 32, 6, 3).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
         x, y = rows(0)
         F.cross_entropy(model(x.double()), y).backward()
         optimizer.step()
@@ -150,7 +150,7 @@ def test_a_step_that_changes_nothing_moves_no_feature(make):
     seen = []
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen)]):
         train(model, optimizer, 2, tokens if make is small_transformer else rows)
     assert [row["update_rms"] for row in seen] == [0.0] * 6
     assert all(math.isnan(row["angle"]) and not row["valid"] and row["backward_rms"] > 0 for row in seen)
@@ -163,7 +163,7 @@ def test_inplace_relu_after_the_layer_does_not_change_what_is_seen():
         model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
         optimizer = sgd(model)
         seen[inplace] = []
-        with fastfs.Monitor(model, optimizer, layers=["0", "2"], every=1, sinks=[seen[inplace].extend]):
+        with fastfs.Monitor(model, optimizer, layers=["0", "2"], every=1, sinks=[measured_into(seen[inplace])]):
             train(model, optimizer, 2)
     for plain, changed in zip(seen[False], seen[True], strict=True):
         for key in ("angle", "update_rms", "feature_rms", "backward_rms"):
@@ -176,7 +176,7 @@ def test_an_inplace_relu_can_be_watched_itself(inplace):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
     optimizer = sgd(model)
-    with fastfs.Monitor(model, optimizer, layers=["1"], sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers=["1"], sinks=[measured_into(seen)]):
         train(model, optimizer, 1)
     assert seen[0]["valid"]
     assert 0.1 < seen[0]["feature_rms"] < 1
@@ -196,7 +196,7 @@ def test_inputs_changed_after_the_forward_do_not_matter():
     seen = []
     model = Doubling()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[measured_into(seen)]):
         x, y = rows(0)
         F.cross_entropy(model({"x": x}), y).backward()
         x.fill_(7.0)
@@ -209,7 +209,7 @@ def test_the_second_forward_has_the_autocast_of_the_first():
     seen = []
     model = small_transformer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with fastfs.Monitor(model, optimizer, layers="blocks", every=1, sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers="blocks", every=1, sinks=[measured_into(seen)]):
         for step in range(2):
             x, y = tokens(step)
             with torch.autocast("cpu", torch.bfloat16, enabled=step == 0):
@@ -233,7 +233,7 @@ def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step():
     seen = []
     model = Prompted()
     optimizer = torch.optim.SGD([model.prompt], lr=0.1)
-    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[measured_into(seen)]):
         x, y = rows(0)
         F.cross_entropy(model(model.prompt, x), y).backward()
         optimizer.step()
@@ -265,7 +265,7 @@ def test_activation_checkpointing(reentrant):
         model = Checkpointed(active)
         optimizer = sgd(model)
         seen[active] = []
-        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[seen[active].extend]):
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen[active])]):
             train(model, optimizer, 2)
     for plain, saved in zip(seen[False], seen[True], strict=True):
         hidden = reentrant and saved["layer"] < 2
@@ -285,7 +285,7 @@ def test_micro_batches_add_up_to_the_batch():
         model = ResNet(8, 16, 3, 3).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         seen[parts] = []
-        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen[parts].extend]) as monitor:
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen[parts])]) as monitor:
             x, y = rows(0)
             for some, labels in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
                 loss = F.cross_entropy(model(some), labels) / parts
@@ -303,7 +303,7 @@ def test_two_forwards_before_one_backward_count_both():
     seen = []
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
         a, b = model(rows(0)[0]), model(rows(1)[0])
         (a - b).square().mean().backward()
         optimizer.step()
@@ -320,7 +320,7 @@ def test_a_skipped_optimizer_step_leaves_nothing_behind(order):
         model = ResNet(8, 16, 3, 3)
         optimizer = sgd(model)
         rows_of[skip] = []
-        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[rows_of[skip].extend]):
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(rows_of[skip])]):
             for batch in [0, 1] if skip else [1]:
                 x, y = rows(batch)
                 if order == "zero before forward":
@@ -341,7 +341,7 @@ def test_a_gradient_scaler_that_skips_and_then_steps():
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[seen.extend]) as monitor:
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen)]) as monitor:
         for step in range(3):
             x, y = rows(step)
             optimizer.zero_grad()
@@ -365,7 +365,7 @@ def test_a_step_with_a_closure_is_measured():
         loss.backward()
         return loss
 
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
         optimizer.step(closure)
     assert all(row["valid"] for row in seen)
 
@@ -382,7 +382,7 @@ def test_a_layer_that_runs_twice_counts_its_rows_twice():
     seen = []
     model = Twice()
     optimizer = sgd(model)
-    with fastfs.Monitor(model, optimizer, layers="layer", sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers="layer", sinks=[measured_into(seen)]):
         train(model, optimizer, 1)
     assert seen[0]["count"] == 2 * 16 * 8
     assert seen[0]["valid"]

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from monitor_cases import rows, sgd, train, watched
+from monitor_cases import measured_into, rows, sgd, train, watched
 from torch import nn
 
 import fastfs
@@ -52,7 +52,7 @@ def losses(give, take, steps=3, attach=True):
     model = Taking(take)
     optimizer = sgd(model)
     seen = []
-    monitor = fastfs.Monitor(model, optimizer, layers=r"blocks\.\d", every=1, sinks=[seen.extend]) if attach else None
+    monitor = fastfs.Monitor(model, optimizer, layers=r"blocks\.\d", every=1, sinks=[measured_into(seen)]) if attach else None
     result = []
     for step in range(steps):
         x, y = rows(step)

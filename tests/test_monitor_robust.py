@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from monitor_cases import adamw, rows, sgd, small_transformer, tokens, train, watched
+from monitor_cases import measured_into, adamw, rows, sgd, small_transformer, tokens, train, watched
 from torch import nn
 
 import fastfs
@@ -56,9 +56,9 @@ def test_forwards_without_a_backward_hold_no_memory():
     references = []
     original = fastfs.monitor.capture.Visit.__init__
 
-    def spy(self, features):
-        original(self, features)
-        references.append(weakref.ref(self.before))
+    def spy(self, *arguments):
+        original(self, *arguments)
+        references.append(weakref.ref(self.before.values))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fastfs.monitor.capture.Visit, "__init__", spy)
@@ -143,7 +143,7 @@ def test_exceptions_in_a_step_leave_nothing_behind(where):
                 optimizer.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("step")))
                 optimizer.step()
             model.fail = False
-            optimizer._optimizer_step_pre_hooks.clear()
+            optimizer._optimizer_step_pre_hooks.popitem()
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
@@ -233,7 +233,7 @@ def test_modes_changed_between_forward_and_step_are_those_of_the_forward():
     model = small_transformer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     seen = []
-    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[seen.extend]):
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
         x, y = tokens(0)
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
         model.eval()
@@ -261,7 +261,7 @@ def test_a_failing_sink_warns_once_and_spares_the_others():
     seen = []
     with (
         pytest.warns(RuntimeWarning, match="OSError: disk full") as caught,
-        fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[fail, seen.extend]),
+        fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[fail, measured_into(seen)]),
     ):
         train(model, optimizer, 3)
     assert len(caught) == 2

@@ -177,17 +177,16 @@ def test_a_function_gets_plain_rows():
     rows = []
     filled(CallableSink(rows.extend))
     assert [row["kind"] for row in rows] == (
-        ["structure"] * 3 + ["measured"] * 4 + ["predicted"] * 8 + ["skipped", "alert"] + ["measured"] * 4
+        ["structure"] + ["measured"] * 4 + ["predicted"] * 8 + ["skipped", "alert"] + ["measured"] * 4
     )
-    assert rows[1] == {
-        "kind": "structure", "run": "a", "step": 0, "time": 99.0, "layer": 1, "name": "blocks.1", "group": False,
-        "cut": True, "reason": None, "parameters": 8,
+    assert rows[0] == {
+        "kind": "structure", "run": "a", "step": 0, "time": 99.0, "layers": STRUCTURE.columns
     }  # fmt: skip
-    second, group = rows[4], rows[6]
+    second, group = rows[2], rows[4]
     assert list(second)[:7] == ["kind", "run", "step", "time", "layer", "name", "group"]
     assert (second["layer"], second["name"], second["angle"], second["loss"]) == (1, "blocks.1", 1.1, 0.5)
     assert (group["layer"], group["name"], group["group"]) == (3, "all", True)
-    assert rows[15] == {"kind": "skipped", "run": "a", "step": 3, "time": 103.0, "reason": SKIPPED.scalars["reason"]}
+    assert rows[13] == {"kind": "skipped", "run": "a", "step": 3, "time": 103.0, "reason": SKIPPED.scalars["reason"]}
     assert rows[16]["layer"] == "blocks.1"
     assert math.isnan(rows[-1]["angle"])
 

@@ -1,0 +1,298 @@
+"use strict";
+// State, controls, tables. Text from the record goes through textContent, never through HTML.
+
+const $ = (id) => document.getElementById(id);
+const MOST_PICKS = 12;
+const MOST_CHIPS = 300;
+// Plotly offers to upload a chart to its cloud unless it is told not to: nothing of a run leaves this page.
+const CONFIG = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: !narrow(), modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset" };
+const LINKED = ["heat", "lines", "speed", "residual", "loss"];
+
+const allSteps = [...data.measured.steps, ...data.predicted.steps, ...data.loss.steps];
+const first = allSteps.reduce((a, b) => Math.min(a, b), Infinity), last = allSteps.reduce((a, b) => Math.max(a, b), -Infinity);
+const hasRows = allSteps.length > 0;
+const state = { quantity: quantities.length ? quantities[0].id : null, log: false, search: "", kind: "layers", from: first, to: last, showInvalid: false, picks: [] };
+
+function element(tag, text, className) {
+  const made = document.createElement(tag);
+  if (text !== undefined && text !== null) made.textContent = text;
+  if (className) made.className = className;
+  return made;
+}
+const quantity = () => quantities.find((q) => q.id === state.quantity);
+const kindRows = () => (state.kind === "groups" ? groupRows : layerRows);
+const shownRows = () => matching(kindRows(), state.search);
+function range() {
+  const pad = Math.max(0.5, (state.to - state.from) * 0.004);
+  return [state.from - pad, state.to + pad];
+}
+
+function fillTable(table, columns, rows) {
+  table.replaceChildren();
+  const head = element("tr");
+  for (const [title, numeric] of columns) head.append(element("th", title, numeric ? "n" : ""));
+  if (columns.some(([title]) => title)) { const top = element("thead"); top.append(head); table.append(top); }
+  const body = element("tbody");
+  for (const row of rows) {
+    const line = element("tr");
+    row.forEach((cell, i) => line.append(element("td", cell, columns[i][1] ? "n" : "")));
+    body.append(line);
+  }
+  table.append(body);
+}
+
+function legend(node, parts) {
+  node.replaceChildren();
+  for (const [color, words] of parts) {
+    const text = words.endsWith(".") ? words : words + ".";
+    if (color) { const mark = element("i"); mark.style.background = color; node.append(mark); }
+    node.append(document.createTextNode((color ? "" : " ") + text));
+  }
+}
+
+// ---- what does not change
+
+function drawStatic() {
+  $("title").textContent = data.title;
+  $("subtitle").textContent = [data.source, `fastfs report`].filter(Boolean).join(" · ");
+  for (const card of data.cards) {
+    const box = element("div", null, "card");
+    box.append(element("span", card.label), element("b", card.value), element("span", card.note));
+    $("cards").append(box);
+  }
+  for (const text of data.findings) $("findings").append(element("li", text));
+  if (data.alert_rules.length) {
+    $("alarm").hidden = false;
+    $("alarm").textContent = "Alerts: " + data.alert_rules.map(([rule, count]) => `${rule} (${whole(count)})`).join(", ") + ". Details are in the table below.";
+  }
+  const total = data.alert_rules.reduce((sum, [, count]) => sum + count, 0);
+  $("alerts-note").textContent = total ? `${whole(total)} in all` + (total > data.alerts.length ? `; the first and the last ${data.alerts.length / 2} are listed.` : ".") : "None.";
+  if (total) fillTable($("alerts"), [["step", 1], ["rule"], ["layer"], ["value", 1], ["message"]], data.alerts.map((a) => [whole(a.step), a.rule, a.layer ?? "-", format(a.value), a.message ?? ""]));
+  if (data.skipped.length) { $("skipped-panel").hidden = false; fillTable($("skipped"), [["step", 1], ["reason"]], data.skipped.map((s) => [whole(s.step), s.reason ?? ""])); }
+  const known = layerRows.filter((row) => data.rows[row].cut !== null), cuts = known.filter((row) => data.rows[row].cut);
+  $("structure-summary").textContent = known.length ? `Structure: ${cuts.length} of ${known.length} layers are cuts` : `Structure: ${layerRows.length} layers (which are cuts is not recorded)`;
+  fillTable($("structure"), [["", 1], ["layer"], ["cut"], ["parameters", 1], ["why not"]], data.rows.map((row, i) => [String(i), row.name + (row.group ? " (group)" : ""), row.cut === null ? "-" : row.cut ? "yes" : "no", row.parameters === null ? "-" : whole(row.parameters), row.reason ?? (row.members === null ? "" : `${row.members} layers`)]));
+  fillTable($("facts"), [[""], [""]], data.facts);
+  if (data.thinned.length) for (const text of data.thinned) $("thinned").append(element("li", text));
+  else $("thinned").append(element("li", hasRows ? "Nothing: every recorded step is drawn." : "The record has no rows yet."));
+
+  const menu = $("quantity");
+  for (const [name, part] of [["Measured steps", data.measured], ["Between measured steps", data.predicted]]) {
+    const group = element("optgroup");
+    group.label = name;
+    for (const q of quantities.filter((one) => one.part === part)) { const option = element("option", q.label); option.value = q.id; group.append(option); }
+    if (group.children.length) menu.append(group);
+  }
+  $("check-box").hidden = !data.measured.total;
+  $("nothing").hidden = hasRows;
+  $("kind-box").hidden = !groupRows.length;
+  for (const id of ["controls", "heat-panel", "lines-panel"]) $(id).hidden = !quantities.length;
+  $("formula-panel").hidden = !data.measured.columns.update_rms && !data.predicted.columns.update_rms;
+  $("residual-panel").hidden = !data.measured.columns.residual;
+  $("loss-panel").hidden = !data.loss.steps.length;
+}
+
+// ---- what does
+
+function drawHeat() {
+  const q = quantity(), rows = shownRows();
+  $("heat-title").textContent = `${q.label} (${q.unit}), layer by step`;
+  $("heat-about").textContent = q.about;
+  const { traces, layout, notes } = heatFigure(q, rows, { log: state.log, range: range(), showInvalid: state.showInvalid });
+  const parts = [];
+  if (!rows.length) parts.push([null, "No layer matches the search."]);
+  if (notes.invalidCells) parts.push([css("--invalid"), `not valid (${whole(notes.invalidCells)} cells): hover for the reason`]);
+  if (notes.belowCells) parts.push(["#D55E00", `zero or negative, which a logarithmic scale cannot show (${whole(notes.belowCells)})`]);
+  if (notes.emptyCells) parts.push([css("--plot"), q.part === data.predicted ? `nothing recorded (${whole(notes.emptyCells)}): no cut, or no angle yet` : `not measured (${whole(notes.emptyCells)})`]);
+  if (notes.alerts) parts.push([null, "▼ alert."]);
+  if (notes.showDots) parts.push([null, "● stands for steps of which some were not valid."]);
+  else if (notes.dots) parts.push([null, `${whole(notes.dots)} cells stand for several steps of which some were not valid: see the quantity "Share not valid".`]);
+  if (notes.clipped) parts.push([null, "Colors span the 1st to the 99th percentile; beyond, the end color."]);
+  legend($("heat-legend"), parts);
+  return Plotly.react("heat", traces, layout, CONFIG);
+}
+
+function drawLines() {
+  const q = quantity(), { traces, layout, notes } = linesFigure(q, state.picks, { log: state.log, range: range() });
+  const parts = [];
+  if (notes.bands) parts.push([null, "Bands: one standard error (only some rows of the batch were kept)."]);
+  if (notes.bad) parts.push([null, `Crosses: not valid (${whole(notes.bad)}); lines skip them.`]);
+  if (!state.picks.length) parts.push([null, "Pick layers above, or click on a row of the heat map."]);
+  legend($("lines-legend"), parts);
+  const residual = quantities.find((one) => one.id === "measured:residual");
+  const work = [Plotly.react("lines", traces, layout, CONFIG)];
+  if (residual) {
+    const figure = linesFigure(residual, state.picks, { log: false, range: range(), height: 320 });
+    const seen = figure.traces.flatMap((t) => t.y).filter((v) => v !== null && Math.abs(v) > 2);
+    if (seen.length) figure.layout.yaxis.range = [-2, 2];
+    legend($("residual-legend"), seen.length ? [[null, `${whole(seen.length)} points above 2 or below -2 are off the picture: zoom out to see them.`]] : []);
+    work.push(Plotly.react("residual", figure.traces, figure.layout, CONFIG));
+  }
+  if (!$("formula-panel").hidden) {
+    const speed = speedFigure(state.picks, range());
+    $("speed").hidden = !speed.traces.some((trace) => trace.y.some((value) => value !== null));
+    if (!$("speed").hidden) work.push(Plotly.react("speed", speed.traces, speed.layout, CONFIG));
+  }
+  return Promise.all(work);
+}
+
+function drawFormula() {
+  if ($("formula-panel").hidden) return null;
+  const { traces, layout, notes } = scatterFigure(shownRows());
+  const some = notes.points > 0;
+  $("scatter").hidden = $("formula-about").hidden = !some;
+  $("scatter").parentElement.style.gridTemplateColumns = some ? "" : "minmax(0, 1fr)";
+  const why = !data.predicted.total ? "This run has no predicted rows" : !data.measured.total ? "This run has no measured rows" : "No valid measurement of the shown layers has a prediction before it";
+  $("formula-note").textContent = some
+    ? `${whole(notes.shown)} of ${whole(notes.points)} points drawn; predicted / measured has the median ${format(notes.median, 3)}. Right: dots are measured, thin lines predicted, for the layers picked above.`
+    : `${why}, so there is nothing to compare.`;
+  return some ? Plotly.react("scatter", traces, layout, CONFIG) : null;
+}
+
+function drawLoss() {
+  if ($("loss-panel").hidden) return null;
+  const { traces, layout } = lossFigure(range());
+  legend($("loss-legend"), data.resumed.length ? [[null, "Dotted lines: the run was resumed."]] : []);
+  return Plotly.react("loss", traces, layout, CONFIG);
+}
+
+function drawPicks() {
+  const rows = shownRows(), box = $("picks");
+  box.replaceChildren();
+  for (const row of rows.slice(0, MOST_CHIPS)) {
+    const chip = element("button", data.rows[row].name);
+    chip.type = "button"; chip.dataset.row = row; chip.title = data.rows[row].name;
+    chip.setAttribute("aria-pressed", String(state.picks.includes(row)));
+    chip.addEventListener("click", () => togglePick(row));
+    box.append(chip);
+  }
+  const more = rows.length > MOST_CHIPS ? ` The first ${MOST_CHIPS} are listed: narrow them with the search.` : "";
+  $("picked").textContent = `${state.picks.length} layers picked (at most ${MOST_PICKS}); ${rows.length} of ${kindRows().length} match the search.${more}`;
+}
+
+function spread(rows, count) {
+  if (rows.length <= count) return [...rows];
+  return [...new Set(Array.from({ length: count }, (_, i) => rows[Math.round((i * (rows.length - 1)) / (count - 1))]))];
+}
+function togglePick(row) {
+  state.picks = state.picks.includes(row) ? state.picks.filter((r) => r !== row) : [...state.picks, row].slice(-MOST_PICKS);
+  drawPicks();
+  drawLines();
+}
+
+// From nothing: Plotly.react keeps parts of a color bar that changes its place.
+function redraw() {
+  for (const id of [...LINKED, "scatter"]) if ($(id).data) Plotly.purge(id);
+  CONFIG.displayModeBar = !narrow();
+  return drawAll().then(attach);
+}
+
+function drawAll() {
+  const work = [drawLoss()];
+  if (quantities.length) { drawPicks(); work.push(drawHeat(), drawLines(), drawFormula()); }
+  return Promise.all(work);
+}
+
+// ---- the tooltip of the heat map
+
+function tipText(row, c) {
+  const q = quantity(), part = q.part, width = part.steps.length, at = row * width + c;
+  const lines = [data.rows[row].name + (data.rows[row].cut === false ? " (no cut)" : ""), `step ${whole(part.steps[c])}`];
+  const value = q.values[at];
+  lines.push(`${q.label}: ${format(value)} ${Number.isFinite(value) ? q.unit : ""}` + (q.key === "angle" && Number.isFinite(value) ? ` (${((value * 180) / Math.PI).toFixed(1)}°)` : ""));
+  const error = q.error && part.columns[q.error] ? part.columns[q.error][at] : NaN;
+  if (Number.isFinite(error)) lines.push(`standard error: ${format(error, 2)}`);
+  if (part === data.measured) {
+    if (q.key !== "relative_update" && part.columns.relative_update) lines.push(`relative update: ${format(part.columns.relative_update[at])} per step`);
+    if (part.columns.noise_floor) lines.push(`noise floor: ${format(part.columns.noise_floor[at])} per step`);
+    if (part.invalid[at]) lines.push(`NOT VALID: ${part.reasons[part.why[at]] ?? "no reason given"}`);
+  }
+  if (part.merged[c] > 1) lines.push(`stands for ${part.merged[c]} recorded steps` + (part === data.measured ? `, ${part.invalid_merged[at]} of them not valid` : ""));
+  const alerts = data.alerts.filter((a) => a.row === row && a.step >= part.steps[c] && (c + 1 >= width || a.step < part.steps[c + 1]));
+  for (const a of alerts.slice(0, 3)) lines.push(`▼ ${a.rule}: ${shorten(a.message ?? "", 160)}`);
+  return lines.join("\n");
+}
+
+function showTip(event) {
+  const point = event.points.find((p) => p.data.name === "values");
+  if (!point) return;
+  const [y, c] = Array.isArray(point.pointIndex) ? point.pointIndex : [point.y, data.measured.steps.indexOf(point.x)];
+  const tip = $("tip");
+  tip.textContent = tipText(shownRows()[y], c);
+  tip.hidden = false;
+  const mouse = event.event, box = tip.getBoundingClientRect();
+  const x = mouse.clientX ?? 20, top = mouse.clientY ?? 20;
+  tip.style.left = `${Math.max(8, Math.min(x + 14, window.innerWidth - box.width - 8))}px`;
+  tip.style.top = `${top + 18 + box.height > window.innerHeight ? Math.max(8, top - box.height - 12) : top + 18}px`;
+}
+
+// ---- controls
+
+function setRange(from, to) {
+  if (!(from <= to)) return;
+  state.from = Math.max(first, from);
+  state.to = Math.min(last, to);
+  if (state.from > state.to) { state.from = first; state.to = last; }
+  $("from").value = Math.round(state.from);
+  $("to").value = Math.round(state.to);
+  for (const id of LINKED) if ($(id).data) Plotly.relayout(id, { "xaxis.range": range() });
+}
+let linking = false;
+function link(id) {
+  $(id).on("plotly_relayout", (change) => {
+    if (linking) return;
+    const low = change["xaxis.range[0]"] ?? change["xaxis.range"]?.[0], high = change["xaxis.range[1]"] ?? change["xaxis.range"]?.[1];
+    if (low === undefined && !change["xaxis.autorange"]) return;
+    const wanted = range();
+    if (low === wanted[0] && high === wanted[1]) return;
+    linking = true;
+    setRange(low ?? first, high ?? last);
+    setTimeout(() => { linking = false; }, 0);
+  });
+}
+function chooseQuantity(id) {
+  state.quantity = id;
+  state.log = quantity().log;
+  $("quantity").value = id;
+  $("scale").value = state.log ? "log" : "linear";
+}
+function attach() {
+  for (const id of LINKED) if ($(id).data) link(id);
+  if (!$("heat").data) return;
+  $("heat").on("plotly_hover", showTip);
+  $("heat").on("plotly_unhover", () => { $("tip").hidden = true; });
+  $("heat").on("plotly_click", (e) => { const p = e.points.find((one) => one.data.name === "values"); if (p) togglePick(shownRows()[p.y]); });
+}
+function setTheme(theme) {
+  document.documentElement.dataset.theme = theme;
+}
+
+function wire() {
+  $("quantity").addEventListener("change", (e) => { chooseQuantity(e.target.value); drawHeat(); drawLines(); });
+  $("scale").addEventListener("change", (e) => { state.log = e.target.value === "log"; drawHeat(); drawLines(); });
+  let waiting = 0;
+  $("filter").addEventListener("input", (e) => { clearTimeout(waiting); waiting = setTimeout(() => { state.search = e.target.value; drawPicks(); drawHeat(); drawFormula(); }, 150); });
+  $("kind").addEventListener("change", (e) => { state.kind = e.target.value; state.picks = spread(shownRows(), 5); drawAll(); });
+  $("show-invalid").addEventListener("change", (e) => { state.showInvalid = e.target.checked; drawHeat(); });
+  for (const id of ["from", "to"]) {
+    $(id).min = first; $(id).max = last;
+    $(id).addEventListener("change", () => setRange(Number($("from").value), Number($("to").value)));
+  }
+  $("reset").addEventListener("click", () => setRange(first, last));
+  $("pick-shown").addEventListener("click", () => { state.picks = spread(shownRows(), 6); drawPicks(); drawLines(); });
+  $("pick-none").addEventListener("click", () => { state.picks = []; drawPicks(); drawLines(); });
+  $("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); drawAll(); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (e) => { setTheme(e.matches ? "dark" : "light"); drawAll(); });
+  let small = narrow();
+  window.addEventListener("resize", () => { if (narrow() !== small) { small = narrow(); redraw(); } });
+}
+
+setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+drawStatic();
+wire();
+if (quantities.length) { chooseQuantity(state.quantity); state.picks = spread(layerRows, 5); }
+if (hasRows) { $("from").value = first; $("to").value = last; }
+drawAll().then(() => {
+  attach();
+  document.documentElement.dataset.ready = "yes";
+});
