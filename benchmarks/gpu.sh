@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 # The files with tests marked gpu, so that what the other files import need not be there.
-tests=(tests/test_{cuda,determinism,doctor,functional,ops,reference,stats}.py)
+tests=(tests/test_{cuda,cuda_updates,determinism,doctor,functional,ops,optimizer_stats,reference,stats}.py)
 mkdir -p "$out"
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
@@ -110,6 +110,7 @@ try initcheck initcheck
 quick=()
 [[ ${QUICK:-0} == 1 ]] && quick=(--quick)
 try benchmarks "$python" -m benchmarks.feature_stats --device cuda --json "$out/gpu_feature_stats.json" "${quick[@]}"
+try updates "$python" -m benchmarks.updates --device cuda --json "$out/gpu_updates.json" "${quick[@]}"
 
 step "results in $out"
 if ((${#failed[@]})); then
