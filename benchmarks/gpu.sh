@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 # The files with tests marked gpu, so that what the other files import need not be there.
-tests=(tests/test_{cuda,determinism,doctor,functional,gather,ops,reference,stats}.py)
+tests=(tests/test_{cuda,cuda_updates,determinism,doctor,functional,gather,ops,optimizer_stats,reference,stats}.py)
 mkdir -p "$out"
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
@@ -111,6 +111,7 @@ quick=()
 [[ ${QUICK:-0} == 1 ]] && quick=(--quick)
 try benchmarks "$python" -m benchmarks.feature_stats --device cuda --json "$out/gpu_feature_stats.json" "${quick[@]}"
 try "benchmark of rows" "$python" -m benchmarks.gather_rows --device cuda --json "$out/gpu_gather_rows.json" "${quick[@]}"
+try updates "$python" -m benchmarks.updates --device cuda --json "$out/gpu_updates.json" "${quick[@]}"
 
 step "results in $out"
 if ((${#failed[@]})); then

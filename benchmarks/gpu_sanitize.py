@@ -6,6 +6,8 @@ import math
 import torch
 
 from fastfs import feature_stats, update_stats
+from fastfs.functional import optimizer_stats
+from fastfs.rules import Rule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -36,8 +38,23 @@ def main() -> None:
         check_rows(x.t(), torch.tensor([width - 1, 0], device="cuda"), to)
         outside = torch.tensor([6, -1, 2**40], device="cuda")
         assert torch.ops.fastfs.gather_rows(x, outside, 1, to)[0].isnan().all()
+    steps()
     torch.cuda.synchronize()
     print("all calls done")
+
+
+def steps() -> None:
+    """Every rule of optimizer_stats, with its coefficients on the host and on the device."""
+    for rule, dtype in itertools.product(Rule, DTYPES):
+        if rule is not Rule.LINEAR and dtype.itemsize == 2:
+            continue
+        x = [torch.rand(size + 3, device="cuda").to(dtype) for size in (1, 9, 8193, 66 * 8192 + 5)]
+        x = [x[0][3:], *x[1:], torch.rand(37, 130, device="cuda").to(dtype)[:, 1:100]]
+        table = torch.full((len(x), len(rule.coefficients)), 0.5, dtype=torch.float64)
+        second = x if rule.states == 2 else []
+        near, far = (optimizer_stats(rule, x, x, x, second, c).sums for c in (table, table.cuda()))
+        assert torch.equal(near, far)
+        assert near.isfinite().all()
 
 
 def check(f: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> None:

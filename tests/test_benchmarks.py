@@ -70,6 +70,20 @@ def test_quick_benchmark_of_gather_rows(tmp_path: Path) -> None:
         assert result["error"] <= 2e-6
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not ops.native_available(), reason="no native core")
+def test_quick_benchmark_of_updates(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.updates", "--quick", "--rounds", "3", "--json", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(path.read_text())["results"]
+    names = ["streaming read", "fastfs", "UpdateMeter", "torch.compile", "eager by hand, foreach"]
+    assert [row["contestant"] for row in result["rows"]] == names
+    assert all(row["milliseconds"] > 0 and row["contestant"] in done.stdout for row in result["rows"])
+
+
 def test_turns_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     contestants: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in ("slow", "quick")}

@@ -52,7 +52,9 @@ def losses(give, take, steps=3, attach=True):
     model = Taking(take)
     optimizer = sgd(model)
     seen = []
-    monitor = fastfs.Monitor(model, optimizer, layers=r"blocks\.\d", every=1, sinks=[measured_into(seen)]) if attach else None
+    monitor = (
+        fastfs.Monitor(model, optimizer, layers=r"blocks\.\d", every=1, sinks=[measured_into(seen)]) if attach else None
+    )
     result = []
     for step in range(steps):
         x, y = rows(step)

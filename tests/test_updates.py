@@ -387,3 +387,19 @@ def test_no_parameters_with_gradients() -> None:
     stats = meter.after()
     assert stats.shape == (2,)
     assert not stats.sums.any()
+
+
+def test_derived_quantities() -> None:
+    p = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    p.grad = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    meter = UpdateMeter(SGD([p], lr=0.5))
+    meter.before()
+    meter.optimizer.step()
+    stats = meter.after()
+    assert stats.to_dict()["parameter_norm"] == pytest.approx([(2.5**2 + 16) ** 0.5])
+    assert stats.relative_update.item() == pytest.approx(0.5 / (2.5**2 + 16) ** 0.5)
+    assert stats.aligned_decrease.tolist() == [0.5]
+    assert stats.cos_angle.tolist() == [1.0]
+    assert (stats.update_norm.item(), stats.gradient_norm.item(), stats.count.item()) == (0.5, 1.0, 2)
+    assert "relative_update" in repr(stats)
+    assert (stats + stats).parameter_sq.item() == pytest.approx(2 * (2.5**2 + 16))

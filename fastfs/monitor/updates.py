@@ -303,7 +303,7 @@ class UpdateMeter:
         key = tuple(places)
         order = self._orders.get(key)
         if order is None or order.device != device:
-            order = torch.tensor(places, dtype=torch.int64, device=device)
+            order = torch.tensor(places, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
             self._orders = {key: order}  # the last one: which parameters have gradients seldom changes
         return rows[order]
 
