@@ -42,13 +42,24 @@ from torch import Tensor
 
 from fastfs.stats import FeatureStats
 
-__all__ = ["KAPPA_MAX", "REASONS", "TARGET", "Probe", "Trusted", "choose_kappa", "first_kappa", "judge", "target_for"]
+__all__ = [
+    "KAPPA_MAX",
+    "REASONS",
+    "TARGET",
+    "Probe",
+    "Trusted",
+    "choose_kappa",
+    "first_kappa",
+    "judge",
+    "largest_kappa",
+    "target_for",
+]
 
 TARGET = 6e-2
 """Relative move of the features that the amplified probe aims at in bf16; see :func:`target_for`."""
 
 KAPPA_MAX = 2.0**14
-"""Updates that need more than this are too small for 16 bits; a few changed weights would be blown up beyond sense."""
+"""Updates that need more than this are too small for 16 bits; see :func:`largest_kappa`."""
 
 TOLERANCE = 0.02
 WORST_BELOW = 0.15  # of q, in the layers below
@@ -61,6 +72,9 @@ _ROUNDING = 0.212
 # Variance of the value noise in units of one rounding, at most: measured 1.4 to 3 at the first layer (weights, inputs
 # and outputs are all rounded), 21 after 40 ReLU layers, 49 after 32 residual ones in bf16.
 _AT_FIRST, _PER_LAYER = 6.0, 3.0
+# Noise of so many independent directions, at least, that its part along the update averages out of a plain replay: in
+# deep ReLU networks all rows are nearly alike, and so is their rounding.
+_DIRECTIONS = 64.0
 # Relative error of the backward vector per relative noise of the features: 2 to 9 in transformers and ResNets. It
 # matters for small angles only.
 _BACKWARD = 10.0
@@ -172,7 +186,7 @@ def judge(
         (_JACOBIAN, residual_large.expand(stats.shape)),
         (_BELOW, worst > WORST_BELOW),
         (_NONLINEAR, ~(estimate.error <= TOLERANCE)),
-        (_NOISE, ~(estimate.q / 4 <= TOLERANCE) | ~(stats.update_sq > 0)),
+        (_NOISE, ~(estimate.noise_error <= TOLERANCE) | ~(stats.update_sq > 0)),
         (_NO_BACKWARD, ~(stats.backward_sq > 0)),
         (_NO_UPDATE, plain.update_sq <= 0 if probe is None else probe.central.update_sq <= 0),
         (_NONFINITE, ~finite),
@@ -191,7 +205,18 @@ def target_for(eps: float) -> float:
     return TARGET * math.sqrt(min(eps, 2.0**-7) / 2.0**-7)
 
 
-def choose_kappa(previous: Tensor, relative_update: Tensor, target: float = TARGET) -> Tensor:
+def largest_kappa(parameter_eps: float) -> float:
+    """The largest sensible kappa for parameters in a precision of spacing ``parameter_eps``: 2^10 for bf16.
+
+    What is left of a small update after rounding is a few parameters that have moved by one spacing each. With more
+    than this each of them would become several times itself, and the features would no longer move in a straight line.
+    """
+    return min(KAPPA_MAX, 8 / parameter_eps)
+
+
+def choose_kappa(
+    previous: Tensor, relative_update: Tensor, target: float = TARGET, largest: float = KAPPA_MAX
+) -> Tensor:
     """The amplification for the next probe, from what the last one saw.
 
     The geometric mean over the layers is to move by ``target``, none by more than twice that. An update that reads as
@@ -201,19 +226,21 @@ def choose_kappa(previous: Tensor, relative_update: Tensor, target: float = TARG
     Args:
         previous: 0-d tensor: the last kappa, or :func:`first_kappa`.
         relative_update: float64 (L,): |df|/|f| of one unscaled step; layers with 0, nan or inf do not count.
+        target: see :func:`target_for`.
+        largest: see :func:`largest_kappa`.
 
     Returns:
-        0-d float64 tensor: a power of two from 1 to :data:`KAPPA_MAX`; ``previous`` if no layer counts.
+        0-d float64 tensor: a power of two from 1 to ``largest``; ``previous`` if no layer counts.
     """
     counts = relative_update.isfinite() & (relative_update > 0)
     logarithms = torch.where(counts, relative_update.clamp_min(1e-30).log2(), 0.0)
     mean = logarithms.sum() / counts.sum()
-    largest = torch.where(counts, relative_update, 0.0).amax(dim=0)
+    fastest = torch.where(counts, relative_update, 0.0).amax(dim=0)
     previous = previous.to(torch.float64)
     kappa = torch.exp2((torch.log2(torch.full_like(mean, target)) - mean).round())
-    kappa = torch.minimum(kappa, torch.exp2(torch.log2(2 * target / largest).floor()))
+    kappa = torch.minimum(kappa, torch.exp2(torch.log2(2 * target / fastest).floor()))
     kappa = torch.minimum(kappa, 64 * previous)
-    return torch.where(counts.any(), kappa, previous).clamp(1.0, KAPPA_MAX)
+    return torch.where(counts.any(), kappa, previous).clamp(1.0, largest)
 
 
 def first_kappa(update_norms: Tensor, parameter_norms: Tensor, target: float = TARGET) -> Tensor:
@@ -234,7 +261,7 @@ def first_kappa(update_norms: Tensor, parameter_norms: Tensor, target: float = T
 
 @dataclass(frozen=True)
 class _Estimate:
-    """One way to the update by dw: sums (L, 9), second difference, q, estimated error of the norm, which way.
+    """One way to the update by dw: sums (L, 9), second difference, q, error by noise, in all, which way.
 
     q is nan where nothing moves (frozen layers), which says nothing about the layers above.
     """
@@ -242,6 +269,7 @@ class _Estimate:
     sums: Tensor
     second: Tensor
     q: Tensor
+    noise_error: Tensor
     error: Tensor
     amplified: Tensor
 
@@ -284,7 +312,7 @@ def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
         "rounding_sq": noise / 2,
         "nonfinite": plain._sum("nonfinite") + probe.plus._sum("nonfinite") + probe.minus._sum("nonfinite"),
     }
-    return _Estimate(_replace(plain, columns), second, q, error, torch.ones_like(q, dtype=torch.bool))
+    return _Estimate(_replace(plain, columns), second, q, q / 4, error, torch.ones_like(q, dtype=torch.bool))
 
 
 def _plain(plain: FeatureStats, second: Tensor) -> _Estimate:
@@ -292,8 +320,9 @@ def _plain(plain: FeatureStats, second: Tensor) -> _Estimate:
     noise = second / 3
     update_sq = plain.update_sq - noise / 2
     q = torch.where(plain.update_sq > 0, second / update_sq.clamp_min(0.0), torch.nan)  # inf: all of it may be noise
+    error = q / 4 + (q / (3 * _DIRECTIONS)).sqrt()
     columns = {"update_sq": update_sq, "rounding_sq": noise / 2}
-    return _Estimate(_replace(plain, columns), second, q, q / 4, torch.zeros_like(q, dtype=torch.bool))
+    return _Estimate(_replace(plain, columns), second, q, error, error, torch.zeros_like(q, dtype=torch.bool))
 
 
 def _better(first: _Estimate, second: _Estimate) -> _Estimate:
@@ -303,6 +332,7 @@ def _better(first: _Estimate, second: _Estimate) -> _Estimate:
         torch.where(take[:, None], first.sums, second.sums),
         torch.where(take, first.second, second.second),
         torch.where(take, first.q, second.q),
+        torch.where(take, first.noise_error, second.noise_error),
         torch.where(take, first.error, second.error),
         torch.where(take, first.amplified, second.amplified),
     )
