@@ -18,7 +18,6 @@ from fastfs.models import MLP, ResNet, Transformer
 from fastfs.monitor.structure import Structure, analyse, edge_of
 from tests.compare import assert_identity
 
-
 UNUSED = "no output depends on it, or it is a view that was changed in place"
 
 
