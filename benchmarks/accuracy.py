@@ -31,7 +31,7 @@ from fastfs import feature_stats
 from fastfs.experiments.data import digits, stdlib_text, windows
 from fastfs.models import MLP, ResNet, Transformer
 from fastfs.monitor.structure import analyse, edge_of
-from fastfs.monitor.trust import REASONS, Probe, Trusted, choose_kappa, first_kappa, judge, target_for
+from fastfs.monitor.trust import REASONS, Probe, Trusted, choose_kappa, first_kappa, judge, largest_kappa, target_for
 from fastfs.stats import FeatureStats
 
 RATIOS = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -199,7 +199,7 @@ def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, .
     exact_vectors, _ = exact.backward(start, [])
     before, single_before, exact_before = run.features(start), single.features(start), exact.features(start)
     eps = torch.full((len(before),), setting.eps, dtype=torch.float64)
-    target = target_for(setting.eps)
+    target, largest = target_for(setting.eps), largest_kappa(torch.finfo(setting.parameters).eps)
     exact_sq = torch.stack([f.double().square().sum() for f in single_before])
 
     for ratio, after, step, decrease, single_decrease in zip(
@@ -213,14 +213,14 @@ def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, .
             "float32": judge(single_plain, eps=torch.full_like(eps, 2.0**-23), aligned_decrease=single_decrease),
         }
         norms = torch.stack([torch.stack([step[n].norm(), start[n].double().norm()]) for n in start]).T
-        kappa = first_kappa(norms[0], norms[1], target)
+        kappa = first_kappa(norms[0], norms[1], target).clamp_max(largest)
         for attempt in range(PROBES):
             probe = central_probe(run, start, step, before, vectors, kappa)
             found = judge(plain, probe, eps=eps, aligned_decrease=decrease, exact_before_sq=exact_sq)
             judged["amplified" if attempt else "cold"] = found
             judged["no checks"] = judge(plain, probe, eps=eps)
             if attempt < PROBES - 1:
-                kappa = choose_kappa(kappa, found.stats.relative_update, target)
+                kappa = choose_kappa(kappa, found.stats.relative_update, target, largest)
         derivative = single.jvp(start, step)
         zeros = [torch.zeros_like(d) for d in derivative]
         first_order = feature_stats(zeros, derivative, single_vectors)
@@ -315,10 +315,13 @@ def report(cells: list[dict[str, Any]]) -> None:
 
 
 def write(path: Path, cells: list[dict[str, Any]]) -> None:
-    """One line a cell."""
+    """One line a cell: the values of ``columns``, the last a list with the values of ``shown`` per layer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(cell) for cell in cells)
-    path.write_text(f'{{"environment": {json.dumps(environment(torch.device("cpu")))},\n"results": [\n{lines}\n]}}\n')
+    shown = list(next(cell["shown"][0] for cell in cells if cell["shown"]))
+    head = {"environment": environment(torch.device("cpu")), "columns": list(cells[0]), "shown": shown}
+    values = ([*list(cell.values())[:-1], [list(layer.values()) for layer in cell["shown"]]] for cell in cells)
+    lines = ",\n".join(json.dumps(line, separators=(",", ":")) for line in values)
+    path.write_text(f'{json.dumps(head)[:-1]},\n"results": [\n{lines}\n]}}\n')
 
 
 def main(arguments: list[str] | None = None) -> int:

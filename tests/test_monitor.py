@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from monitor_cases import measured_into, CASES, BatchNormNet, assert_same, rows, sgd, small_transformer, tokens, train
+from monitor_cases import CASES, BatchNormNet, assert_same, measured_into, rows, sgd, small_transformer, tokens, train
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from monitor_cases import measured_into, adamw, rows, sgd, small_transformer, tokens, train, watched
+from monitor_cases import adamw, measured_into, rows, sgd, small_transformer, tokens, train, watched
 from torch import nn
 
 import fastfs

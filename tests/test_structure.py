@@ -18,6 +18,8 @@ from fastfs.models import MLP, ResNet, Transformer
 from fastfs.monitor.structure import Structure, analyse, edge_of
 from tests.compare import assert_identity
 
+UNUSED = "no output depends on it, or it is a view that was changed in place"
+
 
 def structure_of(
     model: nn.Module,
@@ -168,6 +170,15 @@ def test_conv_net_with_batch_norm_and_in_place_relu():
     assert found.upstream.sum(dim=1).tolist() == [2, 4, 6]
 
 
+def test_view_changed_in_place():
+    """Its gradient goes past the hooked tensor, so there is no backward vector either."""
+    model = nn.Sequential(
+        nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 1)
+    )
+    found = structure_of(model, ["0", "1", "3"], torch.randn(3, 4))
+    assert found.reason == [None, UNUSED, None]
+
+
 def test_frozen_unused_and_detached():
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -183,7 +194,7 @@ def test_frozen_unused_and_detached():
     model = Net()
     found = structure_of(model, ["frozen", "a", "unused", "side"], torch.randn(2, 4))
     outside = "outside the autograd graph"
-    assert found.reason == [outside, None, "did not run", "no output depends on it"]
+    assert found.reason == [outside, None, "did not run", UNUSED]
     assert found.unreached == [f"{n}.{p}" for n in ("frozen", "unused", "side") for p in ("weight", "bias")]
     # a leaf as feature: nothing below it moves
     found = structure_of(model, ["frozen", "a"], torch.randn(2, 4, requires_grad=True), parameters=["a.weight"])
@@ -392,7 +403,7 @@ def test_cut_means_that_the_identity_holds(seed):
     plain = [p.detach() for p in net.parameters]
     _, moves = torch.func.jvp(lambda *w: net.run(list(w)), tuple(plain), tuple(updates))
     for layer, reason in enumerate(found.reason):
-        if reason == "no output depends on it":
+        if reason == UNUSED:
             continue
         below = found.upstream[layer].tolist()
         decrease = [(g * dw).sum() for g, dw, here in zip(gradients, updates, below, strict=True) if here]

@@ -8,7 +8,17 @@ from torch import Tensor
 
 from benchmarks import accuracy
 from fastfs import feature_stats
-from fastfs.monitor.trust import KAPPA_MAX, REASONS, TARGET, Probe, choose_kappa, first_kappa, judge, target_for
+from fastfs.monitor.trust import (
+    KAPPA_MAX,
+    REASONS,
+    TARGET,
+    Probe,
+    choose_kappa,
+    first_kappa,
+    judge,
+    largest_kappa,
+    target_for,
+)
 from fastfs.stats import FeatureStats
 
 BF16, TF32, SINGLE = 2.0**-7, 2.0**-10, 2.0**-23
@@ -207,6 +217,9 @@ def test_kappa():
     assert float(first_kappa(norms * 1e-5, norms)) == 256.0
     assert float(first_kappa(norms * 0, norms)) == 1.0
     assert float(first_kappa(norms, norms)) == 1.0
+    assert largest_kappa(BF16) == 2.0**10
+    assert largest_kappa(SINGLE) == KAPPA_MAX
+    assert float(choose_kappa(one * 512, moves * 1e-6, largest=1024.0)) == 1024.0
     assert target_for(BF16) == TARGET
     assert target_for(2.0**-9) == pytest.approx(TARGET / 2)
 

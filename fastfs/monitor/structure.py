@@ -266,7 +266,7 @@ class _Layer:
         if any(graph.hiding[visit] for visit in self.visits):
             return "parameters hidden from the graph (reentrant checkpoint?)"
         if not all(graph.reached[visit] for visit in self.visits):
-            return "no output depends on it"
+            return "no output depends on it, or it is a view that was changed in place"
         past = self._past(graph)
         if past is None:
             return "runs several times, one run using the result of another"
