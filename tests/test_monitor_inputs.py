@@ -179,10 +179,10 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
                 fail()
             self._backward = value
 
-        def __init__(self, features):
+        def __init__(self, *arguments):
             if where == "features":
                 fail()
-            super().__init__(features)
+            super().__init__(*arguments)
 
     original = capture.copy_arguments
 

@@ -129,7 +129,7 @@ class Engine:
             done = self._aligned(stats, self._gradient_factor * scale)
         cuts = torch.tensor(self._cuts(), dtype=torch.bool).to(self.device, non_blocking=True)
         verdict, found = self._look(passes, stats, torch.where(cuts, done.decrease * scale, torch.nan))
-        sums = FeatureStats(_unscaled(verdict.stats.sums, scale))
+        sums = FeatureStats(_unscaled(_reported(verdict, found.stats), scale))
         residual = torch.where(cuts, 1.0 - done.decrease / -sums.update_dot_backward, torch.nan)
         self.cosine = torch.where(verdict.valid & cuts, sums.cos_angle, self.cosine)
         tensors = {
@@ -290,6 +290,16 @@ class Engine:
 def _columns(done: Aligned) -> Tensor:
     """In the order of ``payload.ALIGNED``."""
     return torch.stack([done.decrease, done.parameter_norm, done.update_norm, done.gradient_norm])
+
+
+def _reported(verdict: trust.Trusted, plain: FeatureStats) -> Tensor:
+    """The verdict's sums where they come from an enlarged update; else what was seen, with the noise that may be in it.
+
+    What the verdict takes out of a plain replay as noise is a guess: half of the most that it can be.
+    """
+    seen = plain.sums.clone()
+    seen[:, FeatureStats.names.index("rounding_sq")] = verdict.stats.rounding_sq
+    return torch.where(verdict.amplified[:, None], verdict.stats.sums, seen)
 
 
 def _unscaled(sums: Tensor, scale: Tensor) -> Tensor:

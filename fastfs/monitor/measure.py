@@ -70,10 +70,15 @@ class LayerSums:
     rows: list[tuple[int, int]]
     quantiles: Tensor
 
-    def scaled(self, factor: Tensor) -> LayerSums:
-        """With all row speeds multiplied; relative errors and angles stay as they are, and so does ``stats``."""
+    def in_place_of(self, other: LayerSums, factor: Tensor) -> LayerSums:
+        """The sums of another look at the same rows, with the errors and quantiles of this one.
+
+        Args:
+            other: where the sums are from.
+            factor: between the speeds of this look and of the other; relative errors and cosines need none.
+        """
         quantiles = torch.stack([self.quantiles[:, 0], self.quantiles[:, 1] * factor], dim=1)
-        return replace(self, quantiles=quantiles)
+        return replace(self, stats=other.stats, quantiles=quantiles)
 
 
 def from_replay(layers: Sequence[Sequence[Triple]]) -> RowSums:

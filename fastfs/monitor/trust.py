@@ -26,8 +26,8 @@ subtraction alone can be wrong by q/12) and r = kappa |df|/|f| (what is left of 
 ``benchmarks/accuracy.py`` is the study behind these numbers: bf16 (autocast, and bf16 parameters) against float64, with
 its results in ``benchmarks/results/accuracy-cpu.json``.
 
-Where the caller has |f| of a float32 forward too, its difference counts as **bias**: multiplying by 0.998 leaves many bf16
-numbers as they are, which in a ResNet of 16 blocks made 3% of |f| and of |df|. No difference of features shows that.
+Where the caller has |f| of a float32 forward too, its difference counts as **bias**: multiplying by 0.998 leaves many
+bf16 numbers as they are, which in a ResNet of 16 blocks made 3% of |f| and of |df|. No difference of features shows that.
 
 Without the two forwards the noise is a guess from the precision and the depth, on the safe side: valid are then moves
 above 0.06 (first layer) to 0.2 (thirtieth) in bf16, 3e-6 to 1.2e-5 in float32, where a plain replay is enough.

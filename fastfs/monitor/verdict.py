@@ -69,7 +69,7 @@ class Judge:
             probe: measures at a given amplification.
 
         Returns:
-            The verdict, and the sums that standard errors and quantiles come from: those of the probe, unscaled.
+            The verdict, and the plain replay with the standard errors and quantiles of the probe.
         """
         eps = self._eps(len(found.rows), passes, None)
         depth = self._depth(structure, len(found.rows))
@@ -88,7 +88,7 @@ class Judge:
                 found.stats, parts, eps=eps, depth=depth, aligned_decrease=decrease, dot_se=sums.central.dot_se
             )
             self.kappa = trust.choose_kappa(kappa, verdict.stats.relative_update, target, largest)
-        return verdict, sums.central.scaled(1 / (2 * kappa))
+        return verdict, sums.central.in_place_of(found, 1 / (2 * kappa))
 
     def tangent(self, found: LayerSums, passes: Sequence[Pass], decrease: Tensor) -> trust.Trusted:
         """Of the first-order update, which has no rounding noise but that of the derivative itself."""
