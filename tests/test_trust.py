@@ -1,6 +1,8 @@
 """What the judgement of measured angles does: exact where it can be, flagged where it must be, and never waiting."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,6 +248,16 @@ def test_wrong_shapes():
         judge(stats[0], eps=eps_of(BF16, 3))
 
 
+def test_committed_study():
+    written = json.loads((Path(__file__).parent.parent / "benchmarks/results/accuracy-cpu.json").read_text())
+    cells = [dict(zip(written["columns"], values, strict=True)) for values in written["results"]]
+    judged = [cell for cell in cells if cell["method"] in accuracy.CLAIMED]
+    assert {cell["setting"] for cell in judged} == set(accuracy.SETTINGS)
+    assert {cell["model"] for cell in judged} == set(accuracy.NAMES)
+    assert {cell["ratio"] for cell in judged} == set(accuracy.RATIOS)
+    assert not any(cell["wrong"] for cell in judged)
+
+
 @pytest.mark.parametrize("setting", ["autocast bf16", "bf16", "autocast fp16"])
 def test_never_wrong_and_unflagged(setting, threads):
     """A small part of benchmarks/accuracy.py."""
@@ -254,7 +266,7 @@ def test_never_wrong_and_unflagged(setting, threads):
         for optimizer in ("Adam", "SGD"):
             ratios = (1e-1, 1e-2, 1e-3, 1e-4)
             for cell in accuracy.measure(case, accuracy.SETTINGS[setting], optimizer, ratios):
-                if cell["method"] in ("plain", "cold", "amplified", "float32"):
+                if cell["method"] in accuracy.CLAIMED:
                     assert not cell["wrong"], cell
                 if cell["method"] == "amplified" and cell["ratio"] >= 1e-3:
                     assert cell["valid"] == cell["layers"], cell

@@ -23,11 +23,14 @@ subtraction alone can be wrong by q/12) and r = kappa |df|/|f| (what is left of 
   at most 0.01 as a root mean square over the cuts. Only this sees that a deep network in 16 bits has another Jacobian
   than the one that is meant. Without aligned decreases it cannot be asked.
 
-``benchmarks/accuracy.py`` is the study behind these numbers: bf16 (autocast, and bf16 parameters) against float64, with
-its results in ``benchmarks/results/accuracy-cpu.json``.
+The bounds were fitted to ``benchmarks/accuracy.py`` with seeds 0 to 2 (seed 0 is in
+``benchmarks/results/accuracy-cpu.json``) and then tried on seeds 3 and 4: of 9466 layers called valid in the five,
+none was off by more than 2% in norm or angle, the worst by 1.98%. Without residual and bias 682 of 11640 were.
+Flagged although right: 4% of the transformers' layers under bf16 autocast, 13% of the ResNets', half of the MLPs',
+whose first layers move too little beside the others.
 
 Where the caller has |f| of a float32 forward too, its difference counts as **bias**: multiplying by 0.998 leaves many
-bf16 numbers as they are, which in a ResNet of 16 blocks made 3% of |f| and of |df|. No difference of features shows that.
+bf16 numbers as they are, which in a ResNet of 16 blocks made 3% of |f| and |df|. No difference of features shows that.
 
 Without the two forwards the noise is a guess from the precision and the depth, on the safe side: valid are then moves
 above 0.06 (first layer) to 0.2 (thirtieth) in bf16, 3e-6 to 1.2e-5 in float32, where a plain replay is enough.
