@@ -1,4 +1,4 @@
-"""How far off are angle and norm in 16 bits, and is it noticed: `fastfs.monitor.trust` against float64.
+"""How far off are angle and norm in 16 bits, and is it noticed: `fastfs.monitor.measure.trust` against float64.
 
     python -m benchmarks.accuracy [--json FILE] [--quick] [--seed N]
 
@@ -31,8 +31,9 @@ from benchmarks.harness import environment, print_table
 from fastfs import feature_stats
 from fastfs.experiments.data import digits, stdlib_text, windows
 from fastfs.models import MLP, ResNet, Transformer
-from fastfs.monitor.structure import analyse, edge_of
-from fastfs.monitor.trust import REASONS, Probe, Trusted, choose_kappa, first_kappa, judge, largest_kappa, target_for
+from fastfs.monitor.capture.structure import analyse, edge_of
+from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
+from fastfs.monitor.measure.trust import REASONS, Probe, Trusted, judge
 from fastfs.stats import FeatureStats
 
 RATIOS = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)

@@ -22,7 +22,7 @@ import fastfs
 from benchmarks.harness import median_ratio, print_table, side_by_side, write_json
 from fastfs import ops
 from fastfs.functional import optimizer_stats
-from fastfs.monitor.updates import UpdateMeter
+from fastfs.monitor.measure.updates import UpdateMeter
 from fastfs.rules import Rule
 
 Tensors = list[Tensor]

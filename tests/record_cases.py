@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from fastfs.monitor.record import SCHEMA, Record, Recorder
+from fastfs.monitor.record.recorder import SCHEMA, Record, Recorder
 
 LAYERS = ["blocks.0", "blocks.1", "blocks.2"]
 

@@ -12,7 +12,7 @@ from record_cases import Collecting, head, measured, predicted
 
 import fastfs
 from fastfs.models import ResNet, Transformer
-from fastfs.monitor.alerts import (
+from fastfs.monitor.record.alerts import (
     Alerts,
     AngleCollapse,
     LayerFrozen,
@@ -21,7 +21,7 @@ from fastfs.monitor.alerts import (
     UpdateAbove,
     default_alerts,
 )
-from fastfs.monitor.record import Recorder
+from fastfs.monitor.record.recorder import Recorder
 
 
 def raised(rule, *records, header=None):

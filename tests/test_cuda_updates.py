@@ -13,7 +13,7 @@ from test_updates import give_gradients, make_parameters, name_of, truth
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 
 from fastfs.functional import optimizer_stats
-from fastfs.monitor.updates import UpdateMeter
+from fastfs.monitor.measure.updates import UpdateMeter
 from fastfs.rules import Rule
 
 pytestmark = pytest.mark.gpu

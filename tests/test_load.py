@@ -9,9 +9,9 @@ import pytest
 from record_cases import alert, head, measured, predicted
 
 import fastfs
-from fastfs.monitor.parquet import ParquetSink
-from fastfs.monitor.rows import COLUMNS, SCALARS, Record
-from fastfs.monitor.sinks import JsonlSink
+from fastfs.monitor.record.parquet import ParquetSink
+from fastfs.monitor.record.rows import COLUMNS, SCALARS, Record
+from fastfs.monitor.record.sinks import JsonlSink
 from fastfs.report import read_header, read_record
 
 SKIPPED = Record("skipped", 3, 103.0, {"reason": "overflow"})

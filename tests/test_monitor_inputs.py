@@ -159,7 +159,7 @@ def test_inputs_that_can_be_copied_are_measured_at_their_values(give, take):
 @pytest.mark.parametrize("where", ["input", "features", "backward"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, micro_batches, monkeypatch):
-    capture = fastfs.monitor.capture
+    capture = fastfs.monitor.capture.capture
     broken = {"on": False}
 
     def fail():

@@ -18,8 +18,8 @@ from torch import nn
 
 import fastfs
 from fastfs.models import ResNet
-from fastfs.monitor.rows import COLUMNS, SCALARS, SCHEMA
-from fastfs.monitor.sinks import JsonlSink
+from fastfs.monitor.record.rows import COLUMNS, SCALARS, SCHEMA
+from fastfs.monitor.record.sinks import JsonlSink
 from fastfs.report import read_header
 
 QUANTITIES = {"angle", "cos_angle", "update_rms", "relative_update", "feature_rms", "backward_rms", "valid", "count"}

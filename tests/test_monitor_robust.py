@@ -54,14 +54,14 @@ def test_a_backward_after_its_step_does_not_count_for_the_next():
 def test_forwards_without_a_backward_hold_no_memory():
     model, _, _, monitor = watched()
     references = []
-    original = fastfs.monitor.capture.Visit.__init__
+    original = fastfs.monitor.capture.passes.Visit.__init__
 
     def spy(self, *arguments):
         original(self, *arguments)
         references.append(weakref.ref(self.before.values))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastfs.monitor.capture.Visit, "__init__", spy)
+        patch.setattr(fastfs.monitor.capture.passes.Visit, "__init__", spy)
         for step in range(5):
             out = model(rows(step)[0])
             del out

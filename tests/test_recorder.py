@@ -14,7 +14,7 @@ import torch
 from record_cases import Collecting, decode, head, measured, payload, recorder, until
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastfs.monitor.record import Record, Recorder
+from fastfs.monitor.record.recorder import Record, Recorder
 
 
 class NoItem(TorchDispatchMode):
@@ -257,7 +257,7 @@ class Collectless(Collecting):
 
 
 def _jsonl(path):
-    from fastfs.monitor.sinks import JsonlSink
+    from fastfs.monitor.record.sinks import JsonlSink
 
     return JsonlSink(path)
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from fastfs.monitor.record import SCHEMA, Record
-from fastfs.monitor.sinks import JsonlSink
+from fastfs.monitor.record.recorder import SCHEMA, Record
+from fastfs.monitor.record.sinks import JsonlSink
 from fastfs.report.plots import PLOTS, plot_layers, plot_record
 from fastfs.report.read import load
 

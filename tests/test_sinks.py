@@ -16,10 +16,10 @@ from record_cases import LAYERS, Collecting, alert, decode, head, measured, payl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastfs
-from fastfs.monitor.parquet import ParquetSink
-from fastfs.monitor.record import Record, Recorder
-from fastfs.monitor.sinks import CallableSink, JsonlSink, PartlyWrittenError, as_sink
-from fastfs.monitor.tensorboard import TensorBoardSink
+from fastfs.monitor.record.parquet import ParquetSink
+from fastfs.monitor.record.recorder import Record, Recorder
+from fastfs.monitor.record.sinks import CallableSink, JsonlSink, PartlyWrittenError, as_sink
+from fastfs.monitor.record.tensorboard import TensorBoardSink
 
 SKIPPED = Record("skipped", 3, 103.0, {"reason": "the gradient scaler found infinities"})
 STRUCTURE = Record(
@@ -75,9 +75,8 @@ def test_paths_and_functions_become_sinks(tmp_path):
     [("tensorboard", "tensorboard:x", "tensorboard"), ("pyarrow", "x.parquet", "parquet")],
 )
 def test_a_missing_extra_is_said_when_the_sink_is_made(tmp_path, module, target, extra):
-    script = (
-        f"import sys; sys.modules[{module!r}] = None; from fastfs.monitor.sinks import as_sink; as_sink({target!r})"
-    )
+    make = f"from fastfs.monitor.record.sinks import as_sink; as_sink({target!r})"
+    script = f"import sys; sys.modules[{module!r}] = None; {make}"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
         env={**os.environ, "PYTHONPATH": os.getcwd()},
@@ -133,8 +132,8 @@ DISK_FULL = """
     import os, resource, signal, sys, warnings
     sys.path[:0] = [{tests!r}, {root!r}]
     from record_cases import *
-    from fastfs.monitor.record import Recorder
-    from fastfs.monitor.sinks import as_sink
+    from fastfs.monitor.record.recorder import Recorder
+    from fastfs.monitor.record.sinks import as_sink
     warnings.simplefilter("always")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     one = Recorder(
@@ -187,7 +186,7 @@ def test_a_function_gets_plain_rows():
     assert (second["layer"], second["name"], second["angle"], second["loss"]) == (1, "blocks.1", 1.1, 0.5)
     assert (group["layer"], group["name"], group["group"]) == (3, "all", True)
     assert rows[13] == {"kind": "skipped", "run": "a", "step": 3, "time": 103.0, "reason": SKIPPED.scalars["reason"]}
-    assert rows[16]["layer"] == "blocks.1"
+    assert rows[14]["layer"] == "blocks.1"
     assert math.isnan(rows[-1]["angle"])
 
 

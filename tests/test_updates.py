@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs import ParameterStats
-from fastfs.monitor.updates import UpdateMeter
+from fastfs.monitor.measure.updates import UpdateMeter
 
 FLOATS = (torch.float32, torch.float64)
 LOOP, FOREACH, FUSED = {"foreach": False}, {"foreach": True}, {"fused": True}

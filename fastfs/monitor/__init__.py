@@ -4,12 +4,19 @@ Data flows one way: ``schedule`` says when, ``capture`` owns the hooks, ``measur
 to the host, ``sinks`` write. Nothing flows back into training.
 """
 
-from fastfs.monitor.alerts import AngleCollapse, LayerFrozen, NonFinite, ResidualLarge, UpdateAbove, default_alerts
-from fastfs.monitor.modes import Probe
+from fastfs.monitor.measure.modes import Probe
 from fastfs.monitor.monitor import Monitor
-from fastfs.monitor.rows import Record
+from fastfs.monitor.record.alerts import (
+    AngleCollapse,
+    LayerFrozen,
+    NonFinite,
+    ResidualLarge,
+    UpdateAbove,
+    default_alerts,
+)
+from fastfs.monitor.record.rows import Record
+from fastfs.monitor.record.sinks import CallableSink, JsonlSink, Sink
 from fastfs.monitor.schedule import Every, Schedule
-from fastfs.monitor.sinks import CallableSink, JsonlSink, Sink
 
 __all__ = [
     "AngleCollapse",

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor import payload, trust
-from fastfs.monitor.aligned import Aligned, GradientFactor, Incidence, LossScale, aligned
-from fastfs.monitor.capture import Capture, Pass
-from fastfs.monitor.layers import Layer
-from fastfs.monitor.measure import LayerSums, RowSums, totals
-from fastfs.monitor.modes import BatchMode, JvpMode, ProbeMode
-from fastfs.monitor.parameters import Parameters
+from fastfs.monitor import payload
+from fastfs.monitor.capture.capture import Capture
+from fastfs.monitor.capture.layers import Layer
+from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.capture.perturbed import Perturbed
+from fastfs.monitor.capture.structure import Structure
+from fastfs.monitor.measure import trust
+from fastfs.monitor.measure.aligned import Aligned, GradientFactor, Incidence, LossScale, aligned
+from fastfs.monitor.measure.modes import BatchMode, JvpMode, ProbeMode
+from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.sums import LayerSums, RowSums, totals
+from fastfs.monitor.measure.verdict import Amplified, Judge
 from fastfs.monitor.payload import Names
-from fastfs.monitor.perturbed import Perturbed
-from fastfs.monitor.record import Record
-from fastfs.monitor.structure import Structure
-from fastfs.monitor.verdict import Amplified, Judge
+from fastfs.monitor.record.recorder import Record
 from fastfs.stats import FeatureStats, ParameterStats
 
 __all__ = ["Engine"]
@@ -230,7 +232,10 @@ class Engine:
             rows = mode.amplified(passes, self._perturbed, self.parameters.previous, now, kappa)
             return Amplified(*map(self._totals, rows))
 
-        verdict, central = self.judge.amplified(found, passes, structure, updates, decrease, probe)
+        def exact() -> FeatureStats:
+            return self._totals(mode.in_float32(passes, self._perturbed, self.parameters.previous)).stats
+
+        verdict, central = self.judge.amplified(found, passes, structure, updates, decrease, probe, exact)
         return self._same(verdict, passes), central
 
     def _same(self, verdict: trust.Trusted, passes: list[Pass]) -> trust.Trusted:
@@ -278,7 +283,7 @@ class Engine:
         self.capture.wants_structure = False
         self._incidence = Incidence(structure, self.device)
         counts = structure.upstream.sum(dim=1).tolist()
-        columns = {"cut": structure.cut, "reason": structure.reason, "parameters": counts}
+        columns: dict[str, list[Any]] = {"cut": structure.cut, "reason": structure.reason, "parameters": counts}
         padded = {key: self.names.padded(column) for key, column in columns.items()}
         record = Record(kind="structure", step=step, time=time.time(), scalars={}, columns=padded)
         self.put(record)

@@ -13,18 +13,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor import settings, taps
-from fastfs.monitor.aligned import GradientFactor, LossScale
-from fastfs.monitor.capture import Capture
+from fastfs.monitor import settings
+from fastfs.monitor.capture import taps
+from fastfs.monitor.capture.capture import Capture
+from fastfs.monitor.capture.layers import AUTO, Selection, select_groups, select_layers
+from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.engine import Engine
-from fastfs.monitor.header import make_header
-from fastfs.monitor.layers import AUTO, Selection, select_groups, select_layers
-from fastfs.monitor.modes import BatchMode, JvpMode, Probe, ProbeMode
-from fastfs.monitor.parameters import Parameters
+from fastfs.monitor.measure.aligned import GradientFactor, LossScale
+from fastfs.monitor.measure.modes import BatchMode, JvpMode, Probe, ProbeMode
+from fastfs.monitor.measure.parameters import Parameters
 from fastfs.monitor.payload import Names
-from fastfs.monitor.sampling import Sampler
+from fastfs.monitor.record.header import make_header
+from fastfs.monitor.record.sinks import checked_metadata
 from fastfs.monitor.schedule import Schedule, as_schedule
-from fastfs.monitor.sinks import checked_metadata
 from fastfs.monitor.steps import OptimizerSteps
 
 __all__ = ["Monitor"]
@@ -214,7 +215,7 @@ class Monitor:
         settings.check_state(state, self.layers, self._step)
         self._engine.load_state_dict(state["engine"])
         self._step = int(state["step"])
-        self._header |= {"run": state["recorder"]["run"], "resumed_at": self._step}
+        self._header |= {"run": state["recorder"]["run"], "resumed_at": self._step, "replaces": self.run}
         self._recorder.resume(self._header, state["recorder"])
         self._arm_for(self._step)
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs.monitor import trust
-from fastfs.monitor.record import Record
+from fastfs.monitor.measure import trust
+from fastfs.monitor.record.recorder import Record
 from fastfs.stats import FeatureStats
 
 __all__ = ["Names", "measured", "pack", "predicted"]

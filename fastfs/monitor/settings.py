@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor.layers import clean_name, is_wrapped
-from fastfs.monitor.modes import MODES, Probe
-from fastfs.monitor.record import Recorder
+from fastfs.monitor.capture.layers import clean_name, is_wrapped
+from fastfs.monitor.measure.modes import MODES, Probe
+from fastfs.monitor.record.recorder import Recorder
+from fastfs.monitor.record.sinks import as_sink, as_sinks
 from fastfs.monitor.schedule import Every
-from fastfs.monitor.sinks import as_sink, as_sinks
 
 __all__ = [
     "check_compiled",

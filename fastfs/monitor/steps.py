@@ -63,7 +63,7 @@ class OptimizerSteps:
         if self._in_backward():
             if not self._queued:
                 self._queued = True
-                torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)  # type: ignore[no-untyped-call]
+                torch.autograd.Variable._execution_engine.queue_callback(self._backward_over)
         elif len(self._stepped) == self._count:
             self._finish()
 

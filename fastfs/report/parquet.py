@@ -12,7 +12,7 @@ try:
 except ImportError as missing:
     raise ImportError('fastfs: reading Parquet needs pyarrow: pip install "fastfs[parquet]"') from missing
 
-from fastfs.monitor.parquet import HEADER_KEY, OTHERS_KEY
+from fastfs.monitor.record.parquet import HEADER_KEY, OTHERS_KEY
 
 __all__ = ["read_headers", "read_parts"]
 

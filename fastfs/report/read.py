@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastfs.monitor.rows import TABLED, row_names
-from fastfs.monitor.sinks import TORN
+from fastfs.monitor.record.rows import TABLED, row_names
+from fastfs.monitor.record.sinks import TORN
 
 if TYPE_CHECKING:
     import pandas
@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
             builder.add_frame(part)
             for line in others:
                 builder.add_other(line)
-        return builder.table(headers)
+        return builder.table(_used(headers))
     headers = []
     names: dict[str, Sequence[str]] = {}
     layers: dict[str, int] = {}
@@ -84,7 +84,7 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
         else:
             builder.add(line, names.get(run, ()), layers.get(run, 0))
     _some(path, headers)
-    return builder.table(headers)
+    return builder.table(_used(headers))
 
 
 read_record = load
@@ -118,6 +118,12 @@ def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[st
 def _resume(builder: Any, header: Line) -> None:
     if header.get("resumed_at") is not None:
         builder.forget(header["run"], int(header["resumed_at"]))
+
+
+def _used(headers: Sequence[Line]) -> list[Line]:
+    """Without those of runs that an earlier one was loaded into: they have no rows."""
+    replaced = {header.get("replaces") for header in headers}
+    return [header for header in headers if header["run"] not in replaced]
 
 
 def _check_schemas(path: Path, headers: Sequence[Line]) -> None:

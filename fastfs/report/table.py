@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas
 
-from fastfs.monitor.rows import BOOLEANS, COLUMNS, INTEGERS, SCALARS, STRINGS
+from fastfs.monitor.record.rows import BOOLEANS, COLUMNS, INTEGERS, SCALARS, STRINGS
 
 __all__ = ["Builder"]
 

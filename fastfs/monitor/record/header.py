@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fastfs._version import __version__
-from fastfs.monitor.rows import SCHEMA
+from fastfs.monitor.record.rows import SCHEMA
 
 __all__ = ["make_header"]
 

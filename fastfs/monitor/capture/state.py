@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,15 @@ class ForwardState:
             autocast={kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds},
             training=[(module, module.training) for module in modules],
             buffers=buffers,
+        )
+
+    def without_autocast(self, cast: Callable[[Tensor], Tensor]) -> ForwardState:
+        """The same with autocast off and the buffers cast."""
+        copies = {id(buffer): cast(buffer) for _, _, buffer in self.buffers}  # shared ones stay so
+        return replace(
+            self,
+            autocast={kind: (False, dtype) for kind, (_, dtype) in self.autocast.items()},
+            buffers=[(module, name, copies[id(buffer)]) for module, name, buffer in self.buffers],
         )
 
     @contextmanager

@@ -16,8 +16,8 @@ from torch.optim import LBFGS, Optimizer
 
 from fastfs import functional
 from fastfs.checks import DTYPES
-from fastfs.monitor import closed_forms
-from fastfs.monitor.closed_forms import Form, Group, closed_form, coefficients, rewrites_gradients
+from fastfs.monitor.measure import closed_forms
+from fastfs.monitor.measure.closed_forms import Form, Group, closed_form, coefficients, rewrites_gradients
 from fastfs.rules import Rule
 from fastfs.stats import ParameterStats
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor.layers import Layer
+from fastfs.monitor.capture.layers import Layer
 from fastfs.ops import LIBRARY
 
 __all__ = ["EVERYTHING", "GRADIENTS", "OFF", "Receiver", "Select", "Switch", "Tap", "first_floating", "inert"]

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastfs.functional import update_stats
-from fastfs.monitor.capture import Capture, Pass
-from fastfs.monitor.inputs import copy_arguments
-from fastfs.monitor.layers import Layer
-from fastfs.monitor.measure import RowSums, Triple, from_direction, from_replay
-from fastfs.monitor.perturbed import Perturbed, interpolate, tangents
-from fastfs.monitor.replay import ForwardState
-from fastfs.monitor.sampling import Kept, Sampler
-from fastfs.monitor.structure import Edge, Structure, edge_of
+from fastfs.monitor.capture.capture import Capture
+from fastfs.monitor.capture.inputs import copy_arguments
+from fastfs.monitor.capture.layers import Layer
+from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.capture.perturbed import Perturbed, interpolate, tangents
+from fastfs.monitor.capture.sampling import Kept, Sampler
+from fastfs.monitor.capture.state import ForwardState
+from fastfs.monitor.capture.structure import Edge, Structure, edge_of
+from fastfs.monitor.measure.sums import RowSums, Triple, from_direction, from_replay
 from fastfs.stats import UpdateStats
 
 __all__ = ["MODES", "BatchMode", "JvpMode", "Probe", "ProbeMode"]
@@ -83,6 +84,23 @@ class BatchMode:
     def eager_difference(self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor]) -> list[RowSums]:
         """Between the features of the training step and those of an eager forward with the same parameters."""
         return [from_replay(self._triples(passed, self._eager(passed, model, before))) for passed in passes]
+
+    def in_float32(self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor]) -> list[RowSums]:
+        """Sums of rows whose ``before_sq`` is that of a forward in float32; the other sums mean nothing."""
+
+        def cast(x: Any) -> Any:
+            return x.float() if isinstance(x, Tensor) and x.is_floating_point() and x.element_size() < 4 else x
+
+        values = [cast(value) for value in before]
+        result = []
+        for passed in passes:
+            assert passed.state is not None
+            args, kwargs = tree_map(cast, (passed.args, passed.kwargs))
+            exact = passed.with_(args, kwargs, passed.state.without_autocast(cast))
+            after = self._capture.replay(exact, lambda *args, **kwargs: model(values, *args, **kwargs))
+            triples = self._triples(exact, after)
+            result.append(from_replay([[Triple(t.after, t.after, t.backward, t.total) for t in v] for v in triples]))
+        return result
 
     def _eager(self, passed: Pass, model: Perturbed, values: Sequence[Tensor]) -> Any:
         return self._capture.replay(passed, lambda *args, **kwargs: model(values, *args, **kwargs))
@@ -211,11 +229,11 @@ class ProbeMode:
         state = self._fixed_state()
         leaves = [self._probe.cast(p.detach()).detach().requires_grad_(p.requires_grad) for p in parameters]
         self._before = [[] for _ in self._layers]
-        self._account = self._capture.account()
+        self._account = account = self._capture.account()
         edges: list[list[Edge | None]] = [[] for _ in self._layers]
 
         def sink(layer: Layer, features: Tensor) -> None:
-            kept = self._capture.keep(self._account, features)
+            kept = self._capture.keep(account, features)
             if kept is None:
                 return
             arrived: list[Tensor] = []
@@ -275,13 +293,8 @@ class ProbeMode:
         state = ForwardState.take(self._model)
         if self._state is None:
             self._state = state
-        off = {kind: (False, dtype) for kind, (_, dtype) in state.autocast.items()}
-        return dataclasses.replace(
-            state,
-            randomness=self._state.randomness,
-            autocast=state.autocast if self._probe.dtype is None else off,
-            buffers=[(module, name, self._probe.cast(buffer)) for module, name, buffer in state.buffers],
-        )
+        state = dataclasses.replace(state, randomness=self._state.randomness)
+        return state if self._probe.dtype is None else state.without_autocast(self._probe.cast)
 
 
 def _structure(

@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastfs.monitor.layers import unwrapped
+from fastfs.monitor.capture.layers import unwrapped
 
 __all__ = ["Perturbed", "eager", "has_compiled", "interpolate", "tangents"]
 

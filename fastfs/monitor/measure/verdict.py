@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastfs.monitor import trust
-from fastfs.monitor.capture import Pass
-from fastfs.monitor.measure import LayerSums
-from fastfs.monitor.structure import Structure
+from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.capture.structure import Structure
+from fastfs.monitor.measure import trust
+from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
+from fastfs.monitor.measure.sums import LayerSums
 from fastfs.stats import FeatureStats, ParameterStats
 
 __all__ = ["Amplified", "Judge"]
@@ -57,6 +58,7 @@ class Judge:
         updates: ParameterStats,
         decrease: Tensor,
         probe: Callable[[Tensor], Amplified],
+        exact: Callable[[], FeatureStats],
     ) -> tuple[trust.Trusted, LayerSums]:
         """With the central amplified probe, at an amplification that fits what the last one saw.
 
@@ -67,27 +69,36 @@ class Judge:
             updates: of the parameters.
             decrease: aligned decrease in the scale of the backward vectors, nan for a layer that is no cut.
             probe: measures at a given amplification.
+            exact: features of a float32 forward; asked only where the precision is below that.
 
         Returns:
             The verdict, and the plain replay with the standard errors and quantiles of the probe.
         """
         eps = self._eps(len(found.rows), passes, None)
         depth = self._depth(structure, len(found.rows))
-        target = trust.target_for(self._coarsest(passes, None))
-        largest = trust.largest_kappa(self._parameter_eps)
+        target = target_for(self._coarsest(passes, None))
+        largest = largest_kappa(self._parameter_eps)
+        coarse = self._coarsest(passes, None) > torch.finfo(torch.float32).eps
+        before_sq = exact().before_sq if coarse else None
         rounds = 1
         if self.kappa is None:
             rounds = _FIRST_ROUNDS
             norms = updates.update_norm, updates.parameter_norm
-            self.kappa = trust.first_kappa(*norms, target).clamp_max(largest)
+            self.kappa = first_kappa(*norms, target).clamp_max(largest)
         for _ in range(rounds):
             kappa = self.kappa
             sums = probe(kappa)
             parts = trust.Probe(sums.minus.stats, sums.plus.stats, sums.central.stats, kappa)
             verdict = trust.judge(
-                found.stats, parts, eps=eps, depth=depth, aligned_decrease=decrease, dot_se=sums.central.dot_se
+                found.stats,
+                parts,
+                eps=eps,
+                depth=depth,
+                aligned_decrease=decrease,
+                exact_before_sq=before_sq,
+                dot_se=sums.central.dot_se,
             )
-            self.kappa = trust.choose_kappa(kappa, verdict.stats.relative_update, target, largest)
+            self.kappa = choose_kappa(kappa, verdict.stats.relative_update, target, largest)
         return verdict, sums.central.in_place_of(found, 1 / (2 * kappa))
 
     def tangent(self, found: LayerSums, passes: Sequence[Pass], decrease: Tensor) -> trust.Trusted:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfs.monitor.rows import TABLED, Record, row_names
+from fastfs.monitor.record.rows import TABLED, Record, row_names
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -53,6 +53,7 @@ class TensorBoardSink:
         self.logdir.mkdir(parents=True, exist_ok=True)
 
     def open(self, header: Mapping[str, Any]) -> None:
+        self.close()  # a run that is resumed gets a file of its own
         self._names = row_names(header)[0]
         start = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.fastfs"
         for number in itertools.count():

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
-from fastfs.monitor.rows import Record
-from fastfs.monitor.sinks import Sink
+from fastfs.monitor.record.rows import Record
+from fastfs.monitor.record.sinks import Sink
 
 __all__ = ["Outlet"]
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from fastfs.monitor.alerts import Alerts
-from fastfs.monitor.outlet import Outlet
-from fastfs.monitor.ring import Batch, Decode, Ring
-from fastfs.monitor.rows import Record
+from fastfs.monitor.record.alerts import Alerts
+from fastfs.monitor.record.outlet import Outlet
+from fastfs.monitor.record.ring import Batch, Decode, Ring
+from fastfs.monitor.record.rows import Record
 
 __all__ = ["Message", "Writer"]
 
@@ -77,6 +78,13 @@ class Writer:
         with self._condition:
             self._check()
             self._note(self._ring.put(record))
+
+    def reopen(self, header: Mapping[str, Any]) -> None:
+        """Give the sinks another header, before the first record."""
+        with self._condition:
+            for outlet in self.outlets:
+                outlet.sink.open(header)
+            self.alerts.header = dict(header)
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything is with the sinks; False if that did not happen in time or a sink failed."""

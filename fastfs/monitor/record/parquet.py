@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfs.monitor.rows import BOOLEANS, COLUMNS, INTEGERS, SCALARS, STRINGS, TABLED, Record, as_line, row_names
-from fastfs.monitor.sinks import to_json
+from fastfs.monitor.record.rows import BOOLEANS, COLUMNS, INTEGERS, SCALARS, STRINGS, TABLED, Record, as_line, row_names
+from fastfs.monitor.record.sinks import to_json
 
 try:
     import pyarrow

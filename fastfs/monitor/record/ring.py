@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs.monitor.rows import Record
+from fastfs.monitor.record.rows import Record
 
 __all__ = ["Batch", "Decode", "Ring"]
 

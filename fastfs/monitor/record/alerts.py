@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from fastfs.monitor.rows import Record, row_names
+from fastfs.monitor.record.rows import Record, row_names
 
 __all__ = [
     "Alert",
@@ -192,7 +192,7 @@ class Alerts:
     """
 
     def __init__(self, rules: Sequence[Any] | None, header: Mapping[str, Any]) -> None:
-        self._header = header
+        self.header = header
         self._rules: dict[str, Alert] = {}
         for rule in default_alerts() if rules is None else rules:
             alert = _as_alert(rule)
@@ -216,7 +216,7 @@ class Alerts:
             return raised, failed
         for name, rule in self._rules.items():
             try:
-                judgement = rule.judge(record, self._header)
+                judgement = rule.judge(record, self.header)
             except Exception as error:
                 failed.append((name, error))
                 continue

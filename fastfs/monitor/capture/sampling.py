@@ -88,5 +88,5 @@ class Sampler:
         """Estimate of the sum of the squares of ``x`` from ``kept`` rows: float64, 0-d."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
-        sums = torch.ops.fastfs.row_squares(x.detach(), self.subset(total, kept, x.device), dims)
+        sums: Tensor = torch.ops.fastfs.row_squares(x.detach(), self.subset(total, kept, x.device), dims)
         return sums.sum() * (total / kept if kept else 1.0)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from fastfs.monitor.structure import Structure
-from fastfs.monitor.taps import OFF, Hook, Switch
+from fastfs.monitor.capture.structure import Structure
+from fastfs.monitor.capture.taps import OFF, Hook, Switch
 from fastfs.stats import ParameterStats
 
 __all__ = ["Aligned", "GradientFactor", "Incidence", "LossScale", "aligned"]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs.monitor.alerts import Alerts
-from fastfs.monitor.outlet import Outlet
-from fastfs.monitor.ring import Decode, Ring
-from fastfs.monitor.rows import COLUMNS, SCHEMA, Record, as_line
-from fastfs.monitor.sinks import Sink
-from fastfs.monitor.writer import Message, Writer
+from fastfs.monitor.record.alerts import Alerts
+from fastfs.monitor.record.outlet import Outlet
+from fastfs.monitor.record.ring import Decode, Ring
+from fastfs.monitor.record.rows import COLUMNS, SCHEMA, Record, as_line
+from fastfs.monitor.record.sinks import Sink
+from fastfs.monitor.record.writer import Message, Writer
 
 __all__ = ["COLUMNS", "SCHEMA", "Record", "Recorder"]
 
@@ -45,7 +45,7 @@ class Recorder:
         sinks: opened here, in order; closed again if one fails to.
         header: the first line; holds ``run`` and ``layers``. With the ``run`` of an earlier one and ``resumed_at`` the
             run goes on.
-        alerts: rules, see :mod:`fastfs.monitor.alerts`; the default rules if None, ``()`` for none.
+        alerts: rules, see :mod:`fastfs.monitor.record.alerts`; the default rules if None, ``()`` for none.
         on_alert: called by :meth:`poll` in the training thread with every alert as a dictionary (``run``, ``step``,
             ``time``, ``rule``, ``layer``, ``value``, ``message``). An exception in it becomes a warning.
         flush_seconds: how long a record may wait before it goes to the host and the sinks.
@@ -187,6 +187,18 @@ class Recorder:
         """Take over the state of the alerts. The id of the run goes into the header of a new recorder instead."""
         if not self._forked():
             self._writer.alerts.load_state_dict(state["alerts"])
+
+    def resume(self, header: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Go on with an earlier run, before anything has been recorded: its header goes to the sinks.
+
+        Args:
+            header: with the ``run`` of the earlier one, ``resumed_at``, and ``replaces``: the run that the first
+                header was for, of which no row will come.
+            state: what :meth:`state_dict` gave then.
+        """
+        self.header = dict(header)
+        self._writer.reopen(self.header)
+        self.load_state_dict(state)
 
     def _alert(self, record: Record) -> None:
         scalars = record.scalars

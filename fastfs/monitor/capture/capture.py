@@ -16,6 +16,7 @@ A pass that cannot be captured, for its inputs or for want of memory, is dropped
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 import weakref
@@ -28,71 +29,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from fastfs.monitor import taps
-from fastfs.monitor.inputs import UnknownArgumentError, copy_arguments
-from fastfs.monitor.layers import Layer
-from fastfs.monitor.replay import ForwardState
-from fastfs.monitor.sampling import BudgetError, Kept, Sampler, row_dims
-from fastfs.monitor.structure import Edge, Structure, analyse, edge_of
+from fastfs.monitor.capture import taps
+from fastfs.monitor.capture.inputs import UnknownArgumentError, copy_arguments
+from fastfs.monitor.capture.layers import Layer
+from fastfs.monitor.capture.passes import Pass, Visit
+from fastfs.monitor.capture.sampling import BudgetError, Kept, Sampler, row_dims
+from fastfs.monitor.capture.state import ForwardState
+from fastfs.monitor.capture.structure import Edge, Structure, analyse, edge_of
 
-__all__ = ["Capture", "Pass", "Sink", "Visit"]
+__all__ = ["Capture", "Sink"]
 
 Sink = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a forward of the monitor's own."""
 
 _COPIES = 3  # of every kept row: before, backward, after
-
-
-class Visit:
-    """One call of a watched layer: the rows kept of its features, and of the backward vector once it has come.
-
-    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``), or if not even
-    one row fits into the memory budget. If they were inside and no gradient ever comes, the backward vector is zero.
-    """
-
-    __slots__ = ("backward", "before", "inside", "shape")
-
-    def __init__(self, shape: torch.Size, before: Kept | None, inside: bool) -> None:
-        self.shape = shape
-        self.before = before
-        self.backward: Tensor | None = None
-        self.inside = inside  # known to be in the autograd graph
-
-    @property
-    def measurable(self) -> bool:
-        return self.before is not None and (self.inside or self.backward is not None)
-
-
-class Pass:
-    """One forward of the model with gradient: a micro-batch. Empty until inputs and state are set."""
-
-    def __init__(self, layers: int, turn: int) -> None:
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: dict[str, Any] = {}
-        self.state: ForwardState | None = None
-        self.turn = turn  # which step it is of
-        self.bytes = 0  # of the memory budget
-        self.dropped = False  # could not be captured
-        self.visits: list[list[Visit]] = [[] for _ in range(layers)]
-        self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]  # only where the structure is wanted
-        self.has_backward = False
-        # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
-        self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
-
-    def drop(self) -> None:
-        """Give up, and give back the memory, also that of copies which the autograd graph keeps alive."""
-        self.dropped = True
-        self.args, self.kwargs, self.state = (), {}, None
-        for visit in (visit for visits in self.visits for visit in visits):
-            visit.before = visit.backward = None
-        self.visits, self.edges, self.bytes = [], [], 0
-
-    def accumulates(self) -> bool:
-        """False if the gradient of this pass has been thrown away by ``zero_grad()`` (to None)."""
-        if self.witness is None:
-            return True
-        parameter, gradient = self.witness
-        return parameter.grad is not None and parameter.grad is gradient()
 
 
 class Capture:
@@ -314,7 +264,7 @@ class Capture:
         if hidden:
             self._hold(passed)
         elif visit.before is not None:
-            self._hook(features, lambda gradient: self._receive(passed, visit, gradient))
+            self._hook(features, functools.partial(self._receive, passed, visit))
 
     def _recomputed(self, layer: Layer, features: Tensor) -> None:
         """A forward outside of one of the model: the recomputation of a reentrant checkpoint, or none of ours."""
@@ -325,7 +275,7 @@ class Capture:
             for visit in reversed(visits):
                 if not visit.inside and visit.before is not None and visit.shape == features.shape:
                     visit.inside = True
-                    self._hook(features, lambda gradient, p=passed, v=visit: self._receive(p, v, gradient))
+                    self._hook(features, functools.partial(self._receive, passed, visit))
                     return
 
     def compiled_features(self, layer: int, features: Tensor) -> None:

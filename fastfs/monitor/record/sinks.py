@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fastfs.monitor.rows import Record, as_line, as_rows
+from fastfs.monitor.record.rows import Record, as_line, as_rows
 
 __all__ = [
     "CallableSink",
@@ -164,12 +164,12 @@ def as_sink(target: Any) -> Sink:
     if isinstance(target, type):
         raise TypeError(f"sink: expected an object, got the class {target.__name__}: make one, {target.__name__}(...)")
     if isinstance(target, str) and target.startswith("tensorboard:"):
-        from fastfs.monitor.tensorboard import TensorBoardSink
+        from fastfs.monitor.record.tensorboard import TensorBoardSink
 
         return TensorBoardSink(target.removeprefix("tensorboard:"))
     if isinstance(target, (str, os.PathLike)):
         if os.fspath(target).rstrip("/").endswith(".parquet"):
-            from fastfs.monitor.parquet import ParquetSink
+            from fastfs.monitor.record.parquet import ParquetSink
 
             return ParquetSink(target)
         return JsonlSink(target)

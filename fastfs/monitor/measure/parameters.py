@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfs.monitor.updates import UpdateMeter
+from fastfs.monitor.measure.updates import UpdateMeter
 from fastfs.stats import ParameterStats
 
 __all__ = ["Parameters"]

@@ -1,0 +1,73 @@
+"""What is kept of one forward of the model: its inputs and state, and the rows of every visit of a watched layer."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfs.monitor.capture.sampling import Kept
+from fastfs.monitor.capture.state import ForwardState
+from fastfs.monitor.capture.structure import Edge
+
+__all__ = ["Pass", "Visit"]
+
+
+class Visit:
+    """One call of a watched layer: the rows kept of its features, and of the backward vector once it has come.
+
+    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``), or if not even
+    one row fits into the memory budget. If they were inside and no gradient ever comes, the backward vector is zero.
+    """
+
+    __slots__ = ("backward", "before", "inside", "shape")
+
+    def __init__(self, shape: torch.Size, before: Kept | None, inside: bool) -> None:
+        self.shape = shape
+        self.before = before
+        self.backward: Tensor | None = None
+        self.inside = inside  # known to be in the autograd graph
+
+    @property
+    def measurable(self) -> bool:
+        return self.before is not None and (self.inside or self.backward is not None)
+
+
+class Pass:
+    """One forward of the model with gradient: a micro-batch. Empty until inputs and state are set."""
+
+    def __init__(self, layers: int, turn: int) -> None:
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+        self.state: ForwardState | None = None
+        self.turn = turn  # which step it is of
+        self.bytes = 0  # of the memory budget
+        self.dropped = False  # could not be captured
+        self.visits: list[list[Visit]] = [[] for _ in range(layers)]
+        self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]  # only where the structure is wanted
+        self.has_backward = False
+        # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
+        self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
+
+    def with_(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState) -> Pass:
+        """The same visits, for a forward on other inputs and in another state."""
+        other = Pass(0, self.turn)
+        other.args, other.kwargs, other.state, other.visits = args, kwargs, state, self.visits
+        return other
+
+    def drop(self) -> None:
+        """Give up, and give back the memory, also that of copies which the autograd graph keeps alive."""
+        self.dropped = True
+        self.args, self.kwargs, self.state = (), {}, None
+        for visit in (visit for visits in self.visits for visit in visits):
+            visit.before = visit.backward = None
+        self.visits, self.edges, self.bytes = [], [], 0
+
+    def accumulates(self) -> bool:
+        """False if the gradient of this pass has been thrown away by ``zero_grad()`` (to None)."""
+        if self.witness is None:
+            return True
+        parameter, gradient = self.witness
+        return parameter.grad is not None and parameter.grad is gradient()

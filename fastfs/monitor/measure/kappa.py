@@ -1,0 +1,81 @@
+"""How far to enlarge an update that rounding hides: the amplification kappa of the probe in trust.py.
+
+All on the device, without waiting for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["KAPPA_MAX", "TARGET", "choose_kappa", "first_kappa", "largest_kappa", "target_for"]
+
+TARGET = 6e-2
+"""Relative move of the features that the amplified probe aims at in bf16; see :func:`target_for`."""
+
+KAPPA_MAX = 2.0**14
+"""Updates that need more than this are too small for 16 bits; see :func:`largest_kappa`."""
+
+
+def target_for(eps: float) -> float:
+    """Relative move that a probe in a precision of spacing ``eps`` aims at: :data:`TARGET` for bf16.
+
+    Noise falls with the move, curvature grows: the best grows like the square root of eps.
+    """
+    return TARGET * math.sqrt(min(eps, 2.0**-7) / 2.0**-7)
+
+
+def largest_kappa(parameter_eps: float) -> float:
+    """The largest sensible kappa for parameters in a precision of spacing ``parameter_eps``: 2^10 for bf16.
+
+    What is left of a small update after rounding is a few parameters that have moved by one spacing each. With more
+    than this each of them would become several times itself, and the features would no longer move in a straight line.
+    """
+    return min(KAPPA_MAX, 8 / parameter_eps)
+
+
+def choose_kappa(
+    previous: Tensor, relative_update: Tensor, target: float = TARGET, largest: float = KAPPA_MAX
+) -> Tensor:
+    """The amplification for the next probe, from what the last one saw.
+
+    The geometric mean over the layers is to move by ``target``, none by more than twice that. An update that reads as
+    too large for its noise makes the next kappa too small, never too large; it grows by at most 64 at a time, so from a
+    cold start it is right after two or three probes.
+
+    Args:
+        previous: 0-d tensor: the last kappa, or :func:`first_kappa`.
+        relative_update: float64 (L,): |df|/|f| of one unscaled step; layers with 0, nan or inf do not count.
+        target: see :func:`target_for`.
+        largest: see :func:`largest_kappa`.
+
+    Returns:
+        0-d float64 tensor: a power of two from 1 to ``largest``; ``previous`` if no layer counts.
+    """
+    counts = relative_update.isfinite() & (relative_update > 0)
+    logarithms = torch.where(counts, relative_update.clamp_min(1e-30).log2(), 0.0)
+    mean = logarithms.sum() / counts.sum()
+    fastest = torch.where(counts, relative_update, 0.0).amax(dim=0)
+    previous = previous.to(torch.float64)
+    kappa = torch.exp2((torch.log2(torch.full_like(mean, target)) - mean).round())
+    kappa = torch.minimum(kappa, torch.exp2(torch.log2(2 * target / fastest).floor()))
+    kappa = torch.minimum(kappa, 64 * previous)
+    return torch.where(counts.any(), kappa, previous).clamp(1.0, largest)
+
+
+def first_kappa(update_norms: Tensor, parameter_norms: Tensor, target: float = TARGET) -> Tensor:
+    """A careful first kappa, from norms of the parameters' updates and of the parameters themselves.
+
+    Features move by more than their parameters, relatively: 2 to 30 times as much in the study, as moves of several
+    layers add up. So the first kappa aims at a sixteenth of the target for the parameter that moves most.
+
+    Args:
+        update_norms: (P,) |dw|.
+        parameter_norms: (P,) |w|; parameters with |w| = 0 (fresh biases) do not count.
+    """
+    counts = (parameter_norms > 0) & (update_norms > 0)
+    ratio = torch.where(counts, update_norms.double() / parameter_norms.double().clamp_min(1e-300), 0.0).amax(dim=0)
+    kappa = torch.exp2(torch.log2(target / 16 / ratio).floor())
+    return torch.where(counts.any(), kappa, torch.ones_like(kappa)).clamp(1.0, KAPPA_MAX)
