@@ -7,6 +7,7 @@ data-parallel wrappers, whose forward is tied to the training step.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfs.monitor.capture.layers import unwrapped
 
-__all__ = ["Perturbed", "eager", "has_compiled", "interpolate", "tangents"]
+__all__ = ["Perturbed", "eager", "has_compiled", "interpolate", "load_forward_mode", "tangents"]
 
 
 def has_compiled(model: nn.Module) -> bool:
@@ -65,6 +66,13 @@ class Perturbed:
             stack.enter_context(forward_ad.dual_level())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield [forward_ad.make_dual(v.detach(), d) for v, d in zip(values, directions, strict=True)]
+
+
+def load_forward_mode() -> None:
+    """The first dual tensor of a process makes torch load its rules, with deprecation warnings that are its own."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
 def tangents(features: Tensor) -> Tensor:

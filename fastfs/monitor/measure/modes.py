@@ -22,7 +22,7 @@ from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.inputs import copy_arguments
 from fastfs.monitor.capture.layers import Layer
 from fastfs.monitor.capture.passes import Pass
-from fastfs.monitor.capture.perturbed import Perturbed, interpolate, tangents
+from fastfs.monitor.capture.perturbed import Perturbed, interpolate, load_forward_mode, tangents
 from fastfs.monitor.capture.sampling import Kept, Sampler
 from fastfs.monitor.capture.state import ForwardState
 from fastfs.monitor.capture.structure import Edge, Structure, edge_of
@@ -137,6 +137,10 @@ class JvpMode(BatchMode):
     """The first-order feature update: the derivative of the features along the real parameter update."""
 
     method = "jvp"
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], capture: Capture, warn: Warn) -> None:
+        super().__init__(model, layers, capture, warn)
+        load_forward_mode()
 
     def along(
         self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor]
