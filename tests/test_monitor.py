@@ -74,6 +74,7 @@ def test_no_item_in_the_step_path(options, monkeypatch):
 
     x, y = rows(0)
     train(model, optimizer, 2)  # what is learned once, on the host
+    assert monitor.flush()
     seen.clear()
     loss = F.cross_entropy(model(x), y)
     for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):

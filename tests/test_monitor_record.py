@@ -13,7 +13,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from monitor_cases import rows, sgd, train
+from monitor_cases import measured_into, rows, sgd, train
 from torch import nn
 
 import fastfs
@@ -61,10 +61,16 @@ def test_header_and_rows(tmp_path):
         "device": "cpu",
         "optimizer": "SGD",
         "layers": ["blocks.0", "blocks.1"],
+        "every": 2,
+        "aligned_every": None,
+        "rows": 1024,
+        "memory_bytes": 2**29,
         "groups": {},
         "metadata": {"data": "made up", "lr": None},
     }
-    assert [(line["kind"], line["step"]) for line in lines] == [("measured", 0), ("measured", 2)]
+    assert [(line["kind"], line["step"]) for line in lines] == [("structure", 0), ("measured", 0), ("measured", 2)]
+    structure, *lines = lines
+    assert structure["layers"] == {"cut": [True, True], "reason": [None, None], "parameters": [2, 3]}
     for line in lines:
         assert line["layers"].keys() >= QUANTITIES
         assert all(len(column) == 2 for column in line["layers"].values())
@@ -74,12 +80,18 @@ def test_header_and_rows(tmp_path):
 
 def test_the_reader_gives_back_what_sinks_got(tmp_path):
     path, seen = tmp_path / "record.jsonl", []
-    record(path, sinks=[seen.extend])
+    record(path, sinks=[measured_into(seen)], rows=4, quantiles=(0.5,))
     table = fastfs.load(path)
-    assert set(table.columns) == {"kind", "run", "step", "time", "layer", "name", "group", *COLUMNS, *SCALARS}
+    quantiles = {"cos_angle_q50", "update_rms_q50"}
+    assert (
+        set(table.columns)
+        == {"kind", "run", "step", "time", "layer", "name", "group"} | {*COLUMNS, *SCALARS} | quantiles
+    )
     for row, (_, line) in zip(seen, table.iterrows(), strict=True):
-        for key in row.keys() - {"loss"}:
+        assert row.keys() == set(table.columns)
+        for key in row.keys() - {"loss", "why"}:
             assert line[key] == row[key], key
+        assert (line["why"], row["why"]) == (None, None)
     assert table["loss"].isna().all()
     assert table["valid"].dtype == bool
     assert table["layer"].dtype == table["count"].dtype == "int64"
@@ -89,8 +101,8 @@ def test_the_reader_gives_back_what_sinks_got(tmp_path):
 def test_undefined_numbers_are_null(tmp_path):
     path = tmp_path / "record.jsonl"
     record(path, steps=1, lr=0.0)
-    lines = [strict(line) for line in path.read_text().splitlines()][1:]
-    (columns,) = [line["layers"] for line in lines]
+    lines = [strict(line) for line in path.read_text().splitlines()]
+    (columns,) = [line["layers"] for line in lines if line["kind"] == "measured"]
     assert columns["angle"] == columns["cos_angle"] == [None] * 2
     assert columns["valid"] == [False] * 2
     table = fastfs.load(path)
@@ -111,7 +123,7 @@ def test_nan_and_inf_in_the_features_are_counted_and_written(tmp_path):
     optimizer.step()
     with pytest.warns(RuntimeWarning, match=r"entries are NaN|the loss is nan"):
         monitor.close()
-    line, *_alerts = [strict(line) for line in path.read_text().splitlines()][1:]
+    line, *_alerts = [strict(line) for line in path.read_text().splitlines()][2:]
     columns = line["layers"]
     assert columns["nonfinite"][0] > 0
     assert columns["valid"] == [False]
@@ -141,7 +153,7 @@ def test_every_cut_of_a_record_can_be_read(tmp_path):
     header = data.index(b"\n") + 1
     for size in range(header, len(data), 7):
         cut.write_bytes(data[:size])
-        complete = data[:size].count(b"\n") - 1
+        complete = max(data[:size].count(b"\n") - 2, 0)  # without header and structure
         assert len(fastfs.load(cut)) in (2 * complete, 2 * complete + 2)  # + 1: all but the newline was written
 
 
@@ -159,9 +171,9 @@ def test_a_torn_line_elsewhere_is_left_out_with_one_warning(tmp_path):
     path = tmp_path / "record.jsonl"
     record(path, steps=3)
     lines = path.read_text().splitlines()
-    lines[2] = lines[2][:30]
+    lines[3] = lines[3][:30]
     path.write_text("\n".join(lines) + "\n")
-    with pytest.warns(RuntimeWarning, match=r"record\.jsonl, line 3: cannot be read and is left out") as caught:
+    with pytest.warns(RuntimeWarning, match=r"record\.jsonl, line 4: cannot be read and is left out") as caught:
         table = fastfs.load(path)
     assert len(caught) == 1
     assert caught[0].filename == __file__
@@ -247,13 +259,18 @@ def test_a_sink_can_be_an_object_and_a_path(tmp_path):
             calls.append(("open", header["schema"]))
 
         def write(self, records):
-            calls.append(("write", [record.step for record in records]))
+            calls.append(("write", [(record.kind, record.step) for record in records]))
 
         def close(self):
             calls.append(("close",))
 
     record(None, steps=2, sinks=[Mine(), os.fspath(tmp_path / "a.jsonl"), tmp_path / "b.jsonl"])
-    assert calls == [("open", SCHEMA), ("write", [0, 1]), ("close",)]
+    assert [(name, *steps) for name, *steps in calls if name != "write"] == [("open", SCHEMA), ("close",)]
+    assert [entry for name, *batches in calls[1:-1] for batch in batches for entry in batch] == [
+        ("structure", 0),
+        ("measured", 0),
+        ("measured", 1),
+    ]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
