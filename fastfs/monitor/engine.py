@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,9 @@ from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.layers import Layer
 from fastfs.monitor.capture.passes import Pass
-from fastfs.monitor.capture.perturbed import Perturbed
-from fastfs.monitor.capture.structure import Structure
 from fastfs.monitor.measure import trust
-from fastfs.monitor.measure.aligned import Aligned, GradientFactor, Incidence, LossScale, aligned
+from fastfs.monitor.measure.aligned import Aligned, GradientFactor, LossScale, aligned
+from fastfs.monitor.measure.knowledge import Knowledge
 from fastfs.monitor.measure.modes import BatchMode, JvpMode, ProbeMode
 from fastfs.monitor.measure.parameters import Parameters
 from fastfs.monitor.measure.sums import LayerSums, RowSums, totals
@@ -60,9 +59,8 @@ class Engine:
     put: Callable[[Record], None]
 
     def __post_init__(self) -> None:
-        self._perturbed = Perturbed(self.model, self.parameters.tensors)
-        self._structure: Structure | None = None
-        self._incidence: Incidence | None = None
+        self.knowledge = Knowledge(self.model, len(self.layers), self.capture, self.device)
+        self.knowledge.look(self.parameters.tensors)
         self._gradient_factor: Tensor | None = None  # of the step that is under way
         self._loss_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
@@ -73,13 +71,14 @@ class Engine:
 
     def before(self, optimizer: torch.optim.Optimizer, index: int, *, first: bool, measured: bool) -> None:
         if first:
+            self.knowledge.look(self.parameters.tensors)
             factor = self.factor.take(self.device)
             inside: Tensor | None = getattr(optimizer, "grad_scale", None)
             # A fused optimizer takes the scale out of the gradients itself, within its step.
             self._gradient_factor = factor if inside is None else factor / inside.to(self.device, torch.float64)
             self._loss_scale = self.scale.take(self.device)
             if measured and isinstance(self.mode, ProbeMode):
-                self.mode.before_step(self._perturbed, self.parameters.tensors)
+                self.mode.before_step(self.knowledge.perturbed, self.parameters.tensors)
         self.parameters.before(index, measured)
 
     def after(self, optimizer: torch.optim.Optimizer, index: int, *, measured: bool) -> None:
@@ -119,7 +118,10 @@ class Engine:
             if not passes:
                 return False
         stats = self.parameters.take(self.device)
-        self._learn_structure(passes, step)
+        learned = self.knowledge.learn(self.mode, passes, self.parameters.tensors, step)
+        if learned is not None:
+            columns = {name: self.names.padded(column) for name, column in learned.columns.items()}
+            self.put(replace(learned, columns=columns))
         scale = self._loss_scale
         assert scale is not None
         assert self._gradient_factor is not None
@@ -129,7 +131,7 @@ class Engine:
             done = self._aligned_on_probe(stats)
         else:
             done = self._aligned(stats, self._gradient_factor * scale)
-        cuts = torch.tensor(self._cuts(), dtype=torch.bool).to(self.device, non_blocking=True)
+        cuts = self.knowledge.cuts
         verdict, found = self._look(passes, stats, torch.where(cuts, done.decrease * scale, torch.nan))
         sums = FeatureStats(_unscaled(_reported(verdict, found.stats), scale))
         residual = torch.where(cuts, 1.0 - done.decrease / -sums.update_dot_backward, torch.nan)
@@ -172,7 +174,8 @@ class Engine:
         counts = [float(count) or torch.nan for count in self.capture.counts]
         count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
         backward = squares.sqrt() / scale
-        speed = done.decrease / (self.cosine * backward)  # section 2, the feature speed formula
+        # Section 2, the feature speed formula, with the last angle that was measured.
+        speed = torch.where(self.knowledge.cuts, done.decrease / (self.cosine * backward), torch.nan)
         tensors = {
             "aligned": _columns(done),
             "backward_rms": backward / count.sqrt(),
@@ -216,43 +219,43 @@ class Engine:
 
     def _look(self, passes: list[Pass], updates: ParameterStats, decrease: Tensor) -> tuple[trust.Trusted, LayerSums]:
         """Sums over features with their verdict, and the sums that standard errors and quantiles come from."""
-        structure = self._structure
+        structure = self.knowledge.structure
         mode, now = self.mode, self.parameters.tensors
         if isinstance(mode, ProbeMode):
-            found = self._totals([mode.measure(self._perturbed, now)])
+            found = self._totals([mode.measure(self.knowledge.perturbed, now)])
             return self.judge.plain(found, passes, structure, mode.dtype), found
         if isinstance(mode, JvpMode):
-            found = self._totals(mode.along(passes, self._perturbed, self.parameters.previous, now))
+            found = self._totals(mode.along(passes, self.knowledge.perturbed, self.parameters.previous, now))
             return self._same(self.judge.tangent(found, passes, decrease), passes), found
         found = self._totals(mode.measure(passes))
         if not self.amplify:
             return self.judge.plain(found, passes, structure), found
 
         def probe(kappa: Tensor) -> Amplified:
-            rows = mode.amplified(passes, self._perturbed, self.parameters.previous, now, kappa)
+            rows = mode.amplified(passes, self.knowledge.perturbed, self.parameters.previous, now, kappa)
             return Amplified(*map(self._totals, rows))
 
         def exact() -> FeatureStats:
-            return self._totals(mode.in_float32(passes, self._perturbed, self.parameters.previous)).stats
+            return self._totals(mode.in_float32(passes, self.knowledge.perturbed, self.parameters.previous)).stats
 
         verdict, central = self.judge.amplified(found, passes, structure, updates, decrease, probe, exact)
         return self._same(verdict, passes), central
 
     def _same(self, verdict: trust.Trusted, passes: list[Pass]) -> trust.Trusted:
         """Backward vectors are those of the training step: with torch.compile, of another forward perhaps."""
-        if not self._perturbed.compiled:
+        if not self.knowledge.perturbed.compiled:
             return verdict
         assert isinstance(self.mode, BatchMode)
-        rows = self.mode.eager_difference(passes, self._perturbed, self.parameters.previous)
+        rows = self.mode.eager_difference(passes, self.knowledge.perturbed, self.parameters.previous)
         return self.judge.same_function(verdict, self._totals(rows).stats)
 
     def _totals(self, rows: list[RowSums]) -> LayerSums:
         return totals(rows, self.quantiles, self.device)
 
     def _aligned(self, stats: ParameterStats, factor: Tensor) -> Aligned:
-        if self._incidence is None:
+        if self.knowledge.incidence is None:
             return Aligned.unknown(len(self.layers), self.device)
-        return aligned(stats, self._incidence, factor)
+        return aligned(stats, self.knowledge.incidence, factor)
 
     def _aligned_on_probe(self, stats: ParameterStats) -> Aligned:
         """With the gradients of the probe; dw, |w| and |dw| are the same."""
@@ -266,30 +269,6 @@ class Engine:
         sums[which, names.index("gradient_sq")] = found.gradient_sq
         one = torch.ones((), dtype=torch.float64, device=self.device)
         return self._aligned(ParameterStats(sums), one)
-
-    def _learn_structure(self, passes: list[Pass], step: int) -> None:
-        """Once: which parameters are below which layer. From the step's own graph, or a forward that shows it."""
-        if self._structure is not None:
-            return
-        if isinstance(self.mode, ProbeMode):
-            structure = self.mode.structure
-        else:
-            structure = self.capture.structure
-            if structure is None or structure.opaque:
-                structure = self.mode.structure(passes[0], self._perturbed, self.parameters.tensors)
-        if structure is None:
-            return
-        self._structure = structure
-        self.capture.wants_structure = False
-        self._incidence = Incidence(structure, self.device)
-        counts = structure.upstream.sum(dim=1).tolist()
-        columns: dict[str, list[Any]] = {"cut": structure.cut, "reason": structure.reason, "parameters": counts}
-        padded = {key: self.names.padded(column) for key, column in columns.items()}
-        record = Record(kind="structure", step=step, time=time.time(), scalars={}, columns=padded)
-        self.put(record)
-
-    def _cuts(self) -> list[bool]:
-        return [False] * len(self.layers) if self._structure is None else self._structure.cut
 
 
 def _columns(done: Aligned) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastfs.monitor import settings
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.capture import Capture
-from fastfs.monitor.capture.layers import AUTO, Selection, select_groups, select_layers
+from fastfs.monitor.capture.layers import AUTO, Selection, parameter_names, select_groups, select_layers
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.engine import Engine
 from fastfs.monitor.measure.aligned import GradientFactor, LossScale
@@ -79,7 +79,7 @@ class Monitor:
         self._optimizers = optimizers
         self._sampler = Sampler(rows)
         parameters = Parameters(optimizers, snapshot=amplify or mode != "batch")
-        names = settings.parameter_names(model, parameters.tensors)
+        names = parameter_names(model, parameters.tensors)
         self._header = make_header(
             model,
             optimizers[0],

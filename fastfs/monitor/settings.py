@@ -8,9 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastfs.monitor.capture.layers import clean_name, is_wrapped
 from fastfs.monitor.measure.modes import MODES, Probe
 from fastfs.monitor.record.recorder import Recorder
 from fastfs.monitor.record.sinks import as_sink, as_sinks
@@ -24,7 +23,6 @@ __all__ = [
     "check_state",
     "describe",
     "open_recorder",
-    "parameter_names",
     "shown",
     "speaks",
 ]
@@ -135,13 +133,6 @@ def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: A
         recorder = Recorder(opened, header, **options)
         undo.pop_all()
     return recorder
-
-
-def parameter_names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Names of the parameters that the optimizers update, in their order."""
-    wrapped = is_wrapped(model)
-    names = {id(p): clean_name(name, wrapped) for name, p in model.named_parameters()}
-    return {names.get(id(p), f"(parameter {i}, not the model's)"): p for i, p in enumerate(parameters)}
 
 
 def shown(schedule: Any) -> Any:

@@ -233,6 +233,12 @@ class Capture:
         """
         return analyse(edges, outputs, parameters, list(self._parameters))
 
+    def parameters_are(self, parameters: dict[str, Tensor]) -> None:
+        """Those that the optimizers update have changed: what the graph shows has to be looked at again."""
+        self._parameters = parameters
+        self.structure = None
+        self.wants_structure = True
+
     def account(self) -> Pass:
         """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
         passed = Pass(len(self._layers), self._turn)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["AUTO", "Layer", "Selection", "clean_name", "select_groups", "select_layers", "unwrapped"]
+__all__ = ["AUTO", "Layer", "Selection", "clean_name", "parameter_names", "select_groups", "select_layers", "unwrapped"]
 
 AUTO = "auto"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -59,6 +59,13 @@ def is_wrapped(model: nn.Module) -> bool:
     while [name for name, _ in model.named_children()] == ["_orig_mod"]:
         model = next(model.children())
     return [name for name, _ in model.named_children()] == ["module"]
+
+
+def parameter_names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Names of the parameters that the optimizers update, in their order."""
+    wrapped = is_wrapped(model)
+    names = {id(p): clean_name(name, wrapped) for name, p in model.named_parameters()}
+    return {names.get(id(p), f"(parameter {i}, not the model's)"): p for i, p in enumerate(parameters)}
 
 
 def _named(model: nn.Module) -> dict[str, nn.Module]:

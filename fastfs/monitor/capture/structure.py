@@ -24,7 +24,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["Edge", "Structure", "analyse", "edge_of"]
+__all__ = ["DID_NOT_RUN", "Edge", "Structure", "analyse", "edge_of"]
+
+DID_NOT_RUN = "did not run"
+"""Reason of a layer that the forward did not call."""
 
 Edge = tuple[Any, int]
 """A value in the graph: the function that made it (``AccumulateGrad`` for a leaf) and which of its outputs it is."""
@@ -262,7 +265,7 @@ class _Layer:
 
     def _reason(self, graph: _Graph, calls: int, names: Sequence[str]) -> str | None:
         if not self.visits:
-            return "outside the autograd graph" if calls else "did not run"
+            return "outside the autograd graph" if calls else DID_NOT_RUN
         if any(graph.hiding[visit] for visit in self.visits):
             return "parameters hidden from the graph (reentrant checkpoint?)"
         if not all(graph.reached[visit] for visit in self.visits):

@@ -125,7 +125,7 @@ class BatchMode:
                     triples[-1].append(Triple(before, rows, backward, visit.before.total))
         return triples
 
-    def structure(self, passed: Pass, model: Perturbed, values: Sequence[Tensor]) -> Structure | None:
+    def eager_structure(self, passed: Pass, model: Perturbed, values: Sequence[Tensor]) -> Structure | None:
         """From a forward of its own, where the training step's graph does not show it: with gradient, uncompiled."""
         assert passed.state is not None
         return _structure(
@@ -222,6 +222,7 @@ class ProbeMode:
         self._gradients: list[Tensor | None] = []
         self.loss: Tensor | None = None
         self.structure: Structure | None = None
+        self._flags: list[bool] = []  # which parameters had gradients in it
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -251,7 +252,9 @@ class ProbeMode:
             loss = self._probe.loss(output)
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise TypeError(f"probe: expected a loss that gives a scalar tensor, got {loss!r}")
-            if self.structure is None:
+            flags = [p.requires_grad for p in parameters]
+            if self.structure is None or flags != self._flags:
+                self._flags = flags
                 self.structure = self._capture.analyse(edges, [loss], leaves)
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))

@@ -1,0 +1,88 @@
+"""What is learned once of the model: which parameters are below which layer, and which layers are cuts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfs.monitor.capture.capture import Capture
+from fastfs.monitor.capture.layers import parameter_names
+from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.capture.perturbed import Perturbed
+from fastfs.monitor.capture.structure import DID_NOT_RUN, Structure
+from fastfs.monitor.measure.aligned import Incidence
+from fastfs.monitor.measure.modes import BatchMode, ProbeMode
+from fastfs.monitor.record.rows import Record
+
+__all__ = ["Knowledge"]
+
+_PARALLEL = "several processes: backward vectors are of the local loss, gradients of all"
+
+
+class Knowledge:
+    """Keeps the structure of the model, and learns it anew when parameters are added, frozen or unfrozen.
+
+    Args:
+        model: the model that the loop calls.
+        layers: how many are watched.
+        capture: of the training step.
+        device: of the matrices.
+    """
+
+    def __init__(self, model: nn.Module, layers: int, capture: Capture, device: torch.device) -> None:
+        self.structure: Structure | None = None
+        self.incidence: Incidence | None = None
+        self.cuts = torch.zeros(layers, dtype=torch.bool, device=device)
+        self.perturbed: Perturbed
+        self._model = model
+        self._layers = layers
+        self._capture = capture
+        self._device = device
+        self._seen: tuple[tuple[int, bool], ...] = ()
+
+    def look(self, parameters: Sequence[Tensor]) -> None:
+        """Before a step: are these the parameters that the structure is of?"""
+        seen = tuple((id(p), p.requires_grad) for p in parameters)
+        if seen == self._seen:
+            return
+        self._seen = seen
+        self.perturbed = Perturbed(self._model, parameters)
+        self.structure = self.incidence = None
+        self.cuts = torch.zeros_like(self.cuts)
+        self._capture.parameters_are(parameter_names(self._model, parameters))
+
+    def learn(
+        self, mode: BatchMode | ProbeMode, passes: Sequence[Pass], parameters: Sequence[Tensor], step: int
+    ) -> Record | None:
+        """From the graph of the measured step, or a forward that shows it; a record if there is something new."""
+        if self.structure is not None and DID_NOT_RUN not in self.structure.reason:
+            return None
+        structure = mode.structure if isinstance(mode, ProbeMode) else self._capture.structure
+        if isinstance(mode, BatchMode) and (structure is None or structure.opaque):
+            structure = mode.eager_structure(passes[0], self.perturbed, parameters)
+        if structure is None:
+            return None
+        known = self.structure
+        self.structure = structure
+        self._capture.wants_structure = DID_NOT_RUN in structure.reason
+        self._capture.structure = None if self._capture.wants_structure else structure
+        self.incidence = Incidence(structure, self._device)
+        cut, reason = structure.cut, structure.reason
+        if _in_a_group():
+            cut, reason = [False] * self._layers, [why or _PARALLEL for why in reason]
+        self.cuts = torch.tensor(cut, dtype=torch.bool).to(self._device, non_blocking=True)
+        if known is not None and known.reason == structure.reason:
+            return None
+        counts = structure.upstream.sum(dim=1).tolist()
+        columns: dict[str, list[Any]] = {"cut": cut, "reason": reason, "parameters": counts}
+        return Record(kind="structure", step=step, time=time.time(), scalars={}, columns=columns)
+
+
+def _in_a_group() -> bool:
+    """Whether gradients may be averaged over processes, so that they are not those of this one's loss."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
