@@ -22,6 +22,7 @@ test-quick: install
 
 bench: install
 	$(BIN)/python -m benchmarks.feature_stats
+	$(BIN)/python -m benchmarks.monitor
 
 doctor: install
 	$(BIN)/fastfs doctor

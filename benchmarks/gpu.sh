@@ -112,6 +112,7 @@ quick=()
 try benchmarks "$python" -m benchmarks.feature_stats --device cuda --json "$out/gpu_feature_stats.json" "${quick[@]}"
 try "benchmark of rows" "$python" -m benchmarks.gather_rows --device cuda --json "$out/gpu_gather_rows.json" "${quick[@]}"
 try updates "$python" -m benchmarks.updates --device cuda --json "$out/gpu_updates.json" "${quick[@]}"
+try "benchmark of the monitor" "$python" -m benchmarks.monitor --device cuda --json "$out/gpu_monitor.json" "${quick[@]}"
 
 step "results in $out"
 if ((${#failed[@]})); then

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -57,24 +58,43 @@ def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1)
     return (time.perf_counter() - begin) / repeat
 
 
+def wall_time(call: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
+    """Seconds per call, the mean over `repeat` calls in a row, host and device together: what a loop takes."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeat):
+        call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) / repeat
+
+
 def side_by_side(
     contestants: dict[str, Callable[[], object]],
     device: torch.device,
     rounds: int,
     repeat: int = 1,
     budget: float = 4.0,
+    *,
+    shuffle: random.Random | None = None,
+    timer: Callable[[Callable[[], object], torch.device, int], float] | None = None,
 ) -> Times:
     """Times the contestants in turn, `rounds` times, after one call each that is not counted.
 
-    One that has used up its `budget` of seconds sits out the later rounds, after three at least.
+    One that has used up its `budget` of seconds sits out the later rounds, after three at least. With `shuffle` the
+    order is drawn anew in every round. `timer` is :func:`time_call` if not given.
     """
     for call in contestants.values():
         call()
     times: Times = {name: [] for name in contestants}
+    order = list(contestants)
     for _ in range(rounds):
-        for name, call in contestants.items():
+        if shuffle is not None:
+            shuffle.shuffle(order)
+        for name in order:
             if len(times[name]) < 3 or sum(times[name]) * repeat < budget:
-                times[name].append(time_call(call, device, repeat))
+                times[name].append((timer or time_call)(contestants[name], device, repeat))
     return times
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import feature_stats, gather_rows, harness
+from benchmarks import feature_stats, gather_rows, harness, monitor
 from fastfs import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +83,68 @@ def test_quick_benchmark_of_updates(tmp_path: Path) -> None:
     names = ["streaming read", "fastfs", "UpdateMeter", "torch.compile", "eager by hand, foreach"]
     assert [row["contestant"] for row in result["rows"]] == names
     assert all(row["milliseconds"] > 0 and row["contestant"] in done.stdout for row in result["rows"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ops.native_available(), reason="no native core")
+def test_quick_benchmark_of_the_monitor(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", "benchmarks.monitor", "--quick", "--rounds", "2", "--json", str(path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads(path.read_text())["results"]
+    rows = {row["contestant"]: row for row in result["rows"]}
+    assert list(rows) == [
+        monitor.PLAIN,
+        monitor.AGAIN,
+        monitor.OFF,
+        monitor.ALIGNED,
+        monitor.EVERY,
+        monitor.WINDOW,
+        monitor.MEASURED,
+        monitor.AMPLIFIED,
+        monitor.JVP,
+        monitor.PROBE,
+        monitor.NAIVE,
+    ]
+    assert all(row["milliseconds"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert rows[monitor.PLAIN]["ratio"] == 1
+    amortised = 0.99 * rows[monitor.OFF]["ratio"] + 0.01 * rows[monitor.MEASURED]["ratio"]
+    assert rows[monitor.EVERY]["ratio"] == pytest.approx(amortised, abs=2e-4)
+    assert rows[monitor.MEASURED]["peak MiB"] > rows[monitor.PLAIN]["peak MiB"] > 0
+    assert result["naive way and monitor differ by"]["angle, all rows"] <= 1e-5
+    assert [target["contestant"] for target in result["targets"]] == [monitor.EVERY, monitor.ALIGNED, monitor.MEASURED]
+    assert len(re.findall(r"^(PASS|FAIL)  ", done.stdout, re.MULTILINE)) == 3
+
+
+def test_storages_are_counted_while_they_live() -> None:
+    with monitor.Storages() as storages:
+        x = torch.zeros(1000)
+        for _ in range(5):
+            y = x.view(10, 100).T + 1
+        assert storages.peak == 3 * 4000  # x, and y while the next one comes
+        del y
+        z = torch.zeros(1500)
+    assert storages.peak == 3 * 4000
+    assert z.numel() == 1500
+
+
+def test_turns_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    contestants: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in "abc"}
+
+    def timer(call: Callable[[], object], device: torch.device, repeat: int) -> float:
+        call()
+        return float(repeat)
+
+    times = harness.side_by_side(
+        contestants, torch.device("cpu"), 8, 2, float("inf"), shuffle=random.Random(0), timer=timer
+    )
+    assert times == {name: [2.0] * 8 for name in "abc"}
+    rounds = ["".join(calls[i : i + 3]) for i in range(3, 27, 3)]
+    assert all(sorted(turn) == list("abc") for turn in rounds)
+    assert len(set(rounds)) > 2
 
 
 def test_turns_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
