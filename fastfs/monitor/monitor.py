@@ -96,7 +96,15 @@ class Monitor:
             path, sinks, self._header, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
         )
         self._capture = Capture(
-            model, self._layers, names, self._sampler, memory, select, self._warn, self._forward_begins
+            model,
+            self._layers,
+            names,
+            self._sampler,
+            memory,
+            6 if amplify else 3,  # with both sides of the probe, and features before as eager execution has them
+            select,
+            self._warn,
+            self._forward_begins,
         )
         device = next(iter(names.values())).device
         self._engine = Engine(
@@ -156,7 +164,9 @@ class Monitor:
     @property
     def description(self) -> str:
         """What is measured how often, and the memory it may take: what is printed when the monitor is attached."""
-        return settings.describe(self._header, self._engine.parameters.snapshot_bytes, self._recorder.device_bytes)
+        parameters = self._engine.parameters
+        moment = settings.momentary_bytes(parameters.tensors, str(self._header["mode"]), self._engine.amplify)
+        return settings.describe(self._header, parameters.snapshot_bytes, moment, self._recorder.device_bytes)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}"

@@ -22,6 +22,7 @@ __all__ = [
     "check_sizes",
     "check_state",
     "describe",
+    "momentary_bytes",
     "open_recorder",
     "shown",
     "speaks",
@@ -146,13 +147,23 @@ def speaks() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def describe(header: Mapping[str, Any], snapshot_bytes: int, ring_bytes: int) -> str:
+def momentary_bytes(parameters: Sequence[Tensor], mode: str, amplify: bool) -> int:
+    """Memory for copies of parameters that a measured step needs for a moment, besides the values before the step."""
+    own = sum(p.numel() * p.element_size() for p in parameters)
+    single = sum(p.numel() * 4 for p in parameters)
+    if mode == "probe":
+        return 2 * single  # gradients and updates; casts to float32 come one at a time beside them
+    return own if mode == "jvp" else 2 * own if amplify else 0  # a direction; both sides of the probe
+
+
+def describe(header: Mapping[str, Any], snapshot_bytes: int, momentary: int, ring_bytes: int) -> str:
     """One line for a person."""
     every = header["every"]
     often = f"every {every} steps" if isinstance(every, int) else every
     aligned = "" if header["aligned_every"] is None else f", aligned decrease every {header['aligned_every']}"
     rows = "all rows" if header["rows"] is None else f"{header['rows']} rows a layer"
     snapshot = f", {snapshot_bytes / _MIB:.1f} MiB for parameters before the step" if snapshot_bytes else ""
+    snapshot += f" and {momentary / _MIB:.1f} MiB for a moment after it" if momentary else ""
     budget = f"at most {header['memory_bytes'] / _MIB:.1f} MiB for inputs and {rows}"
     return (
         f"fastfs.Monitor: {len(header['layers'])} layers of {header['model']}, {header['mode']} mode, {often}{aligned}"

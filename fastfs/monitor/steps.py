@@ -15,7 +15,7 @@ class StepListener(Protocol):
     """What happens around optimizer steps."""
 
     def before(self, optimizer: int, first: bool) -> None:
-        """Right before an optimizer's step; ``first`` in this training step."""
+        """Right before an optimizer's step, gradients at hand; ``first`` in this training step."""
 
     def after(self, optimizer: int) -> None:
         """Right after it."""
@@ -29,7 +29,8 @@ class OptimizerSteps:
 
     A training step is over when every optimizer has stepped. Optimizers that step within the backward (from hooks on
     the gradients) make it end with the backward. Those that do not step this time do not hold it up: the next forward
-    of the model ends it, too.
+    of the model ends it, too. A closure that is given to ``step`` computes the gradients within it: the step begins
+    when the closure is over.
     """
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer], listener: StepListener) -> None:
@@ -40,8 +41,8 @@ class OptimizerSteps:
         self._queued = False
         self._handles: list[RemovableHandle] = []
         for index, optimizer in enumerate(optimizers):
-            self._handles.append(optimizer.register_step_pre_hook(_Hook(self._before, index)))
-            self._handles.append(optimizer.register_step_post_hook(_Hook(self._after, index)))
+            self._handles.append(optimizer.register_step_pre_hook(_Before(self._before, index)))
+            self._handles.append(optimizer.register_step_post_hook(_After(self._after, index)))
 
     def close(self) -> None:
         for handle in self._handles:
@@ -50,8 +51,11 @@ class OptimizerSteps:
 
     def forward_begins(self) -> None:
         """The model is called in training."""
-        if self._stepped and not self._in_backward():
+        if self._in_backward():
+            return
+        if self._stepped:
             self._finish()
+        self._begun = False  # nor does a step that raised go on
 
     def _before(self, index: int) -> None:
         first, self._begun = not self._begun, True
@@ -82,7 +86,31 @@ class OptimizerSteps:
         return torch._C._current_graph_task_id() != -1
 
 
-class _Hook:
+class _Before:
+    def __init__(self, function: Callable[[int], None], index: int) -> None:
+        self._function = function
+        self._index = index
+
+    def __call__(self, _optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """New arguments for ``step`` if it has a closure; ``args`` begin with the optimizer itself."""
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._then(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, {**kwargs, "closure": self._then(kwargs["closure"])}
+        self._function(self._index)
+        return None
+
+    def _then(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def wrapped() -> Any:
+            loss = closure()
+            with torch.no_grad():  # the step calls closures with gradients on
+                self._function(self._index)
+            return loss
+
+        return wrapped
+
+
+class _After:
     def __init__(self, function: Callable[[int], None], index: int) -> None:
         self._function = function
         self._index = index

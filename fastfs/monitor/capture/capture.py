@@ -42,8 +42,6 @@ __all__ = ["Capture", "Sink"]
 Sink = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a forward of the monitor's own."""
 
-_COPIES = 3  # of every kept row: before, backward, after
-
 
 class Capture:
     """Owns the hooks on the model and its watched layers.
@@ -53,7 +51,8 @@ class Capture:
         layers: the watched modules.
         parameters: those that the optimizer updates, and their names.
         sampler: which rows are kept.
-        limit: bytes that everything captured may take; replayed features included.
+        limit: bytes that everything captured may take; features of forwards of the monitor's own included.
+        copies: of every kept row that are held at a time: before, backward, after, ...
         select: the features in a layer's output.
         warn: called with a kind and a message when something cannot be captured.
         begins: called when the model begins a forward with gradient, captured or not.
@@ -66,6 +65,7 @@ class Capture:
         parameters: dict[str, Tensor],
         sampler: Sampler,
         limit: int,
+        copies: int,
         select: taps.Select,
         warn: Callable[[str, str], None],
         begins: Callable[[], None],
@@ -83,6 +83,7 @@ class Capture:
         self._parameters = parameters
         self._sampler = sampler
         self._limit = limit
+        self._copies = copies
         self._warn = warn
         self._begins = begins
         self._expected = 1  # visits of a layer in a step
@@ -340,14 +341,14 @@ class Capture:
         """As many rows as are wanted, or as fit into this visit's share of the budget."""
         dims = row_dims(features)
         total = math.prod(features.shape[:dims])
-        size = math.prod(features.shape[dims:]) * features.element_size() * _COPIES
+        size = math.prod(features.shape[dims:]) * features.element_size() * self._copies
         share = self._limit // (len(self._layers) * self._expected)
         left = self._limit - sum(p.bytes for p in self._live)
         kept = min(self._sampler.wanted(total), min(share, left) // size if size else total)
         if kept == 0 < total:
             self._warn(
                 "budget",
-                f"has no room for even one row of {size // _COPIES:,} bytes of a layer: it gets a row of nulls. Raise "
+                f"has no room for even one row of {size // self._copies:,} bytes of a layer: it gets a row of nulls. Raise "
                 f"memory= above {self._limit:,} bytes or watch fewer layers",
             )
             return None

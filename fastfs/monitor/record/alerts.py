@@ -135,7 +135,8 @@ class ResidualLarge:
     """The formula residual of a cut is above ``residual`` in size: measured and first-order decrease do not agree.
 
     Curvature (steps too large for first order) or wiring (a loss scale, rows or masks that differ). Judged on valid
-    rows whose cosine is at least ``cosine`` in size: near pi/2 the residual divides by nothing.
+    rows whose cosine is at least ``cosine`` in size: near pi/2 the residual divides by nothing. Three standard errors
+    of a sample of rows are allowed for.
     """
 
     residual: float = 0.9
@@ -146,9 +147,11 @@ class ResidualLarge:
     def judge(self, record: Record, header: Mapping[str, Any]) -> Judgement:
         return {
             layer: Finding(row["residual"], f"formula residual {row['residual']:.3g}: not a first-order step, or a bug")
-            if abs(row["residual"]) > self.residual
+            if abs(row["residual"]) - 3 * _number(row.get("residual_se") or 0.0) > self.residual
             else None
-            for layer, row in _rows(record, header, "residual", also=("cos_angle",), valid=True, groups=False)
+            for layer, row in _rows(
+                record, header, "residual", also=("cos_angle", "residual_se"), valid=True, groups=False
+            )
             if not abs(_number(row.get("cos_angle", 1.0))) < self.cosine
         }
 
