@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastfs.monitor.measure.modes import MODES, Probe
 from fastfs.monitor.record.recorder import Recorder
@@ -153,7 +153,9 @@ def momentary_bytes(parameters: Sequence[Tensor], mode: str, amplify: bool) -> i
     single = sum(p.numel() * 4 for p in parameters)
     if mode == "probe":
         return 2 * single  # gradients and updates; casts to float32 come one at a time beside them
-    return own if mode == "jvp" else 2 * own if amplify else 0  # a direction; both sides of the probe
+    if mode == "jvp":
+        return own  # a direction
+    return 2 * own if amplify else 0  # both sides of the probe
 
 
 def describe(header: Mapping[str, Any], snapshot_bytes: int, momentary: int, ring_bytes: int) -> str:

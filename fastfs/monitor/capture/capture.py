@@ -348,8 +348,8 @@ class Capture:
         if kept == 0 < total:
             self._warn(
                 "budget",
-                f"has no room for even one row of {size // self._copies:,} bytes of a layer: it gets a row of nulls. Raise "
-                f"memory= above {self._limit:,} bytes or watch fewer layers",
+                f"has no room for even one row of {size // self._copies:,} bytes of a layer: it gets a row of nulls. "
+                f"Raise memory= above {self._limit:,} bytes or watch fewer layers",
             )
             return None
         self._take(passed, kept * size, "rows of features")
