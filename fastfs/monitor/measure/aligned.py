@@ -70,16 +70,12 @@ class GradientFactor:
 
     def take(self, device: torch.device) -> Tensor:
         """The factor, float64 0-d: 1 if nothing happened to the gradients, nan if it was no common factor."""
-        dot, before, now = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
-        found = False
-        for index, seen in self._seen.items():
-            gradient = self._parameters[index].grad
-            if gradient is not None and gradient.shape == seen.shape:
-                found = True
-                old, new = seen.to(device, torch.float64), gradient.detach().to(device, torch.float64)
-                dot, before, now = dot + (old * new).sum(), before + old.square().sum(), now + new.square().sum()
+        pairs = [(seen, self._parameters[index].grad) for index, seen in self._seen.items()]
+        found = [(old, new.detach()) for old, new in pairs if new is not None and new.shape == old.shape]
         if not found:  # gradients that are gone before the step can be asked: the optimizer is in the backward
             return torch.ones((), dtype=torch.float64, device=device)
+        old, new = (torch.cat([_flat(x, device) for x in side]).double() for side in zip(*found, strict=True))
+        dot, before, now = torch.stack([old * new, old * old, new * new]).sum(dim=1).unbind()
         factor = torch.where(before > 0, dot / before, 1.0)
         return torch.where(dot.square() >= (1.0 - _PARALLEL) * before * now, factor, torch.nan)
 
@@ -91,6 +87,11 @@ class GradientFactor:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _flat(gradient: Tensor, device: torch.device) -> Tensor:
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    return dense.to(device).reshape(-1)
 
 
 class LossScale:

@@ -42,11 +42,11 @@ class Knowledge:
         self._layers = layers
         self._capture = capture
         self._device = device
-        self._seen: tuple[tuple[int, bool], ...] = ()
+        self._seen: tuple[list[int], list[bool]] = [], []
 
     def look(self, parameters: Sequence[Tensor]) -> None:
         """Before a step: are these the parameters that the structure is of?"""
-        seen = tuple((id(p), p.requires_grad) for p in parameters)
+        seen = list(map(id, parameters)), [p.requires_grad for p in parameters]
         if seen == self._seen:
             return
         self._seen = seen
