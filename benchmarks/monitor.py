@@ -229,7 +229,7 @@ def check(bench: Bench) -> dict[str, float]:
     Raises:
         AssertionError: if not.
     """
-    steps = 3
+    steps = 2
     plain, naive = bench.training(PLAIN), bench.training(NAIVE)
     watched = {name: bench.training(name) for name in (OFF, ALIGNED, MEASURED, AMPLIFIED, JVP, PROBE)}
     seen: list[Any] = []
@@ -344,17 +344,26 @@ def window(bench: Bench, steps: int, block: int) -> tuple[float, float]:
     return total[WINDOW] / count, total[PLAIN] / count
 
 
+def say(what: str) -> None:
+    print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 def run(load: Workload, device: torch.device, rounds: int, quick: bool) -> dict[str, Any]:
     """All rows of the table."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(load, device, Path(folder))
+        say("checking that nothing changes, and the naive way")
         errors = check(bench)
         few = [PLAIN, AGAIN, OFF, ALIGNED]
         many = [PLAIN, MEASURED, AMPLIFIED, JVP, PROBE, NAIVE]
+        say("memory")
         peaks = {name: peak_bytes(lambda n=name: bench.training(n), device) for name in dict.fromkeys(few + many)}
         on_gpu = device.type == "cuda"
-        cheap = compare(bench, few, 2 * rounds, 20 if on_gpu else 3)
+        say("steps that are not measured")
+        cheap = compare(bench, few, 2 * rounds + 4, 20 if on_gpu else 3)
+        say("measured steps")
         dear = compare(bench, many, rounds, 5 if on_gpu else 1)
+        say("a window of 100 steps")
         with_monitor, without = window(bench, 100, 5 if quick else 4)
 
     rows = []
@@ -414,7 +423,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--quick", action="store_true", help="a tiny model: does the benchmark run; targets mean nothing"
     )
