@@ -32,7 +32,65 @@ __all__ = ["Monitor"]
 
 
 class Monitor:
-    """DOC"""
+    """Records how far the features of each layer move in a training step, and how that move is aligned with the loss.
+
+    Attached to a model and its optimizer it watches steps through hooks: nothing else in the loop changes, and
+    parameters, gradients, losses, buffers and random streams stay bitwise what they are without it. At a measured step
+    (every ``every``-th, the first one included) features before, backward vector and features after of each watched
+    layer become angle, speed and aligned decrease, with a flag that says whether to trust them; at an aligned step
+    (``aligned_every``) gradients and update alone give the decrease, and a predicted speed. The record
+    is written in the background. ``docs/monitor.md`` explains every column and mode::
+
+        monitor = fastfs.Monitor(model, optimizer, path="run/record.jsonl")
+        for inputs, targets in data:
+            ...  # zero_grad, forward, backward
+            optimizer.step()
+        monitor.close()
+
+    What holds: a measurement that fails is left out with one warning, and training goes on; the step path does not
+    wait for the device or for a sink; memory does not grow with the length of the run. Gradient accumulation, clipping,
+    gradient scalers (give ``scaler``), several optimizers, optimizers that step within the backward, activation
+    checkpointing, frozen layers and ``torch.compile`` (attach before or after) are understood. What does not hold: the
+    speed formula at layers that are no cut (inside a branch, around shared parameters, in several processes): there is
+    an angle, but no residual and no prediction. LBFGS is refused. Under data parallelism every rank measures its own.
+
+    Args:
+        model: the module that the loop calls, wrappers included.
+        optimizer: one that updates its parameters, or a list of them.
+        layers: ``"auto"`` (the blocks, else every module with parameters), a regular expression, a list of names, a
+            module type or a tuple of them, or a function of name and module.
+        every: measure every so many optimizer steps, or a :class:`fastfs.monitor.Schedule`.
+        mode: ``"batch"``: the training batch, one more forward; ``"probe"``: a fixed batch, in float32, forward,
+            backward and forward; ``"jvp"``: the first-order update of the training batch by forward-mode differentiation.
+        aligned_every: aligned decrease and predicted speed every so many steps, without a forward; None for never.
+        probe: ``(inputs, loss)`` or a :class:`fastfs.monitor.Probe`, for ``mode="probe"``: ``loss`` is a function of
+            the model's output.
+        amplify: measure the update enlarged, by two more forwards (one more in float32 where the model runs in 16
+            bits), so that rounding does not hide it. For ``mode="batch"``.
+        rows: the most rows (tokens, images) kept of a layer, a fixed random subset; None for all. Sampled statistics
+            come with standard errors.
+        memory: bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
+        groups: name -> regular expression on the names of watched layers: totals that are recorded beside them.
+        quantiles: of the rows' cosines and speeds, numbers from 0 to 1: columns ``cos_angle_q10``, ...
+        select: the features in a layer's output; by default the first floating-point tensor in it.
+        scaler: the :class:`torch.amp.GradScaler` of the loop.
+        path: the record as JSON lines, appended to; ``record.jsonl`` if neither this nor ``sinks`` is given. A name
+            that ends in ``.parquet`` is a folder of Parquet files, ``"tensorboard:FOLDER"`` one for TensorBoard.
+        sinks: more places for the record: such paths, functions of a list of rows, or :class:`fastfs.monitor.Sink`.
+        flush_seconds: how long a record may wait before it is written.
+        alerts: rules; None for :func:`fastfs.monitor.default_alerts`, ``()`` for none.
+        on_alert: called with every alert, in the training thread.
+        metadata: of the run, for the header; what JSON can hold.
+        verbose: say on stderr, once and on the first rank, what is measured and how much memory it may take.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: no layer matches, an unknown name (the message lists the candidates), an optimizer that updates no
+            parameter of the model, a value out of range, arguments that exclude each other.
+        OSError: the record cannot be opened.
+
+    Source: the feature speed formula of arXiv 2311.18718, section 2, in the form that holds for any optimizer.
+    """
 
     def __init__(
         self,
