@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
 
-from fastfs import functional, ops, reference
+from fastfs import ops
 from fastfs._version import __version__
 from fastfs.checks import DTYPES
+from fastfs.self_check import self_check
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +35,6 @@ CPU_FLAGS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq"),
 }
-# Largest error of a sum, as a multiple of the sum of its absolute terms.
-TOLERANCE = {"float64": 1e-13, "other": 2e-6}
 
 
 @dataclass(frozen=True)
@@ -238,65 +236,6 @@ def self_check_findings(device: str) -> list[Finding]:
         else:
             findings.append(Finding("self-check", f"{device} {name}", "native agrees with reference"))
     return findings
-
-
-def self_check(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Measures small layers of `dtype`, with backward vectors of every dtype, natively and with the reference.
-
-    Returns:
-        What differs by more than the native core promises; empty if nothing does.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def make(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, kind)
-
-    shapes = [(33, 257), (129,), (), (0, 3), (64, 65)]
-    failures: list[str] = []
-    for other in DTYPES:
-        before = [make(shape, dtype) for shape in shapes]
-        after = [(x.double() + 0.1 * make(tuple(x.shape), torch.float64)).to(dtype) for x in before]
-        backward = [make(shape, other) for shape in shapes]
-        for layers in (before, after, backward):
-            layers[-1] = layers[-1].t()  # not contiguous
-        after[1][7] = float("inf")
-        tolerance = TOLERANCE["float64" if dtype == other == torch.float64 else "other"]
-        label = f"backward {str(other).removeprefix('torch.')}"
-        native = functional.feature_stats(before, after, backward, backend="native")
-        expected = reference.feature_stats(before, after, backward)
-        assert not isinstance(expected, list)
-        failures += _differing(f"feature_stats, {label}", native.sums, expected.sums, expected.names, tolerance)
-        rows = functional.feature_stats(before[0], after[0], backward[0], per_row=True, backend="native")
-        expected = reference.feature_stats(before[0], after[0], backward[0], per_row=True)
-        assert not isinstance(expected, list)
-        failures += _differing(f"per_row, {label}", rows.sums, expected.sums, expected.names, tolerance)
-        updates = functional.update_stats(before, backward, backend="native")
-        wanted = reference.update_stats(before, backward)
-        failures += _differing(f"update_stats, {label}", updates.sums, wanted.sums, wanted.names, tolerance)
-    return failures
-
-
-def _differing(label: str, got: Tensor, expected: Tensor, names: tuple[str, ...], tolerance: float) -> list[str]:
-    got, expected = got.cpu(), expected.cpu()
-    if got.shape != expected.shape:
-        return [f"{label}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"]
-    column = {name: expected[..., i] for i, name in enumerate(names)}
-    failures = []
-    for i, name in enumerate(names):
-        want, have = expected[..., i], got[..., i]
-        if name in ("nonfinite", "count"):
-            allowed = torch.zeros_like(want)
-        elif name == "update_dot_backward":
-            allowed = tolerance * column["abs_update_dot_backward"]
-        elif name in ("before_dot_update", "dot"):  # Cauchy-Schwarz: no less than the sum of the absolute terms
-            left = column["before_sq" if name == "before_dot_update" else "gradient_sq"]
-            allowed = tolerance * (left * column["update_sq"]).sqrt()
-        else:
-            allowed = tolerance * want
-        agrees = torch.where(want.isfinite(), (have - want).abs() <= allowed, ~have.isfinite())
-        if not bool(agrees.all()):
-            failures.append(f"{label}: {name}")
-    return failures
 
 
 # The machine

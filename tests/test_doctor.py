@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastfs import doctor, ops
+from fastfs import doctor, functional, ops
 from fastfs._version import __version__
 
 INFO = {"instruction_sets": ["generic", "avx2", "avx512"], "instruction_set": "avx2", "openmp": True}
@@ -108,14 +108,14 @@ def test_unusable_instruction_set_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
 
 @native
 def test_wrong_sums_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    true_sums = doctor.functional.feature_stats
+    true_sums = functional.feature_stats
 
     def off_by_little(*arguments: Any, **options: Any) -> Any:
         stats = true_sums(*arguments, **options)
         stats.sums[..., 2] *= 1 + 1e-5
         return stats
 
-    monkeypatch.setattr(doctor.functional, "feature_stats", off_by_little)
+    monkeypatch.setattr(functional, "feature_stats", off_by_little)
     text = shown(1)
     assert "backward_sq" in text
     assert "before_sq" not in text
@@ -126,7 +126,7 @@ def test_exception_in_the_self_check_is_a_finding(monkeypatch: pytest.MonkeyPatc
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("illegal instruction")
 
-    monkeypatch.setattr(doctor.functional, "update_stats", fail)
+    monkeypatch.setattr(functional, "update_stats", fail)
     assert "RuntimeError: illegal instruction" in shown(1)
 
 
