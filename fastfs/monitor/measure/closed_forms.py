@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
+from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from fastfs.rules import Rule
 
@@ -138,7 +139,7 @@ def rewrites_gradients(optimizer: Optimizer, group: Group, params: list[Tensor])
     if group["fused"] or not _is_zero(group["weight_decay"]):
         return False
     if group["foreach"] is None and group["fused"] is None:
-        _, foreach = torch.optim.optimizer._default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
+        _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
         return bool(foreach)
     return bool(group["foreach"])
 
