@@ -61,7 +61,7 @@ class Monitor:
             module type or a tuple of them, or a function of name and module.
         every: measure every so many optimizer steps, or a :class:`fastfs.monitor.Schedule`.
         mode: ``"batch"``: the training batch, one more forward; ``"probe"``: a fixed batch, in float32, forward,
-            backward and forward; ``"jvp"``: the first-order update of the training batch by forward-mode differentiation.
+            backward and forward; ``"jvp"``: the first-order update of the training batch, one forward in forward mode.
         aligned_every: aligned decrease and predicted speed every so many steps, without a forward; None for never.
         probe: ``(inputs, loss)`` or a :class:`fastfs.monitor.Probe`, for ``mode="probe"``: ``loss`` is a function of
             the model's output.
