@@ -42,6 +42,8 @@ __all__ = ["Capture", "Sink"]
 Sink = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a forward of the monitor's own."""
 
+_UNKNOWN = 4  # micro-batches, or runs of a layer, that the first measured step is prepared for
+
 
 class Capture:
     """Owns the hooks on the model and its watched layers.
@@ -86,7 +88,8 @@ class Capture:
         self._copies = copies
         self._warn = warn
         self._begins = begins
-        self._expected = 1  # visits of a layer in a step
+        # Visits of a layer in a step, and forwards. Until one step is over several have to be reckoned with.
+        self._visits, self._forwards = _UNKNOWN, _UNKNOWN
         self._passes: list[Pass] = []  # those with a backward
         self._held: list[Pass] = []  # those that no tensor hook of ours holds
         self._live: weakref.WeakSet[Pass] = weakref.WeakSet()
@@ -119,6 +122,8 @@ class Capture:
 
     def clear(self) -> None:
         """Forget everything captured: the next forward belongs to the next step."""
+        for passed in list(self._live):  # a loop that keeps its last loss keeps the graph, which holds the pass
+            passed.drop()
         self._passes = []
         self._held = []
         self._open = None
@@ -140,7 +145,9 @@ class Capture:
         """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
         passes, self._passes = self._passes, []
         if passes:
-            self._expected = max(1, *(sum(len(p.visits[i]) for p in passes) for i in range(len(self._layers))))
+            self._forwards = len(passes) + self.dropped
+            most = max(sum(len(p.visits[i]) for p in passes) for i in range(len(self._layers)))
+            self._visits = max(1, math.ceil(most * self._forwards / len(passes)))
         return passes
 
     @contextmanager
@@ -205,7 +212,9 @@ class Capture:
         """Of an input, since it may be changed in place; but a parameter is meant as it is after the step."""
         if any(argument is p for p in self._parameters.values()):
             return argument
-        self._take(passed, argument.numel() * argument.element_size(), "a copy of the model's inputs")
+        size = argument.numel() * argument.element_size()
+        self._take(passed, size, "a copy of the model's inputs")
+        passed.inputs += size
         return argument.detach().clone()
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -242,6 +251,7 @@ class Capture:
 
     def account(self) -> Pass:
         """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
+        self._visits = self._forwards = 1
         passed = Pass(len(self._layers), self._turn)
         self._live.add(passed)
         return passed
@@ -337,14 +347,20 @@ class Capture:
         passed.bytes += size
         self.most_bytes = max(self.most_bytes, used + size)
 
+    def _share(self, passed: Pass) -> int:
+        """Bytes for the rows of one visit, so that the inputs of later forwards have room, and the rows of all."""
+        rest = self._limit - passed.inputs
+        rest = max(rest // 2, rest - (self._forwards - 1) * passed.inputs)
+        return rest // (len(self._layers) * self._visits)
+
     def keep(self, passed: Pass, features: Tensor) -> Kept | None:
         """As many rows as are wanted, or as fit into this visit's share of the budget."""
         dims = row_dims(features)
         total = math.prod(features.shape[:dims])
         size = math.prod(features.shape[dims:]) * features.element_size() * self._copies
-        share = self._limit // (len(self._layers) * self._expected)
         left = self._limit - sum(p.bytes for p in self._live)
-        kept = min(self._sampler.wanted(total), min(share, left) // size if size else total)
+        room = min(max(self._share(passed), size), left) // size if size else total
+        kept = min(self._sampler.wanted(total), room)
         if kept == 0 < total:
             self._warn(
                 "budget",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -53,31 +54,34 @@ def copy_arguments(arguments: Any, copy_tensor: Callable[[Tensor], Tensor]) -> A
         UnknownArgumentError: anything else is in them; nothing has been consumed.
     """
 
-    def copy(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return copy_tensor(leaf)
-        if isinstance(leaf, _IMMUTABLE):
-            return leaf
-        if isinstance(leaf, slice):
-            return slice(copy(leaf.start), copy(leaf.stop), copy(leaf.step))
-        if isinstance(leaf, PackedSequence):
-            return PackedSequence(*(copy(part) for part in leaf))
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(leaf, (numpy.ndarray, numpy.generic)) and not leaf.dtype.hasobject:
-            return leaf.copy()
-        if _is_plain_dataclass(leaf):
-            new = object.__new__(type(leaf))
-            for name, value in vars(leaf).items():
-                object.__setattr__(new, name, tree_map(copy, value))  # frozen ones, too
-            return new
-        kind = type(leaf)
-        name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-        raise UnknownArgumentError(
-            f"an argument of type {name}, of which no copy can be made. Pass tensors, or containers of them that are "
-            "registered with torch.utils._pytree"
-        )
+    # No function of its own that calls itself: it would keep what copy_tensor holds until the garbage is collected.
+    return tree_map(functools.partial(_copy, copy_tensor), arguments)
 
-    return tree_map(copy, arguments)
+
+def _copy(copy_tensor: Callable[[Tensor], Tensor], leaf: Any) -> Any:
+    copy = functools.partial(_copy, copy_tensor)
+    if isinstance(leaf, Tensor):
+        return copy_tensor(leaf)
+    if isinstance(leaf, _IMMUTABLE):
+        return leaf
+    if isinstance(leaf, slice):
+        return slice(copy(leaf.start), copy(leaf.stop), copy(leaf.step))
+    if isinstance(leaf, PackedSequence):
+        return PackedSequence(*(copy(part) for part in leaf))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(leaf, (numpy.ndarray, numpy.generic)) and not leaf.dtype.hasobject:
+        return leaf.copy()
+    if _is_plain_dataclass(leaf):
+        new = object.__new__(type(leaf))
+        for name, value in vars(leaf).items():
+            object.__setattr__(new, name, tree_map(copy, value))  # frozen ones, too
+        return new
+    kind = type(leaf)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    raise UnknownArgumentError(
+        f"an argument of type {name}, of which no copy can be made. Pass tensors, or containers of them that are "
+        "registered with torch.utils._pytree"
+    )
 
 
 def _is_plain_dataclass(value: Any) -> bool:

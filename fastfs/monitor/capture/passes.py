@@ -44,6 +44,7 @@ class Pass:
         self.state: ForwardState | None = None
         self.turn = turn  # which step it is of
         self.bytes = 0  # of the memory budget
+        self.inputs = 0  # of these, for copies of the inputs
         self.dropped = False  # could not be captured
         self.visits: list[list[Visit]] = [[] for _ in range(layers)]
         self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]  # only where the structure is wanted
