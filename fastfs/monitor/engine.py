@@ -94,11 +94,17 @@ class Engine:
     def state_dict(self) -> dict[str, Any]:
         """What the next measurement takes from the last one."""
         kappa = None if self.judge.kappa is None else self.judge.kappa.cpu()
-        return {"layers": [layer.name for layer in self.layers], "cosine": self.cosine.cpu(), "kappa": kappa}
+        return {
+            "layers": [layer.name for layer in self.layers],
+            "cosine": self.cosine.cpu(),
+            "kappa": kappa,
+            "knowledge": self.knowledge.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.cosine = state["cosine"].to(self.device)
         self.judge.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
+        self.knowledge.load_state_dict(state["knowledge"])
 
     def clear(self) -> None:
         """Forget the step that is over."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from fastfs.monitor.capture.structure import Structure
 from fastfs.monitor.capture.taps import OFF, Hook, Switch
 from fastfs.stats import ParameterStats
 
@@ -137,12 +136,12 @@ class Aligned:
 class Incidence:
     """Which parameters count for which layer, as matrices on the device."""
 
-    def __init__(self, structure: Structure, device: torch.device) -> None:
+    def __init__(self, upstream: Tensor, own: Tensor, device: torch.device) -> None:
         def matrix(bits: Tensor) -> Tensor:
             return bits.to(torch.float64).to(device, non_blocking=True)
 
-        self.upstream = matrix(structure.upstream)
-        self.own = matrix(structure.own)
+        self.upstream = matrix(upstream)
+        self.own = matrix(own)
 
 
 def aligned(stats: ParameterStats, incidence: Incidence, factor: Tensor) -> Aligned:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,13 +43,14 @@ class Knowledge:
         self._capture = capture
         self._device = device
         self._seen: tuple[list[int], list[bool]] = [], []
+        self._parameters: list[Tensor] = []
 
     def look(self, parameters: Sequence[Tensor]) -> None:
         """Before a step: are these the parameters that the structure is of?"""
         seen = list(map(id, parameters)), [p.requires_grad for p in parameters]
         if seen == self._seen:
             return
-        self._seen = seen
+        self._seen, self._parameters = seen, list(parameters)
         self.perturbed = Perturbed(self._model, parameters)
         self.structure = self.incidence = None
         self.cuts = torch.zeros_like(self.cuts)
@@ -70,7 +71,7 @@ class Knowledge:
         self.structure = structure
         self._capture.wants_structure = DID_NOT_RUN in structure.reason
         self._capture.structure = None if self._capture.wants_structure else structure
-        self.incidence = Incidence(structure, self._device)
+        self.incidence = Incidence(structure.upstream, structure.own, self._device)
         cut, reason = structure.cut, structure.reason
         if _in_a_group():
             cut, reason = [False] * self._layers, [why or _PARALLEL for why in reason]
@@ -80,6 +81,26 @@ class Knowledge:
         counts = structure.upstream.sum(dim=1).tolist()
         columns: dict[str, list[Any]] = {"cut": cut, "reason": reason, "parameters": counts}
         return Record(kind="structure", step=step, time=time.time(), scalars={}, columns=columns)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What predictions need before the structure is learned again."""
+        if self.structure is None:
+            return None
+        return {
+            "parameters": self._signature(),
+            "upstream": self.structure.upstream,
+            "own": self.structure.own,
+            "cuts": self.cuts.cpu(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Of the same parameters only: else predictions begin with the next measured step."""
+        if state is not None and state["parameters"] == self._signature():
+            self.incidence = Incidence(state["upstream"], state["own"], self._device)
+            self.cuts = state["cuts"].to(self._device)
+
+    def _signature(self) -> list[Any]:
+        return [[list(p.shape), p.requires_grad] for p in self._parameters]
 
 
 def _in_a_group() -> bool:
