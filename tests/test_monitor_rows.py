@@ -315,9 +315,9 @@ def test_what_is_kept_never_exceeds_the_budget(options, micro_batches, memory, m
         optimizer.step()
     monitor.close()
     assert 0 < held.most <= memory
-    assert 0 < monitor._capture.most_bytes <= memory
+    assert 0 < monitor._capture.budget.most <= memory
     # Reserved in advance, used later: nothing is held that was not reserved.
-    assert held.most <= monitor._capture.most_bytes
+    assert held.most <= monitor._capture.budget.most
     assert {row["step"] for row in seen} == {0, 2}
     last = [row for row in seen if row["step"] == 2]
     assert all(row["rows"] >= 2 for row in last), [row["rows"] for row in last]
@@ -326,7 +326,8 @@ def test_what_is_kept_never_exceeds_the_budget(options, micro_batches, memory, m
     if memory == 2**29:
         assert all(row["rows"] == 192 for row in last)
     elif memory == 20_000:
-        assert all(row["rows"] < 192 and row["angle_se"] > 0 for row in last)
+        assert all(row["rows"] < 192 for row in last)
+        assert all(row["angle_se"] > 0 for row in last if row["rows"] > micro_batches)  # one row has no error
 
 
 def test_nothing_of_a_step_outlives_it_without_the_garbage_collector():
@@ -341,10 +342,10 @@ def test_nothing_of_a_step_outlives_it_without_the_garbage_collector():
             loss = F.cross_entropy(model(x), y)
             loss.backward(retain_graph=True)
             optimizer.step()
-            assert sum(passed.bytes for passed in monitor._capture._live) == 0
-            assert all(passed.args == () and not passed.visits for passed in monitor._capture._live)
+            assert sum(passed.bytes for passed in monitor._capture.budget.live) == 0
+            assert all(passed.args == () and not passed.visits for passed in monitor._capture.budget.live)
         del loss
-        assert not monitor._capture._live
+        assert not monitor._capture.budget.live
     finally:
         gc.enable()
     monitor.close()
@@ -358,7 +359,7 @@ def test_the_budget_holds_while_a_second_batch_is_in_flight(monkeypatch):
     F.cross_entropy(outputs[0], many(0)[1]).backward()
     optimizer.step()
     monitor.close()
-    assert held.most <= monitor._capture.most_bytes <= 20_000
+    assert held.most <= monitor._capture.budget.most <= 20_000
     assert all(row["rows"] > 0 for row in seen)
 
 
