@@ -311,14 +311,35 @@ def test_a_model_compiled_in_place_is_refused_with_the_way_out():
         watched(model=model)
 
 
-def test_a_model_compiled_after_attaching_is_one_warning():
-    model, optimizer, seen, monitor = watched()
-    compiled = torch.compile(model, backend="eager")
-    with pytest.warns(RuntimeWarning, match=r"no forward and backward of the model was seen.*torch.compile") as caught:
-        train(compiled, optimizer, 2)
+def test_a_model_compiled_after_attaching_is_measured():
+    seen = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model, optimizer, seen[compiled], monitor = watched(every=2)
+        train(torch.compile(model, backend="eager") if compiled else model, optimizer, 4)
+        monitor.close()
+    assert len(seen[True]) == 2 * 3
+    for a, b in zip(seen[False], seen[True], strict=True):
+        assert all(b[key] == a[key] for key in ("step", "angle", "update_rms", "backward_rms", "residual", "valid"))
+
+
+def test_random_numbers_in_a_model_compiled_after_attaching_are_one_warning():
+    torch._dynamo.reset()
+    model, optimizer, seen, monitor = watched(model=small_transformer())
+    with pytest.warns(RuntimeWarning, match="attach it to the compiled model instead") as caught:
+        train(torch.compile(model, backend="eager"), optimizer, 2, tokens)
     assert [w.category for w in caught] == [RuntimeWarning]
     monitor.close()
     assert seen == []
+
+
+def test_a_model_compiled_in_one_graph_after_attaching_is_refused_with_the_way_out():
+    torch._dynamo.reset()
+    model, optimizer, _, monitor = watched()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="attach it to the compiled model instead"):
+        train(torch.compile(model, backend="eager", fullgraph=True), optimizer, 1)
+    monitor.close()
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastfs.monitor import settings
 from fastfs.monitor.capture import taps
+from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.layers import AUTO, Selection, parameter_names, select_groups, select_layers
 from fastfs.monitor.capture.sampling import Sampler
@@ -50,7 +51,7 @@ class Monitor:
     What holds: a measurement that fails is left out with one warning, and training goes on; the step path does not
     wait for the device or for a sink; memory does not grow with the length of the run. Gradient accumulation, clipping,
     gradient scalers (give ``scaler``), several optimizers, optimizers that step within the backward, activation
-    checkpointing, frozen layers and ``torch.compile`` (attach before or after) are understood. What does not hold: the
+    checkpointing, frozen layers and ``torch.compile`` are understood. What does not hold: the
     speed formula at layers that are no cut (inside a branch, around shared parameters, in several processes): there is
     an angle, but no residual and no prediction. LBFGS is refused. Under data parallelism every rank measures its own.
 
@@ -158,8 +159,8 @@ class Monitor:
             self._layers,
             names,
             self._sampler,
-            memory,
-            6 if amplify else 3,  # with both sides of the probe, and features before as eager execution has them
+            # Of every row before, backward, after; with both sides of the probe, and before as eager execution has it.
+            Budget(memory, 6 if amplify else 3, len(self._layers)),
             select,
             self._warn,
             self._forward_begins,

@@ -30,10 +30,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fastfs.monitor.capture import taps
+from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.inputs import UnknownArgumentError, copy_arguments
 from fastfs.monitor.capture.layers import Layer
 from fastfs.monitor.capture.passes import Pass, Visit
-from fastfs.monitor.capture.sampling import BudgetError, Kept, Sampler, row_dims
+from fastfs.monitor.capture.sampling import Kept, Sampler, row_dims
 from fastfs.monitor.capture.state import ForwardState
 from fastfs.monitor.capture.structure import Edge, Structure, analyse, edge_of
 
@@ -41,8 +42,6 @@ __all__ = ["Capture", "Sink"]
 
 Sink = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a forward of the monitor's own."""
-
-_UNKNOWN = 4  # micro-batches, or runs of a layer, that the first measured step is prepared for
 
 
 class Capture:
@@ -53,8 +52,7 @@ class Capture:
         layers: the watched modules.
         parameters: those that the optimizer updates, and their names.
         sampler: which rows are kept.
-        limit: bytes that everything captured may take; features of forwards of the monitor's own included.
-        copies: of every kept row that are held at a time: before, backward, after, ...
+        budget: bytes that everything captured may take; features of forwards of the monitor's own included.
         select: the features in a layer's output.
         warn: called with a kind and a message when something cannot be captured.
         begins: called when the model begins a forward with gradient, captured or not.
@@ -66,16 +64,15 @@ class Capture:
         layers: Sequence[Layer],
         parameters: dict[str, Tensor],
         sampler: Sampler,
-        limit: int,
-        copies: int,
+        budget: Budget,
         select: taps.Select,
         warn: Callable[[str, str], None],
         begins: Callable[[], None],
     ) -> None:
         self.switch = taps.Switch()
+        self.budget = budget
         self.seconds = 0.0  # host time spent in the hooks since clear()
         self.dropped = 0  # passes that could not be captured since clear()
-        self.most_bytes = 0  # ever held at a time
         self.structure: Structure | None = None
         self.wants_structure = True
         self.squares: list[list[Tensor]] = [[] for _ in layers]  # of the backward vectors, at level GRADIENTS
@@ -84,15 +81,10 @@ class Capture:
         self._layers = tuple(layers)
         self._parameters = parameters
         self._sampler = sampler
-        self._limit = limit
-        self._copies = copies
         self._warn = warn
         self._begins = begins
-        # Visits of a layer in a step, and forwards. Until one step is over several have to be reckoned with.
-        self._visits, self._forwards = _UNKNOWN, _UNKNOWN
         self._passes: list[Pass] = []  # those with a backward
         self._held: list[Pass] = []  # those that no tensor hook of ours holds
-        self._live: weakref.WeakSet[Pass] = weakref.WeakSet()
         self._open: Pass | None = None  # the forward that is running
         self._depth = 0
         self._turn = 0
@@ -100,9 +92,9 @@ class Capture:
         self._leaf_handles: list[RemovableHandle] = []
         key = taps.register(self)
         self._handles = [
-            model.register_forward_pre_hook(_Around(self._enter), prepend=True, with_kwargs=True),
+            model.register_forward_pre_hook(taps.Around(self._enter, self.switch), prepend=True, with_kwargs=True),
             # always_call: also when the forward raises
-            model.register_forward_hook(_Around(self._leave), always_call=True),
+            model.register_forward_hook(taps.Around(self._leave, self.switch), always_call=True),
         ]
         for layer in self._layers:
             tap = taps.Tap(layer, self.switch, self, key, select)
@@ -122,7 +114,7 @@ class Capture:
 
     def clear(self) -> None:
         """Forget everything captured: the next forward belongs to the next step."""
-        for passed in list(self._live):  # a loop that keeps its last loss keeps the graph, which holds the pass
+        for passed in list(self.budget.live):  # a loop that keeps its last loss keeps the graph, which holds the pass
             passed.drop()
         self._passes = []
         self._held = []
@@ -145,9 +137,7 @@ class Capture:
         """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
         passes, self._passes = self._passes, []
         if passes:
-            self._forwards = len(passes) + self.dropped
-            most = max(sum(len(p.visits[i]) for p in passes) for i in range(len(self._layers)))
-            self._visits = max(1, math.ceil(most * self._forwards / len(passes)))
+            self.budget.learn(passes, self.dropped)
         return passes
 
     @contextmanager
@@ -192,7 +182,9 @@ class Capture:
 
     # The hooks on the model
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool = False
+    ) -> None:
         if self.replaying or not torch.is_grad_enabled():
             return
         if self._open is not None:  # the model calls itself
@@ -202,7 +194,7 @@ class Capture:
         if self.switch.level != taps.EVERYTHING:
             return
         self._open = passed = Pass(len(self._layers), self._turn)
-        self._live.add(passed)
+        self.budget.live.add(passed)
         with self._timed(), self._or_drop(passed):
             self._forget_thrown_away()
             passed.args, passed.kwargs = copy_arguments((args, kwargs), lambda x: self._copy(passed, x))
@@ -213,17 +205,23 @@ class Capture:
         if any(argument is p for p in self._parameters.values()):
             return argument
         size = argument.numel() * argument.element_size()
-        self._take(passed, size, "a copy of the model's inputs")
+        self.budget.take(passed, size, "a copy of the model's inputs")
         passed.inputs += size
         return argument.detach().clone()
 
-    def _leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
+    def _leave(self, _module: nn.Module, _args: Any, output: Any, *, traced: bool = False) -> None:
         if self._open is None or self.replaying or not torch.is_grad_enabled():
             return
         if self._depth:
             self._depth -= 1
             return
         passed, self._open = self._open, None
+        if traced and passed.state is not None and passed.state.randomness.moved():
+            with self._or_drop(passed):
+                raise UnknownArgumentError(
+                    "random numbers in a graph that torch.compile made around the model after the monitor was "
+                    "attached. They cannot be drawn again from outside: attach it to the compiled model instead"
+                )
         if self.wants_structure and not passed.dropped and self.structure is None:
             with self._timed(), self._or_drop(passed):
                 outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
@@ -251,9 +249,9 @@ class Capture:
 
     def account(self) -> Pass:
         """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
-        self._visits = self._forwards = 1
+        self.budget.single()
         passed = Pass(len(self._layers), self._turn)
-        self._live.add(passed)
+        self.budget.live.add(passed)
         return passed
 
     # From the taps
@@ -339,36 +337,19 @@ class Capture:
 
     # Memory
 
-    def _take(self, passed: Pass, size: int, what: str) -> None:
-        used = sum(p.bytes for p in self._live)
-        if used + size > self._limit:
-            left = self._limit - used
-            raise BudgetError(f"{what} takes {size:,} bytes, and {left:,} of the memory budget are left")
-        passed.bytes += size
-        self.most_bytes = max(self.most_bytes, used + size)
-
-    def _share(self, passed: Pass) -> int:
-        """Bytes for the rows of one visit, so that the inputs of later forwards have room, and the rows of all."""
-        rest = self._limit - passed.inputs
-        rest = max(rest // 2, rest - (self._forwards - 1) * passed.inputs)
-        return rest // (len(self._layers) * self._visits)
-
     def keep(self, passed: Pass, features: Tensor) -> Kept | None:
         """As many rows as are wanted, or as fit into this visit's share of the budget."""
-        dims = row_dims(features)
-        total = math.prod(features.shape[:dims])
-        size = math.prod(features.shape[dims:]) * features.element_size() * self._copies
-        left = self._limit - sum(p.bytes for p in self._live)
-        room = min(max(self._share(passed), size), left) // size if size else total
-        kept = min(self._sampler.wanted(total), room)
+        total = math.prod(features.shape[: row_dims(features)])
+        size = self.budget.row_bytes(features)
+        kept = min(self._sampler.wanted(total), self.budget.room(passed, size) if size else total)
         if kept == 0 < total:
             self._warn(
                 "budget",
-                f"has no room for even one row of {size // self._copies:,} bytes of a layer: it gets a row of nulls. "
-                f"Raise memory= above {self._limit:,} bytes or watch fewer layers",
+                f"has no room for even one row of {size // self.budget.copies:,} bytes of a layer: it gets a row of "
+                f"nulls. Raise memory= above {self.budget.limit:,} bytes or watch fewer layers",
             )
             return None
-        self._take(passed, kept * size, "rows of features")
+        self.budget.take(passed, kept * size, "rows of features")
         return self._sampler.keep(features, kept)
 
     def _hold(self, passed: Pass) -> None:
@@ -419,14 +400,3 @@ class Capture:
             yield
         finally:
             self.seconds += time.perf_counter() - start
-
-
-class _Around(taps.Hook):
-    """A hook on the model as a whole."""
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if not torch.compiler.is_compiling():  # a model compiled around it: inputs cannot be copied from inside
-            self.function(*args, **kwargs)

@@ -38,6 +38,13 @@ class RandomState:
             numpy=None if numpy is None else numpy.random.get_state(),
         )
 
+    def moved(self) -> bool:
+        """Whether torch's generators have given numbers since; asked on the host."""
+        return not torch.equal(self.cpu, torch.get_rng_state()) or not all(
+            torch.equal(state, torch.get_device_module(device).get_rng_state(device))
+            for device, state in self.devices.items()
+        )
+
     def give(self) -> None:
         torch.set_rng_state(self.cpu)
         for device, state in self.devices.items():

@@ -13,6 +13,7 @@ off is exactly that of the model without a monitor.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from fastfs.monitor.capture.layers import Layer
 from fastfs.ops import LIBRARY
 
-__all__ = ["EVERYTHING", "GRADIENTS", "OFF", "Receiver", "Select", "Switch", "Tap", "first_floating", "inert"]
+__all__ = ["EVERYTHING", "GRADIENTS", "OFF", "Around", "Receiver", "Select", "Switch", "Tap", "first_floating", "inert"]
 
 OFF, GRADIENTS, EVERYTHING = 0, 1, 2
 """Levels of a switch: nothing; backward vectors only; features, too."""
@@ -150,6 +151,29 @@ class Tap(Hook):
                 + ("" if self.select is first_floating else f"; select= gave a {what}")
             )
         return found
+
+
+class Around(Hook):
+    """A hook on the model as a whole.
+
+    In a graph that torch.compile makes around it, it breaks the graph while the monitor looks on, and only then: inputs
+    and random states can only be seen from outside.
+    """
+
+    def __init__(self, function: Callable[..., None], switch: Switch) -> None:
+        self.function = function
+        self.switch = switch
+        self.outside = torch.compiler.disable(
+            functools.partial(function, traced=True),
+            reason="a fastfs.Monitor was attached to this model before torch.compile(model, fullgraph=True), and the "
+            "model's inputs cannot be seen from inside of the graph: attach it to the compiled model instead",
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.function(*args, **kwargs)
+        elif self.switch.on:
+            self.outside(*args, **kwargs)
 
 
 def first_floating(output: Any) -> Any:
