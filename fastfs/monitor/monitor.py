@@ -353,8 +353,8 @@ class Monitor:
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
                 "The model that was given must be the one that the loop calls, with gradient. If torch.compile "
-                "compiled it after the monitor was attached, its hooks are not called: attach the monitor to the "
-                "compiled model, fastfs.Monitor(torch.compile(model), ...)",
+                "compiled it and it was called before the monitor was attached, its graphs know of no hooks: call "
+                "torch.compiler.reset() once after attaching, or attach before the first call",
             )
 
     def _forward_begins(self) -> None:
