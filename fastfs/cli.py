@@ -35,7 +35,7 @@ def _root() -> None:
 @app.command()
 def demo(
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps; 200 (transformer) and 300 (ResNet) if not given.")
+        int | None, typer.Option(min=1, help="Optimizer steps; 160 (transformer) and 300 (ResNet) if not given.")
     ] = None,
     model: Annotated[DemoModel, typer.Option(help="What to train.")] = DemoModel.all,
     every: Annotated[int, typer.Option(min=1, help="Measure every this many steps.")] = 5,

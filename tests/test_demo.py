@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastfs.experiments import data
 from fastfs.experiments.demo import TASKS, OutputError, _overhead, run_demo
-from fastfs.report import read_header, read_record
+from fastfs.report import load, read_header, read_record
 
 # Data
 
@@ -88,7 +88,8 @@ def test_both_models_end_to_end(tmp_path, small):
     assert sorted(summary["tasks"]) == ["resnet", "transformer"]
     for name, layers in (("transformer", 2), ("resnet", 24)):
         task = summary["tasks"][name]
-        table = read_record(out / name / "record.jsonl")
+        every_step = load(out / name / "record.jsonl")
+        table = every_step[every_step["kind"] == "measured"]
         assert sorted(table["step"].unique()) == [0, 5, 10]
         assert len(table) == 3 * layers
         assert table["valid"].all()
@@ -99,7 +100,11 @@ def test_both_models_end_to_end(tmp_path, small):
         assert [row["name"] for row in task["layers"]] == [f"blocks.{i}" for i in range(layers)]
         assert task["overhead"]["measured_step_ratio"] > 0
         assert all((out / file).exists() for file in task["files"])
-        assert len(task["files"]) == 4
+        assert len(task["files"]) == 5
+        assert all(row["aligned_decrease"] > 0 and row["predicted_update_rms"] > 0 for row in task["layers"])
+        assert sorted(every_step["step"].unique()) == list(range(12))
+        assert every_step[every_step["kind"] == "predicted"]["aligned_decrease"].notna().all()
+        assert "fastfs report" in (out / name / "report.html").read_text()
     assert read_header(out / "transformer" / "record.jsonl")["metadata"]["bytes"] == 4_000_000
     assert torch.get_num_threads() == threads
     text = printed.getvalue()
@@ -114,7 +119,7 @@ def test_both_models_end_to_end(tmp_path, small):
     assert (out / "transformer" / "record.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["summary.json", "resnet/record.jsonl", "resnet/angle.png"])
+@pytest.mark.parametrize("name", ["summary.json", "resnet/record.jsonl", "resnet/angle.png", "resnet/report.html"])
 def test_files_of_others_are_not_overwritten(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import random
 import statistics
 import time
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["TASKS", "OutputError", "Task", "run_demo", "run_task"]
 
 _PICTURES = ("angle.png", "speed.png", "relative_update.png")
+_PAGE = "report.html"
 _MARK = "fastfs demo"
 _SEED = 0
 
@@ -66,7 +69,7 @@ TASKS = {
     "transformer": Task(
         name="transformer",
         title="decoder-only transformer, bytes of Python's standard library, AdamW",
-        steps=200,
+        steps=160,
         model=lambda: Transformer(vocabulary=256, width=128, depth=6, heads=4, context=128, dropout=0.1),
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01),
         batches=_text,
@@ -135,9 +138,10 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
         Monitor(
             watched.model,
             watched.optimizer,
-            layers=r"^blocks\.\d+$",
             every=every,
+            aligned_every=1,
             path=record,
+            verbose=False,
             metadata={"task": task.title, **about},
         ) as monitor,
         _progress(console) as progress,
@@ -156,6 +160,10 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
 
     table = load(record)
     pictures = plot_record(record, out, title=task.title)
+    if importlib.util.find_spec("plotly") is not None:
+        from fastfs.report.page import write_page
+
+        pictures = [*pictures, write_page(record, out / _PAGE)]
     return {
         "title": task.title,
         "steps": steps,
@@ -196,15 +204,23 @@ def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str,
 
 
 def _layer_table(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Medians over the last quarter of the measured steps, one entry a layer."""
-    table = table[(table["kind"] == "measured") & ~table["group"]]
-    steps = sorted(table["step"].unique())
-    late = table[table["step"] >= steps[-max(1, len(steps) // 4)]]
-    groups = late.groupby("layer", sort=True)
-    medians = groups[["angle", "cos_angle", "update_rms", "relative_update"]].median()
+    """Medians over the last quarter of the measured steps, and over the predicted ones since; one entry a layer."""
+    measured = table[table["kind"] == "measured"]
+    steps = sorted(measured["step"].unique())
+    first = steps[-max(1, len(steps) // 4)]
+    groups = measured[measured["step"] >= first].groupby("layer", sort=True)
+    medians = groups[["angle", "cos_angle", "update_rms", "relative_update", "aligned_decrease"]].median()
     names, valid = groups["name"].first(), groups["valid"].mean()
+    between = table[(table["kind"] == "predicted") & (table["step"] >= first)]
+    predicted = between.groupby("layer")["update_rms"].median().reindex(medians.index)
     return [
-        {"layer": int(i), "name": names[i], **{k: float(v) for k, v in row.items()}, "valid": float(valid[i])}
+        {
+            "layer": int(i),
+            "name": names[i],
+            **{k: float(v) for k, v in row.items()},
+            "predicted_update_rms": None if math.isnan(predicted[i]) else float(predicted[i]),
+            "valid": float(valid[i]),
+        }
         for i, row in medians.iterrows()
     ]
 
@@ -251,8 +267,10 @@ def run_demo(
         torch.set_num_threads(threads_before)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     console.print(_MEANING)
+    pages = [file for task in summary["tasks"].values() for file in task["files"] if file.endswith(_PAGE)]
+    more = f", {_PAGE}" if pages else '; for a page about each run: pip install "fastfs[report]"'
     console.print(
-        f"\nWritten to {out}: summary.json, and per model record.jsonl, {', '.join(_PICTURES)}", soft_wrap=True
+        f"\nWritten to {out}: summary.json, and per model record.jsonl, {', '.join(_PICTURES)}{more}", soft_wrap=True
     )
     return summary
 
@@ -260,8 +278,9 @@ def run_demo(
 _MEANING = (
     "\n[bold]What the numbers mean.[/bold] Angle: between the move of a layer's output in one optimizer step and the "
     "direction in which the loss falls fastest; 0 = straight down, pi/2 = 1.57 = unrelated. Feature speed: rms of that "
-    "move. For the same decrease of the loss a layer at a larger angle moves more: "
-    "|move| = decrease / (cos(angle) x |backward vector|)."
+    "move. Decrease: of the loss, to first order, by the parameters up to this layer. At a larger angle a layer moves "
+    "more for it: |move| = decrease / (cos(angle) x |backward vector|). With the last measured angle that predicts the "
+    "speed of every step in between, without a forward."
 )
 
 
@@ -270,7 +289,7 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
         title=f"median of the last quarter of the measured steps (every {result['every']})", title_justify="left"
     )
     grid.add_column("layer")
-    for column in ("angle (rad)", "cosine", "feature speed", "relative update"):
+    for column in ("angle (rad)", "cosine", "feature speed", "predicted", "relative update", "decrease"):
         grid.add_column(column, justify="right")
     for row in result["layers"]:
         mark = "" if row["valid"] == 1 else " *"
@@ -278,8 +297,10 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
             row["name"],
             f"{row['angle']:.3f}{mark}",
             f"{row['cos_angle']:.4f}",
-            f"{row['update_rms']:.3e}",
-            f"{row['relative_update']:.3e}",
+            f"{row['update_rms']:.2e}",
+            "" if row["predicted_update_rms"] is None else f"{row['predicted_update_rms']:.2e}",
+            f"{row['relative_update']:.2e}",
+            f"{row['aligned_decrease']:.2e}",
         )
     console.print(grid)
     if any(row["valid"] < 1 for row in result["layers"]):
@@ -287,8 +308,8 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
     cost = result["overhead"]
     console.print(f"loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {result['steps']} steps")
     console.print(
-        f"monitoring: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, the others "
-        f"{cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
+        f"monitoring, aligned_every=1: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, "
+        f"the predicted ones {cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
         f"by that {cost['total_at_100']:+.1%} at every=100 (plain to plain steps: {cost['noise_ratio']:.3f}x)"
     )
     if result["bitwise_equal"]:
@@ -323,7 +344,7 @@ def _check_out(out: Path, models: list[str]) -> None:
         if (out / name).exists() and not (out / name).is_dir():
             raise OutputError(f"{out / name} exists and is not a folder")
     files = [out / "summary.json"]
-    files += [out / name / file for name in models for file in ("record.jsonl", *_PICTURES)]
+    files += [out / name / file for name in models for file in ("record.jsonl", *_PICTURES, _PAGE)]
     foreign = [str(path) for path in files if path.exists() and not _is_own(path)]
     if foreign:
         raise OutputError(f"not written by an earlier fastfs demo, and would be overwritten: {', '.join(foreign)}")
@@ -334,5 +355,7 @@ def _is_own(path: Path) -> bool:
         return False
     if path.suffix == ".png":
         return b"fastfs" in path.read_bytes()[:1000]
+    if path.suffix == ".html":
+        return b"fastfs" in path.read_bytes()[:10_000]
     mark = b'"made_by": "fastfs demo"' if path.name == "summary.json" else b'{"kind":"header","schema":'
     return mark in path.read_bytes()[:1000]
