@@ -185,7 +185,7 @@ class Capture:
     def _enter(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool = False
     ) -> None:
-        if self.replaying or not torch.is_grad_enabled():
+        if self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
             return
         if self._open is not None:  # the model calls itself
             self._depth += 1
@@ -210,7 +210,7 @@ class Capture:
         return argument.detach().clone()
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any, *, traced: bool = False) -> None:
-        if self._open is None or self.replaying or not torch.is_grad_enabled():
+        if self._open is None or self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
             return
         if self._depth:
             self._depth -= 1
@@ -259,6 +259,8 @@ class Capture:
     def visit(self, layer: Layer, features: Tensor) -> None:
         if self._sink is not None:
             self._sink(layer, features)
+        elif taps.another_replays(self):
+            return
         elif self.switch.level == taps.GRADIENTS:
             if features.requires_grad:
                 turn = self._turn

@@ -25,7 +25,18 @@ from torch import Tensor, nn
 from fastfs.monitor.capture.layers import Layer
 from fastfs.ops import LIBRARY
 
-__all__ = ["EVERYTHING", "GRADIENTS", "OFF", "Around", "Receiver", "Select", "Switch", "Tap", "first_floating", "inert"]
+__all__ = [
+    "EVERYTHING",
+    "GRADIENTS",
+    "OFF",
+    "Receiver",
+    "Select",
+    "Switch",
+    "Tap",
+    "another_replays",
+    "first_floating",
+    "inert",
+]
 
 OFF, GRADIENTS, EVERYTHING = 0, 1, 2
 """Levels of a switch: nothing; backward vectors only; features, too."""
@@ -38,6 +49,10 @@ Select = Callable[[Any], Tensor]
 
 class Receiver(Protocol):
     """What taps hand features to."""
+
+    @property
+    def replaying(self) -> bool:
+        """In a forward of its own."""
 
     def visit(self, layer: Layer, features: Tensor) -> None:
         """The features of a layer, in eager execution: still in the autograd graph."""
@@ -79,6 +94,11 @@ def register(receiver: Receiver) -> int:
     key = next(_KEYS)
     _RECEIVERS[key] = receiver
     return key
+
+
+def another_replays(receiver: Receiver) -> bool:
+    """Whether a forward that is running is another monitor's own: no training forward for this one."""
+    return any(other.replaying for other in _RECEIVERS.values() if other is not receiver)
 
 
 def _tap(features: Tensor, anchor: Tensor) -> None:
