@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 # The files with tests marked gpu, so that what the other files import need not be there.
-tests=(tests/test_{cuda,cuda_updates,determinism,doctor,functional,gather,ops,optimizer_stats,reference,stats}.py)
+tests=(tests/test_{cuda,cuda_updates,determinism,doctor,functional,gather,monitor_cuda,ops,optimizer_stats,recorder,reference,stats}.py)
 mkdir -p "$out"
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
