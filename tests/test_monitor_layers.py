@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from monitor_cases import measured_into, rows, sgd, small_transformer, tokens, train, watched
+from monitor_cases import rows, sgd, small_transformer, tokens, train, watched
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -101,11 +101,14 @@ def test_auto(model, batch, names):
     assert all(row["valid"] for row in seen), [(row["name"], row["why"]) for row in seen]
 
 
-def test_auto_is_the_default_and_takes_members_of_one_type_only():
-    seen = []
-    model = MLP(8, 16, 4, 3)  # its first block is of another type than the others
-    with fastfs.Monitor(model, sgd(model), sinks=[measured_into(seen)]) as monitor:
-        assert monitor.layers == ("blocks.0", "blocks.1.linear", "blocks.2.linear", "head")
+def test_auto_is_the_default_and_takes_lists_of_which_half_is_alike():
+    for depth, names in (
+        (4, ("blocks.0", "blocks.1", "blocks.2")),  # the first block is of another type than the others
+        (3, ("blocks.0", "blocks.1.linear", "head")),
+    ):
+        model = MLP(8, 16, depth, 3)
+        with fastfs.Monitor(model, sgd(model), sinks=[lambda rows: None]) as monitor:
+            assert monitor.layers == names
 
 
 def test_predicates_and_types():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -158,7 +159,7 @@ def _choose(model: nn.Module, named: dict[str, nn.Module], layers: Any) -> tuple
 
 
 def _blocks(model: nn.Module, named: dict[str, nn.Module]) -> list[str]:
-    """Members of the outermost containers that hold at least two modules of one type, with parameters."""
+    """Members of the outermost containers of which at least two, and half, are of one type; those with parameters."""
     names = {module: name for name, module in reversed(named.items())}
     found: list[str] = []
     waiting = [unwrapped(model)]
@@ -167,8 +168,9 @@ def _blocks(model: nn.Module, named: dict[str, nn.Module]) -> list[str]:
         inside = _inside(module)
         members = [child for child in inside.children() if any(True for _ in child.parameters())]
         kinds = [type(_inside(child)) for child in members]
-        alike = isinstance(inside, _CONTAINERS) and len(members) > 1 and len(set(kinds)) == 1
-        if alike and not issubclass(kinds[0], _CONTAINERS):
+        usual, times = Counter(kinds).most_common(1)[0] if kinds else (nn.Module, 0)
+        alike = isinstance(inside, _CONTAINERS) and times > 1 and 2 * times >= len(kinds)
+        if alike and not issubclass(usual, _CONTAINERS):
             found += [names[child] for child in members if child in names]
         else:
             waiting += members
