@@ -14,7 +14,8 @@ from tests import monitor_loops as loops
 from tests.monitor_cases import measured_into, sgd, train
 from tests.monitor_loops import Net
 
-pytestmark = pytest.mark.filterwarnings(loops.DYNAMO)
+INDUCTORS = "ignore:.torch.jit.*is deprecated:DeprecationWarning"  # when torch loads it
+pytestmark = [pytest.mark.filterwarnings(loops.DYNAMO), pytest.mark.filterwarnings(INDUCTORS)]
 BLOCKS = loops.BLOCKS
 
 
@@ -189,3 +190,17 @@ def test_modes_that_run_eagerly_say_when_they_see_other_masks(backend, drop, opt
         else:
             assert b["why"].startswith("torch.compile has other random numbers")
     assert all(b["valid"] for b in found[1]) == (drop == 0.0 or backend != "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_training_under_inductor_is_bitwise_the_same(way):
+    loop = loops.Loop(
+        "inductor", strict=False, model=lambda: Net(drop=0.2), prepare=lambda model: WAYS[way](model, "inductor")
+    )
+    off, _ = loop.train(10, None)
+    torch._dynamo.reset()
+    on, (seen,) = loop.train(10, {"every": 3, "aligned_every": 1})
+    loops.assert_bitwise(off, on)
+    assert [row["valid"] for row in seen if row["kind"] == "measured"] == [True] * 12
+    assert len([row for row in seen if row["kind"] == "predicted"]) == 18
