@@ -78,7 +78,7 @@ def workload(quick: bool, device: torch.device) -> Workload:
         return Workload(width=64, depth=2, context=64, batch=4)
     if device.type == "cuda":
         return Workload(width=1024, depth=12, context=512, batch=16, autocast=True)
-    return Workload(width=256, depth=6, context=256, batch=8)
+    return Workload(width=256, depth=6, context=256, batch=6)
 
 
 class Naive:
