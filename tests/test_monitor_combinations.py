@@ -220,7 +220,10 @@ def compare(loop: Loop, mode: str, row: dict[str, Any], hand: dict[str, float]) 
         tolerance["cos_angle"] = tolerance["update_rms"] = 0.02 if mode == "amplify" else 0.1
         if loop.autocast is not None:  # by hand it drowns in rounding
             del tolerance["cos_angle"], tolerance["update_rms"]
-    if loop.name == "unused-layer" and mode == "amplify" and row["kind"] == "predicted" and row["layer"] > 0:
-        tolerance = {"backward_rms": 1e-5}  # no measured step has seen the second block
+    if loop.name == "unused-layer" and mode == "amplify" and row["kind"] == "predicted":
+        # No measured step has seen the second block, so what is upstream of what is not known where it runs.
+        assert math.isnan(row["aligned_decrease"])
+        assert math.isnan(row["update_rms"])
+        del tolerance["aligned_decrease"]
     for key, most in tolerance.items():
         assert row[key] == pytest.approx(hand[key], rel=most), (row["kind"], row["step"], row["name"], key)

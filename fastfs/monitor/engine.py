@@ -174,7 +174,10 @@ class Engine:
         scale = self._loss_scale
         assert scale is not None
         assert self._gradient_factor is not None
-        done = self._aligned(stats, self._gradient_factor * scale)
+        if self.knowledge.is_of(self.capture.counts):
+            done = self._aligned(stats, self._gradient_factor * scale)
+        else:  # a layer has run that has not in any measured step: its parameters are upstream of who knows what
+            done = Aligned.unknown(len(self.layers), self.device)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         squares = torch.stack([sum(parts, zero) if parts else zero + torch.nan for parts in self.capture.squares])
         counts = [float(count) or torch.nan for count in self.capture.counts]

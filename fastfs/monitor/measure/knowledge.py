@@ -82,6 +82,11 @@ class Knowledge:
         columns: dict[str, list[Any]] = {"cut": cut, "reason": reason, "parameters": counts}
         return Record(kind="structure", step=step, time=time.time(), scalars={}, columns=columns)
 
+    def is_of(self, counts: Sequence[int]) -> bool:
+        """Whether the structure has every layer that has a gradient now; ``counts`` are those of its elements."""
+        reasons = [] if self.structure is None else self.structure.reason
+        return not any(count and reason == DID_NOT_RUN for count, reason in zip(counts, reasons, strict=False))
+
     def state_dict(self) -> dict[str, Any] | None:
         """What predictions need before the structure is learned again."""
         if self.structure is None:
