@@ -74,6 +74,13 @@ class Encoder(nn.Module):
         return self.body(x)
 
 
+class Residual(nn.Sequential):
+    """A block that happens to be a container."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
 def images(step):
     generator = torch.Generator().manual_seed(step)
     return torch.randn(6, 1, 4, 4, generator=generator), torch.randint(3, (6,), generator=generator)
@@ -87,10 +94,11 @@ def images(step):
         (lambda: nn.Sequential(ResNet(8, 16, 2, 8), nn.Linear(8, 3)), rows, ["0.blocks.0", "0.blocks.1"]),
         (conv_net, images, ["0", "1", "5"]),
         (Stages, rows, [f"stages.{stage}.{block}" for stage in range(3) for block in range(2)]),
+        (lambda: nn.Sequential(*(Residual(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))), rows, ["0", "1", "2"]),
         (Plain, rows, ["encode", "norm", "head"]),
         (Encoder, rows, ["body.0.0", "body.1.0", "body.2"]),
     ],
-    ids=["transformer", "resnet", "resnet inside", "conv", "nested lists", "plain", "mixed"],
+    ids=["transformer", "resnet", "resnet inside", "conv", "nested lists", "containers", "plain", "mixed"],
 )
 def test_auto(model, batch, names):
     model, optimizer, seen, monitor = watched(layers="auto", model=model())

@@ -170,7 +170,7 @@ def _blocks(model: nn.Module, named: dict[str, nn.Module]) -> list[str]:
         kinds = [type(_inside(child)) for child in members]
         usual, times = Counter(kinds).most_common(1)[0] if kinds else (nn.Module, 0)
         alike = isinstance(inside, _CONTAINERS) and times > 1 and 2 * times >= len(kinds)
-        if alike and not issubclass(usual, _CONTAINERS):
+        if alike and usual not in _CONTAINERS:  # a class of one's own that inherits from one is a block
             found += [names[child] for child in members if child in names]
         else:
             waiting += members
