@@ -250,7 +250,6 @@ def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step():
     assert seen[0]["valid"]
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # the second forward
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(reentrant):
     """The recomputation in the backward is no forward; a reentrant one brings the backward vectors."""

@@ -96,7 +96,7 @@ def images(step):
         (Stages, rows, [f"stages.{stage}.{block}" for stage in range(3) for block in range(2)]),
         (lambda: nn.Sequential(*(Residual(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))), rows, ["0", "1", "2"]),
         (Plain, rows, ["encode", "norm", "head"]),
-        (Encoder, rows, ["body.0.0", "body.1.0", "body.2"]),
+        (Encoder, rows, ["body.0", "body.1", "body.2"]),
     ],
     ids=["transformer", "resnet", "resnet inside", "conv", "nested lists", "containers", "plain", "mixed"],
 )

@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastfs
 from fastfs.models import Transformer
 from fastfs.monitor import Probe
-from tests.monitor_cases import rows, tokens
+from tests.monitor_cases import measured_into, rows, sgd, tokens, train
 from tests.monitor_loops import BLOCKS, Net
 
 TINY = {"width": 16, "depth": 2, "heads": 2, "context": 12}
@@ -280,3 +281,48 @@ def test_amplified_under_autocast_is_right_or_flagged(lr):
             angle = math.acos(float(-(df * vector).sum() / (df.norm() * vector.norm())))
             assert row["angle"] == pytest.approx(angle, rel=0.02)
     assert right == len(seen) or lr == 3e-1
+
+
+class Checkpointed(nn.Module):
+    """Blocks that are computed again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x[:, :3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_probe_of_a_model_with_checkpoints(dtype):
+    model = Checkpointed().to(dtype)
+    optimizer = sgd(model)
+    x, y = rows(0)
+    seen: list[dict[str, Any]] = []
+    probe = x.to(dtype), lambda output: F.cross_entropy(output, y)
+    with fastfs.Monitor(
+        model, optimizer, mode="probe", probe=probe, every=1, sinks=[measured_into(seen)], verbose=False
+    ):
+        F.cross_entropy(model(x.to(dtype)), y).backward()
+        optimizer.step()
+    assert [row["name"] for row in seen] == ["blocks.0", "blocks.1", "blocks.2"]
+    for row in seen:
+        assert row["valid"], row["why"]
+        assert abs(row["residual"]) < 0.05
+
+
+def test_an_enlarged_update_through_batch_norm_is_valid_in_float32():
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16))
+    model.append(nn.Linear(16, 3))
+    optimizer = sgd(model)
+    seen: list[dict[str, Any]] = []
+    with fastfs.Monitor(
+        model, optimizer, layers=["1", "4"], amplify=True, every=1, sinks=[measured_into(seen)], verbose=False
+    ):
+        train(model, optimizer, 3)
+    assert [row["why"] for row in seen] == [None] * 6

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -146,7 +147,10 @@ class Capture:
         level = self.switch.level
         self._sink, self.switch.level = sink, taps.EVERYTHING
         try:
-            yield
+            with warnings.catch_warnings():
+                # Without gradient a reentrant checkpoint has nothing to do, and says so.
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
+                yield
         finally:
             self._sink, self.switch.level = None, level
 

@@ -161,21 +161,27 @@ def _choose(model: nn.Module, named: dict[str, nn.Module], layers: Any) -> tuple
 def _blocks(model: nn.Module, named: dict[str, nn.Module]) -> list[str]:
     """Members of the outermost containers of which at least two, and half, are of one type; those with parameters."""
     names = {module: name for name, module in reversed(named.items())}
-    found: list[str] = []
-    waiting = [unwrapped(model)]
-    while waiting:
-        module = waiting.pop(0)
-        inside = _inside(module)
-        members = [child for child in inside.children() if any(True for _ in child.parameters())]
-        kinds = [type(_inside(child)) for child in members]
-        usual, times = Counter(kinds).most_common(1)[0] if kinds else (nn.Module, 0)
-        alike = isinstance(inside, _CONTAINERS) and times > 1 and 2 * times >= len(kinds)
-        if alike and usual not in _CONTAINERS:  # a class of one's own that inherits from one is a block
-            found += [names[child] for child in members if child in names]
-        else:
-            waiting += members
     order = list(named)
-    return sorted(found, key=order.index)
+    return sorted((names[block] for block in _blocks_below(unwrapped(model)) if block in names), key=order.index)
+
+
+def _blocks_below(module: nn.Module) -> list[nn.Module]:
+    inside = _inside(module)
+    members = [child for child in inside.children() if any(True for _ in child.parameters())]
+    kinds = [type(_inside(child)) for child in members]
+    usual, times = Counter(kinds).most_common(1)[0] if kinds else (nn.Module, 0)
+    alike = isinstance(inside, _CONTAINERS) and times > 1 and 2 * times >= len(kinds)
+    if alike and usual not in _CONTAINERS:  # a class of one's own that inherits from one is a block
+        return members
+    below = [block for child in members for block in _blocks_below(child)]
+    # Sequences in a list are stages that hold blocks, or, where those would be single operations, the blocks.
+    if alike and usual is nn.Sequential and not any(_parts(block) for block in below):
+        return members
+    return below
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    return list(_inside(module).children())
 
 
 def _inside(module: nn.Module) -> nn.Module:

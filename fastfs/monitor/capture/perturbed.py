@@ -8,7 +8,7 @@ data-parallel wrappers, whose forward is tied to the training step.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -52,9 +52,13 @@ class Perturbed:
 
     def __call__(self, values: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         """The output of the model; parameters that are not the model's own have no effect."""
-        named = {name: value for name, value in zip(self._names, values, strict=True) if name is not None}
+        return self.within(values, lambda model: model(*args, **kwargs))
+
+    def within(self, values: Sequence[Tensor], run: Callable[[nn.Module], Any]) -> Any:
+        """What ``run`` gives for the model with these values in place: a backward may have to compute parts again."""
+        named = {f"model.{name}": value for name, value in zip(self._names, values, strict=True) if name is not None}
         with eager(self._model):
-            return torch.func.functional_call(self._inner, named, args, kwargs)
+            return torch.func.functional_call(_Call(self._inner), named, (run,))
 
     @contextmanager
     def duals(self, values: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -66,6 +70,17 @@ class Perturbed:
             stack.enter_context(forward_ad.dual_level())
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield [forward_ad.make_dual(v.detach(), d) for v, d in zip(values, directions, strict=True)]
+
+
+class _Call(nn.Module):
+    """Runs a function of a model as its forward, which is what ``functional_call`` puts parameters in place for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, run: Callable[[nn.Module], Any]) -> Any:
+        return run(self.model)
 
 
 def load_forward_mode() -> None:

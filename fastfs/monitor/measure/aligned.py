@@ -142,6 +142,8 @@ class Incidence:
 
         self.upstream = matrix(upstream)
         self.own = matrix(own)
+        # Without any parameter upstream nothing is known: the layer did not run, or is hidden from the graph.
+        self.known = self.upstream.any(dim=1)
 
 
 def aligned(stats: ParameterStats, incidence: Incidence, factor: Tensor) -> Aligned:
@@ -154,4 +156,5 @@ def aligned(stats: ParameterStats, incidence: Incidence, factor: Tensor) -> Alig
     """
     gradients = factor.square()
     own = incidence.own @ torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / gradients], dim=1)
-    return Aligned(-(incidence.upstream @ stats.dot) / factor, *own.sqrt().unbind(dim=1))
+    decrease = torch.where(incidence.known, -(incidence.upstream @ stats.dot) / factor, torch.nan)
+    return Aligned(decrease, *own.sqrt().unbind(dim=1))

@@ -238,6 +238,8 @@ class ProbeMode:
         edges: list[list[Edge | None]] = [[] for _ in self._layers]
 
         def sink(layer: Layer, features: Tensor) -> None:
+            if torch._C._current_graph_task_id() != -1:  # the recomputation of a checkpoint
+                return
             kept = self._capture.keep(account, features)
             if kept is None:
                 return
@@ -247,9 +249,8 @@ class ProbeMode:
             if features.requires_grad:  # a tensor hook, since a following operation may work in place
                 features.register_hook(lambda b: arrived.append(self._sampler.keep(b, kept.values.shape[0]).values))
 
-        with self._capture.into(sink), state.applied(grad=True), torch.enable_grad():
-            output = perturbed(leaves, *self._probe.args, **self._probe.kwargs)
-            loss = self._probe.loss(output)
+        def run(model: nn.Module) -> None:
+            loss = self._probe.loss(model(*self._probe.args, **self._probe.kwargs))
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise TypeError(f"probe: expected a loss that gives a scalar tensor, got {loss!r}")
             flags = [p.requires_grad for p in parameters]
@@ -258,8 +259,11 @@ class ProbeMode:
                 self.structure = self._capture.analyse(edges, [loss], leaves)
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
-        self._gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        self.loss = loss.detach().to(torch.float64).reshape(())
+            self._gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
+            self.loss = loss.detach().to(torch.float64).reshape(())
+
+        with self._capture.into(sink), state.applied(grad=True), torch.enable_grad():
+            perturbed.within(leaves, run)
 
     def measure(self, perturbed: Perturbed, parameters: Sequence[Tensor]) -> RowSums:
         """Sums of rows of the probe; the parameters are those after the step."""

@@ -75,6 +75,8 @@ _DIRECTIONS = 64.0
 # Relative error of the backward vector per relative noise of the features: 2 to 9 in transformers and ResNets. It
 # matters for small angles only.
 _BACKWARD = 10.0
+# Precisions of this spacing and finer leave the Jacobian as it is: a residual is then curvature.
+_SINGLE = 2.0**-20
 
 REASONS: tuple[str | None, ...] = (
     None,
@@ -193,7 +195,7 @@ def judge(
     conditions = (
         (_BIASED, ~(bias <= BIAS) | ~(norm_error <= TOLERANCE)),
         (_SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
-        (_JACOBIAN, residual_large.expand(stats.shape)),
+        (_JACOBIAN, residual_large & (eps > _SINGLE)),
         (_BELOW, worst > WORST_BELOW),
         (_NONLINEAR, ~(estimate.error <= TOLERANCE)),
         (_NOISE, ~(estimate.noise_error <= TOLERANCE) | ~(stats.update_sq > 0)),
@@ -222,7 +224,7 @@ def judge_tangent(
     angle_error = _angle_error(stats.cos_angle, zero, error)
     conditions = (
         (_SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
-        (_JACOBIAN, large.expand(stats.shape)),
+        (_JACOBIAN, large.expand(stats.shape)),  # of any precision: first order is what the formula is about
         (_NO_BACKWARD, ~(stats.backward_sq > 0)),
         (_NO_UPDATE, ~(stats.update_sq > 0)),
         (_NONFINITE, ~finite),
