@@ -48,6 +48,7 @@ def test_feature_quantities_follow_their_formulas():
         "cos_angle": -(df * b).sum() / (df.norm() * b.norm()),
         "angle": torch.acos(-(df * b).sum() / (df.norm() * b.norm())),
         "radial_update": (f * df).sum() / f.square().sum(),
+        "tangential_update": (df - (f * df).sum() / f.square().sum() * f).norm() / f.norm(),
         "dot_conditioning": (df * b).sum().abs() / (df * b).abs().sum(),
         "noise_floor": stats.rounding_sq.sqrt() / f.norm(),
     }

@@ -64,6 +64,7 @@ class Engine:
         self._gradient_factor: Tensor | None = None  # of the step that is under way
         self._loss_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
+        self._written = False  # a parameter, since the forward
         self.cosine = torch.full((len(self.layers),), torch.nan, dtype=torch.float64, device=self.device)
         self.judge = Judge(self.parameters.tensors, self.device)
 
@@ -71,7 +72,9 @@ class Engine:
 
     def before(self, optimizer: torch.optim.Optimizer, index: int, *, first: bool, measured: bool) -> None:
         if first:
-            self.knowledge.look(self.parameters.tensors)
+            if self.knowledge.look(self.parameters.tensors):
+                self.factor.watch(self.parameters.tensors)
+            self._written = measured and self.capture.written_since()
             factor = self.factor.take(self.device)
             inside: Tensor | None = getattr(optimizer, "grad_scale", None)
             # A fused optimizer takes the scale out of the gradients itself, within its step.
@@ -139,6 +142,11 @@ class Engine:
             done = self._aligned(stats, self._gradient_factor * scale)
         cuts = self.knowledge.cuts
         verdict, found = self._look(passes, stats, torch.where(cuts, done.decrease * scale, torch.nan))
+        if self.capture.dropped:
+            verdict = trust.refuse(verdict, trust.LEFT_OUT, torch.ones_like(verdict.valid))
+            cuts = torch.zeros_like(cuts)
+        if self._written:
+            verdict = trust.refuse(verdict, trust.WRITTEN, torch.ones_like(verdict.valid))
         sums = FeatureStats(_unscaled(_reported(verdict, found.stats), scale))
         residual = torch.where(cuts, 1.0 - done.decrease / -sums.update_dot_backward, torch.nan)
         self.cosine = torch.where(verdict.valid & cuts, sums.cos_angle, self.cosine)
@@ -174,13 +182,14 @@ class Engine:
         scale = self._loss_scale
         assert scale is not None
         assert self._gradient_factor is not None
-        if self.knowledge.is_of(self.capture.counts):
+        found = self.capture.squares()
+        if self.knowledge.is_of([count for count, _ in found]):
             done = self._aligned(stats, self._gradient_factor * scale)
         else:  # a layer has run that has not in any measured step: its parameters are upstream of who knows what
             done = Aligned.unknown(len(self.layers), self.device)
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        squares = torch.stack([sum(parts, zero) if parts else zero + torch.nan for parts in self.capture.squares])
-        counts = [float(count) or torch.nan for count in self.capture.counts]
+        squares = torch.stack([sum(parts, zero) if parts else zero + torch.nan for _, parts in found])
+        counts = [float(count) or torch.nan for count, _ in found]
         count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
         backward = squares.sqrt() / scale
         # Section 2, the feature speed formula, with the last angle that was measured.
@@ -274,8 +283,9 @@ class Engine:
         names = ParameterStats.names
         sums[:, names.index("dot")] = 0.0
         sums[:, names.index("gradient_sq")] = 0.0
-        sums[which, names.index("dot")] = found.dot
-        sums[which, names.index("gradient_sq")] = found.gradient_sq
+        index = torch.tensor(which).to(self.device, non_blocking=True)
+        sums[:, names.index("dot")].index_copy_(0, index, found.dot)
+        sums[:, names.index("gradient_sq")].index_copy_(0, index, found.gradient_sq)
         one = torch.ones((), dtype=torch.float64, device=self.device)
         return self._aligned(ParameterStats(sums), one)
 

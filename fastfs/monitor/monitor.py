@@ -294,19 +294,23 @@ class Monitor:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
         if not self._active or self._failed:
             return
+        started = time.perf_counter()
         try:
             self._engine.before(self._optimizers[optimizer], optimizer, first=first, measured=self._measures)
         except Exception as error:
             self._fail(error)
+        self._capture.seconds += time.perf_counter() - started
 
     def after(self, optimizer: int) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
         if not self._active or self._failed:
             return
+        started = time.perf_counter()
         try:
             self._engine.after(self._optimizers[optimizer], optimizer, measured=self._measures)
         except Exception as error:
             self._fail(error)
+        self._capture.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
@@ -332,8 +336,12 @@ class Monitor:
         return self._measures or self._aligns
 
     def _arm_for(self, step: int) -> None:
-        self._measures = self._schedule.due(step)
-        self._aligns = self._aligned is not None and self._aligned.due(step)
+        try:
+            self._measures = bool(self._schedule.due(step))
+            self._aligns = self._aligned is not None and bool(self._aligned.due(step))
+        except Exception as error:  # a schedule of the user's
+            self._measures = self._aligns = False
+            self._warn("schedule", f"is left out: the schedule failed ({type(error).__name__}: {error})")
         self._arm()
 
     def _arm(self) -> None:
@@ -345,7 +353,7 @@ class Monitor:
             self._capture.switch.level = taps.GRADIENTS if self._aligns else taps.OFF
 
     def _measure(self, started: float) -> None:
-        loss = torch.tensor(self._loss) if isinstance(self._loss, float) else self._loss
+        loss = torch.tensor(self._loss, dtype=torch.float64) if isinstance(self._loss, float) else self._loss
         if not self._measures:
             self._engine.predict(self._step, loss, started)
         elif not self._engine.measure(self._step, loss, started) and not self._capture.dropped:

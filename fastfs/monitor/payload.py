@@ -57,17 +57,22 @@ class Names:
         """(L, ...) -> (L + G, ...): a group's sums are those of its layers."""
         if not self.groups:
             return sums
-        return torch.cat([sums, torch.stack([sums[members].sum(dim=0) for members in self.groups.values()])])
+        return torch.cat([sums, torch.stack([_members(sums, members).sum(dim=0) for members in self.groups.values()])])
 
     def worst(self, codes: Tensor) -> Tensor:
         """(L,) -> (L + G,): a group's code is the largest of its layers, 0 where all are fine."""
         if not self.groups:
             return codes
-        return torch.cat([codes, torch.stack([codes[members].max() for members in self.groups.values()])])
+        return torch.cat([codes, torch.stack([_members(codes, members).max() for members in self.groups.values()])])
 
     def padded(self, values: Sequence[Any]) -> list[Any]:
         """A column that groups have no entry in."""
         return [*values, *[None] * len(self.groups)]
+
+
+def _members(values: Tensor, members: Sequence[int]) -> Tensor:
+    """Without an index on the device, whose copy would wait for it."""
+    return torch.stack([values[member] for member in members])
 
 
 def measured(

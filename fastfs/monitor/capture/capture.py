@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fastfs.monitor.capture import taps
+from fastfs.monitor.capture.backwards import Backwards, current
 from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.inputs import UnknownArgumentError, copy_arguments
 from fastfs.monitor.capture.layers import Layer
@@ -75,9 +76,9 @@ class Capture:
         self.seconds = 0.0  # host time spent in the hooks since clear()
         self.dropped = 0  # passes that could not be captured since clear()
         self.structure: Structure | None = None
-        self.wants_structure = True
-        self.squares: list[list[Tensor]] = [[] for _ in layers]  # of the backward vectors, at level GRADIENTS
-        self.counts = [0] * len(layers)  # elements that they have
+        self._squares: list[list[tuple[int, int, Tensor]]] = [[] for _ in layers]  # backward, elements, sum
+        self._backwards = Backwards(self.switch)
+        self._backwards.watch(list(parameters.values()))
         self._model = model
         self._layers = tuple(layers)
         self._parameters = parameters
@@ -109,6 +110,7 @@ class Capture:
         """Remove every hook and forget everything captured."""
         self.switch.level = taps.OFF
         self.clear()
+        self._backwards.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -126,17 +128,29 @@ class Capture:
             handle.remove()
         self._leaf_handles = []
         self.forget_squares()
+        self._backwards.clear()
+        self.structure = None
         self.seconds = 0.0
         self.dropped = 0
 
+    def squares(self) -> list[tuple[int, list[Tensor]]]:
+        """At level GRADIENTS: per layer how many elements the backward vectors have, and their sums of squares."""
+        counts = self._backwards.counts
+        found = [[part for part in parts if counts(part[0])] for parts in self._squares]
+        return [(sum(size for _, size, _ in parts), [square for *_, square in parts]) for parts in found]
+
     def forget_squares(self) -> None:
         """The gradients so far were thrown away."""
-        self.squares = [[] for _ in self._layers]
-        self.counts = [0] * len(self._layers)
+        self._squares = [[] for _ in self._layers]
 
     def collect(self) -> list[Pass]:
         """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
         passes, self._passes = self._passes, []
+        counts = self._backwards.counts
+        for passed in passes:
+            settled = [visit.settle(counts) for visits in passed.visits for visit in visits]
+            passed.has_backward = any(settled)
+        passes = [passed for passed in passes if passed.has_backward]
         if passes:
             self.budget.learn(passes, self.dropped)
         return passes
@@ -203,6 +217,7 @@ class Capture:
             self._forget_thrown_away()
             passed.args, passed.kwargs = copy_arguments((args, kwargs), lambda x: self._copy(passed, x))
             passed.state = ForwardState.take(self._model)
+            passed.versions = self.versions()
 
     def _copy(self, passed: Pass, argument: Tensor) -> Tensor:
         """Of an input, since it may be changed in place; but a parameter is meant as it is after the step."""
@@ -226,7 +241,7 @@ class Capture:
                     "random numbers in a graph that torch.compile made around the model after the monitor was "
                     "attached. They cannot be drawn again from outside: attach it to the compiled model instead"
                 )
-        if self.wants_structure and not passed.dropped and self.structure is None:
+        if not passed.dropped and self.structure is None:
             with self._timed(), self._or_drop(passed):
                 outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
                 if outputs and any(edge is not None for edges in passed.edges for edge in edges):
@@ -249,7 +264,15 @@ class Capture:
         """Those that the optimizers update have changed: what the graph shows has to be looked at again."""
         self._parameters = parameters
         self.structure = None
-        self.wants_structure = True
+        self._backwards.watch(list(parameters.values()))
+
+    def versions(self) -> int:
+        """Changes whenever a parameter is written to."""
+        return sum(p._version for p in self._parameters.values())
+
+    def written_since(self) -> bool:
+        """Whether a parameter has been written to since a forward that this step is of."""
+        return any(passed.versions != self.versions() for passed in self._passes)
 
     def account(self) -> Pass:
         """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
@@ -280,7 +303,7 @@ class Capture:
         hidden = not inside and not torch.is_grad_enabled()  # its gradient may come with a recomputation
         visit = Visit(features.shape, self.keep(passed, features) if inside or hidden else None, inside)
         passed.visits[index].append(visit)
-        if self.wants_structure and self.structure is None:
+        if self.structure is None:
             passed.edges[index].append(edge_of(features))
         if hidden:
             self._hold(passed)
@@ -314,7 +337,7 @@ class Capture:
             return
         for passed in reversed(self._held):  # the last forward comes back first
             for visit in reversed([] if passed.dropped else passed.visits[layer]):
-                if visit.backward is None and visit.before is not None and visit.shape == gradient.shape:
+                if current() not in visit.parts and visit.before is not None and visit.shape == gradient.shape:
                     self._receive(passed, visit, gradient)
                     return
 
@@ -330,16 +353,17 @@ class Capture:
             if not passed.has_backward:
                 passed.has_backward = True
                 self._passes = [*(p for p in self._passes if p.accumulates()), passed]
-            rows = self._sampler.keep(gradient, visit.before.values.shape[0]).values
-            visit.backward = rows if visit.backward is None else visit.backward + rows
+            if visit.parts:  # one more than the budget has reckoned with
+                self.budget.take(passed, visit.before.values.nbytes, "another backward vector")
+            visit.arrive(current(), self._sampler.keep(gradient, visit.before.values.shape[0]).values)
 
     def _square(self, layer: int, gradient: Tensor, turn: int) -> None:
         if turn != self._turn:
             return
         with self._timed():
             total = math.prod(gradient.shape[: row_dims(gradient)])
-            self.counts[layer] += gradient.numel()
-            self.squares[layer].append(self._sampler.squares(gradient, self._sampler.wanted(total)))
+            square = self._sampler.squares(gradient, self._sampler.wanted(total))
+            self._squares[layer].append((current(), gradient.numel(), square))
 
     # Memory
 

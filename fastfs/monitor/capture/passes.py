@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +23,26 @@ class Visit:
     one row fits into the memory budget. If they were inside and no gradient ever comes, the backward vector is zero.
     """
 
-    __slots__ = ("backward", "before", "inside", "shape")
+    __slots__ = ("backward", "before", "inside", "parts", "shape")
 
     def __init__(self, shape: torch.Size, before: Kept | None, inside: bool) -> None:
         self.shape = shape
         self.before = before
         self.backward: Tensor | None = None
+        self.parts: dict[int, Tensor] = {}  # of the backward vector, by the number of the backward that brought them
         self.inside = inside  # known to be in the autograd graph
+
+    def arrive(self, number: int, rows: Tensor) -> None:
+        """A part of the backward vector."""
+        self.parts[number] = self.parts[number] + rows if number in self.parts else rows
+
+    def settle(self, counts: Callable[[int], bool]) -> bool:
+        """Add up the parts that count; whether there are any."""
+        wanted = [rows for number, rows in self.parts.items() if counts(number)]
+        self.parts = {}
+        for rows in wanted:
+            self.backward = rows if self.backward is None else self.backward + rows
+        return bool(wanted)
 
     @property
     def measurable(self) -> bool:
@@ -49,6 +63,7 @@ class Pass:
         self.visits: list[list[Visit]] = [[] for _ in range(layers)]
         self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]  # only where the structure is wanted
         self.has_backward = False
+        self.versions = 0  # of the parameters, when it began: writing to one counts up
         # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
         self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
 
@@ -64,6 +79,7 @@ class Pass:
         self.args, self.kwargs, self.state = (), {}, None
         for visit in (visit for visits in self.visits for visit in visits):
             visit.before = visit.backward = None
+            visit.parts = {}
         self.visits, self.edges, self.bytes = [], [], 0
 
     def accumulates(self) -> bool:

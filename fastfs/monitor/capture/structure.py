@@ -66,6 +66,10 @@ class Structure:
     opaque: bool
     matrices: Tensor
 
+    def same_as(self, other: Structure) -> bool:
+        """Whether the same parameters are upstream, and the same layers cuts for the same reasons."""
+        return self.reason == other.reason and torch.equal(self.upstream, other.upstream)
+
 
 def edge_of(tensor: Tensor) -> Edge | None:
     """Where a tensor stands in the graph, or None outside of it. To be asked at once: in-place operations move it."""

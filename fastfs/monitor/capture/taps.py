@@ -151,7 +151,8 @@ class Tap(Hook):
         if not self.switch.on:
             return
         if not torch.compiler.is_compiling():
-            self.receiver.visit(self.layer, self.features(module, output))
+            if torch._C._get_tracing_state() is None:  # torch.jit.trace would take our ops along
+                self.receiver.visit(self.layer, self.features(module, output))
             return
         features = self.select(output)
         torch.ops.fastfs.tap(features, self.forward_anchor)
@@ -191,7 +192,8 @@ class Around(Hook):
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         if not torch.compiler.is_compiling():
-            self.function(*args, **kwargs)
+            if torch._C._get_tracing_state() is None:
+                self.function(*args, **kwargs)
         elif self.switch.on:
             self.outside(*args, **kwargs)
 

@@ -19,7 +19,7 @@ from fastfs.stats import ParameterStats
 
 __all__ = ["Aligned", "GradientFactor", "Incidence", "LossScale", "aligned"]
 
-_WITNESSES = 4
+_WITNESSES = 2  # of each kind
 _PARALLEL = 1e-4  # 1 - cos^2 up to which two gradients are one direction: rounding to 16 bits moves it by 1e-6
 
 
@@ -40,7 +40,8 @@ class _Witness(Hook):
 class GradientFactor:
     """By which factor the gradients that the optimizer sees differ from those that ``backward()`` computed.
 
-    The smallest parameters are witnesses: their gradients are copied when they come, and compared before the step.
+    The smallest vectors and matrices are witnesses: their gradients are copied when they come, and compared before the
+    step. What happens to others alone is not seen.
 
     Args:
         parameters: those that the optimizers update.
@@ -49,13 +50,22 @@ class GradientFactor:
     """
 
     def __init__(self, parameters: Sequence[Tensor], switch: Switch, *, always: bool) -> None:
-        candidates = [p for p in parameters if p.requires_grad and p.numel() > 1] or list(parameters)
-        self._parameters = sorted(candidates, key=lambda p: p.numel())[:_WITNESSES]
+        self._switch = switch
+        self._always = always
+        self._parameters: list[Tensor] = []
         self._seen: dict[int, Tensor] = {}
-        self._handles: list[RemovableHandle] = [
-            p.register_post_accumulate_grad_hook(_Witness(switch, always, i, self._seen))
+        self._handles: list[RemovableHandle] = []
+        self.watch(parameters)
+
+    def watch(self, parameters: Sequence[Tensor]) -> None:
+        """Choose witnesses among these: of vectors and of matrices, since loops treat them differently."""
+        self.close()
+        own = sorted((p for p in parameters if p.requires_grad and p.is_leaf), key=lambda p: p.numel())
+        vectors, matrices = [p for p in own if p.dim() < 2 and p.numel() > 1], [p for p in own if p.dim() > 1]
+        self._parameters = [*vectors[:_WITNESSES], *matrices[:_WITNESSES]] or own[:_WITNESSES]
+        self._handles = [
+            p.register_post_accumulate_grad_hook(_Witness(self._switch, self._always, i, self._seen))
             for i, p in enumerate(self._parameters)
-            if p.requires_grad and p.is_leaf
         ]
 
     @property
@@ -71,8 +81,9 @@ class GradientFactor:
         """The factor, float64 0-d: 1 if nothing happened to the gradients, nan if it was no common factor."""
         pairs = [(seen, self._parameters[index].grad) for index, seen in self._seen.items()]
         found = [(old, new.detach()) for old, new in pairs if new is not None and new.shape == old.shape]
-        if not found:  # gradients that are gone before the step can be asked: the optimizer is in the backward
-            return torch.ones((), dtype=torch.float64, device=device)
+        if not found:  # in the backward gradients go before they can be asked; else nobody has witnessed anything
+            within = torch._C._current_graph_task_id() != -1
+            return torch.full((), 1.0 if within else torch.nan, dtype=torch.float64, device=device)
         old, new = (torch.cat([_flat(x, device) for x in side]).double() for side in zip(*found, strict=True))
         dot, before, now = torch.stack([old * new, old * old, new * new]).sum(dim=1).unbind()
         factor = torch.where(before > 0, dot / before, 1.0)

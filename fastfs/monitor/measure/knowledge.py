@@ -45,39 +45,36 @@ class Knowledge:
         self._seen: tuple[list[int], list[bool]] = [], []
         self._parameters: list[Tensor] = []
 
-    def look(self, parameters: Sequence[Tensor]) -> None:
-        """Before a step: are these the parameters that the structure is of?"""
+    def look(self, parameters: Sequence[Tensor]) -> bool:
+        """Before a step: are these others than the parameters that the structure is of?"""
         seen = list(map(id, parameters)), [p.requires_grad for p in parameters]
         if seen == self._seen:
-            return
+            return False
         self._seen, self._parameters = seen, list(parameters)
         self.perturbed = Perturbed(self._model, parameters)
         self.structure = self.incidence = None
         self.cuts = torch.zeros_like(self.cuts)
         self._capture.parameters_are(parameter_names(self._model, parameters))
+        return True
 
     def learn(
         self, mode: BatchMode | ProbeMode, passes: Sequence[Pass], parameters: Sequence[Tensor], step: int
     ) -> Record | None:
         """From the graph of the measured step, or a forward that shows it; a record if there is something new."""
-        if self.structure is not None and DID_NOT_RUN not in self.structure.reason:
-            return None
+        known = self.structure
         structure = mode.structure if isinstance(mode, ProbeMode) else self._capture.structure
         if isinstance(mode, BatchMode) and (structure is None or structure.opaque):
+            if known is not None and DID_NOT_RUN not in known.reason:  # it takes a forward of its own: once
+                return None
             structure = mode.eager_structure(passes[0], self.perturbed, parameters)
-        if structure is None:
+        if structure is None or (known is not None and structure.same_as(known)):
             return None
-        known = self.structure
         self.structure = structure
-        self._capture.wants_structure = DID_NOT_RUN in structure.reason
-        self._capture.structure = None if self._capture.wants_structure else structure
         self.incidence = Incidence(structure.upstream, structure.own, self._device)
         cut, reason = structure.cut, structure.reason
         if _in_a_group():
             cut, reason = [False] * self._layers, [why or _PARALLEL for why in reason]
         self.cuts = torch.tensor(cut, dtype=torch.bool).to(self._device, non_blocking=True)
-        if known is not None and known.reason == structure.reason:
-            return None
         counts = structure.upstream.sum(dim=1).tolist()
         columns: dict[str, list[Any]] = {"cut": cut, "reason": reason, "parameters": counts}
         return Record(kind="structure", step=step, time=time.time(), scalars={}, columns=columns)

@@ -90,10 +90,12 @@ REASONS: tuple[str | None, ...] = (
     "the angle is too small for this precision",
     "rounding is biased: the features differ from those in float32",
     "torch.compile has other random numbers than the eager forward that this mode needs",
+    "a micro-batch of the step was left out",
+    "parameters were written to between the forward and the step",
 )
 _OK, _NONFINITE, _NO_UPDATE, _NO_BACKWARD, _NOISE, _NONLINEAR, _BELOW, _JACOBIAN, _SMALL_ANGLE, _BIASED = range(10)
-OTHER_MASKS = 10
-"""Code for :func:`refuse`."""
+OTHER_MASKS, LEFT_OUT, WRITTEN = 10, 11, 12
+"""Codes for :func:`refuse`."""
 
 
 @dataclass(frozen=True)

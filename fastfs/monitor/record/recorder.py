@@ -170,10 +170,11 @@ class Recorder:
         if self._closed:
             return
         self._closed = True
-        self._finalizer.detach()
+        if not self._forked():
+            _say_what_failed(self._writer, self._writer.stop(timeout), timeout, self._messages.append)
+        self._finalizer.detach()  # not before: if this is interrupted, the exit of the interpreter writes the rest
         if self._forked():
             return
-        _say_what_failed(self._writer, self._writer.stop(timeout), timeout, self._messages.append)
         self.poll()
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""What a loop may do that would make numbers wrong: they are right, or the record says that they are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastfs
+from fastfs.models import ResNet
+from tests.monitor_cases import measured_into, rows, sgd
+
+KEYS = ("angle", "update_rms", "backward_rms", "feature_rms", "aligned_decrease", "residual", "micro_batches")
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def run(
+    before: Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], object] = lambda *_: None,
+    after: Callable[[nn.Module], object] = lambda _: None,
+    steps: int = 4,
+    make: Callable[[], nn.Module] = lambda: ResNet(8, 16, 3, 3),
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """A loop that does something between forward and backward, and between backward and step; all rows."""
+    torch.manual_seed(0)
+    model = make()
+    optimizer = sgd(model)
+    seen: list[dict[str, Any]] = []
+    settings = {"every": 2, "aligned_every": 1, "layers": r"blocks\.\d+$", "verbose": False, "sinks": [seen.extend]}
+    with fastfs.Monitor(model, optimizer, **{**settings, **options}):
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss = loss_of(model, rows(step))
+            before(model, loss, rows(step))
+            loss.backward()
+            after(model)
+            optimizer.step()
+    return [row for row in seen if row["kind"] in ("measured", "predicted")]
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
+    assert len(found) == len(expected) == 4 * 3
+    for a, b in zip(found, expected, strict=True):
+        assert a["kind"] == b["kind"]
+        for key in KEYS:
+            if key in b:
+                assert a[key] == pytest.approx(b[key], rel=1e-6, nan_ok=True), (a["kind"], key)
+
+
+def test_gradients_that_are_asked_for_before_the_backward_do_not_count():
+    def norms(model: nn.Module, loss: Tensor, _batch: Any) -> None:
+        torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        torch.autograd.grad(loss, model.blocks[1].linear.weight, retain_graph=True)
+
+    assert_same(run(norms), run())
+
+
+def test_an_inner_loop_on_the_inputs_does_not_count():
+    def attack(model: nn.Module, _loss: Tensor, batch: tuple[Tensor, Tensor]) -> None:
+        x = batch[0].clone()
+        for _ in range(2):
+            x = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(loss_of(model, (x, batch[1])), x)
+            x = x + 0.01 * gradient.sign()
+
+    assert_same(run(attack), run())
+
+
+def test_clipping_some_parameters_only_leaves_no_decrease():
+    def clip(model: nn.Module) -> None:
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.dim() > 1], 0.01)
+
+    def make() -> nn.Module:
+        model = nn.Sequential()
+        model.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        model.forward = lambda x: model.blocks[2](torch.tanh(model.blocks[1](torch.tanh(model.blocks[0](x)))))[:, :3]
+        return model
+
+    found = run(after=clip, make=make)
+    assert all(math.isnan(row["aligned_decrease"]) for row in found)
+    assert all(math.isnan(row["update_rms"]) for row in found if row["kind"] == "predicted")
+
+
+def test_a_micro_batch_that_was_left_out_is_said_in_every_row():
+    model = ResNet(8, 16, 3, 3)
+    optimizer = sgd(model)
+    seen: list[dict[str, Any]] = []
+    monitor = fastfs.Monitor(
+        model, optimizer, layers=r"blocks\.\d+$", every=1, memory=2500, sinks=[measured_into(seen)], verbose=False
+    )
+    x, y = torch.cat([rows(0)[0]] * 8), torch.cat([rows(0)[1]] * 8)
+    loss_of(model, (x[:8], y[:8])).backward()
+    with pytest.warns(RuntimeWarning, match="memory budget"):
+        loss = loss_of(model, (x, y))
+    loss.backward()
+    optimizer.step()
+    monitor.close()
+    assert [row["why"] for row in seen] == ["a micro-batch of the step was left out"] * 3
+    assert all(math.isnan(row["residual"]) for row in seen)
+
+
+def test_parameters_written_to_between_forward_and_step_are_said():
+    def move(model: nn.Module) -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.01 * torch.randn_like(p))
+
+    found = [row for row in run(after=move) if row["kind"] == "measured"]
+    assert {row["why"] for row in found} == {"parameters were written to between the forward and the step"}
+
+
+class Switching(nn.Module):
+    """Residual from the second half on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.residual = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = torch.tanh(self.blocks[0](x))
+        second = torch.tanh(self.blocks[1](first))
+        return (self.blocks[2](second) + (first if self.residual else 0.0))[:, :3]
+
+
+def test_a_structure_that_changes_is_learned_again():
+    torch.manual_seed(0)
+    model = Switching()
+    optimizer = sgd(model)
+    seen: list[dict[str, Any]] = []
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d", every=1, sinks=[seen.extend], verbose=False):
+        for step in range(4):
+            model.residual = step >= 2
+            optimizer.zero_grad()
+            loss_of(model, rows(step)).backward()
+            optimizer.step()
+    learned = [row for row in seen if row["kind"] == "structure"]
+    assert [row["step"] for row in learned] == [0, 2]
+    assert [row["layers"]["cut"] for row in learned] == [[True, True, True], [True, False, False]]
+    for row in seen:
+        if row["kind"] == "measured":
+            assert math.isnan(row["residual"]) == (row["step"] >= 2 and row["layer"] > 0)
+
+
+def test_a_schedule_that_fails_ends_no_training():
+    class Failing:
+        def due(self, step: int) -> bool:
+            return 1 // (2 - step) >= 0
+
+    with pytest.warns(RuntimeWarning, match="the schedule failed") as caught:
+        found = run(every=Failing(), aligned_every=None, steps=4)
+    assert len(caught) == 1
+    assert {row["step"] for row in found} == {0, 1}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_tracing_a_watched_model_leaves_the_monitor_out():
+    model = ResNet(8, 16, 3, 3)
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[lambda rows: None], verbose=False):
+        traced = torch.jit.trace(model, rows(0)[0])
+    assert "fastfs::" not in str(traced.inlined_graph)
