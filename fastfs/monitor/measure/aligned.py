@@ -20,6 +20,7 @@ from fastfs.stats import ParameterStats
 __all__ = ["Aligned", "GradientFactor", "Incidence", "LossScale", "aligned"]
 
 _WITNESSES = 2  # of each kind
+_NUMBERS = 4096  # of each
 _PARALLEL = 1e-4  # 1 - cos^2 up to which two gradients are one direction: rounding to 16 bits moves it by 1e-6
 
 
@@ -34,7 +35,7 @@ class _Witness(Hook):
 
     def __call__(self, parameter: Tensor) -> None:
         if (self.always or self.switch.level != OFF) and parameter.grad is not None:
-            self.seen[self.index] = parameter.grad.detach().clone()
+            self.seen[self.index] = _part(parameter.grad).clone()
 
 
 class GradientFactor:
@@ -80,11 +81,12 @@ class GradientFactor:
     def take(self, device: torch.device) -> Tensor:
         """The factor, float64 0-d: 1 if nothing happened to the gradients, nan if it was no common factor."""
         pairs = [(seen, self._parameters[index].grad) for index, seen in self._seen.items()]
-        found = [(old, new.detach()) for old, new in pairs if new is not None and new.shape == old.shape]
+        parts = [(old, _part(new)) for old, new in pairs if new is not None]
+        found = [(old, new) for old, new in parts if new.shape == old.shape]
         if not found:  # in the backward gradients go before they can be asked; else nobody has witnessed anything
             within = torch._C._current_graph_task_id() != -1
             return torch.full((), 1.0 if within else torch.nan, dtype=torch.float64, device=device)
-        old, new = (torch.cat([_flat(x, device) for x in side]).double() for side in zip(*found, strict=True))
+        old, new = (torch.cat([x.to(device) for x in side]).double() for side in zip(*found, strict=True))
         dot, before, now = torch.stack([old * new, old * old, new * new]).sum(dim=1).unbind()
         factor = torch.where(before > 0, dot / before, 1.0)
         return torch.where(dot.square() >= (1.0 - _PARALLEL) * before * now, factor, torch.nan)
@@ -99,9 +101,10 @@ class GradientFactor:
         self._handles.clear()
 
 
-def _flat(gradient: Tensor, device: torch.device) -> Tensor:
+def _part(gradient: Tensor) -> Tensor:
+    """The first numbers of a gradient: a factor is common to all."""
     dense = gradient.to_dense() if gradient.is_sparse else gradient
-    return dense.to(device).reshape(-1)
+    return dense.detach().reshape(-1)[:_NUMBERS]
 
 
 class LossScale:
