@@ -187,8 +187,7 @@ class Engine:
             done = self._aligned(stats, self._gradient_factor * scale)
         else:  # a layer has run that has not in any measured step: its parameters are upstream of who knows what
             done = Aligned.unknown(len(self.layers), self.device)
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        squares = torch.stack([sum(parts, zero) if parts else zero + torch.nan for _, parts in found])
+        squares = self._squares([parts for _, parts in found])
         counts = [float(count) or torch.nan for count, _ in found]
         count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
         backward = squares.sqrt() / scale
@@ -203,6 +202,17 @@ class Engine:
         common = {"step": step, "time": time.time(), "loss": None}
         names = self.names
         self._push(tensors, loss, common, lambda parts: payload.predicted(parts, names, common), step, started)
+
+    def _squares(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
+        """Per layer the sum over its parts of sum of squares times factor, nan without any: float64 (L,)."""
+        flat = [part for parts in layers for part in parts]
+        if len(flat) == len(layers) and len({len(rows) for rows, _ in flat}) == 1 and all(layers):  # few operations
+            factors = torch.tensor([factor for _, factor in flat], dtype=torch.float64)
+            sums = torch.stack([rows for rows, _ in flat]).to(self.device).sum(dim=1)
+            return sums * factors.to(self.device, non_blocking=True)
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        totals = [[rows.sum().to(self.device) * factor for rows, factor in parts] for parts in layers]
+        return torch.stack([sum(parts, zero) if parts else zero + torch.nan for parts in totals])
 
     def skipped(self, step: int, reason: str) -> None:
         """Say that gradients led to no step."""

@@ -46,6 +46,9 @@ Sink = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a forward of the monitor's own."""
 
 
+_SQUARED = 256  # rows that the norm of a backward vector is taken of, where it is for a prediction only
+
+
 class Capture:
     """Owns the hooks on the model and its watched layers.
 
@@ -76,7 +79,9 @@ class Capture:
         self.seconds = 0.0  # host time spent in the hooks since clear()
         self.dropped = 0  # passes that could not be captured since clear()
         self.structure: Structure | None = None
-        self._squares: list[list[tuple[int, int, Tensor]]] = [[] for _ in layers]  # backward, elements, sum
+        self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [
+            [] for _ in layers
+        ]  # backward, elements, sum
         self._backwards = Backwards(self.switch)
         self._backwards.watch(list(parameters.values()))
         self._model = model
@@ -133,8 +138,8 @@ class Capture:
         self.seconds = 0.0
         self.dropped = 0
 
-    def squares(self) -> list[tuple[int, list[Tensor]]]:
-        """At level GRADIENTS: per layer how many elements the backward vectors have, and their sums of squares."""
+    def squares(self) -> list[tuple[int, list[tuple[Tensor, float]]]]:
+        """At level GRADIENTS: per layer how many elements the backward vectors have, and what the sampler gave."""
         counts = self._backwards.counts
         found = [[part for part in parts if counts(part[0])] for parts in self._squares]
         return [(sum(size for _, size, _ in parts), [square for *_, square in parts]) for parts in found]
@@ -362,7 +367,7 @@ class Capture:
             return
         with self._timed():
             total = math.prod(gradient.shape[: row_dims(gradient)])
-            square = self._sampler.squares(gradient, self._sampler.wanted(total))
+            square = self._sampler.squares(gradient, min(self._sampler.wanted(total), _SQUARED))
             self._squares[layer].append((current(), gradient.numel(), square))
 
     # Memory

@@ -84,9 +84,9 @@ class Sampler:
         values, _ = torch.ops.fastfs.gather_rows(x.detach(), self.subset(total, kept, x.device), dims)
         return Kept(values, total)
 
-    def squares(self, x: Tensor, kept: int) -> Tensor:
-        """Estimate of the sum of the squares of ``x`` from ``kept`` rows: float64, 0-d."""
+    def squares(self, x: Tensor, kept: int) -> tuple[Tensor, float]:
+        """Sums of the squares of ``kept`` rows, float64 (kept,), and the factor from their sum to that of all."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
         sums: Tensor = torch.ops.fastfs.row_squares(x.detach(), self.subset(total, kept, x.device), dims)
-        return sums.sum() * (total / kept if kept else 1.0)
+        return sums, total / kept if kept else 1.0

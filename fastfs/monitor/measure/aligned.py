@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fastfs.functional import update_stats
 from fastfs.monitor.capture.taps import OFF, Hook, Switch
 from fastfs.stats import ParameterStats
 
@@ -86,8 +87,8 @@ class GradientFactor:
         if not found:  # in the backward gradients go before they can be asked; else nobody has witnessed anything
             within = torch._C._current_graph_task_id() != -1
             return torch.full((), 1.0 if within else torch.nan, dtype=torch.float64, device=device)
-        old, new = (torch.cat([x.to(device) for x in side]).double() for side in zip(*found, strict=True))
-        dot, before, now = torch.stack([old * new, old * old, new * new]).sum(dim=1).unbind()
+        stats = update_stats([old.to(device) for old, _ in found], [new.to(device) for _, new in found])
+        dot, now, before = stats.sums[:, :3].sum(dim=0).unbind()
         factor = torch.where(before > 0, dot / before, 1.0)
         return torch.where(dot.square() >= (1.0 - _PARALLEL) * before * now, factor, torch.nan)
 
