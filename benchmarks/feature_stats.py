@@ -9,11 +9,9 @@ the absolute terms.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 import fastfs
 from benchmarks import contestants
-from benchmarks.harness import median_ratio, print_table, side_by_side, write_json
+from benchmarks.harness import command_line, median_ratio, print_table, side_by_side, thread_counts, write_json
 from fastfs import ops
 
 CEILING = "streaming read"
@@ -172,24 +170,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="tiny workloads: does the benchmark run")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    arguments = command_line(__doc__, quick="tiny workloads: does the benchmark run")
+    device = arguments.device
 
     results = [overhead(device, arguments.rounds)]
     print(f"call overhead: {results[0]['microseconds']} (microseconds)")
-    every = torch.get_num_threads()
     for workload in workloads(arguments.quick):
         for dtype in (torch.float32, torch.bfloat16):
-            for threads in sorted({1, every}) if device.type == "cpu" else [every]:
-                torch.set_num_threads(threads)
+            for _ in thread_counts(device):
                 results.append(bandwidth(workload, dtype, device, arguments.rounds))
                 show(results[-1])
-    torch.set_num_threads(every)
     if arguments.json:
         write_json(arguments.json, device, results)
 

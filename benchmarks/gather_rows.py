@@ -9,17 +9,15 @@ against float64 before anything is timed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import median_ratio, print_table, side_by_side, write_json
+from benchmarks.harness import command_line, median_ratio, print_table, side_by_side, thread_counts, write_json
 
 CEILING = "copy of rows side by side"
 OURS = "fastfs"
@@ -152,22 +150,14 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the workloads that the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="tiny workloads: does the benchmark run")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    arguments = command_line(__doc__, quick="tiny workloads: does the benchmark run")
+    device = arguments.device
 
     results = []
-    every = torch.get_num_threads()
     for workload in workloads(arguments.quick):
-        for threads in sorted({1, every}) if device.type == "cpu" else [every]:
-            torch.set_num_threads(threads)
+        for _ in thread_counts(device):
             results.append(measure(workload, device, arguments.rounds))
             show(results[-1])
-    torch.set_num_threads(every)
     if arguments.json:
         write_json(arguments.json, device, results)
 

@@ -6,13 +6,14 @@ over rounds, and ratios are medians of the ratios within a round.
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,28 @@ import fastfs
 from fastfs import ops
 
 Times = dict[str, list[float]]  # seconds per round, by contestant
+
+
+def command_line(description: str | None, *, quick: str) -> argparse.Namespace:
+    """The options of every timed benchmark: ``device``, ``json``, ``rounds``, and ``quick`` with its help."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help=quick)
+    return parser.parse_args()
+
+
+def thread_counts(device: torch.device) -> Iterator[int]:
+    """Sets the number of threads to each that is to be measured, one and all; on a GPU it stays as it is."""
+    every = torch.get_num_threads()
+    try:
+        for threads in sorted({1, every}) if device.type == "cpu" else [every]:
+            torch.set_num_threads(threads)
+            yield threads
+    finally:
+        torch.set_num_threads(every)
+
 
 # More than any GPU's clock: a wait of so many cycles per second lasts at least as long as asked for.
 CYCLES_PER_SECOND = 3e9

@@ -16,7 +16,6 @@ Targets are printed as PASS or FAIL; exit status 1 if one is missed at full size
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import random
@@ -36,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastfs
-from benchmarks.harness import Times, median_ratio, print_table, side_by_side, wall_time, write_json
+from benchmarks.harness import Times, command_line, median_ratio, print_table, side_by_side, wall_time, write_json
 from fastfs.experiments.data import stdlib_text, windows
 from fastfs.models import Transformer
 
@@ -420,15 +419,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model: does the benchmark run; targets mean nothing"
-    )
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    arguments = command_line(__doc__, quick="a tiny model: does the benchmark run; targets mean nothing")
+    device = arguments.device
     result = run(workload(arguments.quick, device), device, arguments.rounds, arguments.quick)
     show(result)
     if arguments.json:

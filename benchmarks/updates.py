@@ -9,17 +9,15 @@ training loop calls: with the coefficients of every parameter, from its optimize
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastfs
-from benchmarks.harness import median_ratio, print_table, side_by_side, write_json
+from benchmarks.harness import command_line, median_ratio, print_table, side_by_side, thread_counts, write_json
 from fastfs import ops
 from fastfs.functional import optimizer_stats
 from fastfs.monitor.measure.updates import UpdateMeter
@@ -170,21 +168,13 @@ def workloads(quick: bool) -> dict[str, list[tuple[int, ...]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="a tiny workload: does the benchmark run")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    every = torch.get_num_threads()
+    arguments = command_line(__doc__, quick="a tiny workload: does the benchmark run")
+    device = arguments.device
     results = []
     for name, shapes in workloads(arguments.quick).items():
-        for threads in sorted({1, every}) if device.type == "cpu" else [every]:
-            torch.set_num_threads(threads)
+        for _ in thread_counts(device):
             results.append(measure(name, shapes, device, arguments.rounds))
             show(results[-1])
-    torch.set_num_threads(every)
     if arguments.json:
         write_json(arguments.json, device, results)
 

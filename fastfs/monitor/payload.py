@@ -10,23 +10,10 @@ import torch
 from torch import Tensor
 
 from fastfs.monitor.measure import trust
-from fastfs.monitor.record.recorder import Record
+from fastfs.monitor.record.rows import QUANTITIES, Record
 from fastfs.stats import FeatureStats
 
 __all__ = ["Names", "measured", "pack", "predicted"]
-
-STATS = (
-    "angle",
-    "cos_angle",
-    "update_rms",
-    "relative_update",
-    "feature_rms",
-    "backward_rms",
-    "radial_update",
-    "tangential_update",
-    "noise_floor",
-)
-"""Columns that come from :class:`fastfs.FeatureStats`, under the names that they have there."""
 
 ALIGNED = ("aligned_decrease", "parameter_norm", "parameter_update_norm", "gradient_norm")
 
@@ -94,7 +81,7 @@ def measured(
         common: step, time and what else is not per layer.
     """
     stats = FeatureStats(parts["sums"])
-    columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in STATS}
+    columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in QUANTITIES}
     why = [trust.REASONS[int(code)] for code in parts["reason"].tolist()]
     columns["valid"] = [reason is None for reason in why]
     columns["why"] = why

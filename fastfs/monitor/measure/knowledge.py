@@ -24,7 +24,7 @@ _PARALLEL = "several processes: backward vectors are of the local loss, gradient
 
 
 class Knowledge:
-    """Keeps the structure of the model, and learns it anew when parameters are added, frozen or unfrozen.
+    """Keeps the structure of the model: read anew from every graph that shows it, else when parameters change.
 
     Args:
         model: the model that the loop calls.

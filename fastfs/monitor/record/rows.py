@@ -10,6 +10,7 @@ __all__ = [
     "BOOLEANS",
     "COLUMNS",
     "INTEGERS",
+    "QUANTITIES",
     "SCALARS",
     "SCHEMA",
     "STRINGS",
@@ -26,7 +27,7 @@ SCHEMA = 2
 TABLED = ("measured", "predicted")
 """Kinds of records that become rows of a table."""
 
-COLUMNS = (
+QUANTITIES = (
     "angle",
     "cos_angle",
     "update_rms",
@@ -36,6 +37,11 @@ COLUMNS = (
     "radial_update",
     "tangential_update",
     "noise_floor",
+)
+"""Columns that come from :class:`fastfs.FeatureStats`, under the names that they have there."""
+
+COLUMNS = (
+    *QUANTITIES,
     "valid",
     "why",
     "method",
