@@ -1,0 +1,8 @@
+"""Scaling rules: by table, by measurement, and a check of the scaling that a model has."""
+
+from __future__ import annotations
+
+from fastfs.scaling.rules import LayerScale, Rule, apply
+from fastfs.scaling.tables import mlp, predicted_cos_angle, resnet
+
+__all__ = ["LayerScale", "Rule", "apply", "mlp", "predicted_cos_angle", "resnet"]
