@@ -31,9 +31,9 @@ from benchmarks.harness import environment, print_table
 from fastfs import feature_stats
 from fastfs.experiments.data import digits, stdlib_text, windows
 from fastfs.models import MLP, ResNet, Transformer
-from fastfs.monitor.capture.structure import analyse, edge_of
 from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs.monitor.measure.trust import REASONS, Probe, Trusted, judge
+from fastfs.network.structure import analyse, edge_of
 from fastfs.stats import FeatureStats
 
 RATIOS = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastfs import reference
@@ -26,13 +27,14 @@ __all__ = [
 ]
 
 
+# At first use: the stateless measurements need none of it.
+_LAZY = {"Monitor": "fastfs.monitor", "load": "fastfs.report.read"}
+_ROOMS = ("formula", "monitor", "scaling", "spectrum")
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Monitor":  # imported at first use: the stateless measurements do not need it
-        from fastfs.monitor import Monitor
-
-        return Monitor
-    if name == "load":
-        from fastfs.report.read import load
-
-        return load
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"fastfs.{name}")
     raise AttributeError(f"module 'fastfs' has no attribute {name!r}")

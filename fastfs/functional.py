@@ -21,6 +21,8 @@ from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
 
 Backend = Literal["native", "reference"] | None
 
+_BEFORE, _RADIAL, _ROUNDING = map(FeatureStats.names.index, ("before_sq", "before_dot_update", "rounding_sq"))
+
 
 @overload
 def feature_stats(
@@ -105,6 +107,42 @@ def feature_stats(
         rows = [math.prod(x.shape[:-1]) for x in before]
         return [FeatureStats(part) for part in sums.split(rows)]
     return FeatureStats(sums)
+
+
+def first_order_stats(
+    features: Sequence[Tensor], changes: Sequence[Tensor], backward: Sequence[Tensor], *, per_row: bool = False
+) -> list[FeatureStats]:
+    """What :func:`feature_stats` says of feature updates that are given themselves, as a derivative is.
+
+    Nothing is subtracted, so there is no rounding noise: ``rounding_sq`` is zero.
+
+    Args:
+        features: before the update, one tensor per layer.
+        changes: the feature updates, of the same shapes.
+        backward: the backward vectors.
+        per_row: sums per row instead of per layer.
+
+    Returns:
+        One FeatureStats per layer, of shape () or, with ``per_row``, (rows,).
+    """
+    zeros = [torch.zeros_like(change) for change in changes]
+    result = [_first_order(s) for s in _each(feature_stats(zeros, changes, backward, per_row=per_row))]
+    # <f, df> and |f|^2, which the call above has taken of zeros.
+    same = [f.to(change.dtype) for f, change in zip(features, changes, strict=True)]
+    for sums, radial in zip(result, _each(feature_stats(zeros, same, changes, per_row=per_row)), strict=True):
+        sums[..., _BEFORE] = radial.update_sq
+        sums[..., _RADIAL] = radial.update_dot_backward
+    return [FeatureStats(sums) for sums in result]
+
+
+def _first_order(stats: FeatureStats) -> Tensor:
+    sums = stats.sums.clone()
+    sums[..., _ROUNDING] = 0.0
+    return sums
+
+
+def _each(stats: FeatureStats | list[FeatureStats]) -> list[FeatureStats]:
+    return stats if isinstance(stats, list) else [FeatureStats(row) for row in stats.sums.unbind(0)]
 
 
 def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None) -> UpdateStats:

@@ -12,7 +12,7 @@ from torch import nn
 
 import fastfs
 from fastfs.models import MLP, ResNet
-from fastfs.monitor.capture.layers import clean_name
+from fastfs.network.layers import clean_name
 
 # Arguments
 

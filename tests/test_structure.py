@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from fastfs.models import MLP, ResNet, Transformer
-from fastfs.monitor.capture.structure import Structure, analyse, edge_of
+from fastfs.network.structure import Structure, analyse, edge_of
 from tests.compare import assert_identity
 
 UNUSED = "no output depends on it, or it is a view that was changed in place"

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
-from fastfs.monitor.capture.layers import Layer
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.measure import trust
 from fastfs.monitor.measure.aligned import Aligned, GradientFactor, LossScale, aligned
@@ -23,6 +22,7 @@ from fastfs.monitor.measure.sums import LayerSums, RowSums, totals
 from fastfs.monitor.measure.verdict import Amplified, Judge
 from fastfs.monitor.payload import Names
 from fastfs.monitor.record.recorder import Record
+from fastfs.network.layers import Layer
 from fastfs.stats import FeatureStats, ParameterStats
 
 __all__ = ["Engine"]

@@ -17,7 +17,6 @@ from fastfs.monitor import settings
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.capture import Capture
-from fastfs.monitor.capture.layers import AUTO, Selection, parameter_names, select_groups, select_layers
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.engine import Engine
 from fastfs.monitor.measure.aligned import GradientFactor, LossScale
@@ -28,6 +27,8 @@ from fastfs.monitor.record.header import make_header
 from fastfs.monitor.record.sinks import checked_metadata
 from fastfs.monitor.schedule import Schedule, as_schedule
 from fastfs.monitor.steps import OptimizerSteps
+from fastfs.network.layers import AUTO, Selection, parameter_names, select_groups, select_layers
+from fastfs.network.outputs import first_floating
 
 __all__ = ["Monitor"]
 
@@ -108,7 +109,7 @@ class Monitor:
         memory: int = 2**29,
         groups: dict[str, str] | None = None,
         quantiles: Sequence[float] = (),
-        select: taps.Select = taps.first_floating,
+        select: taps.Select = first_floating,
         scaler: Any = None,
         path: str | os.PathLike[str] | None = None,
         sinks: Sequence[Any] = (),

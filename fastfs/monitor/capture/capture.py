@@ -33,12 +33,12 @@ from torch.utils.hooks import RemovableHandle
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.backwards import Backwards, current
 from fastfs.monitor.capture.budget import Budget
-from fastfs.monitor.capture.inputs import UnknownArgumentError, copy_arguments
-from fastfs.monitor.capture.layers import Layer
 from fastfs.monitor.capture.passes import Pass, Visit
 from fastfs.monitor.capture.sampling import Kept, Sampler, row_dims
-from fastfs.monitor.capture.state import ForwardState
-from fastfs.monitor.capture.structure import Edge, Structure, analyse, edge_of
+from fastfs.network.inputs import UnknownArgumentError, copy_arguments
+from fastfs.network.layers import Layer
+from fastfs.network.state import ForwardState
+from fastfs.network.structure import Edge, Structure, analyse, edge_of
 
 __all__ = ["Capture", "Sink"]
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastfs.monitor.capture.sampling import Kept
-from fastfs.monitor.capture.state import ForwardState
-from fastfs.monitor.capture.structure import Edge
+from fastfs.network.state import ForwardState
+from fastfs.network.structure import Edge
 
 __all__ = ["Pass", "Visit"]
 

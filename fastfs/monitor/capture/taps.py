@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor.capture.layers import Layer
+from fastfs.network.layers import Layer
+from fastfs.network.outputs import first_floating, parts
 from fastfs.ops import LIBRARY
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
     "Switch",
     "Tap",
     "another_replays",
-    "first_floating",
     "inert",
 ]
 
@@ -198,31 +198,10 @@ class Around(Hook):
             self.outside(*args, **kwargs)
 
 
-def first_floating(output: Any) -> Any:
-    """The output itself, or the first floating-point tensor in tuples, lists, dictionaries and dataclasses; or None."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    for part in _parts(output):
-        found = first_floating(part)
-        if found is not None:
-            return found
-    return None
-
-
-def _parts(value: Any) -> list[Any]:
-    if isinstance(value, (tuple, list)):
-        return list(value)
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return [getattr(value, field.name) for field in dataclasses.fields(value)]
-    return []
-
-
 def _kinds(value: Any) -> list[str]:
     """What an output consists of, for a message."""
     if isinstance(value, Tensor):
         return [str(value.dtype)]
     if isinstance(value, (tuple, list, Mapping)) or dataclasses.is_dataclass(value):
-        return [kind for part in _parts(value) for kind in _kinds(part)]
+        return [kind for part in parts(value) for kind in _kinds(part)]
     return [type(value).__name__]

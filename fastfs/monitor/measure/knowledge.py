@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastfs.monitor.capture.capture import Capture
-from fastfs.monitor.capture.layers import parameter_names
 from fastfs.monitor.capture.passes import Pass
-from fastfs.monitor.capture.perturbed import Perturbed
-from fastfs.monitor.capture.structure import DID_NOT_RUN, Structure
 from fastfs.monitor.measure.aligned import Incidence
 from fastfs.monitor.measure.modes import BatchMode, ProbeMode
 from fastfs.monitor.record.rows import Record
+from fastfs.network.layers import parameter_names
+from fastfs.network.perturbed import Perturbed
+from fastfs.network.structure import DID_NOT_RUN, Structure
 
 __all__ = ["Knowledge"]
 

@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastfs.functional import update_stats
 from fastfs.monitor.capture.capture import Capture
-from fastfs.monitor.capture.inputs import copy_arguments
-from fastfs.monitor.capture.layers import Layer
 from fastfs.monitor.capture.passes import Pass
-from fastfs.monitor.capture.perturbed import Perturbed, interpolate, load_forward_mode, tangents
 from fastfs.monitor.capture.sampling import Kept, Sampler
-from fastfs.monitor.capture.state import ForwardState
-from fastfs.monitor.capture.structure import Edge, Structure, edge_of
 from fastfs.monitor.measure.sums import RowSums, Triple, from_direction, from_replay
+from fastfs.network.inputs import copy_arguments
+from fastfs.network.layers import Layer
+from fastfs.network.perturbed import Perturbed, interpolate, load_forward_mode, tangents
+from fastfs.network.state import ForwardState
+from fastfs.network.structure import Edge, Structure, edge_of
 from fastfs.stats import UpdateStats
 
 __all__ = ["MODES", "BatchMode", "JvpMode", "Probe", "ProbeMode"]

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs.functional import feature_stats
+from fastfs.functional import feature_stats, first_order_stats
 from fastfs.stats import FeatureStats
 
 __all__ = ["LayerSums", "RowSums", "Rows", "Triple", "from_direction", "from_replay", "totals"]
 
 _NAMES = FeatureStats.names
 DOT, UPDATE, BACKWARD = (_NAMES.index(n) for n in ("update_dot_backward", "update_sq", "backward_sq"))
-BEFORE, RADIAL, ABSOLUTE = (_NAMES.index(n) for n in ("before_sq", "before_dot_update", "abs_update_dot_backward"))
-ROUNDING, NONFINITE = _NAMES.index("rounding_sq"), _NAMES.index("nonfinite")
+NONFINITE = _NAMES.index("nonfinite")
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,8 @@ def from_direction(layers: Sequence[Sequence[Triple]]) -> RowSums:
     """The same where ``after`` holds df itself: nothing is subtracted, so there is no rounding noise."""
 
     def sums(flat: Sequence[Triple]) -> list[Tensor]:
-        zeros = [torch.zeros_like(t.after) for t in flat]
-        result = _rows(zeros, [t.after for t in flat], flat)
-        # <f, df> and |f|^2, which the call above has taken of zeros.
-        radial = feature_stats(zeros, [t.before.to(t.after.dtype) for t in flat], [t.after for t in flat], per_row=True)
-        for rows, other in zip(result, radial, strict=True):
-            rows[:, BEFORE] = other.update_sq
-            rows[:, RADIAL] = other.update_dot_backward
-            rows[:, ROUNDING] = 0.0
-        return result
+        before, changes, backward = ([getattr(t, name) for t in flat] for name in ("before", "after", "backward"))
+        return [stats.sums for stats in first_order_stats(before, changes, backward, per_row=True)]
 
     return _per_visit(layers, sums)
 

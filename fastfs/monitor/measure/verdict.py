@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastfs.monitor.capture.passes import Pass
-from fastfs.monitor.capture.structure import Structure
 from fastfs.monitor.measure import trust
 from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs.monitor.measure.sums import LayerSums
+from fastfs.network.structure import Structure
 from fastfs.stats import FeatureStats, ParameterStats
 
 __all__ = ["Amplified", "Judge"]

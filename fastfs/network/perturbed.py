@@ -17,7 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastfs.monitor.capture.layers import unwrapped
+from fastfs.network.layers import unwrapped
 
 __all__ = ["Perturbed", "eager", "has_compiled", "interpolate", "load_forward_mode", "tangents"]
 
