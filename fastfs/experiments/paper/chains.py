@@ -1,0 +1,410 @@
+"""The paper's networks, many at once: forward, backward, one step of gradient descent, and how the features moved.
+
+One input x, squared loss, one output, hidden features of width m:
+
+    f_0 = U x,   f_l = sqrt(1 - beta^2) f_{l-1} + beta V_l relu(f_{l-1}),  l = 1..L,   output s <a, phi(f_L)>
+
+with phi the identity for a ResNet and ReLU for an MLP (beta = 1), which are :class:`fastfs.models.ResNet` and
+:class:`fastfs.models.MLP` on one row. All networks of a seed share x, U, V_l and a, whatever their branch scale and
+depth, so a layer is one matrix product with a (networks, m) matrix, batched over seeds. Two more things make it fast
+and exact in float32:
+
+- the gradient of V_l is the rank-one ``beta b_l relu(f_{l-1})^T``, so its norm is a product of two norms, and neither
+  it nor the updated matrix is ever formed;
+- the second forward computes the difference ``df_l = f'_l - f_l`` itself, with no cancellation: the difference of two
+  ReLUs is exact where the sign stays. The step is a real, finite one, nothing is linearised.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastfs.functional import feature_stats
+
+__all__ = ["Chains", "Network", "Rates", "Steps", "Weights", "simulate"]
+
+_BYTES = 1_200_000_000  # of hidden matrices held at a time; more seeds than fit come one after the other
+_INPUT, _STEM, _HEAD = 0, 1, 2  # streams of random numbers of a seed; hidden matrix l has stream _HEAD + l
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates of a network whose parameters are all trained; for one step of gradient descent."""
+
+    stem: float
+    hidden: float
+    head: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a batch.
+
+    Args:
+        depth: number L of hidden matrices, at least 1.
+        branch_scale: beta, in (0, 1].
+        output_std: scale s of the output weights, whose entries a are N(0, 1); 1/m if None (mean-field).
+        rates: learning rates; None trains the hidden matrices alone, with lr_l = step / (L |g_l|^2) (section 4).
+
+    Raises:
+        ValueError: a depth below 1, or a branch scale outside (0, 1].
+    """
+
+    depth: int
+    branch_scale: float
+    output_std: float | None = None
+    rates: Rates | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth < 1:
+            raise ValueError(f"depth: expected at least 1 hidden matrix, got {self.depth}")
+        if not 0.0 < self.branch_scale <= 1.0:
+            raise ValueError(f"branch_scale: expected a number in (0, 1], got {self.branch_scale}")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Random weights of S seeds: x (S, d), stem (S, m, d), hidden (S, L, m, m), head (S, m) with unit variance."""
+
+    x: Tensor
+    stem: Tensor
+    hidden: Tensor
+    head: Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        seeds: Sequence[int],
+        depth: int,
+        width: int,
+        in_features: int,
+        *,
+        unit_input: bool = False,
+        dtype: torch.dtype = torch.float32,
+        hidden: Tensor | None = None,
+    ) -> Weights:
+        """Gaussian entries: U 1/sqrt(d), V sqrt(2/m), x and a 1; with ``unit_input`` |x| = 1 and the std of U is 1.
+
+        Each matrix has a random stream of its own, so that it depends on the seed, l and the shape alone, and they can
+        be drawn by as many threads as torch uses. They are drawn in float32 whatever ``dtype``, which is that of the
+        result. ``hidden`` is memory to use again.
+        """
+        shape = (len(seeds), depth, width, width)
+        if hidden is None or hidden.shape != shape or hidden.dtype != dtype:
+            hidden = torch.empty(shape, dtype=dtype)
+        x = torch.stack([_normal((in_features,), seed, _INPUT) for seed in seeds]).to(dtype)
+        stem = torch.stack([_normal((width, in_features), seed, _STEM) for seed in seeds]).to(dtype)
+        head = torch.stack([_normal((width,), seed, _HEAD) for seed in seeds]).to(dtype)
+        if unit_input:
+            x = x / x.norm(dim=1, keepdim=True)
+        else:
+            stem = stem / math.sqrt(in_features)
+
+        def fill(place: tuple[int, int]) -> None:
+            s, layer = place
+            matrix = hidden[s, layer]
+            if dtype == torch.float32:
+                _normal(shape[2:], seeds[s], _HEAD + 1 + layer, math.sqrt(2.0 / width), out=matrix)
+            else:
+                matrix.copy_(_normal(shape[2:], seeds[s], _HEAD + 1 + layer, math.sqrt(2.0 / width)))
+
+        places = [(s, layer) for s in range(len(seeds)) for layer in range(depth)]
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(fill, places))
+        return cls(x, stem, hidden, head)
+
+
+def _normal(shape: tuple[int, ...], seed: int, stream: int, std: float = 1.0, *, out: Tensor | None = None) -> Tensor:
+    """Independent N(0, std^2) in float32, from stream number ``stream`` of ``seed``."""
+    state = int(np.random.SeedSequence((seed, stream)).generate_state(1)[0])
+    result = torch.empty(shape) if out is None else out
+    return result.normal_(std=std, generator=torch.Generator().manual_seed(state))
+
+
+@dataclass(frozen=True)
+class Chains:
+    """A step of S seeds x N networks, K the largest depth: vectors of every layer, zero above a network's depth.
+
+    Attributes:
+        depths: (N,) int64.
+        features, updates, backward: f_l, df_l and b_l = dLoss/df_l, (K + 1, S, N, m), l = 0..K.
+        own: (K + 1, S, N); ``-own b_l`` is the part of df_l that the update of V_l makes, the rest came with df_{l-1}.
+        rates: learning rate of V_l, (K + 1, S, N); 0 at l = 0.
+        gradient_sq: |g_l|^2 of V_l, (K + 1, S, N); 0 at l = 0.
+        output: (S, N).
+        read_change: norm of the change of phi(f_L), what the output weights see, (S, N).
+        loss_change: of ``(output - target)^2 / 2``, the real one, (S, N).
+    """
+
+    depths: Tensor
+    features: Tensor
+    updates: Tensor
+    backward: Tensor
+    own: Tensor
+    rates: Tensor
+    gradient_sq: Tensor
+    output: Tensor
+    read_change: Tensor
+    loss_change: Tensor
+
+    @classmethod
+    def run(
+        cls,
+        weights: Weights,
+        networks: Sequence[Network],
+        *,
+        mlp: bool = False,
+        step: float = 1e-3,
+        target: float = 1.0,
+    ) -> Chains:
+        """Forward, backward, update, and the exact difference of the second forward.
+
+        Args:
+            weights: of S seeds, at least as many hidden matrices as the deepest network has.
+            networks: at least one.
+            mlp: ReLU before the output weights.
+            step: the loss decrease aimed at by automatic learning rates; given rates are multiplied by it.
+            target: y.
+
+        Raises:
+            ValueError: no network, or fewer matrices than the deepest one needs.
+        """
+        if not networks:
+            raise ValueError("networks: expected at least one")
+        deepest = max(network.depth for network in networks)
+        if weights.hidden.shape[1] < deepest:
+            raise ValueError(f"weights: {weights.hidden.shape[1]} hidden matrices, but a network is {deepest} deep")
+        # Deepest first: those that have a layer l are then the first `alive[l]`.
+        order = sorted(range(len(networks)), key=lambda n: -networks[n].depth)
+        chains = _run(weights, [networks[n] for n in order], mlp, step, target)
+        back = torch.tensor(order).argsort()
+        if torch.equal(back, torch.arange(len(order))):
+            return chains
+        axis = {"depths": 0, "output": 1, "read_change": 1, "loss_change": 1}
+        return cls(
+            **{
+                field.name: getattr(chains, field.name).index_select(axis.get(field.name, 2), back)
+                for field in dataclasses.fields(cls)
+            }
+        )
+
+
+def _run(weights: Weights, networks: Sequence[Network], mlp: bool, step: float, target: float) -> Chains:
+    """As :meth:`Chains.run`, for networks from the deepest to the shallowest."""
+    dtype, (seeds, _, width, _) = weights.hidden.dtype, weights.hidden.shape
+    depths = [network.depth for network in networks]
+    count, deepest = len(networks), depths[0]
+    alive = [sum(depth >= layer for depth in depths) for layer in range(deepest + 2)]
+    beta = torch.tensor([network.branch_scale for network in networks], dtype=torch.float64)
+    skip = (1.0 - beta.square()).sqrt().to(dtype)[:, None]
+    beta_sq, beta = beta.square().to(dtype), beta.to(dtype)[:, None]
+    std = torch.tensor([1.0 / width if n.output_std is None else n.output_std for n in networks], dtype=dtype)[:, None]
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(deepest + 1, seeds, count, *shape, dtype=dtype)
+
+    features, updates, backward = zeros(width), zeros(width), zeros(width)
+    own, rates, gradient_sq = zeros(), zeros(), zeros()
+
+    # Forward.
+    features[0] = torch.bmm(weights.stem, weights.x[:, :, None]).transpose(1, 2)
+    for layer in range(1, deepest + 1):
+        n = alive[layer]
+        below = features[layer - 1][:, :n]
+        branch = torch.bmm(below.relu(), weights.hidden[:, layer - 1].transpose(1, 2))
+        features[layer][:, :n] = skip[:n] * below + beta[:n] * branch
+    tops = torch.tensor(depths), slice(None), torch.arange(count)
+    last = features[tops].transpose(0, 1)  # (S, N, m)
+    read = last.relu() if mlp else last
+    head = std * weights.head[:, None]
+    output = _dot(head, read)
+    residual = output - target
+
+    # Backward.
+    start = residual[..., None] * head
+    if mlp:
+        start = start * (last > 0)
+    for layer in range(deepest, 0, -1):
+        n = alive[layer]
+        new = alive[layer + 1]
+        backward[layer][:, new:n] = start[:, new:n]
+        above = backward[layer][:, :n]
+        below = features[layer - 1][:, :n]
+        gradient_sq[layer][:, :n] = beta_sq[:n] * _dot(above, above) * _dot(below.relu(), below.relu())
+        back = torch.bmm(above, weights.hidden[:, layer - 1])
+        backward[layer - 1][:, :n] = skip[:n] * above + beta[:n] * (below > 0) * back
+
+    # Learning rates.
+    chosen = torch.tensor(
+        [(0.0, 0.0, 0.0) if n.rates is None else (n.rates.stem, n.rates.hidden, n.rates.head) for n in networks],
+        dtype=dtype,
+    )
+    given = torch.tensor([network.rates is not None for network in networks])
+    share = step / torch.tensor(depths, dtype=dtype)
+    for layer in range(1, deepest + 1):
+        n = alive[layer]
+        automatic = share[:n] / gradient_sq[layer][:, :n]
+        rates[layer][:, :n] = torch.where(given[:n], step * chosen[:n, 1], automatic)
+
+    # The difference of the second forward to the first.
+    input_sq = weights.x.square().sum(dim=1)[:, None, None]
+    updates[0] = -step * chosen[:, 0, None] * input_sq * backward[0]
+    for layer in range(1, deepest + 1):
+        n = alive[layer]
+        below, delta = features[layer - 1][:, :n], updates[layer - 1][:, :n]
+        moved = _relu_difference(below, delta)
+        active = below.relu()
+        own[layer][:, :n] = rates[layer][:, :n] * beta_sq[:n] * (_dot(active, active) + _dot(active, moved))
+        branch = torch.bmm(moved, weights.hidden[:, layer - 1].transpose(1, 2))
+        made = own[layer][:, :n, None] * backward[layer][:, :n]
+        updates[layer][:, :n] = skip[:n] * delta + beta[:n] * branch - made
+    delta = updates[tops].transpose(0, 1)
+    moved = _relu_difference(last, delta) if mlp else delta
+    trained = step * chosen[:, 2] * residual * (_dot(read, read) + _dot(read, moved))
+    change = _dot(head, moved) - trained
+    return Chains(
+        depths=torch.tensor(depths),
+        features=features,
+        updates=updates,
+        backward=backward,
+        own=own,
+        rates=rates,
+        gradient_sq=gradient_sq,
+        output=output,
+        read_change=moved.norm(dim=-1),
+        loss_change=residual * change + change.square() / 2,
+    )
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    result: Tensor = torch.linalg.vecdot(a, b)
+    return result
+
+
+def _relu_difference(before: Tensor, change: Tensor) -> Tensor:
+    """relu(before + change) - relu(before), without cancellation: the change itself where both are positive."""
+    return torch.where(before > 0, torch.maximum(change, -before), (before + change).relu())
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What happened at every layer, as NaN-padded float64 arrays (seeds, networks, K + 1) over l = 0..K.
+
+    Attributes:
+        networks, seeds: what was run.
+        cos_angle: cosine of the backward-feature angle; NaN where nothing below is trained.
+        feature_rms, update_rms: rms(f_l), rms(df_l).
+        backward_norm: |b_l|.
+        own_norm: norm of the part of df_l made by the update of V_l, which is along -b_l.
+        read_rms: rms of the change of phi(f_L), (seeds, networks): of f_L for a ResNet, of relu(f_L) for an MLP.
+        loss_change: (seeds, networks).
+    """
+
+    networks: tuple[Network, ...]
+    seeds: tuple[int, ...]
+    cos_angle: np.ndarray
+    feature_rms: np.ndarray
+    update_rms: np.ndarray
+    backward_norm: np.ndarray
+    own_norm: np.ndarray
+    read_rms: np.ndarray
+    loss_change: np.ndarray
+
+    @property
+    def angle(self) -> np.ndarray:
+        """Backward-feature angles in radians, (seeds, networks, K + 1)."""
+        result: np.ndarray = np.arccos(self.cos_angle)
+        return result
+
+    def last(self, values: np.ndarray) -> np.ndarray:
+        """``values`` (seeds, networks, K + 1) at the last layer of each network: (seeds, networks)."""
+        depths = np.array([network.depth for network in self.networks])
+        result: np.ndarray = values[:, np.arange(len(depths)), depths]
+        return result
+
+    @property
+    def sensitivity(self) -> np.ndarray:
+        """S = rms of the change of phi(f_L) / |loss change|, (seeds, networks) (section 1).
+
+        Of the last hidden features as the output weights see them: after the ReLU of an MLP. The published values are
+        of these; before the ReLU they are sqrt(2) as large in a wide MLP.
+        """
+        result: np.ndarray = self.read_rms / np.abs(self.loss_change)
+        return result
+
+
+def _by_layer(chains: Chains) -> tuple[np.ndarray, ...]:
+    """The per-layer arrays of :class:`Steps` from the vectors of all layers, each (S, N, K + 1)."""
+    # The update itself is handed over as "after - 0": that difference is exact, f' - f in float32 would not be.
+    nothing = torch.zeros_like(chains.updates)
+    stats = feature_stats(nothing, chains.updates, chains.backward, per_row=True)
+    levels, seeds, count, width = chains.updates.shape
+    # Features have a scale of order 1, so their plain float32 norm is good to 1e-6.
+    feature_rms = chains.features.norm(dim=-1).double() / math.sqrt(width)
+    absent = torch.arange(levels)[:, None, None] > chains.depths
+
+    def padded(values: Tensor) -> np.ndarray:
+        shaped = values.reshape(levels, seeds, count).masked_fill(absent, math.nan)
+        result: np.ndarray = shaped.permute(1, 2, 0).numpy()
+        return result
+
+    own_norm = chains.own.double().flatten() * stats.backward_norm
+    return tuple(padded(v) for v in (stats.cos_angle, feature_rms, stats.update_rms, stats.backward_norm, own_norm))
+
+
+def simulate(
+    networks: Sequence[Network],
+    *,
+    width: int,
+    seeds: Sequence[int],
+    in_features: int = 10,
+    unit_input: bool = False,
+    mlp: bool = False,
+    step: float = 1e-3,
+    dtype: torch.dtype = torch.float32,
+    advance: Callable[[int], None] | None = None,
+) -> Steps:
+    """One step of gradient descent of every network under every seed, and how the features of all layers moved.
+
+    Args:
+        networks: at least one; they share the matrices of a seed.
+        width: m.
+        seeds: at least one, each from 0 up.
+        in_features, unit_input: d, and whether |x| = 1 instead of Gaussian entries.
+        mlp, step: as in :meth:`Chains.run`.
+        dtype: float32, or float64 as a check.
+        advance: called with the number of seeds done after each part.
+
+    Raises:
+        ValueError: no network, no seed, or a width below 1.
+    """
+    if not seeds or not networks or width < 1:
+        raise ValueError(f"expected networks, seeds and a width, got {len(networks)}, {len(seeds)} and {width}")
+    deepest = max(network.depth for network in networks)
+    parts: list[tuple[np.ndarray, ...]] = []
+    hidden: Tensor | None = None
+    with torch.no_grad():
+        for some in _portions(seeds, deepest * width**2 * dtype.itemsize):
+            weights = Weights.draw(some, deepest, width, in_features, unit_input=unit_input, dtype=dtype, hidden=hidden)
+            hidden = weights.hidden
+            chains = Chains.run(weights, networks, mlp=mlp, step=step)
+            ends = (chains.read_change.double() / math.sqrt(width)).numpy(), chains.loss_change.double().numpy()
+            parts.append((*_by_layer(chains), *ends))
+            if advance is not None:
+                advance(len(some))
+    arrays = [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+    return Steps(tuple(networks), tuple(seeds), *arrays)
+
+
+def _portions(seeds: Sequence[int], bytes_each: int) -> Iterator[Sequence[int]]:
+    size = max(1, _BYTES // bytes_each)
+    for start in range(0, len(seeds), size):
+        yield seeds[start : start + size]
