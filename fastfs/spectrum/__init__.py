@@ -10,9 +10,28 @@ try:
 except ImportError as missing:
     raise ImportError('fastfs.spectrum needs scipy: pip install "fastfs[spectrum]"') from missing
 else:
+    from fastfs.spectrum.angles import Angles, angles
+    from fastfs.spectrum.conditioning import Conditioning, conditioning, kantorovich
     from fastfs.spectrum.extremes import Extremes, extremes
+    from fastfs.spectrum.jacobians import LayerJacobian, SingularValues, singular_values
     from fastfs.spectrum.lanczos import Quadrature, quadrature
     from fastfs.spectrum.moments import Moments, moments
     from fastfs.spectrum.operator import BFK
 
-__all__ = ["BFK", "Extremes", "Moments", "Quadrature", "extremes", "moments", "quadrature"]
+__all__ = [
+    "BFK",
+    "Angles",
+    "Conditioning",
+    "Extremes",
+    "LayerJacobian",
+    "Moments",
+    "Quadrature",
+    "SingularValues",
+    "angles",
+    "conditioning",
+    "extremes",
+    "kantorovich",
+    "moments",
+    "quadrature",
+    "singular_values",
+]

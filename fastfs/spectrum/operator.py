@@ -230,7 +230,8 @@ class BFK(TorchOperator):
     def cos_angle(self) -> Tensor:
         """``b^T K b / (|b| |K b|)`` for the backward vector of the layer; float64, 0-d; nan if b or K b is zero."""
         moved, backward = self.apply(self.backward).double(), self.backward.double()
-        return (moved * backward).sum() / (moved.norm() * backward.norm())
+        cos: Tensor = (moved * backward).sum() / (moved.norm() * backward.norm())
+        return cos.clamp_max(1.0)
 
     def _multiply(self, vectors: Tensor, *, adjoint: bool) -> Tensor:
         products: Tensor = torch.func.vmap(self._product, randomness="same")(vectors)
