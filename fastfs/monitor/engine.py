@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfs.formula import relations
 from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
@@ -148,7 +149,7 @@ class Engine:
         if self._written:
             verdict = trust.refuse(verdict, trust.WRITTEN, torch.ones_like(verdict.valid))
         sums = FeatureStats(_unscaled(_reported(verdict, found.stats), scale))
-        residual = torch.where(cuts, 1.0 - done.decrease / -sums.update_dot_backward, torch.nan)
+        residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
         self.cosine = torch.where(verdict.valid & cuts, sums.cos_angle, self.cosine)
         tensors = {
             "sums": self.names.with_groups(sums.sums),
@@ -192,7 +193,8 @@ class Engine:
         count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
         backward = squares.sqrt() / scale
         # Section 2, the feature speed formula, with the last angle that was measured.
-        speed = torch.where(self.knowledge.cuts, done.decrease / (self.cosine * backward), torch.nan)
+        speed = relations.predicted_update_norm(done.decrease, self.cosine, backward)
+        speed = torch.where(self.knowledge.cuts, speed, torch.nan)
         tensors = {
             "aligned": _columns(done),
             "backward_rms": backward / count.sqrt(),

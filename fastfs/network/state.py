@@ -10,13 +10,21 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ForwardState", "RandomState"]
+__all__ = ["ForwardState", "RandomState", "own_forward_runs"]
+
+_OWN: ContextVar[bool] = ContextVar("fastfs_own_forward", default=False)
+
+
+def own_forward_runs() -> bool:
+    """Whether a forward that is running is one of fastfs's own, in :meth:`ForwardState.applied`: no training."""
+    return _OWN.get()
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,7 @@ class ForwardState:
         modes = [(module, module.training) for module, mode in self.training if module.training != mode]
         originals = [(module, name, module._buffers.get(name)) for module, name, _ in self.buffers]
         with ExitStack() as stack:
+            stack.callback(_OWN.reset, _OWN.set(True))
             stack.callback(now.give)
             for module, name, original in originals:
                 stack.callback(module._buffers.__setitem__, name, original)

@@ -56,6 +56,7 @@ class Structure:
         opaque: a watched feature is one of several results of a compiled region, which is a single function in the
             graph: the answer is on the safe side, that is fewer cuts; an eager forward gives the exact one.
         matrices: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more.
+        shared: bool (L, P) on the CPU: the parameter acts before and after the layer, which is no cut for that reason.
     """
 
     upstream: Tensor
@@ -65,6 +66,7 @@ class Structure:
     unreached: list[str]
     opaque: bool
     matrices: Tensor
+    shared: Tensor
 
     def same_as(self, other: Structure) -> bool:
         """Whether the same parameters are upstream, and the same layers cuts for the same reasons."""
@@ -120,6 +122,7 @@ def analyse(
         unreached=_names(~graph.upstream[graph.root] & ((1 << len(names)) - 1), names),
         opaque=any(graph.opaque(visit) for layer in layers for visit in layer.visits),
         matrices=(upstream & wide).sum(dim=1),
+        shared=_matrix([layer.shared for layer in layers], len(parameters)),
     )
 
 
@@ -260,7 +263,7 @@ class _Layer:
 
     def __init__(self, graph: _Graph, visits: Sequence[Edge | None], names: Sequence[str]) -> None:
         self.visits = [graph.node(visit) for visit in visits if visit is not None]
-        self.upstream = 0
+        self.upstream = self.shared = 0
         for visit in self.visits:
             self.upstream |= graph.upstream[visit]
         # Outputs come first in the graph's order, so the last visit is the one with the smallest position.
@@ -279,7 +282,7 @@ class _Layer:
             return "runs several times, one run using the result of another"
         if not past:
             return None
-        shared = past & self._used_past(graph)
+        self.shared = shared = past & self._used_past(graph)
         reasons = []
         if past & ~shared:
             count = (past & ~shared).bit_count()

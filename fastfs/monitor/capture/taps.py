@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import first_floating, parts
+from fastfs.network.state import own_forward_runs
 from fastfs.ops import LIBRARY
 
 __all__ = [
@@ -97,8 +98,8 @@ def register(receiver: Receiver) -> int:
 
 
 def another_replays(receiver: Receiver) -> bool:
-    """Whether a forward that is running is another monitor's own: no training forward for this one."""
-    return any(other.replaying for other in _RECEIVERS.values() if other is not receiver)
+    """Whether a forward that is running is one of fastfs that this monitor has not asked for: no training forward."""
+    return own_forward_runs() and not receiver.replaying
 
 
 def _tap(features: Tensor, anchor: Tensor) -> None:
