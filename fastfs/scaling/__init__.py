@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from fastfs.scaling.calibrate import calibrate
+from fastfs.scaling.calibration import Calibration, GroupCalibration
 from fastfs.scaling.rules import LayerScale, Rule, apply
 from fastfs.scaling.tables import mlp, predicted_cos_angle, resnet
 
-__all__ = ["LayerScale", "Rule", "apply", "mlp", "predicted_cos_angle", "resnet"]
+__all__ = [
+    "Calibration",
+    "GroupCalibration",
+    "LayerScale",
+    "Rule",
+    "apply",
+    "calibrate",
+    "mlp",
+    "predicted_cos_angle",
+    "resnet",
+]

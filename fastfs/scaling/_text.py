@@ -1,0 +1,25 @@
+"""Tables as text."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+__all__ = ["number", "render"]
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4g}"
+
+
+def render(*parts: Any, width: int = 120) -> str:
+    """Text and rich tables, one after the other, without colours."""
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, legacy_windows=False)
+    for part in parts:
+        console.print(escape(part) if isinstance(part, str) else part)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().rstrip()
