@@ -185,3 +185,19 @@ def assert_identity(actual: Tensor, expected: Tensor, *, holds: bool, what: str 
     """<b, df> and the sum of <g, dw>, in float64: equal up to rounding where the identity holds, else not."""
     close = torch.allclose(actual, expected, rtol=1e-10, atol=1e-12)
     assert close == holds, f"{what}: <b, df> = {actual}, sum of <g, dw> = {expected}, identity expected: {holds}"
+
+
+def assert_matrix(actual: Tensor, expected: Tensor, relative: float, what: str = "") -> None:
+    """Every entry within `relative` of the largest entry: what a product of matrices can give."""
+    assert actual.shape == expected.shape, f"{what}: shapes {tuple(actual.shape)} and {tuple(expected.shape)}"
+    worst = (actual.double() - expected.double()).abs().max().item()
+    size = expected.double().abs().max().item()
+    assert size > 0, f"{what}: nothing but zeros is expected, which anything small would pass"
+    assert worst <= relative * size, f"{what}: off by {worst}, the largest entry is {size}"
+
+
+def assert_estimate(value: Tensor, error: Tensor, exact: Tensor, *, sigmas: float, what: str = "") -> None:
+    """Estimates within `sigmas` of their standard errors, which have to be there."""
+    assert bool((error > 0).all()), f"{what}: standard errors {error}"
+    off = (value - exact).abs() / error
+    assert bool((off <= sigmas).all()), f"{what}: {off} standard errors off: {value} +- {error}, exact {exact}"
