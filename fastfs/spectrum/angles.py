@@ -41,6 +41,9 @@ class Angles:
             prediction assumes does not hold for it.
         excluded: (L,) share of |dw| upstream where -dw/g is negative or not finite: there the rate is taken as 0, and
             the step is no preconditioned descent (momentum, weight decay); None without optimizer.
+        undetermined: (L,) share of the parameters' entries upstream with a gradient of 0 and no update: -dw/g says
+            nothing about their rate, which is taken as 0 in ``preconditioned`` (with ReLU, those of units that are off
+            further on); None without optimizer.
         products: products with kernels that were made.
     """
 
@@ -56,6 +59,7 @@ class Angles:
     preconditioned: Tensor | None
     preconditioned_error: Tensor | None
     excluded: Tensor | None
+    undetermined: Tensor | None
     products: int
 
     @property
@@ -86,7 +90,7 @@ class Angles:
         columns["angle"] = self.measured.acos().tolist()
         if self.preconditioned is not None:
             columns["misalignment"] = self.misalignment.tolist()
-            for name in ("preconditioned", "preconditioned_error", "excluded"):
+            for name in ("preconditioned", "preconditioned_error", "excluded", "undetermined"):
                 columns[name] = getattr(self, name).tolist()
         columns["reason"] = self.reason
         return columns
@@ -145,17 +149,19 @@ def angles(
     spectra = predict(rates, exact)
     descent = gradient_descent(1.0 if lr is None else lr, lin.names, lin.gradients)
     step = descent
-    preconditioned = preconditioned_error = excluded = None
+    preconditioned = preconditioned_error = excluded = undetermined = None
     products = len(lin.layers) + sum(m.products for m in spectra)
     if optimizer is not None:
         given = optimizer_update(optimizer, lin.originals, lin.gradients)
         step = [dw.to(p.dtype) for dw, p in zip(given, lin.parameters, strict=True)]
-        ratios, left_out = _ratios(step, lin.gradients)
+        ratios, left_out, unknown = _ratios(step, lin.gradients)
         under = predict(ratios, None)
         preconditioned = torch.stack([m.predicted_cos_angle for m in under])
         preconditioned_error = torch.stack([m.predicted_cos_angle_error for m in under])
         upstream = lin.structure.upstream.double()
         excluded = (upstream @ left_out).sqrt() / (upstream @ _squares(step)).sqrt()
+        sizes = torch.tensor([p.numel() for p in lin.parameters], dtype=torch.float64)
+        undetermined = (upstream @ unknown) / (upstream @ sizes)
         products += sum(m.products for m in under)
     moved = lin.forward([p + dw for p, dw in zip(lin.parameters, step, strict=True)]).features
     changes = [tuple(a - b for a, b in zip(x, y, strict=True)) for x, y in zip(moved, lin.features, strict=True)]
@@ -173,20 +179,22 @@ def angles(
         preconditioned=preconditioned,
         preconditioned_error=preconditioned_error,
         excluded=excluded,
+        undetermined=undetermined,
         products=products,
     )
 
 
-def _ratios(step: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[list[float | Tensor], Tensor]:
-    """-dw/g where that is a rate, else 0; and for each parameter the |dw|^2 of the rest: (P,)."""
+def _ratios(step: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[list[float | Tensor], Tensor, Tensor]:
+    """-dw/g where that is a rate, else 0; for each parameter |dw|^2 of the rest and how many have neither: (P,)."""
     rates: list[float | Tensor] = []
-    rest = []
+    rest, unknown = [], []
     for dw, g in zip(step, gradients, strict=True):
         ratio = -dw / g
         usable = ratio.isfinite() & (ratio >= 0)
         rates.append(torch.where(usable, ratio, 0.0))
         rest.append(torch.where(usable, 0.0, dw))
-    return rates, _squares(rest)
+        unknown.append(float(((dw == 0) & (g == 0)).sum()))
+    return rates, _squares(rest), torch.tensor(unknown, dtype=torch.float64)
 
 
 def _squares(tensors: Sequence[Tensor]) -> Tensor:

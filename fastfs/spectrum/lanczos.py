@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["Quadrature", "quadrature"]
 
 
+_ROUNDING = 100.0
+"""Rounding of a product, in eps of its norm: sums over a few thousand terms. Below it a Krylov space counts as ended."""
+
+
 @dataclass(frozen=True)
 class Quadrature:
     """Gaussian quadratures of a spectrum: ``tr f(K)/dim`` is about the mean over probes of ``sum of weight f(node)``.
@@ -176,7 +180,7 @@ def _lanczos(products: Products, start: Tensor, steps: int) -> tuple[Tensor, Ten
     lengths = [steps] * rows
     running = torch.ones(rows, dtype=torch.bool)
     scale = torch.zeros(rows, dtype=torch.float64)
-    noise = math.sqrt(dim) * torch.finfo(products.dtype).eps
+    noise = _ROUNDING * torch.finfo(products.dtype).eps
     vector = start / start.norm(dim=1, keepdim=True)
     made = 0
     for step in range(steps):
