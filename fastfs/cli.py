@@ -108,6 +108,32 @@ def watch(
 
 
 @app.command()
+def reproduce(
+    only: Annotated[str | None, typer.Option(help="Figures, such as a,c; all if not given.", metavar="NAMES")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and wider bands: below a minute.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, tables and the summary.")] = Path(
+        "runs/reproduce"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="Number of seeds; each figure has its own if not given.")
+    ] = None,
+) -> None:
+    """Compute the figures and numbers of the paper again, beside the published ones; exit 1 where they differ."""
+    try:
+        from fastfs.experiments.paper.run import chosen
+        from fastfs.experiments.paper.run import reproduce as run
+        from fastfs.experiments.paper.study import Settings
+
+        checks = run(chosen(only), Settings(quick=quick, first_seed=seed, seeds=seeds), out)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"fastfs reproduce: {error}", err=True)
+        raise typer.Exit(1) from error
+    if any(check.passed is False for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, built and in use, and check the native core against the reference."""
     from fastfs.doctor import run_doctor

@@ -209,7 +209,7 @@ class Transformer(nn.Module):
 
     Pre-norm blocks around a residual stream; ``blocks.l`` outputs the stream. Initial standard deviations: token and
     position embeddings 0.5 each (so the stream starts at rms 0.7), matrices 1/sqrt(fan_in), the two matrices that
-    write into the stream a further 1/sqrt(2 depth), an untied head 1/width, normalisation weights 1 and biases 0.
+    write into the stream a further ``residual_scale``, an untied head 1/width, normalisation weights 1 and biases 0.
     With ``tied=True`` the head reuses the token embedding, its logits divided by ``width * 0.5`` so that they start
     as small as untied ones. A tied embedding acts before and after every block: there the sum over parameters in the
     feature speed formula is ambiguous (angles and speeds are still well defined).
@@ -222,11 +222,12 @@ class Transformer(nn.Module):
         context: longest sequence.
         dropout: probability, on the embedding, the attention weights and both branches.
         tied: share the token embedding with the head.
+        residual_scale: initial size of the 2 depth residual branches; 1/sqrt(2 depth) by default.
         generator: random numbers for the initialisation; the global generator by default.
 
     Raises:
-        ValueError: a size below 1, a width that the heads do not divide, a dropout outside [0, 1), or (from
-            ``forward``) a sequence longer than ``context``.
+        ValueError: a size below 1, a width that the heads do not divide, a dropout outside [0, 1), a residual scale
+            that is not positive, or (from ``forward``) a sequence longer than ``context``.
     """
 
     def __init__(
@@ -239,6 +240,7 @@ class Transformer(nn.Module):
         *,
         dropout: float = 0.0,
         tied: bool = False,
+        residual_scale: float | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -251,7 +253,8 @@ class Transformer(nn.Module):
         self.token = nn.utils.skip_init(nn.Embedding, vocabulary, width)
         self.position = nn.utils.skip_init(nn.Embedding, context, width)
         self.dropout = nn.Dropout(dropout)
-        branch_gain = 1.0 / math.sqrt(2.0 * depth)
+        branch_gain = 1.0 / math.sqrt(2.0 * depth) if residual_scale is None else residual_scale
+        _require(branch_gain > 0.0, f"Transformer: residual_scale must be positive, got {residual_scale}")
         self.blocks = nn.ModuleList(
             _TransformerBlock(width, heads, dropout, branch_gain, generator) for _ in range(depth)
         )
