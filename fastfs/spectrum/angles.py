@@ -133,7 +133,7 @@ def angles(
         raise TypeError("angles: expected lr, optimizer or both, got none")
     lin = Linearization(model, loss_fn, batch, layers=layers, parameters=parameters, dtype=dtype)
     rates = resolve(1.0 if lr is None else lr, lin.names, lin.parameters)
-    options: dict[str, Any] = {"rtol": rtol, "max_probes": max_probes, "min_probes": min(16, max_probes)}
+    options: dict[str, Any] = {"rtol": rtol, "max_probes": max_probes, "min_probes": max(2, min(16, max_probes))}
     options.update(sketch=sketch, seed=seed)
 
     def predict(rates: Sequence[float | Tensor], exact: list[Tensor] | None) -> list[Moments]:

@@ -157,16 +157,16 @@ def conditioning(
         among = lin.structure.own[end].tolist()
         if any(among):
             found = extremes(BFK.of(lin, end, rates, among=among, chunk=chunk), dense_below=dense_below)
-            own[end] = torch.tensor([found.largest, found.smallest])
+            own[end] = _pair(found.largest, found.smallest)
         for start in range(end):
             between = LayerJacobian.of(lin, start, end, chunk=chunk)
             ends = singular_values(between, dense_below=dense_below)
             smallest = ends.smallest if between.shape[0] <= between.shape[1] else 0.0
-            jacobian[end, start] = torch.tensor([ends.largest, smallest])
+            jacobian[end, start] = _pair(ends.largest, smallest)
         jacobian[end, end] = 1.0
         whole = BFK.of(lin, end, rates, chunk=chunk)
         found = extremes(whole, dense_below=dense_below)
-        kernel[end] = torch.tensor([found.largest, found.smallest])
+        kernel[end] = _pair(found.largest, found.smallest)
         reason.append(found.reason)
         cos[end] = whole.cos_angle().cpu()
     bound = torch.stack([(jacobian[end, : end + 1].square() * own[: end + 1]).sum(dim=0) for end in range(size)])
@@ -185,6 +185,10 @@ def conditioning(
         cos_kernel_bound=_cosines(kernel),
         cos_exact=cos,
     )
+
+
+def _pair(largest: float, smallest: float) -> Tensor:
+    return torch.tensor([largest, smallest], dtype=torch.float64)
 
 
 def _check_chain(lin: Linearization) -> None:

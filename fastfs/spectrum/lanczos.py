@@ -19,7 +19,7 @@ __all__ = ["Quadrature", "quadrature"]
 
 
 _ROUNDING = 100.0
-"""Rounding of a product, in eps of its norm: sums over a few thousand terms. Below it a Krylov space counts as ended."""
+"""Rounding of a product, in eps of its norm, with room for long sums: less than that ends a Krylov space."""
 
 
 @dataclass(frozen=True)
