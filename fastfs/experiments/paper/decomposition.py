@@ -18,7 +18,7 @@ def decompose(settings: Settings, advance: Advance) -> Outcome:
 
     By origin: ``own`` is made by the update of V_l and is along -b_l exactly; ``carried`` came with df_{l-1}, through
     the layer. By direction: ``aligned`` is the part along -b_l, ``orthogonal`` the rest, which does nothing for the
-    loss to first order. ``carried_aligned`` is the aligned part of what was carried; all that is orthogonal was carried.
+    loss to first order. ``carried_aligned`` is the aligned part of ``carried``; what is orthogonal was carried.
     """
     seeds = settings.seed_list(5, 3)
     depth, width = settings.pick(200, 100), 200

@@ -186,7 +186,7 @@ def draw_decomposition(table: pandas.DataFrame) -> Figure:
 
 def draw_sensitivity(table: pandas.DataFrame) -> Figure:
     """(e)"""
-    figure, panels = _figure(2, width=4.3, height=3.6, sharey=True)
+    figure, panels = _figure(2, width=4.8, height=3.5, sharey=True)
     names = {"ntk": "NTK (median)", "mup": r"MF + $\mu$P", "fsc": "FSC", **_LAWS}
     for axes, family in zip(panels, ("MLP", "ResNet"), strict=True):
         part = table[table["network"] == family]
@@ -210,7 +210,7 @@ def draw_sensitivity(table: pandas.DataFrame) -> Figure:
         panels[0].fill_between(depths, *_published("e", f"{scheme},L=5"), color=_GREY, alpha=0.25, linewidth=0)
     panels[0].set_ylabel(r"sensitivity $S$")
     for axes in panels:
-        axes.legend(fontsize=8, frameon=False, loc="lower right" if axes is panels[1] else "best")
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 0.95))
     return figure
 
 

@@ -55,7 +55,8 @@ _STUDIES = (
         "e",
         "Sensitivity against depth",
         "Movement of the last hidden features (after the ReLU of an MLP) per decrease of the loss, all matrices "
-        "trained, width 400. Bars: quartiles over seeds. With NTK scaling the residual can be near 0, so its median is shown.",
+        "trained, width 400. Bars: quartiles over seeds. With NTK scaling the residual can be near 0: "
+        "its median is shown.",
         sensitivity.against_depth,
         drawing.draw_sensitivity,
     ),

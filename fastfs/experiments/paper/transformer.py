@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pandas
@@ -19,7 +20,10 @@ from fastfs.network.linearization import Linearization
 
 __all__ = ["over_depth", "through_training"]
 
-SCALES = {"1": lambda depth: 1.0, "1/sqrt(2L)": lambda depth: 1.0 / math.sqrt(2.0 * depth)}
+SCALES: Mapping[str, Callable[[int], float]] = {
+    "1": lambda depth: 1.0,
+    "1/sqrt(2L)": lambda depth: 1.0 / math.sqrt(2.0 * depth),
+}
 _WARMUP = 20
 _BLOCKS = r"^blocks\.\d+$"
 
@@ -102,7 +106,7 @@ def through_training(settings: Settings, advance: Advance) -> Outcome:
             for step in range(steps):
                 optimizer.zero_grad()
                 loss = loss_fn(model, next(batches))
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 losses[step] = loss.item()
                 optimizer.step()
                 warmup.step()
