@@ -141,5 +141,50 @@ def doctor() -> None:
     raise typer.Exit(run_doctor())
 
 
+@app.command("scaling-check")
+def scaling_check(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            help="module:attribute or path/to/file.py:attribute of a function of width and depth that gives "
+            "(model, loss_fn, batch, optimizer); optimizer may be a list of parameter groups or None.",
+            metavar="FACTORY",
+        ),
+    ],
+    widths: Annotated[str, typer.Option(help="At least three, such as 64,128,256.")],
+    depths: Annotated[str, typer.Option(help="At least three, such as 4,8,16.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Initialisations at every size.")] = 8,
+    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw, where the factory gives none.")] = "sgd",
+    lr: Annotated[float | None, typer.Option(help="Learning rate, where the factory gives none.")] = None,
+    layers: Annotated[str, typer.Option(help="Regular expression for the layers to watch, or auto.")] = "auto",
+    at_width: Annotated[int | None, typer.Option(help="Width of the runs over depth; the largest.")] = None,
+    at_depth: Annotated[int | None, typer.Option(help="Depth of the runs over width; the middle one.")] = None,
+    tolerance: Annotated[float, typer.Option(help="How far an exponent may be from the wanted one.")] = 0.15,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for CSV tables and a picture.")] = None,
+) -> None:
+    """Check how a model scales: measure its first step over widths and depths, and fit the exponents of feature size
+    (SP), feature speed (FL), loss decrease (LD) and balance of the layers (BC).
+
+    Exit status: 0 all pass, 1 one fails, 3 none fails but not all are clear, 2 it could not be measured.
+    """
+    from fastfs.scaling.command import run_check
+
+    raise typer.Exit(
+        run_check(
+            factory,
+            widths=widths,
+            depths=depths,
+            seeds=seeds,
+            optimizer=optimizer,
+            lr=lr,
+            layers=layers,
+            at_width=at_width,
+            at_depth=at_depth,
+            tolerance=tolerance,
+            out=out,
+        )
+    )
+
+
 if __name__ == "__main__":
     app()

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 
+from fastfs.scaling.angle import predicted_cos_angle
 from fastfs.scaling.rules import LayerScale, Rule
 
-__all__ = ["MLP_SCHEMES", "RESNET_SCHEMES", "mlp", "predicted_cos_angle", "resnet"]
+__all__ = ["MLP_SCHEMES", "RESNET_SCHEMES", "mlp", "resnet"]
 
 MLP_SCHEMES = ("standard", "ntk", "mup", "fsc")
 RESNET_SCHEMES = ("standard", "ntk", "mup", "fsc")
@@ -50,9 +51,10 @@ def mlp(
     standard  1/sqrt(m)      1                      1               1
     ========  =============  =====================  ==============  =============
 
-    The angle at f_l has cos(theta_l) of about sqrt(3/(2 l)) (:func:`predicted_cos_angle`), so the sensitivity
-    S = rms(df_{L-1})/D = 1/(sqrt(m) |b| cos(theta)) goes like sqrt(L/m) for ``ntk``, sqrt(L) for ``mup``, and 1 for
-    ``fsc``. ``standard`` is the initialisation of ``ntk`` with one learning rate: its loss decrease goes like L m.
+    The angle at f_l has cos(theta_l) of about sqrt(3/(2 l)) (:func:`fastfs.scaling.predicted_cos_angle`), so the
+    sensitivity S = rms(df_{L-1})/D = 1/(sqrt(m) |b| cos(theta)) goes like sqrt(L/m) for ``ntk``, sqrt(L) for ``mup``,
+    and 1 for ``fsc``. ``standard`` is the initialisation of ``ntk`` with one learning rate: its loss decrease goes
+    like L m. :func:`fastfs.scaling.predict` gives all of this with constants.
 
     Args:
         depth: number L of weight matrices, at least 2.
@@ -112,9 +114,10 @@ def resnet(
     standard  1/sqrt(m)           1                      1                        1
     ========  ==================  =====================  =======================  =============
 
-    with c = cos(theta_L) predicted (:func:`predicted_cos_angle`): ``fsc`` sets S = 1. For beta = 1/sqrt(L) the branch
-    learning rate is Theta(1) (depth-muP) and for beta = 1/L it is Theta(L); in both c tends to a limit, so ``mup`` and
-    ``fsc`` differ by a constant only. For beta = 1 c falls like 1/sqrt(L), as in the MLP.
+    with c = cos(theta_L) predicted (:func:`fastfs.scaling.predicted_cos_angle`): ``fsc`` sets S to about 1. For
+    beta = 1/sqrt(L) the branch learning rate is Theta(1) (depth-muP) and for beta = 1/L it is Theta(L); in both c
+    tends to a limit, so ``mup`` and ``fsc`` differ by a constant only. For beta = 1 c falls like 1/sqrt(L), as in
+    the MLP.
 
     Args:
         depth: number L of residual blocks, at least 1.
@@ -149,35 +152,6 @@ def resnet(
         LayerScale("output", out_dim, width, output_std, rates[2]),
     )
     return Rule("resnet", scheme, layers, branch_scale=beta)
-
-
-def predicted_cos_angle(depth: int, *, branch_scale: float = 1.0) -> float:
-    r"""Spectral prediction of cos(theta) after ``depth`` ReLU blocks of large width with balanced contributions.
-
-    ``depth`` counts the blocks V after the first matrix U, which is trained too. Every matrix contributes
-    K_k = J_k J_k^T to the kernel, J_k the Jacobian from f_k to the last features. For wide random blocks the
-    normalised trace of J_k J_k^T is 1 and that of its square 1 + 2 beta^2 (l - k): a block adds 2 beta^2. (Of
-    ``V D`` with half of D active the square has trace 3, and skip and branch mix to the same sum.) With
-    tr(K_j K_k) = tr(K_k^2) for j < k,
-
-        M_1 = l + 1,   M_2 = sum_{k=0}^{l} (2 k + 1) (1 + 2 beta^2 (l - k)),   cos(theta) = M_1 / sqrt(M_2).
-
-    For deep MLPs (beta = 1; l = L - 2 for f_{L-1}) this is sqrt(3/(2 l)), for beta = c/sqrt(l) it is
-    1/sqrt(1 + 2 c^2/3).
-
-    Args:
-        depth: number l of ReLU blocks, at least 0.
-        branch_scale: beta in [0, 1]; 1 is the MLP.
-
-    Raises:
-        ValueError: a depth or scale outside of that.
-
-    Source: "The Feature Speed Formula" (arXiv 2311.18718), spectral moments of the backward-to-feature kernel.
-    """
-    if depth < 0 or not 0.0 <= branch_scale <= 1.0:
-        raise ValueError(f"expected depth >= 0 and a branch scale in [0, 1], got {depth} and {branch_scale}")
-    second = sum((2 * k + 1) * (1 + 2 * branch_scale**2 * (depth - k)) for k in range(depth + 1))
-    return (depth + 1) / math.sqrt(second)
 
 
 def _checked(
