@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigsh, svds
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastfs.models import MLP
 from fastfs.network.linearization import Linearization
@@ -242,6 +243,31 @@ def test_a_model_that_has_changed_is_refused() -> None:
         next(case.model.parameters()).mul_(2)
     with pytest.raises(RuntimeError, match="parameters of the model have changed"):
         operator.apply(operator.features)
+
+
+def test_checkpoints_are_refused_with_what_to_do() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.block, x, use_reentrant=False))
+
+    with pytest.raises(RuntimeError, match=r"activation checkpointing .* turn them off"):
+        BFK(Checkpointed(), squared, rows(2, 3, 1), "block")
+
+
+def test_compiled_models_and_autocast() -> None:
+    case = mlp()
+    compiled = Case(torch.compile(case.model, backend="eager"), case.loss_fn, case.batch, case.layer)
+    assert_matrix(bfk(compiled).dense(), kernel(case), 1e-10)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_matrix(bfk(case).dense(), kernel(case), 1e-10)
+        with pytest.raises(TypeError, match=r"got torch\.bfloat16"):
+            BFK(case.model, case.loss_fn, case.batch, case.layer)
+    with torch.no_grad():
+        assert_matrix(bfk(case).dense(), kernel(case), 1e-10)
 
 
 def test_kernels_of_several_layers_share_a_linearization() -> None:

@@ -17,6 +17,7 @@ from fastfs.spectrum.products import Operator, Products, count, products_of
 __all__ = ["Extremes", "condition_of", "extremes"]
 
 _DENSE = 512
+_KRYLOV = 64
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ class Extremes:
         return f"eigenvalues {self.smallest:.6g} to {self.largest:.6g}, condition number {self.condition:.6g}{why}"
 
 
-def extremes(
-    operator: Operator, *, dense_below: int = _DENSE, tol: float = 0.0, max_iterations: int | None = None
-) -> Extremes:
+def extremes(operator: Operator, *, dense_below: int = _DENSE, tol: float = 0.0, max_iterations: int = 50) -> Extremes:
     """The largest and the smallest eigenvalue.
 
     A kernel has at most the rank of the number of parameters in its sum (:attr:`BFK.rank_bound`); if that is less than
@@ -58,7 +57,7 @@ def extremes(
         dense_below: operators of at most this size are made dense (N products), which gives the smallest eigenvalue to
             rounding; Lanczos finds a smallest eigenvalue slowly where many are close to it.
         tol: relative accuracy of Lanczos; 0 for that of float64.
-        max_iterations: of Lanczos; scipy's default (10 N) if None.
+        max_iterations: restarts of Lanczos, of at most 64 products each, for each end.
 
     Raises:
         TypeError: the operator is none.
@@ -67,6 +66,7 @@ def extremes(
     """
     products = products_of(operator)
     count(dense_below, "dense_below", 0)
+    count(max_iterations, "max_iterations", 1)
     made = 0
 
     def multiply(columns: Any) -> Any:
@@ -88,8 +88,8 @@ def extremes(
         """The largest eigenvalue of shift + sign K."""
         counted = LinearOperator(shape, matvec=lambda x: shift * x + sign * multiply(x), dtype=np.float64)
         start = np.random.default_rng(0).standard_normal(products.dim)  # a new one each time: ARPACK writes to it
-        options = {"k": 1, "v0": start, "tol": tol, "maxiter": max_iterations, "return_eigenvectors": False}
-        return float(eigsh(counted, which="LA", **options)[0])
+        options = {"k": 1, "v0": start, "tol": tol, "maxiter": max_iterations, "ncv": min(products.dim, _KRYLOV)}
+        return float(eigsh(counted, which="LA", return_eigenvectors=False, **options)[0])
 
     if not multiply(np.random.default_rng(0).standard_normal(products.dim)).any():
         return _judged(products, 0.0, 0.0, deficient, "lanczos", made)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastfs.network.linearization import Linearization, LossFunction
 from fastfs.network.perturbed import load_forward_mode
 from fastfs.spectrum.extremes import condition_of, extremes
-from fastfs.spectrum.operator import TorchOperator
+from fastfs.spectrum.operator import TorchOperator, pullback
 from fastfs.spectrum.products import count
 
 __all__ = ["LayerJacobian", "SingularValues", "singular_values"]
@@ -80,7 +80,7 @@ class LayerJacobian(TorchOperator):
         with torch.enable_grad():
             if not self._function(self._zero.clone().requires_grad_()).requires_grad:
                 raise ValueError(f"end: layer {self.end!r} does not depend on layer {self.start!r}")
-        self._pull = torch.func.vjp(self._function, self._zero)[1]
+        self._pull = pullback(self._function, self._zero)
 
     def apply(self, vectors: Tensor) -> Tensor:
         """J v for v of the shape of the features at the start, or for a batch (n, *shape)."""

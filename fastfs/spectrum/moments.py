@@ -125,8 +125,9 @@ def moments(
     tr(Q^T K^p Q) is exact (2 s products for p <= 2), and only the rest is estimated. That pays when few eigenvalues
     carry the trace; with s >= the rank of K the result is exact.
 
-    Probes are added, a chunk at a time, until every relative standard error is at most ``rtol``. Stopping at the first
-    moment when this holds makes the errors a few percent too small on average for small ``min_probes``.
+    Probes are added, a chunk at a time, until every relative standard error is at most ``rtol``. To stop when the
+    errors look small makes them look smaller than they are, by about a tenth: 1.96 of them covered the truth in 92 %
+    of 400 repetitions with eigenvalues i^-1.5, i up to 60. With ``rtol=0`` there is no such bias.
 
     Args:
         operator: symmetric; a :class:`BFK`, a scipy ``LinearOperator``, or a matrix of torch or NumPy.

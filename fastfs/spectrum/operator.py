@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from fastfs.network.learning_rates import LearningRates, resolve
 from fastfs.network.linearization import Linearization, LossFunction
 from fastfs.network.perturbed import load_forward_mode
 
-__all__ = ["BFK", "TorchOperator"]
+__all__ = ["BFK", "TorchOperator", "pullback"]
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 _DENSE_BYTES = 2**30
@@ -147,6 +147,7 @@ class BFK(TorchOperator):
     Raises:
         TypeError: features that are not float32 or float64; a loss that is no scalar tensor.
         ValueError: no such layer, or it does not run once; it depends on none of the parameters; rates that do not fit.
+        RuntimeError: activation checkpointing in the model: torch.func cannot differentiate it.
 
     Source: section 2.2 of "The Feature Speed Formula", arXiv 2311.18718.
     """
@@ -221,7 +222,7 @@ class BFK(TorchOperator):
             return function(everything)
 
         self._function = features
-        self._pull = torch.func.vjp(features, self._values)[1] if places else None
+        self._pull = pullback(features, self._values) if places else None
 
     def apply(self, vectors: Tensor) -> Tensor:
         """K v for v of the features' shape, or for a batch (n, *shape); the same dtype and device."""
@@ -250,6 +251,23 @@ class BFK(TorchOperator):
 
     def _transpose(self) -> BFK:
         return self
+
+
+def pullback(function: Callable[[Any], Tensor], point: Any) -> Callable[[Tensor], Any]:
+    """Products with the transposed Jacobian of a function at a point.
+
+    Raises:
+        RuntimeError: the model does something that torch.func cannot differentiate; for checkpoints with what to do.
+    """
+    try:
+        return torch.func.vjp(function, point)[1]
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        raise RuntimeError(
+            "the model uses activation checkpointing or other hooks on saved tensors, which torch.func cannot "
+            "differentiate: turn them off for this measurement"
+        ) from error
 
 
 def _moving(rate: float | Tensor, value: Tensor) -> int:
