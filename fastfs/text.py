@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 
-def table(values: dict[str, Any], columns: tuple[str, ...], shape: torch.Size, most: int = 40) -> list[str]:
-    """Lines of an aligned table, one line per layer; the middle of a long one is left out."""
+def table(
+    values: dict[str, Any],
+    columns: tuple[str, ...],
+    shape: torch.Size,
+    most: int = 40,
+    names: Sequence[str] | None = None,
+) -> list[str]:
+    """Lines of an aligned table, one line per layer, with its name or index; the middle of a long one is left out."""
     flat = {name: torch.tensor(values[name], device="cpu").reshape(-1).tolist() for name in columns}
     size = shape.numel()
     rows = list(range(size))
@@ -16,6 +23,8 @@ def table(values: dict[str, Any], columns: tuple[str, ...], shape: torch.Size, m
         rows = [*rows[: most // 2], -1, *rows[-most // 2 :]]
 
     def label(i: int) -> str:
+        if names is not None:
+            return names[i]
         return (
             ",".join(str(int(part)) for part in torch.unravel_index(torch.tensor(i, device="cpu"), shape))
             if shape

@@ -93,11 +93,10 @@ class Measurement:
 
     def __str__(self) -> str:
         columns = {"cut": self.cut, **self._columns()}
-        lines = table(columns, tuple(columns), torch.Size([len(self.layers)]))
-        names = "".join(f"\n{index}: {name}" for index, name in enumerate(self.layers))
+        lines = table(columns, tuple(columns), torch.Size([len(self.layers)]), names=self.layers)
         kind = "first order" if self.first_order else "finite step"
         head = f"loss {self.loss:.6g}, change {self.loss_change:.4g} ({kind}), D {self.total_decrease:.4g}"
-        return head + "\n" + "\n".join(lines) + names
+        return "\n".join([head, *lines])
 
     def _columns(self) -> dict[str, Any]:
         stats = self.stats
