@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fastfs.experiments.paper.published import PUBLISHED
 
 try:
+    import pandas
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, MultipleLocator, NullLocator
 except ImportError as missing:
-    raise ImportError('fastfs reproduce needs matplotlib: pip install "fastfs[plot]"') from missing
-
-if TYPE_CHECKING:
-    import pandas
+    what = 'fastfs reproduce needs matplotlib, pandas and scipy: pip install "fastfs[plot,spectrum]"'
+    raise ImportError(what) from missing
 
 __all__ = [
     "draw_decomposition",
@@ -230,7 +229,7 @@ def draw_tail(table: pandas.DataFrame) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     _ticks(axes.xaxis, [c for c in (2, 3, 4, 5, 6, 8, 10) if c <= x.max() * 1.01])
-    _ticks(axes.yaxis, (0.1, 0.2, 0.3, 0.5))
+    _ticks(axes.yaxis, (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5))
     axes.set_xlabel(r"$c = \sqrt{L}\,\beta$")
     axes.set_ylabel(r"output $\cos\,\theta_L$")
     axes.legend(fontsize=8, frameon=False)
