@@ -28,7 +28,7 @@ _NAMED: dict[str, Callable[..., Optimizer]] = {
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
 }
-_ROUNDS = 6
+_ROUNDS = 8
 _CLOSE = 0.02  # of S, relative
 
 
@@ -53,7 +53,7 @@ def calibrate(
     With these, the features of the last hidden layer move by rms(df) = D_{L-1} / (sqrt(elements) |b| cos(theta)) (the
     feature speed formula), which is S D. The output's last matrix is multiplied by S / target: b grows with it, theta
     hardly changes, and S becomes what is wanted. As the residual may change a little, this is measured again on a
-    scaled copy, and corrected, until S is within two percent.
+    scaled copy, and corrected (secant), until S is within two percent.
 
     The model is not changed until :meth:`Calibration.apply`.
 
@@ -89,9 +89,10 @@ def calibrate(
         raise ValueError("target_loss_decrease: the loss is 0, so a tenth of it is no target; give one")
     first = state = _measure(lin, parts, optimizer, label, target)
     output = [lin.names[p] for p in parts.output]
-    scale, trace = 1.0, [state.sensitivity]
+    scale, trace, tried = 1.0, [state.sensitivity], [0.0]
     while output and abs(math.log(state.sensitivity / target_sensitivity)) > _CLOSE and len(trace) < _ROUNDS:
-        scale *= state.sensitivity / target_sensitivity
+        tried.append(_next(tried, [math.log(s / target_sensitivity) for s in trace]))
+        scale = math.exp(tried[-1])
         scaled, theirs = _scaled_copy(model, lin, parts, optimizer, scale)
         if target_loss_decrease is None:
             target = first.decrease
@@ -125,6 +126,18 @@ def calibrate(
         _parameters=dict(zip(lin.names, lin.originals, strict=True)),
         _output_norms={lin.names[p]: float(lin.parameters[p].double().norm()) for p in parts.output},
     )
+
+
+def _next(tried: list[float], errors: list[float]) -> float:
+    """The logarithm of the next scale to try, from those of the scales tried and of S / target at each.
+
+    S goes like 1/scale, but for the residual, which changes with the output: from the second round on by the secant.
+    """
+    slope = -1.0
+    if len(tried) > 1 and tried[-1] != tried[-2]:
+        secant = (errors[-1] - errors[-2]) / (tried[-1] - tried[-2])
+        slope = min(max(secant, -4.0), -0.25)
+    return tried[-1] - errors[-1] / slope
 
 
 def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, label: str, target: float) -> State:

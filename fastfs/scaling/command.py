@@ -31,7 +31,7 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
     console = Console()
     errors = Console(stderr=True)
     try:
-        sizes = {"widths": _integers("--widths", widths), "depths": _integers("--depths", depths)}
+        sizes = _integers("--widths", widths), _integers("--depths", depths)
         if out is not None:
             importlib.import_module("fastfs.scaling.plots")  # if it cannot be, now rather than after the runs
             if out.exists() and not out.is_dir():
@@ -39,9 +39,11 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
         made = load_factory(factory)
         with _bar(errors) as bar:
             task = bar.add_task("measuring", total=None)
-            report = check(
-                made, **sizes, **arguments, progress=lambda done, total: bar.update(task, completed=done, total=total)
-            )
+
+            def progress(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            report = check(made, widths=sizes[0], depths=sizes[1], progress=progress, **arguments)
         console.print(report.table())
         console.print(escape(report.words()), highlight=False, soft_wrap=True)
         if out is not None:

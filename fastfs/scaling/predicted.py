@@ -77,15 +77,16 @@ def expected_exponents(scheme: str, sizes: Sizes) -> dict[tuple[str, str], float
             ("feature speed", [p.update_rms for p in made]),
             ("loss decrease", [p.decrease for p in made]),
             ("sensitivity", [p.sensitivity for p in made]),
+            ("cos(angle)", [p.cos_angle for p in made]),
         ):
             found[quantity, axis] = fit_exponent(numbers, values).exponent
     return found
 
 
-def matching(found: Iterable[Verdict], sizes: Sizes, tolerance: float = 0.25) -> list[str]:
+def matching(found: Iterable[Verdict], sizes: Sizes, tolerance: float = 0.2) -> list[str]:
     """Schemes of :func:`fastfs.scaling.mlp` all of whose exponents fit: within their intervals, or the tolerance.
 
-    The schemes differ by 0.5, so the tolerance is half of that. An interval that is wide lets several match.
+    The schemes differ by 0.5, so the tolerance is below half of that. An interval that is wide lets several match.
     """
     fits: Mapping[tuple[str, str], Exponent | None] = {(v.quantity, v.axis): v.fit for v in found}
 

@@ -16,7 +16,7 @@ from fastfs.scaling._extras import pandas
 from fastfs.scaling._text import render
 from fastfs.scaling.fit import Exponent, Status
 from fastfs.scaling.predicted import Sizes, matching
-from fastfs.scaling.verdicts import Point, Verdict
+from fastfs.scaling.verdicts import Point, Verdict, curvature
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -85,12 +85,12 @@ class ScalingReport:
         names = ", ".join(sorted({f"{v.quantity} ({v.axis})" for v in self.verdicts if v.fit is not None}))
         raise ValueError(f"no exponent of {quantity!r} over {axis!r}; there are: {names}")
 
-    def matches(self, tolerance: float = 0.25) -> list[str]:
-        """Schemes of :func:`fastfs.scaling.mlp` whose exponents of speed, decrease and sensitivity all fit."""
+    def matches(self, tolerance: float = 0.2) -> list[str]:
+        """Schemes of :func:`fastfs.scaling.mlp` whose exponents of speed, decrease, sensitivity and angle fit."""
         sizes = Sizes(self.widths, self.depths, self.at_width, self.at_depth)
         return matching(self.verdicts, sizes, tolerance)
 
-    def classify(self, tolerance: float = 0.25) -> str | None:
+    def classify(self, tolerance: float = 0.2) -> str | None:
         """The only scheme that matches, or None: none does, or the intervals are too wide to tell."""
         found = self.matches(tolerance)
         return found[0] if len(found) == 1 else None
@@ -98,7 +98,7 @@ class ScalingReport:
     @property
     def curvature(self) -> float:
         """Largest distance of the real from the first-order loss decrease, relative to the latter."""
-        return max(abs(p.decrease / p.first_order_decrease - 1) for p in self.points if p.first_order_decrease)
+        return curvature(self.points)
 
     def to_frame(self) -> DataFrame:
         """One row an exponent: desideratum, quantity, axis, exponent, low, high, status, seeds, advice.
@@ -132,7 +132,7 @@ class ScalingReport:
         """The exponents as a rich table."""
         grid = Table(
             title=f"Exponents over width (at depth {self.at_depth}) and depth (at width {self.at_width}). "
-            f"{self.optimizer}, {self.seeds} seeds, {self.confidence:.0%} intervals; wanted 0 within {self.tolerance:g}",
+            f"{self.optimizer}, {self.seeds} seeds, {self.confidence:.0%} intervals, wanted 0 +- {self.tolerance:g}",
             title_justify="left",
         )
         for column in ("", "quantity", "over"):
@@ -153,15 +153,15 @@ class ScalingReport:
                 lines.append(f"{v.desideratum} over {v.axis}: {v.quantity} is unclear; {self._more(v)}.")
         if self.curvature > 0.3:
             lines.append(
-                f"The loss decrease of the step is off its first order by up to {self.curvature:.0%}: these are the "
-                "numbers of a step that large; with smaller learning rates they would be those of the scaling alone."
+                f"The loss decrease is off its first order by up to {self.curvature:.2g} times it: these are numbers "
+                "of steps that large; with smaller learning rates they would be those of the scaling alone."
             )
         found = self.matches()
         if len(found) == 1:
-            lines.append(f"Speed, decrease and sensitivity scale as in the table's {found[0]!r} MLP.")
+            lines.append(f"Speed, decrease, sensitivity and angle scale as in the table's {found[0]!r} MLP.")
         elif found:
             lines.append(
-                f"Speed, decrease and sensitivity scale as in one of {', '.join(found)}: too uncertain to tell."
+                f"Speed, decrease, sensitivity and angle scale as in one of {', '.join(found)}: too uncertain to tell."
             )
         lines.append(f"{self.status.value}: " + ", ".join(f"{d} {self.of(d).value}" for d in ("SP", "FL", "LD", "BC")))
         return "\n".join(lines)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fastfs.scaling.fit import Exponent, Status, fit_exponent, judge
 
-__all__ = ["AXES", "Point", "Verdict", "verdicts"]
+__all__ = ["AXES", "Point", "Verdict", "curvature", "verdicts"]
 
 AXES = ("width", "depth")
 
@@ -104,14 +104,14 @@ def verdicts(
             text = _grows(quantity, axis, found, advice) if status is Status.FAIL else ""
             return Verdict(desideratum, quantity, axis, found, status, None if factor is None else seeds * factor, text)
 
-        repair = (
+        size_advice = (
             "scale residual branches by 1/sqrt(depth), and matrices by sqrt(2/fan_in) before a ReLU"
             if axis == "depth"
             else "initial std should fall like 1/sqrt(fan_in)"
         )
         per_layer = [p.mean_feature_rms for p in own]
-        yield wanted("SP", "feature size", [p.feature_rms for p in own], repair + _exponential(own))
-        yield wanted("SP", "feature size, mean of layers", per_layer, repair)
+        yield wanted("SP", "feature size", [p.feature_rms for p in own], size_advice + _exponential(own))
+        yield wanted("SP", "feature size, mean of layers", per_layer, size_advice)
         decrease = wanted("LD", "loss decrease", [p.decrease for p in own], "smaller learning rates")
         if decrease.status is Status.FAIL and decrease.fit is not None:
             power = _power(axis, -decrease.fit.exponent)
@@ -119,7 +119,10 @@ def verdicts(
             decrease = dataclasses.replace(decrease, advice=text)
         speed = wanted("FL", "feature speed", [p.update_rms for p in own], "")
         if speed.status is Status.FAIL and speed.fit is not None:
-            text = _grows("feature speed", axis, speed.fit, _speed_advice(axis, sensitivity, optimizer, tolerance))
+            repair = "the step is far beyond first order; repeat with smaller learning rates"
+            if curvature(own) <= 1:
+                repair = _speed_advice(axis, sensitivity, optimizer, tolerance)
+            text = _grows("feature speed", axis, speed.fit, repair)
             speed = dataclasses.replace(speed, advice=text)
         yield speed
         yield decrease
@@ -164,8 +167,9 @@ def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, c
         yield Verdict("BC", quantity, axis, fits[worst], status, None if factor is None else seeds * factor, text)
     inner = [list(p.contributions.values())[1:-1] for p in points]
     if min(map(len, inner)) >= 2:
-        ratios = [_mean_log(c[-(len(c) // 2) :]) - _mean_log(c[: len(c) // 2]) for c in inner]
-        fit = fit_exponent(sizes, [math.exp(r) for r in ratios], confidence=confidence)
+        halves = [(c[-(len(c) // 2) :], c[: len(c) // 2]) for c in inner]  # medians: one odd group is no trend
+        ratios = [statistics.median(later) / statistics.median(earlier) for later, earlier in halves]
+        fit = fit_exponent(sizes, ratios, confidence=confidence)
         status, factor = judge(fit, 0.0, tolerance)
         text = ""
         if status is Status.FAIL:
@@ -176,9 +180,19 @@ def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, c
 
 
 def _common(points: Sequence[Point]) -> list[str]:
-    """Names of groups that all points have, in order, without the layer whose place changes with the depth."""
-    first = list(points[0].contributions)
-    return [name for name in first if all(name in p.contributions for p in points)]
+    """Names of groups that stand at the same place, counted from the input or from the output, in all points."""
+    orders = [list(p.contributions) for p in points]
+    shared = [name for name in orders[0] if all(name in order for order in orders)]
+
+    def same(places: set[int]) -> bool:
+        return len(places) == 1
+
+    return [
+        name
+        for name in shared
+        if same({order.index(name) - len(order) for order in orders})
+        or (same({order.index(name) for order in orders}) and all(order[-1] != name for order in orders))
+    ]
 
 
 def _relative(point: Point, name: str) -> float:
@@ -196,11 +210,18 @@ def _speed_advice(axis: str, sensitivity: Exponent, optimizer: str, tolerance: f
         return "it follows the loss decrease (LD); the sensitivity is in order"
     e = sensitivity.exponent
     rates = -2 * e if optimizer == "SGD" else -e  # contributions go like |b|^2 for SGD and |b| for Adam
-    name = {"width": " (muP)", "depth": " (fsc)" if e > 0 else ""}[axis]
+    name = ""
+    if abs(abs(e) - 0.5) < 0.25 and (e > 0) == (axis == "depth"):
+        name = " (fsc)" if axis == "depth" else " (muP)"
     return (
         f"the sensitivity goes like {_power(axis, e)}: multiply the output's std by {_power(axis, e)} and the learning "
         f"rates before it by {_power(axis, rates)}{name}"
     )
+
+
+def curvature(points: Sequence[Point]) -> float:
+    """Largest distance of the real from the first-order loss decrease, relative to the latter."""
+    return max(abs(p.decrease / p.first_order_decrease - 1) if p.first_order_decrease else math.inf for p in points)
 
 
 def _exponential(points: Sequence[Point]) -> str:
@@ -222,10 +243,6 @@ def _grows(quantity: str, axis: str, fit: Exponent, advice: str) -> str:
 
 def _power(axis: str, exponent: float) -> str:
     return f"{axis}^{exponent:+.2f}"
-
-
-def _mean_log(values: Sequence[float]) -> float:
-    return statistics.fmean(math.log(v) for v in values)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:
