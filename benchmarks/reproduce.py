@@ -25,7 +25,8 @@ import torch
 
 from benchmarks.harness import command_line, print_table, wall_time, write_json
 from fastfs.experiments.paper import angles
-from fastfs.experiments.paper.chains import Network, Steps
+from fastfs.experiments.paper.chains import Network
+from fastfs.experiments.paper.steps import Steps
 
 INPUTS, STEP = 10, 1e-3
 REQUIRED = 3.0

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastfs.experiments.paper.chains import Chains, Network, Rates, Weights, simulate
+from fastfs.experiments.paper.chains import Chains, Network, Rates, Weights
+from fastfs.experiments.paper.steps import simulate
 from fastfs.models import MLP, ResNet
 
 WIDTH, INPUTS = 48, 6

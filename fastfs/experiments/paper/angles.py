@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas
 
-from fastfs.experiments.paper.chains import Network, Steps, simulate
+from fastfs.experiments.paper.chains import Network
+from fastfs.experiments.paper.steps import Steps, simulate
 from fastfs.experiments.paper.study import Advance, Outcome, Settings, Value, over_seeds
 
 __all__ = ["LAW_NAMES", "against_depth", "against_layer", "against_scale", "run_depth", "run_layer", "run_scale"]

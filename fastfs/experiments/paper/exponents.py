@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pandas
 
-from fastfs.experiments.paper.chains import Network, simulate
+from fastfs.experiments.paper.chains import Network
+from fastfs.experiments.paper.steps import simulate
 from fastfs.experiments.paper.study import Advance, Outcome, Settings, Value, over_seeds, slope
 
 __all__ = ["mlp_layers", "resnet_tail"]

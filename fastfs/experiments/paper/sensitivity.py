@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas
 
-from fastfs.experiments.paper.chains import Network, Rates, simulate
+from fastfs.experiments.paper.chains import Network, Rates
+from fastfs.experiments.paper.steps import simulate
 from fastfs.experiments.paper.study import Advance, Outcome, Settings, Value, over_seeds, slope
 from fastfs.scaling import Rule, mlp, resnet
 
