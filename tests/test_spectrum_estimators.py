@@ -101,6 +101,10 @@ def test_stops_early_when_it_is_good_enough_and_late_when_it_is_not() -> None:
     assert "not reached" in str(enough)
     many = moments(spectrum_of(FLAT), rtol=0.05, min_probes=70)
     assert many.probes == 70
+    # Every probe gives the same for the identity; with rtol=0 it is not stopped for that.
+    same = moments(torch.eye(30), rtol=0.0, max_probes=40)
+    assert same.probes == 40
+    assert not same.errors.any()
 
 
 def test_seeds_and_generators() -> None:
