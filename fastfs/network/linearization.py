@@ -91,7 +91,7 @@ class Linearization:
         moving = _moving(self._inner, parameters)
         self.names = list(moving)
         self.originals = list(moving.values())
-        self._all = list(self._inner.parameters()) if dtype is not None else self.originals
+        self._all = list(self._inner.parameters())  # also those that stay: detached, they are in no graph
         self._versions = [p._version for p in self._all]
         self._perturbed = Perturbed(model, self._all)
         values = [self._cast(p.detach()) for p in self._all]
