@@ -100,6 +100,20 @@ def test_rates_by_name_and_by_entry_and_subsets() -> None:
     assert not zero.dense().any()
 
 
+def test_nothing_is_recorded_for_autograd() -> None:
+    """Also where parameters that the kernel leaves out require a gradient: a graph would hold every product."""
+    case = mlp()
+    operator = BFK(case.model, case.loss_fn, case.batch, case.layer, parameters=r"blocks\.2")
+    v = torch.ones_like(operator.features).requires_grad_()
+    lin = Linearization(case.model, case.loss_fn, case.batch, parameters=r"blocks\.2")
+    with torch.enable_grad():
+        assert not operator.apply(v).requires_grad
+        assert not operator.dense().requires_grad
+        assert not operator.features.requires_grad
+        assert not operator.backward.requires_grad
+        assert not lin.function(0)(lin.parameters).requires_grad
+
+
 def test_precision_is_that_of_the_model_or_as_asked_for() -> None:
     case = mlp()
     single = BFK(case.model, case.loss_fn, case.batch, case.layer)

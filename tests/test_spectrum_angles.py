@@ -250,6 +250,9 @@ def test_jacobian_by_finite_differences() -> None:
 
 def test_bad_jacobians() -> None:
     case = mlp()
+    subset = Linearization(case.model, squared, case.batch, parameters="head")
+    with pytest.raises(ValueError, match=r"'blocks\.0' does not depend on layer 'blocks\.2'"):
+        LayerJacobian.of(subset, 2, 0)
     with pytest.raises(ValueError, match=r"'blocks\.0' does not depend on layer 'blocks\.2'"):
         LayerJacobian(case.model, squared, case.batch, "blocks.2", "blocks.0")
     with pytest.raises(ValueError, match="unknown names"):

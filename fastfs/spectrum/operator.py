@@ -64,7 +64,7 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]
             return batch.new_empty((0, *out))
         with torch.no_grad():  # the graphs that products need are those of torch.func
             parts = [self._multiply(part, adjoint=adjoint) for part in batch.split(self.chunk)]
-        result = torch.cat(parts)
+        result = torch.cat(parts).detach()
         return result[0] if single else result
 
     def rows(self, vectors: Tensor) -> Tensor:
