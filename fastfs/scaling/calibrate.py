@@ -91,8 +91,11 @@ def calibrate(
     output = [lin.names[p] for p in parts.output]
     scale, trace, tried = 1.0, [state.sensitivity], [0.0]
     while output and abs(math.log(state.sensitivity / target_sensitivity)) > _CLOSE and len(trace) < _ROUNDS:
-        tried.append(_next(tried, [math.log(s / target_sensitivity) for s in trace]))
-        scale = math.exp(tried[-1])
+        following = _next(tried, [math.log(s / target_sensitivity) for s in trace])
+        if following is None:
+            break
+        tried.append(following)
+        scale = math.exp(following)
         scaled, theirs = _scaled_copy(model, lin, parts, optimizer, scale)
         if target_loss_decrease is None:
             target = first.decrease
@@ -128,14 +131,17 @@ def calibrate(
     )
 
 
-def _next(tried: list[float], errors: list[float]) -> float:
+def _next(tried: list[float], errors: list[float]) -> float | None:
     """The logarithm of the next scale to try, from those of the scales tried and of S / target at each.
 
     S goes like 1/scale, but for the residual, which changes with the output: from the second round on by the secant.
+    None where S hardly answers to the scale.
     """
     slope = -1.0
     if len(tried) > 1 and tried[-1] != tried[-2]:
         secant = (errors[-1] - errors[-2]) / (tried[-1] - tried[-2])
+        if secant > -0.05:
+            return None
         slope = min(max(secant, -4.0), -0.25)
     return tried[-1] - errors[-1] / slope
 
