@@ -1,44 +1,47 @@
-"""Numbers as aligned text, for the repr of statistics."""
+"""Numbers as aligned text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+__all__ = ["columns", "table"]
+
 
 def table(
     values: dict[str, Any],
-    columns: tuple[str, ...],
+    names: tuple[str, ...],
     shape: torch.Size,
     most: int = 40,
-    names: Sequence[str] | None = None,
 ) -> list[str]:
-    """Lines of an aligned table, one line per layer, with its name or index; the middle of a long one is left out."""
-    flat = {name: torch.tensor(values[name], device="cpu").reshape(-1).tolist() for name in columns}
-    size = shape.numel()
-    rows = list(range(size))
-    if size > most:
-        rows = [*rows[: most // 2], -1, *rows[-most // 2 :]]
+    """Lines of an aligned table, one line per layer, with its index; the middle of a long one is left out."""
+    flat = {name: torch.tensor(values[name], device="cpu").reshape(-1).tolist() for name in names}
 
     def label(i: int) -> str:
-        if names is not None:
-            return names[i]
         return (
             ",".join(str(int(part)) for part in torch.unravel_index(torch.tensor(i, device="cpu"), shape))
             if shape
             else ""
         )
 
-    lines = [["", *columns]]
-    for i in rows:
-        lines.append(["..."] * (len(columns) + 1) if i < 0 else [label(i), *(_cell(flat[name][i]) for name in columns)])
-    widths = [max(len(line[k]) for line in lines) for k in range(len(columns) + 1)]
+    return columns({"": [label(i) for i in range(shape.numel())], **flat}, most)
+
+
+def columns(values: Mapping[str, Sequence[Any]], most: int = 40) -> list[str]:
+    """Lines of an aligned table: a head, then one line per entry; the middle of a long one is left out."""
+    rows = [[_cell(value) for value in row] for row in zip(*values.values(), strict=True)]
+    if len(rows) > most:
+        rows = [*rows[: most // 2], ["..."] * len(values), *rows[-most // 2 :]]
+    lines = [list(values), *rows]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(values))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
-def _cell(value: float | bool) -> str:
+def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from fastfs.extras import frame
 from fastfs.network.layers import AUTO, Selection, unwrapped
 from fastfs.network.linearization import Linearization
 
@@ -38,10 +39,8 @@ class Cuts:
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per layer: name, cut, reason, number of parameters upstream."""
-        import pandas
-
         counts = [len(names) for names in self.upstream]
-        return pandas.DataFrame({"layer": self.layers, "cut": self.cut, "reason": self.reason, "upstream": counts})
+        return frame({"layer": self.layers, "cut": self.cut, "reason": self.reason, "upstream": counts})
 
     def __str__(self) -> str:
         width = max((len(name) for name in self.layers), default=0)

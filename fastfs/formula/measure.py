@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastfs.extras import frame
 from fastfs.formula import relations
 from fastfs.formula.updates import gradient_descent, optimizer_update
 from fastfs.functional import feature_stats, first_order_stats, update_stats
@@ -18,7 +19,7 @@ from fastfs.network.layers import AUTO, Selection
 from fastfs.network.learning_rates import LearningRates
 from fastfs.network.linearization import Linearization, LossFunction
 from fastfs.stats import FeatureStats, UpdateStats
-from fastfs.text import table
+from fastfs.text import columns
 
 if TYPE_CHECKING:
     import pandas
@@ -87,20 +88,17 @@ class Measurement:
 
     def to_frame(self) -> pandas.DataFrame:
         """One row per layer."""
-        import pandas
-
-        return pandas.DataFrame({"layer": self.layers, "cut": self.cut, **self._columns(), "reason": self.reason})
+        return frame({"layer": self.layers, "cut": self.cut, **self._columns(), "reason": self.reason})
 
     def __str__(self) -> str:
-        columns = {"cut": self.cut, **self._columns()}
-        lines = table(columns, tuple(columns), torch.Size([len(self.layers)]), names=self.layers)
+        lines = columns({"layer": self.layers, "cut": self.cut, **self._columns()})
         kind = "first order" if self.first_order else "finite step"
         head = f"loss {self.loss:.6g}, change {self.loss_change:.4g} ({kind}), D {self.total_decrease:.4g}"
         return "\n".join([head, *lines])
 
     def _columns(self) -> dict[str, Any]:
         stats = self.stats
-        columns = {
+        tensors = {
             "angle": stats.angle,
             "cos_angle": stats.cos_angle,
             "update_rms": stats.update_rms,
@@ -114,7 +112,7 @@ class Measurement:
             "residual": self.residual,
             "sensitivity": self.sensitivity,
         }
-        return {name: values.tolist() for name, values in columns.items()}
+        return {name: values.tolist() for name, values in tensors.items()}
 
     def _at_cuts(self, values: Tensor) -> Tensor:
         return torch.where(torch.tensor(self.cut, device=values.device), values, torch.nan)

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastfs.extras import frame
 from fastfs.formula.updates import gradient_descent, optimizer_update
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.learning_rates import LearningRates, resolve
 from fastfs.network.linearization import Linearization, LossFunction, Visits
 from fastfs.spectrum.moments import Moments, moments
 from fastfs.spectrum.operator import BFK
+from fastfs.text import columns
 
 if TYPE_CHECKING:
     import pandas
@@ -74,14 +76,10 @@ class Angles:
         Raises:
             ImportError: pandas is not installed.
         """
-        from fastfs.spectrum.extras import frame
-
         return frame(self._columns())
 
     def __str__(self) -> str:
-        from fastfs.spectrum.extras import text_table
-
-        return text_table({name: column for name, column in self._columns().items() if name != "reason"})
+        return "\n".join(columns({name: column for name, column in self._columns().items() if name != "reason"}))
 
     def _columns(self) -> dict[str, list[Any]]:
         names = ["predicted", "predicted_error", "exact", "descent", "first_order", "measured"]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastfs.extras import frame
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.learning_rates import LearningRates, resolve
 from fastfs.network.linearization import Linearization, LossFunction
 from fastfs.spectrum.extremes import condition_of, extremes
 from fastfs.spectrum.jacobians import LayerJacobian, singular_values
 from fastfs.spectrum.operator import BFK
+from fastfs.text import columns
 
 if TYPE_CHECKING:
     import pandas
@@ -86,14 +88,10 @@ class Conditioning:
         Raises:
             ImportError: pandas is not installed.
         """
-        from fastfs.spectrum.extras import frame
-
         return frame(self._columns())
 
     def __str__(self) -> str:
-        from fastfs.spectrum.extras import text_table
-
-        return text_table({name: column for name, column in self._columns().items() if name != "reason"})
+        return "\n".join(columns({name: column for name, column in self._columns().items() if name != "reason"}))
 
     def _columns(self) -> dict[str, list[Any]]:
         names = ("condition_bound", "condition", "cos_bound", "cos_kernel_bound", "cos_exact")

@@ -10,6 +10,7 @@ import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from fastfs.extras import frame
 from fastfs.spectrum.products import Operator, Products, count, generator_of, products_of, random_rows
 
 if TYPE_CHECKING:
@@ -100,8 +101,6 @@ class Quadrature:
         Raises:
             ImportError: pandas is not installed.
         """
-        from fastfs.spectrum.extras import frame
-
         return frame(
             {
                 "probe": [i for i, x in enumerate(self.nodes) for _ in range(len(x))],

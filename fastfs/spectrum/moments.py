@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastfs.extras import frame
 from fastfs.spectrum.products import Operator, Products, count, generator_of, products_of, random_rows
 
 if TYPE_CHECKING:
@@ -83,8 +84,6 @@ class Moments:
         Raises:
             ImportError: pandas is not installed.
         """
-        from fastfs.spectrum.extras import frame
-
         orders = list(range(1, len(self.values) + 1))
         return frame(
             {
