@@ -153,7 +153,7 @@ def scaling_check(
     ],
     widths: Annotated[str, typer.Option(help="At least three, such as 64,128,256.")],
     depths: Annotated[str, typer.Option(help="At least three, such as 4,8,16.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Initialisations at every size.")] = 8,
+    seeds: Annotated[int, typer.Option(min=2, help="Initialisations at every size.")] = 8,
     optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw, where the factory gives none.")] = "sgd",
     lr: Annotated[float | None, typer.Option(help="Learning rate, where the factory gives none.")] = None,
     layers: Annotated[str, typer.Option(help="Regular expression for the layers to watch, or auto.")] = "auto",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fastfs.scaling.angle import predicted_cos_angle
 from fastfs.scaling.calibrate import calibrate
 from fastfs.scaling.calibration import Calibration, GroupCalibration
-from fastfs.scaling.check import check
-from fastfs.scaling.factory import FactoryError, load_factory
+from fastfs.scaling.check import check, check_point
+from fastfs.scaling.factory import FactoryError, Parts, load_factory
 from fastfs.scaling.fit import Exponent, Status, fit_exponent
 from fastfs.scaling.predicted import Prediction, predict
 from fastfs.scaling.report import ScalingReport
@@ -19,6 +19,7 @@ __all__ = [
     "FactoryError",
     "GroupCalibration",
     "LayerScale",
+    "Parts",
     "Prediction",
     "Rule",
     "ScalingReport",
@@ -26,6 +27,7 @@ __all__ = [
     "apply",
     "calibrate",
     "check",
+    "check_point",
     "fit_exponent",
     "load_factory",
     "mlp",

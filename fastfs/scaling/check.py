@@ -17,7 +17,7 @@ from fastfs.scaling.groups import partition
 from fastfs.scaling.report import ScalingReport
 from fastfs.scaling.verdicts import Point, verdicts
 
-__all__ = ["check", "measure_point"]
+__all__ = ["check", "check_point"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def check(
             data should not depend on the sizes. Learning rates small enough for first order measure the scaling;
             larger ones measure curvature too.
         widths, depths: at least three different ones each. Widths are run at ``at_depth``, depths at ``at_width``.
-        seeds: initialisations at every size. Few rows in the batch and deep, narrow networks take many.
+        seeds: initialisations at every size, at least 2. Few rows in the batch and deep, narrow networks take many.
         optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``; for factories that give parameter groups or None.
         lr: learning rate for groups that have none.
         layers: which layers, as for :class:`fastfs.Monitor`.
@@ -72,14 +72,14 @@ def check(
     Raises:
         ImportError: scipy is not installed.
         FactoryError: (a ``ValueError``) the factory fails or gives something else.
-        ValueError: fewer than three sizes, a size below 1, a number of seeds below 1, a loss or feature that is not
+        ValueError: fewer than three sizes, a size below 1, fewer than two seeds, a loss or feature that is not
             finite.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), the four desiderata; THEORY of the angle and sensitivity.
     """
     widths, depths = _sizes("widths", widths), _sizes("depths", depths)
-    if seeds < 1:
-        raise ValueError(f"seeds: expected at least 1, got {seeds}")
+    if seeds < 2:
+        raise ValueError(f"seeds: expected at least 2, as the scatter between them makes the intervals, got {seeds}")
     for name, number, least, most in (("tolerance", tolerance, 0.0, 1.0), ("confidence", confidence, 0.0, 1.0)):
         if not least < number < most:
             raise ValueError(f"{name}: expected a number between {least:g} and {most:g}, got {number}")
@@ -96,7 +96,7 @@ def check(
             if key not in done:
                 parts = make(factory, run.width, run.depth, _seed(*key), optimizer, lr)
                 name = type(parts.optimizer).__name__
-                done[key] = measure_point(parts, run.width, run.depth, run.seed, layers=layers, dtype=dtype)
+                done[key] = check_point(parts, run.width, run.depth, run.seed, layers=layers, dtype=dtype)
             points.append(done[key].on(run.axis))
             if progress is not None:
                 progress(number_done, len(runs))
@@ -114,7 +114,7 @@ def check(
     )
 
 
-def measure_point(
+def check_point(
     parts: Parts,
     width: int,
     depth: int,

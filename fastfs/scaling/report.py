@@ -190,5 +190,5 @@ class ScalingReport:
     def _more(self, v: Verdict) -> str:
         assert v.seeds is not None
         if v.seeds > _MOST_SEEDS:
-            return "the exponent is at the edge of the tolerance, and larger sizes rather than more seeds will tell"
+            return f"it would take more than {_MOST_SEEDS} seeds; larger sizes, further apart, or more rows will tell"
         return f"about {max(math.ceil(v.seeds), self.seeds + 1)} seeds instead of {self.seeds} would tell"

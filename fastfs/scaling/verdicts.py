@@ -211,7 +211,7 @@ def _speed_advice(axis: str, sensitivity: Exponent, optimizer: str, tolerance: f
     e = sensitivity.exponent
     rates = -2 * e if optimizer == "SGD" else -e  # contributions go like |b|^2 for SGD and |b| for Adam
     name = ""
-    if abs(abs(e) - 0.5) < 0.25 and (e > 0) == (axis == "depth"):
+    if abs(abs(e) - 0.5) < 0.4 and (e > 0) == (axis == "depth"):
         name = " (fsc)" if axis == "depth" else " (muP)"
     return (
         f"the sensitivity goes like {_power(axis, e)}: multiply the output's std by {_power(axis, e)} and the learning "
