@@ -254,3 +254,32 @@ def test_a_deep_network_trains_after_calibration(kind, lr, bound):
         name = kind.__name__.lower()
         found = scaling.calibrate(model, cross_entropy, batch, optimizer=name, target_loss_decrease=0.1)
         assert train(model, kind(found.apply(model)), batch) < most
+
+
+def test_an_optimizer_in_use_keeps_its_state():
+    """The update of its next step, momentum included, is what is balanced; the optimizer stays as it is."""
+    model, batch = MLP(10, 32, 4, 5), batch_of_vectors()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        cross_entropy(model, batch).backward()
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    found = scaling.calibrate(model, cross_entropy, batch, optimizer=optimizer, target_loss_decrease=0.01)
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    for index, state in before["state"].items():
+        assert torch.equal(state["momentum_buffer"], after["state"][index]["momentum_buffer"])
+    found.apply(model)
+    names = {group.name: "|".join(f"^{p}$" for p in group.parameters) for group in found.groups_}
+    gradients = torch.autograd.grad(cross_entropy(model, batch), list(model.parameters()))
+    updates = {
+        name: -rate * (0.9 * optimizer.state[p]["momentum_buffer"] + g)
+        for (name, p), g, rate in zip(
+            model.named_parameters(), gradients, [group["lr"] for group in found.groups()], strict=True
+        )
+    }
+    moved = formula.measure(model, cross_entropy, batch, updates=updates, groups=names, first_order=True)
+    shares = torch.stack(list(moved.groups.values()))
+    assert torch.allclose(shares, torch.tensor(0.01 / 4, dtype=shares.dtype), rtol=0.01)
+    assert moved.sensitivity[-1].item() == pytest.approx(1.0, rel=0.03)

@@ -129,7 +129,7 @@ def test_a_forgotten_branch_scale_is_found():
         rule = scaling.resnet(depth, width, IN, branch_scale=1.0, scheme="mup", input="sparse")
         return model, squared, row(3.0), scaling.apply(model, rule.scaled(lr=1e-4))
 
-    sizes = {"widths": (64, 128, 256), "depths": (4, 8, 16), "at_width": 256, "seeds": 16, "dtype": None}
+    sizes = {"widths": (48, 64, 96), "depths": (4, 8, 16), "at_width": 256, "seeds": 48, "dtype": None}
     report = scaling.check(broken, **sizes)
     depth = next(v for v in report.verdicts if v.desideratum == "FL" and v.axis == "depth")
     assert depth.status is Status.FAIL
