@@ -39,7 +39,7 @@ def run_layer(
 
 def against_layer(settings: Settings, advance: Advance) -> Outcome:
     """(a) Angle at every layer."""
-    seeds = settings.seed_list(5, 3)
+    seeds = settings.seed_list(5, 5)
     depth, width = settings.pick(200, 100), 200
     steps = run_layer(seeds, depth=depth, width=width, advance=lambda n: advance(n / len(seeds)))
     rows = [
@@ -82,7 +82,7 @@ def run_depth(
 
 def against_depth(settings: Settings, advance: Advance) -> Outcome:
     """(b) Output angle against depth."""
-    seeds = settings.seed_list(10, 5)
+    seeds = settings.seed_list(10, 8)
     depths = settings.pick(DEPTHS, (10, 30, 100))
     steps = run_depth(seeds, depths=depths, advance=lambda n: advance(n / len(seeds)))
     last = steps.last(steps.angle).reshape(len(seeds), len(depths), len(LAWS))
@@ -125,7 +125,7 @@ def run_scale(
 
 def against_scale(settings: Settings, advance: Advance) -> Outcome:
     """(c) Output angle against sqrt(L) beta."""
-    seeds = settings.seed_list(5, 3)
+    seeds = settings.seed_list(5, 5)
     depths, width = settings.pick((30, 100, 500), (30, 100)), settings.pick(500, 200)
     steps = run_scale(seeds, depths=depths, width=width, advance=lambda n: advance(n / len(seeds)))
     last = steps.last(steps.angle).reshape(len(seeds), len(depths), len(SCALES))
