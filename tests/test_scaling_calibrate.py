@@ -60,9 +60,9 @@ def test_what_it_promises_holds_when_measured(name, optimizer):
     groups = found.apply(model)
     held = [id(p) for group in groups for p in group["params"]]
     assert sorted(held) == sorted(id(p) for p in model.parameters())
-    names = {group.name: "|".join(f"^{p}$" for p in group.parameters) for group in found.groups_}
+    names = {group.name: "|".join(f"^{p}$" for p in group.parameters) for group in found.members}
     moved = formula.measure(model, cross_entropy, batch, optimizer=build(groups), groups=names, first_order=True)
-    shares = torch.stack([moved.groups[group.name] for group in found.groups_])
+    shares = torch.stack([moved.groups[group.name] for group in found.members])
     hidden = moved.layers.index(found.hidden)
     # In float32 the optimizer's real update is a difference of parameters.
     assert moved.total_decrease.item() == pytest.approx(0.01, rel=5e-3)  # LD
@@ -99,9 +99,9 @@ def test_another_sensitivity(target):
 def test_groups_of_a_transformer():
     model = Transformer(50, 32, 2, 4, 16)
     found = scaling.calibrate(model, cross_entropy, batch_of_tokens())
-    assert [group.name for group in found.groups_] == ["input", "blocks.0", "blocks.1", "output"]
-    assert found.groups_[0].parameters == ("token.weight", "position.weight")
-    assert found.groups_[-1].parameters == ("norm.weight", "norm.bias", "head.weight")
+    assert [group.name for group in found.members] == ["input", "blocks.0", "blocks.1", "output"]
+    assert found.members[0].parameters == ("token.weight", "position.weight")
+    assert found.members[-1].parameters == ("norm.weight", "norm.bias", "head.weight")
     assert found.output == ("head.weight",)
     assert found.target_loss_decrease == pytest.approx(0.1 * found.before.loss)
     frame = found.to_frame()
@@ -127,7 +127,7 @@ def test_dry_run_explains_each_number():
     assert f"multiply head.weight by {found.output_scale:.4g}" in text
     assert f"|b| = {found.before.backward_norm:.4g}" in text
     assert f"cos {found.before.cos_angle:.3f}" in text
-    for group in found.groups_:
+    for group in found.members:
         assert f"{group.lr:.4g}" in text
         assert f"{group.gradient_norm_before:.4g}" in text
 
@@ -271,7 +271,7 @@ def test_an_optimizer_in_use_keeps_its_state():
     for index, state in before["state"].items():
         assert torch.equal(state["momentum_buffer"], after["state"][index]["momentum_buffer"])
     found.apply(model)
-    names = {group.name: "|".join(f"^{p}$" for p in group.parameters) for group in found.groups_}
+    names = {group.name: "|".join(f"^{p}$" for p in group.parameters) for group in found.members}
     gradients = torch.autograd.grad(cross_entropy(model, batch), list(model.parameters()))
     updates = {
         name: -rate * (0.9 * optimizer.state[p]["momentum_buffer"] + g)

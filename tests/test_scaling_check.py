@@ -163,6 +163,16 @@ def test_exploding_features_are_said_to_be_exponential():
     assert "branches by 1/sqrt(depth)" in size.advice
 
 
+def test_a_group_that_is_not_trained_is_said():
+    def head_alone(width, depth):
+        model, groups = made("mup", width, depth, lr=1e-4)
+        return model, squared, row(3.0), torch.optim.SGD(groups[1:])
+
+    report = scaling.check(head_alone, widths=(16, 24, 32), depths=(3, 4, 5), seeds=2)
+    assert report.of("BC") is Status.FAIL
+    assert "the updates of blocks.0 do not lower the loss" in str(report)
+
+
 def test_a_step_beyond_first_order_is_said():
     report = scaling.check(factory("standard", lr=0.1), widths=(32, 64, 128), depths=(3, 4, 5), seeds=4)
     assert report.curvature > 1
@@ -247,6 +257,7 @@ def zero_head(width, depth):
             lambda w, d: (m := MLP(IN, w, d), squared, row(), torch.optim.SGD(m.parameters(), lr=0.0)),
             "do not move in the step",
         ),
+        (lambda w, d: (m := MLP(IN, w, d), lambda m, b: m.odd, row(), torch.optim.SGD(m.parameters())), "no attribute"),
         (zero_head, "do not move in the step; an output initialised to zero"),
     ],
 )

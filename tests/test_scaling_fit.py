@@ -1,6 +1,8 @@
 """Exponents, their intervals, and what is said of them."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,3 +105,27 @@ def test_errors(sizes, values, message):
 def test_confidence_is_in_range():
     with pytest.raises(ValueError, match="confidence"):
         fit_exponent([1, 2, 3], [1, 1, 1], confidence=95)
+
+
+MISSING = """
+import sys
+for name in ("scipy", "scipy.stats", "pandas", "matplotlib"):
+    sys.modules[name] = None
+from fastfs import scaling
+from fastfs.models import MLP
+rule = scaling.mlp(4, 8, 3)
+scaling.apply(MLP(3, 8, 4), rule)
+for call in (lambda: scaling.fit_exponent([1, 2, 3], [1, 1, 1]), rule.to_frame):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_what_is_missing_is_named_where_it_is_needed():
+    done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        'fastfs.scaling needs scipy here: pip install "fastfs[scaling]"',
+        'fastfs.scaling needs pandas here: pip install "fastfs[pandas]"',
+    ]

@@ -115,7 +115,7 @@ def calibrate(
     )
     return Calibration(
         optimizer=label,
-        groups_=groups,
+        members=groups,
         hidden=lin.layers[parts.hidden].name,
         output=tuple(output),
         output_scale=scale,

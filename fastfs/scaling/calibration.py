@@ -78,7 +78,7 @@ class Calibration:
 
     Attributes:
         optimizer: name of the optimizer whose updates were measured.
-        groups_: the groups in the order of the signal.
+        members: the groups in the order of the signal.
         hidden: name of the layer with the last hidden features.
         output: names of the parameters to multiply by ``output_scale``; empty where none acts on the output alone.
         output_scale: factor of the output's scale.
@@ -90,7 +90,7 @@ class Calibration:
     """
 
     optimizer: str
-    groups_: tuple[GroupCalibration, ...]
+    members: tuple[GroupCalibration, ...]
     hidden: str
     output: tuple[str, ...]
     output_scale: float
@@ -111,7 +111,7 @@ class Calibration:
         """
         return [
             {"params": [self._parameters[p] for p in group.parameters], "lr": group.lr, "name": group.name}
-            for group in self.groups_
+            for group in self.members
         ]
 
     def apply(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -154,7 +154,7 @@ class Calibration:
                 theirs[name].mul_(self.output_scale)
         return [
             {"params": [theirs[p] for p in group.parameters], "lr": group.lr, "name": group.name}
-            for group in self.groups_
+            for group in self.members
         ]
 
     def to_frame(self) -> DataFrame:
@@ -172,12 +172,12 @@ class Calibration:
                 "contribution": group.contribution,
                 "lr": group.lr,
             }
-            for group in self.groups_
+            for group in self.members
         ]
         return pandas().DataFrame(rows)
 
     def __str__(self) -> str:
-        before, after, n = self.before, self.after, len(self.groups_)
+        before, after, n = self.before, self.after, len(self.members)
         d = self.target_loss_decrease
         unit = "|g|^2" if self.optimizer == "SGD" else "<g, -dw> at lr 1"
         grid = Table(
@@ -187,7 +187,7 @@ class Calibration:
         grid.add_column("group", overflow="fold")
         for column in ("tensors", "|g| as given", "|g| scaled", "c scaled", "lr"):
             grid.add_column(column, justify="right")
-        for group in self.groups_:
+        for group in self.members:
             values = (group.gradient_norm_before, group.gradient_norm, group.contribution, group.lr)
             grid.add_row(group.name, str(len(group.parameters)), *map(number, values))
         angle = math.acos(max(-1.0, min(1.0, before.cos_angle)))

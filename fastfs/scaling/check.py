@@ -12,6 +12,7 @@ from fastfs.formula.measure import updates_of
 from fastfs.functional import feature_stats, update_stats
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.linearization import Linearization
+from fastfs.scaling._extras import stats
 from fastfs.scaling.factory import Factory, FactoryError, Parts, make
 from fastfs.scaling.groups import partition
 from fastfs.scaling.report import ScalingReport
@@ -75,7 +76,7 @@ def check(
         ValueError: fewer than three sizes, a size below 1, fewer than two seeds, a loss or feature that is not
             finite.
 
-    Source: "The Feature Speed Formula" (arXiv 2311.18718), the four desiderata; THEORY of the angle and sensitivity.
+    Source: "The Feature Speed Formula" (arXiv 2311.18718), the desiderata SP, FL, LD and BC.
     """
     widths, depths = _sizes("widths", widths), _sizes("depths", depths)
     if seeds < 2:
@@ -83,6 +84,7 @@ def check(
     for name, number, least, most in (("tolerance", tolerance, 0.0, 1.0), ("confidence", confidence, 0.0, 1.0)):
         if not least < number < most:
             raise ValueError(f"{name}: expected a number between {least:g} and {most:g}, got {number}")
+    stats()  # if scipy is missing, now rather than after the runs
     at_width = max(widths) if at_width is None else at_width
     at_depth = depths[len(depths) // 2] if at_depth is None else at_depth
     runs = [_Run("width", width, at_depth, seed) for width in widths for seed in range(seeds)]
@@ -134,8 +136,8 @@ def check_point(
         groups = partition(lin)
         moves = updates_of(lin, optimizer=parts.optimizer)
         after = lin.forward([p + d for p, d in zip(lin.parameters, moves, strict=True)])
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FactoryError(f"{where}: {error}") from error
+    except Exception as error:  # loss_fn, model and optimizer are the caller's: whatever they raise
+        raise FactoryError(f"{where}: {type(error).__name__}: {error}") from error
     hidden = groups.hidden
     visits = zip(lin.features[hidden], after.features[hidden], lin.backward[hidden], strict=True)
     before, later, backward = (list(x) for x in zip(*visits, strict=True))

@@ -139,7 +139,7 @@ def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, c
     sizes = [float(p.size) for p in points]
     rising = sorted({name for p in points for name, c in p.contributions.items() if c <= 0})
     if rising:
-        text = f"the updates of {_some(rising)} raise the loss to first order: not a descent direction"
+        text = f"the updates of {_some(rising)} do not lower the loss to first order: not trained, or not downhill"
         yield Verdict("BC", "contribution, worst group", axis, None, Status.FAIL, None, text)
         return
     names = _common(points)
