@@ -75,11 +75,11 @@ PUBLISHED: tuple[Published, ...] = (
     *(_angle("b", c, f",L={depth}") for c in ("0.5", "1", "2") for depth in (30, 100)),
     Published("b", "mlp,L=100", "output angle of the MLP, L = 100", _MLP_ANGLE, _MLP_ANGLE),
     *(
-        Published("b", f"c={c},range", f"sqrt(L) beta = {c}: means differ over depth by", 0, 0.06, _PAPER, 0.0, 0.04)
+        Published("b", f"c={c},range", f"sqrt(L) beta = {c}: means differ over depth by", 0, 0.06, _PAPER, 0.02, 0.04)
         for c in ("0.5", "1", "2")
     ),
     *(_angle("c", c, f",L={depth}") for c in _ANGLES for depth in (30, 100, 500)),
-    Published("c", "range", "means differ over depth, at any sqrt(L) beta, by", 0, 0.08, _PAPER, 0.0, 0.04),
+    Published("c", "range", "means differ over depth, at any sqrt(L) beta, by", 0, 0.08, _PAPER, 0.02, 0.04),
     *(
         Published("d", f"formula,beta={law}", f"aligned part / formula, beta = {law}", 1, 1, _THEORY, 0.01, 0.02)
         for law in ("1/L", "0.5/sqrt(L)", "1/sqrt(L)", "2/sqrt(L)")
