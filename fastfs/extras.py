@@ -30,11 +30,11 @@ def load(module: str, extra: str, what: str) -> Any:
         raise ImportError(f'{what} needs {package}: pip install "fastfs[{extra}]"') from error
 
 
-def frame(columns: Mapping[str, Sequence[Any]]) -> pandas.DataFrame:
-    """A pandas table of these columns.
+def frame(data: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+    """A pandas table of columns, or of rows.
 
     Raises:
         ImportError: pandas is not installed.
     """
-    table: pandas.DataFrame = load("pandas", "pandas", "a table").DataFrame(dict(columns))
+    table: pandas.DataFrame = load("pandas", "pandas", "a table").DataFrame(data)
     return table

@@ -126,6 +126,6 @@ for call in (lambda: scaling.fit_exponent([1, 2, 3], [1, 1, 1]), rule.to_frame):
 def test_what_is_missing_is_named_where_it_is_needed():
     done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
-        'fastfs.scaling needs scipy here: pip install "fastfs[scaling]"',
-        'fastfs.scaling needs pandas here: pip install "fastfs[pandas]"',
+        'a fit of exponents needs scipy: pip install "fastfs[scaling]"',
+        'a table needs pandas: pip install "fastfs[pandas]"',
     ]

@@ -11,9 +11,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from fastfs.extras import frame
 from fastfs.network.layers import parameter_names, unwrapped
-from fastfs.scaling._extras import pandas
-from fastfs.scaling._text import number, render
+from fastfs.scaling.rendering import number, render
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -174,7 +174,7 @@ class Calibration:
             }
             for group in self.members
         ]
-        return pandas().DataFrame(rows)
+        return frame(rows)
 
     def __str__(self) -> str:
         before, after, n = self.before, self.after, len(self.members)

@@ -12,8 +12,8 @@ from fastfs.formula.measure import updates_of
 from fastfs.functional import feature_stats, update_stats
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.linearization import Linearization
-from fastfs.scaling._extras import stats
 from fastfs.scaling.factory import Factory, FactoryError, Parts, make
+from fastfs.scaling.fit import stats
 from fastfs.scaling.groups import partition
 from fastfs.scaling.report import ScalingReport
 from fastfs.scaling.verdicts import Point, verdicts

@@ -7,10 +7,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
-from fastfs.scaling._extras import stats
+from fastfs.extras import load
 
 __all__ = ["Exponent", "Status", "fit_exponent", "judge"]
+
+
+def stats() -> Any:
+    """The module scipy.stats.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    return load("scipy.stats", "scaling", "a fit of exponents")
 
 
 class Status(str, Enum):

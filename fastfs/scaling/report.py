@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from fastfs.scaling._extras import pandas
-from fastfs.scaling._text import render
+from fastfs.extras import frame
 from fastfs.scaling.fit import Exponent, Status
 from fastfs.scaling.predicted import Sizes, matching
+from fastfs.scaling.rendering import render
 from fastfs.scaling.verdicts import Point, Verdict, curvature
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class ScalingReport:
             status = v.status.value if v.status else "info"
             head = {"desideratum": v.desideratum, "quantity": v.quantity, "axis": v.axis}
             rows.append({**head, **row, "status": status, "seeds": v.seeds, "advice": v.advice})
-        return pandas().DataFrame(rows)
+        return frame(rows)
 
     def points_frame(self) -> DataFrame:
         """One row a measurement, with the contribution of every group in a column ``contribution:<group>``.
@@ -126,7 +126,7 @@ class ScalingReport:
             row = dataclasses.asdict(point)
             shares = row.pop("contributions")
             rows.append({**row, **{f"contribution:{name}": c for name, c in shares.items()}})
-        return pandas().DataFrame(rows)
+        return frame(rows)
 
     def table(self) -> Table:
         """The exponents as a rich table."""

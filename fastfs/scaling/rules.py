@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fastfs.extras import frame
 from fastfs.models import MLP, ResNet
 
 if TYPE_CHECKING:
@@ -78,9 +79,7 @@ class Rule:
         Raises:
             ImportError: pandas is not installed.
         """
-        from fastfs.scaling._extras import pandas
-
-        return pandas().DataFrame([dataclasses.asdict(layer) for layer in self.layers])
+        return frame([dataclasses.asdict(layer) for layer in self.layers])
 
     def __str__(self) -> str:
         beta = "" if self.branch_scale is None else f", branch scale {self.branch_scale:.4g}"
