@@ -104,7 +104,7 @@ print(f"S = {measured.sensitivity[-1]:.1f}, angle of the last features = {measur
 # %% [markdown]
 # ## 3. The cause
 #
-# The angle starts near 1 and tends to pi/2 over the layers: cos(angle) falls like 1/sqrt(l). The features move almost
+# The angle is 1.4 in the first layer and tends to pi/2: cos(angle) falls like 1/sqrt(l). The features move almost
 # at right angles to the way down, so they must move far for little: by the feature speed formula,
 #
 #     |df| = D / (cos(angle) |b|),

@@ -134,6 +134,17 @@ def test_the_monitor(tmp_path, monkeypatch, capsys):
     assert [h.get("resumed_at") for h in tables["all"].attrs["headers"]] == [None, 3]
 
 
+def test_the_theory(capsys):
+    pytest.importorskip("pandas")
+    pytest.importorskip("scipy")
+    names: dict[str, Any] = {}
+    run_blocks(ROOT / "docs" / "theory.md", names)
+    said = capsys.readouterr().out
+    assert "inside a residual branch" in said
+    assert "token.weight: acts before and after" in said
+    assert names["calibration"].converged
+
+
 def test_links_of_the_documentation_lead_somewhere():
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()

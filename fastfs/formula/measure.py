@@ -73,7 +73,11 @@ class Measurement:
 
     @property
     def sensitivity(self) -> Tensor:
-        """(L,) rms(df_l) / |loss change|; that of the last hidden features is the S of the paper."""
+        """(L,) rms(df_l) / |loss change|; that of the last hidden features is the S of the paper.
+
+        The published numbers are of features after the ReLU. Before it, as in :mod:`fastfs.models`, S is up to sqrt(2)
+        times as large.
+        """
         return relations.sensitivity(self.stats.update_rms, self.loss_change)
 
     @property
