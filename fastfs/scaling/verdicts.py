@@ -121,7 +121,7 @@ def verdicts(
         if speed.status is Status.FAIL and speed.fit is not None:
             repair = "the step is far beyond first order; repeat with smaller learning rates"
             if curvature(own) <= 1:
-                repair = _speed_advice(axis, sensitivity, optimizer, tolerance)
+                repair = speed_advice(axis, sensitivity, optimizer, tolerance)
             text = _grows("feature speed", axis, speed.fit, repair)
             speed = dataclasses.replace(speed, advice=text)
         yield speed
@@ -205,10 +205,14 @@ def _relative(point: Point, name: str) -> float:
     )
 
 
-def _speed_advice(axis: str, sensitivity: Exponent, optimizer: str, tolerance: float) -> str:
-    if judge(sensitivity, 0.0, tolerance)[0] is not Status.FAIL:
+def speed_advice(axis: str, sensitivity: Exponent, optimizer: str, tolerance: float) -> str:
+    """What to change where the feature speed is off, by what the sensitivity says."""
+    status = judge(sensitivity, 0.0, tolerance)[0]
+    if status is Status.PASS:
         return "it follows the loss decrease (LD); the sensitivity is in order"
     e = sensitivity.exponent
+    if status is Status.UNCLEAR:
+        return f"by the loss decrease (LD) or by the sensitivity ({_power(axis, e)}): unclear, more seeds would tell"
     rates = -2 * e if optimizer == "SGD" else -e  # contributions go like |b|^2 for SGD and |b| for Adam
     name = ""
     if abs(abs(e) - 0.5) < 0.4 and (e > 0) == (axis == "depth"):
