@@ -14,7 +14,6 @@ from fastfs.cli import app
 from fastfs.models import MLP, ResNet
 from fastfs.scaling import Status
 from fastfs.scaling.predicted import Sizes, expected_exponents
-from fastfs.scaling.verdicts import speed_advice
 from tests.scaling_cases import IN, factory, made, row, squared
 
 WIDTHS, DEPTHS = (64, 128, 256, 512), (4, 8, 16)
@@ -61,7 +60,7 @@ def test_what_holds_by_construction_does_not_fail(reports):
 
 def test_advice_names_the_scaling_that_repairs(reports):
     ntk = {v.axis: v.advice for v in reports["ntk"].verdicts if v.desideratum == "FL"}
-    assert "feature speed falls like width^-0" in ntk["width"]
+    assert "sensitivity falls like width^-0" in ntk["width"]
     assert "(muP)" in ntk["width"]
     assert "(fsc)" in ntk["depth"]
     mup = {v.axis: v for v in reports["mup"].verdicts if v.desideratum == "FL"}
@@ -385,12 +384,3 @@ def test_command_errors(file, target, arguments, message):
     assert result.exit_code == 2, result.output
     assert f"fastfs scaling-check: {''}" in result.output
     assert message in result.output.replace("\n", "")
-
-
-def test_advice_on_the_speed_says_when_its_cause_is_unclear():
-    clear = scaling.fit_exponent([32, 64, 128, 256], [1.0, 1.001, 0.999, 1.0])
-    growing = scaling.fit_exponent([2, 4, 8, 16], [s**0.5 for s in (2, 4, 8, 16)])
-    unclear = scaling.fit_exponent([2, 4, 8, 16], [1.0, 1.9, 1.2, 2.3])
-    assert "sensitivity is in order" in speed_advice("depth", clear, "SGD", 0.15)
-    assert "(fsc)" in speed_advice("depth", growing, "SGD", 0.15)
-    assert "unclear" in speed_advice("depth", unclear, "SGD", 0.15)

@@ -82,7 +82,11 @@ class Verdict:
 def verdicts(
     points: Sequence[Point], seeds: int, optimizer: str, tolerance: float, confidence: float
 ) -> Iterable[Verdict]:
-    """All exponents: the desiderata, then angle and sensitivity for information."""
+    """All exponents: the desiderata, then the angle for information.
+
+    Feature learning is asked of the speed itself, and of the sensitivity, the speed per loss decrease. The second is
+    much the less noisy, and a learning rate cannot mend it.
+    """
     for axis in AXES:
         own = [p for p in points if p.axis == axis]
         sizes = [float(p.size) for p in own]
@@ -121,14 +125,16 @@ def verdicts(
         if speed.status is Status.FAIL and speed.fit is not None:
             repair = "the step is far beyond first order; repeat with smaller learning rates"
             if curvature(own) <= 1:
-                repair = speed_advice(axis, sensitivity, optimizer, tolerance)
+                right = judge(sensitivity, 0.0, tolerance)[0] is Status.PASS
+                repair = "as the loss decrease (LD) does" if right else "see the sensitivity"
             text = _grows("feature speed", axis, speed.fit, repair)
             speed = dataclasses.replace(speed, advice=text)
         yield speed
+        repair = sensitivity_advice(axis, sensitivity, optimizer)
+        yield wanted("FL", "sensitivity", [p.sensitivity for p in own], repair)
         yield decrease
         yield from _balance(own, axis, seeds, tolerance, confidence)
         yield Verdict("", "cos(angle)", axis, cosine, None)
-        yield Verdict("", "sensitivity", axis, sensitivity, None)
 
 
 def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, confidence: float) -> Iterable[Verdict]:
@@ -205,22 +211,15 @@ def _relative(point: Point, name: str) -> float:
     )
 
 
-def speed_advice(axis: str, sensitivity: Exponent, optimizer: str, tolerance: float) -> str:
-    """What to change where the feature speed is off, by what the sensitivity says."""
-    status = judge(sensitivity, 0.0, tolerance)[0]
-    if status is Status.PASS:
-        return "it follows the loss decrease (LD); the sensitivity is in order"
+def sensitivity_advice(axis: str, sensitivity: Exponent, optimizer: str) -> str:
+    """What to multiply the output's scale and the learning rates by, so that S no longer goes with the size."""
     e = sensitivity.exponent
-    if status is Status.UNCLEAR:
-        return f"by the loss decrease (LD) or by the sensitivity ({_power(axis, e)}): unclear, more seeds would tell"
     rates = -2 * e if optimizer == "SGD" else -e  # contributions go like |b|^2 for SGD and |b| for Adam
     name = ""
     if abs(abs(e) - 0.5) < 0.4 and (e > 0) == (axis == "depth"):
         name = " (fsc)" if axis == "depth" else " (muP)"
-    return (
-        f"the sensitivity goes like {_power(axis, e)}: multiply the output's std by {_power(axis, e)} and the learning "
-        f"rates before it by {_power(axis, rates)}{name}"
-    )
+    output, inner = _power(axis, e), _power(axis, rates)
+    return f"multiply the output's std by {output} and the learning rates before it by {inner}{name}"
 
 
 def curvature(points: Sequence[Point]) -> float:
