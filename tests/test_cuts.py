@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,3 +92,22 @@ def test_bad_input():
         formula.cuts(model, torch.randn(3, 5), layers="nothing")
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         formula.cuts(model.requires_grad_(False), torch.randn(3, 5))
+
+
+def test_outputs_in_a_dataclass_and_masked_logits():
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        length: int
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            logits = self.head(torch.relu(self.body(x)))
+            return Output(logits.masked_fill(torch.tensor([False, True, False]), -torch.inf), 3)
+
+    found = formula.cuts(Model(), torch.randn(2, 4), layers=["body", "head"])
+    assert found.cut == [True, True]

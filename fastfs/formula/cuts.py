@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from fastfs.extras import frame
 from fastfs.network.layers import AUTO, Selection, unwrapped
 from fastfs.network.linearization import Linearization
+from fastfs.network.outputs import floating
 
 if TYPE_CHECKING:
     import pandas
@@ -78,7 +78,7 @@ def cuts(
 
     def scalar(inner: nn.Module, inputs: Any) -> Tensor:
         outputs = _call(inner, inputs) if forward is None else forward(inner, inputs)
-        found = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_floating_point()]
+        found = [x.nan_to_num(0.0, 0.0, 0.0) for x in floating(outputs)]  # masked logits are -inf
         if not found:
             raise TypeError(f"cuts: expected a floating-point tensor in the outputs, got {type(outputs).__name__}")
         total = found[0].sum()

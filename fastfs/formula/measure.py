@@ -105,6 +105,8 @@ class Measurement:
         tensors = {
             "angle": stats.angle,
             "cos_angle": stats.cos_angle,
+            "valid": stats.valid,
+            "noise_floor": stats.noise_floor,
             "update_rms": stats.update_rms,
             "predicted_update_rms": self.predicted_update_rms,
             "aligned_update_rms": self.aligned_update_rms,
@@ -211,6 +213,9 @@ def updates_of(
     unknown = sorted(updates.keys() - set(lin.names))
     if unknown:
         raise ValueError(f"updates: no parameter that moves is called {unknown}. Parameters: {', '.join(lin.names)}")
+    for name, update in updates.items():
+        if not isinstance(update, Tensor):
+            raise TypeError(f"updates: expected a tensor for {name}, got {type(update).__name__}")
     for name, parameter in zip(lin.names, lin.parameters, strict=True):
         if name in updates and updates[name].shape != parameter.shape:
             raise ValueError(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fastfs.network.learning_rates import LearningRates, resolve
+from fastfs.network.state import RandomState
 
 __all__ = ["gradient_descent", "optimizer_update"]
 
@@ -33,7 +36,7 @@ def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradien
     """What the next step of an optimizer would add to the parameters, given their gradients.
 
     A copy of the optimizer, with its state, steps on copies of the parameters: neither is touched, and hooks of the
-    optimizer are not called. Momentum, preconditioning, weight decay and the learning rates of groups are all in it.
+    optimizers are not called. Momentum, preconditioning, weight decay and the learning rates of groups are all in it.
 
     Args:
         optimizer: of any type whose step needs no closure.
@@ -49,8 +52,10 @@ def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradien
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise TypeError("optimizer: LBFGS evaluates the loss several times in a step, it has no update of one gradient")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is closure.empty):
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer: {name} evaluates the loss in its step, it has no update of one gradient")
     if len(parameters) != len(gradients):
         raise ValueError(f"optimizer_update: got {len(parameters)} parameters and {len(gradients)} gradients")
     own = {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -61,8 +66,15 @@ def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradien
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if id(parameter) in clones:
             clones[id(parameter)].grad = gradient.detach().to(parameter.dtype, copy=True)
-    with torch.enable_grad():  # optimizers turn it off themselves, for what they do not differentiate
-        clone.step()
+    step: Any = type(clone).step
+    if getattr(step, "hooked", False):  # torch wraps it to call hooks, those for all optimizers as well
+        step = step.__wrapped__
+    randomness = RandomState.take({p.device for p in own.values() if p.device.type != "cpu"})
+    try:
+        with torch.enable_grad():  # optimizers turn it off themselves, for what they do not differentiate
+            step(clone)
+    finally:
+        randomness.give()
     return [_difference(clones.get(id(p)), p) for p in parameters]
 
 

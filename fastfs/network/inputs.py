@@ -6,10 +6,12 @@ training, an unknown container could be changed between the two and make the num
 
 from __future__ import annotations
 
+import copy as copy_module
 import dataclasses
 import enum
 import functools
 import sys
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +73,10 @@ def _copy(copy_tensor: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(leaf, (numpy.ndarray, numpy.generic)) and not leaf.dtype.hasobject:
         return leaf.copy()
+    if isinstance(leaf, UserDict) and vars(leaf).keys() >= {"data"}:  # what tokenizers give
+        new = copy_module.copy(leaf)
+        new.data = tree_map(copy, leaf.data)
+        return new
     if _is_plain_dataclass(leaf):
         new = object.__new__(type(leaf))
         for name, value in vars(leaf).items():

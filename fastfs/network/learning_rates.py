@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TypeAlias
 
 from torch import Tensor
@@ -53,11 +54,14 @@ def resolve(lr: LearningRates, names: Sequence[str], parameters: Sequence[Tensor
 
 
 def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, Tensor) and value.dim() == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{what}: expected a number, or a mapping of regular expression -> number, got {value!r}")
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{what}: expected a finite number >= 0, got {value!r}")
-    return float(value)
+    number = float(value)
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{what}: expected a finite number >= 0, got {number!r}")
+    return number
 
 
 def _tensor(value: Tensor, name: str, parameter: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A model around one point: features, backward vectors and gradients there, and first-order changes in any direction.
 
 Everything is a function of the values of the parameters, on one batch, with the same random numbers, buffers and modes
-each time. The model itself is not changed: parameters, gradients, buffers and generators are as before.
+each time. The model itself is not changed: parameters, gradients, buffers and generators are as before. What hooks and
+forwards of the model's own keep elsewhere they keep of these forwards, too. One thread at a time.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
 
+from fastfs.network.inputs import copy_arguments
 from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, select_layers, unwrapped
-from fastfs.network.outputs import first_floating, with_features
-from fastfs.network.perturbed import Perturbed, load_forward_mode, tangents
+from fastfs.network.outputs import first_floating, kinds, with_features
+from fastfs.network.perturbed import Perturbed, differentiable, load_forward_mode, plain_modules, tangents
 from fastfs.network.state import ForwardState
 from fastfs.network.structure import Edge, Structure, analyse, edge_of
 
@@ -48,7 +48,7 @@ class Linearization:
     Args:
         model: any network; wrappers are looked through and compiled parts run as they were written.
         loss_fn: function of the model and the batch that gives the loss, a scalar that includes its own mean.
-        batch: what ``loss_fn`` takes; tensors in it are copied for every forward.
+        batch: what ``loss_fn`` takes; copied for every forward.
         layers: which layers to watch, as for :class:`fastfs.Monitor`.
         parameters: regular expression, searched for in the names: which parameters move; all trainable ones if None.
         dtype: compute in this dtype, such as ``torch.float64``, with parameters, buffers and inputs cast to it.
@@ -62,8 +62,11 @@ class Linearization:
         structure: which parameters are upstream of which layer, and which layers are cuts.
 
     Raises:
-        TypeError: the loss is no scalar tensor, or a layer gives no floating-point tensor.
-        ValueError: no layer or parameter matches, the loss is not finite or depends on no parameter.
+        TypeError: the loss is no scalar tensor, a layer gives no floating-point tensor, or the batch holds something of
+            which no copy can be made, such as an iterator.
+        ValueError: no layer or parameter matches, the loss is not finite, depends on no parameter, or uses parameters
+            past the model that it is given.
+        RuntimeError: in inference mode, or (from the methods) the forward does not repeat or the parameters changed.
 
     Source: section 1 of "The Feature Speed Formula", arXiv 2311.18718.
     """
@@ -81,7 +84,9 @@ class Linearization:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         if not callable(loss_fn):
-            raise TypeError(f"loss_fn: expected a function of the model and the batch, got {loss_fn!r}")
+            raise TypeError(f"loss_fn: expected a function of the model and the batch, got {type(loss_fn).__name__}")
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("expected to be called outside of torch.inference_mode(), which forbids gradients")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating-point dtype or None, got {dtype!r}")
         self.layers = select_layers(model, layers)
@@ -99,9 +104,10 @@ class Linearization:
         self._places = [place[id(p)] for p in self.originals]
         self._values = values
         self.parameters = [values[i] for i in self._places]
-        self._batch = tree_map(lambda x: self._cast(x.detach()) if isinstance(x, Tensor) else x, batch)
+        self._batch = copy_arguments(batch, lambda x: self._cast(x.detach().clone()))
         state = ForwardState.take(self._inner)
         self._state = state if dtype is None else state.without_autocast(self._cast)
+        self._repeats = False
         self._differentiate()
 
     def _differentiate(self) -> None:
@@ -124,12 +130,22 @@ class Linearization:
 
         def run(model: nn.Module) -> tuple[Tensor, Structure, tuple[Tensor | None, ...]]:
             loss = self._loss(model)
-            if not loss.requires_grad:
-                raise ValueError(f"loss_fn: the loss depends on none of the {len(leaves)} parameters")
-            structure = analyse(edges, [loss], leaves, self.names)
-            return loss, structure, torch.autograd.grad(loss, leaves, allow_unused=True)
+            found: tuple[Tensor | None, ...] = (None,)
+            astray: tuple[Tensor | None, ...] = ()
+            if loss.requires_grad:
+                structure = analyse(edges, [loss], leaves, self.names)
+                found = torch.autograd.grad(loss, [*leaves, *self.originals], allow_unused=True)
+                found, astray = found[: len(leaves)], found[len(leaves) :]
+            stray = [name for name, g in zip(self.names, astray, strict=False) if g is not None]
+            if stray:
+                raise ValueError(f"loss_fn: it uses {stray[0]!r} from outside of the model that it is given")
+            if all(g is None for g in found):
+                raise ValueError(
+                    f"loss_fn: the loss depends on none of the {len(leaves)} parameters of the model that it is given"
+                )
+            return loss, structure, found
 
-        with self._seen(keep), self._state.applied(grad=True), torch.enable_grad():
+        with self._seen(keep), self._applied(), torch.enable_grad():
             loss, self.structure, gradients = self._perturbed.within(self._placed(leaves), run)
         self.loss = loss.detach()
         if not bool(self.loss.isfinite()):
@@ -137,18 +153,45 @@ class Linearization:
         self.features: list[Visits] = [tuple(visits) for visits in features]
         self.backward: list[Visits] = [tuple(visits) for visits in backward]
         pairs = zip(gradients, self.parameters, strict=True)
-        self.gradients = [torch.zeros_like(p) if g is None else g for g, p in pairs]
+        self.gradients = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for g, p in pairs]
 
     def forward(self, values: Sequence[Tensor]) -> Evaluation:
-        """Features and loss at other values of the parameters."""
-        return self._run(values, lambda x: x.detach().clone(), grad=False)
+        """Features and loss at other values of the parameters.
+
+        Raises:
+            RuntimeError: the forward at the old values does not give the old loss again.
+        """
+        self._repeat()
+        return self._run([v.detach() for v in values], lambda x: x.detach().clone())
 
     def jvp(self, directions: Sequence[Tensor]) -> Evaluation:
-        """Exact first-order changes of features and loss when the parameters move by ``directions``."""
+        """Exact first-order changes of features and loss when the parameters move by ``directions``.
+
+        Raises:
+            NotImplementedError: an operation of the model has no forward-mode derivative in torch.
+            RuntimeError: the forward at the old values does not give the old loss again.
+        """
+        self._repeat()
         load_forward_mode()
         self._check(directions, "directions")
         with self._perturbed.duals(self.parameters, directions) as duals:
-            return self._run(duals, lambda x: tangents(x).clone(), grad=True)
+            return self._run(duals, lambda x: tangents(x).clone())
+
+    def _repeat(self) -> None:
+        """Once: does a forward at the same values give the same loss?"""
+        if self._repeats:
+            return
+        again = self._run(self.parameters, Tensor.detach)
+        coarsest = max(torch.finfo(x.dtype).eps for x in (self.loss, *(v for layer in self.features for v in layer)))
+        error = float((again.loss.double() - self.loss.double()).abs())
+        tolerance = min(max(256 * coarsest, 1e-9), 0.05)  # atomic additions and other kernels may differ a little
+        if not error <= tolerance * max(abs(float(self.loss)), 1e-3):
+            raise RuntimeError(
+                f"loss_fn: the loss was {self.loss.item():.8g}, and {again.loss.item():.8g} the second time with the "
+                "same parameters, batch and global random numbers: it depends on something else (a generator of its "
+                "own, a counter, the next batch of a loader)"
+            )
+        self._repeats = True
 
     def function(self, layer: int) -> Callable[[Sequence[Tensor]], Tensor]:
         """The features of a layer as a pure function of the values of the parameters.
@@ -159,6 +202,7 @@ class Linearization:
             ValueError: the layer does not run exactly once.
         """
         self._once(layer)
+        self._repeat()
 
         def features(values: Sequence[Tensor]) -> Tensor:
             return self._until(layer, self._placed(values), {})
@@ -173,6 +217,7 @@ class Linearization:
         """
         self._once(start)
         self._once(layer)
+        self._repeat()
 
         def features(change: Tensor) -> Tensor:
             return self._until(layer, self._values, {start: change})
@@ -190,19 +235,19 @@ class Linearization:
 
         with ExitStack() as stack:
             stack.enter_context(self._seen(keep, added))
-            stack.enter_context(self._state.applied(grad=True))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no forward-mode derivative
+            stack.enter_context(self._applied())
+            stack.enter_context(differentiable(self._inner))
             try:
                 self._perturbed.within(values, self._loss)
             except _ReachedError:
                 return found[0]
         raise RuntimeError(f"layer {self.layers[layer].name!r} did not run this time")
 
-    def _run(self, values: Sequence[Tensor], take: Callable[[Tensor], Tensor], *, grad: bool) -> Evaluation:
+    def _run(self, values: Sequence[Tensor], take: Callable[[Tensor], Tensor]) -> Evaluation:
         self._unchanged()
         self._check(values, "values")
         features: list[list[Tensor]] = [[] for _ in self.layers]
-        with self._seen(lambda layer, x: features[layer.index].append(take(x))), self._state.applied(grad=grad):
+        with self._seen(lambda layer, x: features[layer.index].append(take(x))), self._applied():
             loss = take(self._perturbed.within(self._placed(values), self._loss)).detach()
         for layer, now, first in zip(self.layers, features, self.features, strict=True):
             if [x.shape for x in now] != [x.shape for x in first]:
@@ -214,6 +259,12 @@ class Linearization:
         return Evaluation([tuple(x.detach() for x in visits) for visits in features], loss)
 
     @contextmanager
+    def _applied(self) -> Iterator[None]:
+        """The state of the model, for one forward. With gradients, which a loss may take of its own."""
+        with self._state.applied(grad=True), plain_modules():
+            yield
+
+    @contextmanager
     def _seen(self, keep: Callable[[Layer, Tensor], None], added: dict[int, Tensor] | None = None) -> Iterator[None]:
         """Hooks on the layers, for one forward."""
 
@@ -223,7 +274,8 @@ class Linearization:
             features = first_floating(output)
             if features is None:
                 raise TypeError(
-                    f"layer {layer.name!r}: expected a floating-point tensor in its output, got {type(output).__name__}"
+                    f"layer {layer.name!r}: expected a floating-point tensor in its output, got "
+                    f"{type(output).__name__} of {', '.join(kinds(output)) or 'nothing'}"
                 )
             change = None if added is None else added.get(layer.index)
             if change is not None:
@@ -239,7 +291,7 @@ class Linearization:
             yield
 
     def _loss(self, model: nn.Module) -> Tensor:
-        batch = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, self._batch)  # it may work in place
+        batch = copy_arguments(self._batch, Tensor.clone)  # it may work in place
         loss = self._loss_fn(model, batch)
         if not isinstance(loss, Tensor) or (loss.dim() > 0 and loss.numel() != 1):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["first_floating", "parts", "with_features"]
+__all__ = ["first_floating", "floating", "kinds", "with_features"]
 
 
 def first_floating(output: Any) -> Any:
@@ -21,6 +21,22 @@ def first_floating(output: Any) -> Any:
         if found is not None:
             return found
     return None
+
+
+def floating(output: Any) -> list[Tensor]:
+    """All floating-point tensors in an output, in whatever holds them."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    return [tensor for part in parts(output) for tensor in floating(part)]
+
+
+def kinds(value: Any) -> list[str]:
+    """What an output consists of, for a message."""
+    if isinstance(value, Tensor):
+        return [str(value.dtype)]
+    if isinstance(value, (tuple, list, Mapping)) or dataclasses.is_dataclass(value):
+        return [kind for part in parts(value) for kind in kinds(part)]
+    return [type(value).__name__]
 
 
 def with_features(output: Any, features: Tensor, new: Tensor) -> Any:

@@ -19,7 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfs.network.layers import unwrapped
 
-__all__ = ["Perturbed", "eager", "has_compiled", "interpolate", "load_forward_mode", "tangents"]
+__all__ = [
+    "Perturbed",
+    "differentiable",
+    "eager",
+    "has_compiled",
+    "interpolate",
+    "load_forward_mode",
+    "plain_modules",
+    "tangents",
+]
 
 
 def has_compiled(model: nn.Module) -> bool:
@@ -64,11 +73,11 @@ class Perturbed:
     def duals(self, values: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         """Values that carry a direction: forwards on them give exact first-order changes (:func:`tangents`).
 
-        Attention runs as plain mathematics inside, since the fused kernels have no forward-mode derivative.
+        Inside, everything runs by kernels that have a forward-mode derivative (:func:`differentiable`).
         """
         with ExitStack() as stack:
             stack.enter_context(forward_ad.dual_level())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(differentiable(self._inner))
             yield [forward_ad.make_dual(v.detach(), d) for v, d in zip(values, directions, strict=True)]
 
 
@@ -81,6 +90,42 @@ class _Call(nn.Module):
 
     def forward(self, run: Callable[[nn.Module], Any]) -> Any:
         return run(self.model)
+
+
+@contextmanager
+def plain_modules() -> Iterator[None]:
+    """Without the fused inference path of ``nn.MultiheadAttention``: the same arithmetic with and without gradients."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Without kernels that have no forward-mode derivative: fused attention, and recurrent layers of oneDNN.
+
+    Raises:
+        NotImplementedError: the model has another operation without one.
+    """
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    onednn = torch._C._get_mkldnn_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(plain_modules())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if recurrent and onednn:  # torch.backends.mkldnn.flags would change the precision settings as well
+            stack.callback(torch._C._set_mkldnn_enabled, onednn)
+            torch._C._set_mkldnn_enabled(False)
+        try:
+            yield
+        except NotImplementedError as error:
+            raise NotImplementedError(
+                f"{type(model).__name__} has an operation without a forward-mode derivative, so first-order changes "
+                "cannot be computed (first_order=False takes a finite step and needs none). torch says: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
 
 
 def load_forward_mode() -> None:

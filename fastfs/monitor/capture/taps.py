@@ -12,18 +12,17 @@ off is exactly that of the model without a monitor.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastfs.network.layers import Layer
-from fastfs.network.outputs import first_floating, parts
+from fastfs.network.outputs import first_floating, kinds
 from fastfs.network.state import own_forward_runs
 from fastfs.ops import LIBRARY
 
@@ -166,7 +165,7 @@ class Tap(Hook):
         found = self.select(output)
         if not isinstance(found, Tensor) or not found.is_floating_point():
             what = f"{found.dtype} tensor" if isinstance(found, Tensor) else type(found).__name__
-            leaves = ", ".join(_kinds(output)) or "nothing"
+            leaves = ", ".join(kinds(output)) or "nothing"
             raise TypeError(
                 f"layer {self.layer.name!r} ({type(module).__name__}): expected an output that is or holds a "
                 f"floating-point tensor, got {type(output).__name__} of {leaves}"
@@ -197,12 +196,3 @@ class Around(Hook):
                 self.function(*args, **kwargs)
         elif self.switch.on:
             self.outside(*args, **kwargs)
-
-
-def _kinds(value: Any) -> list[str]:
-    """What an output consists of, for a message."""
-    if isinstance(value, Tensor):
-        return [str(value.dtype)]
-    if isinstance(value, (tuple, list, Mapping)) or dataclasses.is_dataclass(value):
-        return [kind for part in parts(value) for kind in _kinds(part)]
-    return [type(value).__name__]
