@@ -85,6 +85,17 @@ def test_sketch_pays_where_few_eigenvalues_carry_the_trace() -> None:
     assert_matrix(exact.values, torch.full((2,), 5 / 45, dtype=torch.float64), 1e-12)
 
 
+@pytest.mark.parametrize(("size", "rank", "sketch"), [(15, 15, 15), (8, 8, 8), (3, 3, 3), (15, 5, 5), (45, 5, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sketch_of_the_rank_is_exact_for_every_seed(size: int, rank: int, sketch: int, dtype: torch.dtype) -> None:
+    values = torch.zeros(size, dtype=torch.float64)
+    values[:rank] = torch.arange(1, rank + 1).double().pow(-1.5)
+    matrix, truth = spectrum_of(values).to(dtype), exact_moments(values, 2)
+    for seed in range(200):
+        found = moments(matrix, sketch=sketch, seed=seed)
+        assert_matrix(found.values, truth, 1e-11 if dtype == torch.float64 else 1e-5, f"seed {seed}")
+
+
 def test_stops_early_when_it_is_good_enough_and_late_when_it_is_not() -> None:
     easy = moments(spectrum_of(FLAT), rtol=0.05, max_probes=1000)
     assert easy.converged

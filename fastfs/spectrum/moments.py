@@ -120,9 +120,9 @@ def moments(
     """Estimate ``tr(K^p)/dim`` for p = 1..order: Hutchinson's estimator, or Hutch++ with a sketch.
 
     One product w = K v gives v^T w, whose mean is tr K, and |w|^2 for tr K^2; a second one, of w, gives p = 3 and 4.
-    With ``sketch`` = s > 0 (Hutch++): an orthonormal basis Q of K S, S random with s columns, is taken out. Its share
+    With ``sketch`` = s > 0 (Hutch++): an orthonormal basis Q of K S, S Gaussian with s columns, is taken out. Its share
     tr(Q^T K^p Q) is exact (2 s products for p <= 2), and only the rest is estimated. That pays when few eigenvalues
-    carry the trace; with s >= the rank of K the result is exact.
+    carry the trace; with s >= the rank of K the result is exact up to rounding.
 
     Probes are added, a chunk at a time, until every relative standard error is at most ``rtol``. To stop when the
     errors look small makes them look smaller than they are, by about a tenth: 1.96 of them covered the truth in 92 %
@@ -160,7 +160,7 @@ def moments(
     made = 0
     basis, exact = None, torch.zeros(order, dtype=torch.float64)
     if sketch:
-        basis = _range(products, sketch, distribution, generator)
+        basis = _range(products, sketch, generator)
         exact = _powers(products, basis, order).sum(dim=0).cpu()
         made += len(basis) * per_probe + sketch
     samples = torch.zeros(0, order, dtype=torch.float64)
@@ -180,10 +180,13 @@ def moments(
             return Moments(products.dim, values, covariance, samples, made, sketch, converged, float(rtol))
 
 
-def _range(products: Products, columns: int, distribution: str, generator: torch.Generator) -> Tensor:
-    """Orthonormal rows that span products with random vectors, without what is rounding: (<= columns, N)."""
+def _range(products: Products, columns: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal rows that span products with random vectors, without what is rounding: (<= columns, N).
+
+    The vectors are Gaussian whatever the probes are: a small square matrix of signs is often singular.
+    """
     images = [
-        products(random_rows(distribution, min(products.chunk, columns - done), products, generator))
+        products(random_rows("gaussian", min(products.chunk, columns - done), products, generator))
         for done in range(0, columns, products.chunk)
     ]
     _, sizes, directions = torch.linalg.svd(torch.cat(images), full_matrices=False)
