@@ -164,3 +164,19 @@ def test_learning_rates_of_other_number_types():
     ]
     assert torch.equal(sums[0], sums[1])
     assert torch.equal(sums[0], sums[2])
+
+
+def test_an_optimizer_steps_in_the_dtype_of_the_measurement():
+    model, loss_fn, batch = case("mlp")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)  # below the rounding of the parameters
+    loss_fn(model, batch).backward()
+    optimizer.step()  # a state of its own
+    before = leave(model)
+    small = formula.measure(model, loss_fn, batch, optimizer=optimizer, dtype=torch.float64)
+    assert_left(model, before)
+    assert all(s["exp_avg"].dtype == torch.float32 for s in optimizer.state.values())
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-5
+    large = formula.measure(model, loss_fn, batch, optimizer=optimizer, dtype=torch.float64, first_order=True)
+    assert torch.allclose(small.stats.cos_angle, large.stats.cos_angle, rtol=1e-5)
+    assert torch.allclose(small.stats.update_rms * 1e4, large.stats.update_rms, rtol=1e-5)

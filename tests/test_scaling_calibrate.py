@@ -283,3 +283,19 @@ def test_an_optimizer_in_use_keeps_its_state():
     shares = torch.stack(list(moved.groups.values()))
     assert torch.allclose(shares, torch.tensor(0.01 / 4, dtype=shares.dtype), rtol=0.01)
     assert moved.sensitivity[-1].item() == pytest.approx(1.0, rel=0.03)
+
+
+def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused():
+    model = MLP(4, 16, 4, generator=torch.Generator().manual_seed(0))
+    batch = torch.randn(8, 4), torch.randn(8, 1)
+
+    def loss_fn(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    optimizer = torch.optim.ASGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+    with pytest.raises(ValueError, match="expected updates in proportion to the learning rate"):
+        scaling.calibrate(model, loss_fn, batch, optimizer=optimizer)

@@ -384,3 +384,49 @@ def test_command_errors(file, target, arguments, message):
     assert result.exit_code == 2, result.output
     assert f"fastfs scaling-check: {''}" in result.output
     assert message in result.output.replace("\n", "")
+
+
+def test_a_script_that_ends_itself_measures_nothing(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import sys\nsys.exit(0)\n")
+    done = CliRunner().invoke(app, ["scaling-check", f"{path}:make", "--widths", "4,8,16", "--depths", "2,4,6"])
+    assert done.exit_code == 2
+    assert "SystemExit" in done.output
+    path.write_text("x = 1\n")
+    done = CliRunner().invoke(app, ["scaling-check", f"{path}:x", "--widths", "4,8,16", "--depths", "2,4,6"])
+    assert f"{path}:x: expected a function" in done.output.replace("\n", "")
+
+
+def test_options_that_would_be_ignored_are_refused():
+    def with_optimizer(width, depth):
+        *parts, groups = factory("mup")(width, depth)
+        return *parts, torch.optim.SGD(groups)
+
+    with pytest.raises(ValueError, match="gives an optimizer, which has its own learning rates"):
+        scaling.check(with_optimizer, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, lr=0.1)
+    with pytest.raises(ValueError, match="gives parameter groups with their own learning rates"):
+        scaling.check(factory("mup"), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, lr=0.1)
+    with pytest.raises(ValueError, match="expected one of sgd, adam, adamw, got 'lion'"):
+        scaling.check(factory("mup"), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, optimizer="lion")
+
+
+def test_small_learning_rates_are_not_lost_in_the_rounding_of_parameters():
+    found = []
+    for scale in (1e-4, 1e-9):
+
+        def small(width, depth, scale=scale):
+            model, loss_fn, batch, groups = factory("ntk")(width, depth)
+            return model, loss_fn, batch, [{**group, "lr": scale * group["lr"]} for group in groups]
+
+        report = scaling.check(small, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2)
+        found.append([point.cos_angle for point in report.points])
+    assert found[1] == pytest.approx(found[0], rel=1e-2)
+
+
+def test_features_of_constant_size():
+    def normalised(width, depth):
+        model = nn.Sequential(nn.Linear(IN, width), *(nn.RMSNorm(width) for _ in range(depth)), nn.Linear(width, 1))
+        return model, squared, row(), torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    report = scaling.check(normalised, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, layers=r"^[1-9]\d*$")
+    assert report.exponent("feature size", "depth").exponent == pytest.approx(0, abs=1e-3)

@@ -24,7 +24,7 @@ from fastfs.text import columns
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Measurement", "measure", "updates_of"]
+__all__ = ["Measurement", "measure", "over_visits", "updates_of"]
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def measure(
         parameters: regular expression, searched for in the names: which parameters move; all trainable ones if None.
         groups: name -> regular expression over the names of parameters, whose contributions are wanted.
         first_order: exact derivatives along dw (forward mode) instead of a second forward at w + dw.
-        dtype: compute in this dtype, such as ``torch.float64``; an optimizer still steps in the model's own.
+        dtype: compute in this dtype, such as ``torch.float64``, the step of an optimizer and its state included.
 
     Raises:
         TypeError, ValueError: not exactly one of ``lr``, ``optimizer`` and ``updates``; updates of unknown names or of
@@ -169,7 +169,7 @@ def measure(
         lin.jvp(moves) if first_order else lin.forward([p + d for p, d in zip(lin.parameters, moves, strict=True)])
     )
     stats = [
-        _visits(before, after, backward, first_order)
+        over_visits(before, after, backward, first_order=first_order)
         for before, after, backward in zip(lin.features, changed.features, lin.backward, strict=True)
     ]
     gradients = update_stats(lin.gradients, moves)
@@ -207,7 +207,7 @@ def updates_of(
     if lr is not None:
         return gradient_descent(lr, lin.names, lin.gradients)
     if optimizer is not None:
-        moves = optimizer_update(optimizer, lin.originals, lin.gradients)
+        moves = optimizer_update(optimizer, lin.originals, lin.gradients, dtype=lin.dtype)
         return [move.to(p.dtype) for move, p in zip(moves, lin.parameters, strict=True)]
     assert updates is not None
     unknown = sorted(updates.keys() - set(lin.names))
@@ -225,8 +225,16 @@ def updates_of(
     return [updates[name].detach().to(p) if name in updates else torch.zeros_like(p) for name, p in pairs]
 
 
-def _visits(before: Sequence[Tensor], after: Sequence[Tensor], backward: Sequence[Tensor], first_order: bool) -> Tensor:
-    """(9,) sums of a layer over its visits; zero without any."""
+def over_visits(
+    before: Sequence[Tensor], after: Sequence[Tensor], backward: Sequence[Tensor], *, first_order: bool
+) -> Tensor:
+    """(9,) sums of a layer over its visits, as in ``FeatureStats.sums``; zero without any.
+
+    Args:
+        before, backward: features and backward vectors.
+        after: features after the step, or their changes if ``first_order``.
+        first_order: which of the two.
+    """
     if not before:
         return torch.zeros(len(FeatureStats.names), dtype=torch.float64)
     if first_order:

@@ -32,7 +32,13 @@ def gradient_descent(lr: LearningRates, names: Sequence[str], gradients: Sequenc
     return [-rate * gradient for rate, gradient in zip(resolve(lr, names, gradients), gradients, strict=True)]
 
 
-def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+def optimizer_update(
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
     """What the next step of an optimizer would add to the parameters, given their gradients.
 
     A copy of the optimizer, with its state, steps on copies of the parameters: neither is touched, and hooks of the
@@ -42,9 +48,11 @@ def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradien
         optimizer: of any type whose step needs no closure.
         parameters: whose updates are wanted; zero for those that the optimizer does not have.
         gradients: of these parameters, in any floating-point dtype.
+        dtype: step on parameters and state cast to this dtype; None for the real step, rounding of the parameters
+            included, in which small updates are lost.
 
     Returns:
-        w_after - w_before of each parameter, in its dtype or float32, whichever is wider.
+        w_after - w_before of each parameter, in the dtype of the step or float32, whichever is wider.
 
     Raises:
         TypeError: no optimizer, or one whose step needs a closure.
@@ -61,11 +69,15 @@ def optimizer_update(optimizer: Optimizer, parameters: Sequence[Tensor], gradien
     own = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in own for p in parameters):
         raise ValueError(f"optimizer: this {type(optimizer).__name__} has none of the parameters of the model")
-    clones: dict[int, Tensor] = {key: p.detach().clone().requires_grad_(p.requires_grad) for key, p in own.items()}
+    clones: dict[int, Tensor] = {
+        key: p.detach().to(dtype or p.dtype, copy=True).requires_grad_(p.requires_grad) for key, p in own.items()
+    }
     clone = _copied(optimizer, clones)
+    if dtype is not None:
+        _cast(clone, dtype)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if id(parameter) in clones:
-            clones[id(parameter)].grad = gradient.detach().to(parameter.dtype, copy=True)
+            clones[id(parameter)].grad = gradient.detach().to(dtype or parameter.dtype, copy=True)
     step: Any = type(clone).step
     if getattr(step, "hooked", False):  # torch wraps it to call hooks, those for all optimizers as well
         step = step.__wrapped__
@@ -94,8 +106,19 @@ def _copied(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
     return clone
 
 
+def _cast(optimizer: Optimizer, dtype: torch.dtype) -> None:
+    """Per-entry state to another dtype, that of an optimizer inside as well; counters of steps stay."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+                state[name] = value.to(dtype)
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            _cast(value, dtype)
+
+
 def _difference(after: Tensor | None, before: Tensor) -> Tensor:
-    dtype = torch.promote_types(before.dtype, torch.float32)
+    dtype = torch.promote_types(before.dtype if after is None else after.dtype, torch.float32)
     if after is None:
         return torch.zeros_like(before, dtype=dtype)
     return after.detach().to(dtype) - before.detach().to(dtype)

@@ -30,6 +30,7 @@ _NAMED: dict[str, Callable[..., Optimizer]] = {
 }
 _ROUNDS = 8
 _CLOSE = 0.02  # of S, relative
+_SMALL, _LINEAR = 1e-3, 0.05  # a learning rate, and how far its update may be from proportional
 
 
 def calibrate(
@@ -210,16 +211,27 @@ def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:
     missing = [name for name, p in zip(lin.names, lin.originals, strict=True) if id(p) not in mine]
     if missing:
         raise ValueError(f"optimizer: it does not have {_some(missing)}")
-    return optimizer_update(_with_unit_rate(optimizer), lin.originals, lin.gradients)
+    unit, small = (
+        optimizer_update(_with_rate(optimizer, rate), lin.originals, lin.gradients, dtype=torch.float64)
+        for rate in (1.0, _SMALL)
+    )
+    for name, gradient, dw, part in zip(lin.names, lin.gradients, unit, small, strict=True):
+        wanted, found = (float((gradient.double() * x).sum()) for x in (_SMALL * dw, part))
+        if abs(found - wanted) > _LINEAR * abs(wanted):
+            raise ValueError(
+                f"optimizer: expected updates in proportion to the learning rate; with a rate of {_SMALL:g} "
+                f"{type(optimizer).__name__} lowers the loss by {-found:.4g} through {name!r}, instead of {-wanted:.4g}"
+            )
+    return unit
 
 
-def _with_unit_rate(optimizer: Optimizer, replaced: dict[int, Tensor] | None = None) -> Optimizer:
-    """The same optimizer with lr = 1 and, for a copy of the model, the parameters of that copy."""
+def _with_rate(optimizer: Optimizer, rate: float, replaced: dict[int, Tensor] | None = None) -> Optimizer:
+    """The same optimizer with this lr and, for a copy of the model, the parameters of that copy."""
     replaced = replaced or {}
     clone: Optimizer = object.__new__(type(optimizer))
     vars(clone).update(vars(optimizer))
     clone.param_groups = [
-        {**group, "lr": 1.0, "params": [replaced.get(id(p), p) for p in group["params"]]}
+        {**group, "lr": rate, "params": [replaced.get(id(p), p) for p in group["params"]]}
         for group in optimizer.param_groups
     ]
     state = type(optimizer.state)(dict)  # the default of torch's own
@@ -238,7 +250,7 @@ def _scaled_copy(
         for p in parts.output:
             memo[id(lin.originals[p])].mul_(scale)
     if isinstance(optimizer, Optimizer):
-        return scaled, _with_unit_rate(optimizer, {id(p): memo[id(p)] for p in lin.originals})
+        return scaled, _with_rate(optimizer, 1.0, {id(p): memo[id(p)] for p in lin.originals})
     return scaled, optimizer
 
 

@@ -28,8 +28,8 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
     Returns:
         The exit status: 0 all pass, 1 one fails, 3 none fails but not all are clear, 2 it could not be measured.
     """
-    console = Console()
-    errors = Console(stderr=True)
+    console = Console(emoji=False)
+    errors = Console(stderr=True, emoji=False)
     try:
         sizes = _integers("--widths", widths), _integers("--depths", depths)
         if out is not None:

@@ -58,7 +58,7 @@ def load_factory(target: str) -> Factory:
         sys.path.insert(0, added)
         try:
             module = importlib.import_module(place)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a script may end itself
             raise FactoryError(f"importing {place} failed: {type(error).__name__}: {error}") from error
         finally:
             sys.path.remove(added)
@@ -84,7 +84,7 @@ def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str, lr
     torch.manual_seed(seed)
     try:
         made = factory(width, depth)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself
         raise FactoryError(f"{where} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, tuple) or len(made) != 4:
         got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
@@ -94,16 +94,20 @@ def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str, lr
         raise FactoryError(f"{where}: the first item should be a torch.nn.Module, got {type(model).__name__}")
     if not callable(loss_fn):
         raise FactoryError(f"{where}: the second item should be loss_fn(model, batch), got {type(loss_fn).__name__}")
-    if isinstance(last, Optimizer):
-        return Parts(model, loss_fn, batch, last)
     if optimizer not in _OPTIMIZERS:
         raise FactoryError(f"optimizer: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}")
+    if isinstance(last, Optimizer):
+        if lr is not None:
+            raise FactoryError(f"{where} gives an optimizer, which has its own learning rates: give no lr")
+        return Parts(model, loss_fn, batch, last)
     groups = [{"params": list(model.parameters())}] if last is None else last
     if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
         raise FactoryError(
             f"{where}: the fourth item should be an optimizer, a list of parameter groups or None, got "
             f"{type(last).__name__}"
         )
+    if lr is not None and groups and all("lr" in group for group in groups):
+        raise FactoryError(f"{where} gives parameter groups with their own learning rates: give no lr")
     if lr is None and not all("lr" in group for group in groups):
         raise FactoryError(f"{where} gives no optimizer and no learning rate for some parameters: give lr")
     try:
@@ -123,6 +127,6 @@ def _from_file(path: Path) -> Any:
     sys.modules[name] = module  # dataclasses and pickles of the file look for it there
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script may end itself
         raise FactoryError(f"{path}: {type(error).__name__}: {error}") from error
     return module

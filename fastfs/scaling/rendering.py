@@ -18,7 +18,9 @@ def number(value: float) -> str:
 
 def render(*parts: Any, width: int = 120) -> str:
     """Text and rich tables, one after the other, without colours."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False, legacy_windows=False)
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, highlight=False, emoji=False, legacy_windows=False
+    )
     for part in parts:
         console.print(escape(part) if isinstance(part, str) else part)
     assert isinstance(console.file, io.StringIO)

@@ -232,6 +232,8 @@ def _exponential(points: Sequence[Point]) -> str:
     if points[0].axis != "depth":
         return ""
     x, y = [float(p.depth) for p in points], [math.log(p.feature_rms) for p in points]
+    if len(set(y)) == 1:  # normalised features
+        return ""
     straight, power = statistics.correlation(x, y), statistics.correlation([math.log(v) for v in x], y)
     rate = statistics.linear_regression(x, y).slope
     if abs(straight) <= abs(power) or abs(rate) * (max(x) - min(x)) < 2:
