@@ -172,6 +172,35 @@ def test_layers_that_are_no_cuts_are_told_apart() -> None:
     assert_matrix(found.exact[1 - inside][None], found.descent[1 - inside][None], 1e-10)
 
 
+def test_measured_angles_that_are_rounding_are_marked() -> None:
+    """A step too small for float32 gives noise; its flag and floor are those of the two forwards."""
+    generator = torch.Generator().manual_seed(0)
+    model = MLP(16, 64, 4, 2, generator=generator)
+    batch = rows(32, 16, 2)
+    far, lost = (angles(model, squared, batch, lr=lr, max_probes=2, rtol=0.0) for lr in (1e-2, 3e-7))
+    assert far.valid.all()
+    assert far.valid.dtype == torch.bool
+    assert_matrix(far.measured, far.exact, 0.05, "above the noise")
+    assert not lost.valid.any()
+    assert float((lost.measured - lost.exact).abs().max()) > 0.1
+    # By hand: the layers' outputs before the step, their spacing, and after it.
+    lin = Linearization(model, squared, batch)
+    moved = lin.forward([p - 3e-7 * g for p, g in zip(lin.parameters, lin.gradients, strict=True)]).features
+    for i, ((before,), (after,)) in enumerate(zip(lin.features, moved, strict=True)):
+        spacing = [
+            torch.nextafter(x.abs(), x.new_tensor(torch.inf)).double() - x.abs().double() for x in (before, after)
+        ]
+        floor = (sum(s.square().sum() for s in spacing) / 12).sqrt() / before.double().norm()
+        assert_matrix(lost.noise_floor[i][None], floor[None], 0.01, "floor")
+    frame = lost.to_frame()
+    assert frame["valid"].tolist() == [False] * len(lost.layers)
+    assert frame["noise_floor"].tolist() == lost.noise_floor.tolist()
+    assert "noise_floor" in str(lost)
+    double = angles(model, squared, batch, lr=3e-7, max_probes=2, rtol=0.0, dtype=torch.float64)
+    assert double.valid.all()
+    assert_matrix(double.measured, double.exact, 1e-3, "in double precision")
+
+
 def test_table_and_bad_arguments() -> None:
     case = mlp()
     optimizer = torch.optim.Adam(case.model.parameters())

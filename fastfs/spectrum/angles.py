@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastfs.extras import frame
-from fastfs.formula.updates import gradient_descent, optimizer_update
+from fastfs.formula.measure import updates_of
+from fastfs.functional import feature_stats
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.learning_rates import LearningRates, resolve
 from fastfs.network.linearization import Linearization, LossFunction, Visits
 from fastfs.spectrum.moments import Moments, moments
 from fastfs.spectrum.operator import BFK
+from fastfs.stats import FeatureStats
 from fastfs.text import columns
 
 if TYPE_CHECKING:
@@ -36,7 +38,12 @@ class Angles:
             the cosine for a b that is isotropic and independent of the kernel.
         exact: (L,) ``b^T K b/(|b| |K b|)`` of that kernel.
         descent: (L,) of the first-order feature update of gradient descent.
-        measured: (L,) of the real, finite update: of the optimizer if one was given, else of gradient descent.
+        measured: (L,) of the real, finite update: of the optimizer if one was given, else of gradient descent. It says
+            something only where ``valid``.
+        valid: (L,) bool: whether the finite update stands out of rounding (:attr:`fastfs.FeatureStats.valid`). Where it
+            does not, a larger step or ``dtype=torch.float64`` helps.
+        noise_floor: (L,) ``|df|/|f|`` that rounding of the features alone makes
+            (:attr:`fastfs.FeatureStats.noise_floor`).
         first_order: (L,) of the first-order feature update of the same step.
         preconditioned, preconditioned_error: (L,) ``M_1/sqrt(M_2)`` of the kernel with the rates -dw/g of the
             optimizer's step, and its standard error; None without optimizer. This kernel depends on b: what the
@@ -57,6 +64,8 @@ class Angles:
     exact: Tensor
     descent: Tensor
     measured: Tensor
+    valid: Tensor
+    noise_floor: Tensor
     first_order: Tensor
     preconditioned: Tensor | None
     preconditioned_error: Tensor | None
@@ -71,7 +80,7 @@ class Angles:
         return self.first_order.acos() - self.descent.acos()
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per layer; cosines, ``misalignment`` and ``angle`` (of ``measured``) in radians.
+        """One row per layer; cosines, ``misalignment`` and ``angle`` (of ``measured``, where ``valid``) in radians.
 
         Raises:
             ImportError: pandas is not installed.
@@ -82,7 +91,7 @@ class Angles:
         return "\n".join(columns({name: column for name, column in self._columns().items() if name != "reason"}))
 
     def _columns(self) -> dict[str, list[Any]]:
-        names = ["predicted", "predicted_error", "exact", "descent", "first_order", "measured"]
+        names = ["predicted", "predicted_error", "exact", "descent", "first_order", "measured", "valid", "noise_floor"]
         columns: dict[str, list[Any]] = {"layer": self.layers, "cut": self.cut}
         columns.update({name: getattr(self, name).tolist() for name in names})
         columns["angle"] = self.measured.acos().tolist()
@@ -116,7 +125,8 @@ def angles(
         model, loss_fn, batch, parameters, dtype, chunk: as for :class:`BFK`.
         layers: which layers, as for :class:`fastfs.Monitor`; each has to run once.
         lr: learning rates of gradient descent; 1 for its kernel if only an optimizer is given. Angles to first order
-            depend on their ratios alone, the measured one on their size.
+            depend on their ratios alone, the measured one on their size: too small a step is lost in the rounding of
+            the features, which ``valid`` tells.
         optimizer: takes the measured step, from its present state.
         rtol, max_probes, sketch, seed: of :func:`moments`. ``rtol`` is that of M_1 and M_2; of the predicted cosine
             the error is smaller, since they vary together.
@@ -145,13 +155,12 @@ def angles(
 
     exact: list[Tensor] = []
     spectra = predict(rates, exact)
-    descent = gradient_descent(1.0 if lr is None else lr, lin.names, lin.gradients)
+    descent = updates_of(lin, lr=1.0 if lr is None else lr)
     step = descent
     preconditioned = preconditioned_error = excluded = undetermined = None
     products = len(lin.layers) + sum(m.products for m in spectra)
     if optimizer is not None:
-        given = optimizer_update(optimizer, lin.originals, lin.gradients)
-        step = [dw.to(p.dtype) for dw, p in zip(given, lin.parameters, strict=True)]
+        step = updates_of(lin, optimizer=optimizer)
         ratios, left_out, unknown = _ratios(step, lin.gradients)
         under = predict(ratios, None)
         preconditioned = torch.stack([m.predicted_cos_angle for m in under])
@@ -162,7 +171,15 @@ def angles(
         undetermined = (upstream @ unknown) / (upstream @ sizes)
         products += sum(m.products for m in under)
     moved = lin.forward([p + dw for p, dw in zip(lin.parameters, step, strict=True)]).features
-    changes = [tuple(a - b for a, b in zip(x, y, strict=True)) for x, y in zip(moved, lin.features, strict=True)]
+    # Sums over all visits of a layer.
+    finite = FeatureStats(
+        torch.stack(
+            [
+                feature_stats(before, after, backward).sums.sum(dim=0).cpu()
+                for before, after, backward in zip(lin.features, moved, lin.backward, strict=True)
+            ]
+        )
+    )
     first = _cosines(lin.jvp(descent).features, lin.backward)
     return Angles(
         layers=[layer.name for layer in lin.layers],
@@ -172,7 +189,9 @@ def angles(
         predicted_error=torch.stack([m.predicted_cos_angle_error for m in spectra]),
         exact=torch.stack(exact),
         descent=first,
-        measured=_cosines(changes, lin.backward),
+        measured=finite.cos_angle,
+        valid=finite.valid,
+        noise_floor=finite.noise_floor,
         first_order=first if optimizer is None else _cosines(lin.jvp(step).features, lin.backward),
         preconditioned=preconditioned,
         preconditioned_error=preconditioned_error,
