@@ -299,3 +299,25 @@ def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused():
         optimizer.step()
     with pytest.raises(ValueError, match="expected updates in proportion to the learning rate"):
         scaling.calibrate(model, loss_fn, batch, optimizer=optimizer)
+
+
+def test_the_output_is_what_acts_last_not_what_is_registered_last():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.norm, self.proj = nn.Linear(16, 1), nn.LayerNorm(16), nn.Linear(16, 16)
+            self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = torch.relu(block(x))
+            return self.head(self.norm(self.proj(x)))
+
+    def loss_fn(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    torch.manual_seed(0)
+    model, batch = Model(), (torch.randn(8, 16), torch.randn(8, 1))
+    calibration = scaling.calibrate(model, loss_fn, batch)
+    assert calibration.output == ("head.weight", "head.bias")
+    assert calibration.converged

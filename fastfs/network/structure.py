@@ -57,6 +57,7 @@ class Structure:
             graph: the answer is on the safe side, that is fewer cuts; an eager forward gives the exact one.
         matrices: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more.
         shared: bool (L, P) on the CPU: the parameter acts before and after the layer, which is no cut for that reason.
+        order: the parameters in the order of the signal, from the inputs to the outputs.
     """
 
     upstream: Tensor
@@ -67,6 +68,7 @@ class Structure:
     opaque: bool
     matrices: Tensor
     shared: Tensor
+    order: list[int]
 
     def same_as(self, other: Structure) -> bool:
         """Whether the same parameters are upstream, and the same layers cuts for the same reasons."""
@@ -123,6 +125,7 @@ def analyse(
         opaque=any(graph.opaque(visit) for layer in layers for visit in layer.visits),
         matrices=(upstream & wide).sum(dim=1),
         shared=_matrix([layer.shared for layer in layers], len(parameters)),
+        order=_order(graph, len(parameters)),
     )
 
 
@@ -327,6 +330,12 @@ class _Layer:
                     seen.add(user)
                     forms.append(user)
         return found
+
+
+def _order(graph: _Graph, count: int) -> list[int]:
+    """Parameters by their place in the graph, the farthest from the outputs first."""
+    places = {bit: graph.position[node] for node, bit in enumerate(graph.parameter) if bit}
+    return sorted(range(count), key=lambda index: -places.get(1 << index, len(graph.next)))
 
 
 def _name(function: Any) -> str:

@@ -79,8 +79,14 @@ def _shared(lin: Linearization, layer: int) -> list[str]:
 
 
 def _output(lin: Linearization, after: list[int]) -> list[int]:
-    matrices = [p for p in after if lin.parameters[p].dim() > 1]
+    matrices = [p for p in lin.structure.order if p in after and lin.parameters[p].dim() > 1]
     if not matrices:
         return after
-    prefix = lin.names[matrices[-1]].rpartition(".")[0]
-    return [p for p in after if lin.names[p].rpartition(".")[0] == prefix]
+    owner = _owner(lin.names[matrices[-1]])
+    return [p for p in after if _owner(lin.names[p]) == owner]
+
+
+def _owner(parameter: str) -> str:
+    """Name of the module that a parameter belongs to, whether it is parametrised or not."""
+    module, parametrised, _ = parameter.partition(".parametrizations.")
+    return module if parametrised else parameter.rpartition(".")[0]
