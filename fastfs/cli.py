@@ -119,7 +119,10 @@ def reproduce(
         int | None, typer.Option(min=2, help="Number of seeds; each figure has its own if not given.")
     ] = None,
 ) -> None:
-    """Compute the figures and numbers of the paper again, beside the published ones; exit 1 where they differ."""
+    """Compute the figures and numbers of the paper again, beside the published ones.
+
+    Exit status: 0 all numbers are in their bands, 1 some are not, 2 nothing could be computed.
+    """
     try:
         from fastfs.experiments.paper.run import chosen
         from fastfs.experiments.paper.run import reproduce as run
@@ -128,7 +131,7 @@ def reproduce(
         checks = run(chosen(only), Settings(quick=quick, first_seed=seed, seeds=seeds), out)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"fastfs reproduce: {error}", err=True)
-        raise typer.Exit(1) from error
+        raise typer.Exit(2) from error
     if any(check.passed is False for check in checks):
         raise typer.Exit(1)
 

@@ -73,7 +73,7 @@ def test_a_number_that_is_not_the_published_one_ends_with_1(tmp_path: Path, monk
 @pytest.mark.parametrize(("only", "message"), [("a,z", "no figure 'z'; there are"), (" , ", "no figure given")])
 def test_unknown_figures_are_named_with_those_that_exist(tmp_path: Path, only: str, message: str):
     code, output = run("--quick", "--only", only, "--out", tmp_path / "out")
-    assert code == 1
+    assert code == 2
     assert message in output
     for study in STUDIES.values():
         assert study.title in output
@@ -84,7 +84,7 @@ def test_unknown_figures_are_named_with_those_that_exist(tmp_path: Path, only: s
 def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, place: str):
     (tmp_path / "file").write_text("mine")
     code, output = run("--quick", "--only", "a", "--out", tmp_path / place)
-    assert code == 1
+    assert code == 2
     assert re.search(r"fastfs reproduce: .*(exists and is not a folder|cannot be written to)", output)
     assert "Traceback" not in output
     assert (tmp_path / "file").read_text() == "mine"
@@ -99,7 +99,7 @@ def test_a_missing_package_is_named_before_anything_is_computed(tmp_path: Path, 
         text=True,
         timeout=120,
     )
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "fastfs reproduce: " in done.stderr
     assert 'pip install "fastfs[' in done.stderr
     assert package in done.stderr
@@ -124,3 +124,21 @@ def test_files_are_whole_or_as_they_were(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / f"{command._MARK}abc").write_bytes(b"half of it")
     command._prepare(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_the_summary_of_an_earlier_run_goes_before_its_figures_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert run("--quick", "--only", "a", "--out", tmp_path)[0] == 0
+    assert (tmp_path / "summary.html").exists()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastfs.experiments.paper.run._compute", killed)
+    run("--quick", "--only", "a", "--out", tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.png"]
+
+
+def test_a_summary_that_is_not_ours_stays_until_it_is_replaced(tmp_path: Path):
+    (tmp_path / "summary.html").write_text("mine")
+    command._prepare(tmp_path)
+    assert (tmp_path / "summary.html").read_text() == "mine"

@@ -20,7 +20,7 @@ from fastfs.experiments.paper.study import Settings, Value
 if TYPE_CHECKING:
     from fastfs.experiments.paper.run import Result
 
-__all__ = ["page", "summary", "value_text"]
+__all__ = ["MADE_BY", "page", "summary", "value_text"]
 
 MADE_BY = "fastfs reproduce"
 _STYLE = """

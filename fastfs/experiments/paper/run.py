@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from fastfs.experiments.paper.drawing import png
-from fastfs.experiments.paper.page import page, summary, value_text
+from fastfs.experiments.paper.page import MADE_BY, page, summary, value_text
 from fastfs.experiments.paper.published import Check, check
 from fastfs.experiments.paper.studies import STUDIES
 from fastfs.experiments.paper.study import Outcome, Settings
@@ -128,7 +128,11 @@ def _print(console: Console, checks: Sequence[Check]) -> None:
 
 
 def _prepare(out: Path) -> None:
-    """Makes the folder, finds out whether it can be written to, and removes what a killed run was writing."""
+    """Makes the folder, finds out whether it can be written to, and removes what a killed run was writing.
+
+    A summary of an earlier run goes too, since its figures may be replaced before this run has one; files of other
+    figures stay.
+    """
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: exists and is not a folder")
     try:
@@ -137,6 +141,9 @@ def _prepare(out: Path) -> None:
             left.unlink()
         with tempfile.TemporaryFile(dir=out):
             pass
+        for old in (out / "summary.html", out / "summary.json"):
+            if old.is_file() and MADE_BY in old.read_text(encoding="utf-8", errors="replace"):
+                old.unlink()
     except OSError as error:
         raise OSError(f"{out}: cannot be written to ({error.strerror or error})") from error
 
