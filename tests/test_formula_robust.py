@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -180,3 +181,23 @@ def test_an_optimizer_steps_in_the_dtype_of_the_measurement():
     large = formula.measure(model, loss_fn, batch, optimizer=optimizer, dtype=torch.float64, first_order=True)
     assert torch.allclose(small.stats.cos_angle, large.stats.cos_angle, rtol=1e-5)
     assert torch.allclose(small.stats.update_rms * 1e4, large.stats.update_rms, rtol=1e-5)
+
+
+def test_checkpoints():
+    class Checkpointed(nn.Module):
+        def __init__(self, reentrant):
+            super().__init__()
+            self.reentrant, self.stem = reentrant, nn.Linear(10, 8)
+            self.blocks, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            for block in self.blocks:
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant).relu()
+            return self.head(x)
+
+    _, loss_fn, batch = case("mlp")
+    found = formula.measure(Checkpointed(False), loss_fn, batch, lr=0.1, dtype=torch.float64)
+    assert found.cut == [True, True]
+    with pytest.raises(RuntimeError, match=r"expected checkpoint\(\.\.\., use_reentrant=False\)"):
+        formula.measure(Checkpointed(True), loss_fn, batch, lr=0.1)

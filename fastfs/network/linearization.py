@@ -134,7 +134,15 @@ class Linearization:
             astray: tuple[Tensor | None, ...] = ()
             if loss.requires_grad:
                 structure = analyse(edges, [loss], leaves, self.names)
-                found = torch.autograd.grad(loss, [*leaves, *self.originals], allow_unused=True)
+                try:
+                    found = torch.autograd.grad(loss, [*leaves, *self.originals], allow_unused=True)
+                except RuntimeError as error:
+                    if "use_reentrant" not in str(error):
+                        raise
+                    raise RuntimeError(
+                        "reentrant checkpoints hide parameters from the graph: expected checkpoint(..., "
+                        "use_reentrant=False), or none while this is measured"
+                    ) from error
                 found, astray = found[: len(leaves)], found[len(leaves) :]
             stray = [name for name, g in zip(self.names, astray, strict=False) if g is not None]
             if stray:
