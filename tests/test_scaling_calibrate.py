@@ -301,12 +301,21 @@ def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused():
         scaling.calibrate(model, loss_fn, batch, optimizer=optimizer)
 
 
-def test_the_output_is_what_acts_last_not_what_is_registered_last():
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2.0 * 0.5 * 2.0
+
+
+@pytest.mark.parametrize("parametrised", [False, True])
+def test_the_output_is_what_acts_last_not_what_is_registered_last(parametrised):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.head, self.norm, self.proj = nn.Linear(16, 1), nn.LayerNorm(16), nn.Linear(16, 16)
             self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+            if parametrised:  # its graph is deeper than that of what is before
+                for _ in range(3):
+                    nn.utils.parametrize.register_parametrization(self.head, "weight", Doubled())
 
         def forward(self, x):
             for block in self.blocks:
@@ -319,5 +328,6 @@ def test_the_output_is_what_acts_last_not_what_is_registered_last():
     torch.manual_seed(0)
     model, batch = Model(), (torch.randn(8, 16), torch.randn(8, 1))
     calibration = scaling.calibrate(model, loss_fn, batch)
-    assert calibration.output == ("head.weight", "head.bias")
+    bias_and_weight = {"head.bias", "head.parametrizations.weight.original"}
+    assert set(calibration.output) == (bias_and_weight if parametrised else {"head.weight", "head.bias"})
     assert calibration.converged

@@ -57,7 +57,7 @@ class Structure:
             graph: the answer is on the safe side, that is fewer cuts; an eager forward gives the exact one.
         matrices: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more.
         shared: bool (L, P) on the CPU: the parameter acts before and after the layer, which is no cut for that reason.
-        order: the parameters in the order of the signal, from the inputs to the outputs.
+        order: the parameters in the order in which the forward takes them for the last time, unused ones first.
     """
 
     upstream: Tensor
@@ -333,9 +333,17 @@ class _Layer:
 
 
 def _order(graph: _Graph, count: int) -> list[int]:
-    """Parameters by their place in the graph, the farthest from the outputs first."""
-    places = {bit: graph.position[node] for node, bit in enumerate(graph.parameter) if bit}
-    return sorted(range(count), key=lambda index: -places.get(1 << index, len(graph.next)))
+    """Parameters by the number, which autograd counts up in the forward, of the last function that takes them.
+
+    Distances from the outputs would not do: a parametrised matrix is further away than a plain one.
+    """
+    last = [-1] * count
+    for node, bit in enumerate(graph.parameter):
+        if bit:
+            own, index = graph.functions[node], bit.bit_length() - 1
+            takers = {graph.functions[user] for user in graph.users[node]} - {None, own}
+            last[index] = max([last[index], *(f._sequence_nr() for f in takers)])
+    return sorted(range(count), key=lambda index: last[index])
 
 
 def _name(function: Any) -> str:
