@@ -157,7 +157,9 @@ def scaling_check(
     widths: Annotated[str, typer.Option(help="At least three, such as 64,128,256.")],
     depths: Annotated[str, typer.Option(help="At least three, such as 4,8,16.")],
     seeds: Annotated[int, typer.Option(min=2, help="Initialisations at every size.")] = 8,
-    optimizer: Annotated[str, typer.Option(help="sgd, adam or adamw, where the factory gives none.")] = "sgd",
+    optimizer: Annotated[
+        str | None, typer.Option(help="sgd (if not given), adam or adamw, where the factory gives none.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, where the factory gives none.")] = None,
     layers: Annotated[str, typer.Option(help="Regular expression for the layers to watch, or auto.")] = "auto",
     at_width: Annotated[int | None, typer.Option(help="Width of the runs over depth; the largest.")] = None,

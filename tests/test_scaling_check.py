@@ -406,8 +406,27 @@ def test_options_that_would_be_ignored_are_refused():
         scaling.check(with_optimizer, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, lr=0.1)
     with pytest.raises(ValueError, match="gives parameter groups with their own learning rates"):
         scaling.check(factory("mup"), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, lr=0.1)
-    with pytest.raises(ValueError, match="expected one of sgd, adam, adamw, got 'lion'"):
-        scaling.check(factory("mup"), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, optimizer="lion")
+    with pytest.raises(ValueError, match="gives an optimizer, SGD: give no other, got 'adam'"):
+        scaling.check(with_optimizer, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, optimizer="adam")
+    for build in (factory("mup"), with_optimizer):
+        with pytest.raises(ValueError, match="expected one of sgd, adam, adamw, got 'lion'"):
+            scaling.check(build, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, optimizer="lion")
+
+
+def test_command_refuses_options_that_would_be_ignored(file):
+    sizes = ("--widths", "8,16,24", "--depths", "3,4,5", "--seeds", 2)
+    for option, value, message in (
+        ("--lr", 0.1, "gives parameter groups with their own learning rates: give no lr"),
+        ("--optimizer", "lion", "expected one of sgd, adam, adamw, got 'lion'"),
+    ):
+        done = command(f"{file}:fsc", *sizes, option, value)
+        assert done.exit_code == 2, done.output
+        assert message in done.output.replace("\n", "")
+
+
+def test_updates_lost_in_single_precision_are_said():
+    with pytest.raises(scaling.FactoryError, match="lost in the rounding of the parameters"):
+        scaling.check(factory("ntk", lr=1e-8), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, dtype=None)
 
 
 def test_small_learning_rates_are_not_lost_in_the_rounding_of_parameters():

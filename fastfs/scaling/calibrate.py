@@ -11,23 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastfs.formula.measure import over_visits
 from fastfs.formula.updates import optimizer_update
-from fastfs.functional import first_order_stats, update_stats
+from fastfs.functional import update_stats
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.linearization import Linearization, LossFunction
 from fastfs.scaling.calibration import Calibration, GroupCalibration, State
 from fastfs.scaling.groups import Partition, partition
+from fastfs.scaling.optimizers import named
+from fastfs.scaling.rendering import some
+from fastfs.stats import FeatureStats
 
 __all__ = ["OptimizerLike", "calibrate"]
 
 OptimizerLike: TypeAlias = str | Optimizer | Callable[..., Optimizer]
 """``"sgd"``, ``"adam"``, ``"adamw"``, an optimizer, or what makes one of parameter groups and ``lr``."""
 
-_NAMED: dict[str, Callable[..., Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 _ROUNDS = 8
 _CLOSE = 0.02  # of S, relative
 _SMALL, _LINEAR = 1e-3, 0.05  # a learning rate, and how far its update may be from proportional
@@ -158,7 +157,7 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, lab
         norms[name] = math.sqrt(sum(squares[p] for p in members))
         if norms[name] == 0:
             raise ValueError(
-                f"group {name!r} ({_some([lin.names[p] for p in members])}): the gradient is zero, so no learning rate "
+                f"group {name!r} ({some([lin.names[p] for p in members])}): the gradient is zero, so no learning rate "
                 "makes it contribute; an output or branch initialised to zero does that to what is before it"
             )
         if not (math.isfinite(c) and c > 0):
@@ -169,11 +168,7 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, lab
             directions[p] = (rates[name] * unit[p]).to(lin.parameters[p].dtype)
     changed = lin.jvp(directions)
     visits = zip(lin.features[parts.hidden], changed.features[parts.hidden], lin.backward[parts.hidden], strict=True)
-    before, moves, backward = zip(*visits, strict=True)
-    sums = first_order_stats(list(before), list(moves), list(backward))
-    stats = sums[0]
-    for other in sums[1:]:
-        stats = stats + other
+    stats = FeatureStats(over_visits(*zip(*visits, strict=True), first_order=True))
     decrease = -float(changed.loss)
     sensitivity = float(stats.update_rms) / decrease if decrease > 0 else math.nan
     if not (math.isfinite(sensitivity) and sensitivity > 0):
@@ -210,7 +205,7 @@ def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in zip(lin.names, lin.originals, strict=True) if id(p) not in mine]
     if missing:
-        raise ValueError(f"optimizer: it does not have {_some(missing)}")
+        raise ValueError(f"optimizer: it does not have {some(missing)}")
     unit, small = (
         optimizer_update(_with_rate(optimizer, rate), lin.originals, lin.gradients, dtype=torch.float64)
         for rate in (1.0, _SMALL)
@@ -255,20 +250,14 @@ def _scaled_copy(
 
 
 def _factory(optimizer: str | Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    return _NAMED[optimizer] if isinstance(optimizer, str) else optimizer
+    return named(optimizer) if isinstance(optimizer, str) else optimizer
 
 
 def _label(optimizer: OptimizerLike) -> str:
     if isinstance(optimizer, str):
-        if optimizer not in _NAMED:
-            raise ValueError(f"optimizer: expected one of {', '.join(_NAMED)}, or an optimizer, got {optimizer!r}")
-        return {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[optimizer]
+        return named(optimizer).__name__
     if isinstance(optimizer, Optimizer):
         return type(optimizer).__name__
     if callable(optimizer):
         return str(getattr(optimizer, "__name__", type(optimizer).__name__))
     raise TypeError(f"optimizer: expected a name, an optimizer or what makes one, got {optimizer!r}")
-
-
-def _some(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

@@ -8,17 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
-from fastfs.formula.measure import updates_of
-from fastfs.functional import feature_stats, update_stats
+from fastfs.formula.measure import over_visits, updates_of
+from fastfs.formula.updates import optimizer_update
+from fastfs.functional import update_stats
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.linearization import Linearization
 from fastfs.scaling.factory import Factory, FactoryError, Parts, make
 from fastfs.scaling.fit import stats
 from fastfs.scaling.groups import partition
+from fastfs.scaling.optimizers import named
 from fastfs.scaling.report import ScalingReport
 from fastfs.scaling.verdicts import Point, verdicts
+from fastfs.stats import FeatureStats
 
 __all__ = ["check", "check_point"]
+
+
+_LOST = 0.5  # of an update, in the rounding of the parameters; at a third the feature speed is off by some percent
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ def check(
     widths: Sequence[int],
     depths: Sequence[int],
     seeds: int = 8,
-    optimizer: str = "sgd",
+    optimizer: str | None = None,
     lr: float | None = None,
     layers: Selection = AUTO,
     at_width: int | None = None,
@@ -60,21 +66,24 @@ def check(
             larger ones measure curvature too.
         widths, depths: at least three different ones each. Widths are run at ``at_depth``, depths at ``at_width``.
         seeds: initialisations at every size, at least 2. Few rows in the batch and deep, narrow networks take many.
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``; for factories that give parameter groups or None.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, for factories that give parameter groups or None; ``"sgd"``
+            if not given.
         lr: learning rate for groups that have none.
         layers: which layers, as for :class:`fastfs.Monitor`.
         at_width: the largest of the widths by default, where chance plays least.
         at_depth: the middle one of the depths by default.
         tolerance: how far an exponent may be from the wanted one.
         confidence: level of the intervals.
-        dtype: forwards and gradients are computed in this; None for the model's own. The optimizer steps in its own.
+        dtype: forwards, gradients and the step are computed in this; None for the model's own, which small updates
+            should not be lost in.
         progress: called with the number of points measured and their total.
 
     Raises:
         ImportError: scipy is not installed.
-        FactoryError: (a ``ValueError``) the factory fails or gives something else.
-        ValueError: fewer than three sizes, a size below 1, fewer than two seeds, a loss or feature that is not
-            finite.
+        FactoryError: (a ``ValueError``) the factory fails or gives something else, an optimizer or learning rate is
+            given here and by the factory, or updates are lost in the rounding of parameters.
+        ValueError: fewer than three sizes, a size below 1, fewer than two seeds, an unknown optimizer, a loss or
+            feature that is not finite.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), the desiderata SP, FL, LD and BC.
     """
@@ -84,13 +93,15 @@ def check(
     for name, number, least, most in (("tolerance", tolerance, 0.0, 1.0), ("confidence", confidence, 0.0, 1.0)):
         if not least < number < most:
             raise ValueError(f"{name}: expected a number between {least:g} and {most:g}, got {number}")
+    if optimizer is not None:
+        named(optimizer)
     stats()  # if scipy is missing, now rather than after the runs
     at_width = max(widths) if at_width is None else at_width
     at_depth = depths[len(depths) // 2] if at_depth is None else at_depth
     runs = [_Run("width", width, at_depth, seed) for width in widths for seed in range(seeds)]
     runs += [_Run("depth", at_width, depth, seed) for depth in depths for seed in range(seeds)]
     points: list[Point] = []
-    name = optimizer
+    name = ""
     done: dict[tuple[int, int, int], Point] = {}
     with torch.random.fork_rng():
         for number_done, run in enumerate(runs, 1):
@@ -135,14 +146,19 @@ def check_point(
         lin = Linearization(parts.model, parts.loss_fn, parts.batch, layers=layers, dtype=dtype)
         groups = partition(lin)
         moves = updates_of(lin, optimizer=parts.optimizer)
+        exact = optimizer_update(parts.optimizer, lin.originals, lin.gradients, dtype=torch.float64)
         after = lin.forward([p + d for p, d in zip(lin.parameters, moves, strict=True)])
-    except Exception as error:  # loss_fn, model and optimizer are the caller's: whatever they raise
+    except (Exception, SystemExit) as error:  # loss_fn, model and optimizer are the caller's: whatever they raise
         raise FactoryError(f"{where}: {type(error).__name__}: {error}") from error
+    lost = _lost(moves, exact)
+    if lost > _LOST:
+        raise FactoryError(
+            f"{where}: the updates are lost in the rounding of the parameters, {lost:.0%} of their size: measure in "
+            "float64 (dtype), or with larger learning rates"
+        )
     hidden = groups.hidden
     visits = zip(lin.features[hidden], after.features[hidden], lin.backward[hidden], strict=True)
-    before, later, backward = (list(x) for x in zip(*visits, strict=True))
-    each = feature_stats(before, later, backward)
-    stats = type(each)(each.sums.sum(dim=0))
+    stats = FeatureStats(over_visits(*zip(*visits, strict=True), first_order=False))
     decreases = update_stats(lin.gradients, moves).aligned_decrease.tolist()
     contributions = {name: sum(decreases[p] for p in members) for name, members in groups.groups.items()}
     change = float(after.loss.double() - lin.loss.double())
@@ -183,6 +199,13 @@ def _finite(point: Point, where: str) -> None:
         raise FactoryError(f"{where}: the last hidden {what}; an output initialised to zero, or a learning rate of 0?")
     if point.decrease == 0:
         raise FactoryError(f"{where}: the loss does not change in the step; is the learning rate too small?")
+
+
+def _lost(moves: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
+    """How far updates are from those of a step in float64, relative to these, in the norm over all parameters."""
+    error = sum(float((move.double() - wanted).square().sum()) for move, wanted in zip(moves, exact, strict=True))
+    total = sum(float(wanted.square().sum()) for wanted in exact)
+    return math.sqrt(error / total) if total else 0.0
 
 
 def _rms(visits: Iterable[torch.Tensor]) -> float:

@@ -14,17 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastfs.network.linearization import LossFunction
+from fastfs.scaling.optimizers import named
 
 __all__ = ["Factory", "FactoryError", "Parts", "load_factory", "make"]
 
 Factory: TypeAlias = Callable[[int, int], Any]
 """``factory(width, depth) -> (model, loss_fn, batch, optimizer)``; see :func:`fastfs.scaling.check`."""
-
-_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-}
 
 
 class FactoryError(ValueError):
@@ -74,11 +69,18 @@ def load_factory(target: str) -> Factory:
     return factory
 
 
-def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str, lr: float | None) -> Parts:
+def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str | None, lr: float | None) -> Parts:
     """Call the factory with torch's generator seeded, and make the optimizer if it gives none.
 
+    Args:
+        factory, width, depth: what to call.
+        seed: of torch's generator.
+        optimizer: name of the one to make; ``"sgd"`` if None.
+        lr: its learning rate, for groups that have none.
+
     Raises:
-        FactoryError: the factory fails or gives something else than model, loss function, batch and optimizer.
+        FactoryError: the factory fails, gives something else than model, loss function, batch and optimizer, or gives
+            an optimizer or learning rates that are given here too.
     """
     where = f"factory(width={width}, depth={depth})"
     torch.manual_seed(seed)
@@ -94,11 +96,11 @@ def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str, lr
         raise FactoryError(f"{where}: the first item should be a torch.nn.Module, got {type(model).__name__}")
     if not callable(loss_fn):
         raise FactoryError(f"{where}: the second item should be loss_fn(model, batch), got {type(loss_fn).__name__}")
-    if optimizer not in _OPTIMIZERS:
-        raise FactoryError(f"optimizer: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}")
     if isinstance(last, Optimizer):
         if lr is not None:
             raise FactoryError(f"{where} gives an optimizer, which has its own learning rates: give no lr")
+        if optimizer is not None:
+            raise FactoryError(f"{where} gives an optimizer, {type(last).__name__}: give no other, got {optimizer!r}")
         return Parts(model, loss_fn, batch, last)
     groups = [{"params": list(model.parameters())}] if last is None else last
     if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
@@ -111,9 +113,11 @@ def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str, lr
     if lr is None and not all("lr" in group for group in groups):
         raise FactoryError(f"{where} gives no optimizer and no learning rate for some parameters: give lr")
     try:
-        return Parts(model, loss_fn, batch, _OPTIMIZERS[optimizer](groups, **({} if lr is None else {"lr": lr})))
+        rate: dict[str, Any] = {} if lr is None else {"lr": lr}
+        made = named(optimizer or "sgd")(groups, **rate)
     except (TypeError, ValueError) as error:
-        raise FactoryError(f"{where}: no {optimizer} with its parameter groups: {error}") from error
+        raise FactoryError(f"{where}: no {optimizer or 'sgd'} with its parameter groups: {error}") from error
+    return Parts(model, loss_fn, batch, made)
 
 
 def _from_file(path: Path) -> Any:

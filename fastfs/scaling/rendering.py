@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["number", "render"]
+__all__ = ["number", "render", "some"]
 
 
 def number(value: float) -> str:
     """Four digits."""
     return f"{value:.4g}"
+
+
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first of the names, and how many there are if that is not all."""
+    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def render(*parts: Any, width: int = 120) -> str:

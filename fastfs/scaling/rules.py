@@ -12,6 +12,7 @@ from torch import nn
 
 from fastfs.extras import frame
 from fastfs.models import MLP, ResNet
+from fastfs.scaling.rendering import some
 
 if TYPE_CHECKING:
     import pandas
@@ -141,13 +142,13 @@ def _matching(model: nn.Module, rule: Rule, generator: torch.Generator | None) -
     other = [name for name, p in model.named_parameters() if id(p) not in known]
     if other:
         raise ValueError(
-            f"a rule is for a chain of nn.Linear layers; {kind} has other parameters: {_some(other)}. "
+            f"a rule is for a chain of nn.Linear layers; {kind} has other parameters: {some(other, 8)}. "
             "fastfs.scaling.calibrate takes any model"
         )
     if len({id(linear.weight) for _, linear in layers}) < len(layers):
         raise ValueError(f"{kind} uses a weight matrix in more than one layer, and a rule needs one for each")
     if len(layers) != len(rule.layers):
-        names = _some([name for name, _ in layers])
+        names = some([name for name, _ in layers], 8)
         raise ValueError(f"the rule has {len(rule.layers)} matrices, {kind} has {len(layers)} Linear layers: {names}")
     for (name, linear), scale in zip(layers, rule.layers, strict=True):
         if tuple(linear.weight.shape) != (scale.rows, scale.columns):
@@ -159,7 +160,3 @@ def _matching(model: nn.Module, rule: Rule, generator: torch.Generator | None) -
             devices = f"{generator.device}, {name or kind} on {linear.weight.device}"
             raise ValueError(f"generator: expected one on the device of the weights; it is on {devices}")
     return layers
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")

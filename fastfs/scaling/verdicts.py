@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fastfs.scaling.fit import Exponent, Status, fit_exponent, judge
+from fastfs.scaling.rendering import some
 
 __all__ = ["AXES", "Point", "Verdict", "curvature", "verdicts"]
 
@@ -145,7 +146,7 @@ def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, c
     sizes = [float(p.size) for p in points]
     rising = sorted({name for p in points for name, c in p.contributions.items() if c <= 0})
     if rising:
-        text = f"the updates of {_some(rising)} do not lower the loss to first order: not trained, or not downhill"
+        text = f"the updates of {some(rising)} do not lower the loss to first order: not trained, or not downhill"
         yield Verdict("BC", "contribution, worst group", axis, None, Status.FAIL, None, text)
         return
     names = _common(points)
@@ -248,7 +249,3 @@ def _grows(quantity: str, axis: str, fit: Exponent, advice: str) -> str:
 
 def _power(axis: str, exponent: float) -> str:
     return f"{axis}^{exponent:+.2f}"
-
-
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
