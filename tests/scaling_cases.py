@@ -34,7 +34,7 @@ def made(
     model: nn.Module
     if resnet:
         model = ResNet(IN, width, depth)
-        rule = scaling.resnet(depth, width, IN, scheme=scheme, input="sparse")
+        rule = scaling.resnet(depth, width, in_dim=IN, scheme=scheme, input="sparse")
     else:
         model = MLP(IN, width, depth)
         rule = scaling.mlp(depth, width, IN, scheme=scheme, input="sparse")

@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import types
 
 import pandas
 import pytest
@@ -126,7 +127,7 @@ def test_a_forgotten_branch_scale_is_found():
 
     def broken(width, depth):
         model = ResNet(IN, width, depth, branch_scale=1.0)
-        rule = scaling.resnet(depth, width, IN, branch_scale=1.0, scheme="mup", input="sparse")
+        rule = scaling.resnet(depth, width, 1.0, in_dim=IN, scheme="mup", input="sparse")
         return model, squared, row(3.0), scaling.apply(model, rule.scaled(lr=1e-4))
 
     sizes = {"widths": (48, 64, 96), "depths": (4, 8, 16), "at_width": 256, "seeds": 48, "dtype": None}
@@ -171,6 +172,28 @@ def test_a_group_that_is_not_trained_is_said():
     report = scaling.check(head_alone, widths=(16, 24, 32), depths=(3, 4, 5), seeds=2)
     assert report.of("BC") is Status.FAIL
     assert "the updates of blocks.0 do not lower the loss" in str(report)
+
+
+@pytest.mark.parametrize("span", [1.02, 1.5, 3.0, 6.0, 30.0, 5000.0])
+def test_axes_of_the_picture_have_few_plain_labels(span):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from fastfs.scaling import plots
+
+    values = [0.22, 0.22 * span**0.5, 0.22 * span]
+    figure = Figure()
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    points = [types.SimpleNamespace(size=size, value=value) for size, value in zip((4, 8, 16), values, strict=True)]
+    plots._draw(axes, points, lambda point: point.value)
+    canvas.draw()
+    low, high = axes.get_ylim()
+    seen = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
+    assert 2 <= len(seen) <= 8
+    assert not any(label.get_text() for label in axes.get_yticklabels(minor=True))
+    if span < 100:
+        assert all(low <= float(text) <= high for text in seen)  # plain numbers
 
 
 def test_a_step_beyond_first_order_is_said():

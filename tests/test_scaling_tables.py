@@ -35,7 +35,7 @@ def test_entries_of_the_mlp(scheme, std, rates, kind, norm_sq):
 
 @pytest.mark.parametrize(("beta", "branch"), [(None, 2 * 25 / 27), (1 / 25, 2 * 625 / 27)])
 def test_branches_of_a_resnet_learn_at_rate_one_or_depth(beta, branch):
-    rule = scaling.resnet(25, 40, 9, branch_scale=beta)
+    rule = scaling.resnet(25, 40, beta, in_dim=9)
     assert rule.layers[1].lr == pytest.approx(branch)
     assert rule.layers[-1].std == pytest.approx(1 / 40)
 
@@ -63,10 +63,18 @@ def test_arguments_that_cannot_be_are_named(bad):
         scaling.mlp(**{"depth": 4, "width": 8, "in_dim": 3, **bad})
 
 
+@pytest.mark.parametrize("name", ["depth", "width", "in_dim", "out_dim"])
+@pytest.mark.parametrize("size", [10.5, 8.0, True, "8"])
+def test_sizes_are_integers(name, size):
+    for kind in (scaling.mlp, scaling.resnet):
+        with pytest.raises(TypeError, match=f"{name}: expected an integer, got"):
+            kind(**{"depth": 4, "width": 8, "in_dim": 3, name: size})
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.5, -1.0])
 def test_branch_scale_is_in_range(beta):
     with pytest.raises(ValueError, match="branch_scale"):
-        scaling.resnet(4, 8, 3, branch_scale=beta)
+        scaling.resnet(4, 8, beta, in_dim=3)
 
 
 def test_scaled_keeps_the_balance():
@@ -93,7 +101,7 @@ def chain(width=64, bias=True):
     [
         (chain(200), scaling.mlp(3, 200, 9, 3, scheme="mup")),
         (MLP(9, 200, 4, 3), scaling.mlp(4, 200, 9, 3, scheme="fsc")),
-        (ResNet(9, 200, 3, 3), scaling.resnet(3, 200, 9, 3)),
+        (ResNet(9, 200, 3, 3), scaling.resnet(3, 200, in_dim=9, out_dim=3)),
     ],
 )
 def test_apply_draws_what_the_rule_says(model, rule):
@@ -128,9 +136,13 @@ def tied():
         (nn.Sequential(*chain(8), nn.LayerNorm(3)), scaling.mlp(3, 8, 9, 3), "other parameters: 5.weight, 5.bias"),
         (Transformer(16, 8, 1, 2, 4), scaling.mlp(3, 8, 9, 3), "calibrate takes any model"),
         (tied(), scaling.mlp(4, 8, 9, 3), "in more than one layer"),
-        (MLP(9, 8, 5, 3), scaling.resnet(3, 8, 9, 3), "takes a rule for mlp"),
+        (MLP(9, 8, 5, 3), scaling.resnet(3, 8, in_dim=9, out_dim=3), "takes a rule for mlp"),
         (ResNet(9, 8, 3, 3), scaling.mlp(5, 8, 9, 3), "takes a rule for resnet"),
-        (ResNet(9, 8, 3, 3, branch_scale=1.0), scaling.resnet(3, 8, 9, 3), "branch scale 0.57735, the model has 1"),
+        (
+            ResNet(9, 8, 3, 3, branch_scale=1.0),
+            scaling.resnet(3, 8, in_dim=9, out_dim=3),
+            "branch scale 0.57735, the model has 1",
+        ),
     ],
 )
 def test_a_mismatch_is_an_error_and_nothing_is_written(model, rule, message):
@@ -160,7 +172,7 @@ def test_constants(scheme, resnet):
         rows.append([*decreases, moved.stats.cos_angle[-1].item(), moved.sensitivity[-1].item()])
     got = torch.tensor(rows, dtype=torch.float64)
     kind = scaling.resnet if resnet else scaling.mlp
-    expected = scaling.predict(kind(depth, width, IN, scheme=scheme, input="sparse"))
+    expected = scaling.predict(kind(depth, width, in_dim=IN, scheme=scheme, input="sparse"))
     truth = torch.tensor([*expected.contributions, expected.cos_angle, expected.sensitivity], dtype=torch.float64)
     mean, error = got.mean(0), got.std(0) / SEEDS**0.5
     # Four standard errors, and 3% for the finite width.

@@ -72,7 +72,8 @@ def calibrate(
 
     Raises:
         TypeError: an optimizer that is none of these, or without a plain step.
-        ValueError: a target that is not positive; unused parameters; a group with a gradient of zero, which no
+        ValueError: a target that is not positive; unused parameters; an optimizer (one that exists, not a name or what
+            makes one) whose update is not in proportion to its learning rate; a group with a gradient of zero, which no
             learning rate can balance, or along whose update the loss rises; and what
             :class:`fastfs.network.linearization.Linearization` raises.
 
@@ -192,7 +193,7 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, lab
 
 
 def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:
-    """What the optimizer's next step adds to each parameter with lr = 1, in float64 where it has no state yet."""
+    """What the optimizer's next step adds to each parameter with lr = 1; in float64 but for plain descent."""
     if optimizer == "sgd":
         return [-g for g in lin.gradients]
     if not isinstance(optimizer, Optimizer):

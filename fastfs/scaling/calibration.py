@@ -180,10 +180,9 @@ class Calibration:
         before, after, n = self.before, self.after, len(self.members)
         d = self.target_loss_decrease
         unit = "|g|^2" if self.optimizer == "SGD" else "<g, -dw> at lr 1"
-        grid = Table(
-            title=f"Learning rates of {self.optimizer}: lr = D / (n c), c = {unit}, D = {number(d)}, n = {n} groups",
-            title_justify="left",
-        )
+        # Not the table's title, which would be wrapped to its width.
+        title = f"Learning rates of {self.optimizer}: lr = D / (n c), c = {unit}, D = {number(d)}, n = {n} groups"
+        grid = Table()
         grid.add_column("group", overflow="fold")
         for column in ("tensors", "|g| as given", "|g| scaled", "c scaled", "lr"):
             grid.add_column(column, justify="right")
@@ -215,4 +214,4 @@ class Calibration:
                 f"Shared: {', '.join(self.shared)} acts before and after {self.hidden}; its learning rate balances "
                 "both uses together, in the group where it acts first."
             )
-        return render("\n".join(lines), grid)
+        return render("\n".join([*lines, title]), grid)

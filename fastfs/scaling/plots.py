@@ -12,7 +12,7 @@ from fastfs.scaling.verdicts import AXES, Point
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 except ImportError as missing:
     raise ImportError('fastfs.scaling.plots needs matplotlib: pip install "fastfs[plot]"') from missing
 
@@ -65,8 +65,21 @@ def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float]) -
     if drawn:
         axes.plot(*zip(*drawn, strict=True), "o", color="C0", markersize=5)
         axes.set_yscale("log")
+        _label(axes.yaxis, [v for _, v in kept])
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([str(s) for s in sizes], fontsize=8)
     axes.grid(True, which="major", alpha=0.3)
+
+
+def _label(axis: Any, values: Sequence[float]) -> None:
+    """Few plain labels where values span little; powers of ten where they span a lot."""
+    axis.set_minor_locator(NullLocator())
+    span = max(values) / min(values)
+    if span >= 100:
+        axis.set_major_locator(LogLocator(numticks=6))
+        return
+    round_numbers = LogLocator(subs=(1, 2, 5), numticks=10)
+    axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]) if span < 5 else round_numbers)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))

@@ -23,9 +23,10 @@ class Prediction:
     Attributes:
         contributions: lr_l |g_l|^2 of every matrix.
         decrease: their sum, the loss decrease.
-        cos_angle: of the angle at the last hidden features (before their ReLU).
-        update_rms: rms of their update, D_{L-1} / (sqrt(m) |b| cos(theta)).
-        sensitivity: update_rms / decrease.
+        cos_angle: of the angle at the last hidden features, before their ReLU in an MLP; those of a ResNet have none.
+        update_rms: rms of the update of these features, D_{L-1} / (sqrt(m) |b| cos(theta)).
+        sensitivity: update_rms / decrease. After the ReLU of an MLP, as published, it is 1/sqrt(2) of that, as half of
+            the units are active.
     """
 
     contributions: tuple[float, ...]
@@ -46,6 +47,8 @@ class Sizes(NamedTuple):
 
 def predict(rule: Rule) -> Prediction:
     """The first step by theory, for a rule of :func:`fastfs.scaling.mlp` or :func:`fastfs.scaling.resnet`.
+
+    The sensitivity S of an MLP is that of the features before their ReLU, which is where :mod:`fastfs.models` has them.
 
     Source: the norms in the documentation of these two, and :func:`fastfs.scaling.predicted_cos_angle`.
     """

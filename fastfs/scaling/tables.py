@@ -66,6 +66,7 @@ def mlp(
         decrease: D; multiplies every learning rate. With 1 a real step is far beyond first order.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size, scheme or input that is none of these.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), the table of scalings of ReLU MLPs, with its constants
@@ -87,10 +88,10 @@ def mlp(
 def resnet(
     depth: int,
     width: int,
+    branch_scale: float | None = None,
+    *,
     in_dim: int,
     out_dim: int = 1,
-    *,
-    branch_scale: float | None = None,
     scheme: str = "mup",
     input: str = "dense",
     decrease: float = 1.0,
@@ -122,14 +123,15 @@ def resnet(
     Args:
         depth: number L of residual blocks, at least 1.
         width: size m of the features.
+        branch_scale: beta in (0, 1]; 1/sqrt(L) by default.
         in_dim: size d of the input.
         out_dim: size of the output. The constants hold for a residual vector of norm 1.
-        branch_scale: beta in (0, 1]; 1/sqrt(L) by default.
         scheme: ``"standard"``, ``"ntk"``, ``"mup"`` or ``"fsc"``.
         input: ``"dense"``: |x| = sqrt(d); ``"sparse"``: |x| = 1.
         decrease: D; multiplies every learning rate.
 
     Raises:
+        TypeError: a size that is no integer.
         ValueError: a size, scale, scheme or input that is none of these.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), the scalings of ReLU ResNets, with their constants.
@@ -166,6 +168,9 @@ def _checked(
     decrease: float,
 ) -> float:
     """The norm of the input, if the arguments can be."""
+    for name, size in (("depth", depth), ("width", width), ("in_dim", in_dim), ("out_dim", out_dim)):
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name}: expected an integer, got {size!r}")
     if depth < least:
         raise ValueError(f"depth: expected at least {least}, got {depth}")
     if min(width, in_dim, out_dim) < 1:

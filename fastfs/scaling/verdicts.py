@@ -115,7 +115,10 @@ def verdicts(
             else "initial std should fall like 1/sqrt(fan_in)"
         )
         per_layer = [p.mean_feature_rms for p in own]
-        yield wanted("SP", "feature size", [p.feature_rms for p in own], size_advice + _exponential(own))
+        size = wanted("SP", "feature size", [p.feature_rms for p in own], size_advice)
+        if size.status is Status.FAIL and size.fit is not None:
+            size = dataclasses.replace(size, advice=size.advice + _exponential(own))
+        yield size
         yield wanted("SP", "feature size, mean of layers", per_layer, size_advice)
         decrease = wanted("LD", "loss decrease", [p.decrease for p in own], "smaller learning rates")
         if decrease.status is Status.FAIL and decrease.fit is not None:

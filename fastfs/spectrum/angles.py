@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastfs.extras import frame
-from fastfs.formula.measure import updates_of
-from fastfs.functional import feature_stats
+from fastfs.formula.measure import over_visits, updates_of
 from fastfs.network.layers import AUTO, Selection
 from fastfs.network.learning_rates import LearningRates, resolve
 from fastfs.network.linearization import Linearization, LossFunction, Visits
@@ -171,16 +170,9 @@ def angles(
         undetermined = (upstream @ unknown) / (upstream @ sizes)
         products += sum(m.products for m in under)
     moved = lin.forward([p + dw for p, dw in zip(lin.parameters, step, strict=True)]).features
-    # Sums over all visits of a layer.
-    finite = FeatureStats(
-        torch.stack(
-            [
-                feature_stats(before, after, backward).sums.sum(dim=0).cpu()
-                for before, after, backward in zip(lin.features, moved, lin.backward, strict=True)
-            ]
-        )
-    )
-    first = _cosines(lin.jvp(descent).features, lin.backward)
+    finite = _stats(lin, moved, first_order=False)
+    first = _stats(lin, lin.jvp(descent).features, first_order=True).cos_angle
+    of_step = first if optimizer is None else _stats(lin, lin.jvp(step).features, first_order=True).cos_angle
     return Angles(
         layers=[layer.name for layer in lin.layers],
         cut=list(lin.structure.cut),
@@ -192,7 +184,7 @@ def angles(
         measured=finite.cos_angle,
         valid=finite.valid,
         noise_floor=finite.noise_floor,
-        first_order=first if optimizer is None else _cosines(lin.jvp(step).features, lin.backward),
+        first_order=of_step,
         preconditioned=preconditioned,
         preconditioned_error=preconditioned_error,
         excluded=excluded,
@@ -218,11 +210,7 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.double().square().sum().cpu() for t in tensors])
 
 
-def _cosines(changes: Sequence[Visits], backward: Sequence[Visits]) -> Tensor:
-    """cos of the angle between df and -b of each layer, all its visits together."""
-    found = []
-    for df, b in zip(changes, backward, strict=True):
-        x, y = (torch.cat([v.double().reshape(-1) for v in visits]) for visits in (df, b))
-        cos = -(x @ y) / (x.norm() * y.norm())
-        found.append(cos.clamp(-1.0, 1.0).cpu())
-    return torch.stack(found)
+def _stats(lin: Linearization, after: Sequence[Visits], *, first_order: bool) -> FeatureStats:
+    """(L,) on the CPU, of the features after the step or of their changes."""
+    layers = zip(lin.features, after, lin.backward, strict=True)
+    return FeatureStats(torch.stack([over_visits(*layer, first_order=first_order).cpu() for layer in layers]))

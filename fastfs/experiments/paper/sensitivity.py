@@ -46,7 +46,7 @@ def mlp_sensitivity(depths: Sequence[int], width: int, seeds: Sequence[int], adv
 def resnet_sensitivity(depths: Sequence[int], width: int, seeds: Sequence[int], advance: Advance) -> np.ndarray:
     """S of ReLU ResNets with output std 1/m, (seeds, depths, scales): branch scale 1/sqrt(L) and 1/L."""
     networks = [
-        network_of(resnet(depth, width, _INPUTS, branch_scale=beta, scheme="mup", input="sparse"), depth)
+        network_of(resnet(depth, width, beta, in_dim=_INPUTS, scheme="mup", input="sparse"), depth)
         for depth in depths
         for beta in (1 / math.sqrt(depth), 1 / depth)
     ]
