@@ -3,7 +3,9 @@
 from collections import Counter
 
 import pytest
-from test_cuda_static import ARCHITECTURES, CUOBJDUMP, NVCC, NVDISASM, Compiled, compile_file, sass
+from test_cuda_static import ARCHITECTURES, CUOBJDUMP, NVCC, NVDISASM, compile_file
+
+from benchmarks.variants.sass import Compiled, sass
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc: set CUDA_HOME or PATH")]
 

@@ -1,0 +1,124 @@
+"""What the compiler makes of a kernel, read without a GPU: registers, spills, machine code and its loops."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+# The architectures of the machine code read here, each with the virtual one whose PTX the build assembles it from.
+VIRTUAL = {"80": "80", "90": "80", "100": "100", "120": "100"}
+FLAGS = ("-std=c++17", "-O3", "--fmad=false")
+ARITHMETIC = ("FFMA", "FMUL", "DFMA", "DMUL")
+WIDE_LOAD = "LDG.E.128"
+
+
+def find_tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit: from CUDA_HOME, the wheels of this Python, PATH or the usual place."""
+    folders = [os.path.join(os.environ[v], "bin") for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    folders += [str(p) for p in Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/bin")]
+    folders.append("/usr/local/cuda/bin")
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a cubin and what ptxas says of it. Sizes in bytes; `shared` is what is declared, not dynamic."""
+
+    symbol: str
+    registers: int
+    stack: int
+    spills: int
+    shared: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A cubin, the warnings of its compilation and its kernels by symbol."""
+
+    cubin: Path
+    warnings: list[str]
+    kernels: dict[str, Kernel]
+
+
+def compile_cubin(source: Path, architecture: str, cubin: Path, *flags: str, virtual: str | None = None) -> Compiled:
+    """Compiles one file for one architecture ("90"), by way of the PTX of another one as the build does, or `virtual`.
+
+    Raises RuntimeError with the compiler's words if that fails.
+    """
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        raise RuntimeError("no nvcc: set CUDA_HOME or PATH")
+    code = f"-gencode=arch=compute_{virtual or VIRTUAL[architecture]},code=sm_{architecture}"
+    command = [nvcc, *FLAGS, "-cubin", "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", code, *flags]
+    done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source.name} for sm_{architecture}:\n{done.stderr[-4000:]}")
+    kernels = {}
+    report = re.compile(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers([^\n]*)",
+        re.DOTALL,
+    )
+    for symbol, stack, stores, loads, registers, rest in report.findall(done.stderr):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        size = int(shared[1]) if shared else 0
+        kernels[symbol] = Kernel(symbol, int(registers), int(stack), int(stores) + int(loads), size)
+    warnings = [line for line in done.stderr.splitlines() if "warning" in line.lower()]
+    return Compiled(cubin, warnings, kernels)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction. `target` is the address that a branch names."""
+
+    address: int
+    opcode: str
+    target: int | None
+
+
+def instructions(cubin: Path) -> dict[str, list[Instruction]]:
+    """The instructions of every kernel, in order; raises RuntimeError without cuobjdump and nvdisasm."""
+    cuobjdump, nvdisasm = find_tool("cuobjdump"), find_tool("nvdisasm")
+    if cuobjdump is None or nvdisasm is None:
+        raise RuntimeError("no cuobjdump or no nvdisasm: set CUDA_HOME, or install the wheels nvidia-cuda-*")
+    path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
+    command = [cuobjdump, "-sass", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ, PATH=path)).stdout
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*)")
+    kernels = {}
+    for part in text.split("Function : ")[1:]:
+        found = []
+        for address, opcode, operands in line.findall(part):
+            branch = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
+            found.append(Instruction(int(address, 16), opcode, int(branch[1], 16) if branch else None))
+        kernels[part.split()[0]] = found
+    return kernels
+
+
+def sass(cubin: Path) -> dict[str, list[str]]:
+    """The opcodes of every kernel, in order."""
+    return {symbol: [i.opcode for i in found] for symbol, found in instructions(cubin).items()}
+
+
+def loads_ahead(opcodes: list[str]) -> int:
+    """16-byte loads before the first arithmetic that follows the first of them: those of the fast loop under way."""
+    wide = [i for i, op in enumerate(opcodes) if op.startswith(WIDE_LOAD)]
+    arithmetic = (i for i, op in enumerate(opcodes) if wide and i > wide[0] and op.startswith(ARITHMETIC))
+    return bisect.bisect(wide, next(arithmetic, len(opcodes)))
+
+
+def loop_around(code: list[Instruction], inside: int) -> list[Instruction]:
+    """The innermost loop (a backward branch and what lies between) around instruction number `inside`."""
+    at = code[inside].address
+    loops = [(i.address - i.target, i) for i in code if i.target is not None and i.target <= at <= i.address]
+    if not loops:
+        raise ValueError(f"no loop around {code[inside].opcode} at {at:#x}")
+    _, end = min(loops, key=lambda loop: loop[0])
+    assert end.target is not None
+    return [i for i in code if end.target <= i.address <= end.address]
