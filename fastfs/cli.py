@@ -144,6 +144,23 @@ def doctor() -> None:
     raise typer.Exit(run_doctor())
 
 
+@app.command()
+def bench(
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; the GPU if there is one, else the CPU, if not given.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="A file for all numbers.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long to take.")] = 60.0,
+) -> None:
+    """Measure this machine in a minute: what its memory allows, the kernels, eager torch, torch.compile; a verdict.
+
+    Exit status: 0, or 2 if it could not be measured.
+    """
+    from fastfs.bench.command import run_bench
+
+    raise typer.Exit(run_bench(device, out=json, seconds=seconds))
+
+
 @app.command("scaling-check")
 def scaling_check(
     factory: Annotated[

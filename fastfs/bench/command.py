@@ -1,0 +1,90 @@
+"""``fastfs bench``: measures, shows a table and a verdict, writes a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastfs.bench.machine import write_json
+from fastfs.bench.quick import measure
+from fastfs.bench.verdict import troubles, verdict
+
+__all__ = ["CANNOT", "run_bench"]
+
+CANNOT = 2
+"""Exit status where nothing could be measured."""
+
+
+def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
+    """Run the command.
+
+    Args:
+        device: such as "cuda:0"; None for the GPU if there is one that torch can use, else the CPU.
+        out: file for the result, or None.
+        seconds: about how long to take.
+
+    Returns:
+        The exit status: 0, or 2 if it could not be measured.
+    """
+    console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
+    try:
+        where = _device(device)
+        if out is not None and out.is_dir():
+            raise ValueError(f"{out}: is a folder; name a file, such as {out / 'bench.json'}")
+        with errors.status("measuring") as status:
+            result = measure(where, seconds, lambda what: status.update(f"measuring: {escape(what)}"))
+        result["verdict"], result["troubles"] = verdict(result), troubles(result)
+        _show(console, result)
+        if out is not None:
+            write_json(out, result)
+            console.print(escape(f"Written to {out}"), highlight=False, soft_wrap=True)
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
+        errors.print(escape(f"fastfs bench: {error}"), highlight=False, soft_wrap=True)
+        return CANNOT
+    return 0
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    environment = result["environment"]
+    cores = f"{environment['processor']}, {environment['threads']} threads"
+    table = Table(title=escape(environment.get("device") or cores), title_justify="left")
+    for column in ("inputs", ""):
+        table.add_column(column, no_wrap=True)
+    for column in ("GB/s", "of ceiling", "fastfs is"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for race in result["results"]:
+        label = f"{race['kind']}, {race['dtype']}, {race['bytes'] / 2**20:.0f} MiB"
+        for row in race["rows"]:
+            ratio, faster = row["of ceiling"], row["fastfs is faster by"]
+            cells = [f"{row['GB/s']:.1f}", _text(ratio, ".2f"), _text(faster, ".1f", "x as fast")]
+            table.add_row(escape(label), escape(row["contestant"]), *cells)
+            label = ""
+        table.add_section()
+    console.print(table)
+    for line in result["verdict"]:
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    for line in result["troubles"]:
+        console.print(escape(f"! {line}"), style="yellow", highlight=False, soft_wrap=True)
+
+
+def _text(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
