@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fastfs.bench.ceilings import COPY
 from fastfs.bench.machine import write_json
 from fastfs.bench.quick import measure
+from fastfs.bench.race import COMPILE, EAGER, HAND, OURS
 from fastfs.bench.verdict import troubles, verdict
 
 __all__ = ["CANNOT", "run_bench"]
@@ -65,20 +67,19 @@ def _device(name: str | None) -> torch.device:
 
 def _show(console: Console, result: dict[str, Any]) -> None:
     environment = result["environment"]
-    cores = f"{environment['processor']}, {environment['threads']} threads"
-    table = Table(title=escape(environment.get("device") or cores), title_justify="left")
-    for column in ("inputs", ""):
-        table.add_column(column, no_wrap=True)
-    for column in ("GB/s", "of ceiling", "fastfs is"):
-        table.add_column(column, justify="right", no_wrap=True)
+    cores = f"{environment['processor']}, threads: {environment['threads']}"
+    console.print(escape(environment.get("device") or cores), highlight=False, soft_wrap=True)
+    console.print("GB/s, and how many times as fast as the others fastfs is", highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("inputs", "memory", "copy", "fastfs", "of memory", "eager", "by hand", "compile"):
+        table.add_column(column, justify="left" if column == "inputs" else "right", no_wrap=True)
     for race in result["results"]:
-        label = f"{race['kind']}, {race['dtype']}, {race['bytes'] / 2**20:.0f} MiB"
-        for row in race["rows"]:
-            ratio, faster = row["of ceiling"], row["fastfs is faster by"]
-            cells = [f"{row['GB/s']:.1f}", _text(ratio, ".2f"), _text(faster, ".1f", "x as fast")]
-            table.add_row(escape(label), escape(row["contestant"]), *cells)
-            label = ""
-        table.add_section()
+        rows = {row["contestant"]: row for row in race["rows"]}
+        cells = [f"{race['kind']}, {race['dtype']}"]
+        cells += [_cell(rows, name, "GB/s", ".1f") for name in (race["rows"][0]["contestant"], COPY, OURS)]
+        cells.append(_cell(rows, OURS, "of ceiling", ".2f"))
+        cells += [_cell(rows, name, "fastfs is faster by", ".1f", "x") for name in (EAGER, HAND, COMPILE)]
+        table.add_row(*cells)
     console.print(table)
     for line in result["verdict"]:
         console.print(escape(line), highlight=False, soft_wrap=True)
@@ -86,5 +87,6 @@ def _show(console: Console, result: dict[str, Any]) -> None:
         console.print(escape(f"! {line}"), style="yellow", highlight=False, soft_wrap=True)
 
 
-def _text(value: float | None, form: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{form}}{unit}"
+def _cell(rows: dict[str, dict[str, Any]], name: str, column: str, form: str, unit: str = "") -> str:
+    value = rows.get(name, {}).get(column)
+    return "-" if value is None else f"{value:{form}}{unit}"

@@ -59,7 +59,7 @@ class Compiler:
     def why_not(self, clock: Clock) -> str | None:
         """Why torch.compile is left out, or None."""
         if self.trouble is None and clock.left() < self.seconds + clock.steps:
-            return f"no time to compile: that takes about {self.seconds:.0f} s, {clock.left():.0f} s are left"
+            return f"compiling takes about {self.seconds:.0f} s, more than is left"
         return self.trouble
 
 
@@ -167,7 +167,7 @@ def _race(
         if name == COMPILE and (why := compiler.why_not(clock)):
             left_out[name] = why
             continue
-        first, seconds, why = attempt(functools.partial(sums, copies[0]), device, max(0.2, clock.share() / 6))
+        first, seconds, why = attempt(functools.partial(sums, copies[0]), device, max(0.3, clock.share() / 4))
         if name == COMPILE:
             compiler.seconds = max(1.0, seconds)
             compiler.trouble = why if first is None else None

@@ -35,6 +35,12 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
         core = result["environment"]["core"]
         cuda = f", CUDA kernels for {core['cuda']['architectures']}" if core["cuda"] else ""
         said.append(f"Native core: {core['instruction_set']} loops, compiler {core['compiler']}{cuda}.")
+        return said
+    for race in by_kind[LAYER]:
+        rates = [
+            f"{r['contestant']} {r['GB/s']:.1f}" for r in race["rows"] if r["contestant"] in (EAGER, HAND, COMPILE)
+        ]
+        said.append(f"GB/s of one layer, {race['dtype']}: {', '.join(rates) or 'nothing was quick enough'}.")
     return said
 
 
