@@ -80,6 +80,19 @@ void measure_optimizer_cpu(const py::tuple& inputs, const py::object& coefficien
   cpu::measure<Sums>(list.layers, to, threads);
 }
 
+// Rows of all tensors of a list together: the elements of all dimensions but the last.
+int64_t count_rows(const py::list& tensors) {
+  Exchange exchange;
+  int64_t all = 0;
+  for (size_t n = 0; n < tensors.size(); ++n) {
+    const DLTensor t = exchange.view(PyList_GET_ITEM(tensors.ptr(), n));
+    int64_t rows = 1;
+    for (int d = 0; d + 1 < t.ndim; ++d) rows *= t.shape[d];
+    all += rows;
+  }
+  return all;
+}
+
 // Feature inputs of any dtype, contiguous: what the ceiling of the benchmarks reads.
 uint64_t stream_read_cpu(const py::tuple& inputs, int threads) {
   Exchange exchange;
@@ -90,33 +103,38 @@ uint64_t stream_read_cpu(const py::tuple& inputs, int threads) {
 }
 
 #ifdef FASTFS_WITH_CUDA
-// A call on a CUDA device in two steps, because torch allocates the memory that the first one sizes.
+// A call on a CUDA device in two steps, because torch allocates the memory that the first one sizes. Where the second
+// allocates nothing but the output, there is no workspace.
 template <class Sums>
 class CudaCall {
  public:
   CudaCall(const py::tuple& inputs, bool per_row) : list_(read<Sums::kInputs>(exchange_, inputs, per_row)) {
     if (list_.device.device_type != kDLCUDA) throw py::value_error("expected tensors on a CUDA device");
     workspace_ = cuda::workspace<Sums>(list_.layers);
+    stream_ = exchange_.current_stream(list_.device);
   }
   // ... with coefficients, which have to live until the launch.
   CudaCall(const py::tuple& inputs, const py::object& coefficients) : CudaCall(inputs, false) {
     coefficients_ = read_coefficients<Sums>(exchange_, coefficients, list_);
   }
+  int64_t rows() const { return list_.segments; }
   int64_t partial_bytes() const { return workspace_.partial_bytes; }
   int64_t tickets() const { return workspace_.tickets; }
-  // Queues the work on torch's current stream of the inputs' device.
+  uintptr_t stream() const { return reinterpret_cast<uintptr_t>(stream_); }
+  bool capturing() const { return cuda::capturing(list_.device.device_id, stream_); }
+  // Queues the work on what was torch's current stream of the inputs' device.
   void launch(const py::object& out, uintptr_t partials, uintptr_t tickets) {
     double* const to = output(exchange_, out, list_.segments, Sums::kSums + 2, list_.device);
-    void* const stream = exchange_.current_stream(list_.device);
     const py::gil_scoped_release released;
     cuda::launch<Sums>(list_.layers, coefficients_, to, reinterpret_cast<void*>(partials),
-                       reinterpret_cast<uint32_t*>(tickets), list_.device.device_id, stream);
+                       reinterpret_cast<uint32_t*>(tickets), list_.device.device_id, stream_);
   }
 
  private:
   Exchange exchange_;
   LayerList list_;
   cuda::Workspace workspace_{};
+  void* stream_ = nullptr;
   const double* coefficients_ = nullptr;
 };
 
@@ -128,8 +146,11 @@ void bind_cuda(py::module_& m, const char* name) {
   } else {
     call.def(py::init<const py::tuple&, bool>());
   }
-  call.def_property_readonly("partial_bytes", &CudaCall<Sums>::partial_bytes)
+  call.def_property_readonly("rows", &CudaCall<Sums>::rows)
+      .def_property_readonly("partial_bytes", &CudaCall<Sums>::partial_bytes)
       .def_property_readonly("tickets", &CudaCall<Sums>::tickets)
+      .def_property_readonly("stream", &CudaCall<Sums>::stream)
+      .def_property_readonly("capturing", &CudaCall<Sums>::capturing)
       .def("launch", &CudaCall<Sums>::launch);
 }
 
@@ -176,6 +197,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("adam_stats_cpu", &measure_optimizer_cpu<AdamSums>);
   m.def("adamax_stats_cpu", &measure_optimizer_cpu<AdamaxSums>);
   m.def("rmsprop_stats_cpu", &measure_optimizer_cpu<RmspropSums>);
+  m.def("count_rows", &count_rows);
   m.def("stream_read_cpu", &stream_read_cpu);
   bind_rows(m);
 #ifdef FASTFS_WITH_CUDA

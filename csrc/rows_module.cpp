@@ -83,20 +83,24 @@ void gather_rows_cpu(const py::object& x, const py::object& rows, int64_t row_di
 }
 
 #ifdef FASTFS_WITH_CUDA
-// `partials`: float64 of row_partials(kept, width) elements, at least.
+// `partials`: float64 of row_partials(kept, width) elements, at least; None where that is 0.
 void gather_rows_cuda(const py::object& x, const py::object& rows, int64_t row_dims, const py::object& out,
                       const py::object& squares, const py::object& partials) {
   Exchange exchange;
   const RowCall call(exchange, kDLCUDA, x, rows, row_dims, out, squares);
-  const DLTensor scratch = exchange.view(partials.ptr());
-  if (scratch.ndim != 1 || scratch.shape[0] < cuda::row_partials(call.request.kept, call.x.row.width) ||
-      dtype_of_rows(scratch, "partials") != DType::f64 || scratch.device.device_type != call.device.device_type ||
-      scratch.device.device_id != call.device.device_id) {
-    throw py::value_error("expected float64 partials of row_partials(kept, width) elements on the device of x");
+  const int64_t needed = cuda::row_partials(call.request.kept, call.x.row.width);
+  double* scratch = nullptr;
+  if (needed > 0) {
+    const DLTensor t = exchange.view(partials.ptr());
+    if (t.ndim != 1 || t.shape[0] < needed || dtype_of_rows(t, "partials") != DType::f64 ||
+        t.device.device_type != call.device.device_type || t.device.device_id != call.device.device_id) {
+      throw py::value_error("expected float64 partials of row_partials(kept, width) elements on the device of x");
+    }
+    scratch = reinterpret_cast<double*>(data_of(t));
   }
   void* const stream = exchange.current_stream(call.device);
   const py::gil_scoped_release released;
-  cuda::gather_rows(call.x, call.request, reinterpret_cast<double*>(data_of(scratch)), call.device.device_id, stream);
+  cuda::gather_rows(call.x, call.request, scratch, call.device.device_id, stream);
 }
 #endif
 

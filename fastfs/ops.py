@@ -86,7 +86,7 @@ def _feature_stats_cpu(before: list[Tensor], after: list[Tensor], backward: list
 
 
 def _feature_stats_per_row_cpu(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    out = _empty(before, sum(map(rows_of, before)), FEATURES)
+    out = _empty(before, _C.count_rows(before), FEATURES)
     _C.feature_stats_cpu((before, after, backward), True, out, torch.get_num_threads())
     return out
 
@@ -137,18 +137,20 @@ def _tickets(device: torch.device, stream: int, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
-def _launch(call: Any, out: Tensor) -> Tensor:
-    device = out.device
-    if device.index != torch.cuda.current_device():  # so that "current stream" means that of the tensors' device
-        with torch.cuda.device(device):
-            return _launch(call, out)
+def _launch(call: Any, like: Tensor, columns: int) -> Tensor:
+    device = like.device
+    out = torch.empty((call.rows, columns), dtype=torch.float64, device=device)
+    needed = call.tickets
+    if needed == 0:  # one block does all of a segment
+        call.launch(out, 0, 0)
+        return out
     partials = torch.empty(call.partial_bytes, dtype=torch.uint8, device=device)
-    count = 1 << max(call.tickets - 1, 1023).bit_length()
-    if torch.cuda.is_current_stream_capturing():
+    count = 1 << max(needed - 1, 1023).bit_length()
+    if call.capturing:
         # A graph may be replayed beside eager calls on this stream: it gets counters of its own, zeroed in the graph.
         tickets = torch.zeros(count, dtype=torch.int32, device=device)
     else:
-        tickets = _tickets(device, torch.cuda.current_stream().cuda_stream, count)
+        tickets = _tickets(device, call.stream, count)
     call.launch(out, partials.data_ptr(), tickets.data_ptr())
     return out
 
@@ -164,17 +166,17 @@ def _cuda_core() -> Any:
 
 def _feature_stats_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
     call = _cuda_core().FeatureStatsCuda((before, after, backward), False)
-    return _launch(call, _empty(before, len(before), FEATURES))
+    return _launch(call, before[0], FEATURES)
 
 
 def _feature_stats_per_row_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
     call = _cuda_core().FeatureStatsCuda((before, after, backward), True)
-    return _launch(call, _empty(before, sum(map(rows_of, before)), FEATURES))
+    return _launch(call, before[0], FEATURES)
 
 
 def _update_stats_cuda(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
     call = _cuda_core().UpdateStatsCuda((gradients, updates), False)
-    return _launch(call, _empty(gradients, len(gradients), UPDATES))
+    return _launch(call, gradients[0], UPDATES)
 
 
 def _optimizer_stats_cuda(
@@ -187,7 +189,7 @@ def _optimizer_stats_cuda(
 ) -> Tensor:
     inputs = _optimizer_inputs(rule, gradients, parameters, first, second)
     call = getattr(_cuda_core(), _OPTIMIZER_CUDA[Rule(rule)])(inputs, coefficients)
-    return _launch(call, _empty(gradients, len(gradients), PARAMETERS))
+    return _launch(call, gradients[0], PARAMETERS)
 
 
 # Fakes: shapes and errors without data.
@@ -226,7 +228,7 @@ def _take_rows(x: Tensor, rows: Tensor, row_dims: int, out: Tensor | None) -> Te
         if x.is_cuda:
             core = _cuda_core()
             partials = core.row_partials(rows.numel(), math.prod(x.shape[row_dims:]))
-            scratch = torch.empty(partials, dtype=torch.float64, device=x.device)
+            scratch = torch.empty(partials, dtype=torch.float64, device=x.device) if partials else None
             core.gather_rows_cuda(x, rows, row_dims, out, squares, scratch)
         else:
             _C.gather_rows_cpu(x, rows, row_dims, out, squares, torch.get_num_threads())

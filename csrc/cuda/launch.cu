@@ -123,6 +123,13 @@ void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int
 std::string architectures() { return FASTFS_ARCHITECTURES; }
 
 #if !defined(FASTFS_CUDA_ON_CPU)
+bool capturing(int device, void* stream) {
+  const DeviceGuard guard(device);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status), "cudaStreamIsCapturing");
+  return status != cudaStreamCaptureStatusNone;
+}
+
 int runtime_version() {
   int version = 0;
   check(cudaRuntimeGetVersion(&version), "cudaRuntimeGetVersion");

@@ -32,6 +32,9 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
 // Reads every byte of the inputs as fast as the device can (benchmarks: the ceiling). One double goes to `sink`.
 void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream);
 
+// Is the stream being captured into a graph?
+bool capturing(int device, void* stream);
+
 // Architectures compiled in, as "80,90,100,120+PTX"; runtime and driver versions as CUDA numbers them (driver 0: none).
 std::string architectures();
 int runtime_version();

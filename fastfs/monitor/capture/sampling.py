@@ -81,12 +81,12 @@ class Sampler:
         """A copy of ``kept`` rows of ``x``: (kept, width), contiguous."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
-        values, _ = torch.ops.fastfs.gather_rows(x.detach(), self.subset(total, kept, x.device), dims)
+        values, _ = torch.ops.fastfs.gather_rows(x, self.subset(total, kept, x.device), dims)
         return Kept(values, total)
 
     def squares(self, x: Tensor, kept: int) -> tuple[Tensor, float]:
         """Sums of the squares of ``kept`` rows, float64 (kept,), and the factor from their sum to that of all."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
-        sums: Tensor = torch.ops.fastfs.row_squares(x.detach(), self.subset(total, kept, x.device), dims)
+        sums: Tensor = torch.ops.fastfs.row_squares(x, self.subset(total, kept, x.device), dims)
         return sums, total / kept if kept else 1.0
