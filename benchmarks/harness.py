@@ -27,13 +27,17 @@ from fastfs import ops
 Times = dict[str, list[float]]  # seconds per round, by contestant
 
 
-def command_line(description: str | None, *, quick: str) -> argparse.Namespace:
-    """The options of every timed benchmark: ``device``, ``json``, ``rounds``, and ``quick`` with its help."""
+def command_line(description: str | None, *, quick: str, flags: dict[str, str] | None = None) -> argparse.Namespace:
+    """The options of every timed benchmark: ``device``, ``json``, ``rounds``, and ``quick`` with its help.
+
+    ``flags`` are further ones without a value, and their help.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help=quick)
+    for flag, help_ in {"--quick": quick, **(flags or {})}.items():
+        parser.add_argument(flag, action="store_true", help=help_)
     return parser.parse_args()
 
 

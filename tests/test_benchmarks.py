@@ -1,4 +1,4 @@
-"""The benchmarks run, and the GPU script knows its tests."""
+"""The benchmarks run; turns, budgets and the clock of the GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import feature_stats, gather_rows, harness, monitor
+from benchmarks import feature_stats, gather_rows, harness
 from fastfs import ops
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,51 +85,6 @@ def test_quick_benchmark_of_updates(tmp_path: Path) -> None:
     assert all(row["milliseconds"] > 0 and row["contestant"] in done.stdout for row in result["rows"])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not ops.native_available(), reason="no native core")
-def test_quick_benchmark_of_the_monitor(tmp_path: Path) -> None:
-    path = tmp_path / "result.json"
-    command = [sys.executable, "-m", "benchmarks.monitor", "--quick", "--rounds", "2", "--json", str(path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (result,) = json.loads(path.read_text())["results"]
-    rows = {row["contestant"]: row for row in result["rows"]}
-    assert list(rows) == [
-        monitor.PLAIN,
-        monitor.AGAIN,
-        monitor.OFF,
-        monitor.ALIGNED,
-        monitor.EVERY,
-        monitor.WINDOW,
-        monitor.MEASURED,
-        monitor.AMPLIFIED,
-        monitor.JVP,
-        monitor.PROBE,
-        monitor.NAIVE,
-    ]
-    assert all(row["milliseconds"] > 0 and row["ratio"] > 0 for row in rows.values())
-    assert rows[monitor.PLAIN]["ratio"] == 1
-    amortised = 0.99 * rows[monitor.OFF]["ratio"] + 0.01 * rows[monitor.MEASURED]["ratio"]
-    assert rows[monitor.EVERY]["ratio"] == pytest.approx(amortised, abs=2e-4)
-    assert rows[monitor.MEASURED]["peak MiB"] > rows[monitor.PLAIN]["peak MiB"] > 0
-    assert result["naive way and monitor differ by"]["angle, all rows"] <= 1e-5
-    assert [target["contestant"] for target in result["targets"]] == [monitor.EVERY, monitor.ALIGNED, monitor.MEASURED]
-    assert len(re.findall(r"^(PASS|FAIL)  ", done.stdout, re.MULTILINE)) == 3
-
-
-def test_storages_are_counted_while_they_live() -> None:
-    with monitor.Storages() as storages:
-        x = torch.zeros(1000)
-        for _ in range(5):
-            y = x.view(10, 100).T + 1
-        assert storages.peak == 3 * 4000  # x, and y while the next one comes
-        del y
-        z = torch.zeros(1500)
-    assert storages.peak == 3 * 4000
-    assert z.numel() == 1500
-
-
 def test_turns_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     contestants: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in "abc"}
@@ -187,15 +142,3 @@ def test_gpu_waits_until_all_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
     waited = log.index("sleep")
     assert log[waited - 1] == "synchronize"
     assert log[waited:] == ["sleep", "event", "call", "call", "call", "event", "synchronize"]
-
-
-def test_gpu_script_runs_every_file_with_gpu_tests() -> None:
-    command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = set(re.findall(r"^tests/test_(\w+)\.py::", done.stdout, re.MULTILINE))
-    named = re.search(
-        r"^tests=\(tests/test_\{([\w,]+)\}\.py\)$", (ROOT / "benchmarks/gpu.sh").read_text(), re.MULTILINE
-    )
-    assert named is not None
-    assert set(named[1].split(",")) == found

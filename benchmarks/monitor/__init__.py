@@ -1,0 +1,1 @@
+"""What does `fastfs.Monitor` cost: `python -m benchmarks.monitor`."""

@@ -1,0 +1,100 @@
+"""Before anything is timed: monitors change nothing, and agree with the naive way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.monitor.trainings import (
+    AGAIN,
+    ALIGNED,
+    AMPLIFIED,
+    JVP,
+    MEASURED,
+    NAIVE,
+    OFF,
+    PLAIN,
+    PROBE,
+    Bench,
+    Training,
+)
+
+STEPS = 2
+# Of angles in radians and relative speeds to the naive way, which is eager: a compiled forward rounds otherwise.
+EXACT, ROUNDED = 1e-5, 2e-2
+
+
+def check(bench: Bench) -> dict[str, float]:
+    """That monitors change nothing and agree with the naive way.
+
+    Parameters have to be bitwise those of the plain loop, except after a compiled step that was measured: its graph is
+    another one than that of the plain step, and may round otherwise. How many are equal is reported.
+
+    Returns:
+        Largest difference of angles (radians) and relative one of speeds with all rows, of angles with the default
+        rows in standard errors; and the largest share of the entries of the parameters that differ.
+
+    Raises:
+        AssertionError: if not.
+    """
+    compiled = bench.load.compiled
+    with _repeatable(bench.device):
+        plain, naive = bench.training(PLAIN), bench.training(NAIVE)
+        watched = {name: bench.training(name) for name in (OFF, ALIGNED, MEASURED, AMPLIFIED, JVP, PROBE)}
+        seen: list[Any] = []
+        watched["all rows"] = bench.training(MEASURED, rows=None, sinks=[lambda rows: seen.extend(rows)])
+        sampled: list[Any] = []
+        watched["sampled"] = bench.training(MEASURED, rows=64, sinks=[lambda rows: sampled.extend(rows)])
+        again = bench.training(AGAIN)
+        for _ in range(STEPS):
+            for training in (plain, again, naive, *watched.values()):
+                training.step()
+        for training in watched.values():
+            training.close()
+    if _different(plain, again):
+        raise AssertionError("two plain trainings have different parameters: nothing can be said about the monitor")
+    different = {name: _different(plain, training) for name, training in watched.items()}
+    if not compiled and any(different.values()):
+        raise AssertionError(f"parameters differ from those without the monitor: {different}")
+    assert naive.naive is not None
+    angles, speeds, _ = torch.stack(naive.naive.angles, dim=1).tolist()
+    exact = [row for row in seen if row["kind"] == "measured" and row["step"] == STEPS - 1]
+    rough = [row for row in sampled if row["kind"] == "measured" and row["step"] == STEPS - 1]
+    off = max(abs(row["angle"] - angle) for row, angle in zip(exact, angles, strict=True))
+    slow = max(abs(row["update_rms"] / speed - 1) for row, speed in zip(exact, speeds, strict=True))
+    truth = [row["angle"] for row in exact]
+    errors = max(abs(row["angle"] - angle) / row["angle_se"] for row, angle in zip(rough, truth, strict=True))
+    fall = float(naive.naive.decrease)
+    most = ROUNDED if compiled else EXACT
+    if not max(off, slow) <= most or not errors <= 6:
+        raise AssertionError(f"the naive way has other angles: {off:.1e} rad, {slow:.1e}, {errors:.1f} standard errors")
+    # The last block is upstream of all but the final norm and the head: less than the whole decrease, and most of it.
+    slack = 1e-2 if compiled else 1e-6
+    if not 0 < exact[-1]["aligned_decrease"] <= fall * (1 + slack):
+        raise AssertionError(f"aligned decrease {exact[-1]['aligned_decrease']:.3g}, the naive way {fall:.3g} in all")
+    return {
+        "angle, all rows": off,
+        "speed, all rows": slow,
+        "standard errors, 64 rows": errors,
+        "parameters that differ": max(different.values()),
+    }
+
+
+def _different(a: Training, b: Training) -> float:
+    """The share of the entries of parameters that are not the same bits."""
+    pairs = list(zip(a.parameters, b.parameters, strict=True))
+    return sum(int((p != q).sum()) for p, q in pairs) / sum(p.numel() for p, _ in pairs)
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On CUDA without fused attention: its backward adds in an order of its own in every run."""
+    if device.type == "cuda":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield

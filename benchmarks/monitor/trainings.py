@@ -1,0 +1,184 @@
+"""The trainings that are compared: one model, one stream of batches, and what watches each."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastfs
+from benchmarks.monitor.naive import Naive
+from fastfs.experiments.data import stdlib_text, windows
+from fastfs.models import Transformer
+
+PLAIN = "plain"
+AGAIN = "plain, again"
+OFF = "every=100: a step that is not measured"
+EVERY = "every=100: amortised"
+WINDOW = "every=100: a window of 100 steps"
+ALIGNED = "aligned_every=1: a predicted step"
+MEASURED = "measured step"
+AMPLIFIED = "measured step, amplify=True"
+JVP = 'measured step, mode="jvp"'
+PROBE = 'measured step, mode="probe"'
+NAIVE = "measured step, the naive way"
+
+NEVER = 10**9  # every=NEVER: step 0 alone is measured
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A transformer and its batches."""
+
+    width: int
+    depth: int
+    heads: int
+    context: int
+    batch: int
+    vocabulary: int = 256
+    autocast: bool = False
+    compiled: bool = False
+
+    @property
+    def name(self) -> str:
+        precision = "bfloat16 autocast" if self.autocast else "float32"
+        name = f"transformer {self.depth} x {self.width}, {self.batch} x {self.context} tokens, AdamW, {precision}"
+        return f"{name}, torch.compile" if self.compiled else name
+
+    def smaller(self, batch: int) -> Workload:
+        """The same with at most so many sequences in a batch."""
+        return replace(self, batch=min(batch, self.batch))
+
+
+def workload(quick: bool, device: torch.device, compiled: bool) -> Workload:
+    """On CUDA a GPT-2 small; its vocabulary is half of GPT-2's, since embedding and head are not tied: 124M in all."""
+    if quick:
+        return Workload(width=64, depth=2, heads=4, context=64, batch=4, compiled=compiled)
+    if device.type == "cuda":
+        size = {"width": 768, "depth": 12, "heads": 12, "context": 1024, "vocabulary": 25_088}
+        return Workload(**size, batch=16, autocast=True, compiled=compiled)
+    return Workload(width=256, depth=6, heads=4, context=256, batch=6, compiled=compiled)
+
+
+class Training:
+    """A loop whose steps can be taken one at a time.
+
+    Args:
+        load: model and data.
+        model: that every training starts from; copied, and the copy compiled where the workload says so.
+        batches: the same for all.
+        watch: attaches something to model and optimizer: a monitor, or None.
+        naive: measure every step the naive way.
+    """
+
+    def __init__(
+        self,
+        load: Workload,
+        model: nn.Module,
+        batches: list[Batch],
+        watch: Callable[[nn.Module, torch.optim.Optimizer], fastfs.Monitor | None],
+        naive: bool = False,
+    ) -> None:
+        own = copy.deepcopy(model)
+        self.parameters = list(own.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4)
+        self.naive = Naive(own, [f"blocks.{i}" for i in range(load.depth)]) if naive else None
+        # The naive way stays eager: a compiled model would break into pieces at its hooks.
+        self.model: nn.Module = _compiled(own) if load.compiled and not naive else own
+        self.monitor = watch(self.model, self.optimizer)
+        self._load = load
+        self._batches: Iterator[Batch] = itertools.cycle(batches)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._load.autocast):
+            return self.model(tokens)  # type: ignore[no-any-return]
+
+    def step(self) -> None:
+        tokens, targets = next(self._batches)
+        self.optimizer.zero_grad()
+        loss = cross_entropy(self._forward(tokens), targets)
+        loss.backward()
+        if self.monitor is not None:
+            self.monitor.log(loss=loss)
+        if self.naive is not None:
+            self.naive.before_step()
+        self.optimizer.step()
+        if self.naive is not None:
+            self.naive.after_step(lambda: self._forward(tokens))
+
+    def close(self) -> None:
+        if self.monitor is not None:
+            self.monitor.close()
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    """With code of its own: torch.compile keeps graphs by it, and a twin's graph knows nothing of this one's hooks."""
+    forward = type(model).forward
+    parts = forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
+    own = types.FunctionType(forward.__code__.replace(), *parts)
+    model.forward = types.MethodType(own, model)  # type: ignore[method-assign]
+    return torch.compile(model, dynamic=False)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class Bench:
+    """Makes trainings of one workload; their records go to a folder."""
+
+    def __init__(self, load: Workload, device: torch.device, folder: Path) -> None:
+        generator = torch.Generator().manual_seed(0)
+        model = Transformer(load.vocabulary, load.width, load.depth, load.heads, load.context, generator=generator)
+        self.load = load
+        self.device = device
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self._model = model.to(device)
+        self._batches = [(x.to(device), y.to(device)) for x, y in itertools.islice(_batches(load), 8)]
+        self._folder = folder
+        self._number = itertools.count()
+
+    def training(self, name: str, **options: Any) -> Training:
+        """A training as the table calls it; ``options`` of the monitor are added."""
+        settings: dict[str, dict[str, Any]] = {
+            OFF: {"every": NEVER},
+            WINDOW: {"every": 100},
+            ALIGNED: {"every": NEVER, "aligned_every": 1},
+            MEASURED: {"every": 1},
+            AMPLIFIED: {"every": 1, "amplify": True},
+            JVP: {"every": 1, "mode": "jvp"},
+            PROBE: {"every": 1, "mode": "probe", "probe": self._probe()},
+        }
+
+        def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> fastfs.Monitor | None:
+            if name not in settings:
+                return None
+            path = self._folder / f"record-{next(self._number)}.jsonl"
+            chosen = {**settings[name], **options}
+            return fastfs.Monitor(model, optimizer, path=path, alerts=(), verbose=False, **chosen)
+
+        return Training(self.load, self._model, self._batches, watch, naive=name == NAIVE)
+
+    def _probe(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        tokens, targets = self._batches[-1]
+        return tokens, lambda logits: cross_entropy(logits, targets)
+
+
+def _batches(load: Workload) -> Iterator[Batch]:
+    """Windows of text in bytes; of a larger vocabulary random tokens, since here only their number matters."""
+    if load.vocabulary == 256:
+        yield from windows(stdlib_text(1_000_000), batch=load.batch, length=load.context, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        tokens = torch.randint(load.vocabulary, (load.batch, load.context + 1), generator=generator)
+        yield tokens[:, :-1], tokens[:, 1:]
