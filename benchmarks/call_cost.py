@@ -1,0 +1,106 @@
+"""What a call costs the host: microseconds per call and where they go, beside those of another version of fastfs.
+
+    python -m benchmarks.call_cost [--device cuda] [--against FOLDER] [--json FILE] [--rounds N]
+
+FOLDER holds a checkout of another version with its native core built in place (`python setup.py build_ext --inplace`).
+Both versions run the same calls (benchmarks/call_cost_cases.py), each in a process of its own, in turn; figures are
+medians over the rounds, and ratios medians of the ratios within a round. Tensors are tiny, one thread: what is
+measured is the way there, not the sums.
+
+On a GPU the target of feature_stats on 100 layers is 40 us, launch included; exit status 1 if it is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import print_table, write_json
+
+CASES = Path(__file__).with_name("call_cost_cases.py")
+HERE = Path(__file__).resolve().parents[1]
+TARGET = ("feature_stats, 100 layers", 40.0)
+
+Costs = dict[str, float]
+
+
+def run_cases(folder: Path, device: torch.device) -> Costs:
+    """One process with the fastfs of a folder.
+
+    Raises:
+        RuntimeError: if it fails, or takes fastfs from elsewhere.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(CASES), str(device)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+    if done.returncode != 0:
+        raise RuntimeError(f"the calls failed with the fastfs of {folder}:\n{done.stderr}")
+    found = json.loads(done.stdout.splitlines()[-1])
+    if Path(found.pop("folder")).resolve() != folder.resolve():
+        raise RuntimeError(f"expected the fastfs of {folder}: is it a checkout with its native core built in place?")
+    return found  # type: ignore[no-any-return]
+
+
+def measure(folders: dict[str, Path], device: torch.device, rounds: int) -> dict[str, list[Costs]]:
+    """Per version the costs of every round, the versions in turn."""
+    found: dict[str, list[Costs]] = {name: [] for name in folders}
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds} ...", file=sys.stderr, flush=True)
+        for name, folder in folders.items():
+            found[name].append(run_cases(folder, device))
+    return found
+
+
+def rows(found: dict[str, list[Costs]]) -> list[dict[str, Any]]:
+    """Per call the median cost of each version, and the ratio of the present one to the other."""
+    table = []
+    for case in found["now"][0]:
+        row: dict[str, Any] = {"call": case}
+        for name, costs in found.items():
+            row[f"{name}, us"] = round(statistics.median(c[case] for c in costs), 2)
+        if "before" in found:
+            ratios = (a[case] / b[case] for a, b in zip(found["now"], found["before"], strict=True))
+            row["now / before"] = round(statistics.median(ratios), 3)
+        table.append(row)
+    return table
+
+
+def main() -> int:
+    """Runs both versions, shows and writes what they cost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another version of fastfs, built in place")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
+    folders = {"now": HERE}
+    if arguments.against is not None:
+        if not (arguments.against / "fastfs" / "__init__.py").is_file():
+            parser.error(f"--against: expected a checkout of fastfs, got {arguments.against}")
+        folders["before"] = arguments.against.resolve()
+
+    table = rows(measure(folders, arguments.device, arguments.rounds))
+    columns = list(table[0])
+    print_table("Host time of a call", columns, [[str(row[c]) for c in columns] for row in table])
+    case, most = TARGET
+    cost = next(row["now, us"] for row in table if row["call"] == case)
+    missed = arguments.device.type == "cuda" and cost > most
+    if arguments.device.type == "cuda":
+        print(f"{'FAIL' if missed else 'PASS'}  {case}: {cost:.1f} us, at most {most:.0f}")
+    if arguments.json:
+        write_json(arguments.json, arguments.device, table)
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
