@@ -1,1 +1,1 @@
-"""Versions of the kernel behind `feature_stats`, compiled beside one another: measured on a GPU, or read without one."""
+"""Versions of the kernel behind `feature_stats`: measured on a GPU, or read without one."""

@@ -15,7 +15,6 @@ from pathlib import Path
 VIRTUAL = {"80": "80", "90": "80", "100": "100", "120": "100"}
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 ARITHMETIC = ("FFMA", "FMUL", "DFMA", "DMUL")
-WIDE_LOAD = "LDG.E.128"
 
 
 def find_tool(name: str) -> str | None:
@@ -106,9 +105,14 @@ def sass(cubin: Path) -> dict[str, list[str]]:
     return {symbol: [i.opcode for i in found] for symbol, found in instructions(cubin).items()}
 
 
+def is_wide_load(opcode: str) -> bool:
+    """Is this a load of 16 bytes from global memory, with whatever hints?"""
+    return opcode.startswith("LDG.") and "128" in opcode.split(".")
+
+
 def loads_ahead(opcodes: list[str]) -> int:
     """16-byte loads before the first arithmetic that follows the first of them: those of the fast loop under way."""
-    wide = [i for i, op in enumerate(opcodes) if op.startswith(WIDE_LOAD)]
+    wide = [i for i, op in enumerate(opcodes) if is_wide_load(op)]
     arithmetic = (i for i, op in enumerate(opcodes) if wide and i > wide[0] and op.startswith(ARITHMETIC))
     return bisect.bisect(wide, next(arithmetic, len(opcodes)))
 

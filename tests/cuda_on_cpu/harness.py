@@ -109,6 +109,30 @@ def compile_driver(
     return program
 
 
+def compile_library(driver: str, folder: Path, sources: Path) -> Path:
+    """Builds a driver with the kernels in `sources` as a shared library for the host, plain build."""
+    include = include_folder()
+    assert include is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "library.so"
+    command = [
+        "g++",
+        *FLAGS,
+        "-O1",
+        "-fPIC",
+        "-fno-gnu-unique",
+        "-shared",
+        f"-I{HERE}",
+        f"-I{sources / 'cuda'}",
+        f"-isystem{include}",
+    ]
+    command += [str(HERE / driver), str(HERE / "shim_rt.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+    return library
+
+
 def environment(seed: int) -> dict[str, str]:
     """That of a driver: the order of blocks and threads, and sanitizers that end at the first finding."""
     return dict(
