@@ -74,11 +74,12 @@ def compile_cubin(source: Path, architecture: str, cubin: Path, *flags: str, vir
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction. `target` is the address that a branch names."""
+    """One machine instruction. `target` is the address that a branch names, `always` that it is taken by all."""
 
     address: int
     opcode: str
     target: int | None
+    always: bool = False
 
 
 def instructions(cubin: Path) -> dict[str, list[Instruction]]:
@@ -89,13 +90,14 @@ def instructions(cubin: Path) -> dict[str, list[Instruction]]:
     path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", "")])
     command = [cuobjdump, "-sass", str(cubin)]
     text = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ, PATH=path)).stdout
-    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*)")
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;\n]*)")
     kernels = {}
     for part in text.split("Function : ")[1:]:
         found = []
-        for address, opcode, operands in line.findall(part):
+        for address, predicate, opcode, operands in line.findall(part):
             branch = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
-            found.append(Instruction(int(address, 16), opcode, int(branch[1], 16) if branch else None))
+            always = branch is not None and opcode == "BRA" and not predicate and "P" not in operands
+            found.append(Instruction(int(address, 16), opcode, int(branch[1], 16) if branch else None, always))
         kernels[part.split()[0]] = found
     return kernels
 
@@ -126,3 +128,23 @@ def loop_around(code: list[Instruction], inside: int) -> list[Instruction]:
     _, end = min(loops, key=lambda loop: loop[0])
     assert end.target is not None
     return [i for i in code if end.target <= i.address <= end.address]
+
+
+def shortest_path(code: list[Instruction], start: int, end: int) -> int:
+    """The fewest instructions from the one at address `start` until the one at address `end` comes, without it."""
+    place = {one.address: i for i, one in enumerate(code)}
+    seen, edge, length = {place[start]}, [place[start]], 0
+    while edge:
+        if place[end] in edge:
+            return length
+        length += 1
+        following = []
+        for i in edge:
+            one = code[i]
+            if one.target is not None and not one.opcode.startswith("BRA.DIV"):
+                following.append(place[one.target])
+            if not one.always and one.opcode not in ("EXIT", "RET") and i + 1 < len(code):
+                following.append(i + 1)
+        edge = [i for i in dict.fromkeys(following) if i not in seen]
+        seen.update(edge)
+    raise ValueError(f"no path from {start:#x} to {end:#x}")
