@@ -7,13 +7,6 @@
 
 #include "shim_runtime.h"
 
-namespace shim {
-void bulk_init(uint64_t* barrier, unsigned count);
-void bulk_arrive(uint64_t* barrier, unsigned bytes);
-void bulk_wait(uint64_t* barrier, unsigned parity, const char* where);
-void bulk_load(void* to, const void* from, unsigned bytes, uint64_t* barrier);
-}  // namespace shim
-
 namespace fastfs::cuda {
 
 inline char* dynamic_shared() { return shim::dyn_shared(); }
