@@ -1,106 +1,122 @@
-"""The sums of `fastfs.feature_stats` as one writes them without fastfs: in eager torch, and under torch.compile.
+"""Who takes part in `benchmarks.feature_stats`, and who does not and why.
 
-All return a (L, 8) tensor: the seven sums of FeatureStats in its order, and the count of non-finite entries.
+Those that the command `fastfs bench` has too are in `fastfs.bench.contestants`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Layers = Sequence[Tensor]
+import fastfs
+from benchmarks.workloads import LADDER, Workload
+from fastfs.bench import contestants
+from fastfs.bench.contestants import Layers, Sums
+from fastfs.bench.inputs import Inputs
+from fastfs.bench.race import COMPILE, EAGER, HAND, OURS
+
+LESS = "torch.compile, no rounding_sq"
+COOPERATIVE = "torch.compile, cooperative reductions"
+COMBO = "torch.compile, whole list, combo_kernels"
+FOREACH = "eager by hand, foreach"
+NORMS = "torch._foreach_norm, 3 sums of 8"
+TRITON = "Triton"
+TRITON_LIST = "Triton, one launch"
+
+MOST_COMBINED = 30  # layers of one graph: it takes seconds to compile for each ten of them
+WHOLE = (COMPILE, COOPERATIVE, COMBO)
+"""Ways of torch.compile that give all sums."""
 
 
-def _exponent_part(x: Tensor) -> Tensor:
-    """2^floor(log2|x|) of a float32 tensor: its exponent bits alone."""
-    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+@dataclass(frozen=True)
+class Contestant:
+    """A way to take the sums.
 
-
-def _rounding_factor(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps ** 2 / 12
-
-
-def _layer_sums(before: Tensor, after: Tensor, backward: Tensor, rounding: bool) -> Tensor:
-    """One layer in float32, written for a compiler that fuses it: every sum from one expression."""
-    f, g, b = before.float(), after.float(), backward.float()
-    df = g - f
-    product = df * b
-    bad = (f * 0 != 0).float() + (g * 0 != 0).float() + (b * 0 != 0).float()  # faster than isfinite under Inductor
-    sums = [product.sum(), (df * df).sum(), (b * b).sum(), (f * f).sum(), (f * df).sum(), product.abs().sum()]
-    if rounding:
-        spacing_sq = _exponent_part(f).square() + _exponent_part(g).square()
-        sums.append(spacing_sq.sum() * _rounding_factor(before.dtype))
-    return torch.stack([*sums, bad.sum()])
-
-
-def compiled(rounding: bool = True) -> Callable[[Layers, Layers, Layers], Tensor]:
-    """torch.compile of one layer's sums, called layer after layer: one graph per shape and dtype.
-
-    Without `rounding` it leaves out the rounding variance, which Inductor does not vectorise for 16-bit inputs: (L, 7).
+    Args:
+        prepare: the call for given inputs; what it does besides is not timed.
+        compiles: the first call takes seconds.
+        checked: its sums are those of `Truth.error`.
+        graph: on a GPU it is timed as a replayed CUDA graph, for it launches many kernels.
     """
-    layer = torch.compile(functools.partial(_layer_sums, rounding=rounding), fullgraph=True, dynamic=False)
 
-    def run(before: Layers, after: Layers, backward: Layers) -> Tensor:
-        return torch.stack([layer(*x) for x in zip(before, after, backward, strict=True)])
-
-    return run
-
-
-def by_hand(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Eager torch as an expert writes it: float32 once, dot products (no temporaries) wherever one serves.
-
-    On the CPU in slices of 256K elements, which keeps the temporaries in the cache: the fastest of 16K to 1M here.
-    """
-    rows = []
-    for layer in zip(before, after, backward, strict=True):
-        slices = [x.reshape(-1).split(2**18) if x.device.type == "cpu" else [x] for x in layer]
-        rows.append(_sums_by_hand(*slices).double().sum(dim=0))
-    return torch.stack(rows)
+    prepare: Callable[[Inputs], Callable[[], Tensor]]
+    compiles: bool = False
+    checked: bool = True
+    graph: bool = True
 
 
-def _sums_by_hand(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    rows = []
-    for old, new, bw in zip(before, after, backward, strict=True):
-        f, g, b = old.reshape(-1).float(), new.reshape(-1).float(), bw.reshape(-1).float()
-        df = g - f
-        p, q = _exponent_part(f), _exponent_part(g)
-        bad = sum((~x.isfinite()).sum() for x in (old, new, bw))
-        rows.append(
-            torch.stack(
-                [
-                    torch.dot(df, b),
-                    torch.dot(df, df),
-                    torch.dot(b, b),
-                    torch.dot(f, f),
-                    torch.dot(f, df),
-                    (df * b).abs().sum(),
-                    (torch.dot(p, p) + torch.dot(q, q)) * _rounding_factor(old.dtype),
-                    bad.float(),
-                ]
-            )
-        )
-    return torch.stack(rows)
+def _plain(sums: Sums, *, compiles: bool = False, checked: bool = True) -> Contestant:
+    return Contestant(lambda inputs: functools.partial(sums, *inputs), compiles, checked)
 
 
-def by_hand_foreach(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Eager torch for many small layers on a GPU: the multi-tensor functions that optimizers use."""
-    f, g, b = ([x.reshape(-1).float() for x in layers] for layers in (before, after, backward))
-    df = torch._foreach_sub(g, f)
-    product = torch._foreach_mul(df, b)
-    sums = [
-        [x.sum() for x in product],
-        [x.square() for x in torch._foreach_norm(df)],
-        [x.square() for x in torch._foreach_norm(b)],
-        [x.square() for x in torch._foreach_norm(f)],
-        [x.sum() for x in torch._foreach_mul(f, df)],
-        torch._foreach_norm(product, 1),
-        [
-            (torch.dot(p, p) + torch.dot(q, q)) * _rounding_factor(old.dtype)
-            for p, q, old in zip(map(_exponent_part, f), map(_exponent_part, g), before, strict=True)
-        ],
-        [sum((~x.isfinite()).sum() for x in layer).float() for layer in zip(before, after, backward, strict=True)],
-    ]
-    return torch.stack([torch.stack(list(column)) for column in sums], dim=1)
+def whole_list() -> Sums:
+    """torch.compile of all layers as one graph, with kernels that serve several layers."""
+
+    def function(before: Layers, after: Layers, backward: Layers) -> Tensor:
+        return torch.stack([contestants.layer_sums(*x) for x in zip(before, after, backward, strict=True)])
+
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"combo_kernels": True})
+
+
+def norms(before: Layers, after: Layers, backward: Layers) -> Tensor:
+    """What torch has ready for lists: the norms of the inputs, in their dtype. A lower bound, with fewer sums."""
+    return torch.stack(torch._foreach_norm([*before, *after, *backward]))
+
+
+def _ours(per_row: bool, backend: str | None, inputs: Inputs) -> Tensor:
+    found = fastfs.feature_stats(*inputs, per_row=per_row, backend=backend)
+    return torch.cat([x.sums for x in found]) if isinstance(found, list) else found.sums
+
+
+def lineup(workload: Workload, device: torch.device, triton: Any) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """All contestants by name, and those left out with the reason. `triton` is what :func:`triton_kernels` gives."""
+    per_row, layers, on_gpu = workload.per_row, len(workload.shapes), device.type == "cuda"
+    stats = {None: OURS, "reference": EAGER}
+    found = {
+        name: Contestant(lambda inputs, b=backend: functools.partial(_ours, per_row, b, inputs), graph=name != OURS)
+        for backend, name in stats.items()
+    }
+    left_out = {}
+    found[COMPILE] = _plain(contestants.compiled(per_row=per_row), compiles=True)
+    if workload.part != LADDER or workload.bytes in range(2**27, 2**29):
+        found[LESS] = _plain(contestants.compiled(per_row=per_row, rounding=False), compiles=True)
+    if on_gpu:
+        options = {"triton.cooperative_reductions": True}
+        found[COOPERATIVE] = _plain(contestants.compiled(per_row=per_row, options=options), compiles=True)
+    else:
+        left_out[COOPERATIVE] = "for GPUs only"
+    found[HAND] = _plain(contestants.by_hand_per_row if per_row else contestants.by_hand)
+    if not per_row:
+        if layers > 1:
+            if not on_gpu:
+                left_out[COMBO] = "for GPUs only"
+            elif layers > MOST_COMBINED:
+                left_out[COMBO] = f"{layers} layers, up to {MOST_COMBINED} can be compiled in the time there is"
+            else:
+                found[COMBO] = _plain(whole_list(), compiles=True)
+            if on_gpu:
+                found[FOREACH] = _plain(contestants.by_hand_foreach)
+        found[NORMS] = _plain(norms, checked=False)
+    if isinstance(triton, str):
+        left_out[TRITON] = triton
+    else:
+        found[TRITON] = Contestant(triton.per_row if per_row else triton.per_layer, compiles=True)
+        if layers > 1 and not per_row:
+            found[TRITON_LIST] = Contestant(triton.all_layers, compiles=True)
+    return found, left_out
+
+
+def triton_kernels(device: torch.device) -> Any:
+    """The kernels in Triton, or why there are none."""
+    if device.type != "cuda":
+        return "for GPUs only"
+    try:
+        from benchmarks.triton_kernels import Kernels
+    except ImportError as error:
+        return str(error)
+    return Kernels(device)

@@ -1,147 +1,149 @@
-"""How fast is `fastfs.feature_stats`: against reading the same bytes, eager torch and torch.compile.
+"""How fast is `fastfs.feature_stats`: against reading the same bytes, eager torch, torch.compile and Triton.
 
-    python -m benchmarks.feature_stats [--device cuda] [--json FILE] [--quick]
+    python -m benchmarks.feature_stats [--device cuda] [--json FILE] [--quick] [--only ladder,lists]
+
+Parts: "ladder", one layer of 4 KiB to 4 GiB in four dtypes; "lists", 1 to 1000 layers; "rows", sums per row over the
+width; "transformers", the layers' outputs of real shapes; "overhead", host time of a call.
 
 Bandwidth counts the bytes of the three inputs, read once. The ceiling is a streaming read of the same tensors in the
-same run. Every contestant's sums are checked against float64 before it is timed; the error is relative to the sum of
-the absolute terms.
+same run; "copy" copies the features and counts the bytes of both sides. Inputs come from memory, not from the cache:
+where they are small, the calls take so many copies in turn that all of them are four times as large as the cache. Every
+contestant's sums are checked against float64 before it is timed; the error is relative to the sum of the absolute
+terms. On a GPU contestants that launch many kernels are timed as replayed CUDA graphs. Who is left out is in the result
+with the reason. Exit status 1 if a target is missed on a GPU at full size.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import statistics
+import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastfs
-from benchmarks import contestants
-from benchmarks.harness import command_line, median_ratio, print_table, side_by_side, thread_counts, write_json
-from fastfs import ops
+from benchmarks.contestants import Contestant, lineup, triton_kernels
+from benchmarks.graphs import as_graphs
+from benchmarks.harness import command_line, side_by_side, thread_counts, write_json
+from benchmarks.show import show
+from benchmarks.targets import show_targets, targets
+from benchmarks.workloads import DTYPES, LADDER, LISTS, PARTS, ROWS, TRANSFORMERS, Workload, size_name, workloads
+from fastfs.bench import ceilings
+from fastfs.bench.inputs import Inputs, Turns, copies_for
+from fastfs.bench.machine import cache_bytes, free_bytes
+from fastfs.bench.race import OURS, attempt, ranking
+from fastfs.bench.truth import ALLOWED, Truth, truth
 
-CEILING = "streaming read"
-OURS = "fastfs"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Layers of one call: their shapes."""
-
-    name: str
-    shapes: list[tuple[int, ...]]
-
-    def make(self, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Features, features after a relative update of 0.1, backward vectors."""
-        generator = torch.Generator(device).manual_seed(0)
-
-        def normal(shape: tuple[int, ...]) -> Tensor:
-            return torch.empty(shape, device=device).normal_(generator=generator)
-
-        before, after, backward = [], [], []
-        for shape in self.shapes:
-            f = normal(shape)
-            before.append(f.to(dtype))
-            after.append((f + 0.1 * normal(shape)).to(dtype))
-            backward.append((1e-3 * normal(shape)).to(dtype))
-        return before, after, backward
+OVERHEAD = "overhead"
+MOST_SECONDS = 1.0  # of one call; who needs more is left out
+BUDGET = 1.0  # seconds of a contestant's rounds, after the third
+COMPILE_SECONDS, QUICK_SECONDS = 110.0, 12.0
+# Of the seconds to compile, until the end of each part; what one leaves is for the next.
+SHARES = {LADDER: 0.45, LISTS: 0.7, ROWS: 0.85, TRANSFORMERS: 1.0}
 
 
-def transformer_shapes(blocks: int, batch: int, tokens: int, width: int) -> list[tuple[int, ...]]:
-    """Outputs of a transformer's attention, MLP hidden layer, MLP and block, for every block."""
-    block = [(batch, tokens, width), (batch, tokens, 4 * width), (batch, tokens, width), (batch, tokens, width)]
-    return block * blocks
+class Budget:
+    """Seconds for compiling."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.allowed = seconds
+        self.spent = 0.0
+
+    def why_not(self) -> str | None:
+        """Why nothing more is compiled now, or None."""
+        if self.spent < self.allowed:
+            return None
+        return f"the {self.allowed:.0f} s for compiling up to here are spent (--compile-seconds)"
 
 
-def workloads(quick: bool) -> list[Workload]:
-    if quick:
-        return [Workload("1 x 64K", [(2**16,)]), Workload("transformer, tiny", transformer_shapes(2, 1, 32, 64))]
-    return [
-        Workload("1 x 64M", [(64 * 2**20,)]),
-        Workload("100 x 1M", [(1024, 1024)] * 100),
-        Workload("1000 x 16K", [(16, 1024)] * 1000),
-        Workload("transformer 12 x 768, 4 x 256 tokens", transformer_shapes(12, 4, 256, 768)),
-    ]
+def prepare(
+    name: str, contestant: Contestant, copies: list[Inputs], true: Truth, device: torch.device, budget: Budget
+) -> tuple[list[Callable[[], object]], dict[str, Any], str | None]:
+    """A contestant's calls, one per copy; what is to be told of it; and why it is left out, or None.
+
+    Raises:
+        AssertionError: fastfs is wrong, or cannot be called.
+    """
+    if contestant.compiles and (why := budget.why_not()):
+        return [], {}, why
+    began = time.perf_counter()
+    call, _, why = attempt(lambda: contestant.prepare(copies[0]), device)
+    first = None
+    if why is None:
+        first, _, why = attempt(call, device, MOST_SECONDS)
+    seconds = time.perf_counter() - began
+    if contestant.compiles:
+        budget.spent += seconds
+    if why is not None:
+        if name == OURS:
+            raise AssertionError(f"fastfs: {why}")
+        return [], {}, why
+    error = true.error(first) if contestant.checked else None
+    if name == OURS and not error <= ALLOWED:
+        raise AssertionError(f"fastfs is off by {error:.1e}, allowed is {ALLOWED:.0e}")
+    calls = [call, *(contestant.prepare(inputs) for inputs in copies[1:])]
+    timed_as = "calls"
+    if device.type == "cuda" and contestant.graph:
+        calls, timed_as = as_graphs(calls)
+    return calls, {"error": error, "timed as": timed_as, "first call, s": round(seconds, 3)}, None
 
 
-def truth_and_scale(before: Tensor, after: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
-    """The sums in float64 from the reference, and the sums of the absolute terms."""
-    stats = fastfs.reference.feature_stats(before, after, backward)
-    sums = stats.sums[:8].clone()
-    scale = sums.abs()
-    scale[0] = sums[5]
-    f, g = before.double(), after.double()
-    scale[4] = (f * (g - f)).abs().sum()
-    return sums, scale.clamp_min(torch.finfo(torch.float64).tiny)
+def repeats(workload: Workload, device: torch.device) -> int:
+    """Calls in a row: enough for the clock, few enough for the GPU's queue."""
+    if device.type == "cuda":
+        return 20 if workload.bytes < 2**25 else 5
+    return max(1, min(100, 2**22 // workload.bytes))
 
 
-def worst_error(sums: Tensor, inputs: tuple[list[Tensor], list[Tensor], list[Tensor]]) -> float:
-    """Largest error over (at most 20 of) the layers and all sums; of seven columns, rounding_sq is the one left out."""
-    columns = [0, 1, 2, 3, 4, 5, 7] if sums.shape[1] == 7 else list(range(8))
-    worst = 0.0
-    for i in range(0, len(inputs[0]), max(1, len(inputs[0]) // 20)):
-        truth, scale = truth_and_scale(*(x[i] for x in inputs))
-        found = sums[i, : len(columns)].double()
-        worst = max(worst, float(((found - truth[columns]).abs() / scale[columns]).max()))
-    return worst
-
-
-def bandwidth(workload: Workload, dtype: torch.dtype, device: torch.device, rounds: int) -> dict[str, Any]:
+def bandwidth(workload: Workload, device: torch.device, rounds: int, budget: Budget, triton: Any) -> dict[str, Any]:
     """Times one workload: milliseconds, GB/s, ratio to the ceiling and fastfs' gain for every contestant."""
-    inputs = workload.make(dtype, device)
-    size = sum(x.numel() * x.element_size() for layers in inputs for x in layers)
-    threads = torch.get_num_threads()
-    torch._dynamo.reset()
-    compiled, compiled_less = contestants.compiled(), contestants.compiled(rounding=False)
-    if device.type == "cuda":
-        sink = torch.empty((1, 1), dtype=torch.float64, device=device)
-        ceiling: Callable[[], object] = lambda: ops._C.stream_read_cuda(inputs, sink)  # noqa: E731
-    else:
-        ceiling = lambda: ops._C.stream_read_cpu(inputs, threads)  # noqa: E731
-    measured: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: fastfs.feature_stats(*inputs).sums,
-        "torch.compile": lambda: compiled(*inputs),
-        "torch.compile, no rounding_sq": lambda: compiled_less(*inputs),
-        "eager by hand": lambda: contestants.by_hand(*inputs),
-        "eager (reference)": lambda: fastfs.feature_stats(*inputs, backend="reference").sums,
+    copies = workload.inputs(device, copies_for(workload.bytes, cache_bytes(device)))
+    turns = Turns(len(copies))
+    true = truth(copies[0], per_row=workload.per_row)
+    torch._dynamo.reset()  # otherwise the graphs of all workloads count against a limit
+    calls: dict[str, Callable[[], object]] = {
+        ceilings.READ: turns.over([ceilings.streaming_read(inputs) for inputs in copies])
     }
-    if device.type == "cuda":
-        measured["eager by hand, foreach"] = lambda: contestants.by_hand_foreach(*inputs)
-    errors = {name: worst_error(call(), inputs) for name, call in measured.items()}
-    if not errors[OURS] <= 2e-6:
-        raise AssertionError(f"{workload.name}, {dtype}: fastfs is off by {errors[OURS]:.1e}, allowed is 2e-6")
-
-    repeat = 5 if device.type == "cuda" else 1
-    times = side_by_side({CEILING: ceiling, **measured}, device, rounds, repeat)
-    rows = []
-    for name in times:
-        seconds = statistics.median(times[name])
-        rows.append(
-            {
-                "contestant": name,
-                "milliseconds": round(seconds * 1e3, 4),
-                "GB/s": round(size / seconds / 1e9, 2),
-                "of ceiling": round(median_ratio(times, CEILING, name), 3),
-                "fastfs is faster by": round(median_ratio(times, name, OURS), 2),
-                "error": errors.get(name),
-            }
-        )
+    moved, about = {}, {}
+    if workload.part == LADDER:
+        made = [ceilings.copy(inputs) for inputs in copies]
+        calls[ceilings.COPY], moved[ceilings.COPY] = turns.over([call for call, _ in made]), made[0][1]
+    found, left_out = lineup(workload, device, triton)
+    for name, contestant in found.items():
+        ready, told, why = prepare(name, contestant, copies, true, device, budget)
+        if why is not None:
+            left_out[name] = why
+        else:
+            calls[name], about[name] = turns.over(ready), told
+    repeat = repeats(workload, device)
+    times = side_by_side(calls, device, rounds, repeat, BUDGET)
+    rows = [{**row, **about.get(row["contestant"], {})} for row in ranking(times, workload.bytes, moved)]
     return {
+        "part": workload.part,
         "workload": workload.name,
-        "dtype": str(dtype).removeprefix("torch."),
-        "threads": threads if device.type == "cpu" else None,
-        "bytes": size,
+        "dtype": workload.dtype,
+        "layers": len(workload.shapes),
+        "shapes": sorted(set(workload.shapes)),
+        "per row": workload.per_row,
+        "bytes": workload.bytes,
+        "cut": workload.cut,
+        "copies": len(copies),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "rounds": rounds,
         "calls per round": repeat,
         "rows": rows,
+        "left out": left_out,
     }
 
 
 def overhead(device: torch.device, rounds: int) -> dict[str, Any]:
     """Microseconds of host time for a call on tiny tensors: one layer, and 100 layers."""
-    result: dict[str, Any] = {"workload": "call overhead, 8 x 8 float32", "microseconds": {}}
+    result: dict[str, Any] = {"part": OVERHEAD, "workload": "call overhead, 8 x 8 float32", "microseconds": {}}
     for layers in (1, 100):
         x = [torch.randn(8, 8, device=device) for _ in range(layers)]
         arguments = x[0] if layers == 1 else x
@@ -152,37 +154,77 @@ def overhead(device: torch.device, rounds: int) -> dict[str, Any]:
     return result
 
 
-def show(result: dict[str, Any]) -> None:
-    threads = f", {result['threads']} thread{'s' * (result['threads'] > 1)}" if result["threads"] else ""
-    rows = [
-        [
-            row["contestant"],
-            f"{row['milliseconds']:.3f}",
-            f"{row['GB/s']:.1f}",
-            f"{row['of ceiling']:.2f}",
-            f"{row['fastfs is faster by']:.1f}x",
-            "" if row["error"] is None else f"{row['error']:.0e}",
-        ]
-        for row in result["rows"]
-    ]
-    title = f"{result['workload']}, {result['dtype']}{threads}"
-    print_table(title, ["", "ms", "GB/s", "of ceiling", "fastfs is faster by", "error"], rows)
+def measure_part(
+    part: str, device: torch.device, rounds: int, largest: int, quick: bool, budget: Budget, triton: Any
+) -> list[dict[str, Any]]:
+    """All workloads of a part, in the order of dtype and size; on the CPU some with one thread too."""
+    results = []
+    budget.allowed = budget.seconds * SHARES[part]
+    for workload in workloads(part, device, largest=largest, free=free_bytes(device), quick=quick):
+        both = part == LADDER and workload.bytes in range(2**27, 2**29) and workload.dtype in ("float32", "bfloat16")
+        for _ in thread_counts(device) if both else [None]:
+            print(f"{part}: {workload.name}, {workload.dtype}", file=sys.stderr, flush=True)
+            results.append(bandwidth(workload, device, rounds, budget, triton))
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if part == LADDER:
+        results.sort(key=lambda r: (list(DTYPES).index(r["dtype"]), r["bytes"]))
+    return results
 
 
-def main() -> None:
-    arguments = command_line(__doc__, quick="tiny workloads: does the benchmark run")
+def chosen(only: str | None) -> list[str]:
+    """Parts from a list such as "ladder,rows"; all for None.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown part.
+    """
+    parts = [OVERHEAD, *PARTS]
+    wanted = parts if only is None else only.split(",")
+    if unknown := [name for name in wanted if name not in parts]:
+        raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+    return [name for name in parts if name in wanted]
+
+
+def main() -> int:
+    """Runs the parts that the command line asks for.
+
+    Returns:
+        The exit status.
+    """
+    options: dict[str, dict[str, Any]] = {
+        "--only": {"type": chosen, "default": chosen(None), "help": "parts, such as ladder,rows"},
+        "--largest": {"type": int, "help": "bytes of the largest inputs; 4 GiB on a GPU, 1 GiB on the CPU"},
+        "--compile-seconds": {"type": float, "help": "about how long to compile in all; 110, or 12 with --quick"},
+    }
+    arguments = command_line(__doc__, quick="tiny workloads: does the benchmark run", options=options)
     device = arguments.device
+    wanted = arguments.largest or (2**32 if device.type == "cuda" else 2**30)
+    largest = min(wanted, free_bytes(device) // 10)
+    if largest < 2**32 and not arguments.quick:
+        why = "a tenth of the free memory" if largest < wanted else "--largest"
+        print(f"inputs of more than {size_name(largest)} are left out ({why})")
 
-    results = [overhead(device, arguments.rounds)]
-    print(f"call overhead: {results[0]['microseconds']} (microseconds)")
-    for workload in workloads(arguments.quick):
-        for dtype in (torch.float32, torch.bfloat16):
-            for _ in thread_counts(device):
-                results.append(bandwidth(workload, dtype, device, arguments.rounds))
-                show(results[-1])
-    if arguments.json:
-        write_json(arguments.json, device, results)
+    began = time.perf_counter()
+    seconds = QUICK_SECONDS if arguments.quick else COMPILE_SECONDS
+    budget, triton = Budget(arguments.compile_seconds or seconds), triton_kernels(device)
+    results: list[dict[str, Any]] = []
+    for part in arguments.only:
+        if part == OVERHEAD:
+            results.append(overhead(device, arguments.rounds))
+            print(f"call overhead: {results[0]['microseconds']} (microseconds)")
+        else:
+            measured = measure_part(part, device, arguments.rounds, largest, arguments.quick, budget, triton)
+            show(part, measured)
+            results += measured
+        if arguments.json:
+            write_json(arguments.json, device, results)
+    asked = device.type == "cuda" and not arguments.quick
+    found = targets(results)
+    show_targets(found, asked)
+    print(f"{time.perf_counter() - began:.0f} s, {budget.spent:.0f} of them compiling")
+    return 1 if asked and any(target.passed is False for target in found) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

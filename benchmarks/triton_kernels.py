@@ -188,7 +188,8 @@ def _tuned(kernel: Any, key: Sequence[str]) -> Any:
 
 
 def _size_class(elements: int) -> int:
-    return elements.bit_length()
+    """What is tuned anew: small, middle, large."""
+    return (elements >= 2**20) + (elements >= 2**24)
 
 
 class Kernels:
@@ -197,7 +198,8 @@ class Kernels:
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda":
             self.programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(device).multi_processor_count
-            self._layer, self._list = (_tuned(kernel, ["size_class"]) for kernel in (layer_kernel, list_kernel))
+            self._layer = _tuned(layer_kernel, ["size_class"])
+            self._list = _tuned(list_kernel, ["size_class", "FEATURES", "BACKWARD"])
             self._rows, self._fixed = _tuned(rows_kernel, ["width"]), {}
         else:  # interpreted
             self.programs = 3

@@ -12,7 +12,7 @@ from fastfs import reference
 from fastfs.bench.contestants import COLUMNS
 from fastfs.bench.inputs import Inputs
 
-__all__ = ["ALLOWED", "Truth", "truth"]
+__all__ = ["ALLOWED", "Truth", "truth", "truth_and_scale"]
 
 ALLOWED = 2e-6
 """Error of a sum of fastfs, relative to the sum of its absolute terms."""
@@ -50,13 +50,19 @@ def truth(inputs: Inputs, *, per_row: bool = False) -> Truth:
                 tables.append(_sums_and_scale(*(x.reshape(rows, -1)[some] for x in (f, g, b))))
                 which += [at + row for row in some]
             else:
-                length = 2**18 if f.device.type == "cpu" else 2**24
-                parts = zip(*(x.reshape(-1).split(length) for x in (f, g, b)), strict=True)
-                tables.append(torch.stack([_sums_and_scale(*part) for part in parts]).sum(dim=0)[None])
+                tables.append(torch.cat(truth_and_scale(f, g, b))[None])
                 which.append(i)
         at += rows if per_row else 1
     sums, scale = torch.cat(tables).split(COLUMNS, dim=1)
-    return Truth(which, sums, torch.maximum(scale, sums.abs()).clamp_min(torch.finfo(torch.float64).tiny))
+    return Truth(which, sums, scale.clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def truth_and_scale(before: Tensor, after: Tensor, backward: Tensor) -> tuple[Tensor, Tensor]:
+    """The eight sums of one layer, and those of the absolute terms: (8,) each."""
+    length = 2**18 if before.device.type == "cpu" else 2**24
+    parts = zip(*(x.reshape(-1).split(length) for x in (before, after, backward)), strict=True)
+    sums, scale = torch.stack([_sums_and_scale(*part) for part in parts]).sum(dim=0).split(COLUMNS)
+    return sums, scale.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _sums_and_scale(f: Tensor, g: Tensor, b: Tensor) -> Tensor:
