@@ -193,14 +193,21 @@ def test_driver_has_the_bits_of_the_launchers(libraries: dict[str, Library], tmp
 
 @on_host
 @pytest.mark.slow
-def test_timing_runs_on_the_host(libraries: dict[str, Library]) -> None:
-    cpu = torch.device("cpu")
-    layers = measure.workloads(2, quick=True)[1]
-    chosen = [variant(BASELINE), variant(BULK), variant("chain 8")]
-    names = {v.name: libraries.get(v.name, libraries[BASELINE]) for v in chosen}
-    result = measure.timed(layers, torch.float32, chosen, names, cpu, 1, cache=2**20, rounds=1)
-    assert [row["variant"] for row in result["rows"]] == [measure.CEILING, BASELINE, BULK]  # "chain 8": 16 bits only
-    assert result["input sets"] * result["bytes"] > 4 * 2**20
+def test_the_run_on_the_host(libraries: dict[str, Library], capsys: pytest.CaptureFixture[str]) -> None:
+    machine = command.Machine(torch.device("cpu"), "90", multiprocessors=1, cache=2**20)
+    chosen = [variant(BASELINE), variant("f16 spacing by max")]
+    results = command.run(chosen, machine, libraries, rounds=1, quick=True)
+    checks, timed = results[:2], results[2:]
+    assert [r["variant"] for r in checks] == [v.name for v in chosen]
+    assert [(r["workload"], r["dtype"]) for r in timed] == [
+        (name, dtype) for dtype in ("bf16", "f16", "f32") for name in ("3 MiB", "rows of 1024")
+    ]
+    for result in timed:
+        names = [measure.CEILING, BASELINE, *(["f16 spacing by max"] if result["dtype"] == "f16" else [])]
+        assert [row["variant"] for row in result["rows"]] == names
+        assert result["rows"][1]["of baseline"] == 1
+        assert result["input sets"] * result["bytes"] > 4 * machine.cache
+    assert "all workloads, speed relative to the baseline" in capsys.readouterr().out
 
 
 def bulk_cases() -> list[Case]:

@@ -16,6 +16,7 @@ import math
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,32 +63,36 @@ def compile_all(variants: list[Variant], architecture: str, folder: Path) -> dic
     return {v.name: libraries[v.mutations] for v in variants}
 
 
-def run(variants: list[Variant], rounds: int, quick: bool) -> list[dict[str, Any]]:
-    """Compiles, checks and times; prints a table per workload and dtype."""
-    device = torch.device("cuda", 0)
-    properties = torch.cuda.get_device_properties(device)
-    architecture, multiprocessors = f"{properties.major}{properties.minor}", properties.multi_processor_count
-    left_out = [v.name for v in variants if int(v.lowest) > int(architecture)]
-    if left_out:
-        print(f"not on sm_{architecture}: {', '.join(left_out)}")
-    variants = [v for v in variants if v.name not in left_out]
+@dataclass(frozen=True)
+class Machine:
+    """The GPU that the variants are compiled for and run on; `cache` in bytes."""
+
+    device: torch.device
+    architecture: str
+    multiprocessors: int
+    cache: int
+
+    @classmethod
+    def present(cls) -> Machine:
+        device = torch.device("cuda", 0)
+        gpu = torch.cuda.get_device_properties(device)
+        return cls(device, f"{gpu.major}{gpu.minor}", gpu.multi_processor_count, gpu.L2_cache_size)
+
+
+def run(
+    variants: list[Variant], machine: Machine, libraries: dict[str, Library], rounds: int, quick: bool
+) -> list[dict[str, Any]]:
+    """Checks and times; prints a table per workload and dtype."""
+    at = machine.device, machine.multiprocessors
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        print(f"compiling {len(variants)} variants for sm_{architecture}", flush=True)
-        libraries = compile_all(variants, architecture, Path(folder))
-        print("checking them", flush=True)
-        for v in variants:
-            checked = measure.check(v, libraries[v.name], libraries[BASELINE], device, multiprocessors)
-            results.append({"variant": v.name, "what": v.what, "prediction": v.prediction, **checked})
-        for dtype in NAMES:
-            for layers in measure.workloads(dtype.itemsize, quick):
-                results.append(
-                    measure.timed(
-                        layers, dtype, variants, libraries, device, multiprocessors, properties.L2_cache_size, rounds
-                    )
-                )
-                show(results[-1])
-                torch.cuda.empty_cache()
+    print("checking", flush=True)
+    for v in variants:
+        checked = measure.check(v, libraries[v.name], libraries[BASELINE], *at)
+        results.append({"variant": v.name, "what": v.what, "prediction": v.prediction, **checked})
+    for dtype in NAMES:
+        for layers in measure.workloads(dtype.itemsize, quick):
+            results.append(measure.timed(layers, dtype, variants, libraries, *at, machine.cache, rounds))
+            show(results[-1])
     show_means([r for r in results if "rows" in r], variants)
     return results
 
@@ -127,9 +132,17 @@ def main() -> None:
     if arguments.static:
         static.run(variants, arguments.json)
         return
-    results = run(variants, arguments.rounds, arguments.quick)
+    machine = Machine.present()
+    left_out = [v.name for v in variants if int(v.lowest) > int(machine.architecture)]
+    variants = [v for v in variants if v.name not in left_out]
+    if left_out:
+        print(f"not on sm_{machine.architecture}: {', '.join(left_out)}")
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"compiling {len(variants)} variants for sm_{machine.architecture}", flush=True)
+        libraries = compile_all(variants, machine.architecture, Path(folder))
+        results = run(variants, machine, libraries, arguments.rounds, arguments.quick)
     if arguments.json:
-        write_json(arguments.json, torch.device("cuda", 0), results)
+        write_json(arguments.json, machine.device, results)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ SOURCES = {
     "results per clock": "CUDA C++ Programming Guide, throughput of native arithmetic instructions; doubles agree with "
     "the peak rates of the data sheets; conversions to double are taken as 16 (2 on 12.0) throughout, the low figure",
     "latency of memory": "400 cycles idle (table 3 of doi:10.1016/j.ultsonch.2023.106546, for A100 and H100); 1000 "
-    "cycles as the high figure (what arXiv:2512.02189 compares with, for Hopper). None is at hand for RTX 5090 or B200",
+    "cycles as the high figure (given for Hopper in a summary of arXiv:2512.02189). None is at hand for B200 and "
+    "RTX 5090",
 }
 LATENCY_CYCLES = (400, 1000)
 REGISTERS, ISSUE, WARP = 65536, 128, 32  # of a multiprocessor; lane-instructions per clock

@@ -157,3 +157,25 @@ def show(rows: list[dict[str, Any]], at: Architecture) -> None:
         lines.append([*cells, "; ".join(row["against it"])])
     title = f"sm_{at.name}, {at.gpu}: {low / 1024:.0f} to {high / 1024:.0f} KB needed under way"
     print_table(title, columns, lines)
+
+
+def markdown(results: list[dict[str, Any]], architecture: str) -> list[str]:
+    """The lines of a table in docs/kernels.md, one for each variant."""
+    lines = []
+    for name in dict.fromkeys(r["variant"] for r in results):
+        rows = {r["dtype"]: r for r in results if r["variant"] == name and r["architecture"] == architecture}
+        if rows:
+            cells = [name, *(_cell(rows[d]) if d in rows else "" for d in DTYPES)]
+            against: dict[str, list[str]] = {}
+            for dtype, row in rows.items():
+                for text in row["against it"]:
+                    against.setdefault(re.sub(r"spills \d+ bytes", "spills", text), []).append(dtype)
+            texts = [t if len(d) == len(rows) else f"{', '.join(d)}: {t}" for t, d in against.items()]
+            lines.append(f"| {' | '.join(cells)} | {'; '.join(texts)} |")
+    return lines
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """Registers, KB under way, instructions an element, share of the issue slots."""
+    numbers = f"{row['registers']}, {row['bytes under way'] // 1024}, {row['instructions per element']:.1f}"
+    return f"{numbers}, {row['shares']['issue']:.0%}"
