@@ -4,11 +4,13 @@
 
 Bandwidth counts the bytes of the kept rows, read once, and those of the copy, written once. The ceiling is torch's copy
 (with the cast) of as many rows that lie side by side: no index, no norms. Copies are checked to be equal and norms
-against float64 before anything is timed.
+against float64 before anything is timed. Rows come from memory, not from the cache: the calls take so many different
+sets of rows (of so many copies of the features, where those are small) in turn that they exceed it.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +20,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import command_line, median_ratio, print_table, side_by_side, thread_counts, write_json
+from fastfs.bench.inputs import Turns, copies_for
+from fastfs.bench.machine import cache_bytes
+from fastfs.bench.race import OURS
 
 CEILING = "copy of rows side by side"
-OURS = "fastfs"
 SQUARES = "fastfs, squares alone"
 EAGER = "eager"
 
@@ -42,14 +46,20 @@ class Workload:
         layout = ", (batch, width, tokens) in memory" if self.transposed else ""
         return f"{self.kept} rows of {' x '.join(map(str, self.shape))}{layout}, {cast}"
 
-    def make(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The features and the row numbers: a random subset, in order."""
+    def make(self, device: torch.device, cache: int) -> list[tuple[Tensor, Tensor]]:
+        """Features and row numbers, random subsets in order, so many that the rows exceed a cache of so many bytes."""
         generator = torch.Generator(device).manual_seed(0)
-        x = torch.empty(self.shape, device=device).normal_(generator=generator).to(self.dtype)
-        if self.transposed:
-            x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
-        rows = torch.randperm(self.shape[0] * self.shape[1], generator=generator, device=device)[: self.kept]
-        return x, rows.sort().values
+        count = self.shape[0] * self.shape[1]
+        sets = copies_for(self.kept * self.shape[2] * self.dtype.itemsize, cache)
+        apart = max(1, count // self.kept)  # sets of rows of one tensor that have no row in common
+        made: list[tuple[Tensor, Tensor]] = []
+        while len(made) < sets:
+            x = torch.empty(self.shape, device=device).normal_(generator=generator).to(self.dtype)
+            if self.transposed:
+                x = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+            rows = torch.randperm(count, generator=generator, device=device)
+            made += [(x, part.sort().values) for part in rows.split(self.kept)[:apart]]
+        return made[:sets]
 
 
 def workloads(quick: bool) -> list[Workload]:
@@ -93,21 +103,27 @@ def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], what: s
 
 def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
     """Times one workload: microseconds, GB/s, ratio to the ceiling and fastfs' gain for every contestant."""
-    x, rows = workload.make(device)
-    dims = x.dim() - 1
-    block = x.flatten(0, -2)[: workload.kept].contiguous()
-    ours = torch.ops.fastfs.gather_rows
-    error = check(ours(x, rows, dims, workload.to), eager(x, rows, workload.to), workload.name)
+    sets = workload.make(device, cache_bytes(device))
+    turns = Turns(len(sets))
+    dims = len(workload.shape) - 1
+    ours, squares, to = torch.ops.fastfs.gather_rows, torch.ops.fastfs.row_squares, workload.to
+    error = check(ours(*sets[0], dims, to), eager(*sets[0], to), workload.name)
+    block = sets[0][0].flatten(0, -2)[: workload.kept]
+    blocks = [block.contiguous().clone() for _ in sets]
+
+    def each(call: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
+        return turns.over([functools.partial(call, x, rows) for x, rows in sets])
+
     calls: dict[str, Callable[[], object]] = {
-        CEILING: lambda: block.to(workload.to, copy=True),
-        OURS: lambda: ours(x, rows, dims, workload.to),
-        SQUARES: lambda: torch.ops.fastfs.row_squares(x, rows, dims),
-        EAGER: lambda: eager(x, rows, workload.to),
+        CEILING: turns.over([functools.partial(block.to, to, copy=True) for block in blocks]),
+        OURS: each(lambda x, rows: ours(x, rows, dims, to)),
+        SQUARES: each(lambda x, rows: squares(x, rows, dims)),
+        EAGER: each(lambda x, rows: eager(x, rows, to)),
     }
     repeat = 20
     times = side_by_side(calls, device, rounds, repeat)
-    read = block.numel() * block.element_size()
-    written = block.numel() * workload.to.itemsize
+    elements = workload.kept * workload.shape[2]
+    read, written = elements * workload.dtype.itemsize, elements * to.itemsize
     results = []
     for name in times:
         seconds = statistics.median(times[name])
@@ -125,6 +141,7 @@ def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, 
         "workload": workload.name,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "bytes": read + written,
+        "sets of rows": len(sets),
         "error": error,
         "rounds": rounds,
         "calls per round": repeat,

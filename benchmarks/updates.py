@@ -1,31 +1,39 @@
-"""How fast is `optimizer_stats`: all parameters of a model after a step of Adam, against eager torch and torch.compile.
+"""How fast are `optimizer_stats` and `update_stats`, against eager torch and torch.compile.
 
     python -m benchmarks.updates [--device cuda] [--json FILE] [--quick]
 
-Bandwidth counts the bytes of gradient, parameter and both moments, read once. The ceiling is a streaming read of as
-many bytes in as many tensors. Sums are checked against float64 before anything is timed. "UpdateMeter" is what a
-training loop calls: with the coefficients of every parameter, from its optimizer.
+`optimizer_stats`: all parameters of a model after a step of Adam; the bytes are those of gradient, parameter and both
+moments, read once. "UpdateMeter" is what a training loop calls: with the coefficients of every parameter, from its
+optimizer. `update_stats`: gradients and updates of the same model. The ceiling is a streaming read of the same tensors.
+All are several times larger than the cache ("cold" says whether). Sums are checked against float64 before anything is
+timed. On a GPU contestants that launch many kernels are timed as replayed CUDA graphs.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastfs
-from benchmarks.harness import command_line, median_ratio, print_table, side_by_side, thread_counts, write_json
-from fastfs import ops
+from benchmarks.graphs import as_graphs
+from benchmarks.harness import command_line, print_table, side_by_side, thread_counts, write_json
+from fastfs.bench import ceilings
+from fastfs.bench.inputs import COLD, bytes_of
+from fastfs.bench.machine import cache_bytes
+from fastfs.bench.race import COMPILE, EAGER, OURS, attempt, ranking
 from fastfs.functional import optimizer_stats
 from fastfs.monitor.measure.updates import UpdateMeter
 from fastfs.rules import Rule
 
 Tensors = list[Tensor]
-CEILING = "streaming read"
-OURS = "fastfs"
+METER = "UpdateMeter"
+FOREACH = "eager by hand, foreach"
+ALLOWED = 2e-6  # error of a sum, relative to the norms that it is made of
+MOST_SECONDS = 2.0  # of one call; who needs more is left out
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
 
@@ -68,13 +76,83 @@ def compiled() -> Callable[..., Tensor]:
     return run
 
 
-def worst_error(sums: Tensor, truth: Tensor, scale: Tensor) -> float:
-    """Largest error, relative to the norms that a sum is made of."""
-    return float(((sums[:, :4].double() - truth[:, :4]).abs() / scale).max())
+def updates_by_hand(g: Tensors, u: Tensors) -> Tensor:
+    """Eager torch for gradients and updates: (P, 3)."""
+    dots = [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(g, u, strict=True)]
+    norms = [torch.stack(list(torch._foreach_norm(x))).square() for x in (u, g)]
+    return torch.stack([torch.stack(dots), *norms], dim=1)
 
 
-def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times one list of parameters: milliseconds, GB/s, ratio to the ceiling and fastfs' gain for every contestant."""
+def _two(g: Tensor, u: Tensor) -> Tensor:
+    return torch.stack([(g * u).sum(), (u * u).sum(), (g * g).sum()])
+
+
+def compiled_updates() -> Callable[..., Tensor]:
+    """torch.compile of one parameter's sums of gradients and updates."""
+    layer = torch.compile(_two, fullgraph=True, dynamic=False)
+    return lambda g, u: torch.stack([layer(*x) for x in zip(g, u, strict=True)])
+
+
+def worst_error(sums: Tensor, truth: Tensor, columns: int) -> float:
+    """Largest error of the first columns (a dot product, then squared norms), relative to the norms it is made of."""
+    scale = truth[:, :columns].clone()
+    scale[:, 0] = (truth[:, 1] * truth[:, 2]).sqrt()
+    return float(((sums[:, :columns].double() - truth[:, :columns]).abs() / scale).max())
+
+
+def race(
+    what: str,
+    name: str,
+    lists: Sequence[Tensors],
+    measured: dict[str, Callable[[], Tensor]],
+    truth: Tensor,
+    columns: int,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Any]:
+    """Times the contestants on one list of parameters.
+
+    Raises:
+        AssertionError: a sum of fastfs is wrong, or it cannot be called.
+    """
+    size = bytes_of(lists)
+    calls: dict[str, Callable[[], object]] = {
+        ceilings.READ: ceilings.streaming_read(ceilings.thirds([x for tensors in lists for x in tensors]))
+    }
+    about: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    for contestant, call in measured.items():
+        first, _, why = attempt(call, device, MOST_SECONDS)
+        ours = contestant in (OURS, METER)
+        if why is not None:
+            assert not ours, f"{what}, {name}, {contestant}: {why}"
+            left_out[contestant] = why
+            continue
+        error = worst_error(first, truth, columns)
+        if ours and not error <= ALLOWED:
+            raise AssertionError(f"{what}, {name}: {contestant} is off by {error:.1e}, allowed is {ALLOWED:.0e}")
+        about[contestant] = {"error": error, "timed as": "calls"}
+        calls[contestant] = call
+        if device.type == "cuda" and not ours:
+            (calls[contestant],), about[contestant]["timed as"] = as_graphs([call])
+    repeat = 5 if device.type == "cuda" else 1
+    times = side_by_side(calls, device, rounds, repeat, 2.0)
+    return {
+        "op": what,
+        "workload": name,
+        "tensors": len(lists[0]),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "bytes": size,
+        "cold": size >= COLD * cache_bytes(device),
+        "rounds": rounds,
+        "calls per round": repeat,
+        "rows": [{"error": None, **row, **about.get(row["contestant"], {})} for row in ranking(times, size)],
+        "left out": left_out,
+    }
+
+
+def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Times one list of parameters: the state of the optimizer, and gradients with updates."""
     generator = torch.Generator(device).manual_seed(0)
     parameters = [torch.empty(s, device=device).normal_(generator=generator) for s in shapes]
     for p in parameters:
@@ -90,61 +168,56 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
     row = [-LR * DECAY / keep, -LR / (1 - BETAS[0]) / keep, (1 - BETAS[1]) ** -0.5, EPS]
     table = torch.tensor([row] * len(shapes), dtype=torch.float64)
     lists = (gradients, parameters, first, second)
-    size = sum(x.numel() * x.element_size() for tensors in lists for x in tensors)
-
-    torch._dynamo.reset()
-    inductor = compiled()
-    threads = torch.get_num_threads()
-    # The streaming read takes three tensors of one shape a layer: of the last list, thirds of each.
-    thirds = [x.view(-1)[: x.numel() // 3 * 3].view(3, -1) for x in second]
-    reads = ((gradients, parameters, first), tuple([x[i] for x in thirds] for i in range(3)))
-    if device.type == "cuda":
-        sink = torch.empty((1, 1), dtype=torch.float64, device=device)
-        ceiling: Callable[[], object] = lambda: [ops._C.stream_read_cuda(x, sink) for x in reads]  # noqa: E731
-    else:
-        ceiling = lambda: [ops._C.stream_read_cpu(x, threads) for x in reads]  # noqa: E731
 
     def meter_call() -> Tensor:
         meter.before()
         return meter.after().sums
 
-    measured: dict[str, Callable[[], Tensor]] = {
-        OURS: lambda: optimizer_stats(Rule.ADAM, *lists, table).sums,
-        "UpdateMeter": meter_call,
-        "torch.compile": lambda: inductor(*lists, table),
-        "eager by hand, foreach": lambda: by_hand(*lists, table),
-    }
+    torch._dynamo.reset()
+    inductor = compiled()
     truth = fastfs.reference.optimizer_stats(Rule.ADAM, *lists, table).sums
-    dw, g, w = (truth[:, i].sqrt() for i in (1, 2, 3))
-    scale = torch.stack([dw * g, dw * dw, g * g, w * w], dim=1)
-    errors = {contestant: worst_error(call(), truth, scale) for contestant, call in measured.items()}
-    errors["UpdateMeter"] = max(errors["UpdateMeter"], worst_error(metered, truth, scale))
-    if not max(errors[OURS], errors["UpdateMeter"]) <= 2e-6:
-        raise AssertionError(f"{name}: fastfs is off by {errors}, allowed is 2e-6")
-
-    times = side_by_side({CEILING: ceiling, **measured}, device, rounds, 5 if device.type == "cuda" else 1)
-    rows = [
+    if not worst_error(metered, truth, 4) <= ALLOWED:
+        raise AssertionError(f"{name}: UpdateMeter is off by {worst_error(metered, truth, 4):.1e} after a step")
+    state = race(
+        "optimizer_stats",
+        name,
+        lists,
         {
-            "contestant": contestant,
-            "milliseconds": round(statistics.median(seconds) * 1e3, 4),
-            "GB/s": round(size / statistics.median(seconds) / 1e9, 2),
-            "of ceiling": round(median_ratio(times, CEILING, contestant), 3),
-            "fastfs is faster by": round(median_ratio(times, contestant, OURS), 2),
-            "error": errors.get(contestant),
-        }
-        for contestant, seconds in times.items()
-    ]
-    return {
-        "workload": name,
-        "tensors": len(shapes),
-        "threads": threads if device.type == "cpu" else None,
-        "bytes": size,
-        "rounds": rounds,
-        "rows": rows,
-    }
+            OURS: lambda: optimizer_stats(Rule.ADAM, *lists, table).sums,
+            METER: meter_call,
+            COMPILE: lambda: inductor(*lists, table),
+            FOREACH: lambda: by_hand(*lists, table),
+            EAGER: lambda: optimizer_stats(Rule.ADAM, *lists, table, backend="reference").sums,
+        },
+        truth,
+        4,
+        device,
+        rounds,
+    )
+    pair = (gradients, first)  # any tensors as updates
+    torch._dynamo.reset()
+    inductor = compiled_updates()
+    update = functools.partial(fastfs.update_stats, *pair)
+    updates = race(
+        "update_stats",
+        name,
+        pair,
+        {
+            OURS: lambda: update().sums,
+            COMPILE: lambda: inductor(*pair),
+            FOREACH: lambda: updates_by_hand(*pair),
+            EAGER: lambda: update(backend="reference").sums,
+        },
+        fastfs.reference.update_stats(*pair).sums,
+        3,
+        device,
+        rounds,
+    )
+    return [state, updates]
 
 
 def show(result: dict[str, Any]) -> None:
+    """One table on the terminal."""
     rows = [
         [
             row["contestant"],
@@ -157,24 +230,35 @@ def show(result: dict[str, Any]) -> None:
         for row in result["rows"]
     ]
     threads = f", threads: {result['threads']}" if result["threads"] else ""
-    title = f"{result['workload']}, {result['tensors']} tensors, {result['bytes'] / 16e6:.1f}M float32{threads}"
+    title = (
+        f"{result['op']}: {result['workload']}, {result['tensors']} tensors, {result['bytes'] / 1e6:.1f} MB{threads}"
+    )
     print_table(title, ["", "ms", "GB/s", "of ceiling", "fastfs is faster by", "error"], rows)
+    for contestant, why in result["left out"].items():
+        print(f"  {contestant}: {why}")
 
 
-def workloads(quick: bool) -> dict[str, list[tuple[int, ...]]]:
+def workloads(quick: bool, device: torch.device) -> dict[str, list[tuple[int, ...]]]:
+    """Parameters of each list; the largest on a GPU only."""
     if quick:
         return {"decoder, tiny": transformer_shapes(2, 64, 256)}
-    return {"decoder 12 x 512": transformer_shapes(12, 512, 24_000), "300 x 16K": [(16, 1024)] * 300}
+    lists = {"decoder 12 x 512": transformer_shapes(12, 512, 24_000), "1000 x 16K": [(16, 1024)] * 1000}
+    if device.type == "cuda":
+        lists["decoder 16 x 2048"] = transformer_shapes(16, 2048, 32_000)
+    return lists
 
 
 def main() -> None:
+    """Runs the workloads that the command line asks for."""
     arguments = command_line(__doc__, quick="a tiny workload: does the benchmark run")
     device = arguments.device
-    results = []
-    for name, shapes in workloads(arguments.quick).items():
+    results: list[dict[str, Any]] = []
+    for name, shapes in workloads(arguments.quick, device).items():
         for _ in thread_counts(device):
-            results.append(measure(name, shapes, device, arguments.rounds))
-            show(results[-1])
+            measured = measure(name, shapes, device, arguments.rounds)
+            results += measured
+            for result in measured:
+                show(result)
     if arguments.json:
         write_json(arguments.json, device, results)
 
