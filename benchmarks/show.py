@@ -25,23 +25,22 @@ COLUMNS = {
 def show(part: str, results: list[dict[str, Any]]) -> None:
     """A table of GB/s, and who was left out and why."""
     rows, missing = [], {}
+    several = len({result["threads"] for result in results}) > 1
     for result in results:
         best = {}
         for column, names in COLUMNS.items():
             best[column] = max((r["GB/s"] for r in result["rows"] if r["contestant"] in names), default=None)
         ours = next(r for r in result["rows"] if r["contestant"] == OURS)
-        name = f"{result['workload']}, {result['dtype']}" + _threads(result["threads"])
+        name = f"{result['workload']}, {result['dtype']}"
+        if several:
+            name += f", threads: {result['threads']}"
         cells = ["-" if x is None else f"{x:.1f}" for x in best.values()]
         rows.append([name, *cells, f"{ours['of ceiling']:.2f}"])
         for contestant, why in result["left out"].items():
             missing.setdefault((contestant, why), []).append(name)
         if result["cut"]:
-            missing.setdefault((name, f"cut to {result['cut']}"), [])
+            missing.setdefault((name, f"cut: {result['cut']}"), [])
     print_table(f"{part}: GB/s, the best of each kind", ["", *COLUMNS, "of read"], rows)
     for (contestant, why), where in missing.items():
         count = f" ({len(where)} of {len(results)} workloads)" if where else ""
         print(f"  {contestant}: {why}{count}")
-
-
-def _threads(count: int | None) -> str:
-    return "" if count is None else f", {count} thread" + "s" * (count > 1)

@@ -122,7 +122,7 @@ def race(
     about: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
     for contestant, call in measured.items():
-        first, _, why = attempt(call, device, MOST_SECONDS)
+        first, _, why = attempt(call, device, MOST_SECONDS, compiles=contestant == COMPILE)
         ours = contestant in (OURS, METER)
         if why is not None:
             assert not ours, f"{what}, {name}, {contestant}: {why}"

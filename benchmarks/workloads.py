@@ -72,8 +72,8 @@ class Decoder:
 # Depth, width and hidden width of the public configurations of Llama 3.2 1B and Llama 2 7B.
 DECODERS = (
     Decoder("12 x 768, 1024 tokens", 12, 768, 3072, 1024),
-    Decoder("1B (16 x 2048, hidden 8192), 8192 tokens", 16, 2048, 8192, 8192),
-    Decoder("7B (32 x 4096, hidden 11008), 8192 tokens", 32, 4096, 11008, 8192),
+    Decoder("1B, 8192 tokens", 16, 2048, 8192, 8192),
+    Decoder("7B, 8192 tokens", 32, 4096, 11008, 8192),
 )
 TINY = Decoder("tiny (2 x 64), 32 tokens", 2, 64, 256, 32)
 
@@ -130,8 +130,9 @@ def transformers(most: int, quick: bool) -> Iterator[Workload]:
         for dtype in ("bfloat16", "mixed"):
             block = sum(math.prod(s) for s in decoder.shapes(1)) * bytes_per_element(dtype)
             depth = max(1, min(decoder.depth, most // block))
-            cut = "" if depth == decoder.depth else f"{depth} of {decoder.depth} blocks, of {size_name(most)} at most"
-            name = f"transformer {decoder.name}" + (f", {depth} blocks of it" if cut else "")
+            blocks = f"{depth} of {decoder.depth} blocks"
+            cut = "" if depth == decoder.depth else f"{blocks}, {size_name(most)} at most"
+            name = f"transformer {decoder.name}" + (f", {blocks}" if cut else "")
             yield Workload(name, decoder.shapes(depth), TRANSFORMERS, dtype, cut=cut)
 
 

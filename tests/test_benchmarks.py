@@ -98,8 +98,8 @@ def test_full_size_has_what_is_asked_for() -> None:
     assert "of 32 blocks" in mixed.cut
     here = workloads.workloads(workloads.TRANSFORMERS, CPU, largest=2**30, free=16 * 2**30, quick=False)
     assert [w.cut for w in here if w.name.startswith("transformer 7B")] == [
-        "1 of 32 blocks, of 1 GiB at most",
-        "1 of 32 blocks, of 1 GiB at most",
+        "1 of 32 blocks, 1 GiB at most",
+        "1 of 32 blocks, 1 GiB at most",
     ]
 
 

@@ -167,7 +167,8 @@ def _race(
         if name == COMPILE and (why := compiler.why_not(clock)):
             left_out[name] = why
             continue
-        first, seconds, why = attempt(functools.partial(sums, copies[0]), device, max(0.3, clock.share() / 4))
+        most = max(0.3, clock.share() / 4)
+        first, seconds, why = attempt(functools.partial(sums, copies[0]), device, most, compiles=name == COMPILE)
         if name == COMPILE:
             compiler.seconds = max(1.0, seconds)
             compiler.trouble = why if first is None else None
