@@ -96,7 +96,7 @@ def prepare(
 def repeats(workload: Workload, device: torch.device) -> int:
     """Calls in a row: enough for the clock, few enough for the GPU's queue."""
     if device.type == "cuda":
-        return 20 if workload.bytes < 2**25 else 5
+        return 10 if workload.bytes < 2**25 else 5
     return max(1, min(100, 2**22 // workload.bytes))
 
 

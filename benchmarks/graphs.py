@@ -8,7 +8,7 @@ import torch
 
 from fastfs.bench.race import reason
 
-MOST_COPIES = 32
+MOST_COPIES = 64
 """Graphs of one contestant: where more copies of the inputs are needed a call has few launches, which queue up."""
 
 
