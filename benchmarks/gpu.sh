@@ -13,9 +13,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(tests memcheck racecheck synccheck initcheck kernels rows updates variants cost monitor monitor_compiled timeline)
+steps=(tests memcheck racecheck synccheck initcheck kernels rows updates variants cost monitor monitor_compiled timeline demo)
 # The files with tests marked gpu, so that what the other files import need not be there.
-tests=(tests/test_{cuda,cuda_updates,determinism,doctor,functional,gather,monitor_cuda,ops,optimizer_stats,recorder,reference,stats}.py)
+tests=(
+  tests/test_{cuda,cuda_grids,cuda_memory,cuda_streams,cuda_updates,determinism,doctor,functional,gather,ops}.py
+  tests/test_{optimizer_stats,recorder,reference,stats,demo,monitor_combinations,monitor_cuda,theory_cuda}.py
+)
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
@@ -100,15 +103,23 @@ keep() {
   [[ -e $parts/$1.json ]] && "$python" -m benchmarks.gpu_collect "$out/gpu.json" "$parts/$1.json" > /dev/null
 }
 
+fastfs() { "$python" -c 'from fastfs.cli import app; app()' "$@"; }
+demo() {
+  rm -rf "$parts/demo"
+  fastfs demo --device cuda --out "$parts/demo" || return
+  cp "$parts/demo/summary.json" "$parts/demo.json"
+  keep demo && fastfs report "$parts/demo/transformer" --out "$parts/demo/transformer.html"
+}
+
 run() {
   case $1 in
   tests) FASTFS_REQUIRE_GPU=1 "$python" -m pytest -q -m gpu "${tests[@]}" -p no:cacheprovider --junitxml "$out/gpu_tests.xml" ;;
-  initcheck) initcheck ;;
+  initcheck | demo) "$1" ;;
   memcheck | racecheck | synccheck) sanitize "$1" --kernel-name kernel_substring=fastfs --error-exitcode 9 ;;
   kernels) measure "$1" benchmarks.feature_stats --device cuda "${quick[@]}" ;;
   rows) measure "$1" benchmarks.gather_rows --device cuda "${quick[@]}" ;;
   updates) measure "$1" benchmarks.updates --device cuda "${quick[@]}" ;;
-  variants) measure "$1" benchmarks.variants ;;
+  variants) measure "$1" benchmarks.variants "${quick[@]}" ;;
   cost) measure "$1" benchmarks.call_cost --device cuda ;;
   monitor) measure "$1" benchmarks.monitor --device cuda "${quick[@]}" ;;
   monitor_compiled) measure "$1" benchmarks.monitor --device cuda --compile "${quick[@]}" ;;

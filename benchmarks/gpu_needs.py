@@ -11,12 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 
 # Distributions, with the oldest version where it matters.
 BUILD = {"torch": (2, 11), "setuptools": (77,), "pybind11": (2, 13), "ninja": (), "numpy": ()}
-TESTS = ("pytest", "hypothesis", "expecttest", "scipy", "rich")
+DEMO = ("typer", "rich", "matplotlib", "pandas", "plotly", "scikit-learn")
+TESTS = ("pytest", "hypothesis", "expecttest", "scipy", *DEMO)
 BENCHMARK = ("rich", "triton")
 STEPS: dict[str, tuple[str, ...]] = {
     "tests": TESTS,
     **dict.fromkeys(("kernels", "rows", "updates", "variants", "cost", "monitor", "monitor_compiled"), BENCHMARK),
     "timeline": BENCHMARK,
+    "demo": DEMO,
 }
 SANITIZER = ("memcheck", "racecheck", "synccheck", "initcheck")
 

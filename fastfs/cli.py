@@ -39,11 +39,13 @@ def demo(
     ] = None,
     model: Annotated[DemoModel, typer.Option(help="What to train.")] = DemoModel.all,
     every: Annotated[int, typer.Option(min=1, help="Measure every this many steps.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch; one is steady on a busy machine.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for record.jsonl, plots and summary.json.")] = Path("runs/demo"),
 ) -> None:
     """Train a small transformer and a ResNet with the monitor on; show angles, speeds, pictures and what it costs."""
     try:
+        from fastfs.devices import named_device
         from fastfs.experiments import demo as experiment
 
         importlib.import_module("fastfs.report.plots")  # if it cannot be, now rather than after minutes of training
@@ -52,8 +54,8 @@ def demo(
         raise typer.Exit(1) from error
     names = list(experiment.TASKS) if model is DemoModel.all else [model.value]
     try:
-        summary = experiment.run_demo(names, steps, every, out, threads=threads)
-    except (experiment.OutputError, ImportError, OSError) as error:
+        summary = experiment.run_demo(names, steps, every, out, device=named_device(device), threads=threads)
+    except (ImportError, OSError, ValueError) as error:
         typer.echo(f"fastfs demo: {error}", err=True)
         raise typer.Exit(1) from error
     if not all(task["bitwise_equal"] for task in summary["tasks"].values()):

@@ -124,7 +124,7 @@ def _nonzero(x: np.ndarray) -> np.ndarray:
 def assert_same(a: Tensor, b: Tensor, what: str = "") -> None:
     """The same bits."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    assert torch.equal(a.cpu().contiguous().view(torch.int64), b.cpu().contiguous().view(torch.int64)), (
+    assert torch.equal(a.cpu().reshape(-1).view(torch.uint8), b.cpu().reshape(-1).view(torch.uint8)), (
         f"{what}: not the same bits\n{a}\n{b}\ndifference {a - b}"
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tests.monitor_loops import Loop, Run
+from tests.monitor_loops import Loop, Run, cuda_randomness
 
 Columns = dict[str, list[float]]
 
@@ -83,11 +83,10 @@ class _Watch:
     def finish(self, loop: Loop) -> Columns:
         self.again = True
         now, buffers = _random(), [b.clone() for b in self.model.buffers()]
-        kind = loop.autocast or torch.bfloat16
         for x, state, old in self.forwards:
             _set_random(state)
             _set_buffers(self.model, old)
-            with torch.no_grad(), torch.autocast("cpu", kind, enabled=loop.autocast is not None):
+            with torch.no_grad(), loop.precision():
                 self.model(x)
         _set_random(now)
         _set_buffers(self.model, buffers)
@@ -119,13 +118,15 @@ class _Watch:
 
 
 def _random() -> Any:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state(), random.getstate(), np.random.get_state(), cuda_randomness()  # noqa: NPY002
 
 
 def _set_random(state: Any) -> None:
     torch.set_rng_state(state[0])
     random.setstate(state[1])
     np.random.set_state(state[2])  # noqa: NPY002
+    for device, cuda in enumerate(state[3]):
+        torch.cuda.set_rng_state(cuda, device)
 
 
 def _set_buffers(model: nn.Module, values: Sequence[Tensor]) -> None:

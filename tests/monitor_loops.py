@@ -110,6 +110,7 @@ class Loop:
         prepare: changes the model after the optimizers were made and before the monitor is attached.
         skipped: steps that a gradient scaler skips.
         strict: warnings are errors.
+        device: where the models and their inputs are.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Loop:
     skipped: Sequence[int] = ()
     batch: Callable[[int], tuple[Tensor, Tensor]] = rows
     strict: bool = True
+    device: str = "cpu"
 
     def start(self) -> list[Run]:
         """From the same random state always."""
@@ -133,9 +135,9 @@ class Loop:
         np.random.seed(7)  # noqa: NPY002
         runs = []
         for _ in range(self.models):
-            model = self.model()
+            model = self.model().to(self.device)
             optimizers = self.optimizers(model)
-            scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=10) if self.scaler else None
+            scaler = torch.amp.GradScaler(self.device, init_scale=256.0, growth_interval=10) if self.scaler else None
             model = model if self.prepare is None else self.prepare(model)
             runs.append(Run(model, optimizers, scaler))
         return runs
@@ -146,9 +148,18 @@ class Loop:
             inner.now = step
         (self.step or plain_step)(self, run, step)
 
-    def loss(self, run: Run, number: int) -> Tensor:
+    def data(self, number: int) -> tuple[Tensor, Tensor]:
+        """A batch, where the model is."""
         x, y = self.batch(number)
-        with torch.autocast("cpu", self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+        return x.to(self.device), y.to(self.device)
+
+    def precision(self) -> torch.autocast:
+        """Of the forward."""
+        return torch.autocast(self.device, self.autocast or torch.bfloat16, enabled=self.autocast is not None)
+
+    def loss(self, run: Run, number: int) -> Tensor:
+        x, y = self.data(number)
+        with self.precision():
             output = run.model(x)
             return F.cross_entropy(output.float().flatten(0, -2), y.flatten()) / self.micro_batches
 
@@ -170,7 +181,7 @@ class Loop:
                     run.trace += [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
                     run.trace += [b.clone() for b in run.model.buffers()]
         final: dict[str, Any] = {
-            "torch_rng": [torch.get_rng_state()],
+            "torch_rng": [torch.get_rng_state(), *cuda_randomness()],
             "python_rng": random.getstate(),
             "numpy_rng": np.random.get_state()[1].tolist(),  # noqa: NPY002
         }
@@ -195,6 +206,11 @@ class Loop:
             for monitor in run.monitors:
                 monitor.close()
         return final, records
+
+
+def cuda_randomness() -> list[Tensor]:
+    """Of all GPUs."""
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def keep(seen: list[dict[str, Any]]) -> Callable[[list[dict[str, Any]]], None]:
@@ -309,7 +325,7 @@ def copying_step(loop: Loop, run: Run, step: int) -> None:
             for mine, theirs in zip(other.parameters(), run.model.parameters(), strict=True):
                 mine.lerp_(theirs, 0.1)
         other.zero_grad()
-        loss = other(loop.batch(step)[0]).square().mean()
+        loss = other(loop.data(step)[0]).square().mean()
         loss.backward()
         run.trace += [loss.detach(), *(p.grad.clone() for p in other.parameters())]
 
@@ -317,9 +333,9 @@ def copying_step(loop: Loop, run: Run, step: int) -> None:
 def evaluating_step(loop: Loop, run: Run, step: int) -> None:
     """Evaluations in between, with and without no_grad, in the other mode."""
     run.model.eval()
-    run.trace.append(run.model(loop.batch(500 + step)[0]).detach())
+    run.trace.append(run.model(loop.data(500 + step)[0]).detach())
     with torch.no_grad():
-        run.trace.append(run.model(loop.batch(600 + step)[0]))
+        run.trace.append(run.model(loop.data(600 + step)[0]))
     run.model.train()
     plain_step(loop, run, step)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -195,7 +196,10 @@ for dtypes in DTYPES.values():
 
 
 def test_triton_takes_the_same_sums() -> None:
-    pytest.importorskip("triton", reason="triton is not installed; the kernels for the comparison are not run")
+    triton = pytest.importorskip("triton", reason="triton is not installed; the kernels for the comparison are not run")
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+    if old and tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip(f"the interpreter of triton {triton.__version__} cannot work with NumPy {np.__version__}")
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, "-c", TRITON], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,9 @@ import json
 import pytest
 import torch
 from rich.console import Console
+from typer.testing import CliRunner
 
+from fastfs.cli import app
 from fastfs.experiments import data
 from fastfs.experiments.demo import TASKS, OutputError, _overhead, run_demo
 from fastfs.report import load, read_header, read_record
@@ -117,6 +119,26 @@ def test_both_models_end_to_end(tmp_path, small):
     assert (out / "mine.txt").read_text() == "mine"
     assert sorted(read_record(out / "resnet" / "record.jsonl")["step"].unique()) == [0, 1]
     assert (out / "transformer" / "record.jsonl").exists()
+
+
+@pytest.mark.gpu
+def test_on_the_gpu(tmp_path, small):
+    console = Console(file=io.StringIO())
+    summary = run_demo(list(TASKS), steps=12, every=5, out=tmp_path, device=torch.device("cuda"), console=console)
+    assert summary["device"] == torch.cuda.get_device_name(0)
+    for name, layers in (("transformer", 2), ("resnet", 24)):
+        assert summary["tasks"][name]["bitwise_equal"] is True
+        table = load(tmp_path / name / "record.jsonl")
+        assert table[table["kind"] == "measured"]["valid"].sum() == 3 * layers
+        assert "fastfs report" in (tmp_path / name / "report.html").read_text()
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", "cuda:99"])
+def test_a_device_that_is_not_there(tmp_path, device):
+    result = CliRunner().invoke(app, ["demo", "--device", device, "--out", str(tmp_path / "demo")])
+    assert result.exit_code == 1
+    assert "fastfs demo: --device" in result.output
+    assert not (tmp_path / "demo").exists()
 
 
 @pytest.mark.parametrize("name", ["summary.json", "resnet/record.jsonl", "resnet/angle.png", "resnet/report.html"])

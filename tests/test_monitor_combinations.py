@@ -23,8 +23,8 @@ LAYERS = [f"blocks.{i}" for i in range(3)]
 pytestmark = pytest.mark.filterwarnings(loops.DYNAMO)
 
 
-def probe() -> fastfs.monitor.Probe:
-    x, y = rows(999)
+def probe(device: str = "cpu") -> fastfs.monitor.Probe:
+    x, y = (part.to(device) for part in rows(999))
     return fastfs.monitor.Probe(x, lambda output: F.cross_entropy(output.float(), y))
 
 
@@ -116,22 +116,27 @@ def one_thread(threads):
     threads(1)
 
 
+def on(device: str, name: str) -> Loop:
+    return dataclasses.replace(next(loop for loop in LOOPS if loop.name == name), device=device)
+
+
 @functools.cache
-def without(name: str) -> dict[str, Any]:
+def without(device: str, name: str) -> dict[str, Any]:
     torch._dynamo.reset()
-    return next(loop for loop in LOOPS if loop.name == name).train(STEPS, None)[0]
+    return on(device, name).train(STEPS, None)[0]
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.name)
-def test_training_is_the_same_with_the_monitor_on_and_off(loop, mode):
+@pytest.mark.parametrize("name", [loop.name for loop in LOOPS])
+def test_training_is_the_same_with_the_monitor_on_and_off(name, mode, device):
+    loop = on(device, name)
     options = dict(MODES[mode])
     if mode == "probe":
-        options["probe"] = probe()
-    off = without(loop.name)
+        options["probe"] = probe(device)
+    off = without(device, name)
     torch._dynamo.reset()
-    on, records = loop.train(STEPS, options)
-    loops.assert_bitwise(off, on)
+    watched, records = loop.train(STEPS, options)
+    loops.assert_bitwise(off, watched)
     for index, seen in enumerate(records):
         check_records(loop, mode, options, seen, first=index == 0)
 
@@ -146,11 +151,11 @@ def test_reentrant_checkpoints_change_nothing_either(mode, message):
     options = MODES[mode] | ({"probe": probe()} if mode == "probe" else {})
     off, _ = loop.train(STEPS, None)
     if message is None:
-        on, (seen,) = loop.train(STEPS, options)
+        watched, (seen,) = loop.train(STEPS, options)
         structure = next(row for row in seen if row["kind"] == "structure")["layers"]
         assert structure["cut"] == [True, False, False]
         measured = [row for row in seen if row["kind"] == "measured"]
-        hand = truth("checkpoint", (0,))[0]
+        hand = truth("cpu", "checkpoint", (0,))[0]
         assert all(row["valid"] for row in measured)
         for row in measured[:3]:
             for key in ("cos_angle", "update_rms", "feature_rms", "backward_rms"):
@@ -159,15 +164,15 @@ def test_reentrant_checkpoints_change_nothing_either(mode, message):
             assert row["layer"] == 0 or not math.isfinite(row["residual"])
     else:
         with pytest.warns(RuntimeWarning, match=message):
-            on, (seen,) = loop.train(STEPS, options)
+            watched, (seen,) = loop.train(STEPS, options)
         assert not [row for row in seen if row["kind"] == "measured"]
-    loops.assert_bitwise(off, on)
+    loops.assert_bitwise(off, watched)
 
 
 @functools.cache
-def truth(name: str, steps: tuple[int, ...]) -> dict[int, dict[str, list[float]]]:
+def truth(device: str, name: str, steps: tuple[int, ...]) -> dict[int, dict[str, list[float]]]:
     """By hand, of the loop or of one that computes the same in plain sight."""
-    loop = next(loop for loop in LOOPS if loop.name == name)
+    loop = on(device, name)
     if name.startswith("compiled"):
         loop = dataclasses.replace(loop, prepare=None)
     if name.startswith("checkpoint"):
@@ -201,7 +206,7 @@ def check_records(loop: Loop, mode: str, options: dict[str, Any], seen: list[dic
     if first and mode != "probe":
         wanted = (0, 10) if mode == "batch" else (0, 5)
         taken = {n: counted[n] for n in wanted}
-        hand = truth(loop.name, tuple(taken.values()))
+        hand = truth(loop.device, loop.name, tuple(taken.values()))
         for row in rows:
             if row["step"] in taken:
                 compare(loop, mode, row, {key: v[row["layer"]] for key, v in hand[taken[row["step"]]].items()})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +14,7 @@ from fastfs.bench.machine import write_json
 from fastfs.bench.quick import measure
 from fastfs.bench.race import COMPILE, EAGER, HAND, OURS
 from fastfs.bench.verdict import troubles, verdict
+from fastfs.devices import fastest_device, named_device
 
 __all__ = ["CANNOT", "run_bench"]
 
@@ -35,7 +35,7 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
     """
     console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
     try:
-        where = _device(device)
+        where = fastest_device() if device is None else named_device(device)
         if out is not None and out.is_dir():
             raise ValueError(f"{out}: is a folder; name a file, such as {out / 'bench.json'}")
         with errors.status("measuring") as status:
@@ -49,20 +49,6 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
         errors.print(escape(f"fastfs bench: {error}"), highlight=False, soft_wrap=True)
         return CANNOT
     return 0
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: expected cpu or cuda, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device: expected cpu or cuda, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:

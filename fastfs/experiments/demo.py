@@ -9,6 +9,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastfs.experiments import data
 from fastfs.models import ResNet, Transformer
 from fastfs.monitor import Monitor
+from fastfs.network.state import RandomState
 
 if TYPE_CHECKING:
     import pandas
@@ -33,6 +36,7 @@ _PICTURES = ("angle.png", "speed.png", "relative_update.png")
 _PAGE = "report.html"
 _MARK = "fastfs demo"
 _SEED = 0
+_CPU = torch.device("cpu")
 
 Batch = tuple[Tensor, Tensor]
 
@@ -97,9 +101,9 @@ class _Run:
     losses: list[float]
 
     @classmethod
-    def start(cls, task: Task) -> _Run:
+    def start(cls, task: Task, device: torch.device) -> _Run:
         torch.manual_seed(_SEED)
-        model = task.model()
+        model = task.model().to(device)
         return cls(model, task.optimizer(model), [], [])
 
     def step(self, task: Task, batch: Batch, monitor: Monitor | None) -> None:
@@ -114,7 +118,9 @@ class _Run:
         self.seconds.append(time.perf_counter() - start)
 
 
-def run_task(task: Task, steps: int, every: int, out: Path, console: Console) -> dict[str, Any]:
+def run_task(
+    task: Task, steps: int, every: int, out: Path, console: Console, device: torch.device = _CPU
+) -> dict[str, Any]:
     """Train twice, step by step side by side, with and without the monitor; write record and pictures.
 
     Both trainings start from the same parameters and see the same batches and the same random numbers. Which goes
@@ -131,7 +137,8 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
     record = out / "record.jsonl"
     record.unlink(missing_ok=True)
     batches, about = task.batches()
-    plain, watched = _Run.start(task), _Run.start(task)
+    plain, watched = _Run.start(task, device), _Run.start(task, device)
+    devices = [device] if device.type == "cuda" else []
     equal_randomness = True
     order = random.Random(_SEED)
     with (
@@ -145,17 +152,18 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
             metadata={"task": task.title, **about},
         ) as monitor,
         _progress(console) as progress,
+        _repeatable(device),
     ):
         bar = progress.add_task(task.name, total=steps, loss=float("nan"))
         for _ in range(steps):
-            batch = next(batches)
-            before = torch.get_rng_state()
-            after: list[Tensor] = []
+            inputs, targets = next(batches)
+            batch = inputs.to(device), targets.to(device)
+            before, after = RandomState.take(devices), None
             for run in (plain, watched) if order.random() < 0.5 else (watched, plain):
-                torch.set_rng_state(before)
+                before.give()
                 run.step(task, batch, monitor if run is watched else None)
-                after.append(torch.get_rng_state())
-            equal_randomness &= torch.equal(*after)
+                equal_randomness &= after is None or not after.moved()
+                after = RandomState.take(devices)
             progress.update(bar, advance=1, loss=watched.losses[-1])
 
     table = load(record)
@@ -180,6 +188,16 @@ def run_task(task: Task, steps: int, every: int, out: Path, console: Console) ->
         "files": [str(path.relative_to(out.parent)) for path in (record, *pictures)],
         "seconds": time.perf_counter() - started,
     }
+
+
+@contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU the fast kernels of attention add up their gradients in an order that changes from run to run."""
+    if device.type == "cuda":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield
 
 
 def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str, float]:
@@ -231,6 +249,7 @@ def run_demo(
     every: int,
     out: Path,
     *,
+    device: torch.device = _CPU,
     threads: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
@@ -241,6 +260,7 @@ def run_demo(
         steps: optimizer steps of each; the task's own number by default.
         every: measure every this many steps.
         out: folder; in an existing one only files of an earlier demo are overwritten.
+        device: where the models are trained; from the same initial parameters and batches on all.
         threads: of torch, while this runs. One is fast enough, and steady on a machine that is busy otherwise.
         console: where to print.
 
@@ -253,14 +273,21 @@ def run_demo(
     console = console or Console()
     _check_out(out, models)
     out.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"made_by": _MARK, "torch": str(torch.__version__), "threads": threads, "tasks": {}}
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    summary: dict[str, Any] = {
+        "made_by": _MARK,
+        "torch": str(torch.__version__),
+        "device": where,
+        "threads": threads,
+        "tasks": {},
+    }
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         for name in models:
             task = TASKS[name]
             console.print(f"\n[bold]{task.name}[/bold]: {task.title}")
-            result = run_task(task, steps or task.steps, every, out / name, console)
+            result = run_task(task, steps or task.steps, every, out / name, console, device)
             summary["tasks"][name] = result
             _print_result(console, result)
     finally:
