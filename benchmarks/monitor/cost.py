@@ -67,7 +67,7 @@ def compare(bench: Bench, names: list[str], rounds: int, repeat: int) -> Times:
         training.step()
         training.step()
     calls: dict[str, Callable[[], object]] = {name: training.step for name, training in trainings.items()}
-    times = side_by_side(calls, bench.device, rounds, repeat, float("inf"), shuffle=random.Random(0), timer=wall_time)
+    times = side_by_side(calls, bench.device, rounds, repeat, float("inf"), timer=wall_time)
     for training in trainings.values():
         training.close()
     return times

@@ -70,21 +70,20 @@ def side_by_side(
     repeat: int = 1,
     budget: float = 4.0,
     *,
-    shuffle: random.Random | None = None,
     timer: Callable[[Callable[[], object], torch.device, int], float] | None = None,
 ) -> Times:
     """Times the contestants in turn, `rounds` times, after one call each that is not counted.
 
-    One that has used up its `budget` of seconds sits out the later rounds, after three at least. With `shuffle` the
-    order is drawn anew in every round. `timer` is :func:`time_call` if not given.
+    The order is drawn anew in every round, for a call finds the caches as the one before it left them; it is the same
+    order in every run. One that has used up its `budget` of seconds sits out the later rounds, after three at least.
+    `timer` is :func:`time_call` if not given.
     """
     for call in contestants.values():
         call()
     times: Times = {name: [] for name in contestants}
-    order = list(contestants)
+    order, draw = list(contestants), random.Random(0)
     for _ in range(rounds):
-        if shuffle is not None:
-            shuffle.shuffle(order)
+        draw.shuffle(order)
         for name in order:
             if len(times[name]) < 3 or sum(times[name]) * repeat < budget:
                 times[name].append((timer or time_call)(contestants[name], device, repeat))
