@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from monitor_cases import measured_into, rows, sgd, train, watched
 from torch import nn
 
 import fastfs
+from fastfs.models import ResNet
 
 # Inputs that cannot be copied, and copies that fail
 
@@ -211,3 +213,39 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
     counts = {row["step"]: row["micro_batches"] for row in seen}
     assert counts == ({0: 1, 2: 1} if micro_batches == 1 else {0: 2, 1: 1, 2: 2})
     assert [row["angle"] for row in seen if row["step"] == 2] == [row["angle"] for row in clean if row["step"] == 2]
+
+
+def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(monkeypatch):
+    sampler = fastfs.monitor.capture.sampling.Sampler
+    squares, calls = sampler.squares, []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 5:  # the second step's, of the layer before the last
+            raise MemoryError("no memory")
+        return squares(*arguments)
+
+    def run():
+        torch.manual_seed(0)
+        model = ResNet(8, 16, 3, 3)
+        optimizer = sgd(model)
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=10, aligned_every=1, sinks=[seen.extend]):
+            train(model, optimizer, 4)
+        return [p.detach().clone() for p in model.parameters()]
+
+    seen: list[dict] = []
+    parameters = run()
+    clean = list(seen)
+    seen.clear()
+    monkeypatch.setattr(sampler, "squares", fail)
+    with pytest.warns(RuntimeWarning, match=r"step 2 has no norm of the backward vector of 'blocks\.1'.*no memory"):
+        same = run()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, same, strict=True))
+    predicted = [[row for row in rows if row["kind"] == "predicted"] for rows in (seen, clean)]
+    assert len(predicted[0]) == len(predicted[1]) == 9
+    for found, expected in zip(*predicted, strict=True):
+        if found["step"] != 2:
+            assert found["update_rms"] == expected["update_rms"]
+        elif found["name"] == "blocks.1":
+            assert math.isnan(found["update_rms"])
+            assert math.isnan(found["backward_rms"])

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
-
-from fastfs.monitor.capture.taps import Hook, Switch
+from torch.autograd.graph import get_gradient_edge
 
 __all__ = ["Backwards", "current"]
 
@@ -19,39 +17,36 @@ def current() -> int:
 
 
 class Backwards:
-    """Notes the numbers of the backwards that reach a parameter's ``.grad``."""
+    """Asks of every backward that brings a gradient whether it reaches a parameter's ``.grad``.
 
-    def __init__(self, switch: Switch) -> None:
-        self._switch = switch
-        self._numbers: set[int] = set()
-        self._handles: list[RemovableHandle] = []
+    A hook on every parameter would tell as much, at the price of a call per parameter in every backward.
+    """
 
-    def watch(self, parameters: Sequence[Tensor]) -> None:
-        """These parameters, instead of those before."""
-        self.close()
-        note = _Note(self._switch, self._numbers)
-        self._handles = [
-            p.register_post_accumulate_grad_hook(note) for p in parameters if p.requires_grad and p.is_leaf
-        ]
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._known: dict[int, bool] = {}  # by number
+
+    def note(self) -> int:
+        """The number of the backward that is running in this thread, which is asked if it is new."""
+        number = current()
+        if number not in self._known:
+            self._known[number] = any(map(_accumulated, self.parameters))
+        return number
 
     def counts(self, number: int) -> bool:
         """Whether that backward was one of training; if none is known to be, all are."""
-        return not self._numbers or number in self._numbers
+        return self._known.get(number, False) or not any(self._known.values())
 
     def clear(self) -> None:
-        self._numbers.clear()
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._known.clear()
 
 
-class _Note(Hook):
-    def __init__(self, switch: Switch, numbers: set[int]) -> None:
-        self.switch = switch
-        self.numbers = numbers
-
-    def __call__(self, _parameter: Tensor) -> None:
-        if self.switch.on:
-            self.numbers.add(current())
+def _accumulated(p: Tensor) -> bool:
+    """Whether the backward that is running adds to the gradient of this parameter, if nothing fails."""
+    if not (p.requires_grad and p.is_leaf):
+        return False
+    node = get_gradient_edge(p).node  # not kept: a node that outlives the graph is in the way of model.to(dtype)
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # torch's answer for what torch.autograd.grad is asked for
+        return False

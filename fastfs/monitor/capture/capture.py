@@ -82,8 +82,7 @@ class Capture:
         self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [
             [] for _ in layers
         ]  # backward, elements, sum
-        self._backwards = Backwards(self.switch)
-        self._backwards.watch(list(parameters.values()))
+        self._backwards = Backwards(list(parameters.values()))
         self._model = model
         self._layers = tuple(layers)
         self._parameters = parameters
@@ -115,7 +114,6 @@ class Capture:
         """Remove every hook and forget everything captured."""
         self.switch.level = taps.OFF
         self.clear()
-        self._backwards.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -269,7 +267,7 @@ class Capture:
         """Those that the optimizers update have changed: what the graph shows has to be looked at again."""
         self._parameters = parameters
         self.structure = None
-        self._backwards.watch(list(parameters.values()))
+        self._backwards.parameters = list(parameters.values())
 
     def versions(self) -> int:
         """Changes whenever a parameter is written to."""
@@ -360,15 +358,19 @@ class Capture:
                 self._passes = [*(p for p in self._passes if p.accumulates()), passed]
             if visit.parts:  # one more than the budget has reckoned with
                 self.budget.take(passed, visit.before.values.nbytes, "another backward vector")
-            visit.arrive(current(), self._sampler.keep(gradient, visit.before.values.shape[0]).values)
+            visit.arrive(self._backwards.note(), self._sampler.keep(gradient, visit.before.values.shape[0]).values)
 
     def _square(self, layer: int, gradient: Tensor, turn: int) -> None:
         if turn != self._turn:
             return
-        with self._timed():
-            total = math.prod(gradient.shape[: row_dims(gradient)])
-            square = self._sampler.squares(gradient, min(self._sampler.wanted(total), _SQUARED))
-            self._squares[layer].append((current(), gradient.numel(), square))
+        start = time.perf_counter()
+        try:
+            square = self._sampler.squares(gradient, _SQUARED)
+            self._squares[layer].append((self._backwards.note(), gradient.numel(), square))
+        except Exception as error:  # the layer's prediction is lost, not the training run
+            name = self._layers[layer].name
+            self._warn("square", f"has no norm of the backward vector of {name!r} ({type(error).__name__}: {error})")
+        self.seconds += time.perf_counter() - start
 
     # Memory
 

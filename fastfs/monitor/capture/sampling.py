@@ -84,9 +84,11 @@ class Sampler:
         values, _ = torch.ops.fastfs.gather_rows(x, self.subset(total, kept, x.device), dims)
         return Kept(values, total)
 
-    def squares(self, x: Tensor, kept: int) -> tuple[Tensor, float]:
-        """Sums of the squares of ``kept`` rows, float64 (kept,), and the factor from their sum to that of all."""
+    def squares(self, x: Tensor, most: int) -> tuple[Tensor, float]:
+        """Squared norms of the rows that are wanted, ``most`` at most: float64 (k,); what turns their sum into that of
+        all."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
+        kept = min(self.wanted(total), most)
         sums: Tensor = torch.ops.fastfs.row_squares(x, self.subset(total, kept, x.device), dims)
         return sums, total / kept if kept else 1.0
