@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import print_table, write_json
+from benchmarks.harness import count_option, device_option, file_option, print_table, write_json
 
 CASES = Path(__file__).with_name("call_cost_cases.py")
 HERE = Path(__file__).resolve().parents[1]
@@ -38,7 +38,8 @@ def run_cases(folder: Path, device: torch.device) -> Costs:
     Raises:
         RuntimeError: if it fails, or takes fastfs from elsewhere.
     """
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    found = [str(folder), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found)), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(CASES), str(device)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     if done.returncode != 0:
@@ -73,16 +74,19 @@ def rows(found: dict[str, list[Costs]]) -> list[dict[str, Any]]:
     return table
 
 
+def markdown(table: list[dict[str, Any]]) -> list[str]:
+    """The rows as lines of a table in markdown."""
+    return ["| " + " | ".join(str(cell) for cell in row.values()) + " |" for row in table]
+
+
 def main() -> int:
     """Runs both versions, shows and writes what they cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--device", type=device_option, default=torch.device("cpu"))
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another version of fastfs, built in place")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=file_option, help="write the results to this file")
+    parser.add_argument("--rounds", type=count_option, default=5)
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
     folders = {"now": HERE}
     if arguments.against is not None:
         if not (arguments.against / "fastfs" / "__init__.py").is_file():
@@ -97,8 +101,7 @@ def main() -> int:
     missed = arguments.device.type == "cuda" and cost > most
     if arguments.device.type == "cuda":
         print(f"{'FAIL' if missed else 'PASS'}  {case}: {cost:.1f} us, at most {most:.0f}")
-    if arguments.json:
-        write_json(arguments.json, arguments.device, table)
+    write_json(arguments.json, arguments.device, table)
     return int(missed)
 
 

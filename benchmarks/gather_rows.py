@@ -174,9 +174,8 @@ def main() -> None:
     for workload in workloads(arguments.quick):
         for _ in thread_counts(device):
             results.append(measure(workload, device, arguments.rounds))
+            write_json(arguments.json, device, results)
             show(results[-1])
-    if arguments.json:
-        write_json(arguments.json, device, results)
 
 
 if __name__ == "__main__":

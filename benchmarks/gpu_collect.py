@@ -77,4 +77,7 @@ def collect(target: Path, files: list[Path], here: dict[str, Any]) -> dict[str, 
 if __name__ == "__main__":
     facts = machine()
     print(json.dumps(facts, indent=1))
-    collect(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]], facts)
+    try:
+        collect(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]], facts)
+    except ValueError as error:
+        sys.exit(f"gpu.sh: {sys.argv[1]}: {error}; name another folder by OUT, or move the file away")

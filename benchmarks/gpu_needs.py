@@ -11,13 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 # Distributions, with the oldest version where it matters.
 BUILD = {"torch": (2, 11), "setuptools": (77,), "pybind11": (2, 13), "ninja": (), "numpy": ()}
-DEMO = ("typer", "rich", "matplotlib", "pandas", "plotly", "scikit-learn")
-TESTS = ("pytest", "hypothesis", "expecttest", "scipy", *DEMO)
+DEMO = ("typer", "rich", "matplotlib", "pandas", "scikit-learn")  # and plotly for the page, if it is there
+TESTS = ("pytest", "hypothesis", "scipy", *DEMO)  # and expecttest for opcheck
 BENCHMARK = ("rich", "triton")
 STEPS: dict[str, tuple[str, ...]] = {
-    "tests": TESTS,
-    **dict.fromkeys(("kernels", "rows", "updates", "variants", "cost", "monitor", "monitor_compiled"), BENCHMARK),
-    "timeline": BENCHMARK,
+    **dict.fromkeys(("tests", "training_tests"), TESTS),
+    **dict.fromkeys(("kernels", "lists", "rows", "updates", "variants", "cost"), BENCHMARK),
+    **dict.fromkeys(("monitor", "monitor_compiled", "timeline"), BENCHMARK),
     "demo": DEMO,
 }
 SANITIZER = ("memcheck", "racecheck", "synccheck", "initcheck")

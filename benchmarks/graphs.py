@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,13 +16,23 @@ MOST_COPIES = 64
 def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[[], object]], str]:
     """Replays of the calls, and "graph"; or the calls themselves, and why.
 
-    Every call must have run before.
+    Each is called once before. One that waits for the device is not captured: a capture that fails leaves torch's
+    allocator in a state that later calls suffer from.
     """
     if len(calls) > MOST_COPIES:
         return calls, "calls"
     replays = []
-    pool = torch.cuda.graph_pool_handle()
+    stream, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
     try:
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        _set_mode("error")
+        try:
+            calls[0]()
+        finally:
+            _set_mode(mode)
+        pool = torch.cuda.graph_pool_handle()
         for call in calls:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
@@ -31,9 +42,16 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
             replay()
         torch.cuda.synchronize()
     except Exception as error:  # whatever cannot be captured is timed as it is, and the result says so
+        torch.cuda.set_stream(stream)  # which a capture that fails leaves as it is
         torch.cuda.synchronize()
         return calls, f"calls, for it cannot be captured as a graph: {reason(error)}"
     return replays, "graph"
+
+
+def _set_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that the mode is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, result: object) -> Callable[[], object]:

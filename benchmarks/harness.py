@@ -14,11 +14,15 @@ from rich.table import Table
 from fastfs.bench import machine
 from fastfs.bench.machine import environment
 from fastfs.bench.timing import Times, median_ratio, side_by_side, time_call, wall_time
+from fastfs.devices import named_device
 
 __all__ = [
     "Times",
     "command_line",
+    "count_option",
+    "device_option",
     "environment",
+    "file_option",
     "median_ratio",
     "print_table",
     "side_by_side",
@@ -41,14 +45,49 @@ def command_line(
     ``flags`` are further ones without a value, and their help; ``options`` those with one, as argparse describes them.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", type=device_option, default=torch.device("cpu"))
+    parser.add_argument("--json", type=file_option, help="write the results to this file")
+    parser.add_argument("--rounds", type=count_option, default=7)
     for flag, help_ in {"--quick": quick, **(flags or {})}.items():
         parser.add_argument(flag, action="store_true", help=help_)
     for option, described in (options or {}).items():
         parser.add_argument(option, **described)
     return parser.parse_args()
+
+
+def device_option(text: str) -> torch.device:
+    """The value of ``--device``.
+
+    Raises:
+        argparse.ArgumentTypeError: no such device, or torch does not see it.
+    """
+    try:
+        return named_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def file_option(text: str) -> Path:
+    """The value of ``--json``: a file, told before anything is measured.
+
+    Raises:
+        argparse.ArgumentTypeError: a folder.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file, got the folder {text}")
+    return path
+
+
+def count_option(text: str) -> int:
+    """The value of ``--rounds``.
+
+    Raises:
+        argparse.ArgumentTypeError: no number, or below 1.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
 
 
 def thread_counts(device: torch.device) -> Iterator[int]:
@@ -62,8 +101,10 @@ def thread_counts(device: torch.device) -> Iterator[int]:
         torch.set_num_threads(every)
 
 
-def write_json(path: Path, device: torch.device, results: list[dict[str, Any]]) -> None:
-    """Writes the environment and the results."""
+def write_json(path: Path | None, device: torch.device, results: list[dict[str, Any]]) -> None:
+    """Writes the environment and the results so far, unless path is None; after each, so that none is lost."""
+    if path is None:
+        return
     machine.write_json(path, {"environment": environment(device), "results": results})
 
 

@@ -57,8 +57,7 @@ def main() -> int:
     device = arguments.device
     result = run(workload(arguments.quick, device, arguments.compile), device, arguments.rounds)
     show(result, device.type == "cuda")
-    if arguments.json:
-        write_json(arguments.json, device, [result])
+    write_json(arguments.json, device, [result])
     return 0
 
 

@@ -173,7 +173,8 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
         return meter.after().sums
 
     torch._dynamo.reset()
-    inductor, coefficients = compiled(), table.to(device, torch.float32)  # copied once: a graph cannot
+    inductor, there = compiled(), table.to(device)  # copied once: a graph cannot
+    coefficients = there.float()
     truth = fastfs.reference.optimizer_stats(Rule.ADAM, *lists, table).sums
     if not worst_error(metered, truth, 4) <= ALLOWED:
         raise AssertionError(f"{name}: UpdateMeter is off by {worst_error(metered, truth, 4):.1e} after a step")
@@ -186,7 +187,7 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
             METER: meter_call,
             COMPILE: lambda: inductor(*lists, coefficients),
             FOREACH: lambda: by_hand(*lists, table),
-            EAGER: lambda: optimizer_stats(Rule.ADAM, *lists, table, backend="reference").sums,
+            EAGER: lambda: optimizer_stats(Rule.ADAM, *lists, there, backend="reference").sums,
         },
         truth,
         4,
@@ -256,10 +257,9 @@ def main() -> None:
         for _ in thread_counts(device):
             measured = measure(name, shapes, device, arguments.rounds)
             results += measured
+            write_json(arguments.json, device, results)
             for result in measured:
                 show(result)
-    if arguments.json:
-        write_json(arguments.json, device, results)
 
 
 if __name__ == "__main__":

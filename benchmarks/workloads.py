@@ -100,8 +100,9 @@ def _one(size: int, dtype: str) -> Workload:
 def ladder(largest: int, quick: bool) -> Iterator[Workload]:
     """One layer of 4 KiB to 4 GiB, in every dtype; no larger than `largest` bytes."""
     sizes = (2**15, 2**20) if quick else tuple(2**k for k in ORDER)
-    for dtype in DTYPES:
-        yield from (_one(size, dtype) for size in sizes if size <= largest)
+    for size in sizes:
+        if size <= largest:
+            yield from (_one(size, dtype) for dtype in DTYPES)
 
 
 def lists(largest: int, quick: bool, dtypes: Sequence[str]) -> Iterator[Workload]:

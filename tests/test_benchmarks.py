@@ -145,20 +145,92 @@ def test_targets_are_about_the_worst() -> None:
     assert {target.passed for target in targets.targets([])} == {None}
 
 
-def test_a_contestant_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> None:
+class NoGraphs:
+    """Of torch.cuda, what :func:`graphs.as_graphs` calls, where no graph can be captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.modes: list[int | str] = [0]
+        self.streams: list[str] = ["one"]
+        for name, value in (
+            ("CUDAGraph", self.fails),
+            ("graph_pool_handle", lambda: None),
+            ("synchronize", lambda: None),
+            ("current_stream", lambda: self.streams[-1]),
+            ("set_stream", self.streams.append),
+            ("get_sync_debug_mode", lambda: self.modes[-1]),
+            ("set_sync_debug_mode", self.modes.append),
+        ):
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def fails(self) -> None:
+        self.streams.append("that of the capture")
         raise RuntimeError("no graphs here")
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", fails)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+def test_a_contestant_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = NoGraphs(monkeypatch)
     calls = [lambda: 1, lambda: 2]
     assert graphs.as_graphs(calls) == (
         calls,
         "calls, for it cannot be captured as a graph: RuntimeError: no graphs here",
     )
+    assert cuda.modes == [0, "error", 0]
+    assert cuda.streams == ["one", "that of the capture", "one"]
     many = calls * graphs.MOST_COPIES
     assert graphs.as_graphs(many) == (many, "calls")
+
+
+def test_a_contestant_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = NoGraphs(monkeypatch)
+
+    def waits() -> None:
+        if cuda.modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    found, timed_as = graphs.as_graphs([waits])
+    assert found == [waits]
+    assert timed_as.endswith("RuntimeError: called a synchronizing CUDA operation")
+    assert cuda.modes == [0, "error", 0]
+    assert "that of the capture" not in cuda.streams
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "gpu"], "expected cpu or cuda, got 'gpu'"),
+        (["--device", "cuda:99"], "CUDA devices"),
+        (["--rounds", "0"], "expected at least 1, got 0"),
+        (["--json", "."], "expected a file, got the folder ."),
+    ],
+)
+def test_options_are_refused_before_anything_is_measured(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options])
+    with pytest.raises(SystemExit):
+        harness.command_line("", quick="")
+    assert message in capsys.readouterr().err
+
+
+def test_what_was_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a benchmark that is killed, or fails, loses the workload under way alone."""
+    path = tmp_path / "result.json"
+    monkeypatch.setattr(sys, "argv", ["x", "--quick", "--rounds", "3", "--only", "lists", "--json", str(path)])
+    bandwidth, done = feature_stats.bandwidth, []
+
+    def fails(*arguments: Any) -> dict[str, Any]:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(bandwidth(*arguments))
+        return done[-1]
+
+    monkeypatch.setattr(feature_stats, "bandwidth", fails)
+    monkeypatch.setattr(feature_stats, "QUICK_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        feature_stats.main()
+    names = [r["workload"] for r in json.loads(path.read_text())["results"]]
+    assert names == [r["workload"] for r in done]
+    assert len(names) == 2
 
 
 def test_the_budget_for_compiling_ends() -> None:

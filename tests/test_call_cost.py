@@ -59,3 +59,9 @@ def test_a_version_that_fails_or_is_not_the_one_asked_for(tmp_path):
     (package / "__init__.py").write_text("raise ImportError('not built')\n")
     with pytest.raises(RuntimeError, match="not built"):
         call_cost.run_cases(tmp_path, torch.device("cpu"))
+
+
+def test_the_table_of_the_page_is_that_of_the_file():
+    found = json.loads((ROOT / "benchmarks/results/call_cost-cpu.json").read_text())["results"]
+    page = (ROOT / "docs/kernels.md").read_text().splitlines()
+    assert [line for line in call_cost.markdown(found) if line not in page] == []

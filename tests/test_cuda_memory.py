@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -52,8 +54,6 @@ def test_a_result_that_does_not_fit(at_most: Callable[[int], None]) -> None:
 
 
 class Wide(nn.Module):
-    """Features of 128 MiB each."""
-
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(4))
@@ -64,34 +64,35 @@ class Wide(nn.Module):
         return x
 
 
-def train(steps: int, watch: bool) -> list[Tensor]:
-    torch.manual_seed(0)
-    model = Wide().cuda()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(2**15, 1024, device="cuda")
-    monitor = fastfs.Monitor(
-        model, optimizer, layers=r"blocks\.\d+$", every=2, rows=None, sinks=[lambda rows: None], verbose=False
-    ) if watch else None  # fmt: skip
-    trace = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = F.mse_loss(model(x), x)
-        loss.backward()
-        optimizer.step()
-        trace.append(loss.detach())
-    if monitor is not None:
-        monitor.close()
-    return [*trace, *(p.detach() for p in model.parameters())]
-
-
 def test_training_goes_on_where_a_measurement_does_not_fit(at_most: Callable[[int], None]) -> None:
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    expected = train(6, watch=False)
-    needed = torch.cuda.max_memory_reserved() - before
-    at_most(needed + 64 * MIB)
+    """Features of the probe batch take 512 MiB each, those of the training 1 MiB."""
+    x, large = torch.randn(256, 1024, device="cuda"), torch.randn(2**17, 1024, device="cuda")
+
+    def train(watch: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Wide().cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options: dict[str, Any] = {"mode": "probe", "probe": (large, lambda out: F.mse_loss(out, large))}
+        trace: list[Tensor] = []
+        with (
+            fastfs.Monitor(
+                model, optimizer, layers=r"blocks\.\d+$", every=2, sinks=[lambda rows: None], verbose=False, **options
+            )
+            if watch
+            else nullcontext()
+        ):
+            for _ in range(6):
+                optimizer.zero_grad()
+                loss = F.mse_loss(model(x), x)
+                loss.backward()
+                optimizer.step()
+                trace.append(loss.detach())
+        return [*trace, *(p.detach() for p in model.parameters())]
+
+    expected = train(watch=False)
+    at_most(512 * MIB)
     with pytest.warns(RuntimeWarning, match="OutOfMemoryError"):
-        found = train(6, watch=True)
+        found = train(watch=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 

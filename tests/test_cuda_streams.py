@@ -7,6 +7,7 @@ import torch
 from compare import assert_same
 from op_cases import OPS, Call
 from torch import Tensor
+from waits import nothing_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("name", OPS)]
 
@@ -74,11 +75,8 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     call = OPS[name]("cuda")
     expected = call()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         found = call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert_all_same(found, expected)
 
 

@@ -130,7 +130,7 @@ def test_on_the_gpu(tmp_path, small):
         assert summary["tasks"][name]["bitwise_equal"] is True
         table = load(tmp_path / name / "record.jsonl")
         assert table[table["kind"] == "measured"]["valid"].sum() == 3 * layers
-        assert "fastfs report" in (tmp_path / name / "report.html").read_text()
+        assert (tmp_path / name / "angle.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("device", ["meta", "gpu", "cuda:99"])

@@ -32,6 +32,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, requires_grad, device):
+    pytest.importorskip("expecttest")
     op = getattr(torch.ops.fastfs, name).default
     samples = [
         layers(((5, 3), (7,), (), (2, 3, 4)), device=device),

@@ -184,6 +184,7 @@ def test_neighbours_and_alignment(rule: Rule, dtype: torch.dtype, device: str) -
 
 @pytest.mark.parametrize(("rule", "dtype"), RULES)
 def test_opcheck(rule: Rule, dtype: torch.dtype, device: str) -> None:
+    pytest.importorskip("expecttest")
     op = torch.ops.fastfs.optimizer_stats.default
     for requires_grad in (False, True):
         parameters = [

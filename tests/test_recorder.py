@@ -13,6 +13,7 @@ import pytest
 import torch
 from record_cases import Collecting, decode, head, measured, payload, recorder, until
 from torch.utils._python_dispatch import TorchDispatchMode
+from waits import nothing_waits
 
 from fastfs.monitor.record.recorder import Record, Recorder
 
@@ -136,15 +137,12 @@ def test_nothing_in_the_step_path_synchronises_the_device():
     values = [payload(step, 100, "cuda") for step in range(200)]
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for step, value in enumerate(values):
             with torch.cuda.stream(side if step % 3 else torch.cuda.current_stream()):
                 one.push(value, decode)
             one.poll()
             time.sleep(0.001)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     one.close()
     assert sink.steps == list(range(200))
 

@@ -106,7 +106,7 @@ def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
     for arguments, words in (
         ([], "sees no CUDA device; --static needs none"),
         (["--variant", "x"], "no variant 'x'"),
-        (["--rounds", "0"], "--rounds must be at least 1, not 0"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
     ):
         monkeypatch.setattr(sys, "argv", ["variants", *arguments])
         with pytest.raises(SystemExit):

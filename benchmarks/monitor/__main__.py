@@ -6,7 +6,8 @@ Identical models are trained in one process and take turns in blocks of steps, i
 round; what is reported are medians, and medians of the ratios to the plain loop within a round. "plain, again" is a
 second plain loop: its ratio says how well the others are known. Before anything is timed it is checked that parameters
 are bitwise equal with the monitor and without, and that the naive way finds the same angles. With --compile all models
-are compiled by torch.compile, the plain one too; the naive way is then in the check alone, in eager torch.
+are compiled by torch.compile, the plain one too; the naive way is then in the check alone, in eager torch, and measured
+steps are those of the default mode alone, since each training compiles code of its own.
 
 Peak memory is that of building the training and its first two steps, outside of the timing. On the CPU every storage
 that an operator of torch returns is counted for as long as it lives (a TorchDispatchMode sees them; what kernels take
@@ -21,12 +22,14 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import command_line, median_ratio, print_table, write_json
+from benchmarks.harness import Times, command_line, median_ratio, print_table, write_json
 from benchmarks.monitor.check import check
 from benchmarks.monitor.cost import Traffic, compare, peak_bytes, traffic, window
 from benchmarks.monitor.trainings import (
@@ -51,29 +54,55 @@ def say(what: str) -> None:
     print(f"{what} ...", file=sys.stderr, flush=True)
 
 
-def run(load: Workload, device: torch.device, rounds: int, quick: bool) -> dict[str, Any]:
-    """All rows of the table."""
+@dataclass
+class Found:
+    """What has been measured so far; seconds per step by contestant in `cheap` and `dear`."""
+
+    errors: dict[str, float]
+    peaks: dict[str, int | None] = field(default_factory=dict)
+    flows: dict[str, Traffic] | None = None
+    cheap: Times = field(default_factory=dict)
+    dear: Times = field(default_factory=dict)
+    window: tuple[float, float] | None = None
+
+
+def run(
+    load: Workload, device: torch.device, rounds: int, quick: bool, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """All rows of the table. `keep` is given what there is after each part, so that nothing is lost."""
     on_gpu = device.type == "cuda"
     few = [PLAIN, AGAIN, OFF, ALIGNED]
-    many = [PLAIN, MEASURED, AMPLIFIED, JVP, PROBE, *([] if load.compiled else [NAIVE])]
+    many = [PLAIN, MEASURED, *([] if load.compiled else [AMPLIFIED, JVP, PROBE, NAIVE])]
+    each = [name for name in dict.fromkeys(few + many) if name != AGAIN]
     with tempfile.TemporaryDirectory() as folder:
         say("checking that nothing changes, and the naive way")
-        errors = check(Bench(load.smaller(4) if on_gpu else load, device, Path(folder)))
+        found = Found(check(Bench(load.smaller(4) if on_gpu else load, device, Path(folder))))
         torch.compiler.reset()  # what was compiled for other sizes, and without fused attention
         bench = Bench(load, device, Path(folder))
-        say("memory")
-        peaks: dict[str, int | None] = dict.fromkeys(few + many)
-        if on_gpu or not load.compiled:
-            peaks = {name: peak_bytes(lambda n=name: bench.training(n), device) for name in peaks}  # type: ignore[misc]
-        say("waits and copies")
-        flows = traffic(bench, [name for name in dict.fromkeys(few + many) if name != NAIVE])
-        say("steps that are not measured")
-        cheap = compare(bench, few, 2 * rounds + 4, 20 if on_gpu else 3)
-        say("measured steps")
-        dear = compare(bench, many, rounds, 5 if on_gpu else 1)
-        say("a window of 100 steps")
-        with_monitor, without = window(bench, 100, 5 if quick else 4)
 
+        def report() -> dict[str, Any]:
+            result = table(bench, found, device, rounds)
+            keep(result)
+            return result
+
+        say("memory")
+        if on_gpu or not load.compiled:
+            found.peaks = {name: peak_bytes(lambda n=name: bench.training(n), device) for name in each}  # type: ignore[misc]
+        say("waits and copies")
+        found.flows = traffic(bench, [name for name in each if name != NAIVE])
+        say("steps that are not measured")
+        found.cheap = compare(bench, few, 2 * rounds + 4, 20 if on_gpu else 3)
+        report()
+        say("measured steps")
+        found.dear = compare(bench, many, rounds, 5 if on_gpu else 1)
+        report()
+        say("a window of 100 steps")
+        found.window = window(bench, 100, 5 if quick else 4)
+        return report()
+
+
+def table(bench: Bench, found: Found, device: torch.device, rounds: int) -> dict[str, Any]:
+    """The rows of what has been measured."""
     rows = []
 
     def add(name: str, seconds: float, ratio: float) -> None:
@@ -82,25 +111,30 @@ def run(load: Workload, device: torch.device, rounds: int, quick: bool) -> dict[
             "milliseconds": round(seconds * 1e3, 4),
             "ratio": round(ratio, 4),
             "overhead percent": round(100 * (ratio - 1), 2),
-            **_memory(peaks.get(name), peaks[PLAIN]),
-            **_flow(None if flows is None else flows.get(name)),
+            **_memory(found.peaks.get(name), found.peaks.get(PLAIN)),
+            **_flow(None if found.flows is None else found.flows.get(name)),
         })  # fmt: skip
 
-    for name in few:
-        add(name, statistics.median(cheap[name]), median_ratio(cheap, name, PLAIN))
-    ratio = (99 * median_ratio(cheap, OFF, PLAIN) + median_ratio(dear, MEASURED, PLAIN)) / 100
-    add(EVERY, ratio * statistics.median(cheap[PLAIN]), ratio)
-    add(WINDOW, with_monitor, with_monitor / without)
-    for name in many[1:]:
-        add(name, statistics.median(dear[name]), median_ratio(dear, name, PLAIN))
+    for name, times in found.cheap.items():
+        add(name, statistics.median(times), median_ratio(found.cheap, name, PLAIN))
+    if found.dear:
+        ratio = (99 * median_ratio(found.cheap, OFF, PLAIN) + median_ratio(found.dear, MEASURED, PLAIN)) / 100
+        add(EVERY, ratio * statistics.median(found.cheap[PLAIN]), ratio)
+    if found.window:
+        with_monitor, without = found.window
+        add(WINDOW, with_monitor, with_monitor / without)
+    for name, times in found.dear.items():
+        if name != PLAIN:
+            add(name, statistics.median(times), median_ratio(found.dear, name, PLAIN))
+    by_name = {row["contestant"]: row for row in rows}
     return {
-        "workload": load.name,
+        "workload": bench.load.name,
         "parameters": bench.parameters,
-        "threads": None if on_gpu else torch.get_num_threads(),
+        "threads": None if device.type == "cuda" else torch.get_num_threads(),
         "rounds": rounds,
-        "naive way and monitor differ by": errors,
+        "naive way and monitor differ by": found.errors,
         "rows": rows,
-        "targets": targets({row["contestant"]: row for row in rows}, device),
+        "targets": targets(by_name, device),
     }
 
 
@@ -120,12 +154,13 @@ def _flow(flow: Traffic | None) -> dict[str, float | None]:
 def targets(rows: dict[str, dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
     """What the monitor may cost, and whether it keeps to it."""
     most = {EVERY: 1.01, ALIGNED: 1.01 if device.type == "cuda" else 1.02, MEASURED: 1.5}
-    found = [_target(name, "ratio", rows[name]["ratio"], x) for name, x in most.items()]
+    found = [_target(name, "ratio", rows[name]["ratio"], x) for name, x in most.items() if name in rows]
     if device.type == "cuda":
         waits = "host synchronisations per step"
         found += [
             _target(name, "more " + waits, rows[name][waits] - rows[PLAIN][waits], 0)
             for name in (OFF, ALIGNED, MEASURED)
+            if name in rows
         ]
     return found
 
@@ -161,10 +196,10 @@ def main() -> int:
         flags={"--compile": "models compiled by torch.compile"},
     )
     device = arguments.device
-    result = run(workload(arguments.quick, device, arguments.compile), device, arguments.rounds, arguments.quick)
+    load = workload(arguments.quick, device, arguments.compile)
+    keep = lambda result: write_json(arguments.json, device, [result])  # noqa: E731
+    result = run(load, device, arguments.rounds, arguments.quick, keep)
     show(result)
-    if arguments.json:
-        write_json(arguments.json, device, [result])
     return int(not arguments.quick and not all(target["pass"] for target in result["targets"]))
 
 

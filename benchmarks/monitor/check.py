@@ -44,7 +44,8 @@ def check(bench: Bench) -> dict[str, float]:
     compiled = bench.load.compiled
     with _repeatable(bench.device):
         plain, naive = bench.training(PLAIN), bench.training(NAIVE)
-        watched = {name: bench.training(name) for name in (OFF, ALIGNED, MEASURED, AMPLIFIED, JVP, PROBE)}
+        names = (OFF, ALIGNED, MEASURED) if compiled else (OFF, ALIGNED, MEASURED, AMPLIFIED, JVP, PROBE)
+        watched = {name: bench.training(name) for name in names}
         seen: list[Any] = []
         watched["all rows"] = bench.training(MEASURED, rows=None, sinks=[lambda rows: seen.extend(rows)])
         sampled: list[Any] = []

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import print_table, write_json
+from benchmarks.harness import count_option, file_option, print_table, write_json
 from benchmarks.variants import build, measure, static
 from benchmarks.variants.catalogue import BASELINE, VARIANTS, Variant, variant
 from benchmarks.variants.library import NAMES, Library
@@ -30,14 +30,12 @@ from benchmarks.variants.library import NAMES, Library
 
 def command_line() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=file_option, help="write the results to this file")
     parser.add_argument("--static", action="store_true", help="compile and read only: needs no GPU")
     parser.add_argument("--quick", action="store_true", help="a few variants and tiny workloads: does it run")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=count_option, default=7)
     parser.add_argument("--variant", action="append", metavar="NAME", help="this one (and the baseline); repeatable")
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error(f"--rounds must be at least 1, not {arguments.rounds}")
     try:
         arguments.variants = [variant(name) for name in arguments.variant or []]
     except ValueError as error:
@@ -80,9 +78,14 @@ class Machine:
 
 
 def run(
-    variants: list[Variant], machine: Machine, libraries: dict[str, Library], rounds: int, quick: bool
-) -> list[dict[str, Any]]:
-    """Checks and times; prints a table per workload and dtype."""
+    variants: list[Variant],
+    machine: Machine,
+    libraries: dict[str, Library],
+    rounds: int,
+    quick: bool,
+    path: Path | None,
+) -> None:
+    """Checks and times; prints a table per workload and dtype, and writes what there is so far to the path."""
     at = machine.device, machine.multiprocessors
     results: list[dict[str, Any]] = []
     print("checking", flush=True)
@@ -92,9 +95,9 @@ def run(
     for dtype in NAMES:
         for layers in measure.workloads(dtype.itemsize, quick):
             results.append(measure.timed(layers, dtype, variants, libraries, *at, machine.cache, rounds))
+            write_json(path, machine.device, results)
             show(results[-1])
     show_means([r for r in results if "rows" in r], variants)
-    return results
 
 
 def show(result: dict[str, Any]) -> None:
@@ -140,9 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         print(f"compiling {len(variants)} variants for sm_{machine.architecture}", flush=True)
         libraries = compile_all(variants, machine.architecture, Path(folder))
-        results = run(variants, machine, libraries, arguments.rounds, arguments.quick)
-    if arguments.json:
-        write_json(arguments.json, machine.device, results)
+        run(variants, machine, libraries, arguments.rounds, arguments.quick, arguments.json)
 
 
 if __name__ == "__main__":
