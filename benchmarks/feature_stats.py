@@ -98,7 +98,7 @@ def repeats(workload: Workload, device: torch.device, slowest: float) -> int:
     """Calls in a row: enough for the clock, few enough for the GPU's queue; `slowest`: seconds of the slowest call."""
     if device.type == "cuda":
         return 1 if slowest > SLOW else 10 if workload.bytes < 2**25 else 5
-    return max(1, min(100, 2**22 // workload.bytes))
+    return max(1, min(100, 2**25 // workload.bytes))
 
 
 def bandwidth(workload: Workload, device: torch.device, rounds: int, budget: Budget, triton: Any) -> dict[str, Any]:

@@ -79,10 +79,10 @@ def draw(content: dict[str, Any], dtypes: list[str], out: Path) -> None:
         axis.set_xlabel("bytes of a call's inputs, from memory")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("GB/s")
-    axes[0][0].legend(fontsize="small")
     where = environment.get("device") or f"{environment['processor']}, threads: {environment['threads']}"
     figure.suptitle(f"feature_stats of one layer, {where}")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=4, fontsize="small", frameon=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
     plt.close(figure)
