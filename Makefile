@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_backend -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py')
-FORMATTED = $(shell git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cuh' 'tests/*.cpp' 'tests/*.cu')
+FORMATTED = $(shell git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' 'benchmarks/*.cuh' 'benchmarks/*.cu' 'tests/*.h' 'tests/*.cuh' 'tests/*.cpp' 'tests/*.cu')
 SCRIPTS = $(shell git ls-files '*.sh') .ci/run
 
 .PHONY: demo test test-quick bench doctor lint format clean install

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +12,23 @@ from fastfs.bench.race import reason
 
 MOST_COPIES = 64
 """Graphs of one contestant: where more copies of the inputs are needed a call has few launches, which queue up."""
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """A call of torch in the ``with`` block that waits for the GPU raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    _set_mode("error")
+    try:
+        yield
+    finally:
+        _set_mode(before)
+
+
+def _set_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that the mode is a prototype
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[[], object]], str]:
@@ -22,16 +40,13 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
     if len(calls) > MOST_COPIES:
         return calls, "calls"
     replays = []
-    stream, mode = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode()
+    stream = torch.cuda.current_stream()
     try:
         for call in calls:
             call()
         torch.cuda.synchronize()
-        _set_mode("error")
-        try:
+        with nothing_waits():
             calls[0]()
-        finally:
-            _set_mode(mode)
         pool = torch.cuda.graph_pool_handle()
         for call in calls:
             graph = torch.cuda.CUDAGraph()
@@ -46,12 +61,6 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
         torch.cuda.synchronize()
         return calls, f"calls, for it cannot be captured as a graph: {reason(error)}"
     return replays, "graph"
-
-
-def _set_mode(mode: int | str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once that the mode is a prototype
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def _replay(graph: torch.cuda.CUDAGraph, result: object) -> Callable[[], object]:

@@ -1,10 +1,14 @@
-"""The devices that commands run on."""
+"""The devices that commands run on, and what they need there."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-__all__ = ["fastest_device", "named_device"]
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+__all__ = ["fastest_device", "named_device", "repeatable_attention"]
 
 
 def fastest_device() -> torch.device:
@@ -27,3 +31,13 @@ def named_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+@contextmanager
+def repeatable_attention(device: torch.device) -> Iterator[None]:
+    """In the ``with`` block attention on a GPU adds up its gradients in the same order in every run: not fused."""
+    if device.type == "cuda":
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    else:
+        yield

@@ -4,9 +4,9 @@ import pytest
 import torch
 from cases import DTYPES, LAYOUTS, SHAPES, inputs, layers
 from compare import assert_close, assert_same, assert_same_kind, feature_truth, update_truth
-from waits import nothing_waits
 
 import fastfs
+from benchmarks.graphs import nothing_waits
 from fastfs import feature_stats, ops, update_stats
 
 pytestmark = [

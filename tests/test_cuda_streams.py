@@ -7,7 +7,8 @@ import torch
 from compare import assert_same
 from op_cases import OPS, Call
 from torch import Tensor
-from waits import nothing_waits
+
+from benchmarks.graphs import nothing_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("name", OPS)]
 

@@ -12,8 +12,8 @@ from cases import step_arguments, step_inputs
 from compare import assert_same, assert_step
 from test_updates import give_gradients, make_parameters, name_of, truth
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
-from waits import nothing_waits
 
+from benchmarks.graphs import nothing_waits
 from fastfs.functional import optimizer_stats
 from fastfs.monitor.measure.updates import UpdateMeter
 from fastfs.rules import Rule

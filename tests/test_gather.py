@@ -9,8 +9,8 @@ from cases import DTYPES, LAYOUTS, run_apart
 from compare import assert_close_squares, assert_same, assert_same_values
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from waits import nothing_waits
 
+from benchmarks.graphs import nothing_waits
 from fastfs import ops, reference
 
 # torch's own, when its compiler is imported

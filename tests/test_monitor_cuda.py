@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from monitor_cases import measured_into, tokens
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from waits import nothing_waits
 
 import fastfs
+from benchmarks.graphs import nothing_waits
 from fastfs.models import Transformer
 
 pytestmark = pytest.mark.gpu

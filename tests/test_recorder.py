@@ -13,8 +13,8 @@ import pytest
 import torch
 from record_cases import Collecting, decode, head, measured, payload, recorder, until
 from torch.utils._python_dispatch import TorchDispatchMode
-from waits import nothing_waits
 
+from benchmarks.graphs import nothing_waits
 from fastfs.monitor.record.recorder import Record, Recorder
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.monitor.trainings import (
     AGAIN,
@@ -22,6 +19,7 @@ from benchmarks.monitor.trainings import (
     Bench,
     Training,
 )
+from fastfs.devices import repeatable_attention
 
 STEPS = 2
 # Of angles in radians and relative speeds to the naive way, which is eager: a compiled forward rounds otherwise.
@@ -42,7 +40,7 @@ def check(bench: Bench) -> dict[str, float]:
         AssertionError: if not.
     """
     compiled = bench.load.compiled
-    with _repeatable(bench.device):
+    with repeatable_attention(bench.device):
         plain, naive = bench.training(PLAIN), bench.training(NAIVE)
         names = (OFF, ALIGNED, MEASURED) if compiled else (OFF, ALIGNED, MEASURED, AMPLIFIED, JVP, PROBE)
         watched = {name: bench.training(name) for name in names}
@@ -89,13 +87,3 @@ def _different(a: Training, b: Training) -> float:
     """The share of the entries of parameters that are not the same bits."""
     pairs = list(zip(a.parameters, b.parameters, strict=True))
     return sum(int((p != q).sum()) for p, q in pairs) / sum(p.numel() for p, _ in pairs)
-
-
-@contextlib.contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """On CUDA without fused attention: its backward adds in an order of its own in every run."""
-    if device.type == "cuda":
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
-        yield

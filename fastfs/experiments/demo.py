@@ -9,7 +9,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastfs.devices import repeatable_attention
 from fastfs.experiments import data
 from fastfs.models import ResNet, Transformer
 from fastfs.monitor import Monitor
@@ -152,7 +151,7 @@ def run_task(
             metadata={"task": task.title, **about},
         ) as monitor,
         _progress(console) as progress,
-        _repeatable(device),
+        repeatable_attention(device),
     ):
         bar = progress.add_task(task.name, total=steps, loss=float("nan"))
         for _ in range(steps):
@@ -188,16 +187,6 @@ def run_task(
         "files": [str(path.relative_to(out.parent)) for path in (record, *pictures)],
         "seconds": time.perf_counter() - started,
     }
-
-
-@contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """On a GPU the fast kernels of attention add up their gradients in an order that changes from run to run."""
-    if device.type == "cuda":
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    else:
-        yield
 
 
 def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str, float]:
