@@ -9,6 +9,7 @@
 #   PYTHON  interpreter (default: python3)
 #   OUT     folder of the results (default: benchmarks/results): gpu.json (all figures), gpu_tests.xml,
 #           gpu_training_tests.xml, gpu_sanitizer.txt. Figures of several calls: python -m benchmarks.gpu_collect
+#   PARTS   folder of what a step has written so far (default: build/gpu), should it be killed
 #   QUICK=1 small benchmarks
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -31,7 +32,7 @@ pytest=(-m pytest -q -m gpu -p no:cacheprovider --durations=15 -W default::Depre
 
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-parts=build/gpu # what the steps write; one file of it is made in $out
+parts=${PARTS:-build/gpu}
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 
 wanted=()
