@@ -47,7 +47,7 @@ MANY = [trainings.MEASURED, trainings.AMPLIFIED, trainings.JVP, trainings.PROBE]
 def test_quick(tmp_path: Path, compiled: bool) -> None:
     result, printed = quick("benchmarks.monitor", tmp_path / "result.json", *(["--compile"] if compiled else []))
     rows = {row["contestant"]: row for row in result["rows"]}
-    assert list(rows) == [*FEW, *MANY, *([] if compiled else [trainings.NAIVE])]
+    assert list(rows) == [*FEW, *(MANY[:1] if compiled else [*MANY, trainings.NAIVE])]
     assert all(row["milliseconds"] > 0 and row["ratio"] > 0 for row in rows.values())
     assert all(row["overhead percent"] == pytest.approx(100 * row["ratio"] - 100, abs=0.02) for row in rows.values())
     assert all(row["host synchronisations per step"] is None for row in rows.values())

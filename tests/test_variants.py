@@ -1,5 +1,6 @@
 """The variants of the kernel: they fit the sources, they compile, and on the host they compute what they should."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -193,10 +194,11 @@ def test_driver_has_the_bits_of_the_launchers(libraries: dict[str, Library], tmp
 
 @on_host
 @pytest.mark.slow
-def test_the_run_on_the_host(libraries: dict[str, Library], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_on_the_host(libraries: dict[str, Library], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = command.Machine(torch.device("cpu"), "90", multiprocessors=1, cache=2**20)
     chosen = [variant(BASELINE), variant("f16 spacing by max")]
-    results = command.run(chosen, machine, libraries, rounds=1, quick=True)
+    command.run(chosen, machine, libraries, rounds=1, quick=True, path=tmp_path / "found.json")
+    results = json.loads((tmp_path / "found.json").read_text())["results"]
     checks, timed = results[:2], results[2:]
     assert [r["variant"] for r in checks] == [v.name for v in chosen]
     assert [(r["workload"], r["dtype"]) for r in timed] == [

@@ -280,13 +280,20 @@ def test_errors_are_one_line(tmp_path, name, content, arguments, message):
     assert "Traceback" not in done.stderr
 
 
+def heed_interrupts():
+    """What runs in the background of a shell without job control ignores them, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A process on a pseudo-terminal of 24 lines."""
 
     def __init__(self, *command):
         main, other = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "LINES": "24", "COLUMNS": "100"}
-        self.process = subprocess.Popen(command, stdin=other, stdout=other, stderr=other, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=other, stdout=other, stderr=other, env=environment, preexec_fn=heed_interrupts
+        )
         os.close(other)
         self.main, self.seen = main, ""
 
