@@ -80,6 +80,23 @@ def test_second_order(chain: Chain) -> None:
     assert len(chain.counted()) >= 4
 
 
+def test_gradients_of_functions_do_not_count(chain: Chain) -> None:
+    """torch.func.grad runs backwards of its own."""
+
+    def loss_of(weights: list[Tensor]) -> Tensor:
+        kept, chain.weights = chain.weights, weights
+        try:
+            return chain.forward()[-1]
+        finally:
+            chain.weights = kept
+
+    torch.func.grad(loss_of)([w.detach() for w in chain.weights])
+    before = len(chain.numbers)
+    assert before == 2
+    chain.forward()[-1].backward()
+    assert chain.counted() == [False] * 2 + [True] * 2
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints(chain: Chain, reentrant: bool) -> None:
     first, _, loss = chain.forward(lambda f, x: checkpoint(f, x, use_reentrant=reentrant))

@@ -63,6 +63,16 @@ def test_gradients_that_are_asked_for_before_the_backward_do_not_count():
     assert_same(run(norms), run())
 
 
+def test_gradients_of_functions_do_not_count():
+    def norms(model: nn.Module, _loss: Tensor, batch: tuple[Tensor, Tensor]) -> None:
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(torch.func.functional_call(model, values, (batch[0],)), batch[1])
+
+        torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+
+    assert_same(run(norms), run())
+
+
 def test_an_inner_loop_on_the_inputs_does_not_count():
     def attack(model: nn.Module, _loss: Tensor, batch: tuple[Tensor, Tensor]) -> None:
         x = batch[0].clone()

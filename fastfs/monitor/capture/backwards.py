@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
 
 __all__ = ["Backwards", "current"]
 
@@ -45,7 +44,12 @@ def _accumulated(p: Tensor) -> bool:
     """Whether the backward that is running adds to the gradient of this parameter, if nothing fails."""
     if not (p.requires_grad and p.is_leaf):
         return False
-    node = get_gradient_edge(p).node  # not kept: a node that outlives the graph is in the way of model.to(dtype)
+    with torch.enable_grad():
+        function = p.view_as(p).grad_fn  # the usual way to the node that accumulates
+    # Not kept: a node that outlives the graph is in the way of model.to(dtype).
+    node = None if function is None else function.next_functions[0][0]
+    if node is None:  # in torch.func, which has gradients of its own
+        return False
     try:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # torch's answer for what torch.autograd.grad is asked for
