@@ -215,13 +215,14 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
     assert [row["angle"] for row in seen if row["step"] == 2] == [row["angle"] for row in clean if row["step"] == 2]
 
 
-def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(monkeypatch):
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(micro_batches, monkeypatch):
     sampler = fastfs.monitor.capture.sampling.Sampler
     squares, calls = sampler.squares, []
 
     def fail(*arguments):
         calls.append(arguments)
-        if len(calls) == 5:  # the second step's, of the layer before the last
+        if len(calls) == 3 * micro_batches + 2:  # step 2, its first micro-batch, the layer before the last
             raise MemoryError("no memory")
         return squares(*arguments)
 
@@ -230,7 +231,12 @@ def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(monkey
         model = ResNet(8, 16, 3, 3)
         optimizer = sgd(model)
         with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=10, aligned_every=1, sinks=[seen.extend]):
-            train(model, optimizer, 4)
+            for step in range(4):
+                optimizer.zero_grad()
+                for part in range(micro_batches):
+                    x, y = rows(micro_batches * step + part)
+                    F.cross_entropy(model(x), y).backward()
+                optimizer.step()
         return [p.detach().clone() for p in model.parameters()]
 
     seen: list[dict] = []

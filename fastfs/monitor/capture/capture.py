@@ -82,6 +82,7 @@ class Capture:
         self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [
             [] for _ in layers
         ]  # backward, elements, sum
+        self._lost: set[int] = set()  # layers of which a sum is missing
         self._backwards = Backwards(list(parameters.values()))
         self._model = model
         self._layers = tuple(layers)
@@ -139,12 +140,14 @@ class Capture:
     def squares(self) -> list[tuple[int, list[tuple[Tensor, float]]]]:
         """At level GRADIENTS: per layer how many elements the backward vectors have, and what the sampler gave."""
         counts = self._backwards.counts
-        found = [[part for part in parts if counts(part[0])] for parts in self._squares]
+        whole = ([] if layer in self._lost else parts for layer, parts in enumerate(self._squares))
+        found = [[part for part in parts if counts(part[0])] for parts in whole]
         return [(sum(size for _, size, _ in parts), [square for *_, square in parts]) for parts in found]
 
     def forget_squares(self) -> None:
         """The gradients so far were thrown away."""
         self._squares = [[] for _ in self._layers]
+        self._lost.clear()
 
     def collect(self) -> list[Pass]:
         """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
@@ -368,6 +371,7 @@ class Capture:
             square = self._sampler.squares(gradient, _SQUARED)
             self._squares[layer].append((self._backwards.note(), gradient.numel(), square))
         except Exception as error:  # the layer's prediction is lost, not the training run
+            self._lost.add(layer)
             name = self._layers[layer].name
             self._warn("square", f"has no norm of the backward vector of {name!r} ({type(error).__name__}: {error})")
         self.seconds += time.perf_counter() - start

@@ -85,8 +85,7 @@ class Sampler:
         return Kept(values, total)
 
     def squares(self, x: Tensor, most: int) -> tuple[Tensor, float]:
-        """Squared norms of the rows that are wanted, ``most`` at most: float64 (k,); what turns their sum into that of
-        all."""
+        """Squared norms of the wanted rows, ``most`` at most: float64 (k,), and the factor from their sum to all."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
         kept = min(self.wanted(total), most)
