@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfs.functional import update_stats
 from fastfs.monitor.capture.taps import OFF, Hook, Switch
+from fastfs.monitor.measure.incidence import Incidence
 from fastfs.stats import ParameterStats
 
 __all__ = ["Aligned", "GradientFactor", "Incidence", "LossScale", "aligned"]
@@ -148,19 +149,6 @@ class Aligned:
         return cls(*(torch.full((layers,), torch.nan, dtype=torch.float64, device=device) for _ in range(4)))
 
 
-class Incidence:
-    """Which parameters count for which layer, as matrices on the device."""
-
-    def __init__(self, upstream: Tensor, own: Tensor, device: torch.device) -> None:
-        def matrix(bits: Tensor) -> Tensor:
-            return bits.to(torch.float64).to(device, non_blocking=True)
-
-        self.upstream = matrix(upstream)
-        self.own = matrix(own)
-        # Without any parameter upstream nothing is known: the layer did not run, or is hidden from the graph.
-        self.known = self.upstream.any(dim=1)
-
-
 def aligned(stats: ParameterStats, incidence: Incidence, factor: Tensor) -> Aligned:
     """Sums over parameters to sums over layers.
 
@@ -170,6 +158,6 @@ def aligned(stats: ParameterStats, incidence: Incidence, factor: Tensor) -> Alig
         factor: what the gradients in ``stats`` have to be divided by.
     """
     gradients = factor.square()
-    own = incidence.own @ torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / gradients], dim=1)
-    decrease = torch.where(incidence.known, -(incidence.upstream @ stats.dot) / factor, torch.nan)
+    own = incidence.own(torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / gradients], dim=1))
+    decrease = torch.where(incidence.known, -incidence.upstream(stats.dot[:, None])[:, 0] / factor, torch.nan)
     return Aligned(decrease, *own.sqrt().unbind(dim=1))
