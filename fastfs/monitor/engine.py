@@ -15,7 +15,8 @@ from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.measure import trust
-from fastfs.monitor.measure.aligned import Aligned, GradientFactor, LossScale, aligned
+from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
+from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.knowledge import Knowledge
 from fastfs.monitor.measure.modes import BatchMode, JvpMode, ProbeMode
 from fastfs.monitor.measure.parameters import Parameters
@@ -62,7 +63,6 @@ class Engine:
     def __post_init__(self) -> None:
         self.knowledge = Knowledge(self.model, len(self.layers), self.capture, self.device)
         self.knowledge.look(self.parameters.tensors)
-        self._gradient_factor: Tensor | None = None  # of the step that is under way
         self._loss_scale: Tensor | None = None
         self._found_inf: Tensor | None = None
         self._written = False  # a parameter, since the forward
@@ -74,16 +74,12 @@ class Engine:
     def before(self, optimizer: torch.optim.Optimizer, index: int, *, first: bool, measured: bool) -> None:
         if first:
             if self.knowledge.look(self.parameters.tensors):
-                self.factor.watch(self.parameters.tensors)
+                self.factor.watch()
             self._written = measured and self.capture.written_since()
-            factor = self.factor.take(self.device)
-            inside: Tensor | None = getattr(optimizer, "grad_scale", None)
-            # A fused optimizer takes the scale out of the gradients itself, within its step.
-            self._gradient_factor = factor if inside is None else factor / inside.to(self.device, torch.float64)
             self._loss_scale = self.scale.take(self.device)
             if measured and isinstance(self.mode, ProbeMode):
                 self.mode.before_step(self.knowledge.perturbed, self.parameters.tensors)
-        self.parameters.before(index, measured)
+        self.parameters.before(index, measured, self.factor)
 
     def after(self, optimizer: torch.optim.Optimizer, index: int, *, measured: bool) -> None:
         self.parameters.after(index, measured)
@@ -114,7 +110,7 @@ class Engine:
         """Forget the step that is over."""
         self.parameters.clear()
         self.factor.clear()
-        self._gradient_factor = self._loss_scale = self._found_inf = None
+        self._loss_scale = self._found_inf = None
         if isinstance(self.mode, ProbeMode):
             self.mode.clear()
 
@@ -127,20 +123,19 @@ class Engine:
             passes = self.capture.collect()
             if not passes:
                 return False
-        stats = self.parameters.take(self.device)
+        stats = self.parameters.take(self.device).stats
         learned = self.knowledge.learn(self.mode, passes, self.parameters.tensors, step)
         if learned is not None:
             columns = {name: self.names.padded(column) for name, column in learned.columns.items()}
             self.put(replace(learned, columns=columns))
         scale = self._loss_scale
         assert scale is not None
-        assert self._gradient_factor is not None
         if isinstance(self.mode, ProbeMode):
             scale = torch.ones_like(scale)
             loss = self.mode.loss if loss is None else loss
             done = self._aligned_on_probe(stats)
         else:
-            done = self._aligned(stats, self._gradient_factor * scale)
+            done = self._aligned(stats, scale)
         cuts = self.knowledge.cuts
         verdict, found = self._look(passes, stats, torch.where(cuts, done.decrease * scale, torch.nan))
         if self.capture.dropped:
@@ -179,13 +174,12 @@ class Engine:
 
     def predict(self, step: int, loss: Tensor | None, started: float) -> None:
         """Aligned decrease of the step, and what the feature speed formula makes of it with the last angle."""
-        stats = self.parameters.take(self.device)
+        stats = self.parameters.take(self.device).stats
         scale = self._loss_scale
         assert scale is not None
-        assert self._gradient_factor is not None
         found = self.capture.squares()
         if self.knowledge.is_of([count for count, _ in found]):
-            done = self._aligned(stats, self._gradient_factor * scale)
+            done = self._aligned(stats, scale)
         else:  # a layer has run that has not in any measured step: its parameters are upstream of who knows what
             done = Aligned.unknown(len(self.layers), self.device)
         squares = self._squares([parts for _, parts in found])

@@ -19,7 +19,8 @@ from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.engine import Engine
-from fastfs.monitor.measure.aligned import GradientFactor, LossScale
+from fastfs.monitor.measure.aligned import LossScale
+from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.modes import BatchMode, JvpMode, Probe, ProbeMode
 from fastfs.monitor.measure.parameters import Parameters
 from fastfs.monitor.payload import Names
@@ -176,7 +177,7 @@ class Monitor:
             quantiles=tuple(quantiles),
             capture=self._capture,
             parameters=parameters,
-            factor=GradientFactor(parameters.tensors, self._capture.switch, always=scale.given),
+            factor=GradientFactor(parameters.groups, self._capture.switch, always=scale.given),
             scale=scale,
             device=device,
             push=self._recorder.push,
@@ -368,6 +369,8 @@ class Monitor:
 
     def _forward_begins(self) -> None:
         self._steps.forward_begins()
+        if torch._C._current_graph_task_id() == -1:
+            self._engine.factor.begin()
         if self._engine.factor.thrown_away():
             self._engine.skipped(self._step, "gradients were thrown away without an optimizer step")
             self._engine.factor.clear()
