@@ -160,7 +160,7 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
     meter = UpdateMeter(optimizer)
     meter.before()
     optimizer.step()
-    metered = meter.after().sums
+    metered = meter.after().stats.sums
     gradients = [p.grad for p in parameters if p.grad is not None]
     first, second = ([optimizer.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq"))
     keep = 1 - LR * DECAY
@@ -170,7 +170,7 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
 
     def meter_call() -> Tensor:
         meter.before()
-        return meter.after().sums
+        return meter.after().stats.sums
 
     torch._dynamo.reset()
     inductor, there = compiled(), table.to(device)  # copied once: a graph cannot

@@ -52,7 +52,7 @@ def test_steps(kind: type[Optimizer], options: dict[str, Any], tensor_lr: bool) 
             meter.before()
         optimizer.step()
         with watch():
-            stats = meter.after()
+            stats = meter.after().stats
         cpu = [[x.cpu() for x in part] for part in (gradients, before, meter.parameters)]
         expected = truth(*cpu)
         for i, p in enumerate(meter.parameters):
@@ -80,7 +80,7 @@ def test_graph_of_a_training_step() -> None:
     def step(i: int) -> torch.Tensor:
         meters[i].before()
         optimizers[i].step()
-        return meters[i].after().sums
+        return meters[i].after().stats.sums
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -100,7 +100,7 @@ def check_step(meter: UpdateMeter, dtype: torch.dtype, what: str = "", scale: fl
     meter.before()
     meter.optimizer.step()
     after = [p.detach().clone() for p in parameters]
-    stats = meter.after()
+    stats = meter.after().stats
     assert isinstance(stats, ParameterStats)
     assert stats.shape == (len(parameters),)
     expected = truth(gradients, before, parameters)
@@ -221,7 +221,7 @@ def test_gradients_come_and_go() -> None:
             p.grad = torch.randn_like(p) if i in present else None
         meter.before()
         meter.optimizer.step()
-        stats = meter.after()
+        stats = meter.after().stats
         for i, p in enumerate(parameters):
             if i in present:
                 expected = truth([p.grad], [before[i]], [p])[0]  # type: ignore[list-item]
@@ -259,7 +259,7 @@ def test_sparse_gradients_are_made_dense(kind: type[Optimizer]) -> None:
         gradient = embedding.weight.grad
         assert gradient is not None
         expected = truth([gradient.to_dense()], [before], [embedding.weight])
-        assert_step(meter.after().sums[0], expected[0], torch.float32)
+        assert_step(meter.after().stats.sums[0], expected[0], torch.float32)
     assert meter.snapshot_bytes == 160
 
 
@@ -271,7 +271,7 @@ def test_steps_that_a_scaler_skips(kind: type[Optimizer]) -> None:
     meter = UpdateMeter(optimizer)
     found: list[ParameterStats] = []
     optimizer.register_step_pre_hook(lambda *_: meter.before())
-    optimizer.register_step_post_hook(lambda *_: found.append(meter.after()))
+    optimizer.register_step_post_hook(lambda *_: found.append(meter.after().stats))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     for step in range(4):
         optimizer.zero_grad()
@@ -334,7 +334,7 @@ def test_extreme_gradients() -> None:
     p.grad = torch.full_like(p, 1e25)
     meter.before()
     meter.optimizer.step()
-    assert meter.after().sums[0, :2].tolist() == [0.0, 0.0]
+    assert meter.after().stats.sums[0, :2].tolist() == [0.0, 0.0]
     for scale in (1e-15, 1e15):
         for kind in (SGD, Adam, Adamax, RMSprop):
             meter = UpdateMeter(kind(make_parameters(torch.float32), lr=0.01))  # type: ignore[call-arg]
@@ -353,7 +353,7 @@ def test_same_sums_as_a_snapshot_of_linear_16_bit() -> None:
     for meter in meters:
         meter.before()
         meter.optimizer.step()
-        results.append(meter.after().sums)
+        results.append(meter.after().stats.sums)
     assert_same(*results)
 
 
@@ -368,23 +368,18 @@ def test_wrong_use() -> None:
     meter.before()
     with pytest.raises(RuntimeError, match="the optimizer's state has no 'step'; call it right after step"):
         meter.after()
-    meter.before()
-    meter.optimizer.step()
-    p.grad = None
-    with pytest.raises(RuntimeError, match="a gradient was cleared since before"):
-        meter.after()
     with pytest.raises(RuntimeError, match=r"expected a call of before\(\) right before this step"):
         meter.after()
-    complex_one = torch.randn(3, dtype=torch.complex64)
-    complex_one.grad = torch.ones_like(complex_one)
-    with pytest.raises(ValueError, match=r"^parameter 1 has dtype torch.complex64, expected one of torch.float16"):
-        UpdateMeter(SGD([p, complex_one], lr=0.1)).before()
+    eighth = torch.randn(3).to(torch.float8_e4m3fn)
+    eighth.grad = torch.ones(3).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"^parameter 1 has dtype torch.float8_e4m3fn, expected one of torch.float16"):
+        UpdateMeter(SGD([p, eighth], lr=0.1)).before()
 
 
 def test_no_parameters_with_gradients() -> None:
     meter = UpdateMeter(SGD([torch.randn(3), torch.randn(2)], lr=0.1))
     meter.before()
-    stats = meter.after()
+    stats = meter.after().stats
     assert stats.shape == (2,)
     assert not stats.sums.any()
 
@@ -395,7 +390,7 @@ def test_derived_quantities() -> None:
     meter = UpdateMeter(SGD([p], lr=0.5))
     meter.before()
     meter.optimizer.step()
-    stats = meter.after()
+    stats = meter.after().stats
     assert stats.to_dict()["parameter_norm"] == pytest.approx([(2.5**2 + 16) ** 0.5])
     assert stats.relative_update.item() == pytest.approx(0.5 / (2.5**2 + 16) ** 0.5)
     assert stats.aligned_decrease.tolist() == [0.5]

@@ -74,6 +74,7 @@ class Engine:
         self._written: Tensor | None = None  # a parameter, since the forward: bool () on the device
         self._rehearsed: set[Hashable] = set()  # kinds of steps whose compiled forwards have been run as they are written
         self._eager_precision: list[float] | None = None
+        self.not_run: list[Layer] = []  # in the last measured step
         self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
 
     # Around the optimizers
@@ -198,6 +199,7 @@ class Engine:
         graphs = None if isinstance(mode, ProbeMode) else _graphs(passes)
         verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
         self.proofs.count(graphs)
+        self.not_run = [x for x, code in zip(self.layers, look.absent, strict=True) if code == row_reasons.NOT_RUN]
         verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
         sums = FeatureStats(_unscaled(_reported(verdict, sums_of.stats), scale))
         residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)

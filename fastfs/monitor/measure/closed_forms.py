@@ -7,7 +7,7 @@ arithmetic is in float64, but for the bias corrections that torch itself compute
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,10 @@ from fastfs.rules import Rule
 Group = dict[str, Any]
 Number = float | Tensor
 
+_SETTINGS = (
+    *("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "alpha", "centered", "maximize"),
+    *("amsgrad", "capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay"),
+)
 DTYPES = (torch.float32, torch.float64)  # in the 16-bit ones a parameter moves by what its rounding leaves
 
 
@@ -35,6 +39,7 @@ class Form:
     first: str | None = None
     second: str | None = None
     steps: bool = False  # do the coefficients depend on the step counters
+    coarse: torch.dtype | None = None  # the least precise dtype of hyper-parameters that are tensors
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -48,7 +53,12 @@ def closed_form(optimizer: Optimizer, group: Group) -> Form | None:
     Only for the optimizers of torch themselves: a subclass may do anything in its step. RMSprop with weight decay and
     without momentum divides by the distance of lr wd to sqrt(square_avg) + eps, where digits, or all, may be lost.
     """
-    kind = type(optimizer)
+    form = _form(type(optimizer), group)
+    coarse = None if form is None else narrowest(group)
+    return form if form is None or coarse is None else replace(form, coarse=coarse)
+
+
+def _form(kind: type[Optimizer], group: Group) -> Form | None:
     if kind is SGD:
         return Form(Rule.LINEAR, "momentum_buffer" if group["momentum"] != 0 else None)
     if kind in (Adam, AdamW):
@@ -61,6 +71,24 @@ def closed_form(optimizer: Optimizer, group: Group) -> Form | None:
         if _is_zero(group["weight_decay"]):
             return Form(Rule.RMSPROP, "square_avg", "grad_avg" if group["centered"] else None)
     return None
+
+
+def settings(group: Group) -> Group:
+    """A group's hyper-parameters as they are now: what is written to a tensor later does not change them."""
+    return {name: _copied(group[name]) for name in _SETTINGS if name in group}
+
+
+def signature(group: Group) -> list[object]:
+    """What tells on the host whether hyper-parameters have changed: numbers, identities and versions of tensors."""
+    return [_signed(group.get(name)) for name in _SETTINGS]
+
+
+def narrowest(group: Group) -> torch.dtype | None:
+    """The least precise dtype of the tensors among the hyper-parameters."""
+    values = [group.get(name) for name in ("lr", "momentum", "weight_decay", "eps", "dampening", "alpha")]
+    values += group.get("betas", ())
+    dtypes = [value.dtype for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def coefficients(
@@ -142,6 +170,84 @@ def rewrites_gradients(optimizer: Optimizer, group: Group, params: list[Tensor])
         _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
         return bool(foreach)
     return bool(group["foreach"])
+
+
+def evaluate(
+    rule: Rule, parameter: Tensor, gradient: Tensor | None, first: Tensor, second: Tensor | None, table: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The update of single elements, and the size of the parts that it is the sum of: float64 (P, W) both.
+
+    Args:
+        rule: how the update follows from the rest.
+        parameter, gradient, first, second: elements of P parameters after the step, float64 (P, W); None for what the
+            rule does not have.
+        table: their coefficients, (P, C) on the same device.
+    """
+    columns = table.unsqueeze(2).unbind(dim=1)
+    if rule is Rule.LINEAR:
+        assert gradient is not None
+        parts = [columns[0] * parameter, columns[1] * gradient, columns[2] * first]
+    elif rule is Rule.ADAM:
+        assert second is not None
+        below = _nonzero(torch.addcmul(columns[3], columns[2], second.sqrt()))
+        parts = [columns[0] * parameter, columns[1] * first / below]
+    elif rule is Rule.ADAMAX:
+        assert second is not None
+        parts = [columns[0] * first / _nonzero(second)]
+    else:
+        assert gradient is not None
+        assert second is not None
+        centre = columns[2] * second.square()
+        variance = first - centre
+        below = _nonzero(variance.sqrt() + columns[3])
+        parts = [columns[0] * parameter / below, columns[1] * gradient / below]
+        update = parts[0] + parts[1]
+        # Where the variance nearly cancels, the rounding of its parts is all there is of it.
+        return update, update.abs() * (1.0 + torch.where(variance == 0, 0.0, (first + centre) / variance))
+    if len(parts) == 1:
+        return parts[0], parts[0].abs()
+    stacked = torch.stack(parts)
+    return stacked.sum(dim=0), stacked.abs().sum(dim=0)
+
+
+def _nonzero(below: Tensor) -> Tensor:
+    """As in `csrc/updates.h`: 0 / 0 reads as no update."""
+    return torch.where(below == 0, 1.0, below)
+
+
+def uncertainty(group: Group, form: Form, steps: Sequence[Tensor], device: torch.device) -> Tensor | None:
+    """By how much, relatively, the bias corrections that torch uses may be off: float64 (count,); None for not at all.
+
+    Powers of tensors are computed in their dtype, and 1 - beta^t cancels for the first steps.
+    """
+    if form.rule not in (Rule.ADAM, Rule.ADAMAX):
+        return None
+    betas = group["betas"]
+    tensors = any(isinstance(beta, Tensor) for beta in betas)
+    if not (tensors or group["capturable"] or group["differentiable"]):
+        return None
+    t = torch.stack(list(steps)).to(device, torch.float64, non_blocking=True)
+    total = torch.zeros_like(t)
+    for beta in betas[:1] if form.rule is Rule.ADAMAX else betas:
+        total = total + 1.0 / (1.0 - _on(_double(beta), device) ** t)
+    eps: float = torch.finfo(torch.float32).eps
+    return total * (4.0 * eps)
+
+
+def _on(value: Number, device: torch.device) -> Number:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return tuple(map(_copied, value)) if isinstance(value, (tuple, list)) else value
+
+
+def _signed(value: Any) -> object:
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    return tuple(map(_signed, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _is_zero(value: Number) -> bool:

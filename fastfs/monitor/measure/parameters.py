@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastfs.monitor.measure.updates import UpdateMeter
+from fastfs.monitor.measure import reasons
+from fastfs.monitor.measure.gradients import GradientFactor, Gradients
+from fastfs.monitor.measure.updates import MeasuredUpdate, UpdateMeter
 from fastfs.stats import ParameterStats
 
 __all__ = ["Parameters"]
@@ -19,47 +21,119 @@ class Parameters:
     Args:
         optimizers: those of the loop.
         snapshot: in steps that are watched in full, copy the parameters before the step.
+        copied: of every optimizer, whether its updates are always taken from copies: closed forms do not hold for a
+            wrapper whose step does more than that of the optimizer in it.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer], *, snapshot: bool) -> None:
-        self._meters = [UpdateMeter(optimizer) for optimizer in optimizers]
-        self._snapshots = [UpdateMeter(optimizer, snapshot=True) for optimizer in optimizers] if snapshot else []
-        self._results: list[list[Tensor]] = [[] for _ in optimizers]
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], *, snapshot: bool, copied: Sequence[bool] = ()
+    ) -> None:
+        always = list(copied) or [False] * len(optimizers)
+        gradients = [Gradients() for _ in optimizers]
+        self._meters = [
+            UpdateMeter(optimizer, snapshot=each, gradients=own)
+            for optimizer, each, own in zip(optimizers, always, gradients, strict=True)
+        ]
+        self._snapshots = [
+            meter if meter.snapshot else UpdateMeter(optimizer, snapshot=True, gradients=own)
+            for optimizer, meter, own in zip(optimizers, self._meters, gradients, strict=True)
+        ]
+        self._full = snapshot
+        self._results: list[list[MeasuredUpdate]] = [[] for _ in optimizers]
+        self._factors: list[tuple[Tensor, Tensor] | None] = [None for _ in optimizers]
 
     @property
     def tensors(self) -> list[Tensor]:
         return [p for meter in self._meters for p in meter.parameters]
 
+    def groups(self) -> list[list[Tensor]]:
+        """Of every optimizer."""
+        return [meter.parameters for meter in self._meters]
+
     @property
     def previous(self) -> list[Tensor]:
         """Values before the step; only with ``snapshot``, after a step that was watched in full."""
-        return [p for meter in self._snapshots for p in meter.previous]
+        return [p for meter in self._snapshots for p in meter.previous] if self._full else []
 
     @property
     def snapshot_bytes(self) -> int:
-        return sum(meter.snapshot_bytes for meter in (*self._meters, *self._snapshots))
+        meters = {id(meter): meter for meter in (*self._meters, *(self._snapshots if self._full else ()))}
+        return sum(meter.snapshot_bytes for meter in meters.values())
 
-    def before(self, index: int, full: bool) -> None:
-        self._of(index, full).before()
+    def before(self, index: int, full: bool, factor: GradientFactor | None = None) -> None:
+        """Right before the step of an optimizer.
+
+        Args:
+            index: which.
+            full: whether the step is watched in full.
+            factor: tells what happened to the gradients since the backward; None if nothing did.
+        """
+        meter = self._of(index, full)
+        meter.before()
+        self._factors[index] = None if factor is None else factor.compare(index, meter.look)
 
     def after(self, index: int, full: bool) -> None:
-        self._results[index].append(self._of(index, full).after().sums)
+        """Right after it. The gradients of the result are those of the backward."""
+        meter = self._of(index, full)
+        found, scale = meter.after(), getattr(meter.optimizer, "grad_scale", None)
+        factor, self._factors[index] = self._factors[index], None
+        if factor is not None:
+            found = _as_computed(found, *factor, scale)
+        self._results[index].append(found)
 
-    def take(self, device: torch.device) -> ParameterStats:
-        """The statistics of all parameters since the last call; zeros for those of an optimizer that did not step."""
-        parts = []
+    def take(self, device: torch.device) -> MeasuredUpdate:
+        """Of all parameters since the last call; zeros for those of an optimizer that did not step.
+
+        <g, dw> and |g| are of the gradients that the backward computed, a loss scale included.
+        """
+        sums, codes = [], []
         for meter, results in zip(self._meters, self._results, strict=True):
             size = len(meter.parameters)
-            total = torch.zeros((size, len(ParameterStats.names)), dtype=torch.float64, device=device)
-            for sums in results:
-                total = total + sums.to(device, non_blocking=True)
-            parts.append(total)
+            if not results:
+                sums.append(torch.zeros((size, len(ParameterStats.names)), dtype=torch.float64, device=device))
+                codes.append(torch.zeros(size, dtype=torch.int64, device=device))
+                continue
+            total = results[0].stats.sums.to(device, non_blocking=True)
+            code = results[0].reason.to(device, non_blocking=True)
+            for found in results[1:]:
+                total = total + found.stats.sums.to(device, non_blocking=True)
+                code = torch.where(code == reasons.FINE, found.reason.to(device, non_blocking=True), code)
+            sums.append(total)
+            codes.append(code)
             results.clear()
-        return ParameterStats(torch.cat(parts))
+        if len(sums) == 1:
+            return MeasuredUpdate(ParameterStats(sums[0]), codes[0])
+        return MeasuredUpdate(ParameterStats(torch.cat(sums)), torch.cat(codes))
 
     def clear(self) -> None:
         for results in self._results:
             results.clear()
+        for meter in (*self._meters, *self._snapshots):
+            meter.forget()
+        self._factors = [None for _ in self._factors]
 
     def _of(self, index: int, full: bool) -> UpdateMeter:
-        return (self._snapshots if full and self._snapshots else self._meters)[index]
+        return (self._snapshots if full and self._full else self._meters)[index]
+
+
+def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Tensor | None) -> MeasuredUpdate:
+    """With the gradients that the backward computed in the place of those that the step was given.
+
+    Args:
+        found: of the step.
+        factor, code: see :meth:`GradientFactor.compare`.
+        scale: what a fused optimizer took out of the gradients itself.
+    """
+    sums = found.stats.sums
+    if factor.device != sums.device:
+        factor, code = factor.to(sums.device, non_blocking=True), code.to(sums.device, non_blocking=True)
+    if scale is not None:
+        factor = factor / scale.to(sums.device, torch.float64, non_blocking=True)
+    dot, update, gradient, *rest = sums.unbind(dim=1)
+    # Without an update the factor does not matter, and without a gradient there is nothing to be scaled.
+    nothing = (gradient == 0) & (code != reasons.CHANGED) & (code != reasons.UNSEEN)
+    still = (update == 0) | nothing
+    new_dot = torch.where(still, 0.0, dot / factor)
+    new_gradient = torch.where(nothing, 0.0, gradient / factor.square())
+    reason = torch.where((found.reason == reasons.FINE) & ~still, code, found.reason)
+    return MeasuredUpdate(ParameterStats(torch.stack([new_dot, update, new_gradient, *rest], dim=1)), reason)

@@ -2,6 +2,7 @@
 
 For SGD, Adam, AdamW, Adamax and RMSprop the update follows from what is left after the step (`closed_forms`), and one
 pass over gradients, parameters and state measures it. For everything else the parameters are copied before the step.
+A closed form is believed where a few elements of the parameter, copied before the step, have moved as it says.
 """
 
 from __future__ import annotations
@@ -16,67 +17,115 @@ from torch.optim import LBFGS, Optimizer
 
 from fastfs import functional
 from fastfs.checks import DTYPES
-from fastfs.monitor.measure import closed_forms
+from fastfs.monitor.measure import closed_forms, reasons
 from fastfs.monitor.measure.closed_forms import Form, Group, closed_form, coefficients, rewrites_gradients
+from fastfs.monitor.measure.fingerprints import Places, Samples, Views, real
+from fastfs.monitor.measure.gradients import Gradients, Look
+from fastfs.monitor.measure.verification import same_gradients, verify
 from fastfs.rules import Rule
 from fastfs.stats import ParameterStats
+
+__all__ = ["MeasuredUpdate", "UpdateMeter"]
 
 _SNAPSHOT = (1.0, 0.0, -1.0, 0.0)  # dw = w - s
 
 
 @dataclass
-class _Part:
-    """Parameters of one group and device that are measured in the same way in the step under way."""
+class MeasuredUpdate:
+    """What a step did to P parameters.
 
-    group: Group
+    Attributes:
+        stats: of shape (P,); nan where it is not known.
+        reason: int64 (P,), on the same device: why not, a code of :mod:`fastfs.monitor.measure.reasons`; 0 if it is.
+    """
+
+    stats: ParameterStats
+    reason: Tensor
+
+
+@dataclass
+class _Part:
+    """Parameters of one group that are measured in the same way."""
+
+    group: int
     form: Form | None  # None: by a snapshot
-    device: torch.device
-    closed: bool  # by the form
-    indices: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class _Call:
-    """The arguments of one call of the op."""
+    """The parts that one call of the op measures: those of one rule and device, closed or not."""
 
+    rule: Rule
+    device: torch.device
+    parts: list[_Part] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
-    gradients: list[Tensor] = field(default_factory=list)
-    parameters: list[Tensor] = field(default_factory=list)
-    first: list[Tensor] = field(default_factory=list)
-    second: list[Tensor] = field(default_factory=list)
-    coefficients: list[Tensor] = field(default_factory=list)
+    params: list[Tensor] = field(default_factory=list)
+    is_complex: bool = False
+    places: Places = field(default_factory=lambda: Places(()))
+    shared: bool = False  # the places are those of the gradients
+    views: dict[int, Views] = field(default_factory=dict)  # of the parameters, and of the states after them
+
+    @property
+    def closed(self) -> bool:
+        return self.parts[0].form is not None
+
+
+@dataclass
+class _Plan:
+    """How the parameters that have a gradient are measured, as long as nothing changes."""
+
+    key: list[object]  # of a Look
+    forms: list[Form | None]
+    settled: bool  # the optimizer has its state: nothing else will be found next time
+    calls: list[_Call]
+    copied: list[Tensor]
+
+
+@dataclass
+class _Step:
+    """What was there before the step under way."""
+
+    plan: _Plan
+    look: Look
+    groups: list[Group]
+    signatures: list[list[object]]
+    starts: list[Samples | None]  # of the parameters of every call
+    copies: list[Tensor | None] | None  # of the gradients
+    grad_scale: Tensor | None
 
 
 class UpdateMeter:
     """Measures the update of every parameter in every step: <g, dw>, |dw|^2, |g|^2 and |w|^2.
 
     Call `before` right before the optimizer's step (in a step pre-hook, or the line above) and `after` right after it
-    (in a step post-hook), before the gradients are cleared. Neither waits for a device, and neither changes anything
-    that training sees.
+    (in a step post-hook). Neither waits for a device, and neither changes anything that training sees. Gradients,
+    learning rates and so on are those of `before`: others may clear or change them until `after`.
 
-    A closed form tells the update that the optimizer made. What else changes a parameter (a hook that clamps it) is
-    seen by a snapshot only, and so is the rounding of w itself.
+    What else changes a parameter until `after` (a hook that clamps it, a step in the step) makes a closed form untrue:
+    then the numbers of that parameter are nan, with a reason; a snapshot has it in the update. Gradients that the step
+    rewrites are missed once, with a reason; from then on they are copied before each step.
 
     Args:
         optimizer: Any optimizer with one update per step: not LBFGS.
         snapshot: Copy all parameters before every step, for `previous`, and take every update from the copies.
+        gradients: What looks at the gradients, if another meter of this optimizer has one.
 
     Raises:
         ValueError: for LBFGS, whose step evaluates the gradient several times.
     """
 
-    def __init__(self, optimizer: Optimizer, *, snapshot: bool = False) -> None:
+    def __init__(self, optimizer: Optimizer, *, snapshot: bool = False, gradients: Gradients | None = None) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("UpdateMeter: expected an optimizer with one update per step, got LBFGS")
         self.optimizer = optimizer
         self.snapshot = snapshot
+        self._gradients = Gradients() if gradients is None else gradients
         self._buffers: dict[Tensor, Tensor] = {}
-        # By id of a parameter: form and dtype with which its state was found to serve; of the state that is `_state`.
-        self._closed: dict[int, tuple[Form, torch.dtype]] = {}
+        self._copies_gradients = False  # once the step was seen to write to them
+        self._plan: _Plan | None = None
         self._state: object = optimizer.state
-        self._forms: dict[Form, Form] = {}
-        self._parts: list[_Part] | None = None  # between before() and after()
+        self._step: _Step | None = None  # between before() and after()
         self._orders: dict[tuple[int, ...], Tensor] = {}
 
     @property
@@ -125,85 +174,89 @@ class UpdateMeter:
         return [self._buffers[p] for p in parameters]
 
     def before(self) -> None:
-        """Copies the parameters that need it; to be called right before the step, when all gradients are there.
+        """Copies what needs to be; to be called right before the step, when all gradients are there.
 
         Raises:
             ValueError: for a parameter of a dtype that cannot be measured, or a DTensor.
         """
-        parts: list[_Part] = []
-        copied: list[Tensor] = []
-        if self.optimizer.state is not self._state:  # load_state_dict makes a new one
-            self._state = self.optimizer.state
-            self._closed.clear()
-        closed, index = self._closed, -1
-        for group in self.optimizer.param_groups:
-            form = self._form(group)
-            found: list[_Part] = []
-            part: _Part | None = None
-            for p in group["params"]:
-                index += 1
-                gradient = p.grad
-                if gradient is None:
-                    if self.snapshot:
-                        copied.append(p)
-                    continue
-                dtype = p.dtype
-                follows = form is not None and gradient.dtype is dtype and not gradient.is_sparse
-                if follows and closed.get(id(p)) != (form, dtype):
-                    follows = self._learn(p, form)
-                if not follows:
-                    _check(index, p)
-                    copied.append(p)
-                device = p.device
-                if part is None or part.device != device or part.closed is not follows:
-                    part = next((x for x in found if x.device == device and x.closed is follows), None)
-                    if part is None:
-                        part = _Part(group, form if follows else None, device, follows)
-                        found.append(part)
-                part.indices.append(index)
-                part.params.append(p)
-            parts += found
-        self._copy(copied)
-        self._parts = parts
+        parameters = self.parameters
+        look = self._gradients.look(parameters, keep=True)
+        groups = self.optimizer.param_groups
+        forms = [self._form(group) for group in groups]
+        plan = self._plan
+        known = plan is not None and plan.settled and plan.key is look.key and plan.forms == forms
+        if plan is None or not known or self.optimizer.state is not self._state:
+            self._state = self.optimizer.state  # load_state_dict makes a new one
+            self._plan = plan = self._make_plan(parameters, look, forms)
+        with torch.no_grad():
+            self._copy(plan.copied)
+            starts = [self._read(call, [call.params]) if call.closed else None for call in plan.calls]
+            copies = None
+            if self._copies_gradients:
+                copies = [None if g is None else g.detach().clone() for g in look.gradients]
+        self._step = _Step(
+            plan,
+            look,
+            [closed_forms.settings(group) for group in groups],
+            [closed_forms.signature(group) for group in groups],
+            starts,
+            copies,
+            getattr(self.optimizer, "grad_scale", None),
+        )
 
-    def after(self) -> ParameterStats:
+    @property
+    def look(self) -> Look:
+        """The gradients that the step under way was given.
+
+        Raises:
+            RuntimeError: outside of `before` and `after`.
+        """
+        if self._step is None:
+            raise RuntimeError("UpdateMeter.look: expected a call of before() right before this")
+        return self._step.look
+
+    def after(self) -> MeasuredUpdate:
         """The statistics of the step that was just made: shape (P,), on the device of the first parameter.
 
         Rows of zeros for parameters that had no gradient in this step, and no update in a step that a fused optimizer
         skipped because GradScaler had found infinite gradients (`optimizer.found_inf`).
 
         Raises:
-            RuntimeError: if `before` was not called for this step, or gradients or state are missing.
+            RuntimeError: if `before` was not called for this step, or state is missing.
         """
-        if self._parts is None:
+        if self._step is None:
             raise RuntimeError("UpdateMeter.after: expected a call of before() right before this step")
-        parts, self._parts = self._parts, None
-        calls: dict[tuple[torch.device, Rule, torch.device], _Call] = {}
+        step, self._step = self._step, None
         with torch.no_grad():
-            for part in parts:
-                self._add(part, calls)
-            results = [(call.indices, self._measure(rule, call)) for (_, rule, _), call in calls.items()]
-            return ParameterStats(self._in_order(results))
+            now = step.look.again()
+            rewritten = [self._rewrites(step, part) for call in step.plan.calls for part in call.parts]
+            kept = self._kept(step, now, rewritten)
+            sums, codes, parts = [], [], iter(rewritten)
+            for call, start in zip(step.plan.calls, step.starts, strict=True):
+                arguments, uncertain = self._arguments(step, call, [next(parts) for _ in call.parts])
+                sums.append(self._measure(call.rule, *arguments))
+                codes.append(self._verify(step, call, start, now, arguments, uncertain))
+            return self._result(step, sums, codes, kept)
+
+    def forget(self) -> None:
+        """Let go of the step under way: it is not going to be measured."""
+        self._step = None
+        self._gradients.forget()
+
+    # What is measured how
 
     def _form(self, group: Group) -> Form | None:
-        form = None if self.snapshot else closed_form(self.optimizer, group)
-        return form and self._forms.setdefault(form, form)  # one object each: quick to compare
-
-    def _learn(self, p: Tensor, form: Form | None) -> bool:
-        """`_follows`, kept for the next steps once there is a state."""
-        if form is None or not self._follows(p, form):
-            return False
-        if not form.states or self.optimizer.state.get(p):
-            self._closed[id(p)] = (form, p.dtype)
-        return True
+        return None if self.snapshot else closed_form(self.optimizer, group)
 
     def _follows(self, p: Tensor, form: Form) -> bool:
         """Whether the update of this parameter follows from the state."""
         dtype = p.dtype
-        if dtype not in closed_forms.DTYPES:
+        if dtype.to_real() not in closed_forms.DTYPES:
             return False
-        if p.grad is not None and p.grad.dtype != dtype:
+        if p.grad is not None and (p.grad.dtype != dtype or p.grad.layout is not torch.strided):
             return False
+        if form.coarse is not None and torch.finfo(form.coarse).eps > torch.finfo(dtype).eps:
+            return False  # the update has the precision of a hyper-parameter's dtype
         state = self.optimizer.state.get(p)
         if not state:
             return True  # torch makes it with the parameter's dtype
@@ -212,6 +265,40 @@ class UpdateMeter:
             if entry is not None and entry.dtype != dtype:
                 return False
         return True
+
+    def _make_plan(self, parameters: Sequence[Tensor], look: Look, forms: list[Form | None]) -> _Plan:
+        calls: dict[tuple[Rule, torch.device, bool], _Call] = {}
+        copied: list[Tensor] = []
+        settled, index = True, -1
+        for number, (group, form) in enumerate(zip(self.optimizer.param_groups, forms, strict=True)):
+            parts: dict[tuple[Rule, torch.device, bool], _Part] = {}
+            for p in group["params"]:
+                index += 1
+                if look.gradients[index] is None:
+                    if self.snapshot:
+                        copied.append(p)
+                    continue
+                follows = form is not None and self._follows(p, form)
+                _check(index, p)
+                if not follows:
+                    copied.append(p)
+                elif form is not None and form.states and not self.optimizer.state.get(p):
+                    settled = False
+                key = (form.rule if follows and form is not None else Rule.LINEAR, p.device, follows)
+                call = calls.setdefault(key, _Call(key[0], p.device))
+                if key not in parts:
+                    parts[key] = _Part(number, form if follows else None)
+                    call.parts.append(parts[key])
+                parts[key].params.append(p)
+                call.indices.append(index)
+                call.params.append(p)
+                call.is_complex = call.is_complex or p.is_complex()
+        present = [i for i, g in enumerate(look.gradients) if g is not None]
+        for call in calls.values():
+            if call.closed:
+                call.shared = call.indices == present and len(present) == len(parameters)
+                call.places = look.places if call.shared else Places([real(p) for p in call.params])
+        return _Plan(look.key, forms, settled, list(calls.values()), copied)
 
     @torch.no_grad()
     def _copy(self, params: list[Tensor]) -> None:
@@ -230,73 +317,189 @@ class UpdateMeter:
         if params:
             torch._foreach_copy_([self._buffers[p] for p in params], [p.detach() for p in params])
 
-    def _add(self, part: _Part, calls: dict[tuple[torch.device, Rule, torch.device], _Call]) -> None:
-        """Adds a part to the call that it can share."""
-        form, params = part.form, part.params
-        gradients = [p.grad for p in params]
-        if any(g is None for g in gradients):
-            raise RuntimeError("UpdateMeter.after: a gradient was cleared since before(); call it before zero_grad()")
-        states = self.optimizer.state
-        rewritten = rewrites_gradients(self.optimizer, part.group, params)
-        if form is None:
-            dense = [
-                self._dense(p, g, part.group if rewritten else None) for p, g in zip(params, gradients, strict=True)
-            ]
-            table = torch.tensor([_SNAPSHOT], dtype=torch.float64, device="cpu").expand(len(params), -1)
-            call = calls.setdefault((part.device, Rule.LINEAR, table.device), _Call())
-            call.gradients += dense
-            for p, g in zip(params, dense, strict=True):
-                call.parameters.append(p.to(g.dtype))
-                call.first.append(self._buffers[p].to(g.dtype))
-        else:
-            try:
-                kept = [states[p] for p in params] if form.states else []
-                steps = [s["step"] for s in kept] if form.steps else []
-                first = gradients if form.first is None else [s[form.first] for s in kept]
-                second = params if form.second is None else [s[form.second] for s in kept]
-            except KeyError as missing:
-                raise RuntimeError(
-                    f"UpdateMeter.after: the optimizer's state has no {missing}; call it right after step()"
-                ) from None
-            table = coefficients(self.optimizer, part.group, form, len(params), steps, rewritten)
-            call = calls.setdefault((part.device, form.rule, table.device), _Call())
-            call.gradients += gradients  # type: ignore[arg-type]
-            call.parameters += params
-            call.first += first  # type: ignore[arg-type]
-            if form.rule.states == 2:
-                call.second += second
-        call.indices += part.indices
-        call.coefficients.append(table)
+    # After the step
 
-    def _dense(self, p: Tensor, gradient: Tensor | None, rewritten: Group | None) -> Tensor:
+    def _rewrites(self, step: _Step, part: _Part) -> bool:
+        return step.copies is None and rewrites_gradients(self.optimizer, step.groups[part.group], part.params)
+
+    def _kept(self, step: _Step, now: Samples, rewritten: list[bool]) -> Tensor | None:
+        """Whether the gradients are those of before the step, or can be brought back: bool (P,); None if all are."""
+        look, explained = step.look, set()
+        if step.copies is not None:
+            return None
+        kept = ~look.samples.changed(now)
+        parts = [part for call in step.plan.calls for part in call.parts]
+        for part, does in zip(parts, rewritten, strict=True):
+            if not does:
+                continue
+            ids = set(map(id, part.params))
+            own = [id(p) in ids for p in self.parameters]
+            explained |= {i for i, is_own in enumerate(own) if is_own}
+            buffers = [
+                None if g is None else real(self.optimizer.state[p]["momentum_buffer"] if is_own else g)
+                for p, g, is_own in zip(self.parameters, look.gradients, own, strict=True)
+            ]
+            added = look.places.read(look.places.views(buffers))
+            back = same_gradients(look.samples, now, added, step.groups[part.group]["momentum"])
+            mine = torch.tensor(own, dtype=torch.bool, device="cpu").to(kept.device, non_blocking=True)
+            kept = torch.where(mine, back, kept)
+        if step.grad_scale is not None:  # a fused optimizer takes it out of the gradients itself
+            back = same_gradients(look.samples, now, None, 1.0 / step.grad_scale.to(torch.float64))
+            made = self._made()
+            return back if made is None else back | ~made.to(back.device, non_blocking=True)
+        if not explained.issuperset(look.written()):
+            self._copies_gradients = True
+        return kept
+
+    def _arguments(
+        self, step: _Step, call: _Call, rewritten: list[bool]
+    ) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor], Tensor | None]:
+        """Of the op: gradients, parameters, first and second state, coefficients; and how uncertain these are."""
+        source = step.look.gradients if step.copies is None else step.copies
+        gradients: list[Tensor] = [source[i] for i in call.indices]  # type: ignore[misc]
+        first: list[Tensor] = []
+        second: list[Tensor] = []
+        tables, doubts, begin = [], [], 0
+        for part, does in zip(call.parts, rewritten, strict=True):
+            form, params, group = part.form, part.params, step.groups[part.group]
+            own = gradients[begin : begin + len(params)]
+            if form is None:
+                dense = [self._dense(p, g, group if does else None) for p, g in zip(params, own, strict=True)]
+                gradients[begin : begin + len(params)] = dense
+                first += [real(self._buffers[p]).to(g.dtype) for p, g in zip(params, dense, strict=True)]
+                tables.append(torch.tensor([_SNAPSHOT], dtype=torch.float64, device="cpu").expand(len(params), -1))
+            else:
+                try:
+                    kept = [self.optimizer.state[p] for p in params] if form.states else []
+                    steps = [s["step"] for s in kept] if form.steps else []
+                    first += own if form.first is None else [s[form.first] for s in kept]
+                    second += params if form.second is None else [s[form.second] for s in kept]
+                except KeyError as missing:
+                    raise RuntimeError(
+                        f"UpdateMeter.after: the optimizer's state has no {missing}; call it right after step()"
+                    ) from None
+                tables.append(coefficients(self.optimizer, group, form, len(params), steps, does))
+                doubt = closed_forms.uncertainty(group, form, steps, call.device)
+                doubts.append(doubt if doubt is not None else len(params))
+            begin += len(params)
+        params = call.params
+        if not call.closed:
+            params = [real(p).to(g.dtype) for p, g in zip(params, gradients, strict=True)]
+        elif call.is_complex:
+            gradients, params, first, second = (list(map(real, x)) for x in (gradients, params, first, second))
+        if call.rule.states < 2:
+            second = []
+        table = _together(tables, call.device)
+        uncertain = None
+        if any(isinstance(doubt, Tensor) for doubt in doubts):
+            zero = torch.zeros(1, dtype=torch.float64, device=call.device)
+            uncertain = torch.cat([d if isinstance(d, Tensor) else zero.expand(d) for d in doubts])
+        return (gradients, params, first, second, table), uncertain
+
+    def _dense(self, p: Tensor, gradient: Tensor, rewritten: Group | None) -> Tensor:
         """The gradient as the op takes it, of the wider dtype of gradient and parameter."""
-        assert gradient is not None
-        if gradient.is_sparse:
+        if gradient.layout is not torch.strided:
             gradient = gradient.to_dense()
         gradient = gradient.to(torch.promote_types(gradient.dtype, p.dtype))
         if rewritten is not None:
             gradient = gradient - rewritten["momentum"] * self.optimizer.state[p]["momentum_buffer"]
-        return gradient
+        return real(gradient)
 
-    def _measure(self, rule: Rule, call: _Call) -> Tensor:
-        tables = call.coefficients
-        table = torch.cat(tables) if len(tables) > 1 else tables[0].contiguous()
-        sums = functional.optimizer_stats(rule, call.gradients, call.parameters, call.first, call.second, table).sums
-        found_inf = getattr(self.optimizer, "found_inf", None)
-        if found_inf is not None:  # the step did nothing, and the state is that of the last one
-            made = found_inf.reshape(()).to(sums.device, non_blocking=True) == 0
-            sums[:, :2] = torch.where(made, sums[:, :2], 0.0)
+    def _measure(
+        self,
+        rule: Rule,
+        gradients: list[Tensor],
+        params: list[Tensor],
+        first: list[Tensor],
+        second: list[Tensor],
+        table: Tensor,
+    ) -> Tensor:
+        sums = functional.optimizer_stats(rule, gradients, params, first, second, table).sums
+        made = self._made()
+        if made is not None:  # else the step did nothing, and the state is that of the last one
+            sums[:, :2] = torch.where(made.to(sums.device, non_blocking=True), sums[:, :2], 0.0)
         return sums
+
+    def _made(self) -> Tensor | None:
+        """Whether a fused optimizer made its step, bool (); None if it did."""
+        found_inf: Tensor | None = getattr(self.optimizer, "found_inf", None)
+        return None if found_inf is None else found_inf.detach().reshape(()) == 0
+
+    def _verify(
+        self,
+        step: _Step,
+        call: _Call,
+        start: Samples | None,
+        now: Samples,
+        arguments: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor],
+        uncertain: Tensor | None,
+    ) -> Tensor | None:
+        """Whether the update is the one that the closed form tells: codes, int64 (n,); None by a snapshot."""
+        if start is None:
+            return None
+        gradients, params, first, second, table = arguments
+        takes = call.rule in (Rule.LINEAR, Rule.RMSPROP)
+        gradient = None
+        if takes:
+            if call.shared and step.copies is None:
+                gradient = now
+            else:
+                gradient = call.places.read(call.places.views(gradients))
+        lists = [params]
+        if any(part.form is not None and part.form.first is not None for part in call.parts):
+            lists.append(first)
+        if call.rule.states == 2:
+            lists.append(second)
+        after = self._read(call, lists)
+        good, vague = verify(call.rule, call.places, start, after, gradient, table, uncertain, self._made())
+        code = torch.where(good, reasons.FINE, reasons.NOT_THE_UPDATE)
+        groups = self.optimizer.param_groups
+        changed = [closed_forms.signature(groups[part.group]) != step.signatures[part.group] for part in call.parts]
+        if any(changed):
+            which = [does for part, does in zip(call.parts, changed, strict=True) for _ in part.params]
+            mask = torch.tensor(which, dtype=torch.bool, device="cpu").to(code.device, non_blocking=True)
+            code = torch.where(mask & vague & good, reasons.SETTINGS, code)
+        return code
+
+    def _read(self, call: _Call, lists: list[list[Tensor]]) -> Samples:
+        """Samples of the parameters, and of the state behind them."""
+        views = []
+        for number, tensors in enumerate(lists):
+            plain = [real(t) for t in tensors] if call.is_complex else tensors
+            cache = call.views.setdefault(number, Views())
+            views.append(cache.of(call.places, plain))
+        return call.places.read(*views)
+
+    def _result(
+        self, step: _Step, sums: list[Tensor], codes: list[Tensor | None], kept: Tensor | None
+    ) -> MeasuredUpdate:
+        calls = step.plan.calls
+        total = self._in_order([(call.indices, part) for call, part in zip(calls, sums, strict=True)])
+        found = [(call.indices, code) for call, code in zip(calls, codes, strict=True) if code is not None]
+        reason = self._in_order(found) if found else torch.zeros(total.shape[0], dtype=torch.int64, device=total.device)
+        bad = reason != reasons.FINE
+        if kept is None:
+            unknown = torch.stack([bad, bad, bad], dim=1)
+        else:
+            kept = kept.to(total.device, non_blocking=True)
+            unknown = torch.stack([bad | ~kept, bad, ~kept], dim=1)
+            reason = torch.where(bad | kept, reason, reasons.REWRITTEN)
+        total[:, :3].masked_fill_(unknown, torch.nan)
+        return MeasuredUpdate(ParameterStats(total), reason)
 
     def _in_order(self, results: Sequence[tuple[list[int], Tensor]]) -> Tensor:
         """One row per parameter, zeros for those that no result has."""
         parameters = self.parameters
-        count, columns = len(parameters), len(ParameterStats.names)
-        if len(results) == 1 and results[0][0] == list(range(count)):
+        count = len(parameters)
+        if len(results) == 1 and len(results[0][0]) == count:
             return results[0][1]
         device = parameters[0].device if parameters else torch.device("cpu")
-        zeros = torch.zeros((1, columns), dtype=torch.float64, device=device)
-        rows = torch.cat([zeros, *(sums.to(device, non_blocking=True) for _, sums in results)])
+        if not results:
+            return torch.zeros((count, len(ParameterStats.names)), dtype=torch.float64, device=device)
+        rows = torch.cat(
+            [results[0][1].new_zeros((1, *results[0][1].shape[1:]), device=device)]
+            + [found.to(device, non_blocking=True) for _, found in results]
+        )
         places = [0] * count
         for place, index in enumerate((i for indices, _ in results for i in indices), start=1):
             places[index] = place
@@ -308,8 +511,17 @@ class UpdateMeter:
         return rows[order]
 
 
+def _together(tables: list[Tensor], device: torch.device) -> Tensor:
+    """Tables of coefficients as one: on the CPU if all of them are."""
+    if len(tables) == 1:
+        return tables[0].contiguous()
+    if all(table.is_cpu for table in tables):
+        return torch.cat(tables)
+    return torch.cat([table.to(device, non_blocking=True) for table in tables])
+
+
 def _check(index: int, p: Tensor) -> None:
     if hasattr(p, "to_local"):
         raise ValueError(f"parameter {index} is a {type(p).__name__}, expected a tensor of this rank alone")
-    if p.dtype not in DTYPES:
+    if p.dtype.to_real() not in DTYPES:
         raise ValueError(f"parameter {index} has dtype {p.dtype}, expected one of {', '.join(map(str, DTYPES))}")

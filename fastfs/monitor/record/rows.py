@@ -52,19 +52,21 @@ COLUMNS = (
     "update_rms_se",
     "residual_se",
     "aligned_decrease",
+    "decrease_why",
     "residual",
+    "linear",
     "parameter_norm",
     "parameter_update_norm",
     "gradient_norm",
 )
 """Columns with a number for each layer and group, in the order of a table. A record may have others (quantiles)."""
 
-SCALARS = ("loss", "micro_batches", "overhead_seconds", "loss_scale")
+SCALARS = ("loss", "micro_batches", "overhead_seconds", "loss_scale", "choices", "choices_changed")
 """One number for a whole record."""
 
-BOOLEANS = ("valid",)
-INTEGERS = ("nonfinite", "count", "rows", "micro_batches")
-STRINGS = ("why", "method")
+BOOLEANS = ("valid", "linear")
+INTEGERS = ("nonfinite", "count", "rows", "micro_batches", "choices", "choices_changed")
+STRINGS = ("why", "method", "decrease_why")
 
 Scalar = float | int | str | None
 

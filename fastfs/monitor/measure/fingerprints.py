@@ -1,0 +1,329 @@
+"""What tensors hold at a moment, from a few of their elements: to see later whether something wrote to them.
+
+A write through ``.data`` changes neither the identity of a tensor nor its version or address, so the content has to be
+looked at: up to 64 elements of each tensor, gathered by one concatenation per device and dtype. A write that leaves
+these elements as they were is not seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["ELEMENTS", "Fingerprint", "Places", "Samples", "Views", "real"]
+
+ELEMENTS = 64
+"""How many elements of a tensor are looked at, at most."""
+
+KEPT = 2**26
+"""Bytes of tensors up to which views of them are kept between steps."""
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The tensor of numbers that this rank holds of it: local, and complex numbers as pairs of real ones."""
+    if hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.detach()
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the tensor has elements in memory that can be picked."""
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta or not tensor.numel():
+        return False
+    return tensor.data_ptr() != 0
+
+
+@dataclass
+class _Block:
+    """The tensors of one device and dtype; in the flat samples the small ones come first."""
+
+    device: torch.device
+    dtype: torch.dtype
+    small: list[int] = field(default_factory=list)  # taken whole
+    large: list[int] = field(default_factory=list)
+    pick: list[Callable[[Tensor], Tensor]] = field(default_factory=list)  # one each for the large ones
+    width: int = ELEMENTS
+    index: Tensor | None = None  # (P, width) into the flat samples and a zero after them; None: they are rows as is
+
+    @property
+    def order(self) -> list[int]:
+        """Indices of the tensors, in the order of the rows."""
+        return sorted(self.small + self.large)
+
+
+class Places:
+    """Which elements of some tensors are looked at: the same for all lists of tensors of these shapes and strides.
+
+    Args:
+        tensors: as :func:`real` gives them. None, and those of which nothing can be read (sparse, nested, meta, empty,
+            without memory), have no elements.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.count = len(tensors)
+        self.home = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+        found: dict[tuple[torch.device, torch.dtype], _Block] = {}
+        sizes: dict[int, int] = {}
+        for index, tensor in enumerate(tensors):
+            if tensor is None or not readable(tensor):
+                continue
+            block = found.setdefault((tensor.device, tensor.dtype), _Block(tensor.device, tensor.dtype))
+            if tensor.numel() <= ELEMENTS:
+                block.small.append(index)
+            else:
+                block.large.append(index)
+                block.pick.append(_picker(tensor))
+            sizes[index] = min(tensor.numel(), ELEMENTS)
+        self.blocks = list(found.values())
+        self.bytes = sum(t.nbytes for i, t in enumerate(tensors) if t is not None and i in sizes)
+        for block in self.blocks:
+            _arrange(block, sizes)
+        order = [index for block in self.blocks for index in block.order]
+        places = {index: place for place, index in enumerate(order)}
+        self._order: Tensor | None = None
+        if order != list(range(self.count)):
+            rows = [places.get(index, len(order)) for index in range(self.count)]
+            self._order = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.home, non_blocking=True)
+
+    def views(self, tensors: Sequence[Any]) -> list[list[Tensor]]:
+        """The picked elements of tensors of these shapes, per block; read them with :meth:`read`."""
+        found = []
+        for block in self.blocks:
+            views = [tensors[i] for i in block.small]
+            views += [pick(tensors[i]) for i, pick in zip(block.large, block.pick, strict=True)]
+            found.append(views)
+        return found
+
+    def read(self, *views: list[list[Tensor]]) -> Samples:
+        """A copy of the elements that one or several lists of views show now."""
+        flats = []
+        for number, block in enumerate(self.blocks):
+            parts: list[Tensor] = []
+            small = len(block.small)
+            for each in views:
+                shown = each[number]
+                if small:
+                    parts.append(torch._C._nn.flatten_dense_tensors(shown[:small]))
+                parts += shown[small:]
+            flats.append(torch.cat(parts).view(len(views), -1))
+        return Samples(self, flats)
+
+    def rows(self, number: int, flat: Tensor) -> Tensor:
+        """Flat samples (lists, elements) of a block as float64 (lists, tensors, width), short ones filled up with zeros."""
+        block = self.blocks[number]
+        if block.index is None:
+            return flat.view(flat.shape[0], -1, block.width).to(torch.float64)
+        padded = torch.nn.functional.pad(flat.to(torch.float64), (0, 1))
+        return padded.index_select(1, block.index).view(flat.shape[0], -1, block.width)
+
+    def gather(self, parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:
+        """Results of all blocks, each with a tensor's result a row, in the order of the tensors."""
+        moved = [part.to(self.home, non_blocking=True) for part in parts]
+        if self._order is None and len(moved) == 1:
+            return moved[0]
+        if not moved:
+            return torch.full((self.count,), missing, device=self.home)
+        if self._order is None:
+            return torch.cat(moved)
+        rest = moved[0].new_full((1, *moved[0].shape[1:]), missing)
+        return torch.cat([*moved, rest]).index_select(0, self._order)
+
+
+class Views:
+    """Views of tensors at their places, kept while the tensors stay where they are.
+
+    They keep the memory of the tensors, too: of large ones they are made anew each time.
+    """
+
+    def __init__(self) -> None:
+        self._of: tuple[Places | None, list[Tensor], list[int]] = (None, [], [])
+        self._views: list[list[Tensor]] = []
+
+    def of(self, places: Places, tensors: list[Tensor]) -> list[list[Tensor]]:
+        if places.bytes > KEPT:
+            return places.views(tensors)
+        pointers = [t.data_ptr() for t in tensors]
+        known, last, addresses = self._of
+        if known is not places or addresses != pointers or list(map(id, last)) != list(map(id, tensors)):
+            self._of = (places, tensors, pointers)
+            self._views = places.views(tensors)
+        return self._views
+
+
+class Samples:
+    """Elements of tensors at a moment: per block of ``places`` a tensor (lists of views, elements)."""
+
+    def __init__(self, places: Places, flats: list[Tensor]) -> None:
+        self.places = places
+        self.flats = flats
+
+    def rows(self, number: int) -> Tensor:
+        """Of one block: see :meth:`Places.rows`."""
+        return self.places.rows(number, self.flats[number])
+
+    def wide(self) -> Tensor:
+        """Of every tensor, in their order, the first list of views: float64 (P, ``ELEMENTS``), filled up with zeros."""
+        parts = []
+        for number, block in enumerate(self.places.blocks):
+            parts.append(torch.nn.functional.pad(self.rows(number)[0], (0, ELEMENTS - block.width)))
+        if not parts:
+            return torch.zeros((self.places.count, ELEMENTS), dtype=torch.float64, device=self.places.home)
+        return self.places.gather(parts)
+
+    def bits(self) -> Tensor:
+        """Of every tensor, in their order: int64 (P, ``ELEMENTS``), zeros where it has fewer elements."""
+        parts = []
+        for block, flat in zip(self.places.blocks, self.flats, strict=True):
+            rows = torch.nn.functional.pad(_bits(flat[0]).to(torch.int64), (0, 1))
+            rows = rows[:-1] if block.index is None else rows.index_select(0, block.index)
+            parts.append(torch.nn.functional.pad(rows.view(-1, block.width), (0, ELEMENTS - block.width)))
+        if not parts:
+            return torch.zeros((self.places.count, ELEMENTS), dtype=torch.int64, device=self.places.home)
+        return self.places.gather(parts)
+
+    def changed(self, other: Samples) -> Tensor:
+        """Per tensor whether the other samples, of the same places, have other bits: bool (P,)."""
+        parts = []
+        for block, a, b in zip(self.places.blocks, self.flats, other.flats, strict=True):
+            if a.dtype != b.dtype:
+                parts.append(torch.ones(len(block.order), dtype=torch.bool, device=a.device))
+                continue
+            differ = _bits(a) != _bits(b)
+            if block.index is not None:
+                padded = torch.nn.functional.pad(differ, (0, 1))
+                differ = padded.index_select(1, block.index)
+            parts.append(differ.view(-1, len(block.order), block.width).any(dim=2).any(dim=0))
+        if not parts:
+            return torch.zeros(self.places.count, dtype=torch.bool, device=self.places.home)
+        return self.places.gather(parts, missing=False)
+
+
+class Fingerprint:
+    """Identity, version, address and sampled content of tensors at a moment.
+
+    Args:
+        tensors: of any kind. Of sparse, nested, meta and empty ones the content is not looked at.
+        like: another fingerprint, perhaps of the same tensors: what it has found out is used again.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], like: Fingerprint | None = None) -> None:
+        self.ids = list(map(id, tensors))
+        self.versions = [t._version for t in tensors]
+        self._tensors = list(tensors)  # kept: the id of a tensor that is gone may be given to another one
+        with torch.no_grad():
+            reals = [real(t) for t in tensors]
+            self.pointers = [t.data_ptr() if readable(t) else 0 for t in reals]
+            form = [(t.shape, t.stride() if t.layout is torch.strided else None, t.dtype) for t in reals]
+            if like is not None and like._form == form and like.pointers == self.pointers:
+                self._places, self._views = like._places, like._views
+            else:
+                self._places = Places(reals)
+                self._views = self._places.views(reals)
+            self._form = form
+            self._samples = self._places.read(self._views)
+
+    def changed_objects(self, other: Fingerprint) -> list[int]:
+        """Indices of the tensors, of those that the other one has, too, whose version or address differs."""
+        theirs = dict(zip(other.ids, zip(other.versions, other.pointers, strict=True), strict=True))
+        own = zip(self.ids, self.versions, self.pointers, strict=True)
+        return [i for i, (key, *state) in enumerate(own) if key in theirs and tuple(state) != theirs[key]]
+
+    def differs(self, other: Fingerprint) -> Tensor:
+        """Whether the content of a tensor that both have differs: bool (), on the device."""
+        return self.differing(other).any()
+
+    def differing(self, other: Fingerprint) -> Tensor:
+        """Per tensor: bool (P,) on the device; false for those that the other fingerprint does not have."""
+        if self._places is other._places and self.ids == other.ids:
+            return self._samples.changed(other._samples)
+        theirs = {key: index for index, key in enumerate(other.ids)}
+        home = self._places.home
+        pairs = [(i, theirs[key]) for i, key in enumerate(self.ids) if key in theirs]
+        # Of another shape or dtype than it was: the elements are at other places.
+        anew = {i for i, j in pairs if self._form[i] != other._form[j]}
+        pairs = [(i, j) for i, j in pairs if i not in anew]
+
+        def on_device(values: Sequence[int | bool], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device="cpu").to(home, non_blocking=True)
+
+        found = on_device([i in anew for i in range(len(self.ids))], torch.bool)
+        if pairs:
+            own = on_device([i for i, _ in pairs], torch.int64)
+            now = self._samples.bits().index_select(0, own)
+            then = other._samples.bits().to(home).index_select(0, on_device([j for _, j in pairs], torch.int64))
+            found = found.index_copy(0, own, (now != then).any(dim=1))
+        return found
+
+
+def _picker(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes ``ELEMENTS`` elements of tensors with the shape of this one, in the order of its memory."""
+    distance = _distance(tensor)
+    shape, strides = tensor.shape, tensor.stride()
+    size, step = (ELEMENTS,), (distance,)
+    contiguous, dense = tensor.is_contiguous(), _dense(tensor)
+
+    def pick(other: Tensor) -> Tensor:
+        if other.is_contiguous() if contiguous else (dense and other.stride() == strides):
+            return other.as_strided(size, step)
+        return other[coordinates(other.device)]
+
+    def coordinates(device: torch.device) -> tuple[Tensor, ...]:
+        """The same elements, whatever the strides."""
+        places = torch.arange(0, ELEMENTS * distance, distance, device=device)
+        order = sorted(range(len(shape)), key=lambda d: -strides[d]) if dense else range(len(shape))
+        found: dict[int, Tensor] = {}
+        for dim in reversed(order):
+            found[dim] = places % shape[dim]
+            places = places // shape[dim]
+        return tuple(found[dim] for dim in range(len(shape)))
+
+    return pick
+
+
+def _distance(tensor: Tensor) -> int:
+    """Between elements that are looked at: no multiple of a row, so that it is not always the same column."""
+    distance = tensor.numel() // ELEMENTS
+    width = max(tensor.shape[-1], 1)
+    while distance > 1 and math.gcd(distance, width) > 1:
+        distance -= 1
+    return distance
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a piece of memory, each once."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _arrange(block: _Block, sizes: dict[int, int]) -> None:
+    """How the flat samples of a block, of these sizes by index, become rows."""
+    block.width = max(sizes[i] for i in block.order)
+    begins, end = {}, 0
+    for i in (*block.small, *block.large):
+        begins[i] = end
+        end += sizes[i]
+    if not (block.small and block.large) and end == block.width * len(begins):
+        return
+    index: list[int] = []
+    for i in block.order:
+        index += [*range(begins[i], begins[i] + sizes[i]), *([end] * (block.width - sizes[i]))]
+    block.index = torch.tensor(index, dtype=torch.int64, device="cpu").to(block.device, non_blocking=True)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.bool else x.view(_BITS[x.element_size()])
