@@ -272,7 +272,7 @@ class Monitor:
 
     def _say_unused(self) -> None:
         """An optimizer that is used in another way than by ``step`` calls no hook."""
-        if self._capture.seen > 1 and not self._step and not self._steps.seen:
+        if self._capture.seen > 1 and not self._step:
             self._warn(
                 "unused",
                 f"was never reached: {self._capture.seen} backwards of the model were seen, but no step() of "

@@ -44,7 +44,7 @@ from fastfs.monitor.capture.passes import Pass, Visit
 from fastfs.monitor.capture.replay import Replayer
 from fastfs.monitor.capture.sampling import Kept, Sampler, row_dims
 from fastfs.monitor.capture.traces import Traces
-from fastfs.monitor.measure.aligned import GradientFactor
+from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
 from fastfs.network.graph import edge_of
