@@ -70,13 +70,12 @@ class Knowledge:
         if structure is None or (known is not None and structure.same_as(known)):
             return None
         self.structure = structure
-        self.incidence = Incidence(structure.upstream, structure.own, self._device)
+        self.incidence = Incidence(structure.upstream_sets, structure.own_sets, self._device)
         cut, reason = structure.cut, structure.reason
         if _in_a_group():
             cut, reason = [False] * self._layers, [why or _PARALLEL for why in reason]
         self.cuts = torch.tensor(cut, dtype=torch.bool).to(self._device, non_blocking=True)
-        counts = structure.upstream.sum(dim=1).tolist()
-        columns: dict[str, list[Any]] = {"cut": cut, "reason": reason, "parameters": counts}
+        columns: dict[str, list[Any]] = {"cut": cut, "reason": reason, "parameters": structure.counts}
         return Record(kind="structure", step=step, time=time.time(), scalars={}, columns=columns)
 
     def is_of(self, counts: Sequence[int]) -> bool:
@@ -86,19 +85,14 @@ class Knowledge:
 
     def state_dict(self) -> dict[str, Any] | None:
         """What predictions need before the structure is learned again."""
-        if self.structure is None:
+        if self.structure is None or self.incidence is None:
             return None
-        return {
-            "parameters": self._signature(),
-            "upstream": self.structure.upstream,
-            "own": self.structure.own,
-            "cuts": self.cuts.cpu(),
-        }
+        return {"parameters": self._signature(), "incidence": self.incidence.state_dict(), "cuts": self.cuts.cpu()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Of the same parameters only: else predictions begin with the next measured step."""
         if state is not None and state["parameters"] == self._signature():
-            self.incidence = Incidence(state["upstream"], state["own"], self._device)
+            self.incidence = Incidence.from_state(state["incidence"], self._device)
             self.cuts = state["cuts"].to(self._device)
 
     def _signature(self) -> list[Any]:
