@@ -39,7 +39,7 @@ class Forward:
 class RandomStep:
     """A step of random forwards over the same layers: residual, repeated, shared, left out, with heads that are unused.
 
-    Layer l has the parameter l, and sometimes that of another one. Forwards draw their plans anew, or keep the one before.
+    Layer l has the parameter l, and sometimes that of another one. Forwards draw a plan anew, or keep the last one.
     """
 
     def __init__(self, seed: int) -> None:
