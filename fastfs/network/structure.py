@@ -63,6 +63,7 @@ class Structure:
             graph: the answer is on the safe side, that is fewer cuts; an eager forward gives the exact one.
         matrices: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more.
         order: the parameters in the order in which the forward takes them for the last time, unused ones first.
+        past: how many parameters reach the loss past each layer, and how.
     """
 
     upstream_sets: ParameterSets
@@ -73,7 +74,7 @@ class Structure:
     opaque: bool
     matrices: Tensor
     order: list[int]
-    _past: Past = field(repr=False)
+    past: Past = field(repr=False)
 
     @property
     def counts(self) -> list[int]:
@@ -94,7 +95,7 @@ class Structure:
     @functools.cached_property
     def shared(self) -> Tensor:
         """bool (L, P) on the CPU: the parameter acts before and after the layer, which is no cut for that reason."""
-        return self._past.shared(len(self.cut), self.upstream_sets.columns)
+        return self.past.shared(len(self.cut), self.upstream_sets.columns)
 
     def same_as(self, other: Structure) -> bool:
         """Whether the same parameters are upstream, and the same layers cuts for the same reasons."""
@@ -155,7 +156,7 @@ def join(traces: Sequence[Step], names: Sequence[str]) -> Structure:
         opaque=any(graph.split[n] and graph.flags[n] & COMPILED for layer in layers for n in layer.nodes),
         matrices=torch.from_numpy(upstream.total(steps[0][0].wide.astype(np.int64))),
         order=np.argsort(graph.last, kind="stable").tolist(),
-        _past=past,
+        past=past,
     )
 
 
@@ -172,14 +173,21 @@ def _check(traces: Sequence[Step], names: Sequence[str]) -> None:
 
 
 def _distinct(traces: Sequence[Step]) -> list[Step]:
-    """Without forwards that have the graph of an earlier one, for the same outputs: they say nothing new."""
-    found: list[Step] = []
+    """Without forwards that have the graph of an earlier one, for the same outputs: they say nothing new.
+
+    But those stay that go on from the graph of another one, or that another one goes on from.
+    """
+    entangled: set[int] = set()
     highest = -1
-    for each, outputs in traces:
+    for number, (each, _) in enumerate(traces):
         made = each.sequence[each.sequence >= 0]
-        apart = not len(made) or made.min() > highest  # else it may go on from the graph of another one
+        if len(made) and made.min() <= highest:
+            before = {other for other in range(number) if traces[other][0].overlaps(each)}
+            entangled |= before | {number} if before else before
         highest = max(highest, int(made.max(initial=-1)))
-        if not (apart and any(set(outputs) == set(known) and each.same_as(old) for old, known in found)):
+    found: list[Step] = []
+    for number, (each, outputs) in enumerate(traces):
+        if number in entangled or not any(set(outputs) == set(known) and each.same_as(old) for old, known in found):
             found.append((each, outputs))
     return found
 
