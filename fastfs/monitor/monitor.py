@@ -23,6 +23,7 @@ from fastfs.monitor.measure.aligned import LossScale
 from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.modes import BatchMode, JvpMode, Probe, ProbeMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.optimizers import check_optimizers
 from fastfs.monitor.payload import Names
 from fastfs.monitor.record.header import make_header
 from fastfs.monitor.record.sinks import checked_metadata
@@ -121,7 +122,8 @@ class Monitor:
         metadata: Mapping[str, Any] | None = None,
         verbose: bool = True,
     ) -> None:
-        optimizers = settings.check_optimizers(model, optimizer)
+        found = check_optimizers(model, optimizer)
+        optimizers = [each.optimizer for each in found]
         self._schedule = as_schedule(every)
         self._aligned = None if aligned_every is None else as_schedule(aligned_every)
         chosen = settings.check_mode(mode, probe, amplify)
@@ -143,11 +145,11 @@ class Monitor:
         self._model = model
         self._optimizers = optimizers
         self._sampler = Sampler(rows)
-        parameters = Parameters(optimizers, snapshot=amplify or mode != "batch")
+        parameters = Parameters(found, snapshot=amplify or mode != "batch")
         names = parameter_names(model, parameters.tensors)
         self._header = make_header(
             model,
-            optimizers[0],
+            found[0].name,
             self.layers,
             meta,
             mode=mode,
@@ -190,7 +192,7 @@ class Monitor:
             put=self._recorder.put,
         )
         self._capture.gradients = self._engine.factor
-        self._steps = OptimizerSteps(optimizers, self)
+        self._steps = OptimizerSteps(found, self)
         self._measures, self._aligns = first
         self._arm()
         if verbose and settings.speaks():
@@ -309,6 +311,20 @@ class Monitor:
         self._arm_for(self._step)
 
     # What happens around the optimizers
+
+    def enter(self, optimizer: int) -> None:
+        """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        if self._active and not self._failed:
+            self._engine.parameters.enter(optimizer)
+
+    def evaluate(self, optimizer: int) -> None:
+        """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        if self._active and not self._failed:
+            self._engine.parameters.evaluate(optimizer)
+
+    def failed(self, error: Exception) -> None:
+        """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        self._fail(error)
 
     def before(self, optimizer: int, first: bool) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""

@@ -18,7 +18,6 @@ from fastfs.monitor.schedule import Every
 __all__ = [
     "check_compiled",
     "check_mode",
-    "check_optimizers",
     "check_sizes",
     "check_state",
     "describe",
@@ -29,32 +28,6 @@ __all__ = [
 ]
 
 _MIB = 2**20
-
-
-def check_optimizers(model: Any, optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers as a list.
-
-    Raises:
-        TypeError: the model is no module, or something is no optimizer.
-        ValueError: LBFGS, an optimizer twice, none at all, or none that updates a parameter of the model.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
-    optimizers = list(optimizer) if several else [optimizer]
-    for each in optimizers:
-        if not isinstance(each, torch.optim.Optimizer):
-            raise TypeError(f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(each).__name__}")
-        if isinstance(each, torch.optim.LBFGS):
-            raise ValueError("optimizer: LBFGS evaluates the loss several times in a step; a step cannot be measured")
-    parameters = [p for each in optimizers for group in each.param_groups for p in group["params"]]
-    if len({id(p) for p in parameters}) != len(parameters):
-        raise ValueError("optimizer: expected every parameter in one optimizer, got some in several")
-    own = {id(p) for p in model.parameters()}
-    if not any(id(p) in own for p in parameters):
-        what = ", ".join(type(each).__name__ for each in optimizers) or "an empty list"
-        raise ValueError(f"optimizer: {what} updates no parameter of {type(model).__name__}")
-    return optimizers
 
 
 def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:

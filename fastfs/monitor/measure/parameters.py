@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from fastfs.monitor.measure import reasons
+from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.gradients import GradientFactor, Gradients
 from fastfs.monitor.measure.updates import MeasuredUpdate, UpdateMeter
+from fastfs.monitor.optimizers import Found
 from fastfs.stats import ParameterStats
 
 __all__ = ["Parameters"]
@@ -21,26 +23,24 @@ class Parameters:
     Args:
         optimizers: those of the loop.
         snapshot: in steps that are watched in full, copy the parameters before the step.
-        copied: of every optimizer, whether its updates are always taken from copies: closed forms do not hold for a
-            wrapper whose step does more than that of the optimizer in it.
     """
 
-    def __init__(
-        self, optimizers: Sequence[torch.optim.Optimizer], *, snapshot: bool, copied: Sequence[bool] = ()
-    ) -> None:
-        always = list(copied) or [False] * len(optimizers)
+    def __init__(self, optimizers: Sequence[Found], *, snapshot: bool) -> None:
         gradients = [Gradients() for _ in optimizers]
+        # Closed forms do not hold for a wrapper whose step may do more than that of the optimizer in it.
         self._meters = [
-            UpdateMeter(optimizer, snapshot=each, gradients=own)
-            for optimizer, each, own in zip(optimizers, always, gradients, strict=True)
+            UpdateMeter(found.optimizer, snapshot=found.copied, gradients=own)
+            for found, own in zip(optimizers, gradients, strict=True)
         ]
         self._snapshots = [
-            meter if meter.snapshot else UpdateMeter(optimizer, snapshot=True, gradients=own)
-            for optimizer, meter, own in zip(optimizers, self._meters, gradients, strict=True)
+            meter if meter.snapshot else UpdateMeter(meter.optimizer, snapshot=True, gradients=own)
+            for meter, own in zip(self._meters, gradients, strict=True)
         ]
         self._full = snapshot
         self._results: list[list[MeasuredUpdate]] = [[] for _ in optimizers]
         self._factors: list[tuple[Tensor, Tensor] | None] = [None for _ in optimizers]
+        self._entries: list[Fingerprint | None] = [None for _ in optimizers]
+        self._moved: list[Tensor | None] = [None for _ in optimizers]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -59,6 +59,17 @@ class Parameters:
     def snapshot_bytes(self) -> int:
         meters = {id(meter): meter for meter in (*self._meters, *(self._snapshots if self._full else ()))}
         return sum(meter.snapshot_bytes for meter in meters.values())
+
+    def enter(self, index: int) -> None:
+        """A step with a closure begins."""
+        self._entries[index] = Fingerprint(self._meters[index].parameters)
+        self._moved[index] = None
+
+    def evaluate(self, index: int) -> None:
+        """Its closure is evaluated: the gradients are those of the parameters as they are now."""
+        entry = self._entries[index]
+        if entry is not None:
+            self._moved[index] = Fingerprint(self._meters[index].parameters, entry).differs(entry)
 
     def before(self, index: int, full: bool, factor: GradientFactor | None = None) -> None:
         """Right before the step of an optimizer.
@@ -79,6 +90,9 @@ class Parameters:
         factor, self._factors[index] = self._factors[index], None
         if factor is not None:
             found = _as_computed(found, *factor, scale)
+        moved, self._moved[index], self._entries[index] = self._moved[index], None, None
+        if moved is not None:
+            found = _from_elsewhere(found, moved)
         self._results[index].append(found)
 
     def take(self, device: torch.device) -> MeasuredUpdate:
@@ -111,6 +125,8 @@ class Parameters:
         for meter in (*self._meters, *self._snapshots):
             meter.forget()
         self._factors = [None for _ in self._factors]
+        self._moved = [None for _ in self._moved]
+        self._entries = [None for _ in self._entries]
 
     def _of(self, index: int, full: bool) -> UpdateMeter:
         return (self._snapshots if full and self._full else self._meters)[index]
@@ -137,3 +153,11 @@ def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
     new_gradient = torch.where(nothing, 0.0, gradient / factor.square())
     reason = torch.where((found.reason == reasons.FINE) & ~still, code, found.reason)
     return MeasuredUpdate(ParameterStats(torch.stack([new_dot, update, new_gradient, *rest], dim=1)), reason)
+
+
+def _from_elsewhere(found: MeasuredUpdate, moved: Tensor) -> MeasuredUpdate:
+    """If the parameters had moved when the gradients were computed, nothing is known of the step."""
+    moved = moved.to(found.reason.device, non_blocking=True)
+    sums = found.stats.sums.clone()
+    sums[:, :3].masked_fill_(moved, torch.nan)
+    return MeasuredUpdate(ParameterStats(sums), torch.where(moved, reasons.MOVED, found.reason))

@@ -20,7 +20,7 @@ __all__ = ["make_header"]
 
 def make_header(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: str,
     layers: Sequence[str],
     metadata: Mapping[str, Any],
     *,
@@ -33,7 +33,7 @@ def make_header(
 
     Args:
         model: the model that is watched.
-        optimizer: the optimizer whose steps count.
+        optimizer: the class of the optimizer whose steps count.
         layers: names of the watched layers, in the order of the record.
         metadata: the user's own, that JSON can hold.
         run: id of the run that goes on here; a new one by default.
@@ -60,7 +60,7 @@ def make_header(
             else platform.processor() or platform.machine()
             for d in devices
         ),
-        "optimizer": type(optimizer).__qualname__,
+        "optimizer": optimizer,
         **settings,
         "layers": list(layers),
         "groups": {name: list(members) for name, members in (groups or {}).items()},
