@@ -99,13 +99,14 @@ class Capture:
         self._leaf_handles: list[RemovableHandle] = []
         key = taps.register(self)
         self._handles = [
-            model.register_forward_pre_hook(taps.Around(self._enter, self.switch), prepend=True, with_kwargs=True),
-            # always_call: also when the forward raises
-            model.register_forward_hook(taps.Around(self._leave, self.switch), always_call=True),
+            model.register_forward_pre_hook(taps.Around(self._enter, self.switch), prepend=True, with_kwargs=True)
         ]
-        for layer in self._layers:
+        for layer in self._layers:  # before the hook that ends the forward: the model itself may be a layer
             tap = taps.Tap(layer, self.switch, self, key, select)
             self._handles.append(layer.module.register_forward_hook(tap))
+        # always_call: also when the forward raises
+        leave = taps.Around(self._leave, self.switch)
+        self._handles.append(model.register_forward_hook(leave, always_call=True))
 
     @property
     def replaying(self) -> bool:
