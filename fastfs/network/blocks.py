@@ -23,7 +23,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -37,10 +37,12 @@ _WEIGHTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNC
 _NO_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm, nn.ParameterList, nn.ParameterDict)
 _PARALLEL = re.compile(r"(^|_)(heads?|experts?|branch(es)?|paths?|ops)(_|$)")
 _NUMBERED = re.compile(r"(.*?)_?\d+([a-z]\d*)?$")
-_STAGE_PARTS = re.compile(r"(res_?)?(blocks?|layers?|stages?|units?|cells?)$")
-_GLUE = 2  # weights that a stage may have besides its blocks: a projection, a change of resolution
+_PARTS_OF_STAGES = re.compile(r"(.*_)?(b|(res)?(blocks?|layers?|stages?|units?|cells?|nets?|resnets?|attentions?))")
+_CLASSES_OF_BLOCKS = re.compile(r"block|layer|bottleneck|residual|cell", re.IGNORECASE)
+_RESAMPLING = re.compile(r"(^|_)(down|up|resampl|reduc|merg|pool|patch|embed)")
+_GLUE = 1  # weights that a stage may have besides its blocks and what changes the resolution
 _PARAMETRIZATIONS = "parametrizations"
-_ADAPTED = "base_layer"  # what PEFT's layers call the layer that they adapt
+_ADAPTER = "adapter_layer_names"  # what PEFT's layers have, around the layer that they adapt
 
 
 def blocks(
@@ -61,6 +63,9 @@ def blocks(
         if kept:
             return list(kept.values())
     return [model]
+
+
+Kind: TypeAlias = tuple[type[nn.Module], frozenset[type[nn.Module]]]
 
 
 class _Tree:
@@ -104,10 +109,19 @@ class _Tree:
         return not runs(inside(module)) or self.is_sequence(module)
 
     def is_looked_through(self, module: nn.Module) -> bool:
-        """Lists that never run, and sequences in which a member is more than an operation."""
+        """Lists that never run, and sequences of more than operations."""
         if not runs(inside(module)):
             return True
-        return self.is_sequence(module) and any(self.weights(m) and self.children(m) for _, m in self.children(module))
+        members = [m for _, m in self.children(module) if self.weights(m)] if self.is_sequence(module) else []
+        composite = [m for m in members if self.children(m)]
+        return bool(composite) and (len(composite) == len(members) or any(self.weights(m) > 1 for m in composite))
+
+    def kind(self, module: nn.Module) -> Kind:
+        """What modules have in common that are of one family: the class, and for sequences the operations in it."""
+        inner = inside(module)
+        if not self.is_sequence(module):
+            return _class(inner), frozenset()
+        return _class(inner), frozenset(_class(inside(m)) for m in inner.children() if self.weights(m))
 
     def _look(self, model: nn.Module) -> None:
         """Children first, and without recursion: the stack of Python is short."""
@@ -157,7 +171,7 @@ class _Search:
             within: of a family: blocks that take the place of its members; else of a namespace: all.
         """
         containers: defaultdict[str, list[list[_Member]]] = defaultdict(list)
-        numbered: defaultdict[tuple[str, type[nn.Module]], list[nn.Module]] = defaultdict(list)
+        numbered: defaultdict[str, list[nn.Module]] = defaultdict(list)
         namespaces: list[nn.Module] = []
         for node in nodes:
             held: defaultdict[str, list[_Member]] = defaultdict(list)
@@ -169,19 +183,18 @@ class _Search:
                     if not parallel or runs(inside(child)):
                         held[stem] += self._members(child, in_list=False)
                 elif match is not None and not parallel:
-                    numbered[stem, _kind(child)].append(child)
+                    numbered[stem].append(child)
                 else:
                     namespaces.append(child)
             for stem, members in held.items():
                 containers[stem].append(members)
         found: list[nn.Module] = []
-        for held_by in containers.values():
-            found += self._of_containers(held_by, within)
-        for (stem, _), family in numbered.items():
-            if len(family) <= len(nodes) or self._tree.weights(family[0]) < 2:
-                namespaces += family
-            elif not within or _STAGE_PARTS.fullmatch(stem):
-                found += self._refined(family)
+        for stem, held_by in containers.items():
+            found += self._of_containers(stem, held_by, within)
+        for stem, attributes in numbered.items():
+            blocks, others = self._of_numbered(stem, attributes, len(nodes), within)
+            found += blocks
+            namespaces += others
         return found if within else found + [block for module in namespaces for block in self._below(module)]
 
     def _below(self, namespace: nn.Module) -> list[nn.Module]:
@@ -200,61 +213,85 @@ class _Search:
         inner = _unique(self.blocks(members, within=True))
         covered = sum(map(self._tree.weights, inner))
         left = sum(map(self._tree.weights, members)) - covered
-        return inner if left <= _GLUE * len(members) and 2 * left <= covered else members
+        for member in members:
+            parts = self._tree.children(member)
+            left -= sum(self._tree.weights(part) for name, part in parts if _RESAMPLING.search(name))
+        return inner if left <= max(_GLUE * len(members), covered // 6) and 2 * left <= covered else members
 
-    def _of_containers(self, held: Sequence[Sequence[_Member]], within: bool) -> list[nn.Module]:
+    def _of_containers(self, stem: str, held: Sequence[Sequence[_Member]], within: bool) -> list[nn.Module]:
         """Blocks in containers of the same name, one of each node."""
         members = [member for each in held for member in each]
         composite = [member for member in members if self._tree.weights(member.module) > 1]
-        kinds = Counter(_kind(member.module) for member in composite)
+        kinds = Counter(self._tree.kind(member.module) for member in composite)
         if within:
             repeated = {kind for each in held for kind in self._repeated(each)}
             chosen = set(kinds) if len(kinds) == 1 else repeated
+            if _PARTS_OF_STAGES.fullmatch(stem) is None:
+                chosen = {kind for kind in chosen if _CLASSES_OF_BLOCKS.search(kind[0].__name__)}
         else:
             chosen = {kind for kind, times in kinds.items() if times > 1}
-            chosen |= {_kind(member.module) for member in composite if member.single}
-        found: list[nn.Module] = []
-        whole: set[int] = set()
-        for kind in dict.fromkeys(_kind(m.module) for m in composite if _kind(m.module) in chosen):
-            family = [m.module for m in composite if _kind(m.module) is kind]
-            refined = self._refined(family)
-            found += refined
-            whole |= {id(m) for m in refined} & {id(m) for m in family}
-        for member in [] if within else [m for m in composite if _kind(m.module) not in chosen]:
-            below = self._below(member.module)
-            whole |= set() if below else {id(member.module)}  # no block by itself, but among blocks
-            found += below
-        found += self._beside(members, {id(m) for m in found}, whole)
+            alone = len(composite) == 1 and _PARTS_OF_STAGES.fullmatch(stem) is not None
+            chosen |= {self._tree.kind(member.module) for member in composite if member.single or alone}
+        family = [m for m in composite if self._tree.kind(m.module) in chosen]
+        found = self._families([m.module for m in family])
+        usual = 2 * len(family) >= len(composite) and {id(m.module) for m in family} <= {id(m) for m in found}
+        for member in (m for m in composite if self._tree.kind(m.module) not in chosen):
+            below = [] if within else self._below(member.module)
+            beside = bool(family) and usual and not isinstance(member.holder, nn.ModuleDict)
+            found += below or ([member.module] if beside else [])
+        found += self._beside(members, {id(m) for m in found})
         if not found and not within:
             self.lists += self._alike(members)
         return found
 
-    def _repeated(self, members: Sequence[_Member]) -> set[type[nn.Module]]:
-        kinds = Counter(_kind(m.module) for m in members if self._tree.weights(m.module) > 1)
+    def _of_numbered(
+        self, stem: str, members: Sequence[nn.Module], nodes: int, within: bool
+    ) -> tuple[list[nn.Module], list[nn.Module]]:
+        """Blocks in attributes that differ in their numbers, and what is none."""
+        composite = [m for m in members if self._tree.weights(m) > 1]
+        kinds = Counter(map(self._tree.kind, composite))
+        chosen = {kind for kind, times in kinds.items() if times > nodes}
+        if not chosen or (within and not _PARTS_OF_STAGES.fullmatch(stem)):
+            return [], list(members)
+        family = [m for m in composite if self._tree.kind(m) in chosen]
+        found = self._families(family)
+        usual = 2 * len(family) >= len(composite) and {id(m) for m in family} <= {id(m) for m in found}
+        rest = [m for m in members if self._tree.weights(m) < 2 or self._tree.kind(m) not in chosen]
+        if usual and not within:
+            for other in (m for m in rest if self._tree.weights(m) > 1):
+                found += self._below(other) or [other]
+        return found, rest
+
+    def _families(self, modules: Sequence[nn.Module]) -> list[nn.Module]:
+        """Of all classes in turn, the members or the blocks inside of them."""
+        families: defaultdict[Kind, list[nn.Module]] = defaultdict(list)
+        for module in modules:
+            families[self._tree.kind(module)].append(module)
+        return [block for family in families.values() for block in self._refined(family)]
+
+    def _repeated(self, members: Sequence[_Member]) -> set[Kind]:
+        kinds = Counter(self._tree.kind(m.module) for m in members if self._tree.weights(m.module) > 1)
         return {kind for kind, times in kinds.items() if times > 1}
 
-    def _beside(self, members: Sequence[_Member], found: set[int], whole: set[int]) -> list[nn.Module]:
-        """Members of another class in sequences and lists of which at least half are blocks."""
-        beside = []
+    def _beside(self, members: Sequence[_Member], found: set[int]) -> list[nn.Module]:
+        """Single weights in sequences and lists of which at least half are blocks: the first or last convolution."""
         holders: defaultdict[int, list[_Member]] = defaultdict(list)
         for member in members:
             if not isinstance(member.holder, nn.ModuleDict) and self._tree.weights(member.module):
                 holders[id(member.holder)].append(member)
-        for each in holders.values():
-            others = [m.module for m in each if id(m.module) not in found]
-            others = [m for m in others if self._tree.weights(m) == 1 or id(m) in whole]
-            if 2 * sum(id(m.module) in found & whole for m in each) >= len(each):
-                beside += others
-        return beside
+        mixed = [each for each in holders.values() if 2 * sum(id(m.module) in found for m in each) >= len(each)]
+        return [m.module for each in mixed for m in each if self._tree.weights(m.module) == 1]
 
     def _alike(self, members: Sequence[_Member]) -> list[nn.Module]:
         """Members with one weight each, if at least half of those with parameters are of one class."""
         own = [m for m in members if any(True for _ in m.module.parameters()) and runs(inside(m.module))]
-        kinds = Counter(_kind(m.module) for m in own if self._tree.weights(m.module) == 1)
-        usual, times = kinds.most_common(1)[0] if kinds else (nn.Module, 0)
+        kinds = Counter(self._tree.kind(m.module) for m in own if self._tree.weights(m.module) == 1)
+        if not kinds:
+            return []
+        usual, times = kinds.most_common(1)[0]
         if times < 2 or 2 * times < len(own):
             return []
-        return [m.module for m in own if not isinstance(m.holder, nn.ModuleDict) or _kind(m.module) is usual]
+        return [m.module for m in own if not isinstance(m.holder, nn.ModuleDict) or self._tree.kind(m.module) == usual]
 
     def _members(self, container: nn.Module, in_list: bool) -> Iterator[_Member]:
         holder = inside(container)
@@ -276,11 +313,10 @@ def _unique(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list({id(module): module for module in modules}.values())
 
 
-def _kind(module: nn.Module) -> type[nn.Module]:
+def _class(module: nn.Module) -> type[nn.Module]:
     """The class as it was written, without those that parametrisations and FSDP derive from it, one for each module."""
-    inner = inside(module)
-    kind = type(inner)
-    if parametrize.is_parametrized(inner):
+    kind = type(module)
+    if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and issubclass(kind, fsdp.FSDPModule):
@@ -290,7 +326,7 @@ def _kind(module: nn.Module) -> type[nn.Module]:
 
 def _is_operation(module: nn.Module) -> bool:
     """Whether the parts of a module are no layers: they do not run by themselves, or adapt its weight."""
-    return isinstance(module, nn.MultiheadAttention) or _ADAPTED in module._modules
+    return isinstance(module, nn.MultiheadAttention) or hasattr(type(module), _ADAPTER)
 
 
 def _weights(module: nn.Module) -> int:
