@@ -128,7 +128,9 @@ class Monitor:
         self._aligned = None if aligned_every is None else as_schedule(aligned_every)
         chosen = settings.check_mode(mode, probe, amplify)
         settings.check_sizes(rows, memory, quantiles)
-        self._layers = select_layers(model, layers)
+        self._layers = select_layers(
+            model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        )
         members = select_groups(self._layers, groups)
         scale = LossScale(scaler)
         settings.check_compiled(model, mode)

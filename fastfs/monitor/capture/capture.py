@@ -131,16 +131,13 @@ class Capture:
 
     def _attach(self, select: taps.Select, key: int) -> None:
         enter = taps.Around(self._enter, self.switch, self.failed)
-        leave = taps.Around(self._leave, self.switch, self.failed)
         self._handles.append(self._model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
-        # always_call: also when the forward raises
-        self._handles.append(self._model.register_forward_hook(leave, always_call=True))
-        for layer in self._layers:
+        for layer in self._layers:  # before the hook that ends the forward: the model itself may be a layer
             tap = taps.Tap(layer, self.switch, self, key, select, self.failed)
-            if layer.module is self._model:  # before the forward of the model counts as over
-                self._handles.append(layer.module.register_forward_hook(tap, prepend=True))
-            else:
-                self._handles.append(layer.module.register_forward_hook(tap))
+            self._handles.append(layer.module.register_forward_hook(tap))
+        # always_call: also when the forward raises
+        leave = taps.Around(self._leave, self.switch, self.failed)
+        self._handles.append(self._model.register_forward_hook(leave, always_call=True))
 
     @property
     def replaying(self) -> bool:
