@@ -28,10 +28,10 @@ from fastfs.monitor.record.schema import (
 from fastfs.monitor.record.sinks import TORN
 from fastfs.report.store import ABSENT, Store
 
-__all__ = ["HEADER", "LeftOut", "RowReader", "split_lines"]
+__all__ = ["HEADER", "LONGEST", "LeftOut", "RowReader", "split_lines"]
 
 _CHUNK = 4 << 20
-_LONGEST = 1 << 28
+LONGEST = 1 << 28
 HEADER = b'{"kind":"header",'
 _KINDS = ("number", "integer", "boolean", "string")  # as the native reader numbers them
 
@@ -92,8 +92,8 @@ def split_lines(
                     raise ValueError(f"{path}, line 1: expected the header of a record, got {start[:20]!r}")
             rest.append(chunk)
             if b"\n" not in chunk:
-                if sum(map(len, rest)) > _LONGEST:
-                    raise ValueError(f"{path}, line {number + 1}: longer than {_LONGEST:,} bytes: no record")
+                if sum(map(len, rest)) > LONGEST:
+                    raise ValueError(f"{path}, line {number + 1}: longer than {LONGEST:,} bytes: no record")
                 continue
             data, at = b"".join(rest), 0
             while True:
@@ -148,7 +148,7 @@ class RowReader:
             OSError: the file cannot be read.
             ValueError: not a record, or of another version.
         """
-        torn: list[tuple[int, Exception]] = []  # since the last line that could be read
+        torn: tuple[int, Exception] | None = None  # by a kill, if a header is the next line
         for number, raw, ended in split_lines(self._path, None if self._native is None else self._take):
             if not (line := raw.strip()):
                 continue
@@ -156,10 +156,13 @@ class RowReader:
                 value = parse(line)
             except ValueError as error:
                 self._refuse_foreign(line, number, error)
+                if torn is not None:
+                    self.left_out.add(*torn)
+                    torn = None
                 if line.endswith(TORN) or (line.startswith(b"{") and not ended):
                     continue
                 if line.startswith(b"{") and not line.endswith(b"}"):
-                    torn.append((number, error))  # by a kill, if a header follows
+                    torn = number, error
                 else:
                     self.left_out.add(number, error)
                 continue
@@ -169,16 +172,17 @@ class RowReader:
                 raise ValueError(f"{self._path}: {error}") from None
             except ValueError as error:
                 self._refuse_foreign(line, number, error)
+                if torn is not None:
+                    self.left_out.add(*torn)
+                    torn = None
                 self.left_out.add(number, error)
                 continue
-            if checked.kind == "header" and torn:
-                torn.pop()
-            for place, error in torn:
-                self.left_out.add(place, error)
-            torn = []
+            if torn is not None and not (checked.kind == "header" and torn[0] == number - 1):
+                self.left_out.add(*torn)
+            torn = None
             self._add(checked)
-        for place, error in torn:
-            self.left_out.add(place, error)
+        if torn is not None:
+            self.left_out.add(*torn)
         self._drain()
 
     def _refuse_foreign(self, line: bytes, number: int, error: Exception) -> None:
@@ -259,7 +263,7 @@ class RowReader:
 def _native_reader() -> Any:
     if not ops.native_available():
         return None
-    numbers = {name: "number" for name in COLUMNS} | dict.fromkeys(STRINGS, "string")
+    numbers = dict.fromkeys(COLUMNS, "number") | dict.fromkeys(STRINGS, "string")
     numbers |= dict.fromkeys(BOOLEANS, "boolean") | {name: "integer" for name in INTEGERS if name in COLUMNS}
     scalars = {name: "integer" if name in INTEGERS else "number" for name in (*SCALARS, *MORE_SCALARS)}
     columns = [(name, _KINDS.index(kind)) for name, kind in numbers.items()]

@@ -27,8 +27,9 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
     Columns: ``kind`` (measured or predicted), ``run``, ``step``, ``time`` (seconds since 1970), ``layer`` (its number;
     groups come after the layers), ``name``, ``group`` (bool), then what was recorded (``angle`` in radians,
     ``update_rms`` in features per step, ...) and what belongs to the whole step (``loss``, ``micro_batches``,
-    ``overhead_seconds``, ``loss_scale``; ``kappa`` and others where recorded). Numbers that are absent or were undefined are NaN, strings None; ``valid`` is
-    NA where absent (then its dtype is ``boolean``), and columns of integers become floats where some are absent.
+    ``overhead_seconds``, ``loss_scale``; ``kappa`` and others where recorded). Numbers that are absent or were
+    undefined are NaN, strings None; ``valid`` and ``linear`` are NA where absent (then their dtype is ``boolean``), and
+    columns of integers become floats where some are absent.
 
     When a run was resumed, steps that it did again are in the table once, as done last. ``attrs`` of the table holds
     ``headers`` (one for each start of a run), and ``structure``, ``alerts`` and ``skipped``: lists of dictionaries.
@@ -82,8 +83,10 @@ def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[st
 
 
 def load_compact(path: Path) -> pandas.DataFrame:
-    """What a report needs of a record: as :func:`load`, with columns in float32, strings as categories, and only what is
-    recorded of what is shown. Takes a third of the memory."""
+    """What a report needs of a record, in a third of the memory.
+
+    As :func:`load`, with columns in float32, strings as categories, and only what was recorded and is shown.
+    """
     return _table(path, Store(np.float32, _NOT_REPORTED), compact=True)
 
 

@@ -113,7 +113,8 @@ class Checked:
         kind: ``header``, ``structure``, ``measured``, ``predicted``, ``skipped`` or ``alert``.
         length: layers and groups of a measured or predicted line; 1 in schema 1.
         first: layer of the first value.
-        columns: of such a line, as arrays: float64 (NaN for null), int8 for booleans (-1 for null), objects for strings.
+        columns: of such a line, as arrays: float64 (NaN for null), int8 for booleans (-1 for null), objects for
+            strings.
         scalars: of such a line: numbers (NaN for null), booleans, strings.
     """
 
