@@ -7,6 +7,7 @@ import functools
 import itertools
 import random
 import types
+import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -77,6 +78,8 @@ def _short(value: Any) -> str:
         dtype = value[1] if isinstance(value[1], torch.dtype) else torch.uint8
         content = torch.frombuffer(bytearray(value[-1]), dtype=dtype).tolist()[:4] if value[-1] else []
         return f"{value[:-1]} {content}"
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes, {zlib.crc32(value):08x}"
     return repr(value)[:200]
 
 
