@@ -119,41 +119,45 @@ def trace(features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], 
             numbers[edge[0]] = len(functions)
             functions.append(edge[0])
 
-    starts, targets, output_nrs, kinds, leaves, sequence = [0], list[int](), list[int](), list[int](), [], list[int]()
-    names: dict[str, int] = {}
+    starts, targets, others, kinds, leaves, sequence = [0], list[int](), list[tuple[int, int]](), list[int](), [], []
+    names: dict[str, int] = {_LEAF: 0}
     types: dict[type, int] = {}  # the kind, where the type of a function tells it
-    leaf = names.setdefault(_LEAF, 0)
+    find, found = numbers.get, functions.append
     for function in functions:  # grows while it is walked
         kind = types.get(type(function))
         if kind is None:
             name = str(function.name())
             kind = names.setdefault(name, len(names))
-            if kind == leaf or type(function).__name__ == name:
+            if not kind or type(function).__name__ == name:
                 types[type(function)] = kind
         kinds.append(kind)
-        if kind == leaf:
-            leaves.append(indices.get(id(function.variable), _UNKNOWN))
-            sequence.append(_UNKNOWN)
-        else:
-            leaves.append(_UNKNOWN)
+        if kind:
             sequence.append(function._sequence_nr())
             for below, output_nr in function.next_functions:
                 if below is not None:
-                    number = numbers.get(below)
+                    number = find(below)
                     if number is None:
-                        number = numbers[below] = len(functions)
-                        functions.append(below)
+                        number = numbers[below] = len(numbers)
+                        found(below)
+                    if output_nr:
+                        others.append((len(targets), output_nr))
                     targets.append(number)
-                    output_nrs.append(output_nr)
+        else:
+            leaves.append(indices.get(id(function.variable), _UNKNOWN))
         starts.append(len(targets))
+    leaf = np.asarray(kinds, dtype=np.int64) == 0
+    output_nrs = np.zeros(len(targets), dtype=np.int64)
+    if others:
+        which, numbered = zip(*others, strict=True)
+        output_nrs[list(which)] = numbered
     return Trace(
         starts=_ints(starts),
         targets=_ints(targets),
-        output_nrs=_ints(output_nrs),
+        output_nrs=output_nrs,
         names=tuple(names),
         kinds=_ints(kinds),
-        parameters=_ints(leaves),
-        sequence=_sequence(sequence),
+        parameters=_where(leaf, leaves),
+        sequence=_where(~leaf, sequence),
         visit_starts=_ints(np.cumsum([0, *map(len, features)])),
         visits=_edges(visits, numbers),
         outputs=_edges(ends, numbers),
@@ -200,12 +204,14 @@ def _made(function: Any) -> int:
     return number if number < 1 << 63 else _UNKNOWN
 
 
-def _sequence(numbers: Sequence[int]) -> Ints:
-    """Sequence numbers, which autograd counts without a sign."""
+def _where(which: npt.NDArray[np.bool_], numbers: list[int]) -> Ints:
+    """The numbers in these places, -1 elsewhere."""
+    found = np.full(len(which), _UNKNOWN, dtype=np.int64)
     try:
-        return _ints(numbers)
-    except OverflowError:  # a function that was made outside of a forward has none
-        return _ints([number if number < 1 << 63 else _UNKNOWN for number in numbers])
+        found[which] = _ints(numbers)
+    except OverflowError:  # of a function that was not made by a forward: autograd gives it the highest number there is
+        found[which] = _ints([number if number < 1 << 63 else _UNKNOWN for number in numbers])
+    return found
 
 
 def _edges(edges: Sequence[Edge | None], numbers: dict[Any, int]) -> Ints:
