@@ -166,23 +166,28 @@ def trace(features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], 
 
 
 def signature(
-    features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    features: Sequence[Sequence[Edge | None]],
+    outputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    inputs: Sequence[Tensor] = (),
 ) -> tuple[Any, ...]:
-    """A hashable summary of a forward's graph. Time is linear in visits, outputs and parameters, whatever lies between.
+    """A hashable summary of a forward's graph. Time is linear in what is given here, whatever lies between.
 
     Two forwards of the same graph have the same signature. It holds the function that made each visit and each output,
-    how many functions the forward had made by then, and which parameters require a gradient. So it changes with every
-    branch of the forward that makes another number of functions before some visit or output.
+    how many functions the forward had made by then, which parameters require a gradient, and which inputs have a graph
+    of their own. So it changes with every branch of the forward that makes another number of functions before a visit
+    or an output.
 
     What it can miss: two branches without a watched layer that make as many functions, as of two experts of the same
-    form, and values that are combined in another way by as many functions. Compare the set of parameters that got a
-    gradient as well: it tells the experts apart. Functions made in other threads have numbers of their own; then the
-    signatures of the same graph may differ, which costs a walk and nothing else.
+    form; values that are combined in another way by as many functions; another graph behind the inputs. Compare the set
+    of parameters that got a gradient as well: it tells the experts apart. Functions made in other threads have numbers
+    of their own; then the signatures of the same graph may differ, which costs a walk and nothing else.
 
     Args:
         features: as for :func:`trace`.
         outputs: as for :func:`trace`.
         parameters: as for :func:`trace`.
+        inputs: of the forward: one that goes on from a result of an earlier forward is not the same as the first one.
     """
     edges = [edge for visits in features for edge in visits]
     edges += [edge_of(output) for output in outputs]
@@ -195,6 +200,7 @@ def signature(
             for edge, number in zip(edges, made, strict=True)
         ),
         bytes([parameter.requires_grad for parameter in parameters]),
+        tuple(None if x.grad_fn is None else x.grad_fn.name() for x in inputs),
     )
 
 
