@@ -5,6 +5,8 @@
 Chains and residual networks of linear layers, every layer watched, SGD, `every=1`: the dearest case, in which a layer
 does the least work of its own. The first measured step has the structure to find; later ones have the same graph. What
 goes into the structure is the time in `trace`, `join`, `analyse` and `signature`, wherever they are called.
+
+On one thread, and in seconds of the processor: what else runs on the machine hardly counts.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class Network(nn.Module):
 
 
 class Clock:
-    """Seconds in the outermost of some functions."""
+    """Seconds of the processor in the outermost of some functions."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -70,11 +72,11 @@ class Clock:
             if self._inside:
                 return function(*args, **kwargs)
             self._inside = True
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - start
+                self.seconds += time.process_time() - start
                 self._inside = False
 
         return timed
@@ -112,9 +114,9 @@ def seconds(call: Callable[[], object], times: int) -> float:
     call()
     found = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        found.append(time.perf_counter() - start)
+        found.append(time.process_time() - start)
     return statistics.median(found)
 
 
@@ -153,18 +155,18 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
     forward, plain = seconds(lambda: model(x), rounds), seconds(step, rounds)
     parts = alone(model, x, rounds)
     with time_of_structure() as clock:
-        start = time.perf_counter()
+        start = time.process_time()
         monitor = fastfs.Monitor(
             model, optimizer, layers=list(_names(model)), every=1, sinks=[_nothing], verbose=False, alerts=()
         )
-        attach = time.perf_counter() - start
-        start = time.perf_counter()
+        attach = time.process_time() - start
+        start = time.process_time()
         step()
-        cold, cold_structure = time.perf_counter() - start, clock.seconds
+        cold, cold_structure = time.process_time() - start, clock.seconds
         clock.seconds = 0.0
         warm = seconds(step, rounds)
         warm_structure = clock.seconds / (rounds + 1)
-        start = time.perf_counter()
+        start = time.process_time()
         monitor.close()
     return {
         "workload": workload.name,
@@ -177,7 +179,7 @@ def measure(workload: Workload, rounds: int) -> dict[str, Any]:
             "measured step": warm,
             "of it structure, first": cold_structure,
             "of it structure": warm_structure,
-            "close": time.perf_counter() - start,
+            "close": time.process_time() - start,
             **parts,
         },
         "measured step / step": warm / plain,
@@ -198,6 +200,7 @@ def _nothing(_rows: object) -> None:
 
 def main() -> int:
     arguments = command_line(__doc__, quick="two small networks: does it run")
+    torch.set_num_threads(1)
     results: list[dict[str, Any]] = []
     for workload in workloads(arguments.quick):
         print(f"{workload.name} ...", file=sys.stderr, flush=True)

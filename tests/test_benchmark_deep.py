@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import deep
 from fastfs.network import structure
@@ -14,6 +15,7 @@ from fastfs.network import structure
 
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
+    monkeypatch.setattr(torch, "set_num_threads", lambda _threads: None)  # of the other tests
     monkeypatch.setattr(sys, "argv", ["deep", "--quick", "--rounds", "1", "--json", str(path)])
     assert deep.main() == 0
     chain, residual = json.loads(path.read_text())["results"]
