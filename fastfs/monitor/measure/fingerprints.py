@@ -53,6 +53,7 @@ class _Block:
     pick: list[Callable[[Tensor], Tensor]] = field(default_factory=list)  # one each for the large ones
     width: int = ELEMENTS
     index: Tensor | None = None  # (P, width) into the flat samples and a zero after them; None: they are rows as is
+    zero: Tensor = field(default_factory=lambda: torch.zeros(1))
 
     @property
     def order(self) -> list[int]:
@@ -114,16 +115,21 @@ class Places:
                 if small:
                     parts.append(torch._C._nn.flatten_dense_tensors(shown[:small]))
                 parts += shown[small:]
+                if block.index is not None:
+                    parts.append(block.zero)
             flats.append(torch.cat(parts).view(len(views), -1))
         return Samples(self, flats)
 
     def rows(self, number: int, flat: Tensor) -> Tensor:
         """Flat samples (lists, elements) of a block as float64 (lists, tensors, width), short ones filled up with zeros."""
+        return self.arranged(number, flat).to(torch.float64)
+
+    def arranged(self, number: int, flat: Tensor) -> Tensor:
+        """The same in the dtype that it has."""
         block = self.blocks[number]
-        if block.index is None:
-            return flat.view(flat.shape[0], -1, block.width).to(torch.float64)
-        padded = torch.nn.functional.pad(flat.to(torch.float64), (0, 1))
-        return padded.index_select(1, block.index).view(flat.shape[0], -1, block.width)
+        if block.index is not None:
+            flat = flat.index_select(1, block.index)
+        return flat.view(flat.shape[0], -1, block.width)
 
     def gather(self, parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:
         """Results of all blocks, each with a tensor's result a row, in the order of the tensors."""
@@ -182,29 +188,35 @@ class Samples:
     def bits(self) -> Tensor:
         """Of every tensor, in their order: int64 (P, ``ELEMENTS``), zeros where it has fewer elements."""
         parts = []
-        for block, flat in zip(self.places.blocks, self.flats, strict=True):
-            rows = torch.nn.functional.pad(_bits(flat[0]).to(torch.int64), (0, 1))
-            rows = rows[:-1] if block.index is None else rows.index_select(0, block.index)
-            parts.append(torch.nn.functional.pad(rows.view(-1, block.width), (0, ELEMENTS - block.width)))
+        for number, (block, flat) in enumerate(zip(self.places.blocks, self.flats, strict=True)):
+            rows = self.places.arranged(number, _bits(flat[:1]))[0].to(torch.int64)
+            parts.append(torch.nn.functional.pad(rows, (0, ELEMENTS - block.width)))
         if not parts:
             return torch.zeros((self.places.count, ELEMENTS), dtype=torch.int64, device=self.places.home)
         return self.places.gather(parts)
 
+    def known_same(self, other: Samples) -> bool:
+        """Whether it is known without waiting for a device that the other samples have the same bits."""
+        pairs = zip(self.flats, other.flats, strict=True)
+        return self.places is other.places and all(known_equal(_bits(a), _bits(b)) for a, b in pairs)
+
     def changed(self, other: Samples) -> Tensor:
         """Per tensor whether the other samples, of the same places, have other bits: bool (P,)."""
         parts = []
-        for block, a, b in zip(self.places.blocks, self.flats, other.flats, strict=True):
+        for number, (block, a, b) in enumerate(zip(self.places.blocks, self.flats, other.flats, strict=True)):
             if a.dtype != b.dtype:
                 parts.append(torch.ones(len(block.order), dtype=torch.bool, device=a.device))
                 continue
-            differ = _bits(a) != _bits(b)
-            if block.index is not None:
-                padded = torch.nn.functional.pad(differ, (0, 1))
-                differ = padded.index_select(1, block.index)
-            parts.append(differ.view(-1, len(block.order), block.width).any(dim=2).any(dim=0))
+            differ = self.places.arranged(number, _bits(a) != _bits(b)).any(dim=2)
+            parts.append(differ[0] if len(differ) == 1 else differ.any(dim=0))
         if not parts:
             return torch.zeros(self.places.count, dtype=torch.bool, device=self.places.home)
         return self.places.gather(parts, missing=False)
+
+
+def known_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements are equal, if that can be told without waiting for a device; else False."""
+    return a.is_cpu and b.is_cpu and torch.equal(a, b)
 
 
 class Fingerprint:
@@ -322,6 +334,7 @@ def _arrange(block: _Block, sizes: dict[int, int]) -> None:
     index: list[int] = []
     for i in block.order:
         index += [*range(begins[i], begins[i] + sizes[i]), *([end] * (block.width - sizes[i]))]
+    block.zero = torch.zeros(1, dtype=block.dtype, device=block.device)
     block.index = torch.tensor(index, dtype=torch.int64, device="cpu").to(block.device, non_blocking=True)
 
 

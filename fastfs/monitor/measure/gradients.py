@@ -216,11 +216,11 @@ class GradientFactor:
         return self._gradients[index].look(parameters, keep=True)
 
     @torch.no_grad()
-    def compare(self, index: int, now: Look) -> tuple[Tensor, Tensor]:
+    def compare(self, index: int, now: Look) -> tuple[Tensor, Tensor] | None:
         """What was done to the gradients of an optimizer since the backward.
 
         Returns:
-            Per parameter, on the device: the factor by which they were multiplied, float64 (P,), nan where it was
+            None if it is known that nothing was. Else per parameter, on the device: the factor by which they were multiplied, float64 (P,), nan where it was
             something else; and a code of :mod:`fastfs.monitor.measure.reasons`, int64 (P,).
         """
         count, home = now.places.count, now.places.home
@@ -230,6 +230,9 @@ class GradientFactor:
             factor = torch.full((count,), value, dtype=torch.float64, device=home)
             return factor, torch.full((count,), code, dtype=torch.int64, device=home)
         then = self._ends[index]
+        same = all(map(_same, then.gradients, now.gradients)) and not then.written()
+        if same and then.samples.known_same(now.samples):
+            return None
         if then.places is now.places:
             parts = []
             for number in range(len(now.places.blocks)):
@@ -243,7 +246,6 @@ class GradientFactor:
             old = torch.nn.functional.pad(old, (0, 0, 0, count - old.shape[0]))
             rows = torch.stack([old.to(home, non_blocking=True), now.samples.wide()], dim=1)
             squares = (rows @ rows.mT).flatten(1)
-        same = all(a is b for a, b in zip(then.gradients, now.gradients, strict=False)) and not then.written()
         return _factors(squares, _precision(now.places), same)
 
     def clear(self) -> None:

@@ -18,8 +18,8 @@ from torch.optim import LBFGS, Optimizer
 from fastfs import functional
 from fastfs.checks import DTYPES
 from fastfs.monitor.measure import closed_forms, reasons
-from fastfs.monitor.measure.closed_forms import Form, Group, closed_form, coefficients, rewrites_gradients
-from fastfs.monitor.measure.fingerprints import Places, Samples, Views, real
+from fastfs.monitor.measure.closed_forms import Form, Group, Settings, closed_form, coefficients, rewrites_gradients
+from fastfs.monitor.measure.fingerprints import Places, Samples, Views, known_equal, real
 from fastfs.monitor.measure.gradients import Gradients, Look
 from fastfs.monitor.measure.verification import same_gradients, verify
 from fastfs.rules import Rule
@@ -63,6 +63,7 @@ class _Call:
     params: list[Tensor] = field(default_factory=list)
     is_complex: bool = False
     places: Places = field(default_factory=lambda: Places(()))
+    all_good: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
     shared: bool = False  # the places are those of the gradients
     views: dict[int, Views] = field(default_factory=dict)  # of the parameters, and of the states after them
 
@@ -88,8 +89,7 @@ class _Step:
 
     plan: _Plan
     look: Look
-    groups: list[Group]
-    signatures: list[list[object]]
+    settings: list[Settings]
     starts: list[Samples | None]  # of the parameters of every call
     copies: list[Tensor | None] | None  # of the gradients
     grad_scale: Tensor | None
@@ -127,6 +127,7 @@ class UpdateMeter:
         self._state: object = optimizer.state
         self._step: _Step | None = None  # between before() and after()
         self._orders: dict[tuple[int, ...], Tensor] = {}
+        self._fine = torch.zeros(0, dtype=torch.int64)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -197,8 +198,7 @@ class UpdateMeter:
         self._step = _Step(
             plan,
             look,
-            [closed_forms.settings(group) for group in groups],
-            [closed_forms.signature(group) for group in groups],
+            [Settings(group) for group in groups],
             starts,
             copies,
             getattr(self.optimizer, "grad_scale", None),
@@ -297,6 +297,7 @@ class UpdateMeter:
         for call in calls.values():
             if call.closed:
                 call.shared = call.indices == present and len(present) == len(parameters)
+                call.all_good = torch.ones(len(call.indices), dtype=torch.bool, device=call.device)
                 call.places = look.places if call.shared else Places([real(p) for p in call.params])
         return _Plan(look.key, forms, settled, list(calls.values()), copied)
 
@@ -320,12 +321,14 @@ class UpdateMeter:
     # After the step
 
     def _rewrites(self, step: _Step, part: _Part) -> bool:
-        return step.copies is None and rewrites_gradients(self.optimizer, step.groups[part.group], part.params)
+        return step.copies is None and rewrites_gradients(self.optimizer, step.settings[part.group].values, part.params)
 
     def _kept(self, step: _Step, now: Samples, rewritten: list[bool]) -> Tensor | None:
         """Whether the gradients are those of before the step, or can be brought back: bool (P,); None if all are."""
         look, explained = step.look, set()
         if step.copies is not None:
+            return None
+        if step.grad_scale is None and not any(rewritten) and look.samples.known_same(now):
             return None
         kept = ~look.samples.changed(now)
         parts = [part for call in step.plan.calls for part in call.parts]
@@ -340,7 +343,7 @@ class UpdateMeter:
                 for p, g, is_own in zip(self.parameters, look.gradients, own, strict=True)
             ]
             added = look.places.read(look.places.views(buffers))
-            back = same_gradients(look.samples, now, added, step.groups[part.group]["momentum"])
+            back = same_gradients(look.samples, now, added, step.settings[part.group].values["momentum"])
             mine = torch.tensor(own, dtype=torch.bool, device="cpu").to(kept.device, non_blocking=True)
             kept = torch.where(mine, back, kept)
         if step.grad_scale is not None:  # a fused optimizer takes it out of the gradients itself
@@ -361,7 +364,7 @@ class UpdateMeter:
         second: list[Tensor] = []
         tables, doubts, begin = [], [], 0
         for part, does in zip(call.parts, rewritten, strict=True):
-            form, params, group = part.form, part.params, step.groups[part.group]
+            form, params, group = part.form, part.params, step.settings[part.group].values
             own = gradients[begin : begin + len(params)]
             if form is None:
                 dense = [self._dense(p, g, group if does else None) for p, g in zip(params, own, strict=True)]
@@ -451,12 +454,24 @@ class UpdateMeter:
         if call.rule.states == 2:
             lists.append(second)
         after = self._read(call, lists)
-        good, vague = verify(call.rule, call.places, start, after, gradient, table, uncertain, self._made())
-        code = torch.where(good, reasons.FINE, reasons.NOT_THE_UPDATE)
         groups = self.optimizer.param_groups
-        changed = [closed_forms.signature(groups[part.group]) != step.signatures[part.group] for part in call.parts]
-        if any(changed):
-            which = [does for part, does in zip(call.parts, changed, strict=True) for _ in part.params]
+        doubts = [not step.settings[part.group].hold(groups[part.group]) for part in call.parts]
+        good, vague = verify(
+            call.rule,
+            call.places,
+            start,
+            after,
+            gradient,
+            table,
+            uncertain=uncertain,
+            made=self._made(),
+            doubted=any(doubts),
+        )
+        if vague is None and known_equal(good, call.all_good):
+            return None
+        code = torch.where(good, reasons.FINE, reasons.NOT_THE_UPDATE)
+        if vague is not None:
+            which = [does for part, does in zip(call.parts, doubts, strict=True) for _ in part.params]
             mask = torch.tensor(which, dtype=torch.bool, device="cpu").to(code.device, non_blocking=True)
             code = torch.where(mask & vague & good, reasons.SETTINGS, code)
         return code
@@ -476,10 +491,14 @@ class UpdateMeter:
         calls = step.plan.calls
         total = self._in_order([(call.indices, part) for call, part in zip(calls, sums, strict=True)])
         found = [(call.indices, code) for call, code in zip(calls, codes, strict=True) if code is not None]
+        if not found and kept is None:
+            if self._fine.shape[0] != total.shape[0] or self._fine.device != total.device:
+                self._fine = torch.full((total.shape[0],), reasons.FINE, dtype=torch.int64, device=total.device)
+            return MeasuredUpdate(ParameterStats(total), self._fine)
         reason = self._in_order(found) if found else torch.zeros(total.shape[0], dtype=torch.int64, device=total.device)
         bad = reason != reasons.FINE
         if kept is None:
-            unknown = torch.stack([bad, bad, bad], dim=1)
+            unknown = bad[:, None]
         else:
             kept = kept.to(total.device, non_blocking=True)
             unknown = torch.stack([bad | ~kept, bad, ~kept], dim=1)
