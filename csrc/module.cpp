@@ -12,7 +12,8 @@
 
 namespace fastfs {
 
-void bind_rows(py::module_& m);  // rows_module.cpp
+void bind_rows(py::module_& m);    // rows_module.cpp
+void bind_record(py::module_& m);  // record_module.cpp
 
 namespace {
 
@@ -200,6 +201,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("count_rows", &count_rows);
   m.def("stream_read_cpu", &stream_read_cpu);
   bind_rows(m);
+  bind_record(m);
 #ifdef FASTFS_WITH_CUDA
   bind_cuda<FeatureSums>(m, "FeatureStatsCuda");
   bind_cuda<UpdateSums>(m, "UpdateStatsCuda");

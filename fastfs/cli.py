@@ -82,8 +82,6 @@ def report(
         from fastfs.report.locate import find_record
         from fastfs.report.page import write_page
 
-        if out.is_dir():
-            raise ValueError(f"{out}: is a folder; name a file, such as {out / 'report.html'}")
         page = write_page(find_record(run), out, run=run_id)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"fastfs report: {error}", err=True)

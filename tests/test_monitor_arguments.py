@@ -18,7 +18,7 @@ from fastfs.network.layers import clean_name
 
 
 def test_no_match_lists_the_candidates():
-    with pytest.raises(ValueError, match=r"layers.*d' matches no module of ResNet. Candidates: stem, blocks, blocks.0"):
+    with pytest.raises(ValueError, match=r"layers.*d' matches no module of ResNet. Candidates: stem, blocks.0"):
         watched(layers=r"layers\.\d")
 
 

@@ -155,7 +155,7 @@ def test_predicates_and_types_see_through_wrappers():
         assert list(monitor.layers) == ["stem", *(f"stages.{i}.{j}" for i in range(3) for j in range(2))]
 
 
-CANDIDATES = r"Candidates: stem, blocks, blocks\.0, blocks\.0\.linear"
+CANDIDATES = r"Candidates: stem, blocks\.0, blocks\.0\.linear"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,13 @@ CANDIDATES = r"Candidates: stem, blocks, blocks\.0, blocks\.0\.linear"
         (nn.Conv2d, ValueError, rf"Conv2d matches no module of ResNet\. {CANDIDATES}"),
         ((nn.Conv2d, nn.Bilinear), ValueError, rf"Conv2d or Bilinear matches no module of ResNet\. {CANDIDATES}"),
         ("attention", ValueError, rf"'attention' matches no module of ResNet\. {CANDIDATES}"),
-        (["blocks"], None, None),
+        (
+            ["blocks"],
+            ValueError,
+            r"'blocks' is a ModuleList, which never runs itself: .*Candidates: blocks\.0, blocks\.0",
+        ),
+        ("^blocks$", ValueError, r"matches only what has no forward and never runs itself \(blocks\) of ResNet"),
+        (nn.ModuleList, ValueError, r"ModuleList matches only what has no forward .*Candidates: blocks\.0"),
         (["block.0"], ValueError, rf"unknown names \['block\.0'\] of ResNet\. {CANDIDATES}"),
         (int, TypeError, "expected .auto., a regular expression, .* got <class 'int'>"),
         ((), ValueError, "an empty list"),
@@ -174,9 +180,6 @@ CANDIDATES = r"Candidates: stem, blocks, blocks\.0, blocks\.0\.linear"
     ],
 )
 def test_errors_list_the_candidates(layers, error, message):
-    if error is None:
-        watched(layers=layers)[3].close()
-        return
     with pytest.raises(error, match=message):
         watched(layers=layers)
 
@@ -186,14 +189,67 @@ def test_errors_name_the_model_inside_of_wrappers():
         watched(layers="nothing", model=torch.compile(ResNet(8, 16, 2, 3), backend="eager"))
 
 
-def test_a_model_without_modules_says_so():
-    class Bare(nn.Module):
+class Bare(nn.Module):
+    """No submodules, or one that never runs."""
+
+    def __init__(self, *held):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8))
+        if held:
+            self.held = nn.ParameterList(held)
+
+    def forward(self, x):
+        for p in getattr(self, "held", ()):
+            x = x * p
+        return (x @ self.weight)[:, :3]
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [(lambda: nn.Linear(8, 3), "Linear"), (Bare, "Bare"), (lambda: Bare(torch.ones(8)), "Bare")],
+    ids=["linear", "bare", "parameter list"],
+)
+@pytest.mark.parametrize("layers", ["auto", "", [""], nn.Module, lambda name, module: True], ids=str)
+def test_a_model_without_submodules_is_a_layer_itself(model, name, layers):
+    torch.manual_seed(0)
+    model, optimizer, seen, monitor = watched(layers=layers, model=model().double(), groups={"all": name}, rows=None)
+    assert monitor.layers == (name,)
+    x, y = rows(0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        before = model(x.double())
+        before.retain_grad()
+        F.cross_entropy(before, y).backward()
+        optimizer.step()
+        with torch.no_grad():
+            moved = model(x.double()) - before
+    monitor.close()
+    assert [row["name"] for row in seen] == [name, "all"] * 2
+    row = seen[-2]
+    assert row["valid"], row["why"]
+    assert row["update_rms"] == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-9)
+    cosine = -(moved * before.grad).sum() / moved.norm() / before.grad.norm()
+    assert row["cos_angle"] == pytest.approx(float(cosine), rel=1e-9)
+
+
+def test_the_model_itself_is_watched_beside_others_if_asked_for():
+    model, optimizer, seen, monitor = watched(layers=["blocks.1", "ResNet"])
+    assert monitor.layers == ("ResNet", "blocks.1")
+    train(model, optimizer, 1)
+    monitor.close()
+    assert all(row["valid"] for row in seen)
+
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.weight = nn.Parameter(torch.ones(3))
+            self.Net = nn.Linear(8, 3)
 
-    with pytest.raises(ValueError, match=r"matches no module of Bare\. It has no submodules to watch"):
-        watched(layers="auto", model=Bare())
+        def forward(self, x):
+            return self.Net(x)
+
+    for layers, names in (([""], ("(Net)",)), (["Net", "(Net)"], ("(Net)", "Net")), ("auto", ("Net",))):
+        with watched(layers=layers, model=Net())[3] as monitor:
+            assert monitor.layers == names
 
 
 # Wrappers

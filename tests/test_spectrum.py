@@ -207,7 +207,7 @@ def test_bad_arguments() -> None:
     case = mlp()
     batch = rows(2, 3, 1)
     twice = Twice()
-    with pytest.raises(ValueError, match=r"unknown names \['blocks.9'\].*Candidates: blocks, blocks.0"):
+    with pytest.raises(ValueError, match=r"unknown names \['blocks.9'\].*Candidates: blocks.0"):
         BFK(case.model, squared, case.batch, "blocks.9")
     with pytest.raises(TypeError, match="layer: expected the name of a module, got 3"):
         BFK(case.model, squared, case.batch, 3)  # type: ignore[arg-type]

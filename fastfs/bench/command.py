@@ -15,6 +15,7 @@ from fastfs.bench.quick import measure
 from fastfs.bench.race import COMPILE, EAGER, HAND, OURS
 from fastfs.bench.verdict import troubles, verdict
 from fastfs.devices import fastest_device, named_device
+from fastfs.outputs import check_output
 
 __all__ = ["CANNOT", "run_bench"]
 
@@ -36,8 +37,8 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
     console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
     try:
         where = fastest_device() if device is None else named_device(device)
-        if out is not None and out.is_dir():
-            raise ValueError(f"{out}: is a folder; name a file, such as {out / 'bench.json'}")
+        if out is not None:
+            check_output(out)
         with errors.status("measuring") as status:
             result = measure(where, seconds, lambda what: status.update(f"measuring: {escape(what)}"))
         result["verdict"], result["troubles"] = verdict(result), troubles(result)

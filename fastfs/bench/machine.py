@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import platform
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from fastfs import ops
 from fastfs._version import __version__
+from fastfs.outputs import write_whole
 
 __all__ = ["cache_bytes", "core_trouble", "environment", "free_bytes", "processor", "write_json"]
 
@@ -99,14 +99,6 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
 
     Raises:
         OSError: the file or its folder cannot be written.
+        ValueError: it is there, and no regular file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".fastfs-bench-")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())

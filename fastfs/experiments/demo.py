@@ -25,6 +25,7 @@ from fastfs.experiments import data
 from fastfs.models import ResNet, Transformer
 from fastfs.monitor import Monitor
 from fastfs.network.state import RandomState
+from fastfs.outputs import write_whole
 
 if TYPE_CHECKING:
     import pandas
@@ -281,7 +282,7 @@ def run_demo(
             _print_result(console, result)
     finally:
         torch.set_num_threads(threads_before)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     console.print(_MEANING)
     pages = [file for task in summary["tasks"].values() for file in task["files"] if file.endswith(_PAGE)]
     more = f", {_PAGE}" if pages else '; for a page about each run: pip install "fastfs[report]"'

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,16 +14,20 @@ from fastfs.formula import relations
 from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
-from fastfs.monitor.measure import trust
+from fastfs.monitor.measure import row_reasons, trust
 from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
+from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.gradients import GradientFactor
-from fastfs.monitor.measure.knowledge import Knowledge
+from fastfs.monitor.measure.knowledge import Kind, Knowledge
 from fastfs.monitor.measure.modes import BatchMode, JvpMode, ProbeMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.proof import Proofs
 from fastfs.monitor.measure.sums import LayerSums, RowSums, totals
+from fastfs.monitor.measure.updates import MeasuredUpdate
 from fastfs.monitor.measure.verdict import Amplified, Judge
 from fastfs.monitor.payload import Names
 from fastfs.monitor.record.recorder import Record
+from fastfs.network.guard import WriteError
 from fastfs.network.layers import Layer
 from fastfs.stats import FeatureStats, ParameterStats
 
@@ -63,11 +67,15 @@ class Engine:
     def __post_init__(self) -> None:
         self.knowledge = Knowledge(self.model, len(self.layers), self.capture, self.device)
         self.knowledge.look(self.parameters.tensors)
-        self._loss_scale: Tensor | None = None
-        self._found_inf: Tensor | None = None
-        self._written = False  # a parameter, since the forward
-        self.cosine = torch.full((len(self.layers),), torch.nan, dtype=torch.float64, device=self.device)
         self.judge = Judge(self.parameters.tensors, self.device)
+        self.proofs = Proofs(len(self.layers), self.device)
+        self._loss_scale: Tensor | None = None  # of the step that is under way
+        self._found_inf: Tensor | None = None
+        self._written: Tensor | None = None  # a parameter, since the forward: bool () on the device
+        self._rehearsed: set[Hashable] = set()  # kinds of steps whose compiled forwards have been run as they are written
+        self._eager_precision: list[float] | None = None
+        self.not_run: list[Layer] = []  # in the last measured step
+        self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
 
     # Around the optimizers
 
@@ -75,11 +83,50 @@ class Engine:
         if first:
             if self.knowledge.look(self.parameters.tensors):
                 self.factor.watch()
-            self._written = measured and self.capture.written_since()
+                self.proofs.clear()
             self._loss_scale = self.scale.take(self.device)
-            if measured and isinstance(self.mode, ProbeMode):
-                self.mode.before_step(self.knowledge.perturbed, self.parameters.tensors)
+            if measured:
+                self._before_measuring()
         self.parameters.before(index, measured, self.factor)
+
+    def _before_measuring(self) -> None:
+        tensors = self.parameters.tensors
+        if isinstance(self.mode, ProbeMode):
+            self.mode.before_step(self.knowledge.perturbed, tensors)
+            if self.proofs.due(None):
+                self.proofs.keep(None, self._totals([self.mode.prove(self.knowledge.perturbed, tensors)]).stats)
+            return
+        passes = self.capture.waiting
+        now = Fingerprint(tensors, passes[-1].fingerprint) if passes else None
+        prints = [p.fingerprint for p in passes if p.fingerprint is not None]
+        if now is not None and prints:
+            written = torch.stack([now.differs(each).to(self.device) for each in prints]).any()
+            if any(now.changed_objects(each) for each in prints):
+                written = torch.ones_like(written)
+            self._written = written
+        if self._refusal(passes) is not None:
+            return
+        kind = _graphs(passes)
+        if self.proofs.due(kind):
+            if self.knowledge.perturbed.compiled:
+                self._rehearse(kind, passes)
+            seen = self.mode.prove(passes, self.knowledge.perturbed, tensors)
+            self._proven = seen.choices
+            self.proofs.keep(kind, self._totals(seen.rows).stats)
+
+    def _rehearse(self, kind: Hashable, passes: Sequence[Pass]) -> None:
+        """Before compiled graphs run again: an eager forward, whose every operation can be seen."""
+        if kind not in self._rehearsed:
+            seen = self.mode.eager(passes, self.knowledge.perturbed, self.parameters.tensors)
+            self._eager_precision = seen.coarsest
+            self._rehearsed.add(kind)
+
+    @staticmethod
+    def _refusal(passes: Sequence[Pass]) -> int | None:
+        """Why a second forward cannot be the first one again, as far as the host knows; None if nothing is known."""
+        if any(p.other_weights for p in passes):
+            return row_reasons.OTHER_WEIGHTS
+        return row_reasons.DEPENDENT if any(p.dependent for p in passes) else None
 
     def after(self, optimizer: torch.optim.Optimizer, index: int, *, measured: bool) -> None:
         self.parameters.after(index, measured)
@@ -96,13 +143,11 @@ class Engine:
         kappa = None if self.judge.kappa is None else self.judge.kappa.cpu()
         return {
             "layers": [layer.name for layer in self.layers],
-            "cosine": self.cosine.cpu(),
             "kappa": kappa,
             "knowledge": self.knowledge.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.cosine = state["cosine"].to(self.device)
         self.judge.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
         self.knowledge.load_state_dict(state["knowledge"])
 
@@ -110,58 +155,77 @@ class Engine:
         """Forget the step that is over."""
         self.parameters.clear()
         self.factor.clear()
-        self._loss_scale = self._found_inf = None
-        if isinstance(self.mode, ProbeMode):
-            self.mode.clear()
+        self._loss_scale = self._found_inf = self._written = None
+        self._proven = []
+        self.mode.clear()
 
     # After them
 
     def measure(self, step: int, loss: Tensor | None, started: float) -> bool:
-        """Measure the step and push its payload. False if there was nothing to measure."""
+        """Measure the step and push its payload. False if there was nothing to measure.
+
+        Raises:
+            WriteError: a second forward would have changed what training owns.
+        """
+        mode = self.mode
         passes: list[Pass] = []
-        if not isinstance(self.mode, ProbeMode):
+        if not isinstance(mode, ProbeMode):
             passes = self.capture.collect()
             if not passes:
                 return False
-        stats = self.parameters.take(self.device).stats
-        learned = self.knowledge.learn(self.mode, passes, self.parameters.tensors, step)
+            if any(p.writes_parameters for p in passes):
+                raise WriteError("a parameter has another version after it", inputs=False)
+        found = self.parameters.take(self.device)
+        if passes:
+            ran = [any(p.visits[i] for p in passes) for i in range(len(self.layers))]
+        else:
+            ran = [count > 0 for count, _ in self.capture.squares()]
+        key = self.capture.kind(ran)
+        kind, learned = self.knowledge.learn(mode, passes, self.parameters.tensors, step, key)
         if learned is not None:
             columns = {name: self.names.padded(column) for name, column in learned.columns.items()}
             self.put(replace(learned, columns=columns))
         scale = self._loss_scale
         assert scale is not None
-        if isinstance(self.mode, ProbeMode):
+        if isinstance(mode, ProbeMode):
             scale = torch.ones_like(scale)
-            loss = self.mode.loss if loss is None else loss
-            done = self._aligned_on_probe(stats)
+            loss = mode.loss if loss is None else loss
+            done = self._aligned(self._on_probe(found), kind, scale)
         else:
-            done = self._aligned(stats, scale)
-        cuts = self.knowledge.cuts
-        verdict, found = self._look(passes, stats, torch.where(cuts, done.decrease * scale, torch.nan))
-        if self.capture.dropped:
-            verdict = trust.refuse(verdict, trust.LEFT_OUT, torch.ones_like(verdict.valid))
-            cuts = torch.zeros_like(cuts)
-        if self._written:
-            verdict = trust.refuse(verdict, trust.WRITTEN, torch.ones_like(verdict.valid))
-        sums = FeatureStats(_unscaled(_reported(verdict, found.stats), scale))
+            done = self._aligned(found, kind, scale)
+        cuts = torch.zeros(len(self.layers), dtype=torch.bool, device=self.device) if kind is None else kind.cuts
+        look = self._look(passes, kind, found.stats, torch.where(cuts, done.decrease * scale, torch.nan))
+        verdict, sums_of = look.verdict, look.sums
+        graphs = None if isinstance(mode, ProbeMode) else _graphs(passes)
+        verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
+        self.proofs.count(graphs)
+        self.not_run = [x for x, code in zip(self.layers, look.absent, strict=True) if code == row_reasons.NOT_RUN]
+        verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
+        sums = FeatureStats(_unscaled(_reported(verdict, sums_of.stats), scale))
         residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
-        self.cosine = torch.where(verdict.valid & cuts, sums.cos_angle, self.cosine)
+        residual_se = sums_of.dot_se * (1.0 - residual).abs()
+        linear = _linear(residual, residual_se, look.curvature)
+        self.knowledge.angles(key, sums.cos_angle, verdict.valid & cuts & (linear == 1))
         tensors = {
             "sums": self.names.with_groups(sums.sums),
             "reason": self.names.worst(verdict.reason),
             "amplified": self.names.worst(verdict.amplified.long()),
-            "angle_se": found.angle_se,
-            "update_se": found.update_se,
-            "residual_se": found.dot_se * (1.0 - residual).abs(),
-            "quantiles": found.quantiles,
+            "angle_se": sums_of.angle_se,
+            "update_se": sums_of.update_se,
+            "residual_se": residual_se,
+            "quantiles": sums_of.quantiles,
             "residual": residual,
+            "linear": linear,
             "aligned": _columns(done),
+            "decrease_reason": done.reason,
             "loss_scale": scale,
         }
         if self.judge.kappa is not None:
             tensors["kappa"] = self.judge.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
-        names, rows, quantiles, method = self.names, found.rows, self.quantiles, self.mode.method
+        if self._proven:
+            tensors["choices_changed"], common["choices"] = _changed(self._proven, look.choices, self.device)
+        names, rows, quantiles, method = self.names, sums_of.rows, self.quantiles, mode.method
         self._push(
             tensors,
             loss,
@@ -174,23 +238,24 @@ class Engine:
 
     def predict(self, step: int, loss: Tensor | None, started: float) -> None:
         """Aligned decrease of the step, and what the feature speed formula makes of it with the last angle."""
-        stats = self.parameters.take(self.device).stats
+        stats = self.parameters.take(self.device)
         scale = self._loss_scale
         assert scale is not None
         found = self.capture.squares()
-        if self.knowledge.is_of([count for count, _ in found]):
-            done = self._aligned(stats, scale)
-        else:  # a layer has run that has not in any measured step: its parameters are upstream of who knows what
-            done = Aligned.unknown(len(self.layers), self.device)
+        kind = self.knowledge.kind(self.capture.kind([count > 0 for count, _ in found]))
+        done = self._aligned(stats, kind, scale)
         squares = self._squares([parts for _, parts in found])
         counts = [float(count) or torch.nan for count, _ in found]
         count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
         backward = squares.sqrt() / scale
-        # Section 2, the feature speed formula, with the last angle that was measured.
-        speed = relations.predicted_update_norm(done.decrease, self.cosine, backward)
-        speed = torch.where(self.knowledge.cuts, speed, torch.nan)
+        speed = torch.full_like(backward, torch.nan)
+        if kind is not None:
+            # Section 2, the feature speed formula, with the last angle that was measured.
+            speed = relations.predicted_update_norm(done.decrease, kind.cosine, backward)
+            speed = torch.where(kind.cuts & self._accumulated(), speed, torch.nan)
         tensors = {
             "aligned": _columns(done),
+            "decrease_reason": done.reason,
             "backward_rms": backward / count.sqrt(),
             "update_rms": torch.where(speed > 0, speed / count.sqrt(), torch.nan),
             "loss_scale": scale,
@@ -198,6 +263,12 @@ class Engine:
         common = {"step": step, "time": time.time(), "loss": None}
         names = self.names
         self._push(tensors, loss, common, lambda parts: payload.predicted(parts, names, common), step, started)
+
+    def _accumulated(self) -> Tensor:
+        """Whether nothing but backwards and zeros was written to gradients before the last backward: bool ()."""
+        if not self.capture.rewritten:
+            return torch.ones((), dtype=torch.bool, device=self.device)
+        return ~torch.stack([flag.to(self.device, non_blocking=True) for flag in self.capture.rewritten]).any()
 
     def _squares(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
         """Per layer the sum over its parts of sum of squares times factor, nan without any: float64 (L,)."""
@@ -241,59 +312,175 @@ class Engine:
 
     # The parts of a measurement
 
-    def _look(self, passes: list[Pass], updates: ParameterStats, decrease: Tensor) -> tuple[trust.Trusted, LayerSums]:
-        """Sums over features with their verdict, and the sums that standard errors and quantiles come from."""
-        structure = self.knowledge.structure
-        mode, now = self.mode, self.parameters.tensors
+    def _look(self, passes: list[Pass], kind: Kind | None, updates: ParameterStats, decrease: Tensor) -> Look:
+        """Sums over features with their verdict, and all that comes with them."""
+        mode, now, layers = self.mode, self.parameters.tensors, len(self.layers)
+        depth = self.judge.depth(None if kind is None else kind.structure, layers)
         if isinstance(mode, ProbeMode):
-            found = self._totals([mode.measure(self.knowledge.perturbed, now)])
-            return self.judge.plain(found, passes, structure, mode.dtype), found
+            sums = self._totals([mode.measure(self.knowledge.perturbed, now)])
+            eps = self._on_device(mode.coarsest)
+            return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, mode.absent())
+        if self._refusal(passes) is not None:
+            sums = self._totals([mode.unmoved(p) for p in passes])
+            eps = self._on_device(self.judge.precision(layers, passes, None))
+            sums = replace(sums, stats=_without_update(sums.stats))
+            return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, self._absent(passes))
+        if self.knowledge.perturbed.compiled:
+            self._rehearse(_graphs(passes), passes)
+        previous = self.parameters.previous
         if isinstance(mode, JvpMode):
-            found = self._totals(mode.along(passes, self.knowledge.perturbed, self.parameters.previous, now))
-            return self._same(self.judge.tangent(found, passes, decrease), passes), found
-        found = self._totals(mode.measure(passes))
-        if not self.amplify:
-            return self.judge.plain(found, passes, structure), found
+            seen = mode.along(passes, self.knowledge.perturbed, previous, now)
+        else:
+            seen = mode.measure(passes)
+        sums = self._totals(seen.rows)
+        coarsest = self.judge.precision(layers, passes, seen.coarsest or self._eager_precision)
+        eps = self._on_device(coarsest)
+        look = Look(self.judge.plain(sums, eps, depth), sums, eps, depth, [], choices=seen.choices)
+        if isinstance(mode, JvpMode):
+            look.verdict = self._same(self.judge.tangent(sums, eps, decrease), passes)
+        elif self.amplify:
 
-        def probe(kappa: Tensor) -> Amplified:
-            rows = mode.amplified(passes, self.knowledge.perturbed, self.parameters.previous, now, kappa)
-            return Amplified(*map(self._totals, rows))
+            def probe(kappa: Tensor) -> Amplified:
+                rows = mode.amplified(passes, self.knowledge.perturbed, previous, now, kappa)
+                return Amplified(*map(self._totals, rows))
 
-        def exact() -> FeatureStats:
-            return self._totals(mode.in_float32(passes, self.knowledge.perturbed, self.parameters.previous)).stats
+            def exact() -> FeatureStats:
+                return self._totals(mode.in_float32(passes, self.knowledge.perturbed, previous)).stats
 
-        verdict, central = self.judge.amplified(found, passes, structure, updates, decrease, probe, exact)
-        return self._same(verdict, passes), central
+            verdict, look.sums, look.curvature = self.judge.amplified(
+                sums, eps, depth, max(coarsest, default=0.0), updates, decrease, probe, exact
+            )
+            look.verdict = self._same(verdict, passes)
+        look.absent = self._absent(passes)
+        return look
 
     def _same(self, verdict: trust.Trusted, passes: list[Pass]) -> trust.Trusted:
         """Backward vectors are those of the training step: with torch.compile, of another forward perhaps."""
         if not self.knowledge.perturbed.compiled:
             return verdict
         assert isinstance(self.mode, BatchMode)
-        rows = self.mode.eager_difference(passes, self.knowledge.perturbed, self.parameters.previous)
-        return self.judge.same_function(verdict, self._totals(rows).stats)
+        seen = self.mode.eager(passes, self.knowledge.perturbed, self.parameters.previous)
+        return self.judge.same_function(verdict, self._totals(seen.rows).stats)
+
+    def _absent(self, passes: Sequence[Pass]) -> list[int]:
+        """Per layer why it has no rows; 0 where it has."""
+        codes = []
+        for index in range(len(self.layers)):
+            visits = [visit for p in passes for visit in p.visits[index]]
+            if not visits:
+                codes.append(row_reasons.NOT_RUN)
+            elif index in self.mode.astray:
+                codes.append(row_reasons.OTHER_CALLS)
+            elif not any(visit.measurable for visit in visits):
+                codes.append(visits[0].absent or row_reasons.NO_GRAPH)
+            else:
+                codes.append(0)
+        return codes
+
+    def _refused(
+        self, verdict: trust.Trusted, cuts: Tensor, passes: Sequence[Pass], absent: Sequence[int]
+    ) -> tuple[trust.Trusted, Tensor]:
+        """What speaks against all rows of a step, and against single ones."""
+        everywhere = torch.ones_like(verdict.valid)
+        if self.capture.dropped:
+            verdict, cuts = trust.refuse(verdict, row_reasons.LEFT_OUT, everywhere), torch.zeros_like(cuts)
+        if self._written is not None:
+            verdict = trust.refuse(verdict, row_reasons.WRITTEN, everywhere & self._written)
+        if self.capture.rewritten:
+            verdict = trust.refuse(verdict, row_reasons.REWRITTEN, everywhere & ~self._accumulated())
+        code = self._refusal(passes)
+        if code is not None:
+            verdict = trust.refuse(verdict, code, everywhere)
+        if any(absent):
+            codes = torch.tensor(absent, dtype=torch.int64).to(self.device, non_blocking=True)
+            verdict = trust.refuse_codes(verdict, codes)
+        return verdict, cuts
 
     def _totals(self, rows: list[RowSums]) -> LayerSums:
         return totals(rows, self.quantiles, self.device)
 
-    def _aligned(self, stats: ParameterStats, factor: Tensor) -> Aligned:
-        if self.knowledge.incidence is None:
-            return Aligned.unknown(len(self.layers), self.device)
-        return aligned(stats, self.knowledge.incidence, factor)
+    def _on_device(self, numbers: Sequence[float]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.float64).to(self.device, non_blocking=True)
 
-    def _aligned_on_probe(self, stats: ParameterStats) -> Aligned:
+    def _aligned(self, found: MeasuredUpdate, kind: Kind | None, scale: Tensor) -> Aligned:
+        if kind is None:
+            return Aligned.unknown(len(self.layers), self.device)
+        return aligned(found, kind.incidence, scale)
+
+    def _on_probe(self, found: MeasuredUpdate) -> MeasuredUpdate:
         """With the gradients of the probe; dw, |w| and |dw| are the same."""
         assert isinstance(self.mode, ProbeMode)
-        found, which = self.mode.updates(self.parameters.previous, self.parameters.tensors)
-        sums = stats.sums.clone()
+        on_probe, which = self.mode.updates(self.parameters.previous, self.parameters.tensors)
+        sums = found.stats.sums.clone()
         names = ParameterStats.names
-        sums[:, names.index("dot")] = 0.0
-        sums[:, names.index("gradient_sq")] = 0.0
+        dot, gradient = names.index("dot"), names.index("gradient_sq")
         index = torch.tensor(which).to(self.device, non_blocking=True)
-        sums[:, names.index("dot")].index_copy_(0, index, found.dot)
-        sums[:, names.index("gradient_sq")].index_copy_(0, index, found.gradient_sq)
-        one = torch.ones((), dtype=torch.float64, device=self.device)
-        return self._aligned(ParameterStats(sums), one)
+        for column, values in ((dot, on_probe.dot), (gradient, on_probe.gradient_sq)):
+            sums[:, column] = 0.0
+            sums[:, column].index_copy_(0, index, values)
+        return MeasuredUpdate(ParameterStats(sums), torch.zeros_like(found.reason))
+
+
+@dataclass
+class Look:
+    """What a measured step has shown of the features.
+
+    Attributes:
+        verdict: per layer.
+        sums: that standard errors and quantiles come from.
+        eps, depth: of the layers, as for :func:`fastfs.monitor.measure.trust.judge`.
+        absent: per layer why it has no rows, 0 where it has.
+        curvature: second-order part of the update relative to the first, at most; None where it was not seen.
+        choices: integer results of top-k and argmax in the second forward, of each pass.
+    """
+
+    verdict: trust.Trusted
+    sums: LayerSums
+    eps: Tensor
+    depth: Tensor
+    absent: list[int]
+    curvature: Tensor | None = None
+    choices: list[list[Tensor]] = field(default_factory=list)
+
+
+_LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
+
+
+def _linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> Tensor:
+    """Whether first order describes the step: float64 (L,), 1 or 0, nan where nothing tells."""
+    by_residual = (residual.abs() <= _LINEAR + 2 * residual_se.nan_to_num(0.0)).to(torch.float64)
+    unknown = torch.full_like(residual, torch.nan)
+    other = unknown if curvature is None else torch.where(curvature.isnan(), unknown, (curvature <= _LINEAR).double())
+    return torch.where(residual.isnan(), other, by_residual)
+
+
+def _changed(
+    first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]], device: torch.device
+) -> tuple[Tensor, int]:
+    """How many of the discrete choices of a forward are others in the second one: float64 (), and how many there are."""
+    pairs = [pair for ours, theirs in zip(first, second, strict=False) for pair in zip(ours, theirs, strict=False)]
+    pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for a, b in pairs:
+        total = total + (a != b).sum().to(device, torch.float64)
+    return total, sum(a.numel() for a, _ in pairs)
+
+
+def _graphs(passes: Sequence[Pass]) -> Hashable:
+    """What tells the forwards of one step from those of another kind."""
+    return frozenset(p.signature for p in passes)
+
+
+def _without_update(stats: FeatureStats) -> FeatureStats:
+    """Where no second forward was made, nothing is known of the update."""
+    known = ("before_sq", "backward_sq", "count", "nonfinite")
+    columns = [stats._sum(name) for name in stats.names]
+    return FeatureStats(
+        torch.stack(
+            [x if name in known else torch.full_like(x, torch.nan) for name, x in zip(stats.names, columns, strict=True)],
+            dim=-1,
+        )
+    )
 
 
 def _columns(done: Aligned) -> Tensor:

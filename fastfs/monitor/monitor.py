@@ -29,7 +29,8 @@ from fastfs.monitor.record.header import make_header
 from fastfs.monitor.record.sinks import checked_metadata
 from fastfs.monitor.schedule import Schedule, as_schedule
 from fastfs.monitor.steps import OptimizerSteps
-from fastfs.network.layers import AUTO, Selection, parameter_names, select_groups, select_layers
+from fastfs.network.guard import WriteError
+from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, select_groups, select_layers
 from fastfs.network.outputs import first_floating
 
 __all__ = ["Monitor"]
@@ -127,7 +128,9 @@ class Monitor:
         self._aligned = None if aligned_every is None else as_schedule(aligned_every)
         chosen = settings.check_mode(mode, probe, amplify)
         settings.check_sizes(rows, memory, quantiles)
-        self._layers = select_layers(model, layers)
+        self._layers = select_layers(
+            model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
+        )
         members = select_groups(self._layers, groups)
         scale = LossScale(scaler)
         settings.check_compiled(model, mode)
@@ -139,6 +142,9 @@ class Monitor:
         self._loss: Tensor | float | None = None
         self._closed = False
         self._failed = False  # this step's measurement, before it began
+        self._why: str | None = None  # it is left out
+        self._finishing: int | None = None  # the step whose end is under way
+        self._model = model
         self._optimizers = optimizers
         self._sampler = Sampler(rows)
         parameters = Parameters(found, snapshot=amplify or mode != "batch")
@@ -168,6 +174,8 @@ class Monitor:
             select,
             self._warn,
             self._forward_begins,
+            self._fail,
+            self._owned,
         )
         device = next(iter(names.values())).device
         self._engine = Engine(
@@ -185,6 +193,7 @@ class Monitor:
             push=self._recorder.push,
             put=self._recorder.put,
         )
+        self._capture.gradients = self._engine.factor
         self._steps = OptimizerSteps(found, self)
         self._measures, self._aligns = first
         self._arm()
@@ -257,11 +266,22 @@ class Monitor:
         """Remove every hook, write what is left, close the sinks. A second call does nothing."""
         if self._closed:
             return
+        self._recover()
+        self._say_unused()
         self._closed = True
         self._steps.close()
         self._capture.close()
         self._engine.close()
         self._recorder.close()
+
+    def _say_unused(self) -> None:
+        """An optimizer that is used in another way than by ``step`` calls no hook."""
+        if self._capture.seen > 1 and not self._step:
+            self._warn(
+                "unused",
+                f"was never reached: {self._capture.seen} backwards of the model were seen, but no step() of "
+                f"{', '.join(type(o).__name__ for o in self._optimizers)}. Give the optimizer whose step() the loop calls",
+            )
 
     def __enter__(self) -> Monitor:
         return self
@@ -310,6 +330,7 @@ class Monitor:
 
     def before(self, optimizer: int, first: bool) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        self._recover()
         if not self._active or self._failed:
             return
         started = time.perf_counter()
@@ -332,7 +353,9 @@ class Monitor:
 
     def finish(self) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        self._recover()
         started = time.perf_counter()
+        self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
         try:
             if self._active and not self._failed:
                 try:
@@ -340,14 +363,27 @@ class Monitor:
                         self._measure(started)
                 except Exception as error:  # a measurement must not end a training run
                     self._fail(error)
+            if self._why is not None:
+                self._engine.skipped(self._step, self._why)
             self._recorder.poll()
         finally:
+            self._recover()
+
+    def _recover(self) -> None:
+        """Put back what an interrupt has left changed, and end the step that it came in."""
+        self._capture.replayer.recover()
+        if self._finishing is None:
+            return
+        self._step = self._finishing + 1
+        self._loss = self._why = None
+        self._failed = False
+        try:
             self._capture.clear()
             self._engine.clear()
-            self._loss = None
-            self._failed = False
-            self._step += 1
-            self._arm_for(self._step)
+        except Exception as error:
+            self._say_failed(error)
+        self._arm_for(self._step)
+        self._finishing = None
 
     @property
     def _active(self) -> bool:
@@ -374,7 +410,11 @@ class Monitor:
         loss = torch.tensor(self._loss, dtype=torch.float64) if isinstance(self._loss, float) else self._loss
         if not self._measures:
             self._engine.predict(self._step, loss, started)
-        elif not self._engine.measure(self._step, loss, started) and not self._capture.dropped:
+        elif not self._engine.measure(self._step, loss, started):
+            if self._capture.dropped:
+                self._why = "every forward of the step was left out"
+                return
+            self._why = "no forward and backward of the model was seen before the step"
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
@@ -382,8 +422,30 @@ class Monitor:
                 "compiled it and it was called before the monitor was attached, its graphs know of no hooks: call "
                 "torch.compiler.reset() once after attaching, or attach before the first call",
             )
+        elif self._engine.not_run:
+            self._warn_of_idle(self._engine.not_run)
+
+    def _warn_of_idle(self, layers: Sequence[Layer]) -> None:
+        first = layers[0]
+        below = [f"{first.name}.{name}" for name, _ in first.module.named_children()]
+        others = f". Below it: {', '.join(below[:20])}" if below else ""
+        names = ", ".join(repr(layer.name) for layer in layers[:20])
+        self._warn(
+            "idle",
+            f"has no forward of {names}: the model does not call {'them' if len(layers) > 1 else 'it'} in this step, "
+            f"and the rows are empty{others}",
+        )
+
+    def _owned(self) -> list[Tensor]:
+        """Tensors that training owns."""
+        parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        states = [x for o in self._optimizers for s in o.state.values() for x in s.values() if isinstance(x, Tensor)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        model = [*self._model.parameters(), *self._model.buffers()]
+        return [*parameters, *states, *gradients, *model]
 
     def _forward_begins(self) -> None:
+        self._recover()
         self._steps.forward_begins()
         if torch._C._current_graph_task_id() == -1:
             self._engine.factor.begin()
@@ -393,8 +455,17 @@ class Monitor:
             self._capture.forget_squares()
 
     def _fail(self, error: Exception) -> None:
+        """A step's measurement has failed: it is left out, and the record says why."""
         self._failed = True
-        self._warn("failed", f"measurement failed and is left out ({type(error).__name__}: {error})")
+        self._say_failed(error)
+
+    def _say_failed(self, error: Exception) -> None:
+        if isinstance(error, WriteError):
+            self._why = f"{error}: a second forward would change the training"
+            self._warn("writes", f"is left out: {self._why}")
+        else:
+            self._why = f"measurement failed ({type(error).__name__}: {error})"
+            self._warn("failed", f"measurement failed and is left out ({type(error).__name__}: {error})")
 
     def _warn(self, kind: str, message: str) -> None:
         """Once for each kind."""

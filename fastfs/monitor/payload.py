@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs.monitor.measure import trust
+from fastfs.monitor.measure import reasons, row_reasons
 from fastfs.monitor.record.rows import QUANTITIES, Record
 from fastfs.stats import FeatureStats
 
@@ -82,7 +82,7 @@ def measured(
     """
     stats = FeatureStats(parts["sums"])
     columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in QUANTITIES}
-    why = [trust.REASONS[int(code)] for code in parts["reason"].tolist()]
+    why = [row_reasons.REASONS[int(code)] for code in parts["reason"].tolist()]
     columns["valid"] = [reason is None for reason in why]
     columns["why"] = why
     columns["method"] = ["amplified" if taken else method for taken in parts["amplified"].tolist()]
@@ -99,6 +99,8 @@ def measured(
         found = zip(sampled, values.tolist(), strict=True)
         columns[name] = names.padded([value if part else None for part, value in found])
     columns["residual"] = names.padded(parts["residual"].tolist())
+    columns["linear"] = names.padded([None if x != x else bool(x) for x in parts["linear"].tolist()])
+    columns["decrease_why"] = names.padded(_decrease_why(parts))
     for name, values in zip(ALIGNED, parts["aligned"], strict=True):
         columns[name] = names.padded(values.tolist())
     for place, quantile in enumerate(quantiles):
@@ -111,9 +113,14 @@ def measured(
 def predicted(parts: dict[str, Tensor], names: Names, common: dict[str, Any]) -> Record:
     """The record of a step whose features were not measured."""
     columns = {name: names.padded(values.tolist()) for name, values in zip(ALIGNED, parts["aligned"], strict=True)}
+    columns["decrease_why"] = names.padded(_decrease_why(parts))
     columns["backward_rms"] = names.padded(parts["backward_rms"].tolist())
     columns["update_rms"] = names.padded(parts["update_rms"].tolist())
     return _record("predicted", columns, parts, common)
+
+
+def _decrease_why(parts: dict[str, Tensor]) -> list[str | None]:
+    return [reasons.REASONS[int(code)] or None for code in parts["decrease_reason"].tolist()]
 
 
 def _record(kind: str, columns: dict[str, list[Any]], parts: dict[str, Tensor], common: dict[str, Any]) -> Record:
@@ -121,4 +128,6 @@ def _record(kind: str, columns: dict[str, list[Any]], parts: dict[str, Tensor], 
     for name in ("loss", "loss_scale", "kappa"):
         if name in parts:
             scalars[name] = parts[name].item()
+    if "choices_changed" in parts:
+        scalars["choices_changed"] = int(parts["choices_changed"].item())
     return Record(kind=kind, step=common["step"], time=common["time"], scalars=scalars, columns=columns)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
-__all__ = ["UnknownArgumentError", "copy_arguments"]
+__all__ = ["UnknownArgumentError", "copy_arguments", "tensors_in"]
 
 _IMMUTABLE = (
     type(None),
@@ -57,13 +57,28 @@ def copy_arguments(arguments: Any, copy_tensor: Callable[[Tensor], Tensor]) -> A
     """
 
     # No function of its own that calls itself: it would keep what copy_tensor holds until the garbage is collected.
-    return tree_map(functools.partial(_copy, copy_tensor), arguments)
+    return tree_map(functools.partial(_copy, copy_tensor, {}), arguments)
 
 
-def _copy(copy_tensor: Callable[[Tensor], Tensor], leaf: Any) -> Any:
-    copy = functools.partial(_copy, copy_tensor)
+def tensors_in(arguments: Any) -> list[Tensor]:
+    """The tensors that :func:`copy_arguments` would copy, each once."""
+    found: list[Tensor] = []
+
+    def see(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    copy_arguments(arguments, see)
+    return found
+
+
+def _copy(copy_tensor: Callable[[Tensor], Tensor], copies: dict[int, Tensor], leaf: Any) -> Any:
+    copy = functools.partial(_copy, copy_tensor, copies)
     if isinstance(leaf, Tensor):
-        return copy_tensor(leaf)
+        if id(leaf) not in copies:  # the same tensor twice is one: attention of x to itself asks for identity
+            copies[id(leaf)] = new = copy_tensor(leaf)
+            _copy_attributes(copy, leaf, new)
+        return copies[id(leaf)]
     if isinstance(leaf, _IMMUTABLE):
         return leaf
     if isinstance(leaf, slice):
@@ -88,6 +103,15 @@ def _copy(copy_tensor: Callable[[Tensor], Tensor], leaf: Any) -> Any:
         f"an argument of type {name}, of which no copy can be made. Pass tensors, or containers of them that are "
         "registered with torch.utils._pytree"
     )
+
+
+def _copy_attributes(copy: Callable[[Any], Any], tensor: Tensor, new: Tensor) -> None:
+    """What a program has attached to a tensor; what a subclass consists of, its copy has already."""
+    if new is tensor or not vars(tensor):
+        return
+    for name, value in vars(tensor).items():
+        if name not in vars(new):
+            setattr(new, name, tree_map(copy, value))
 
 
 def _is_plain_dataclass(value: Any) -> bool:

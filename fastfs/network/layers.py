@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from fastfs.network.blocks import blocks
+from fastfs.network.wrappers import clean_name, inside, prefixes, runs, unwrapped
+
 __all__ = ["AUTO", "Layer", "Selection", "clean_name", "parameter_names", "select_groups", "select_layers", "unwrapped"]
 
 AUTO = "auto"
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _SHOWN = 60
 
 Selection: TypeAlias = (
@@ -32,79 +33,58 @@ class Layer:
     module: nn.Module
 
 
-def clean_name(name: str, wrapped: bool = False) -> str:
-    """The name of a module without wrapper prefixes: ``module.blocks.0._orig_mod.attn`` -> ``blocks.0.attn``.
-
-    Args:
-        name: as in ``model.named_modules()`` or ``model.named_parameters()``.
-        wrapped: the model is a data-parallel wrapper, whose only child is called ``module``: strip that as well.
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    if wrapped and parts and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile and data-parallel wrappers."""
-    while True:
-        children = [name for name, _ in model.named_children()]
-        if children == ["_orig_mod"] or (children == ["module"] and not any(True for _ in model.parameters(False))):
-            model = next(model.children())
-        else:
-            return model
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether the model is a data-parallel wrapper (inside of torch.compile or not)."""
-    while [name for name, _ in model.named_children()] == ["_orig_mod"]:
-        model = next(model.children())
-    return [name for name, _ in model.named_children()] == ["module"]
-
-
 def parameter_names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Names of the parameters that the optimizers update, in their order."""
-    wrapped = is_wrapped(model)
-    names = {id(p): clean_name(name, wrapped) for name, p in model.named_parameters()}
+    """Names of the parameters that the optimizers update, in their order; all different."""
+    wrapped = prefixes(model)
+    names: dict[int, str] = {}
+    taken: set[str] = set()
+    for raw, parameter in model.named_parameters():
+        name = clean_name(raw, wrapped)
+        if name in taken:  # a wrapper with a parameter of its own of the same name
+            name = clean_name(raw)
+        names[id(parameter)] = name
+        taken.add(name)
     return {names.get(id(p), f"(parameter {i}, not the model's)"): p for i, p in enumerate(parameters)}
 
 
-def _named(model: nn.Module) -> dict[str, nn.Module]:
-    """Cleaned names of all modules below the model; of a wrapper and what it wraps, the wrapper."""
-    wrapped = is_wrapped(model)
-    named: dict[str, nn.Module] = {}
-    for raw, module in model.named_modules():
-        name = clean_name(raw, wrapped)
-        if name:
-            named.setdefault(name, module)
-    return named
-
-
-def select_layers(model: nn.Module, layers: Selection) -> tuple[Layer, ...]:
+def select_layers(model: nn.Module, layers: Selection, trained: Collection[Tensor] | None = None) -> tuple[Layer, ...]:
     r"""The modules to watch, in the order of ``model.named_modules()``.
+
+    The model itself can be a layer, too. It is called by the name of its class (in parentheses if a submodule is
+    called so), and ``""``, as in ``named_modules()``, stands for it in a list of names. If no submodule can run it is
+    the only candidate; else it is watched if it is asked for by name.
 
     Args:
         model: the network.
         layers: one of
 
-            - ``"auto"``: the blocks of the model, which are the members of its outermost lists of alike modules
-              (``blocks.0``, ``blocks.1``, ...; their outputs are the residual stream in most architectures), or where
-              there are none, every module with parameters of its own;
+            - ``"auto"``: the repeated blocks on the main path of the model (:mod:`fastfs.network.blocks`), or where
+              there are none, every module with parameters of its own, or the model itself;
             - a regular expression, searched for in every module's name (``r"blocks\.\d+$"``);
             - a list of exact names;
             - a module type, or a tuple of them;
             - a function of name and module that says whether to watch it.
 
+            Modules without a forward (``ModuleList``, ``ModuleDict``) never run, so they cannot be watched.
+        trained: the parameters that the optimizers update, for ``"auto"``, which leaves out what is not trained; those
+            that require a gradient if None.
+
     Raises:
         TypeError: ``layers`` is none of these.
-        ValueError: no module matches, or a name is unknown; the message lists the candidates.
+        ValueError: no module matches, or a name is unknown or that of a module that never runs; the message lists the
+            candidates.
     """
-    named = _named(model)
-    chosen, problem = _choose(model, named, layers)
-    if problem or not chosen:
-        what = problem or f"{_shown(layers)} matches no module"
-        raise ValueError(f"layers: {what} of {type(unwrapped(model)).__name__}. {_candidates(named)}")
-    return tuple(Layer(index, name, named[name]) for index, name in enumerate(chosen))
+    modules = _Modules(model)
+    chosen = _choose(modules, layers, trained)
+    can_run = [name for name in chosen if runs(inside(chosen[name]))]
+    if not can_run and chosen:
+        raise ValueError(
+            f"layers: {_shown(layers)} matches only what has no forward and never runs itself ({_some(chosen)}) of "
+            f"{modules.kind}. {modules.candidates(tuple(chosen))}"
+        )
+    if not can_run:
+        raise ValueError(f"layers: {_shown(layers)} matches no module of {modules.kind}. {modules.candidates()}")
+    return tuple(Layer(index, name, chosen[name]) for index, name in enumerate(can_run))
 
 
 def select_groups(layers: Sequence[Layer], groups: dict[str, str] | None) -> dict[str, list[int]]:
@@ -135,60 +115,88 @@ def select_groups(layers: Sequence[Layer], groups: dict[str, str] | None) -> dic
     return found
 
 
-def _choose(model: nn.Module, named: dict[str, nn.Module], layers: Any) -> tuple[list[str], str | None]:
-    """The names that are selected, and what is wrong with the selection."""
+class _Modules:
+    """The modules of a model by their names; of a wrapper around a part of it and what it wraps, the wrapper.
+
+    Attributes:
+        model: without the wrappers around it that torch.compile and data parallelism put there.
+        below: its submodules.
+        own_name: the name of the model itself.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrapped(model)
+        self.below: dict[str, nn.Module] = {}
+        wrapped = prefixes(model)
+        around = {id(self.model)}
+        wrapper = model
+        while wrapper is not self.model:
+            around.add(id(wrapper))
+            wrapper = next(wrapper.children())
+        for raw, module in model.named_modules():
+            name = clean_name(raw, wrapped)
+            if not name and id(module) not in around:  # what a wrapper of the user's own wraps
+                name = clean_name(raw, wrapped - 1)
+            if name:
+                self.below.setdefault(name, module)
+        self.own_name = self.kind
+        while self.own_name in self.below:
+            self.own_name = f"({self.own_name})"
+
+    @property
+    def kind(self) -> str:
+        return type(inside(self.model)).__name__
+
+    @property
+    def searched(self) -> dict[str, nn.Module]:
+        """What selections other than by name look through: the model itself only if nothing below it can run."""
+        return self.below if any(runs(inside(m)) for m in self.below.values()) else {self.own_name: self.model}
+
+    def candidates(self, inside_of: tuple[str, ...] = ()) -> str:
+        """A sentence for an error; of modules below certain ones, if there are any."""
+        names = [name for name, module in self.searched.items() if runs(inside(module))]
+        held = [name for name in names if name.startswith(tuple(f"{outer}." for outer in inside_of))]
+        return f"Candidates: {_some(held or names)}" if names else "Nothing in it has a forward."
+
+
+def _choose(modules: _Modules, layers: Any, trained: Collection[Tensor] | None) -> dict[str, nn.Module]:
+    """What is selected, in the order of the model; also modules that never run."""
+    searched = modules.searched
     if isinstance(layers, str) and layers == AUTO:
-        return _blocks(model, named) or [name for name, module in named.items() if module._parameters], None
+        chosen = {id(m) for m in blocks(modules.model, modules.below.values(), trained)}
+        own = {modules.own_name: modules.model}
+        return {name: m for name, m in {**own, **modules.below}.items() if id(m) in chosen}
     if isinstance(layers, str):
         pattern = _pattern("layers", layers)
-        return [name for name in named if pattern.search(name)], None
+        return {name: m for name, m in searched.items() if pattern.search(name)}
     if isinstance(layers, type) and issubclass(layers, nn.Module):
         layers = (layers,)
     if isinstance(layers, tuple) and layers and all(isinstance(t, type) and issubclass(t, nn.Module) for t in layers):
-        return [name for name, module in named.items() if isinstance(_inside(module), layers)], None
+        return {name: m for name, m in searched.items() if isinstance(inside(m), layers)}
     if callable(layers) and not isinstance(layers, type):
-        return [name for name, module in named.items() if layers(name, _inside(module))], None
+        return {name: m for name, m in searched.items() if layers(name, inside(m))}
     if isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers):
-        unknown = [name for name in layers if name not in named]
-        problem = f"unknown names {unknown}" if unknown else None if layers else "an empty list"
-        return [name for name in named if name in set(layers)], problem
+        return _by_name(modules, layers)
     raise TypeError(
         'layers: expected "auto", a regular expression, a list of module names, a module type or a function of name '
         f"and module, got {layers!r}"
     )
 
 
-def _blocks(model: nn.Module, named: dict[str, nn.Module]) -> list[str]:
-    """Members of the outermost containers of which at least two, and half, are of one type; those with parameters."""
-    names = {module: name for name, module in reversed(named.items())}
-    order = list(named)
-    return sorted((names[block] for block in _blocks_below(unwrapped(model)) if block in names), key=order.index)
-
-
-def _blocks_below(module: nn.Module) -> list[nn.Module]:
-    inside = _inside(module)
-    members = [child for child in inside.children() if any(True for _ in child.parameters())]
-    kinds = [type(_inside(child)) for child in members]
-    usual, times = Counter(kinds).most_common(1)[0] if kinds else (nn.Module, 0)
-    alike = isinstance(inside, _CONTAINERS) and times > 1 and 2 * times >= len(kinds)
-    if alike and usual not in _CONTAINERS:  # a class of one's own that inherits from one is a block
-        return members
-    below = [block for child in members for block in _blocks_below(child)]
-    # Sequences in a list are stages that hold blocks, or, where those would be single operations, the blocks.
-    if alike and usual is nn.Sequential and not any(_parts(block) for block in below):
-        return members
-    return below
-
-
-def _parts(module: nn.Module) -> list[nn.Module]:
-    return list(_inside(module).children())
-
-
-def _inside(module: nn.Module) -> nn.Module:
-    """What a wrapper wraps."""
-    while len(children := dict(module.named_children())) == 1 and next(iter(children)) in _WRAPPERS:
-        module = next(iter(children.values()))
-    return module
+def _by_name(modules: _Modules, names: Sequence[str]) -> dict[str, nn.Module]:
+    wanted = {name or modules.own_name for name in names}
+    known = {modules.own_name: modules.model, **modules.below}
+    unknown = [name for name in names if name and name not in known]
+    if unknown or not names:
+        problem = f"unknown names {unknown}" if unknown else "an empty list"
+        raise ValueError(f"layers: {problem} of {modules.kind}. {modules.candidates()}")
+    never = [name for name in known if name in wanted and not runs(inside(known[name]))]
+    if never:
+        raise ValueError(
+            f"layers: {never[0]!r} is a {type(inside(known[never[0]])).__name__}, which never runs itself: it has no "
+            f"features. {modules.candidates((never[0],))}"
+        )
+    return {name: module for name, module in known.items() if name in wanted}
 
 
 def _pattern(argument: str, expression: str) -> re.Pattern[str]:
@@ -204,9 +212,6 @@ def _shown(layers: Any) -> str:
     return getattr(layers, "__name__", None) or repr(layers)
 
 
-def _candidates(named: dict[str, nn.Module]) -> str:
-    names = list(named)
-    if not names:
-        return "It has no submodules to watch."
+def _some(names: Collection[str]) -> str:
     more = f", ... ({len(names)} in all)" if len(names) > _SHOWN else ""
-    return f"Candidates: {', '.join(names[:_SHOWN])}{more}"
+    return ", ".join(islice(names, _SHOWN)) + more

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fastfs.network.inputs import copy_arguments
+from fastfs.network.journal import Journal
 from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, select_layers, unwrapped
 from fastfs.network.outputs import first_floating, kinds, with_features
-from fastfs.network.perturbed import Perturbed, differentiable, load_forward_mode, plain_modules, tangents
+from fastfs.network.perturbed import Perturbed, differentiable, load_forward_mode, tangents
 from fastfs.network.state import ForwardState
 from fastfs.network.structure import Edge, Structure, analyse, edge_of
 
@@ -106,6 +107,7 @@ class Linearization:
         self.parameters = [values[i] for i in self._places]
         self._batch = copy_arguments(batch, lambda x: self._cast(x.detach().clone()))
         state = ForwardState.take(self._inner)
+        self._journal = Journal()
         self._state = state if dtype is None else state.without_autocast(self._cast)
         self._repeats = False
         self._differentiate()
@@ -269,7 +271,7 @@ class Linearization:
     @contextmanager
     def _applied(self) -> Iterator[None]:
         """The state of the model, for one forward. With gradients, which a loss may take of its own."""
-        with self._state.applied(grad=True), plain_modules():
+        with self._state.applied(self._journal, grad=True):
             yield
 
     @contextmanager

@@ -6,10 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-__all__ = ["first_floating", "floating", "kinds", "with_features"]
+__all__ = ["first_floating", "floating", "kinds", "strided", "with_features"]
+
+
+def strided(features: Tensor) -> Tensor:
+    """The values of a jagged tensor, one row after the other; other tensors as they are."""
+    return features.values() if features.layout is torch.jagged else features
 
 
 def first_floating(output: Any) -> Any:

@@ -1,21 +1,27 @@
 """Everything besides parameters and inputs that a forward depends on: taken at one forward, given back for a second.
 
-The second forward must see the same random numbers, the same autocast and the same buffers and modes as the first,
-and leave no trace: random states and modes are put back, buffers are swapped for copies and never written.
+The second forward must see the same random numbers, the same autocast and the same buffers, attributes and modes as the
+first, and leave no trace: all of them are put back, and buffers are swapped for copies and never written.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
 import torch
+import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
+
+from fastfs.network.belongings import Belongings, Earlier
+from fastfs.network.guard import storages
+from fastfs.network.journal import Journal
+from fastfs.network.surroundings import Surroundings
 
 __all__ = ["ForwardState", "RandomState", "own_forward_runs"]
 
@@ -68,74 +74,88 @@ class ForwardState:
 
     randomness: RandomState
     autocast: dict[str, tuple[bool, torch.dtype]]
-    training: list[tuple[nn.Module, bool]]
-    buffers: list[tuple[nn.Module, str, Tensor]]
+    modules: list[nn.Module]
+    earlier: Earlier
 
     @classmethod
-    def take(cls, model: nn.Module) -> ForwardState:
-        """The state now. Buffers are copied; a buffer that several modules share, once."""
+    def take(cls, model: nn.Module, parameters: Iterable[Tensor] = ()) -> ForwardState:
+        """The state now. Buffers and tensors in attributes are copied.
+
+        Args:
+            model: the model.
+            parameters: trained tensors besides the model's own parameters; never copied.
+        """
         modules = list(model.modules())
         devices = _accelerators(modules)
         kinds = dict.fromkeys(["cpu", *(device.type for device in devices)])
-        copies: dict[int, Tensor] = {}
-        buffers: list[tuple[nn.Module, str, Tensor]] = []
-        for module in modules:
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    if id(buffer) not in copies:
-                        copies[id(buffer)] = buffer.detach().clone()
-                    buffers.append((module, name, copies[id(buffer)]))
+        own = (p for module in modules for p in module._parameters.values() if p is not None)
+        owned = {storage for p in (*own, *parameters) for storage in storages(p)}
         return cls(
             randomness=RandomState.take(devices),
             autocast={kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds},
-            training=[(module, module.training) for module in modules],
-            buffers=buffers,
+            modules=modules,
+            earlier=Earlier(modules, owned),
         )
 
     def without_autocast(self, cast: Callable[[Tensor], Tensor]) -> ForwardState:
         """The same with autocast off and the buffers cast."""
-        copies = {id(buffer): cast(buffer) for _, _, buffer in self.buffers}  # shared ones stay so
         return replace(
             self,
             autocast={kind: (False, dtype) for kind, (_, dtype) in self.autocast.items()},
-            buffers=[(module, name, copies[id(buffer)]) for module, name, buffer in self.buffers],
+            earlier=self.earlier.cast(cast),
         )
 
-    @contextmanager
-    def applied(self, *, grad: bool = False) -> Iterator[None]:
+    def applied(self, journal: Journal, *, grad: bool = False, parameters: Iterable[Tensor] = ()) -> AppliedState:
         """Give this state back for the duration of a ``with`` block, as often as wanted.
 
-        Outside nothing has changed afterwards, also if the block raises. Autocast's cache of casted weights is off
-        inside, since it may hold old weights.
+        Outside nothing has changed afterwards, also if the block raises; after an interrupt, once the journal has been
+        restored. Inside, caches of casted weights (autocast's) and of parametrisations are off, since they may hold old
+        weights, and fused inference paths of ``nn.MultiheadAttention`` too: the arithmetic is that of training.
 
         Args:
+            journal: of the caller, who restores it after an interrupt.
             grad: record gradients inside.
+            parameters: trained tensors besides the model's own, whose gradients and flags are put back, too.
+
+        Returns:
+            A context manager; it gives the copies of buffers and attributes that the forward may write to.
         """
-        now = RandomState.take(self.randomness.devices)
-        modes = [(module, module.training) for module, mode in self.training if module.training != mode]
-        originals = [(module, name, module._buffers.get(name)) for module, name, _ in self.buffers]
-        with ExitStack() as stack:
-            stack.callback(_OWN.reset, _OWN.set(True))
-            stack.callback(now.give)
-            for module, name, original in originals:
-                stack.callback(module._buffers.__setitem__, name, original)
-            for module, mode in modes:
-                stack.callback(setattr, module, "training", mode)
-            self.randomness.give()
-            fresh: dict[int, Tensor] = {}  # the forward may write to them
-            for module, name, copy in self.buffers:
-                if id(copy) not in fresh:
-                    fresh[id(copy)] = copy.clone()
-                module._buffers[name] = fresh[id(copy)]
-            for module, mode in self.training:
-                if module.training != mode:
-                    module.training = mode
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for kind, (enabled, dtype) in self.autocast.items():
-                # With autocast off the dtype is not used, and some defaults (float16 on CPU) would only warn.
-                options: dict[str, Any] = {"dtype": dtype} if enabled else {}
-                stack.enter_context(torch.autocast(kind, enabled=enabled, cache_enabled=False, **options))
-            yield
+        return AppliedState(self, journal, grad, parameters)
+
+
+class AppliedState:
+    """See :meth:`ForwardState.applied`."""
+
+    def __init__(self, state: ForwardState, journal: Journal, grad: bool, parameters: Iterable[Tensor]) -> None:
+        self._state = state
+        self._journal = journal
+        self._grad = grad
+        self._parameters = parameters
+
+    def __enter__(self) -> list[Tensor]:
+        state, journal = self._state, self._journal
+        journal.restore()  # what an interrupt has left
+        own = _OWN.get()
+        journal.note(lambda: _OWN.set(own))
+        journal.note(RandomState.take(state.randomness.devices).give)
+        journal.note(Surroundings(state.autocast).restore)
+        journal.note(Belongings(state.modules, self._parameters).restore)
+        _OWN.set(True)
+        state.randomness.give()
+        copies = state.earlier.give()
+        parametrize._cache_enabled, parametrize._cache = 0, {}
+        torch.backends.mha.set_fastpath_enabled(False)
+        torch.set_autocast_cache_enabled(False)
+        for kind, (enabled, dtype) in state.autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch._C._set_grad_enabled(self._grad)
+        return copies
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._journal.restore()
 
 
 def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastfs.monitor.record.schema import Checker, UnknownSchemaError
+from fastfs.monitor.record.sinks import TORN
+from fastfs.report.lines import LONGEST
 
 __all__ = ["Follower", "News"]
 
@@ -27,7 +30,7 @@ class News:
 
     ``records``: in the order of the file; of measured and predicted steps the last 64 each. ``restarted``: the file was
     cut short or replaced since the reading before, and was read from its beginning. ``unreadable``: how many lines are
-    no JSON.
+    not of the format, of those that were looked at (older rows are not).
     """
 
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -49,6 +52,7 @@ class Follower:
         self._offset = 0
         self._torn = b""
         self._begun = False
+        self._checker = Checker()
         self._start = b""  # of the file: a file written anew under the same name starts differently
 
     def poll(self) -> News:
@@ -87,31 +91,44 @@ class Follower:
                 for line in lines:
                     number += 1
                     row = _ROW.match(line)
+                    if b'"header"' in line:  # rows are checked by the header before them
+                        news.unreadable += self._take_kept(rows, others)
                     if row and self._begun:
                         rows.setdefault(row[1], deque(maxlen=_RECENT)).append((number, line))
                     elif line.strip():
                         news.unreadable += not self._take(line, number, others)
+            if len(self._torn) > LONGEST:
+                raise ValueError(f"{self.path}: a line longer than {LONGEST:,} bytes: no record")
             if not self._begun and self._torn.strip() and not self._torn.lstrip().startswith(b"{"):
                 raise ValueError(f"{self.path}: not a record of fastfs.Monitor (expected lines of JSON)")
-        for kept in rows.values():
-            for number, line in kept:
-                news.unreadable += not self._take(line, number, others)
+        news.unreadable += self._take_kept(rows, others)
         others.sort(key=lambda found: found[0])
         news.records = [record for _, record in others]
         return news
 
+    def _take_kept(self, rows: dict[bytes, deque[tuple[int, bytes]]], into: list[tuple[int, dict[str, Any]]]) -> int:
+        """Rows that were put off; how many cannot be read."""
+        bad = 0
+        for kept in rows.values():
+            bad += sum(not self._take(line, number, into) for number, line in kept)
+        rows.clear()
+        return bad
+
     def _take(self, line: bytes, number: int, into: list[tuple[int, dict[str, Any]]]) -> bool:
         try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        readable = isinstance(record, dict) and "kind" in record
-        if not self._begun and not (readable and record["kind"] == "header"):
-            raise ValueError(f"{self.path}: not a record of fastfs.Monitor (its first line is no header)")
-        if readable:
-            self._begun = True
-            into.append((number, record))
-        return readable
+            checked = self._checker.check_bytes(line.strip())
+        except UnknownSchemaError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+        except ValueError as error:
+            if not self._begun and b'"header"' not in line:
+                raise ValueError(
+                    f"{self.path}: not a record of fastfs.Monitor (its first line is no header: {error})"
+                ) from None
+            return line.rstrip().endswith(TORN)
+        self._begun = True
+        into.append((number, checked.line))
+        return True
 
     def _forget(self) -> None:
         self._identity, self._offset, self._torn, self._begun, self._start = None, 0, b"", False, b""
+        self._checker = Checker()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastfs.monitor.record.schema import BOOLEANS, INTEGERS, KEYS, MORE_SCALARS, SCALARS, STRINGS
 from fastfs.report.quantities import QUANTITIES, Quantity
 
 if TYPE_CHECKING:
@@ -19,10 +20,7 @@ __all__ = ["Grid", "Thinned", "make_grid", "predicted_before", "quantities_of", 
 Array = np.ndarray[Any, Any]
 
 
-_NOT_SHOWN = {
-    "kind", "run", "step", "time", "layer", "name", "group", "valid", "why", "method", "nonfinite", "count", "rows",
-    "loss", "micro_batches", "overhead_seconds", "loss_scale", "measure_seconds",
-}  # fmt: skip
+_NOT_SHOWN = frozenset((*KEYS, *BOOLEANS, *STRINGS, *INTEGERS, *SCALARS, *MORE_SCALARS, "measure_seconds"))
 _MOST_OTHERS = 12
 
 
@@ -44,58 +42,75 @@ class Grid:
     reasons: list[str]
 
 
-def quantities_of(table: pandas.DataFrame) -> list[Quantity]:
-    """What of the table can be shown: the known columns that hold a number, then up to 12 unknown ones."""
-    import pandas
+def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Quantity]:
+    """What of the table can be shown: the known columns that hold a number, then up to 12 unknown ones.
 
+    ``where``: the rows that count; all of them if None.
+    """
     errors = {quantity.error for quantity in QUANTITIES}
     known = {quantity.key: quantity for quantity in QUANTITIES}
     others = [c for c in table.columns if c not in _NOT_SHOWN and c not in known and c not in errors]
-    found = [
-        q for q in QUANTITIES if q.key in table.columns and pandas.to_numeric(table[q.key], "coerce").notna().any()
-    ]
-    numeric = [c for c in others if pandas.to_numeric(table[c], "coerce").notna().any()]
+    found = [q for q in QUANTITIES if q.key in table.columns and _some(table, q.key, where)]
+    numeric = [c for c in others if _some(table, c, where)]
     return found + [Quantity(c, c, "see record", "Column of the record.", guarded=True) for c in numeric[:_MOST_OTHERS]]
 
 
-def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str]) -> Grid:
-    """Rows of one kind (``table``) as grids. A step that is there twice, as after a resume, counts as it came last.
+def _some(table: pandas.DataFrame, column: str, where: Array | None) -> bool:
+    given = ~np.isnan(_numbers(table, column))
+    return bool((given if where is None else given & where).any())
+
+
+def _numbers(table: pandas.DataFrame, column: str) -> Array:
+    import pandas
+
+    values = pandas.to_numeric(table[column], "coerce")
+    if values.dtype == np.float32:
+        return np.asarray(values)
+    return np.asarray(values.to_numpy(dtype=np.float64, na_value=np.nan))
+
+
+def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where: Array | None = None) -> Grid:
+    """Rows of one kind as grids. A step that is there twice, as after a resume, counts as it came last.
 
     Args:
         table: columns ``step``, ``layer`` and what is asked for; others may be absent.
         rows: number of layers and groups.
         columns: to be made grids of.
+        where: the rows of that kind, as a mask, so that a large table need not be copied; all of them if None.
     """
     import pandas
 
-    steps, at = np.unique(table["step"].to_numpy(dtype=np.int64), return_inverse=True)
-    layer = table["layer"].to_numpy(dtype=np.int64)
-    shape = (rows, len(steps))
+    every = where is None or bool(where.all())
 
-    def numbers(name: str) -> Array:
-        if name not in table.columns:
-            return np.full(len(table), np.nan)
-        return np.asarray(pandas.to_numeric(table[name], "coerce").to_numpy(dtype=np.float64, na_value=np.nan))
+    def chosen(values: Array) -> Array:
+        return values if every else values[where]
+
+    steps, at = np.unique(chosen(table["step"].to_numpy(dtype=np.int64)), return_inverse=True)
+    layer = chosen(table["layer"].to_numpy(dtype=np.int64))
+    shape = (rows, len(steps))
 
     def per_step(name: str) -> Array:
         values = np.full(len(steps), np.nan)
-        values[at] = numbers(name)
+        if name in table.columns:
+            values[at] = chosen(_numbers(table, name))
         return values
 
     grids = {}
     for name in columns:
         cells = np.full(shape, np.nan, dtype=np.float32)
-        with np.errstate(over="ignore"):
-            cells[layer, at] = numbers(name)
+        if name in table.columns:
+            with np.errstate(over="ignore"):
+                cells[layer, at] = chosen(_numbers(table, name))
         cells[~np.isfinite(cells)] = np.nan
         grids[name] = cells
     invalid = np.zeros(shape, dtype=bool)
     why = np.zeros(shape, dtype=np.uint8)
     reasons = ["no reason given"]
     if "valid" in table.columns:
-        invalid[layer, at] = (table["valid"] == False).to_numpy(dtype=bool, na_value=False)  # noqa: E712 - None is not False
+        flagged = (table["valid"] == False).to_numpy(dtype=bool, na_value=False)  # noqa: E712 - None is not False
+        invalid[layer, at] = chosen(flagged)
     if "why" in table.columns:
-        codes, found = pandas.factorize(table["why"])
+        codes, found = pandas.factorize(chosen(np.asarray(table["why"], dtype=object)))
         reasons += [str(reason)[:200] for reason in found[:254]]
         why[layer, at] = np.where(codes < 254, codes + 1, 0)
     return Grid(steps, per_step("time"), per_step("loss"), per_step("overhead_seconds"), grids, invalid, why, reasons)

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastfs.outputs import check_output, write_whole
 from fastfs.report import summary
 from fastfs.report.grids import (
     Array,
@@ -29,7 +29,7 @@ from fastfs.report.grids import (
     thin_series,
 )
 from fastfs.report.quantities import Quantity
-from fastfs.report.read import load
+from fastfs.report.read import load_compact
 
 try:
     import pandas
@@ -72,23 +72,11 @@ def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str], *, run
     Raises:
         ImportError: plotly or pandas is not installed.
         OSError: the record cannot be read or the page not be written.
-        ValueError: not a record, or without that run.
+        ValueError: not a record, or without that run; ``out`` is there and no regular file.
     """
-    out = Path(out)
-    page = build_page(load(path), run=run, source=Path(path).name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=out.parent, prefix=f".{out.name}.", encoding="utf-8", delete=False
-    ) as file:
-        try:
-            file.write(page)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, out)
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    return out
+    check_output(out)
+    page = build_page(load_compact(Path(path)), run=run, source=Path(path).name)
+    return write_whole(out, page.encode("utf-8"))
 
 
 def build_page(table: pandas.DataFrame, *, run: str | None = None, source: str = "") -> str:
@@ -129,15 +117,15 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
         raise ValueError(f"no run {run!r} in the record; it has: {', '.join(runs[-20:])}")
     own = [header for header in headers if str(header["run"]) == run]
     header = {**own[0], **{key: value for key, value in own[-1].items() if key != "started"}}
-    mine = table[table["run"] == run] if len(table) else table
+    mine = np.asarray(table["run"] == run, dtype=bool)
     alerts, skipped, structures = (_of_run(table, name, run) for name in ("alerts", "skipped", "structure"))
 
     layers = [str(name) for name in header.get("layers", [])]
     names = [*layers, *(str(name) for name in header.get("groups") or {})]
-    rows = max(len(names), int(mine["layer"].max()) + 1 if len(mine) else 0)
+    rows = max(len(names), int(table["layer"].to_numpy()[mine].max()) + 1 if mine.any() else 0)
     names += [f"row {i}" for i in range(len(names), rows)]  # a record with more rows than its header names
-    measured, shown = _grid(mine, "measured", rows)
-    predicted, shown_predicted = _grid(mine, "predicted", rows)
+    measured, shown = _grid(table, mine, "measured", rows)
+    predicted, shown_predicted = _grid(table, mine, "predicted", rows)
     before, origin = (
         predicted_before(measured, predicted)
         if "update_rms" in predicted.columns
@@ -177,17 +165,17 @@ def _of_run(table: pandas.DataFrame, name: str, run: str) -> list[dict[str, Any]
     return [dict(record) for record in found if str(record.get("run", run)) == run]
 
 
-def _grid(table: pandas.DataFrame, kind: str, rows: int) -> tuple[Grid, list[Quantity]]:
-    part = table[table["kind"] == kind] if len(table) else table
-    if not len(part):
+def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[Grid, list[Quantity]]:
+    part = mine & np.asarray(table["kind"] == kind, dtype=bool)
+    if not part.any():
         none: Array = np.empty(0)
         cells: Array = np.zeros((rows, 0), np.uint8)
         return Grid(none.astype(np.int64), none, none, none, {}, cells.astype(bool), cells, []), []
-    found = quantities_of(part)
+    found = quantities_of(table, part)
     if kind == "predicted":
         found = [quantity for quantity in found if quantity.key in _PREDICTED]
-    columns = [q.key for q in found] + [q.error for q in found if q.error and q.error in part.columns]
-    return make_grid(part, rows, columns), found
+    columns = [q.key for q in found] + [q.error for q in found if q.error and q.error in table.columns]
+    return make_grid(table, rows, columns, part), found
 
 
 def _room(cells: int, rows: int, columns: int) -> int:

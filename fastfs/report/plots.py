@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastfs.outputs import write_whole
 from fastfs.report.read import load
 
 try:
@@ -101,8 +103,9 @@ def plot_record(
     written = []
     for plot in PLOTS:
         figure = plot_layers(table, plot, title=title)
-        written.append(folder / plot.file)
-        figure.savefig(written[-1], dpi=130, metadata={"Software": SOFTWARE})
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=130, metadata={"Software": SOFTWARE})
+        written.append(write_whole(folder / plot.file, picture.getvalue()))
     return written
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastfs.monitor.record.rows import TABLED, row_names
-from fastfs.monitor.record.sinks import TORN
+import numpy as np
+
+from fastfs.monitor.record.schema import Checker, UnknownSchemaError, parse
+from fastfs.report.lines import HEADER, LeftOut, RowReader, split_lines
+from fastfs.report.store import Store
 
 if TYPE_CHECKING:
     import pandas
 
 __all__ = ["load", "read_header", "read_record"]
-
-_SCHEMAS = (1, 2)
 
 Line = dict[str, Any]
 
@@ -28,8 +27,9 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
     Columns: ``kind`` (measured or predicted), ``run``, ``step``, ``time`` (seconds since 1970), ``layer`` (its number;
     groups come after the layers), ``name``, ``group`` (bool), then what was recorded (``angle`` in radians,
     ``update_rms`` in features per step, ...) and what belongs to the whole step (``loss``, ``micro_batches``,
-    ``overhead_seconds``, ``loss_scale``). Numbers that are absent or were undefined are NaN, strings None; ``valid`` is
-    NA where absent (then its dtype is ``boolean``), and columns of integers become floats where some are absent.
+    ``overhead_seconds``, ``loss_scale``; ``kappa`` and others where recorded). Numbers that are absent or were
+    undefined are NaN, strings None; ``valid`` and ``linear`` are NA where absent (then their dtype is ``boolean``), and
+    columns of integers become floats where some are absent.
 
     When a run was resumed, steps that it did again are in the table once, as done last. ``attrs`` of the table holds
     ``headers`` (one for each start of a run), and ``structure``, ``alerts`` and ``skipped``: lists of dictionaries.
@@ -44,47 +44,14 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
         ValueError: not a record, or of an unknown schema version.
 
     Warns:
-        RuntimeWarning: lines that cannot be read are left out, other than where a run was killed.
+        RuntimeWarning: lines (parts, of Parquet) that are not of the format are left out, other than where a run was
+            killed: how many, and the first reason.
     """
     try:
         import pandas  # noqa: F401
     except ImportError as error:
         raise ImportError('fastfs.load needs pandas: pip install "fastfs[pandas]"') from error
-    from fastfs.report.table import Builder
-
-    path = Path(path)
-    if path.is_dir():
-        from fastfs.report.parquet import read_parts
-
-        parts, headers = read_parts(path)
-        _check_schemas(path, headers)
-        _some(path, headers)
-        builder = Builder()
-        for header, part, others in parts:
-            _resume(builder, header)
-            builder.add_frame(part)
-            for line in others:
-                builder.add_other(line)
-        return builder.table(_used(headers))
-    headers = []
-    names: dict[str, Sequence[str]] = {}
-    layers: dict[str, int] = {}
-    builder = Builder()
-    for line in _lines(path):
-        kind, run = line["kind"], line.get("run", "")
-        if kind == "header":
-            _check_schemas(path, [line])
-            headers.append(line)
-            names[run], layers[run] = row_names(line)
-            _resume(builder, line)
-        elif kind not in TABLED:
-            builder.add_other(line)
-        elif "layer" in line:  # schema 1: a line for each layer
-            builder.add_row(line)
-        else:
-            builder.add(line, names.get(run, ()), layers.get(run, 0))
-    _some(path, headers)
-    return builder.table(_used(headers))
+    return _table(Path(path), Store(), compact=False)
 
 
 read_record = load
@@ -106,18 +73,65 @@ def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[st
     if path.is_dir():
         from fastfs.report.parquet import read_headers
 
-        headers = read_headers(path)
+        headers, left_out = read_headers(path)
     else:
-        headers = [line for line in _lines(path) if line["kind"] == "header"]
-    _check_schemas(path, headers)
+        headers, left_out = _headers(path)
     found = [header for header in headers if run is None or header["run"] == run]
-    _some(path, found, run)
+    _some(path, found, left_out, run)
+    left_out.warn(stacklevel=2)
     return found[-1]
 
 
-def _resume(builder: Any, header: Line) -> None:
-    if header.get("resumed_at") is not None:
-        builder.forget(header["run"], int(header["resumed_at"]))
+def load_compact(path: Path) -> pandas.DataFrame:
+    """What a report needs of a record, in a third of the memory.
+
+    As :func:`load`, with columns in float32, strings as categories, and only what was recorded and is shown.
+    """
+    return _table(path, Store(np.float32, _NOT_REPORTED), compact=True)
+
+
+_NOT_REPORTED = ("method", "nonfinite", "count", "rows", "micro_batches", "loss_scale")
+
+
+def _table(path: Path, store: Store, *, compact: bool) -> pandas.DataFrame:
+    from fastfs.report.table import make_table
+
+    if path.is_dir():
+        from fastfs.report.parquet import read_parts
+
+        headers, others, left_out = read_parts(path, store)
+    else:
+        reader = RowReader(path, store)
+        reader.read()
+        headers, others, left_out = reader.headers, reader.others, reader.left_out
+    _some(path, headers, left_out)
+    left_out.warn(stacklevel=3)
+    return make_table(store, _used(headers), others, compact=compact)
+
+
+def _headers(path: Path) -> tuple[list[Line], LeftOut]:
+    """The headers alone: other lines are not parsed."""
+    checker, headers, left_out = Checker(), [], LeftOut(path)
+    first = True
+    for number, raw, ended in split_lines(path):
+        line = raw.strip()
+        if not line or (not first and b'"header"' not in line and b"\\u" not in line):
+            continue
+        try:
+            value = parse(line)
+            if first or (isinstance(value, dict) and value.get("kind") == "header"):
+                checked = checker.check(value)
+                if checked.kind == "header":
+                    headers.append(checked.line)
+        except UnknownSchemaError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except ValueError as error:
+            if first and b'"header"' not in line and not HEADER.startswith(line):
+                raise ValueError(f"{path}, line {number}: expected the header of a record: {error}") from None
+            if ended and b'"header"' in line:
+                left_out.add(number, error)
+        first = False
+    return headers, left_out
 
 
 def _used(headers: Sequence[Line]) -> list[Line]:
@@ -126,57 +140,7 @@ def _used(headers: Sequence[Line]) -> list[Line]:
     return [header for header in headers if header["run"] not in replaced]
 
 
-def _check_schemas(path: Path, headers: Sequence[Line]) -> None:
-    for header in headers:
-        if header.get("schema") not in _SCHEMAS:
-            raise ValueError(f"{path}: schema {header.get('schema')!r}; this version of fastfs reads {list(_SCHEMAS)}")
-
-
-def _some(path: Path, headers: Sequence[Line], run: str | None = None) -> None:
+def _some(path: Path, headers: Sequence[Line], left_out: LeftOut, run: str | None = None) -> None:
     if not headers:
-        raise ValueError(f"{path}: no run {run!r}" if run else f"{path}: holds no run of fastfs.Monitor")
-
-
-def _lines(path: Path) -> Iterator[Line]:
-    """All records of the file, of which the first must be a header; without lines that cannot be read.
-
-    A line that a killed process left torn, the last or one before a header, is nothing to speak of, nor is one that the
-    sink marked as torn, since it wrote the record again; others are reported by one warning.
-    """
-    started = False
-    torn: list[int] = []  # since the last record
-    left_out: list[int] = []
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            line = raw.strip()
-            if not line:
-                continue
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict) or "kind" not in record:
-                    raise ValueError("not a record of fastfs.Monitor")
-            except ValueError as error:
-                if not started and not line.startswith(_HEADER[: len(line)]):
-                    raise ValueError(f"{path}, line {number}: expected the header of a record: {error}") from None
-                if not line.endswith(TORN):
-                    torn.append(number)
-                continue
-            if not started and record["kind"] != "header":
-                raise ValueError(f"{path}, line {number}: expected the header of a record, got {record['kind']!r}")
-            if torn and record["kind"] == "header":
-                torn.pop()  # where the run before was killed
-            left_out += torn
-            torn = []
-            started = True
-            yield record
-    left_out += torn[:-1]
-    if left_out:
-        numbers = ", ".join(map(str, left_out[:10])) + (", ..." if len(left_out) > 10 else "")
-        warnings.warn(
-            f"{path}, line {numbers}: cannot be read and is left out (a write that failed, on a full disk perhaps)",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-
-_HEADER = b'{"kind":"header",'
+        what = f"no run {run!r}" if run else "holds no run of fastfs.Monitor"
+        raise ValueError(f"{path}: {what}{'' if run else left_out.reason}")

@@ -1,4 +1,4 @@
-"""Puts the table of :func:`fastfs.load` together from records."""
+"""The table of :func:`fastfs.load`, from a :class:`fastfs.report.store.Store`."""
 
 from __future__ import annotations
 
@@ -8,194 +8,154 @@ from typing import Any
 import numpy as np
 import pandas
 
-from fastfs.monitor.record.rows import BOOLEANS, COLUMNS, INTEGERS, SCALARS, STRINGS
+from fastfs.monitor.record.schema import COLUMNS, INTEGERS, SCALARS, TABLED, Array
+from fastfs.report.store import ABSENT, Growing, Store, known_type, merged
 
-__all__ = ["Builder"]
-
-_KEYS = ("kind", "run", "step", "time", "layer", "name", "group")
-_NAMED = ("kind", "run", "name", *STRINGS)
-_OLD_NAMES = {"measure_seconds": "overhead_seconds"}  # of schema 1
-
-Array = np.ndarray[Any, Any]
+__all__ = ["make_table"]
 
 
-class Builder:
-    """Takes records one by one; keeps numbers as arrays, since a long run has tens of millions of them."""
+def make_table(
+    store: Store, headers: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]], *, compact: bool = False
+) -> pandas.DataFrame:
+    """The table with its ``attrs``; empties the store, column by column, so that nothing is there twice.
 
-    def __init__(self) -> None:
-        self._blocks: list[_Block] = []
-        self._frames: list[tuple[int, pandas.DataFrame]] = []  # with the number of blocks before
-        self._others: list[Mapping[str, Any]] = []
+    Args:
+        store: of all records.
+        headers: of their runs.
+        others: lines that are no rows.
+        compact: strings as categories; columns that were not recorded are left out.
+    """
+    builder = _Builder(store, compact)
+    data = builder.keys()
+    columns = builder.columns(store.columns, COLUMNS)
+    scalars = builder.scalars()
+    # A name that is both a column and a scalar, in records of another version: the column.
+    extra = {name: values for name, values in columns.items() if name not in COLUMNS}
+    data |= {name: columns[name] for name in COLUMNS if name in columns} | extra
+    data |= {name: values for name, values in scalars.items() if name not in data}
+    table = pandas.DataFrame(data, copy=False)
+    table.attrs = {
+        "headers": [dict(header) for header in headers],
+        "structure": _of(others, "structure"),
+        "alerts": _of(others, "alert"),
+        "skipped": _of(others, "skipped"),
+    }
+    return table
 
-    def add(self, line: Mapping[str, Any], names: Sequence[str], layers: int) -> None:
-        """A line of schema 2: columns with a value for each layer and group."""
-        columns = line.get("layers") or {}
-        length = max(map(len, columns.values()), default=0)
-        scalars = {key: value for key, value in line.items() if key not in ("kind", "run", "step", "time", "layers")}
-        self._blocks.append(
-            _Block(
-                line["kind"], line["run"], line["step"], line["time"], length, names, layers,
-                {name: _array(name, values) for name, values in columns.items()}, scalars,
-            )
-        )  # fmt: skip
 
-    def add_row(self, line: Mapping[str, Any]) -> None:
-        """A line of schema 1: one layer."""
-        values = {_OLD_NAMES.get(key, key): value for key, value in line.items() if key not in _KEYS}
-        columns = {name: _array(name, [value]) for name, value in values.items() if name not in SCALARS}
-        scalars = {name: value for name, value in values.items() if name in SCALARS}
-        self._blocks.append(
-            _Block(
-                line["kind"], line["run"], line["step"], line["time"], 1, (line["name"],), 1, columns, scalars,
-                line["layer"],
-            )
-        )  # fmt: skip
+def _of(others: Sequence[Mapping[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [dict(line) for line in others if line["kind"] == kind]
 
-    def add_frame(self, frame: pandas.DataFrame) -> None:
-        """Rows that are a table already."""
-        if len(frame):
-            self._frames.append((len(self._blocks), frame))
 
-    def add_other(self, line: Mapping[str, Any]) -> None:
-        self._others.append(line)
+class _Builder:
+    def __init__(self, store: Store, compact: bool) -> None:
+        self._store = store
+        self._compact = compact
+        self._total = store.rows
+        self._strings = _objects(store.strings)
+        gone = store.gone.take(store.records)
+        self._lengths = store.lengths.take(store.records)
+        self._keep: Array | None = None
+        self._alive: Array | None = None
+        if gone.any():
+            self._alive = ~gone
+            self._keep = np.repeat(self._alive, self._lengths)
+            self._lengths = self._lengths[self._alive]
 
-    def forget(self, run: str, step: int) -> None:
-        """A run goes on at this step: what it recorded from there on before is done again."""
-        self._blocks = [b for b in self._blocks if b.run != run or b.step < step]
-        self._frames = [(n, frame[(frame["run"] != run) | (frame["step"] < step)]) for n, frame in self._frames]
-        self._others = [
-            line
-            for line in self._others
-            if line.get("run") != run or line["step"] < step or line["kind"] == "structure"
-        ]
-
-    def table(self, headers: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
-        """The table, with its ``attrs``."""
-        frames = [frame for _, frame in self._frames if len(frame)]
-        data = self._columns()
-        if frames and not self._blocks:
-            extra = dict.fromkeys(name for frame in frames for name in frame.columns if name not in data)
-            data = {
-                name: _typed(name, np.concatenate([_from_frame(frame, name) for frame in frames]))
-                for name in (*data, *extra)
-            }
-        else:
-            data = {name: _typed(name, values) for name, values in data.items()}
-        others = [name for name in data if name not in (*_KEYS, *COLUMNS, *SCALARS)]
-        table = pandas.DataFrame({name: data[name] for name in (*_KEYS, *COLUMNS, *others, *SCALARS)})
-        table.attrs = {
-            "headers": [dict(header) for header in headers],
-            "structure": self._of("structure"),
-            "alerts": self._of("alert"),
-            "skipped": self._of("skipped"),
+    def keys(self) -> dict[str, Any]:
+        store = self._store
+        kinds, shapes, firsts = (self._records(g) for g in (store.kinds, store.shapes, store.firsts))
+        data: dict[str, Any] = {
+            "kind": self._text(self._rows(kinds), _objects(TABLED)),
+            "run": self._text(self._rows(shapes), _objects(store.runs)),
+            "step": self._rows(self._records(store.steps)),
+            "time": self._rows(self._records(store.times)),
         }
-        return table
-
-    def _of(self, kind: str) -> list[dict[str, Any]]:
-        return [dict(line) for line in self._others if line["kind"] == kind]
-
-    def _columns(self) -> dict[str, Array]:
-        blocks = self._blocks
-        lengths = np.array([block.length for block in blocks], dtype=np.int64)
-        ends = np.cumsum(lengths)
-        total = int(ends[-1]) if len(blocks) else 0
-        starts = (ends - lengths).tolist()
-
-        def repeat(values: list[Any], dtype: Any) -> Array:
-            array = np.empty(len(values), dtype=dtype)
-            array[:] = values
-            return np.repeat(array, lengths)
-
-        data: dict[str, Array] = {
-            "kind": repeat([b.kind for b in blocks], object),
-            "run": repeat([b.run for b in blocks], object),
-            "step": repeat([b.step for b in blocks], np.int64),
-            "time": repeat([b.time for b in blocks], np.float64),
-            "layer": np.empty(total, dtype=np.int64),
-            "name": np.empty(total, dtype=object),
-            "group": np.empty(total, dtype=bool),
-        }
-        extra = dict.fromkeys(name for b in blocks for name in b.columns if name not in COLUMNS)
-        for name in (*COLUMNS, *extra):
-            kind: Any = object if name in (*STRINGS, *BOOLEANS) else np.float64
-            if name in extra and any(b.columns[name].dtype == object for b in blocks if name in b.columns):
-                kind = object
-            data[name] = np.full(total, None if kind is object else np.nan, dtype=kind)
-        for start, block in zip(starts, blocks, strict=True):
-            stop = start + block.length
-            block.name(data["layer"][start:stop], data["name"][start:stop], data["group"][start:stop])
-            for name, values in block.columns.items():
-                data[name][start : start + len(values)] = values
-        more = dict.fromkeys(name for b in blocks for name in b.scalars if name not in (*data, *SCALARS))
-        for name in (*SCALARS, *more):
-            given = [b.scalars.get(name) for b in blocks]
-            text = any(isinstance(value, (str, list, dict)) for value in given)
-            data[name] = repeat(given, object if text else np.float64)
+        ends = np.cumsum(self._lengths, dtype=np.int64)
+        layer = self._rows(firsts - ends + self._lengths)
+        layer += np.arange(len(layer))
+        data["layer"] = layer
+        every, codes, starts = _names(store.names)
+        place = self._rows(starts[shapes] if len(starts) else shapes)
+        place += layer
+        data["name"] = self._text(codes[place] if len(codes) else place, every)
+        layers = np.array(store.layers, dtype=np.int64)
+        data["group"] = layer >= self._rows(layers[shapes] if len(layers) else shapes)
         return data
 
+    def columns(self, found: dict[tuple[str, str], Growing], known: Sequence[str]) -> dict[str, Any]:
+        """Columns of layers by name; absent known ones hold nothing."""
+        result: dict[str, Any] = {}
+        for name, kinds in _by_name(found, () if self._compact else known).items():
+            parts = {kind: self._kept(found.pop((name, kind)).take(self._total)) for kind in kinds}
+            size = int(self._lengths.sum())
+            result[name] = self._public(name, parts or {known_type(name): _nothing(known_type(name), size)})
+        return result
 
-class _Block:
-    """One record."""
+    def scalars(self) -> dict[str, Any]:
+        """Scalars, one for each row of their record; after those of the format come others."""
+        store = self._store
+        result: dict[str, Any] = {}
+        names = _by_name(store.scalars, () if self._compact else SCALARS)
+        for name in [*(n for n in names if n not in SCALARS), *(n for n in names if n in SCALARS)]:
+            parts = {kind: self._records(store.scalars.pop((name, kind))) for kind in names[name]}
+            parts = parts or {"number": _nothing("number", len(self._lengths))}
+            result[name] = self._public(name, {kind: self._rows(values) for kind, values in parts.items()})
+        return result
 
-    __slots__ = ("_layers", "_names", "columns", "first", "kind", "length", "run", "scalars", "step", "time")
+    def _records(self, growing: Growing) -> Array:
+        values = growing.take(self._store.records)
+        return values if self._alive is None else values[self._alive]
 
-    def __init__(
-        self,
-        kind: str,
-        run: str,
-        step: int,
-        time: float,
-        length: int,
-        names: Sequence[str],
-        layers: int,
-        columns: dict[str, Array],
-        scalars: dict[str, Any],
-        first: int = 0,
-    ) -> None:
-        self.kind, self.run, self.step, self.time, self.length = kind, run, step, time, length
-        self.columns, self.scalars, self.first = columns, scalars, first
-        self._names, self._layers = names, layers
+    def _kept(self, values: Array) -> Array:
+        return values if self._keep is None else values[self._keep]
 
-    def name(self, layer: Array, name: Array, group: Array) -> None:
-        layer[:] = np.arange(self.first, self.first + self.length)
-        known = min(len(self._names), self.length)
-        name[:known] = self._names[:known]
-        name[known:] = [str(index) for index in range(known, self.length)]
-        group[:] = np.arange(self.length) >= self._layers
+    def _rows(self, values: Array) -> Array:
+        return np.repeat(values, self._lengths)
 
+    def _text(self, codes: Array, categories: Array) -> Any:
+        if self._compact:
+            return pandas.Categorical.from_codes(codes, pandas.Index(categories, dtype=object), validate=False)
+        return pandas.Series(categories[codes], dtype=object, copy=False)
 
-def _array(name: str, values: Sequence[Any]) -> Array:
-    """A column of one record; null is NaN."""
-    if name in STRINGS or name in BOOLEANS:
-        return np.array(values, dtype=object)
-    try:
-        return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):  # a column that this version does not know, of strings perhaps
-        array = np.empty(len(values), dtype=object)
-        array[:] = values
-        return array
-
-
-def _from_frame(frame: pandas.DataFrame, name: str) -> Array:
-    if name not in frame:
-        return np.full(len(frame), None, dtype=object) if name in (*_NAMED, *BOOLEANS) else np.full(len(frame), np.nan)
-    column = frame[name]
-    if name in (*_NAMED, *BOOLEANS) or not pandas.api.types.is_numeric_dtype(column):
-        values: Array = column.to_numpy(dtype=object, copy=True)
-        values[column.isna().to_numpy()] = None
-        return values
-    numbers: Array = column.to_numpy()
-    return numbers
+    def _public(self, name: str, parts: dict[str, Array]) -> Any:
+        """As the table has it: see :func:`fastfs.load`."""
+        if len(parts) > 1:
+            return pandas.Series(merged(parts, self._strings), dtype=object, copy=False)
+        ((kind, values),) = parts.items()
+        if kind == "number":
+            return values.astype(np.int64) if name in INTEGERS and np.isfinite(values).all() else values
+        known = values != ABSENT
+        if kind == "boolean":
+            flags = values == 1
+            return flags if known.all() else pandas.arrays.BooleanArray(flags, ~known)
+        if self._compact:
+            return pandas.Categorical.from_codes(values, pandas.Index(self._strings, dtype=object), validate=False)
+        # The last entry is for what is absent, whose code is -1.
+        return pandas.Series(np.append(self._strings, _objects([None]))[values], dtype=object, copy=False)
 
 
-def _typed(name: str, values: Array) -> Any:
-    if name in BOOLEANS:
-        known = np.array([value is not None for value in values], dtype=bool)
-        flags = np.where(known, values, False).astype(bool)
-        return flags if known.all() else pandas.arrays.BooleanArray(flags, ~known)
-    if name in INTEGERS and values.dtype != np.int64 and np.isfinite(values).all():
-        return values.astype(np.int64)
-    if values.dtype == object:
-        values[[isinstance(value, float) and value != value for value in values]] = None  # a part without the column
-        return pandas.Series(values, dtype=object)
-    return values
+def _by_name(found: Mapping[tuple[str, str], Growing], known: Sequence[str]) -> dict[str, list[str]]:
+    """The types of each column, the known ones first."""
+    result: dict[str, list[str]] = {name: [] for name in known}
+    for name, kind in found:
+        result.setdefault(name, []).append(kind)
+    return result
+
+
+def _names(shapes: Sequence[Sequence[str]]) -> tuple[Array, Array, Array]:
+    """Each name once; the codes of the names of all shapes, one after the other; where each shape starts."""
+    codes: dict[str, int] = {}
+    flat = [codes.setdefault(name, len(codes)) for names in shapes for name in names]
+    starts = np.cumsum([0, *(len(names) for names in shapes)])[:-1]
+    return _objects(list(codes)), np.array(flat, dtype=np.int32), starts.astype(np.int64)
+
+
+def _nothing(kind: str, size: int) -> Array:
+    return np.full(size, np.nan) if kind == "number" else np.full(size, ABSENT, dtype=np.int8)
+
+
+def _objects(values: Sequence[Any]) -> Array:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array

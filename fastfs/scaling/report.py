@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastfs.extras import frame
+from fastfs.outputs import check_output, write_whole
 from fastfs.scaling.fit import Exponent, Status
 from fastfs.scaling.predicted import Sizes, matching
 from fastfs.scaling.rendering import render
@@ -175,16 +177,21 @@ class ScalingReport:
         Raises:
             ImportError: pandas or matplotlib is not installed.
             NotADirectoryError, FileExistsError: the folder is a file.
+            ValueError: one of the files is there, and no regular file.
         """
         from fastfs.scaling.plots import plot_report
 
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
         files = [folder / f"scaling-check{end}" for end in (".csv", "-points.csv", ".png")]
-        self.to_frame().to_csv(files[0], index=False)
-        self.points_frame().to_csv(files[1], index=False)
+        for file in files:
+            check_output(file)
+        write_whole(files[0], self.to_frame().to_csv(index=False).encode())
+        write_whole(files[1], self.points_frame().to_csv(index=False).encode())
         figure: Any = plot_report(self)
-        figure.savefig(files[2], dpi=120, metadata={"Software": "fastfs.scaling"})
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png", dpi=120, metadata={"Software": "fastfs.scaling"})
+        write_whole(files[2], picture.getvalue())
         return files
 
     def _more(self, v: Verdict) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from fastfs.experiments.paper.page import MADE_BY, page, summary, value_text
 from fastfs.experiments.paper.published import Check, check
 from fastfs.experiments.paper.studies import STUDIES
 from fastfs.experiments.paper.study import Outcome, Settings
+from fastfs.outputs import check_output, write_whole
 
 __all__ = ["Result", "chosen", "reproduce"]
 
@@ -85,11 +84,11 @@ def reproduce(names: Sequence[str], settings: Settings, out: Path, *, console: C
             progress.start_task(bars[name])
             results[name] = _compute(name, settings, progress, bars[name])
             progress.update(bars[name], completed=1.0)
-            _write(out / f"{name}.csv", results[name].outcome.table.to_csv(index=False).encode())
-            _write(out / f"{name}.png", results[name].image)
+            write_whole(out / f"{name}.csv", results[name].outcome.table.to_csv(index=False).encode(), _MARK)
+            write_whole(out / f"{name}.png", results[name].image, _MARK)
     checks = check({name: result.outcome.values for name, result in results.items()}, quick=settings.quick)
-    _write(out / "summary.json", summary(results, checks, settings).encode())
-    _write(out / "summary.html", page(results, checks, settings).encode())
+    write_whole(out / "summary.json", summary(results, checks, settings).encode(), _MARK)
+    write_whole(out / "summary.html", page(results, checks, settings).encode(), _MARK)
     _print(console, checks)
     console.print(f"Written to {out}: summary.html, summary.json, a PNG and a CSV for each figure", soft_wrap=True)
     return checks
@@ -142,24 +141,8 @@ def _prepare(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
         for old in (out / "summary.html", out / "summary.json"):
+            check_output(old)
             if old.is_file() and MADE_BY in old.read_text(encoding="utf-8", errors="replace"):
                 old.unlink()
     except OSError as error:
         raise OSError(f"{out}: cannot be written to ({error.strerror or error})") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes beside the file and renames, so that a file under its own name is always whole."""
-    handle, name = tempfile.mkstemp(prefix=_MARK, dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes private files; give what the umask allows.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise

@@ -3,7 +3,7 @@
     forward of the model -> Pass (inputs copied, state taken) -> per watched layer: Visit (rows of the features kept)
     backward                                                  -> Visit.backward (the same rows)
     collect()            -> the passes whose gradients the optimizer step used
-    replay(pass)         -> the same forward once more, without gradient: features after, per layer and visit
+    replayer             -> the same forward once more, without gradient: features after, per layer and visit
 
 Until its backward comes a Pass is kept alive by the autograd graph alone (through the tensor hooks on the features), so
 forwards that lead nowhere - an evaluation without no_grad, an exception - leave nothing behind. After it, until
@@ -19,9 +19,8 @@ from __future__ import annotations
 import functools
 import math
 import time
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,18 +32,28 @@ from torch.utils.hooks import RemovableHandle
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.backwards import Backwards, current
 from fastfs.monitor.capture.budget import Budget
+from fastfs.monitor.capture.forwards import (
+    Place,
+    calls_under_way,
+    depends_on,
+    places_of,
+    runs_on_own,
+    sequence_number,
+)
 from fastfs.monitor.capture.passes import Pass, Visit
+from fastfs.monitor.capture.replay import Replayer
 from fastfs.monitor.capture.sampling import Kept, Sampler, row_dims
+from fastfs.monitor.capture.traces import Traces
+from fastfs.monitor.measure.gradients import GradientFactor
+from fastfs.monitor.measure.fingerprints import Fingerprint
+from fastfs.monitor.measure.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
+from fastfs.network.graph import edge_of
 from fastfs.network.inputs import UnknownArgumentError, copy_arguments
 from fastfs.network.layers import Layer
+from fastfs.network.outputs import strided
 from fastfs.network.state import ForwardState
-from fastfs.network.structure import Edge, Structure, analyse, edge_of
 
-__all__ = ["Capture", "Sink"]
-
-Sink = Callable[[Layer, Tensor], None]
-"""Takes the features of a layer in a forward of the monitor's own."""
-
+__all__ = ["Capture"]
 
 _SQUARED = 256  # rows that the norm of a backward vector is taken of, where it is for a prediction only
 
@@ -61,6 +70,8 @@ class Capture:
         select: the features in a layer's output.
         warn: called with a kind and a message when something cannot be captured.
         begins: called when the model begins a forward with gradient, captured or not.
+        failed: called with an exception in a hook; it does not reach the training loop.
+        owned: gives the tensors that training owns besides parameters.
     """
 
     def __init__(
@@ -73,46 +84,68 @@ class Capture:
         select: taps.Select,
         warn: Callable[[str, str], None],
         begins: Callable[[], None],
+        failed: Callable[[Exception], None],
+        owned: Callable[[], Iterable[Tensor]],
     ) -> None:
         self.switch = taps.Switch()
         self.budget = budget
         self.seconds = 0.0  # host time spent in the hooks since clear()
         self.dropped = 0  # passes that could not be captured since clear()
-        self.structure: Structure | None = None
+        self.seen = 0  # backwards of the model since it was attached, whether measured or not
+        self.rewritten: list[Tensor] = []  # device flags: gradients were not zeroed but changed between micro-batches
+        self.replayer = Replayer(layers, self.switch, sampler, owned)
+        self.gradients: GradientFactor | None = None
         self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [
             [] for _ in layers
         ]  # backward, elements, sum
         self._lost: set[int] = set()  # layers of which a sum is missing
         self._backwards = Backwards(list(parameters.values()))
+        self._task = -1  # the backward that has begun last
+        self._stamps: list[tuple[int, int] | None] = []  # of the gradients when it began
+        self._touched = bytearray(len(parameters))  # parameters that a backward has brought a gradient to
+        self._traces = Traces()
         self._model = model
         self._layers = tuple(layers)
-        self._parameters = parameters
+        self._parameters: dict[str, Tensor] = {}
+        self._tensors: list[Tensor] = []
+        self._places: list[Place] = []
+        self._fingerprint: Fingerprint | None = None  # the last one: the next is taken in the same way
         self._sampler = sampler
         self._warn = warn
         self._begins = begins
+        self.failed = failed
         self._passes: list[Pass] = []  # those with a backward
         self._held: list[Pass] = []  # those that no tensor hook of ours holds
         self._open: Pass | None = None  # the forward that is running
         self._depth = 0
         self._turn = 0
-        self._sink: Sink | None = None  # not None: a forward of the monitor's own
         self._leaf_handles: list[RemovableHandle] = []
+        self.parameters_are(parameters)
         key = taps.register(self)
-        self._handles = [
-            model.register_forward_pre_hook(taps.Around(self._enter, self.switch), prepend=True, with_kwargs=True),
-            # always_call: also when the forward raises
-            model.register_forward_hook(taps.Around(self._leave, self.switch), always_call=True),
-        ]
-        for layer in self._layers:
-            tap = taps.Tap(layer, self.switch, self, key, select)
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._attach(select, key)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, select: taps.Select, key: int) -> None:
+        enter = taps.Around(self._enter, self.switch, self.failed)
+        self._handles.append(self._model.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
+        for layer in self._layers:  # before the hook that ends the forward: the model itself may be a layer
+            tap = taps.Tap(layer, self.switch, self, key, select, self.failed)
             self._handles.append(layer.module.register_forward_hook(tap))
+        # always_call: also when the forward raises
+        leave = taps.Around(self._leave, self.switch, self.failed)
+        self._handles.append(self._model.register_forward_hook(leave, always_call=True))
 
     @property
     def replaying(self) -> bool:
-        return self._sink is not None
+        return self.replayer.sink is not None
 
     def close(self) -> None:
         """Remove every hook and forget everything captured."""
+        self.replayer.recover()
         self.switch.level = taps.OFF
         self.clear()
         for handle in self._handles:
@@ -121,19 +154,20 @@ class Capture:
 
     def clear(self) -> None:
         """Forget everything captured: the next forward belongs to the next step."""
+        self._turn += 1
         for passed in list(self.budget.live):  # a loop that keeps its last loss keeps the graph, which holds the pass
             passed.drop()
         self._passes = []
         self._held = []
         self._open = None
         self._depth = 0
-        self._turn += 1
         for handle in self._leaf_handles:
             handle.remove()
         self._leaf_handles = []
         self.forget_squares()
         self._backwards.clear()
-        self.structure = None
+        self._touched = bytearray(len(self._tensors))
+        self.rewritten = []
         self.seconds = 0.0
         self.dropped = 0
 
@@ -148,6 +182,11 @@ class Capture:
         """The gradients so far were thrown away."""
         self._squares = [[] for _ in self._layers]
         self._lost.clear()
+        self._touched = bytearray(len(self._tensors))
+
+    def kind(self, ran: Sequence[bool]) -> Hashable:
+        """What kind of step this is: which parameters have got a gradient, and which layers have run."""
+        return bytes(self._touched), tuple(ran)
 
     def collect(self) -> list[Pass]:
         """Hand over the passes since the last step that had a backward and whose gradients were not thrown away."""
@@ -156,83 +195,61 @@ class Capture:
         for passed in passes:
             settled = [visit.settle(counts) for visits in passed.visits for visit in visits]
             passed.has_backward = any(settled)
+            found = [outputs for number, outputs in passed.reached.items() if counts(number)]
+            passed.outputs = sorted(set().union(*found))
         passes = [passed for passed in passes if passed.has_backward]
         if passes:
             self.budget.learn(passes, self.dropped)
         return passes
 
-    @contextmanager
-    def into(self, sink: Sink) -> Iterator[None]:
-        """Forwards in the ``with`` block are the monitor's own: features go to ``sink``."""
-        level = self.switch.level
-        self._sink, self.switch.level = sink, taps.EVERYTHING
-        try:
-            with warnings.catch_warnings():
-                # Without gradient a reentrant checkpoint has nothing to do, and says so.
-                warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
-                yield
-        finally:
-            self._sink, self.switch.level = None, level
-
-    def replay(
-        self, passed: Pass, forward: Callable[..., Any], see: Callable[[Tensor], Tensor] = Tensor.detach
-    ) -> list[list[tuple[torch.Size, Tensor | None]]]:
-        """A second forward on the same inputs and in the same state.
-
-        Args:
-            passed: of which forward.
-            forward: called with its arguments; the model, or the model at other parameters.
-            see: what of the features to take.
-
-        Returns:
-            Per layer and visit the shape of the features, and the rows of them that the visit has kept.
-        """
-        assert passed.state is not None
-        after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
-
-        def sink(layer: Layer, features: Tensor) -> None:
-            number = len(after[layer.index])
-            visits = passed.visits[layer.index]
-            before = visits[number].before if number < len(visits) else None
-            rows = None
-            if before is not None and features.shape == visits[number].shape:
-                # Copied, like the features before: a following operation may work in place.
-                rows = self._sampler.keep(see(features), before.values.shape[0]).values
-            after[layer.index].append((features.shape, rows))
-
-        with self.into(sink), passed.state.applied():
-            forward(*passed.args, **passed.kwargs)
-        return after
+    @property
+    def waiting(self) -> list[Pass]:
+        """The passes so far that had a backward."""
+        return self._passes
 
     # The hooks on the model
 
     def _enter(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool = False
     ) -> None:
+        if self.replaying and self.replayer.stale():  # an interrupt has ended a forward of ours
+            self.replayer.recover()
         if self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
             return
-        if self._open is not None:  # the model calls itself
-            self._depth += 1
-            return
+        if self._open is not None:
+            if not traced and calls_under_way(self._model) > 1:  # the model calls itself
+                self._depth += 1
+                return
+            self._open.drop()  # an interrupt has ended that forward
+            self._open, self._depth = None, 0
         self._begins()
+        if self.switch.level == taps.OFF:
+            return
+        with self._timed():
+            self._forget_thrown_away()
+        self._open = passed = Pass(len(self._layers), self._turn)
         if self.switch.level != taps.EVERYTHING:
             return
-        self._open = passed = Pass(len(self._layers), self._turn)
         self.budget.live.add(passed)
         with self._timed(), self._or_drop(passed):
-            self._forget_thrown_away()
+            passed.since = sequence_number()
+            passed.other_weights = not runs_on_own(self._places)
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            passed.dependent = depends_on(tensors, self._tensors)
             passed.args, passed.kwargs = copy_arguments((args, kwargs), lambda x: self._copy(passed, x))
-            passed.state = ForwardState.take(self._model)
-            passed.versions = self.versions()
+            passed.inputs_seen = [(x, x._version) for x in tensors]
+            passed.state = ForwardState.take(self._model, self._tensors)
+            self._fingerprint = passed.fingerprint = Fingerprint(self._tensors, self._fingerprint)
 
     def _copy(self, passed: Pass, argument: Tensor) -> Tensor:
         """Of an input, since it may be changed in place; but a parameter is meant as it is after the step."""
-        if any(argument is p for p in self._parameters.values()):
+        if any(argument is p for p in self._tensors):
             return argument
-        size = argument.numel() * argument.element_size()
+        size = nbytes(argument)
         self.budget.take(passed, size, "a copy of the model's inputs")
         passed.inputs += size
-        return argument.detach().clone()
+        copy = argument.detach().clone()
+        return copy.requires_grad_() if argument.requires_grad and copy.is_leaf else copy
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any, *, traced: bool = False) -> None:
         if self._open is None or self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
@@ -241,44 +258,37 @@ class Capture:
             self._depth -= 1
             return
         passed, self._open = self._open, None
-        if traced and passed.state is not None and passed.state.randomness.moved():
-            with self._or_drop(passed):
+        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+        for index, x in enumerate(outputs):
+            if x.requires_grad:
+                self._hook(x, functools.partial(self._begins_backward, weakref.ref(passed), index, self._turn))
+        if self.switch.level != taps.EVERYTHING or passed.dropped:
+            return
+        with self._timed(), self._or_drop(passed):
+            if traced and passed.state is not None and passed.state.randomness.moved():
                 raise UnknownArgumentError(
                     "random numbers in a graph that torch.compile made around the model after the monitor was "
                     "attached. They cannot be drawn again from outside: attach it to the compiled model instead"
                 )
-        if not passed.dropped and self.structure is None:
-            with self._timed(), self._or_drop(passed):
-                outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
-                if outputs and any(edge is not None for edges in passed.edges for edge in edges):
-                    self.structure = self.analyse(passed.edges, outputs, list(self._parameters.values()))
-            passed.edges = []
-
-    def analyse(
-        self, edges: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], parameters: Sequence[Tensor]
-    ) -> Structure:
-        """Which parameters are below which layer, and which layers are cuts.
-
-        Args:
-            edges: of every layer's visits.
-            outputs: of the forward.
-            parameters: the leaves that stood for the parameters in it, in their order.
-        """
-        return analyse(edges, outputs, parameters, list(self._parameters))
+            assert passed.fingerprint is not None
+            passed.writes_inputs = any(x._version != version for x, version in passed.inputs_seen)
+            passed.writes_parameters = [p._version for p in self._tensors] != passed.fingerprint.versions
+            passed.inputs_seen = []
+            edges, passed.edges = passed.edges, []
+            if any(edge is not None for visits in edges for edge in visits):
+                passed.signature, known = self._traces.of(edges, outputs, self._tensors, passed.since)
+                passed.trace = known.trace
+                passed.dependent = passed.dependent or known.older
 
     def parameters_are(self, parameters: dict[str, Tensor]) -> None:
-        """Those that the optimizers update have changed: what the graph shows has to be looked at again."""
+        """Those that the optimizers update: what the graph shows has to be looked at again when they change."""
         self._parameters = parameters
-        self.structure = None
-        self._backwards.parameters = list(parameters.values())
-
-    def versions(self) -> int:
-        """Changes whenever a parameter is written to."""
-        return sum(p._version for p in self._parameters.values())
-
-    def written_since(self) -> bool:
-        """Whether a parameter has been written to since a forward that this step is of."""
-        return any(passed.versions != self.versions() for passed in self._passes)
+        self._tensors = list(parameters.values())
+        self._places = places_of(self._model, self._tensors)
+        self._traces.clear()
+        self._touched = bytearray(len(self._tensors))
+        self._backwards.parameters = self._tensors
+        self.replayer.parameters = self._tensors
 
     def account(self) -> Pass:
         """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
@@ -290,12 +300,12 @@ class Capture:
     # From the taps
 
     def visit(self, layer: Layer, features: Tensor) -> None:
-        if self._sink is not None:
-            self._sink(layer, features)
+        if self.replayer.sink is not None:
+            self.replayer.sink(layer, features)
         elif taps.another_replays(self):
             return
         elif self.switch.level == taps.GRADIENTS:
-            if features.requires_grad:
+            if features.requires_grad and not _transformed(features):
                 turn = self._turn
                 self._hook(features, lambda gradient: self._square(layer.index, gradient, turn))
         elif self._open is None:
@@ -304,13 +314,24 @@ class Capture:
             with self._timed(), self._or_drop(self._open):
                 self._visit(self._open, layer.index, features)
 
+    def unseen(self, error: Exception) -> None:
+        """A layer has no features: its forward cannot be captured."""
+        if self._open is not None and not self._open.dropped and self.switch.level == taps.EVERYTHING:
+            with self._or_drop(self._open):
+                raise error
+
     def _visit(self, passed: Pass, index: int, features: Tensor) -> None:
+        if _transformed(features):
+            passed.visits[index].append(Visit(features.shape, None, False, TRANSFORMED))
+            passed.edges[index].append(None)
+            return
         inside = features.requires_grad
         hidden = not inside and not torch.is_grad_enabled()  # its gradient may come with a recomputation
-        visit = Visit(features.shape, self.keep(passed, features) if inside or hidden else None, inside)
+        kept = self.keep(passed, features) if inside or hidden else None
+        absent = 0 if kept is not None else NO_ROOM if inside or hidden else NO_GRAPH
+        visit = Visit(features.shape, kept, inside, absent)
         passed.visits[index].append(visit)
-        if self.structure is None:
-            passed.edges[index].append(edge_of(features))
+        passed.edges[index].append(edge_of(features))
         if hidden:
             self._hold(passed)
         elif visit.before is not None:
@@ -329,8 +350,8 @@ class Capture:
                     return
 
     def compiled_features(self, layer: int, features: Tensor) -> None:
-        if self._sink is not None:
-            self._sink(self._layers[layer], features)
+        if self.replayer.sink is not None:
+            self.replayer.sink(self._layers[layer], features)
         elif self._open is not None and not self._open.dropped and self.switch.level == taps.EVERYTHING:
             passed = self._open
             with self._timed(), self._or_drop(passed):
@@ -348,9 +369,38 @@ class Capture:
                     return
 
     def _hook(self, features: Tensor, receive: Callable[[Tensor], None]) -> None:
-        handle = features.register_hook(receive)
+        handle = features.register_hook(taps.Guarded(receive, self.failed))
         if features.is_leaf:  # outlives the step, and would keep this pass
             self._leaf_handles.append(handle)
+
+    # In the backward
+
+    def _begins_backward(self, passed: weakref.ref[Pass], output: int, turn: int, _gradient: Tensor) -> None:
+        """A gradient has come to an output of the model, and so far to none of its parameters."""
+        if turn != self._turn or current() == -1:
+            return
+        seen = passed()
+        number = self._backwards.note()
+        if seen is not None:
+            seen.reached.setdefault(number, set()).add(output)
+        if self._task == number or not self._backwards.counts(number):
+            return
+        self._task = number
+        self.seen += 1
+        self._drop_thrown_away()
+        self._stamps = stamps(self._tensors)
+        torch.autograd.Variable._execution_engine.queue_callback(
+            taps.Guarded(functools.partial(self._backward_over, turn), self.failed)
+        )
+        if self.gradients is not None:
+            self.gradients.note()
+
+    def _backward_over(self, turn: int) -> None:
+        if turn != self._turn:
+            return
+        for index, (before, now) in enumerate(zip(self._stamps, stamps(self._tensors), strict=True)):
+            if before != now:
+                self._touched[index] = 1
 
     def _receive(self, passed: Pass, visit: Visit, gradient: Tensor) -> None:
         if passed.dropped or passed.turn != self._turn or visit.before is None:  # too late: its step is over
@@ -361,14 +411,15 @@ class Capture:
                 self._passes = [*(p for p in self._passes if p.accumulates()), passed]
             if visit.parts:  # one more than the budget has reckoned with
                 self.budget.take(passed, visit.before.values.nbytes, "another backward vector")
-            visit.arrive(self._backwards.note(), self._sampler.keep(gradient, visit.before.values.shape[0]).values)
+            rows = self._sampler.keep(strided(gradient), visit.before.values.shape[0]).values
+            visit.arrive(self._backwards.note(), rows)
 
     def _square(self, layer: int, gradient: Tensor, turn: int) -> None:
         if turn != self._turn:
             return
         start = time.perf_counter()
         try:
-            square = self._sampler.squares(gradient, _SQUARED)
+            square = self._sampler.squares(strided(gradient), _SQUARED)
             self._squares[layer].append((self._backwards.note(), gradient.numel(), square))
         except Exception as error:  # the layer's prediction is lost, not the training run
             self._lost.add(layer)
@@ -380,6 +431,7 @@ class Capture:
 
     def keep(self, passed: Pass, features: Tensor) -> Kept | None:
         """As many rows as are wanted, or as fit into this visit's share of the budget."""
+        features = strided(features)
         total = math.prod(features.shape[: row_dims(features)])
         size = self.budget.row_bytes(features)
         kept = min(self._sampler.wanted(total), self.budget.room(passed, size) if size else total)
@@ -421,18 +473,28 @@ class Capture:
     def _forget_thrown_away(self) -> None:
         """Before a new pass: drop earlier ones if ``zero_grad`` came after them; else remember how to tell later.
 
-        That is how a skipped optimizer step differs from gradient accumulation. Only ``set_to_none=True`` (the
-        default) leaves a trace that can be read without waiting for the device.
+        That is how a skipped optimizer step differs from gradient accumulation.
         """
-        if not self._passes:
-            return
-        held = next((p for p in self._parameters.values() if p.grad is not None), None)
+        self._drop_thrown_away()
+        held = next((p for p in self._tensors if p.grad is not None), None)
         if held is None or held.grad is None:
             self._passes.clear()
             return
         for passed in self._passes:
             if passed.witness is None:
                 passed.witness = (held, weakref.ref(held.grad))
+
+    def _drop_thrown_away(self) -> None:
+        """Passes before something wrote to the gradients: nothing but zeros comes between micro-batches of a step.
+
+        Whether it was zeros is asked on the device, without waiting for it.
+        """
+        if self.gradients is None or not (self._passes or any(self._squares) or any(self._touched)):
+            return
+        if self.gradients.written_since_backward():
+            self._passes.clear()
+            self.forget_squares()
+            self.rewritten.append(self.gradients.nonzero())
 
     @contextmanager
     def _timed(self) -> Iterator[None]:
@@ -441,3 +503,19 @@ class Capture:
             yield
         finally:
             self.seconds += time.perf_counter() - start
+
+
+def stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """Which gradients there are, and how often each has been written to."""
+    return [None if (g := p.grad) is None else (id(g), g._version) for p in tensors]
+
+
+def nbytes(x: Tensor) -> int:
+    """Memory of a tensor's values."""
+    values = strided(x)
+    return values.numel() * values.element_size()
+
+
+def _transformed(features: Tensor) -> bool:
+    """Inside of ``torch.func.vmap`` and its like."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(features))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfs.monitor.capture.sampling import Kept
+from fastfs.monitor.measure.fingerprints import Fingerprint
+from fastfs.network.graph import Edge, Trace
 from fastfs.network.state import ForwardState
-from fastfs.network.structure import Edge
 
 __all__ = ["Pass", "Visit"]
 
@@ -19,18 +20,20 @@ __all__ = ["Pass", "Visit"]
 class Visit:
     """One call of a watched layer: the rows kept of its features, and of the backward vector once it has come.
 
-    ``before`` is None if the features were outside the autograd graph (frozen, or under ``no_grad``), or if not even
-    one row fits into the memory budget. If they were inside and no gradient ever comes, the backward vector is zero.
+    ``before`` is None if the features cannot be measured; ``absent`` says why, as a code of
+    :data:`fastfs.monitor.measure.row_reasons.REASONS`. If they were in the graph and no gradient ever comes, the backward
+    vector is zero.
     """
 
-    __slots__ = ("backward", "before", "inside", "parts", "shape")
+    __slots__ = ("absent", "backward", "before", "inside", "parts", "shape")
 
-    def __init__(self, shape: torch.Size, before: Kept | None, inside: bool) -> None:
+    def __init__(self, shape: torch.Size, before: Kept | None, inside: bool, absent: int = 0) -> None:
         self.shape = shape
         self.before = before
         self.backward: Tensor | None = None
         self.parts: dict[int, Tensor] = {}  # of the backward vector, by the number of the backward that brought them
         self.inside = inside  # known to be in the autograd graph
+        self.absent = absent
 
     def arrive(self, number: int, rows: Tensor) -> None:
         """A part of the backward vector."""
@@ -61,9 +64,22 @@ class Pass:
         self.inputs = 0  # of these, for copies of the inputs
         self.dropped = False  # could not be captured
         self.visits: list[list[Visit]] = [[] for _ in range(layers)]
-        self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]  # only where the structure is wanted
+        # Where the visits stand in the graph, until it is traced; and inputs with their versions, until it is over.
+        self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]
+        self.inputs_seen: list[tuple[Tensor, int]] = []
         self.has_backward = False
-        self.versions = 0  # of the parameters, when it began: writing to one counts up
+        self.fingerprint: Fingerprint | None = None  # of the parameters, when it began
+        self.since = 0  # autograd's sequence number when it began
+        # What the structure follows from: the graph, or what tells that it is one that is known already.
+        self.trace: Trace | None = None
+        self.signature: Hashable = None
+        self.reached: dict[int, set[int]] = {}  # outputs that backwards came to, by the number of the backward
+        self.outputs: list[int] = []  # of these, those that training's came to
+        # Why a second forward would not be this one.
+        self.writes_inputs = False
+        self.writes_parameters = False
+        self.other_weights = False
+        self.dependent = False  # its inputs depend on trained parameters
         # A parameter and its gradient as they were when the next pass began: same object later, still accumulating.
         self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
 
@@ -71,16 +87,17 @@ class Pass:
         """The same visits, for a forward on other inputs and in another state."""
         other = Pass(0, self.turn)
         other.args, other.kwargs, other.state, other.visits = args, kwargs, state, self.visits
+        other.writes_inputs = self.writes_inputs
         return other
 
     def drop(self) -> None:
         """Give up, and give back the memory, also that of copies which the autograd graph keeps alive."""
         self.dropped = True
-        self.args, self.kwargs, self.state = (), {}, None
+        self.args, self.kwargs, self.state, self.fingerprint, self.trace = (), {}, None, None, None
         for visit in (visit for visits in self.visits for visit in visits):
             visit.before = visit.backward = None
             visit.parts = {}
-        self.visits, self.edges, self.bytes = [], [], 0
+        self.visits, self.edges, self.inputs_seen, self.bytes = [], [], [], 0
 
     def accumulates(self) -> bool:
         """False if the gradient of this pass has been thrown away by ``zero_grad()`` (to None)."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 __all__ = ["BudgetError", "Kept", "Sampler", "row_dims"]
 
@@ -24,10 +25,11 @@ class BudgetError(RuntimeError):
 
 def row_dims(x: Tensor) -> int:
     """How many leading dimensions number the rows: all but the last up to 3 dimensions, the first one from 4 on."""
-    return 1 if x.dim() > 3 else max(x.dim() - 1, min(x.dim(), 1))
+    dims = x.dim()
+    return dims - 1 if 1 < dims <= 3 else min(dims, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Kept:
     """The rows kept of one tensor: (k, width), out of ``total``."""
 
@@ -81,6 +83,9 @@ class Sampler:
         """A copy of ``kept`` rows of ``x``: (kept, width), contiguous."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
+        if kept == total and _plain(x):  # a deep network has thousands of small features: the op takes longer to call
+            copy = x.detach().clone(memory_format=torch.contiguous_format)
+            return Kept(copy.view(total, math.prod(x.shape[dims:])), total)
         values, _ = torch.ops.fastfs.gather_rows(x, self.subset(total, kept, x.device), dims)
         return Kept(values, total)
 
@@ -91,3 +96,10 @@ class Sampler:
         kept = min(self.wanted(total), most)
         sums: Tensor = torch.ops.fastfs.row_squares(x, self.subset(total, kept, x.device), dims)
         return sums, total / kept if kept else 1.0
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether nothing but memory is behind a tensor: no subclass, no wrapper of ``torch.func``, no pending sign."""
+    if type(x) is not Tensor or x.layout is not torch.strided:
+        return False
+    return not (is_functorch_wrapped_tensor(x) or x.is_neg() or x.is_conj())

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from fastfs.network.layers import Layer
@@ -30,6 +31,7 @@ __all__ = [
     "EVERYTHING",
     "GRADIENTS",
     "OFF",
+    "Guarded",
     "Receiver",
     "Select",
     "Switch",
@@ -56,6 +58,12 @@ class Receiver(Protocol):
 
     def visit(self, layer: Layer, features: Tensor) -> None:
         """The features of a layer, in eager execution: still in the autograd graph."""
+
+    def unseen(self, error: Exception) -> None:
+        """A layer's output has no features."""
+
+    def failed(self, error: Exception) -> None:
+        """Something went wrong in a hook."""
 
     def compiled_features(self, layer: int, features: Tensor) -> None:
         """The features of a layer, out of a compiled graph."""
@@ -104,8 +112,12 @@ def another_replays(receiver: Receiver) -> bool:
 def _tap(features: Tensor, anchor: Tensor) -> None:
     key, layer, direction = anchor.tolist()
     receiver = _RECEIVERS.get(key)
-    if receiver is not None:
+    if receiver is None:
+        return
+    try:
         (receiver.compiled_gradient if direction == BACKWARD else receiver.compiled_features)(layer, features)
+    except Exception as error:  # not through the compiled graph, which is training's
+        receiver.failed(error)
 
 
 def _tap_fake(features: Tensor, anchor: Tensor) -> None:
@@ -136,24 +148,60 @@ class Hook:
         return _make_inert, ()
 
 
+Failed = Callable[[Exception], None]
+"""Takes an exception that must not reach the training loop."""
+
+
+class Guarded(Hook):
+    """A hook out of which no exception gets: torch would end the training's forward or backward with it."""
+
+    def __init__(self, function: Callable[..., None], failed: Failed) -> None:
+        self.function = function
+        self.failed = failed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            self.function(*args, **kwargs)
+        except Exception as error:
+            self.failed(error)
+
+
 class Tap(Hook):
     """The forward hook of one watched layer."""
 
-    def __init__(self, layer: Layer, switch: Switch, receiver: Receiver, key: int, select: Select) -> None:
+    def __init__(
+        self, layer: Layer, switch: Switch, receiver: Receiver, key: int, select: Select, failed: Failed
+    ) -> None:
         self.layer = layer
         self.switch = switch
         self.receiver = receiver
         self.select = select
+        self.failed = failed
         self.forward_anchor = torch.tensor([key, layer.index, FORWARD])
         self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
 
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if not self.switch.on:
+        if not self.switch.on or torch.compiler.is_exporting():
             return
-        if not torch.compiler.is_compiling():
-            if torch._C._get_tracing_state() is None:  # torch.jit.trace would take our ops along
-                self.receiver.visit(self.layer, self.features(module, output))
-            return
+        if torch.compiler.is_compiling():
+            self.trace(output)
+        elif not _recorded():  # a graph that is being recorded would take our operations along
+            try:
+                self.take(module, output)
+            except Exception as error:
+                self.failed(error)
+
+    def take(self, module: nn.Module, output: Any) -> None:
+        """Hand the features over."""
+        try:
+            features = self.features(module, output)
+        except Exception as error:  # of a function of the user's, or an output without any
+            self.receiver.unseen(error)
+        else:
+            self.receiver.visit(self.layer, features)
+
+    def trace(self, output: Any) -> None:
+        """Become a part of the graph that torch.compile makes."""
         features = self.select(output)
         torch.ops.fastfs.tap(features, self.forward_anchor)
         if features.requires_grad:
@@ -181,18 +229,29 @@ class Around(Hook):
     and random states can only be seen from outside.
     """
 
-    def __init__(self, function: Callable[..., None], switch: Switch) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., None], switch: Switch, failed: Failed) -> None:
+        self.function = Guarded(function, failed)
         self.switch = switch
         self.outside = torch.compiler.disable(
-            functools.partial(function, traced=True),
+            functools.partial(self.function, traced=True),
             reason="a fastfs.Monitor was attached to this model before torch.compile(model, fullgraph=True), and the "
             "model's inputs cannot be seen from inside of the graph: attach it to the compiled model instead",
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if torch.compiler.is_exporting():
+            return
         if not torch.compiler.is_compiling():
-            if torch._C._get_tracing_state() is None:
+            if not _recorded():
                 self.function(*args, **kwargs)
         elif self.switch.on:
             self.outside(*args, **kwargs)
+
+
+def _recorded() -> bool:
+    """Whether torch.jit.trace, torch.fx or make_fx is recording what runs."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )

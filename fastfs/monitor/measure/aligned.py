@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfs.monitor.measure import reasons
+from fastfs.monitor.measure.incidence import Incidence
+from fastfs.monitor.measure.updates import MeasuredUpdate
 from fastfs.stats import ParameterStats
 
 __all__ = ["Aligned", "Incidence", "LossScale", "aligned"]
@@ -38,48 +41,47 @@ class LossScale:
 
 
 class Aligned:
-    """What one optimizer step did, per layer: float64 tensors (L,) on the device of the parameters.
+    """What one optimizer step did, per layer: tensors (L,) on the device of the parameters.
 
     Attributes:
-        decrease: D_l, in units of the loss; nan while the structure is not known.
+        decrease: D_l, in units of the loss, float64; nan where it is not known.
         parameter_norm, update_norm, gradient_norm: of the parameters between this layer and the watched ones before.
+        reason: int64, why the decrease is not known: a code of :mod:`fastfs.monitor.measure.reasons`, 0 where it is.
     """
 
-    __slots__ = ("decrease", "gradient_norm", "parameter_norm", "update_norm")
+    __slots__ = ("decrease", "gradient_norm", "parameter_norm", "reason", "update_norm")
 
-    def __init__(self, decrease: Tensor, parameter_norm: Tensor, update_norm: Tensor, gradient_norm: Tensor) -> None:
+    def __init__(
+        self, decrease: Tensor, parameter_norm: Tensor, update_norm: Tensor, gradient_norm: Tensor, reason: Tensor
+    ) -> None:
         self.decrease = decrease
         self.parameter_norm = parameter_norm
         self.update_norm = update_norm
         self.gradient_norm = gradient_norm
+        self.reason = reason
 
     @classmethod
     def unknown(cls, layers: int, device: torch.device) -> Aligned:
-        return cls(*(torch.full((layers,), torch.nan, dtype=torch.float64, device=device) for _ in range(4)))
+        """Of a step whose structure is not known."""
+        nothing = (torch.full((layers,), torch.nan, dtype=torch.float64, device=device) for _ in range(4))
+        return cls(*nothing, torch.full((layers,), reasons.STRUCTURE, dtype=torch.int64, device=device))
 
 
-class Incidence:
-    """Which parameters count for which layer, as matrices on the device."""
-
-    def __init__(self, upstream: Tensor, own: Tensor, device: torch.device) -> None:
-        def matrix(bits: Tensor) -> Tensor:
-            return bits.to(torch.float64).to(device, non_blocking=True)
-
-        self.upstream = matrix(upstream)
-        self.own = matrix(own)
-        # Without any parameter upstream nothing is known: the layer did not run, or is hidden from the graph.
-        self.known = self.upstream.any(dim=1)
-
-
-def aligned(stats: ParameterStats, incidence: Incidence, factor: Tensor) -> Aligned:
+def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor) -> Aligned:
     """Sums over parameters to sums over layers.
 
     Args:
-        stats: of every parameter, shape (P,).
+        found: what the step did to every parameter, shape (P,).
         incidence: of L layers and P parameters.
-        factor: what the gradients in ``stats`` have to be divided by.
+        factor: what the gradients have to be divided by.
     """
-    gradients = factor.square()
-    own = incidence.own @ torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / gradients], dim=1)
-    decrease = torch.where(incidence.known, -(incidence.upstream @ stats.dot) / factor, torch.nan)
-    return Aligned(decrease, *own.sqrt().unbind(dim=1))
+    stats = found.stats
+    own = incidence.own(torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / factor.square()], dim=1))
+    codes = torch.arange(1, len(reasons.REASONS), device=found.reason.device)
+    counts = (found.reason[:, None] == codes).to(torch.float64)
+    sums = incidence.upstream(torch.cat([stats.dot[:, None], counts], dim=1))
+    decrease = torch.where(incidence.known, -sums[:, 0] / factor, torch.nan)
+    first = torch.where(sums[:, 1:] > 0, codes, len(reasons.REASONS)).amin(dim=1)
+    reason = torch.where(first < len(reasons.REASONS), first, reasons.FINE)
+    reason = torch.where(incidence.known, reason, reasons.NOTHING)
+    return Aligned(decrease, *own.sqrt().unbind(dim=1), torch.where(decrease.isnan(), reason, reasons.FINE))

@@ -20,20 +20,45 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastfs.functional import update_stats
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.capture.replay import Replay
 from fastfs.monitor.capture.sampling import Kept, Sampler
+from fastfs.monitor.measure.row_reasons import NO_ROOM, NOT_RUN
 from fastfs.monitor.measure.sums import RowSums, Triple, from_direction, from_replay
-from fastfs.network.inputs import copy_arguments
+from fastfs.network.guard import Guard
+from fastfs.network.inputs import copy_arguments, tensors_in
 from fastfs.network.layers import Layer
-from fastfs.network.perturbed import Perturbed, interpolate, load_forward_mode, tangents
+from fastfs.network.outputs import strided
+from fastfs.network.perturbed import Perturbed, has_compiled, interpolate, load_forward_mode, tangents
 from fastfs.network.state import ForwardState
-from fastfs.network.structure import Edge, Structure, edge_of
+from fastfs.network.structure import Edge, Structure, analyse, edge_of
 from fastfs.stats import UpdateStats
 
-__all__ = ["MODES", "BatchMode", "JvpMode", "Probe", "ProbeMode"]
+__all__ = ["MODES", "BatchMode", "JvpMode", "Probe", "ProbeMode", "Seen"]
 
 MODES = ("batch", "probe", "jvp")
 
 Warn = Callable[[str, str], None]
+
+
+@dataclasses.dataclass
+class Seen:
+    """What second forwards have shown.
+
+    Attributes:
+        rows: of each pass, sums of rows.
+        coarsest: per layer, spacing at 1 of the coarsest numbers that it was computed with; None where it was not seen.
+        choices: integer results of top-k and argmax, of each pass.
+    """
+
+    rows: list[RowSums]
+    coarsest: list[float] | None
+    choices: list[list[Tensor]]
+
+    def add(self, rows: RowSums, replay: Replay) -> None:
+        self.rows.append(rows)
+        self.choices.append(replay.choices)
+        if replay.coarsest is not None:
+            self.coarsest = list(map(max, replay.coarsest, self.coarsest or replay.coarsest))
 
 
 class BatchMode:
@@ -52,13 +77,27 @@ class BatchMode:
         parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
         # Without the wrapper's collectives: the other ranks need not have a monitor.
         self._forward: nn.Module = model.module if isinstance(model, parallel) else model
+        self._compiled = has_compiled(model)  # its graphs are to run as they are
+        self.astray: set[int] = set()  # layers that a second forward has called in another way
         self._layers = layers
         self._capture = capture
         self._warn = warn
 
-    def measure(self, passes: Sequence[Pass]) -> list[RowSums]:
+    def clear(self) -> None:
+        """The step is over."""
+        self.astray = set()
+
+    def unmoved(self, passed: Pass) -> RowSums:
+        """Without a second forward: sums of the features and backward vectors alone."""
+        after = [
+            [(visit.shape, None if visit.before is None else visit.before.values) for visit in visits]
+            for visits in passed.visits
+        ]
+        return from_replay(self._triples(passed, after))
+
+    def measure(self, passes: Sequence[Pass]) -> Seen:
         """Sums of rows of every pass; the parameters are those after the step."""
-        return [from_replay(self._triples(p, self._capture.replay(p, self._forward))) for p in passes]
+        return self._see(passes, self._forward, guarded=not self._compiled)
 
     def amplified(
         self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor], kappa: Tensor
@@ -71,8 +110,10 @@ class BatchMode:
         below, above = interpolate(before, now, -kappa), interpolate(before, now, kappa)
         result: tuple[list[RowSums], list[RowSums], list[RowSums]] = ([], [], [])
         for passed in passes:
-            base = self._eager(passed, model, before) if model.compiled else None
-            minus, plus = (self._triples(passed, self._eager(passed, model, v), base) for v in (below, above))
+            base = self._replay(passed, _at(model, before)).after if model.compiled else None
+            minus, plus = (
+                self._triples(passed, self._replay(passed, _at(model, v)).after, base) for v in (below, above)
+            )
             central = [
                 [Triple(m.after, p.after, p.backward, p.total) for m, p in zip(*visits, strict=True)]
                 for visits in zip(minus, plus, strict=True)
@@ -81,9 +122,16 @@ class BatchMode:
                 sums.append(from_replay(triples))
         return result
 
-    def eager_difference(self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor]) -> list[RowSums]:
-        """Between the features of the training step and those of an eager forward with the same parameters."""
-        return [from_replay(self._triples(passed, self._eager(passed, model, before))) for passed in passes]
+    def eager(self, passes: Sequence[Pass], model: Perturbed, values: Sequence[Tensor]) -> Seen:
+        """Between the features of the training step and those of an eager forward with these parameters."""
+        return self._see(passes, _at(model, values))
+
+    def prove(self, passes: Sequence[Pass], model: Perturbed, values: Sequence[Tensor]) -> Seen:
+        """Before the step: the features of a second forward with the parameters of the first, against its own.
+
+        The second forward is the one that the measurement will be made with.
+        """
+        return self._see(passes, self._forward, guarded=not self._compiled)
 
     def in_float32(self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor]) -> list[RowSums]:
         """Sums of rows whose ``before_sq`` is that of a forward in float32; the other sums mean nothing."""
@@ -97,19 +145,27 @@ class BatchMode:
             assert passed.state is not None
             args, kwargs = tree_map(cast, (passed.args, passed.kwargs))
             exact = passed.with_(args, kwargs, passed.state.without_autocast(cast))
-            after = self._capture.replay(exact, lambda *args, **kwargs: model(values, *args, **kwargs))
+            after = self._replay(exact, _at(model, values), single=True).after
             triples = self._triples(exact, after)
             result.append(from_replay([[Triple(t.after, t.after, t.backward, t.total) for t in v] for v in triples]))
         return result
 
-    def _eager(self, passed: Pass, model: Perturbed, values: Sequence[Tensor]) -> Any:
-        return self._capture.replay(passed, lambda *args, **kwargs: model(values, *args, **kwargs))
+    def _replay(self, passed: Pass, forward: Callable[..., Any], **options: Any) -> Replay:
+        return self._capture.replayer.replay(passed, forward, **options)
+
+    def _see(self, passes: Sequence[Pass], forward: Callable[..., Any], **options: Any) -> Seen:
+        seen = Seen([], None, [])
+        for passed in passes:
+            replay = self._replay(passed, forward, **options)
+            seen.add(from_replay(self._triples(passed, replay.after)), replay)
+        return seen
 
     def _triples(self, passed: Pass, after: Any, base: Any = None) -> list[list[Triple]]:
         triples: list[list[Triple]] = []
         for layer, first, second in zip(self._layers, passed.visits, after, strict=True):
             triples.append([])
             if [visit.shape for visit in first] != [shape for shape, _ in second]:
+                self.astray.add(layer.index)
                 self._warn(
                     layer.name,
                     f"layer {layer.name!r} ran {len(first)} times in the forward and {len(second)} times in the second "
@@ -128,9 +184,22 @@ class BatchMode:
     def eager_structure(self, passed: Pass, model: Perturbed, values: Sequence[Tensor]) -> Structure | None:
         """From a forward of its own, where the training step's graph does not show it: with gradient, uncompiled."""
         assert passed.state is not None
-        return _structure(
-            self._capture, self._layers, passed.state, values, lambda v: model(v, *passed.args, **passed.kwargs)
+        edges: list[list[Edge | None]] = [[] for _ in self._layers]
+        leaves = [v.detach().requires_grad_(v.requires_grad) for v in values]
+        names = [str(index) for index in range(len(leaves))]
+
+        def run(_guard: Any) -> Structure | None:
+            output = model(leaves, *passed.args, **passed.kwargs)
+            outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+            return analyse(edges, outputs, leaves, names) if outputs else None
+
+        def sink(layer: Layer, features: Tensor) -> None:
+            edges[layer.index].append(edge_of(features))
+
+        found: Structure | None = self._capture.replayer.run(
+            passed.state, sink, run, grad=True, inputs=tensors_in((passed.args, passed.kwargs))
         )
+        return found
 
 
 class JvpMode(BatchMode):
@@ -142,9 +211,12 @@ class JvpMode(BatchMode):
         super().__init__(model, layers, capture, warn)
         load_forward_mode()
 
+    def prove(self, passes: Sequence[Pass], model: Perturbed, values: Sequence[Tensor]) -> Seen:
+        return self.eager(passes, model, values)
+
     def along(
         self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor]
-    ) -> list[RowSums]:
+    ) -> Seen:
         """Sums of rows of every pass.
 
         Args:
@@ -153,14 +225,12 @@ class JvpMode(BatchMode):
             before, now: parameters before and after the step.
         """
         directions = [n.detach() - b for b, n in zip(before, now, strict=True)]
-        result = []
+        seen = Seen([], None, [])
         for passed in passes:
             with model.duals(before, directions) as duals:
-                changes = self._capture.replay(
-                    passed, lambda *args, duals=duals, **kwargs: model(duals, *args, **kwargs), tangents
-                )
-            result.append(from_direction(self._triples(passed, changes)))
-        return result
+                replay = self._replay(passed, _at(model, duals), see=tangents)
+            seen.add(from_direction(self._triples(passed, replay.after)), replay)
+        return seen
 
 
 class Probe:
@@ -220,9 +290,13 @@ class ProbeMode:
         self._before: list[list[tuple[Kept, list[Tensor]]]] = []
         self._account: Pass | None = None
         self._gradients: list[Tensor | None] = []
+        self._roomless: set[int] = set()
+        self._called_with: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self.loss: Tensor | None = None
         self.structure: Structure | None = None
         self._flags: list[bool] = []  # which parameters had gradients in it
+        self.astray: set[int] = set()
+        self.coarsest: list[float] = []
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -237,33 +311,56 @@ class ProbeMode:
         self._account = account = self._capture.account()
         edges: list[list[Edge | None]] = [[] for _ in self._layers]
 
+        self.coarsest = [0.0] * len(self._layers)
+        watching: list[Guard] = []
+
         def sink(layer: Layer, features: Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # the recomputation of a checkpoint
                 return
+            for guard in watching:
+                self.coarsest[layer.index] = guard.coarsest
             kept = self._capture.keep(account, features)
             if kept is None:
+                self._roomless.add(layer.index)
                 return
             arrived: list[Tensor] = []
             self._before[layer.index].append((kept, arrived))
             edges[layer.index].append(edge_of(features))
             if features.requires_grad:  # a tensor hook, since a following operation may work in place
-                features.register_hook(lambda b: arrived.append(self._sampler.keep(b, kept.values.shape[0]).values))
+                features.register_hook(
+                    lambda b: arrived.append(self._sampler.keep(strided(b), kept.values.shape[0]).values)
+                )
 
         def run(model: nn.Module) -> None:
-            loss = self._probe.loss(model(*self._probe.args, **self._probe.kwargs))
+            args, kwargs = self._called_with
+            loss = self._probe.loss(model(*args, **kwargs))
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise TypeError(f"probe: expected a loss that gives a scalar tensor, got {loss!r}")
             flags = [p.requires_grad for p in parameters]
             if self.structure is None or flags != self._flags:
                 self._flags = flags
-                self.structure = self._capture.analyse(edges, [loss], leaves)
+                self.structure = analyse(edges, [loss], leaves, [str(index) for index in range(len(leaves))])
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
             self._gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
             self.loss = loss.detach().to(torch.float64).reshape(())
 
-        with self._capture.into(sink), state.applied(grad=True), torch.enable_grad():
+        def forward(guard: Guard | None) -> None:
+            watching.extend([] if guard is None else [guard])
             perturbed.within(leaves, run)
+
+        args, kwargs = self._inputs()
+        self._called_with = args, kwargs
+        self._capture.replayer.run(state, sink, forward, grad=True, allowed=tensors_in((args, kwargs)))
+
+    def prove(self, perturbed: Perturbed, parameters: Sequence[Tensor]) -> RowSums:
+        """Before the step: the features of a second forward on the probe against those of the first."""
+        return self.measure(perturbed, parameters)
+
+    def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Copies, which the forward may write to."""
+        args, kwargs = copy_arguments((self._probe.args, self._probe.kwargs), Tensor.clone)
+        return args, kwargs
 
     def measure(self, perturbed: Perturbed, parameters: Sequence[Tensor]) -> RowSums:
         """Sums of rows of the probe; the parameters are those after the step."""
@@ -273,11 +370,16 @@ class ProbeMode:
             if len(after[layer.index]) == len(self._before[layer.index]):  # no room for its rows
                 return
             kept, _ = self._before[layer.index][len(after[layer.index])]
-            after[layer.index].append(self._sampler.keep(features, kept.values.shape[0]).values)
+            after[layer.index].append(self._sampler.keep(strided(features), kept.values.shape[0]).values)
 
         values = [self._probe.cast(p.detach()) for p in parameters]
-        with self._capture.into(sink), self._fixed_state().applied():
-            perturbed(values, *self._probe.args, **self._probe.kwargs)
+        args, kwargs = self._inputs()
+        self._capture.replayer.run(
+            self._fixed_state(),
+            sink,
+            lambda _guard: perturbed(values, *args, **kwargs),
+            allowed=tensors_in((args, kwargs)),
+        )
         triples = [
             [
                 Triple(kept.values, rows, arrived[0], kept.total)
@@ -287,6 +389,13 @@ class ProbeMode:
             for visits, found in zip(self._before, after, strict=True)
         ]
         return from_replay(triples)
+
+    def absent(self) -> list[int]:
+        """Per layer why it has no rows in the probe; 0 where it has."""
+        return [
+            0 if visits else NO_ROOM if layer.index in self._roomless else NOT_RUN
+            for layer, visits in zip(self._layers, self._before, strict=True)
+        ]
 
     def updates(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[UpdateStats, list[int]]:
         """<g, dw> with the gradients of the probe, and which parameters they are of."""
@@ -298,6 +407,8 @@ class ProbeMode:
 
     def clear(self) -> None:
         self._before, self._gradients, self.loss, self._account = [], [], None, None
+        self._called_with = (), {}
+        self._roomless = set()
 
     def _fixed_state(self) -> ForwardState:
         """The model's buffers and modes of now, with the same random numbers at every measured step."""
@@ -308,16 +419,6 @@ class ProbeMode:
         return state if self._probe.dtype is None else state.without_autocast(self._probe.cast)
 
 
-def _structure(
-    capture: Capture,
-    layers: Sequence[Layer],
-    state: ForwardState,
-    values: Sequence[Tensor],
-    forward: Callable[[Sequence[Tensor]], Any],
-) -> Structure | None:
-    edges: list[list[Edge | None]] = [[] for _ in layers]
-    leaves = [v.detach().requires_grad_(v.requires_grad) for v in values]
-    with capture.into(lambda layer, x: edges[layer.index].append(edge_of(x))), state.applied(grad=True):
-        output = forward(leaves)
-        outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
-        return capture.analyse(edges, outputs, leaves) if outputs else None
+def _at(model: Perturbed, values: Sequence[Tensor]) -> Callable[..., Any]:
+    """The model's forward with these values of its parameters."""
+    return lambda *args, **kwargs: model(values, *args, **kwargs)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["CHANGED", "EMPTY", "FINE", "MOVED", "NOT_THE_UPDATE", "REASONS", "REWRITTEN", "SETTINGS", "UNSEEN"]
+__all__ = [
+    "CHANGED",
+    "EMPTY",
+    "FINE",
+    "MOVED",
+    "NOTHING",
+    "NOT_THE_UPDATE",
+    "REASONS",
+    "REWRITTEN",
+    "SETTINGS",
+    "STRUCTURE",
+    "UNSEEN",
+]
 
-FINE, NOT_THE_UPDATE, SETTINGS, REWRITTEN, CHANGED, EMPTY, UNSEEN, MOVED = range(8)
+FINE, NOT_THE_UPDATE, SETTINGS, REWRITTEN, CHANGED, EMPTY, UNSEEN, MOVED, STRUCTURE, NOTHING = range(10)
 
 REASONS: tuple[str, ...] = (
     "",
@@ -15,5 +27,7 @@ REASONS: tuple[str, ...] = (
     "gradients were changed between backward and step; by which factor is not known, since all that was looked at is zero",
     "gradients came from elsewhere than a backward that was seen",
     "parameters moved between the begin of the step and the evaluation of its closure",
+    "no measured step has run the same parts of the model: which parameters are upstream is not known",
+    "no parameter is known to be upstream: the layer did not run, or the graph hides it",
 )
 """A sentence per code."""

@@ -46,15 +46,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fastfs.monitor.measure import row_reasons as reasons
 from fastfs.monitor.measure.kappa import TARGET
 from fastfs.stats import FeatureStats
 
-__all__ = [
-    "REASONS",
-    "Probe",
-    "Trusted",
-    "judge",
-]
+__all__ = ["Probe", "Trusted", "curvature", "judge", "judge_tangent", "refuse", "refuse_codes", "rounding_of"]
 
 TOLERANCE = 0.02
 WORST_BELOW = 0.15  # of q, in the layers below
@@ -77,26 +73,6 @@ _DIRECTIONS = 64.0
 _BACKWARD = 10.0
 # Precisions of this spacing and finer leave the Jacobian as it is: a residual is then curvature.
 _SINGLE = 2.0**-20
-
-REASONS: tuple[str | None, ...] = (
-    None,
-    "values that are not finite",
-    "no update of the features",
-    "no backward vector",
-    "rounding noise",
-    "amplified beyond the linear range",
-    "rounding noise in a layer below",
-    "the feature speed formula does not hold: rounding has changed the Jacobian",
-    "the angle is too small for this precision",
-    "rounding is biased: the features differ from those in float32",
-    "torch.compile has other random numbers than the eager forward that this mode needs",
-    "a micro-batch of the step was left out",
-    "parameters were written to between the forward and the step",
-)
-_OK, _NONFINITE, _NO_UPDATE, _NO_BACKWARD, _NOISE, _NONLINEAR, _BELOW, _JACOBIAN, _SMALL_ANGLE, _BIASED = range(10)
-OTHER_MASKS, LEFT_OUT, WRITTEN = 10, 11, 12
-"""Codes for :func:`refuse`."""
-
 
 @dataclass(frozen=True)
 class Probe:
@@ -126,7 +102,8 @@ class Trusted:
         norm_error: estimated relative error of |df|.
         angle_error: estimated relative error of the angle.
         valid: both are at most 0.02, and nothing else speaks against it.
-        reason: int64, why not: index into :data:`REASONS`, 0 where valid.
+        around: measured around the parameters of the first forward, not as a difference from its features.
+        reason: int64, why not: index into :data:`fastfs.monitor.measure.row_reasons.REASONS`, 0 where valid.
     """
 
     stats: FeatureStats
@@ -135,6 +112,7 @@ class Trusted:
     angle_error: Tensor
     valid: Tensor
     reason: Tensor
+    around: Tensor
 
 
 def judge(
@@ -173,8 +151,7 @@ def judge(
     before_sq = plain.before_sq
     if depth is None:
         depth = torch.arange(len(plain), dtype=torch.float64, device=plain.device)
-    roundings = (_AT_FIRST + _PER_LAYER * depth) * torch.where(eps < _SINGLE, _ACCUMULATED, 1.0)
-    guessed = 6 * roundings * (_ROUNDING * eps).square() * before_sq
+    guessed = 6 * rounding_of(eps, depth) * before_sq
     guessed = torch.maximum(guessed, 3 * plain.rounding_sq)  # in the measure of a second difference
     if probe is None:
         estimate = _plain(plain, guessed)
@@ -195,18 +172,20 @@ def judge(
     angle_error = _angle_error(stats.cos_angle, norm_error, backward_error)
 
     conditions = (
-        (_BIASED, ~(bias <= BIAS) | ~(norm_error <= TOLERANCE)),
-        (_SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
-        (_JACOBIAN, residual_large & (eps > _SINGLE)),
-        (_BELOW, worst > WORST_BELOW),
-        (_NONLINEAR, ~(estimate.error <= TOLERANCE)),
-        (_NOISE, ~(estimate.noise_error <= TOLERANCE) | ~(stats.update_sq > 0)),
-        (_NO_BACKWARD, ~(stats.backward_sq > 0)),
-        (_NO_UPDATE, plain.update_sq <= 0 if probe is None else probe.central.update_sq <= 0),
-        (_NONFINITE, ~finite),
+        (reasons.BIASED, ~(bias <= BIAS) | ~(norm_error <= TOLERANCE)),
+        (reasons.SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
+        (reasons.JACOBIAN, residual_large & (eps > _SINGLE)),
+        (reasons.BELOW, worst > WORST_BELOW),
+        (reasons.NONLINEAR, ~(estimate.error <= TOLERANCE)),
+        (reasons.NOISE, ~(estimate.noise_error <= TOLERANCE) | ~(stats.update_sq > 0)),
+        (reasons.NO_BACKWARD, ~(stats.backward_sq > 0)),
+        (reasons.NO_UPDATE, plain.update_sq <= 0 if probe is None else probe.central.update_sq <= 0),
+        (reasons.NONFINITE, ~finite),
     )
     reason = _most_telling(stats, conditions)
-    return Trusted(stats, estimate.amplified, norm_error, angle_error, reason == _OK, reason)
+    return Trusted(
+        stats, estimate.amplified, norm_error, angle_error, reason == reasons.OK, reason, estimate.amplified
+    )
 
 
 def judge_tangent(
@@ -225,19 +204,37 @@ def judge_tangent(
     error = zero + (_BACKWARD * _ROUNDING * eps).square() / 2
     angle_error = _angle_error(stats.cos_angle, zero, error)
     conditions = (
-        (_SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
-        (_JACOBIAN, large.expand(stats.shape)),  # of any precision: first order is what the formula is about
-        (_NO_BACKWARD, ~(stats.backward_sq > 0)),
-        (_NO_UPDATE, ~(stats.update_sq > 0)),
-        (_NONFINITE, ~finite),
+        (reasons.SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
+        (reasons.JACOBIAN, large.expand(stats.shape)),  # of any precision: first order is what the formula is about
+        (reasons.NO_BACKWARD, ~(stats.backward_sq > 0)),
+        (reasons.NO_UPDATE, ~(stats.update_sq > 0)),
+        (reasons.NONFINITE, ~finite),
     )
     reason = _most_telling(stats, conditions)
-    return Trusted(stats, zero > 0, error, angle_error, reason == _OK, reason)
+    return Trusted(stats, zero > 0, error, angle_error, reason == reasons.OK, reason, torch.ones_like(zero) > 0)
+
+
+def rounding_of(eps: Tensor, depth: Tensor) -> Tensor:
+    """Variance of the rounding noise in features relative to their square, at most, by precision and depth: (L,)."""
+    roundings = (_AT_FIRST + _PER_LAYER * depth) * torch.where(eps < _SINGLE, _ACCUMULATED, 1.0)
+    return roundings * (_ROUNDING * eps).square()
+
+
+def curvature(probe: Probe) -> Tensor:
+    """Second-order part of the update relative to its first-order part, at most (rounding noise counts in): (L,)."""
+    kappa = probe.kappa.to(torch.float64)
+    return (_second_difference(probe) / probe.central.update_sq).sqrt() / kappa
 
 
 def refuse(trusted: Trusted, code: int, where: Tensor) -> Trusted:
-    """Not valid where ``where`` holds, for the reason ``code``, an index into :data:`REASONS`."""
+    """Not valid where ``where`` holds, for a reason of :data:`fastfs.monitor.measure.row_reasons.REASONS`."""
     return replace(trusted, valid=trusted.valid & ~where, reason=torch.where(where, code, trusted.reason))
+
+
+def refuse_codes(trusted: Trusted, codes: Tensor) -> Trusted:
+    """The same with a reason for each layer; 0 for none."""
+    given = codes > 0
+    return replace(trusted, valid=trusted.valid & ~given, reason=torch.where(given, codes, trusted.reason))
 
 
 @dataclass(frozen=True)
@@ -351,7 +348,7 @@ def _residual(
 
 def _most_telling(stats: FeatureStats, conditions: Sequence[tuple[int, Tensor]]) -> Tensor:
     """The last code that holds, per layer; 0 where none does."""
-    reason = torch.full(stats.shape, _OK, dtype=torch.int64, device=stats.device)
+    reason = torch.full(stats.shape, reasons.OK, dtype=torch.int64, device=stats.device)
     for code, holds in conditions:
         reason = torch.where(holds, code, reason)
     return reason

@@ -10,7 +10,9 @@ from torch import Tensor
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.measure import trust
 from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
+from fastfs.monitor.measure.row_reasons import OTHER_MASKS
 from fastfs.monitor.measure.sums import LayerSums
+from fastfs.network.precision import SINGLE, coarseness, product_coarseness
 from fastfs.network.structure import Structure
 from fastfs.stats import FeatureStats, ParameterStats
 
@@ -39,51 +41,47 @@ class Judge:
 
     def __init__(self, parameters: Sequence[Tensor], device: torch.device) -> None:
         dtypes = {p.dtype for p in parameters if p.is_floating_point()}
-        self._parameter_eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
+        self._parameter_eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=SINGLE)
         self._device = device
         self.kappa: Tensor | None = None
 
-    def plain(
-        self, found: LayerSums, passes: Sequence[Pass], structure: Structure | None, dtype: torch.dtype | None = None
-    ) -> trust.Trusted:
-        """Of a replay alone; ``dtype`` is what a probe was computed in."""
-        eps = self._eps(len(found.rows), passes, dtype)
-        return trust.judge(found.stats, eps=eps, depth=self._depth(structure, len(found.rows)))
+    def plain(self, found: LayerSums, eps: Tensor, depth: Tensor) -> trust.Trusted:
+        """Of a replay alone; ``eps`` and ``depth`` of the layers as for :func:`trust.judge`."""
+        return trust.judge(found.stats, eps=eps, depth=depth)
 
     def amplified(
         self,
         found: LayerSums,
-        passes: Sequence[Pass],
-        structure: Structure | None,
+        eps: Tensor,
+        depth: Tensor,
+        coarsest: float,
         updates: ParameterStats,
         decrease: Tensor,
         probe: Callable[[Tensor], Amplified],
         exact: Callable[[], FeatureStats],
-    ) -> tuple[trust.Trusted, LayerSums]:
+    ) -> tuple[trust.Trusted, LayerSums, Tensor]:
         """With the central amplified probe, at an amplification that fits what the last one saw.
 
         Args:
             found: the plain replay.
-            passes: what was captured.
-            structure: of the model.
+            eps, depth: of the layers as for :func:`trust.judge`.
+            coarsest: the largest of ``eps``, on the host.
             updates: of the parameters.
             decrease: aligned decrease in the scale of the backward vectors, nan for a layer that is no cut.
             probe: measures at a given amplification.
             exact: features of a float32 forward; asked only where the precision is below that.
 
         Returns:
-            The verdict, and the plain replay with the standard errors and quantiles of the probe.
+            The verdict; the plain replay with the standard errors and quantiles of the probe; and the curvature of the
+            step: what is of second order in the update, relative to the first, at most, float64 (L,).
         """
-        eps = self._eps(len(found.rows), passes, None)
-        depth = self._depth(structure, len(found.rows))
-        target = target_for(self._coarsest(passes, None))
+        target = target_for(coarsest)
         largest = largest_kappa(self._parameter_eps)
-        coarse = self._coarsest(passes, None) > torch.finfo(torch.float32).eps
-        before_sq = exact().before_sq if coarse else None
+        before_sq = exact().before_sq if coarsest > SINGLE else None
         rounds = 1
         if self.kappa is None:
             rounds = _FIRST_ROUNDS
-            norms = updates.update_norm, updates.parameter_norm
+            norms = updates.update_norm.nan_to_num(0.0), updates.parameter_norm
             self.kappa = first_kappa(*norms, target).clamp_max(largest)
         for _ in range(rounds):
             kappa = self.kappa
@@ -99,13 +97,11 @@ class Judge:
                 dot_se=sums.central.dot_se,
             )
             self.kappa = choose_kappa(kappa, verdict.stats.relative_update, target, largest)
-        return verdict, sums.central.in_place_of(found, 1 / (2 * kappa))
+        return verdict, sums.central.in_place_of(found, 1 / (2 * kappa)), trust.curvature(parts)
 
-    def tangent(self, found: LayerSums, passes: Sequence[Pass], decrease: Tensor) -> trust.Trusted:
+    def tangent(self, found: LayerSums, eps: Tensor, decrease: Tensor) -> trust.Trusted:
         """Of the first-order update, which has no rounding noise but that of the derivative itself."""
-        return trust.judge_tangent(
-            found.stats, eps=self._eps(len(found.rows), passes, None), aligned_decrease=decrease, dot_se=found.dot_se
-        )
+        return trust.judge_tangent(found.stats, eps=eps, aligned_decrease=decrease, dot_se=found.dot_se)
 
     @staticmethod
     def same_function(verdict: trust.Trusted, difference: FeatureStats) -> trust.Trusted:
@@ -113,32 +109,34 @@ class Judge:
 
         torch.compile draws other random numbers than eager execution: backward vectors are then of other dropout masks.
         """
-        return trust.refuse(verdict, trust.OTHER_MASKS, ~(difference.relative_update <= _OTHER_FUNCTION))
+        return trust.refuse(verdict, OTHER_MASKS, ~(difference.relative_update <= _OTHER_FUNCTION))
 
-    def _eps(self, layers: int, passes: Sequence[Pass], dtype: torch.dtype | None) -> Tensor:
-        """The coarsest precision that each layer's features go through."""
-        common = self._coarsest(passes, dtype)
-        eps = [common] * layers
+    def precision(self, layers: int, passes: Sequence[Pass], seen: list[float] | None) -> list[float]:
+        """Spacing at 1 of the coarsest numbers that each layer's features come from.
+
+        Args:
+            layers: how many.
+            passes: what was captured.
+            seen: what the second forwards computed with; None where compiled graphs hide it. Then parameters and
+                autocast around the model tell.
+        """
+        if seen is None:
+            common = self._parameter_eps
+            for passed in passes:
+                if passed.state is not None:
+                    enabled = [kind for on, kind in passed.state.autocast.values() if on]
+                    common = max([common, *map(coarseness, enabled)])
+            products = [product_coarseness(kind, self._device.type) for kind in ("matmul", "conv")]
+            seen = [max(common, *products) if common > torch.finfo(torch.float64).eps else common] * layers
+        found = list(seen)
         for passed in passes:
             for index, visits in enumerate(passed.visits):
                 for visit in visits:
                     if visit.before is not None:
-                        eps[index] = max(eps[index], torch.finfo(visit.before.values.dtype).eps)
-        return torch.tensor(eps, dtype=torch.float64).to(self._device, non_blocking=True)
+                        found[index] = max(found[index], coarseness(visit.before.values.dtype))
+        return found
 
-    def _coarsest(self, passes: Sequence[Pass], dtype: torch.dtype | None) -> float:
-        if dtype is None:
-            found = self._parameter_eps
-            for passed in passes:
-                if passed.state is not None:
-                    enabled = [kind for on, kind in passed.state.autocast.values() if on]
-                    found = max([found, *(torch.finfo(kind).eps for kind in enabled)])
-        else:
-            found = torch.finfo(dtype).eps
-        tf32 = self._device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision != "ieee"
-        return max(found, 2.0**-10) if tf32 and found < 2.0**-10 and found > 2.0**-30 else found
-
-    def _depth(self, structure: Structure | None, layers: int) -> Tensor:
+    def depth(self, structure: Structure | None, layers: int) -> Tensor:
         """Layers before each watched one: matrices upstream of it, where that is known."""
         depth = torch.arange(layers, dtype=torch.float64)
         if structure is not None:

@@ -6,6 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastfs.monitor.record.schema import (
+    BOOLEANS,
+    COLUMNS,
+    INTEGERS,
+    QUANTITIES,
+    SCALARS,
+    SCHEMA,
+    STRINGS,
+    TABLED,
+    row_names,
+)
+
 __all__ = [
     "BOOLEANS",
     "COLUMNS",
@@ -20,51 +32,6 @@ __all__ = [
     "as_rows",
     "row_names",
 ]
-
-SCHEMA = 2
-"""Version of the record's format: raised when a column changes its meaning or goes."""
-
-TABLED = ("measured", "predicted")
-"""Kinds of records that become rows of a table."""
-
-QUANTITIES = (
-    "angle",
-    "cos_angle",
-    "update_rms",
-    "relative_update",
-    "feature_rms",
-    "backward_rms",
-    "radial_update",
-    "tangential_update",
-    "noise_floor",
-)
-"""Columns that come from :class:`fastfs.FeatureStats`, under the names that they have there."""
-
-COLUMNS = (
-    *QUANTITIES,
-    "valid",
-    "why",
-    "method",
-    "nonfinite",
-    "count",
-    "rows",
-    "angle_se",
-    "update_rms_se",
-    "residual_se",
-    "aligned_decrease",
-    "residual",
-    "parameter_norm",
-    "parameter_update_norm",
-    "gradient_norm",
-)
-"""Columns with a number for each layer and group, in the order of a table. A record may have others (quantiles)."""
-
-SCALARS = ("loss", "micro_batches", "overhead_seconds", "loss_scale")
-"""One number for a whole record."""
-
-BOOLEANS = ("valid",)
-INTEGERS = ("nonfinite", "count", "rows", "micro_batches")
-STRINGS = ("why", "method")
 
 Scalar = float | int | str | None
 
@@ -91,12 +58,6 @@ class Record:
     def size(self) -> int:
         """Number of values, for bounds on memory."""
         return 8 + len(self.scalars) + sum(map(len, self.columns.values()))
-
-
-def row_names(header: Mapping[str, Any]) -> tuple[list[str], int]:
-    """Names of the layers and then of the groups, and how many are layers."""
-    layers = list(header.get("layers", ()))
-    return layers + list(header.get("groups") or ()), len(layers)
 
 
 def as_line(record: Record, run: str) -> dict[str, Any]:

@@ -1,0 +1,74 @@
+"""One row of the table: what is picked, and what a forward and a backward say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfs.network.layers import AUTO, parameter_names, select_layers
+from fastfs.network.outputs import first_floating
+from fastfs.network.structure import Edge, analyse, edge_of
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The layers of one model.
+
+    Attributes:
+        names: of the layers.
+        ran: how many ran in a forward.
+        reached: how many have a gradient other than zero.
+        cuts: how many are cuts.
+        reason: why others are none, of the first.
+    """
+
+    names: tuple[str, ...]
+    ran: int
+    reached: int
+    cuts: int
+    reason: str | None
+
+
+def pick(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Picked:
+    """What ``layers="auto"`` picks, and what one forward and backward say of it."""
+    layers = select_layers(model, AUTO)
+    edges: list[list[Edge | None]] = [[] for _ in layers]
+    gradients = [0.0 for _ in layers]
+
+    def seen(index: int, output: Any) -> None:
+        features = first_floating(output)
+        if features is None:
+            raise TypeError(f"layer {layers[index].name!r} gives no floating-point tensor")
+        edges[index].append(edge_of(features))
+        if features.requires_grad:
+            features.register_hook(lambda g: gradients.__setitem__(index, gradients[index] + float(g.abs().sum())))
+
+    for layer in layers:
+        layer.module.register_forward_hook(lambda _m, _a, output, index=layer.index: seen(index, output))
+    output = call(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    structure = analyse(edges, [output], trained, list(parameter_names(model, trained)))
+    output.backward()
+    reasons = [reason for reason in structure.reason if reason is not None]
+    return Picked(
+        names=tuple(layer.name for layer in layers),
+        ran=sum(bool(visits) for visits in edges),
+        reached=sum(gradient > 0 for gradient in gradients),
+        cuts=sum(structure.cut),
+        reason=reasons[0] if reasons else None,
+    )
+
+
+def fresh(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]) -> Picked:
+    """The same of a model that is built here, with fixed random numbers."""
+    torch.manual_seed(0)
+    model, call = build()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1 and not isinstance(p, nn.UninitializedParameter) and not p.any():
+                p.normal_(std=0.02)  # a head that starts at zero lets no gradient through
+    return pick(model.train(), call)

@@ -1,0 +1,227 @@
+"""Forwards of the monitor's own: in the state of a training forward, guarded, with everything put back afterwards."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfs.monitor.capture import taps
+from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.capture.sampling import Sampler
+from fastfs.network.guard import Guard, HostCopies, WriteError
+from fastfs.network.inputs import copy_arguments, tensors_in
+from fastfs.network.journal import Journal
+from fastfs.network.layers import Layer
+from fastfs.network.outputs import strided
+from fastfs.network.state import ForwardState
+
+__all__ = ["Replay", "Replayer", "Sink"]
+
+Sink = Callable[[Layer, Tensor], None]
+"""Takes the features of a layer in a forward of the monitor's own."""
+
+_NEEDS_GRAPH = ("does not require grad", "does not have a grad_fn", "appears to not have been used in the graph")
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a second forward gave.
+
+    Attributes:
+        after: per layer and visit the shape of the features, and the rows of them that the visit has kept.
+        coarsest: per layer, spacing at 1 of the coarsest numbers computed with so far; None where it was not seen.
+        choices: integer results of top-k and argmax, in order.
+    """
+
+    after: list[list[tuple[torch.Size, Tensor | None]]]
+    coarsest: list[float] | None
+    choices: list[Tensor]
+
+
+class Replayer:
+    """Runs forwards of the monitor's own.
+
+    Args:
+        layers: the watched layers.
+        switch: of the taps.
+        sampler: which rows are kept.
+        owned: gives the tensors that training owns: parameters, their gradients, the optimizers' state.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], switch: taps.Switch, sampler: Sampler, owned: Callable[[], Iterable[Tensor]]
+    ) -> None:
+        self.journal = Journal()
+        self.sink: Sink | None = None  # not None: such a forward runs
+        self.parameters: Sequence[Tensor] = ()  # trained ones; gradients and flags are put back
+        self._layers = tuple(layers)
+        self._switch = switch
+        self._sampler = sampler
+        self._owned = owned
+        self._with_graph = False  # the forward takes derivatives of its own with respect to its inputs
+
+    def recover(self) -> None:
+        """Put back what an interrupt has left changed."""
+        if self.journal.pending:
+            self.journal.restore()
+
+    def stale(self) -> bool:
+        """Whether a forward of ours seems to run but none does: an interrupt has ended it."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is Replayer.run.__code__ and frame.f_locals.get("self") is self:
+                return False
+            frame = frame.f_back  # type: ignore[assignment]
+        return True
+
+    def run(
+        self,
+        state: ForwardState,
+        sink: Sink,
+        forward: Callable[[Guard | None], Any],
+        *,
+        grad: bool = False,
+        guarded: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Run a forward of the monitor's own.
+
+        Args:
+            state: that it is to find.
+            sink: takes the features of the watched layers in it.
+            forward: called with the guard.
+            grad: record gradients.
+            guarded: by a :class:`Guard`. Not where compiled graphs are to run as they are.
+            options: of the guard.
+
+        Returns:
+            What ``forward`` gives.
+        """
+        with OwnForward(self, state, sink, grad, guarded, options) as guard:
+            return forward(guard)
+
+    def replay(
+        self,
+        passed: Pass,
+        forward: Callable[..., Any],
+        see: Callable[[Tensor], Tensor] = Tensor.detach,
+        *,
+        guarded: bool = True,
+        single: bool = False,
+    ) -> Replay:
+        """A second forward on the same inputs and in the same state.
+
+        Args:
+            passed: of which forward.
+            forward: called with its arguments; the model, or the model at other parameters.
+            see: what of the features to take.
+            guarded: watched operation by operation.
+            single: compute in float32 what the model computes in 16 bits.
+
+        Raises:
+            WriteError: the forward wants to write to what is not its own; nothing has been changed.
+        """
+        while True:
+            try:
+                return self._replay(passed, forward, see, guarded, single)
+            except WriteError as error:
+                if not error.inputs or passed.writes_inputs:
+                    raise
+                passed.writes_inputs = True
+            except RuntimeError as error:
+                if self._with_graph or not any(text in str(error) for text in _NEEDS_GRAPH):
+                    raise
+                self._with_graph = True
+
+    def _replay(
+        self,
+        passed: Pass,
+        forward: Callable[..., Any],
+        see: Callable[[Tensor], Tensor],
+        guarded: bool,
+        single: bool,
+    ) -> Replay:
+        assert passed.state is not None
+        after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
+        coarsest = [0.0] * len(self._layers)
+        watching: list[Guard] = []
+
+        def sink(layer: Layer, features: Tensor) -> None:
+            number = len(after[layer.index])
+            visits = passed.visits[layer.index]
+            before = visits[number].before if number < len(visits) else None
+            rows = None
+            if before is not None and features.shape == visits[number].shape:
+                # Copied, like the features before: a following operation may work in place.
+                rows = self._sampler.keep(see(strided(features)), before.values.shape[0]).values
+            after[layer.index].append((features.shape, rows))
+            for guard in watching:
+                coarsest[layer.index] = guard.coarsest
+
+        args, kwargs = passed.args, passed.kwargs
+        renewed = passed.writes_inputs or self._with_graph
+        if renewed:
+            with torch.set_grad_enabled(self._with_graph):  # clones of leaves are none: they may be written to
+                args, kwargs = copy_arguments((args, kwargs), Tensor.clone)
+        copies = tensors_in((args, kwargs))
+        options = {"allowed": copies} if renewed else {"inputs": copies}
+
+        def run(guard: Guard | None) -> None:
+            watching.extend([] if guard is None else [guard])
+            forward(*args, **kwargs)
+
+        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, **options)
+        if not watching:
+            return Replay(after, None, [])
+        return Replay(after, coarsest, watching[0].choices)
+
+
+class OwnForward:
+    """See :meth:`Replayer.run`; a class, since an interrupt may leave a generator to be closed much later."""
+
+    def __init__(
+        self,
+        replayer: Replayer,
+        state: ForwardState,
+        sink: Sink,
+        grad: bool,
+        guarded: bool,
+        options: dict[str, Any],
+    ) -> None:
+        self._replayer = replayer
+        self._applied = state.applied(replayer.journal, grad=grad, parameters=replayer.parameters)
+        self._sink = sink
+        self._guarded = guarded
+        self._options = options
+
+    def __enter__(self) -> Guard | None:
+        replayer, switch = self._replayer, self._replayer._switch
+        copies = self._applied.__enter__()
+        level = switch.level
+
+        def forget() -> None:
+            replayer.sink, switch.level = None, level
+
+        replayer.journal.note(forget)
+        replayer.sink, switch.level = self._sink, taps.EVERYTHING
+        # Without gradient a reentrant checkpoint has nothing to do, and says so.
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
+        if not self._guarded:
+            return None
+        allowed = [*copies, *self._options.pop("allowed", ())]
+        guard = Guard(replayer.journal, allowed, protected=replayer._owned, **self._options)
+        guard.__enter__()  # it leaves with the settings that the journal restores
+        HostCopies(guard).__enter__()
+        return guard
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._applied.__exit__(kind, error, trace)

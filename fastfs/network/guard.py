@@ -1,0 +1,223 @@
+"""Looks at every operation of a forward of fastfs's own: no write to anything that training owns gets through.
+
+A dispatch mode sees each operation before it runs, with a schema that says what it writes to. A write is let through
+only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an operation
+- assignments to attributes, ``.data`` and ``.grad``, flags - is put back by :mod:`fastfs.network.belongings`.
+
+On the way the guard notes in which precision the forward computes, whoever switched it on, which integer choices it makes
+(top-k, argmax), and the states of generators that are not known from elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastfs.network.journal import Journal
+from fastfs.network.precision import coarseness, product_coarseness
+
+__all__ = ["Guard", "HostCopies", "WriteError", "storages"]
+
+_CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
+_HALVES = (torch.float16, torch.bfloat16)
+# Their schemas do not say that training mode writes to the running statistics.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+_PRODUCTS = (
+    "mm addmm bmm baddbmm addbmm mv addmv dot linear matmul _scaled_mm _grouped_mm _scaled_dot_product_attention_math "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+).split()
+_CONVOLUTIONS = "convolution _convolution convolution_overrideable cudnn_convolution conv2d conv1d conv3d".split()
+_RECURRENT = "_cudnn_rnn _thnn_fused_lstm_cell mkldnn_rnn_layer".split()
+_KINDS = {
+    **dict.fromkeys((f"aten::{name}" for name in _PRODUCTS), "matmul"),
+    **dict.fromkeys((f"aten::{name}" for name in _CONVOLUTIONS), "conv"),
+    **dict.fromkeys((f"aten::{name}" for name in _RECURRENT), "rnn"),
+}
+
+
+class WriteError(RuntimeError):
+    """A forward wants to write to memory that it may not change. ``inputs``: to a copy of its inputs, which can be renewed."""
+
+    def __init__(self, operation: str, inputs: bool) -> None:
+        super().__init__(f"the forward writes to a tensor that is not its own ({operation})")
+        self.inputs = inputs
+
+
+class _Plan(NamedTuple):
+    """What there is to do at an operation."""
+
+    writes: tuple[tuple[int, str], ...]  # positions and names of arguments that are written to
+    fresh: bool  # whether its outputs may be memory of their own
+    choice: bool
+    kind: str | None  # of a product, whose precision has a setting of its own
+
+
+class Guard(TorchDispatchMode):
+    """The mode; for one forward.
+
+    Args:
+        journal: where states of generators are noted that the forward takes numbers from.
+        allowed: tensors that may be written to.
+        inputs: copies of the forward's inputs.
+        protected: gives the tensors that training owns; asked only about writes by code that manages memory of its own
+            (compiled graphs, sharding).
+        single: compute in float32 what the model would compute in 16 bits.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        journal: Journal,
+        allowed: Iterable[Tensor],
+        inputs: Iterable[Tensor] = (),
+        protected: Callable[[], Iterable[Tensor]] = tuple,
+        *,
+        single: bool = False,
+    ) -> None:
+        super().__init__()
+        self.coarsest = 0.0  # spacing at 1 of the coarsest numbers so far
+        self.choices: list[Tensor] = []
+        self._journal = journal
+        self._made = {storage for tensor in allowed for storage in storages(tensor)}
+        self._inputs = {storage for tensor in inputs for storage in storages(tensor)}
+        self._protected = protected
+        self._single = single
+        self._plans: dict[Any, _Plan] = {}
+        self._generators: set[int] = set()
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the forward may write to that tensor."""
+        return self._made.issuperset(storages(tensor))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        plan = self._plans.get(func)
+        if plan is None:
+            plan = self._plans[func] = _plan(func)
+        for position, name in plan.writes:
+            target = args[position] if position < len(args) else kwargs.get(name)
+            self._check(func, target)
+        if kwargs:
+            self._note_generator(kwargs.get("generator"))
+        if self._single and plan.fresh:  # views stay what they are views of
+            args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
+        output = func(*args, **kwargs)
+        for tensor in _tensors(output):
+            if plan.fresh:
+                self._made.update(storages(tensor))
+                self._note_precision(plan, tensor)
+        if plan.choice:
+            self.choices += [x for x in _tensors(output) if not x.is_floating_point()]
+        return output
+
+    def _check(self, func: Any, target: Any) -> None:
+        for tensor in _tensors(target):
+            for storage in storages(tensor):
+                if storage in self._made:
+                    continue
+                if storage in self._inputs:
+                    raise WriteError(str(func), inputs=True)
+                if self._is_scratch(storage):
+                    self._made.add(storage)
+                    continue
+                raise WriteError(str(func), inputs=False)
+
+    def _is_scratch(self, storage: int) -> bool:
+        """Memory of code that manages its own, and not of training."""
+        if not _managed():
+            return False
+        return not any(storage in storages(tensor) for tensor in self._protected())
+
+    def _note_generator(self, generator: Any) -> None:
+        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
+            self._generators.add(id(generator))
+            state = generator.get_state()
+            self._journal.note(lambda: generator.set_state(state))
+
+    def _note_precision(self, plan: _Plan, tensor: Tensor) -> None:
+        if tensor.dtype is torch.float32 and plan.kind is not None:
+            spacing = product_coarseness(plan.kind, tensor.device.type)
+        else:
+            spacing = coarseness(tensor.dtype)
+        if spacing > self.coarsest:
+            self.coarsest = spacing
+
+
+class HostCopies(TorchFunctionMode):
+    """Gives a forward copies where it asks for a tensor's memory as a NumPy array, past all dispatch."""
+
+    def __init__(self, guard: Guard) -> None:
+        super().__init__()
+        self._guard = guard
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.numpy, Tensor.__array__) and not self._guard.owns(args[0]):
+            args = (args[0].clone(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def storages(tensor: Tensor) -> tuple[int, ...]:
+    """What identifies the memory of a tensor; nothing for tensors without memory that can be told apart."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return tuple(storage for name in names for storage in storages(getattr(tensor, name)))
+    try:
+        return (tensor.untyped_storage()._cdata,)
+    except (RuntimeError, NotImplementedError):  # sparse tensors, for instance
+        return ()
+
+
+def _plan(func: Any) -> _Plan:
+    schema = getattr(func, "_schema", None)
+    if schema is None:  # a higher-order operator: its parts come by themselves
+        return _Plan((), True, False, None)
+    norm = "batch_norm" in schema.name
+    writes = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (norm and argument.name in _STATISTICS)
+    )
+    # A tensor made of Python numbers comes in as an alias of memory that no operation has made.
+    fresh = schema.name == "aten::lift_fresh" or all(result.alias_info is None for result in schema.returns)
+    return _Plan(writes, fresh, schema.name in _CHOICES, _KINDS.get(schema.name))
+
+
+def _managed() -> bool:
+    """Whether the operation comes from generated code of torch.compile, or from torch.distributed."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "torchinductor" in name or "/torch/distributed/" in name or "/torch/_inductor/" in name:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _tensors(value: Any) -> Sequence[Tensor]:
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return ()
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _HALVES else value
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in _HALVES else value
+    if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+        return type(value)(_wide(part) for part in value)
+    return value

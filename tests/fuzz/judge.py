@@ -1,0 +1,168 @@
+"""Rows of a record against the numbers by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.fuzz.hand import LayerNumbers
+from tests.fuzz.recipe import Recipe
+from tests.fuzz.trial import STEPS, Outcome, run
+from tests.fuzz.world import differences
+
+__all__ = ["Verdict", "judge"]
+
+NORM = 0.02  # the monitor's own claim
+SAME = 1e-3  # of two replays of the same forward: only sums differ
+SUMS = 1e-3  # over parameters, whose rounding comes on top
+
+
+@dataclass
+class Verdict:
+    """What is wrong with the record of a loop, and what was in it."""
+
+    faults: list[str] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def fault(self, kind: str, where: str, what: str) -> None:
+        self.counts[f"fault: {kind}"] += 1
+        self.faults.append(f"{kind}: {where}: {what}")
+
+
+def judge(recipe: Recipe) -> Verdict:
+    """Train with and without a monitor, and compare training and record."""
+    verdict = Verdict()
+    off, on = run(recipe, monitored=False, hand=True), run(recipe, monitored=True)
+    for number, (a, b) in enumerate(zip(off.pictures, on.pictures, strict=True)):
+        if found := differences(a, b, 1):
+            verdict.fault("training altered", f"after step {number}", found[0])
+            return verdict
+    for which, rows in enumerate(on.rows):
+        _record(verdict, recipe, off, on, which, rows)
+    verdict.counts["refused"] += any("refused" in text for text in on.said)
+    return verdict
+
+
+def _record(
+    verdict: Verdict, recipe: Recipe, off: Outcome, on: Outcome, which: int, rows: list[dict[str, Any]]
+) -> None:
+    marks = on.marks[which]
+    structure: dict[str, Any] = {}
+    seen: set[int] = set()
+    second = recipe.monitor in ("aligned", "every second") or which == 1
+    for row in rows:
+        name = str(row.get("name", "")).removeprefix("_orig_mod.").removeprefix("module.")
+        if row["kind"] == "structure":
+            structure[name] = row
+        if row["kind"] not in ("measured", "predicted") or row.get("group"):
+            continue
+        step = marks.get(row["step"])
+        numbers = None if step is None else off.numbers[step]
+        where = f"monitor {which}, step {row['step']}, {row['kind']} {name}"
+        if row["kind"] == "measured":
+            seen.add(row["step"])
+        if numbers is not None and name not in numbers:
+            continue  # a group
+        layer = LayerNumbers() if numbers is None else numbers[name]
+        _row(verdict, recipe, row, layer, where, bool(on.said))
+    due = [number for number, step in marks.items() if not (second and number % 2) and off.numbers[step] is not None]
+    skipped = {row["step"] for row in rows if row["kind"] == "skipped"}
+    for number in due:
+        if number not in seen and number not in skipped and not on.said:
+            verdict.fault("no reason", f"monitor {which}, step {number}", "not measured, and nothing said")
+    if len(marks) < STEPS - (recipe.scaler == "overflow") and not on.said:
+        verdict.fault("step lost", f"monitor {which}", f"{len(marks)} of {STEPS} steps have a number of their own")
+
+
+def _row(verdict: Verdict, recipe: Recipe, row: dict[str, Any], layer: LayerNumbers, where: str, said: bool) -> None:
+    counts = verdict.counts
+    counts[f"{row['kind']} rows"] += 1
+    if row["kind"] == "measured":
+        if row["valid"]:
+            counts["valid"] += 1
+            _features(verdict, recipe, row, layer, where)
+        else:
+            counts[f"not valid: {row['why']}"] += 1
+            if not row["why"]:
+                verdict.fault("no reason", where, "neither valid nor a reason")
+        _consistent(verdict, row, where)
+    if row["aligned_decrease"] is None:
+        why = row.get("decrease_why")
+        counts[f"no decrease: {why}"] += 1
+        absent = layer.same is None and row.get("why")  # it did not run, or nothing upstream of it is trained
+        if not why and not said and not absent:
+            verdict.fault("no reason", where, "no aligned_decrease and no reason")
+    else:
+        counts["decreases"] += 1
+        _decrease(verdict, row, layer, where)
+
+
+def _features(verdict: Verdict, recipe: Recipe, row: dict[str, Any], layer: LayerNumbers, where: str) -> None:
+    if layer.same is None or layer.exact is None:
+        verdict.fault("valid and wrong", where, "nothing to measure by hand")
+        return
+    # Dropout of a transformer's attention draws other masks in float64, and 16 bits choose other experts and codes.
+    low = recipe.precision in ("bfloat16", "autocast", "autocast inside") or recipe.body == "own casts"
+    other = recipe.body == "transformer" and recipe.drop == "global"
+    other |= low and recipe.body in ("experts", "codes")
+    truths: list[tuple[str, tuple[Tensor, Tensor, Tensor], float]] = []
+    if row["method"] == "plain" and recipe.monitor != "probe" and recipe.compiled == "none":
+        truths.append(("the same precision", layer.same, SAME))
+    if not other:
+        f, b, after = layer.exact
+        if row["method"] == "jvp" and layer.linear is not None:
+            after = f + layer.linear
+        truths.append(("float64", (f, b, after), NORM))
+    for what, (f, b, after), tolerance in truths:
+        df = after - f
+        root = math.sqrt(f.numel())
+        cosine = -torch.dot(df, b) / (df.norm() * b.norm())
+        want = {
+            "angle": float(cosine.clamp(-1, 1).arccos()),
+            "update_rms": float(df.norm()) / root,
+            "feature_rms": float(f.norm()) / root,
+            "backward_rms": float(b.norm()) / root,
+        }
+        for key, value in want.items():
+            got = row[key]
+            if got is None or not abs(got - value) <= tolerance * abs(value):
+                verdict.fault("valid and wrong", where, f"{key} {got}, by hand in {what} {value:.7g}")
+                return
+        if row["count"] != f.numel():
+            verdict.fault("valid and wrong", where, f"count {row['count']}, by hand {f.numel()}")
+
+
+def _decrease(verdict: Verdict, row: dict[str, Any], layer: LayerNumbers, where: str) -> None:
+    if not layer.decreases:
+        verdict.fault("decrease wrong", where, f"{row['aligned_decrease']}, nothing to measure by hand")
+        return
+    checks = {
+        "aligned_decrease": (layer.decreases, layer.rounding),
+        "parameter_update_norm": ([layer.update_norm], layer.update_rounding),
+        "gradient_norm": (layer.gradient_norms, layer.gradient_rounding),
+    }
+    for key, (wanted, rounding) in checks.items():
+        got = row[key]
+        if got is None and key != "aligned_decrease":
+            continue
+        if not any(abs(got - want) <= SUMS * abs(want) + rounding + 1e-12 for want in wanted):
+            hand = " or ".join(f"{want:.7g}" for want in dict.fromkeys(wanted))
+            verdict.fault("decrease wrong", where, f"{key} {got}, by hand {hand}")
+            return
+
+
+def _consistent(verdict: Verdict, row: dict[str, Any], where: str) -> None:
+    """The residual is that of the row's own numbers."""
+    keys = ("residual", "aligned_decrease", "cos_angle", "update_rms", "backward_rms", "count")
+    if any(row[key] is None for key in keys) or row.get("method") == "amplified":
+        return
+    dot = row["cos_angle"] * row["update_rms"] * row["backward_rms"] * row["count"]
+    if dot and row["valid"]:
+        want = 1 - row["aligned_decrease"] / dot
+        if not abs(row["residual"] - want) <= SUMS * (1 + abs(want)):
+            verdict.fault("residual wrong", where, f"{row['residual']}, of its own row {want:.7g}")
