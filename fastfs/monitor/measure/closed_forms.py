@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
+from fastfs.monitor.measure.fingerprints import known_equal
 from fastfs.rules import Rule
 
 Group = dict[str, Any]
@@ -150,9 +151,14 @@ def _adam(
     """Of Adam, AdamW and Adamax, with the bias corrections 1 - beta^t."""
     in_float = group["capturable"] or group["differentiable"]
     fused = group.get("fused") or False
-    together = None if in_float and not fused else torch.stack(list(steps)).to(device, torch.float64, non_blocking=True)
+    together: Tensor | float | None = None
+    if not in_float or fused:
+        together = torch.stack(list(steps)).to(device, torch.float64, non_blocking=True)
+        if known_equal(together, together[:1].expand_as(together)):
+            number = together[0].item()  # on the CPU: nothing waits
+            together = number if number > 0 else together  # 0: no step has been made
 
-    def correction(beta: Number) -> Tensor:
+    def correction(beta: Number) -> Number:
         if together is not None:
             return 1.0 - _double(beta) ** together
         powers = [beta**t for t in steps] if isinstance(beta, Tensor) else torch._foreach_pow(beta, list(steps))
@@ -165,7 +171,7 @@ def _adam(
     decoupled = group.get("decoupled_weight_decay", type(optimizer) is AdamW)
     decay = _double(group["weight_decay"]) if decoupled else 0.0
     keep = 1.0 - lr * decay
-    return [-lr * decay / keep, -lr / (first * keep), correction(beta2).rsqrt(), _double(group["eps"])]
+    return [-lr * decay / keep, -lr / (first * keep), correction(beta2) ** -0.5, _double(group["eps"])]
 
 
 def rewrites_gradients(optimizer: Optimizer, group: Group, params: list[Tensor]) -> bool:
@@ -183,43 +189,28 @@ def rewrites_gradients(optimizer: Optimizer, group: Group, params: list[Tensor])
     return bool(group["foreach"])
 
 
-def parts_of(
-    rule: Rule,
-    parameter: Tensor,
-    gradient: Tensor | None,
-    first: Tensor,
-    second: Tensor | None,
-    columns: Sequence[Tensor],
-) -> tuple[list[Tensor], Tensor | None]:
-    """The parts of the update of single elements, whose sum it is: float64 (P, W) each.
+def parts_of(rule: Rule, x: Any, gradient: Any, first: Any, second: Any, columns: Sequence[Any]) -> list[Any]:
+    """The parts of the update of single elements, whose sum it is; of RMSprop also what is lost where it cancels.
 
     Args:
         rule: how the update follows from the rest.
-        parameter, gradient, first, second: elements of P parameters after the step, float64 (P, W); None for what the
-            rule does not have.
+        x, gradient, first, second: elements of P parameters after the step, (P, W) in float64; None for what the rule
+            does not have. Tensors or arrays of numpy, which take a fraction of the time on the CPU.
         columns: the coefficients, (P, 1) each.
-
-    Returns:
-        The parts, and what else rounding errors are in proportion to; None if they are to the parts alone.
     """
     if rule is Rule.LINEAR:
-        assert gradient is not None
-        return [columns[0] * parameter, columns[1] * gradient, columns[2] * first], None
+        return [columns[0] * x, columns[1] * gradient, columns[2] * first]
     if rule is Rule.ADAM:
-        assert second is not None
-        below = torch.addcmul(columns[3] + _TINY, columns[2], second.sqrt())
-        return [columns[0] * parameter, columns[1] * first / below], None
+        return [columns[0] * x, columns[1] * first / (columns[2] * second**0.5 + (columns[3] + _TINY))]
     if rule is Rule.ADAMAX:
-        assert second is not None
-        return [columns[0] * first / (second + _TINY)], None
-    assert gradient is not None
-    assert second is not None
-    centre = columns[2] * second.square()
+        return [columns[0] * first / (second + _TINY)]
+    centre = columns[2] * second * second
     variance = first - centre
-    below = variance.sqrt() + columns[3] + _TINY
-    parts = [columns[0] * parameter / below, columns[1] * gradient / below]
+    below = variance**0.5 + (columns[3] + _TINY)
+    parts = [columns[0] * x / below, columns[1] * gradient / below]
     # Where the variance nearly cancels, the rounding of its parts is all there is of it.
-    return parts, (parts[0] + parts[1]) * ((first + centre) / (variance + _TINY))
+    lost = (parts[0] + parts[1]) * ((first + centre) / (variance + _TINY))
+    return [*parts, lost, -lost]
 
 
 def uncertainty(group: Group, form: Form, steps: Sequence[Tensor], device: torch.device) -> Tensor | None:

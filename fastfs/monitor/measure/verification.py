@@ -11,14 +11,15 @@ half a unit each. u is the uncertainty of bias corrections (``closed_forms``).
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
 from fastfs.monitor.measure.closed_forms import parts_of
-from fastfs.monitor.measure.fingerprints import Places, Samples
+from fastfs.monitor.measure.fingerprints import Places, Samples, on_host
 from fastfs.rules import Rule
 
 __all__ = ["same_gradients", "verify"]
@@ -56,53 +57,52 @@ def verify(
         Whether the update is as it should be, bool (n,); and if it is doubted, whether rounding hides so much of it that
         another learning rate might pass, too.
     """
-    good, vague = [], []
-    whole = len(places.blocks) == 1 and len(places.blocks[0].order) == places.count
+    good: list[Tensor] = []
+    vague: list[Tensor] = []
     for number, block in enumerate(places.blocks):
         flats = [before.flats[number], after.flats[number]]
         if gradients is not None:
             flats.append(gradients.flats[number])
-        old, new, *state = places.rows(number, torch.cat(flats)).unbind()
-        gradient = state.pop() if gradients is not None else None
         columns, relative = table.to(block.device, non_blocking=True), uncertain
         if relative is not None:
             relative = relative.to(block.device, non_blocking=True)
-        if not whole:
-            order = torch.tensor(block.order, dtype=torch.int64, device="cpu").to(block.device, non_blocking=True)
-            columns = columns.index_select(0, order)
-            relative = None if relative is None else relative.index_select(0, order)
-        first = state[0] if state else gradient
-        assert first is not None
-        second = state[1] if len(state) > 1 else None
-        parts, widened = parts_of(rule, new, gradient, first, second, columns.unsqueeze(2).unbind(dim=1))
-        rest = new - old
-        for part in parts:
-            rest = rest - part
-        norms = torch.linalg.vector_norm(torch.stack([rest, old, new, *parts]), dim=2)
-        info = torch.finfo(block.dtype)
-        weights = [0.0, *[_OF_PARAMETER * info.eps] * 2, *[_OF_PARTS * info.eps] * len(parts)]
-        limit = norms.T @ _constant(tuple(weights), block.device) + info.smallest_normal
-        if widened is not None:
-            limit = limit + torch.linalg.vector_norm(widened, dim=1) * (_OF_PARTS * info.eps)
-        if relative is not None:
-            limit = limit + norms[3:].sum(dim=0) * relative
-        if made is None:
-            good.append(norms[0] <= limit)
-        else:
-            still = torch.linalg.vector_norm(new - old, dim=1) == 0
-            good.append(torch.where(made.to(block.device, non_blocking=True), norms[0] <= limit, still))
-        if doubted:
-            size = norms[3:].sum(dim=0)
-            vague.append((limit > _TELLS * size) & (size > 0))
+        if not places.whole:
+            columns = columns.index_select(0, block.place)
+            relative = None if relative is None else relative.index_select(0, block.place)
+        rows, columns = places.host_rows(number, *flats), on_host(columns)
+        with numpy.errstate(all="ignore"):
+            fits, tells = _fits(rule, list(rows), gradients is not None, columns[:, :, None], block.dtype, relative)
+        good.append(torch.as_tensor(fits))
+        if made is not None:
+            still = torch.as_tensor(((rows[1] - rows[0]) == 0).all(-1))
+            good[-1] = torch.where(made.to(block.device, non_blocking=True), good[-1], still)
+        vague.append(~torch.as_tensor(tells))
     if not good:  # nothing but empty tensors
         nothing = torch.zeros(places.count, dtype=torch.bool, device=places.home)
         return ~nothing, nothing
     return places.gather(good, missing=True), places.gather(vague, missing=False) if doubted else None
 
 
-@functools.lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu").to(device, non_blocking=True)
+def _fits(
+    rule: Rule, rows: list[Any], has_gradient: bool, columns: Any, dtype: torch.dtype, relative: Tensor | None
+) -> tuple[Any, Any]:
+    """For arrays as for tensors: whether parameters moved as they should, and whether the elements tell, (P,) both."""
+    old, new, *state = rows
+    gradient = state.pop() if has_gradient else None
+    first = state[0] if state else gradient
+    second = state[1] if len(state) > 1 else None
+    parts = parts_of(rule, new, gradient, first, second, [columns[:, i] for i in range(columns.shape[1])])
+    rest, size = new - old, 0.0
+    for part in parts:
+        rest = rest - part
+        size = size + (part * part).sum(-1) ** 0.5
+    info = torch.finfo(dtype)
+    weight = ((old * old).sum(-1) + (new * new).sum(-1)) ** 0.5
+    limit = weight * (2.0**0.5 * _OF_PARAMETER * info.eps) + size * (_OF_PARTS * info.eps) + info.smallest_normal
+    if relative is not None:
+        limit = limit + size * on_host(relative)
+    # Not greater than: where something is not a number nothing fits.
+    return (rest * rest).sum(-1) <= limit * limit, (limit <= _TELLS * size) | (size == 0)
 
 
 def same_gradients(before: Samples, after: Samples, added: Samples | None, factor: Tensor | float) -> Tensor:
