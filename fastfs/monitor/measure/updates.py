@@ -290,6 +290,8 @@ class UpdateMeter:
                     parts[key] = _Part(number, form if follows else None)
                     call.parts.append(parts[key])
                 parts[key].params.append(p)
+                if p.element_size() < 4 and rewrites_gradients(self.optimizer, group, [p]):
+                    self._copies_gradients = True  # in 16 bits they could not be brought back
                 call.indices.append(index)
                 call.params.append(p)
                 call.is_complex = call.is_complex or p.is_complex()
