@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -416,15 +416,10 @@ def test_what_is_refused(model: nn.Module) -> None:
         OptimizerSteps(check_optimizers(model, Slots()), Log())
 
 
-@pytest.fixture
-def one_thread(threads: Callable[[int], None]) -> Iterator[None]:
-    threads(1)
-    yield
-
-
 @pytest.mark.parametrize("name", ["super", "lookahead", "lookahead in a wrapper", "wrapper of a subclass"])
-def test_the_update_is_that_of_the_outermost_step(name: str, model: nn.Module, one_thread: None) -> None:
+def test_the_update_is_that_of_the_outermost_step(name: str, model: nn.Module, threads: Callable[[int], None]) -> None:
     """Measured and predicted steps, against copies; and training goes on as without the monitor."""
+    threads(1)
     model.double()
     twin = copy.deepcopy(model)
     x = torch.randn(16, 4, dtype=torch.float64)

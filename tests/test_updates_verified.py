@@ -269,7 +269,7 @@ def test_other_changes_are_told_parameter_by_parameter(where: None) -> None:
     def by_value(model: Any) -> None:
         nn.utils.clip_grad_value_([model[0].weight], 1e-3)
 
-    found, squares, dots = step_of(by_value)
+    found, _, dots = step_of(by_value)
     assert found.reason.tolist() == [reasons.CHANGED, *[reasons.FINE] * 3]
     assert found.stats.dot.isnan().tolist() == [True, False, False, False]
     assert found.stats.dot.tolist()[1:] == pytest.approx(dots[1:], rel=1e-9)

@@ -119,11 +119,11 @@ class Places:
         return Samples(self, flats)
 
     def rows(self, number: int, flat: Tensor) -> Tensor:
-        """Flat samples (lists, elements) of a block as float64 (lists, tensors, width), short ones filled up with zeros."""
+        """Flat samples (lists, elements) of a block as float64 (lists, tensors, width), filled up with zeros."""
         return self.arranged(number, flat).to(torch.float64)
 
     def host_rows(self, number: int, *flats: Tensor) -> Any:
-        """What :meth:`rows` makes of flat samples one behind the other, as an array of numpy if they are on the host."""
+        """What :meth:`rows` makes of flat samples behind one another; an array of numpy if they are on the host."""
         block, found = self.blocks[number], [on_host(flat) for flat in flats]
         if isinstance(found[0], Tensor):
             return self.rows(number, torch.cat(flats))
@@ -243,11 +243,14 @@ class Fingerprint:
     def __init__(self, tensors: Sequence[Tensor], like: Fingerprint | None = None) -> None:
         self.ids = list(map(id, tensors))
         self.versions = [t._version for t in tensors]
+        self._form: list[object]
+        self._places: Places
+        self._views: list[list[Any]]
         self._tensors = list(tensors)  # kept: the id of a tensor that is gone may be given to another one
         with torch.no_grad():
             reals = [real(t) for t in tensors]
             self.pointers = [t.data_ptr() if readable(t) else 0 for t in reals]
-            form = [(t.shape, t.stride() if t.layout is torch.strided else None, t.dtype) for t in reals]
+            form: list[object] = [(t.shape, t.stride() if t.layout is torch.strided else None, t.dtype) for t in reals]
             if like is not None and like._form == form and like.pointers == self.pointers:
                 self._places, self._views = like._places, like._views
             else:

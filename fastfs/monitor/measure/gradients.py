@@ -132,8 +132,8 @@ class _Witness(Hook):
 class GradientFactor:
     """By which factor the gradients that a step is given differ from those that ``backward()`` computed.
 
-    All gradients are looked at when a backward is over; that one runs is told by hooks on a few parameters (the smallest
-    vectors and matrices, the first and the last parameter) and by :meth:`note`.
+    All gradients are looked at when a backward is over. That one runs is told by hooks on a few parameters (the
+    smallest vectors and matrices, the first and the last parameter) and by :meth:`note`.
 
     Args:
         parameters: of every optimizer; asked anew each time, since groups may be added.
@@ -224,8 +224,9 @@ class GradientFactor:
         """What was done to the gradients of an optimizer since the backward.
 
         Returns:
-            None if it is known that nothing was. Else per parameter, on the device: the factor by which they were multiplied, float64 (P,), nan where it was
-            something else; and a code of :mod:`fastfs.monitor.measure.reasons`, int64 (P,).
+            None if it is known that nothing was done. Else per parameter, on the device: the factor by which they were
+            multiplied, float64 (P,), nan where it was something else; and a code of
+            :mod:`fastfs.monitor.measure.reasons`, int64 (P,).
         """
         count, home = now.places.count, now.places.home
         within = torch._C._current_graph_task_id() != -1  # gradients go before they can be asked

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS
 
 from fastfs import functional
-from fastfs.checks import DTYPES
 from fastfs.monitor.measure import closed_forms, reasons
 from fastfs.monitor.measure.closed_forms import Form, Group, Settings, closed_form, coefficients, rewrites_gradients
-from fastfs.monitor.measure.fingerprints import Places, Samples, Views, known_equal, real
+from fastfs.monitor.measure.fingerprints import Samples, Views, known_equal, real
 from fastfs.monitor.measure.gradients import Gradients, Look
+from fastfs.monitor.measure.plans import Call, Part, Plan, follows, make_plan
 from fastfs.monitor.measure.verification import same_gradients, verify
 from fastfs.rules import Rule
 from fastfs.stats import ParameterStats
@@ -44,50 +45,10 @@ class MeasuredUpdate:
 
 
 @dataclass
-class _Part:
-    """Parameters of one group that are measured in the same way."""
-
-    group: int
-    form: Form | None  # None: by a snapshot
-    params: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Call:
-    """The parts that one call of the op measures: those of one rule and device, closed or not."""
-
-    rule: Rule
-    device: torch.device
-    parts: list[_Part] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    is_complex: bool = False
-    places: Places = field(default_factory=lambda: Places(()))
-    all_good: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
-    shared: bool = False  # the places are those of the gradients
-    views: dict[int, Views] = field(default_factory=dict)  # of the parameters, and of the states after them
-
-    @property
-    def closed(self) -> bool:
-        return self.parts[0].form is not None
-
-
-@dataclass
-class _Plan:
-    """How the parameters that have a gradient are measured, as long as nothing changes."""
-
-    key: list[object]  # of a Look
-    forms: list[Form | None]
-    settled: bool  # the optimizer has its state: nothing else will be found next time
-    calls: list[_Call]
-    copied: list[Tensor]
-
-
-@dataclass
 class _Step:
     """What was there before the step under way."""
 
-    plan: _Plan
+    plan: Plan
     look: Look
     settings: list[Settings]
     starts: list[Samples | None]  # of the parameters of every call
@@ -115,7 +76,7 @@ class UpdateMeter:
         ValueError: for LBFGS, whose step evaluates the gradient several times.
     """
 
-    def __init__(self, optimizer: Optimizer, *, snapshot: bool = False, gradients: Gradients | None = None) -> None:
+    def __init__(self, optimizer: Any, *, snapshot: bool = False, gradients: Gradients | None = None) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("UpdateMeter: expected an optimizer with one update per step, got LBFGS")
         self.optimizer = optimizer
@@ -123,7 +84,7 @@ class UpdateMeter:
         self._gradients = Gradients() if gradients is None else gradients
         self._buffers: dict[Tensor, Tensor] = {}
         self._copies_gradients = False  # once the step was seen to write to them
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._state: object = optimizer.state
         self._step: _Step | None = None  # between before() and after()
         self._orders: dict[tuple[int, ...], Tensor] = {}
@@ -141,7 +102,7 @@ class UpdateMeter:
         for group in self.optimizer.param_groups:
             form = self._form(group)
             for p in group["params"]:
-                if p in self._buffers or form is None or not self._follows(p, form):
+                if p in self._buffers or not follows(self.optimizer, p, form):
                     total += p.numel() * p.element_size()
         return total
 
@@ -153,7 +114,7 @@ class UpdateMeter:
         for group in self.optimizer.param_groups:
             form = self._form(group)
             for p in group["params"]:
-                if p in self._buffers or form is None or not self._follows(p, form):
+                if p in self._buffers or not follows(self.optimizer, p, form):
                     kinds["from a copy made before the step, exactly"] += 1
                 else:
                     kinds[f"by the closed form of {name}, up to {str(p.dtype).removeprefix('torch.')} rounding"] += 1
@@ -188,8 +149,9 @@ class UpdateMeter:
         known = plan is not None and plan.settled and plan.key is look.key and plan.forms == forms
         if plan is None or not known or self.optimizer.state is not self._state:
             self._state = self.optimizer.state  # load_state_dict makes a new one
-            self._plan = plan = self._make_plan(parameters, look, forms)
+            self._plan = plan = make_plan(self.optimizer, look, forms, snapshot=self.snapshot)
         with torch.no_grad():
+            self._copies_gradients = self._copies_gradients or plan.coarse
             self._copy(plan.copied)
             starts = [self._read(call, [call.params]) if call.closed else None for call in plan.calls]
             copies = None
@@ -248,61 +210,6 @@ class UpdateMeter:
     def _form(self, group: Group) -> Form | None:
         return None if self.snapshot else closed_form(self.optimizer, group)
 
-    def _follows(self, p: Tensor, form: Form) -> bool:
-        """Whether the update of this parameter follows from the state."""
-        dtype = p.dtype
-        if dtype.to_real() not in closed_forms.DTYPES:
-            return False
-        if p.grad is not None and (p.grad.dtype != dtype or p.grad.layout is not torch.strided):
-            return False
-        if form.coarse is not None and torch.finfo(form.coarse).eps > torch.finfo(dtype).eps:
-            return False  # the update has the precision of a hyper-parameter's dtype
-        state = self.optimizer.state.get(p)
-        if not state:
-            return True  # torch makes it with the parameter's dtype
-        for name in form.states:
-            entry = state.get(name)
-            if entry is not None and entry.dtype != dtype:
-                return False
-        return True
-
-    def _make_plan(self, parameters: Sequence[Tensor], look: Look, forms: list[Form | None]) -> _Plan:
-        calls: dict[tuple[Rule, torch.device, bool], _Call] = {}
-        copied: list[Tensor] = []
-        settled, index = True, -1
-        for number, (group, form) in enumerate(zip(self.optimizer.param_groups, forms, strict=True)):
-            parts: dict[tuple[Rule, torch.device, bool], _Part] = {}
-            for p in group["params"]:
-                index += 1
-                if look.gradients[index] is None:
-                    if self.snapshot:
-                        copied.append(p)
-                    continue
-                follows = form is not None and self._follows(p, form)
-                _check(index, p)
-                if not follows:
-                    copied.append(p)
-                elif form is not None and form.states and not self.optimizer.state.get(p):
-                    settled = False
-                key = (form.rule if follows and form is not None else Rule.LINEAR, p.device, follows)
-                call = calls.setdefault(key, _Call(key[0], p.device))
-                if key not in parts:
-                    parts[key] = _Part(number, form if follows else None)
-                    call.parts.append(parts[key])
-                parts[key].params.append(p)
-                if p.element_size() < 4 and rewrites_gradients(self.optimizer, group, [p]):
-                    self._copies_gradients = True  # in 16 bits they could not be brought back
-                call.indices.append(index)
-                call.params.append(p)
-                call.is_complex = call.is_complex or p.is_complex()
-        present = [i for i, g in enumerate(look.gradients) if g is not None]
-        for call in calls.values():
-            if call.closed:
-                call.shared = call.indices == present and len(present) == len(parameters)
-                call.all_good = torch.ones(len(call.indices), dtype=torch.bool, device=call.device)
-                call.places = look.places if call.shared else Places([real(p) for p in call.params])
-        return _Plan(look.key, forms, settled, list(calls.values()), copied)
-
     @torch.no_grad()
     def _copy(self, params: list[Tensor]) -> None:
         if not params and not self._buffers:
@@ -322,7 +229,7 @@ class UpdateMeter:
 
     # After the step
 
-    def _rewrites(self, step: _Step, part: _Part) -> bool:
+    def _rewrites(self, step: _Step, part: Part) -> bool:
         return step.copies is None and rewrites_gradients(self.optimizer, step.settings[part.group].values, part.params)
 
     def _kept(self, step: _Step, now: Samples, rewritten: list[bool]) -> Tensor | None:
@@ -357,7 +264,7 @@ class UpdateMeter:
         return kept
 
     def _arguments(
-        self, step: _Step, call: _Call, rewritten: list[bool]
+        self, step: _Step, call: Call, rewritten: list[bool]
     ) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor], Tensor | None]:
         """Of the op: gradients, parameters, first and second state, coefficients; and how uncertain these are."""
         source = step.look.gradients if step.copies is None else step.copies
@@ -433,7 +340,7 @@ class UpdateMeter:
     def _verify(
         self,
         step: _Step,
-        call: _Call,
+        call: Call,
         start: Samples | None,
         now: Samples,
         arguments: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor],
@@ -443,13 +350,10 @@ class UpdateMeter:
         if start is None:
             return None
         gradients, params, first, second, table = arguments
-        takes = call.rule in (Rule.LINEAR, Rule.RMSPROP)
         gradient = None
-        if takes:
-            if call.shared and step.copies is None:
-                gradient = now
-            else:
-                gradient = call.places.read(call.places.views(gradients))
+        if call.rule in (Rule.LINEAR, Rule.RMSPROP):
+            shared = call.shared and step.copies is None
+            gradient = now if shared else call.places.read(call.places.views(gradients))
         lists = [params]
         if any(part.form is not None and part.form.first is not None for part in call.parts):
             lists.append(first)
@@ -478,7 +382,7 @@ class UpdateMeter:
             code = torch.where(mask & vague & good, reasons.SETTINGS, code)
         return code
 
-    def _read(self, call: _Call, lists: list[list[Tensor]]) -> Samples:
+    def _read(self, call: Call, lists: list[list[Tensor]]) -> Samples:
         """Samples of the parameters, and of the state behind them."""
         views = []
         for number, tensors in enumerate(lists):
@@ -539,10 +443,3 @@ def _together(tables: list[Tensor], device: torch.device) -> Tensor:
     if all(table.is_cpu for table in tables):
         return torch.cat(tables)
     return torch.cat([table.to(device, non_blocking=True) for table in tables])
-
-
-def _check(index: int, p: Tensor) -> None:
-    if hasattr(p, "to_local"):
-        raise ValueError(f"parameter {index} is a {type(p).__name__}, expected a tensor of this rank alone")
-    if p.dtype.to_real() not in DTYPES:
-        raise ValueError(f"parameter {index} has dtype {p.dtype}, expected one of {', '.join(map(str, DTYPES))}")

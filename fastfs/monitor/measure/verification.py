@@ -54,8 +54,8 @@ def verify(
         doubted: whether hyper-parameters may be others than those that the step used.
 
     Returns:
-        Whether the update is as it should be, bool (n,); and if it is doubted, whether rounding hides so much of it that
-        another learning rate might pass, too.
+        Whether the update is as it should be, bool (n,); and if it is doubted, whether rounding hides so much of it
+        that another learning rate might pass, too.
     """
     good: list[Tensor] = []
     vague: list[Tensor] = []
