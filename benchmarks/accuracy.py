@@ -32,7 +32,8 @@ from fastfs import feature_stats
 from fastfs.experiments.data import digits, stdlib_text, windows
 from fastfs.models import MLP, ResNet, Transformer
 from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs.monitor.measure.trust import REASONS, Probe, Trusted, judge
+from fastfs.monitor.measure.row_reasons import REASONS
+from fastfs.monitor.measure.trust import Probe, Trusted, judge
 from fastfs.network.structure import analyse, edge_of
 from fastfs.stats import FeatureStats
 

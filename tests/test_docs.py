@@ -158,7 +158,7 @@ def test_links_of_the_documentation_lead_somewhere():
 
 
 def test_every_reason_and_column_is_explained():
-    from fastfs.monitor.measure.trust import REASONS
+    from fastfs.monitor.measure.row_reasons import REASONS
     from fastfs.monitor.record.rows import COLUMNS, SCALARS
 
     text = (ROOT / "docs" / "monitor.md").read_text()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import pickle
 import weakref
 
@@ -194,24 +195,45 @@ def test_a_second_forward_that_fails_is_one_warning_and_everything_is_put_back()
     assert seen == []
 
 
-def test_a_forward_that_depends_on_its_own_counter_is_reported():
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
-            self.calls = 0
+class Counting(nn.Module):
+    """Runs its second block in every other forward, by a counter that is kept in it, or in a list elsewhere."""
 
-        def forward(self, x):
-            self.calls += 1
-            x = self.blocks[0](x)
-            return (self.blocks[1](x) if self.calls % 2 else x)[:, :3]
+    def __init__(self, elsewhere=None):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.calls = 0
+        self.elsewhere = elsewhere
 
+    def forward(self, x):
+        self.calls += 1
+        if self.elsewhere is not None:
+            self.elsewhere()
+        x = self.blocks[0](x)
+        return (self.blocks[1](x) if self.calls % 2 else x)[:, :3]
+
+
+def test_a_counter_of_the_model_has_the_same_value_in_the_second_forward():
     model, optimizer, seen, monitor = watched(model=Counting())
+    train(model, optimizer, 3, lambda _: rows(0))
+    monitor.close()
+    assert model.calls == 3
+    assert [row["valid"] for row in seen] == [True, True, True, False, True, True]
+    assert seen[3]["why"] == "the layer did not run"
+
+
+def test_a_forward_that_depends_on_a_counter_elsewhere_is_reported():
+    counter = itertools.count()
+
+    class Depends(Counting):
+        def forward(self, x):
+            x = self.blocks[0](x)
+            return (self.blocks[1](x) if next(counter) % 2 == 0 else x)[:, :3]
+
+    model, optimizer, seen, monitor = watched(model=Depends())
     with pytest.warns(RuntimeWarning, match="'blocks.1' ran 1 times in the forward and 0 times in the second"):
         train(model, optimizer, 1)
     monitor.close()
-    assert seen[0]["valid"]
-    assert seen[1]["count"] == 0
+    assert seen[1]["why"] is not None
 
 
 def test_a_step_without_a_forward_of_the_model_warns_once():
@@ -250,7 +272,7 @@ def test_hooks_of_the_user_can_tell_the_second_forward():
     model.blocks[1].register_forward_hook(lambda *_: calls.__setitem__(monitor.replaying, calls[monitor.replaying] + 1))
     train(model, optimizer, 2)
     monitor.close()
-    assert calls == {False: 2, True: 2}
+    assert calls == {False: 2, True: 4}  # both steps prove that the second forward repeats the first
 
 
 def test_a_failing_sink_warns_once_and_spares_the_others():

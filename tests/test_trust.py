@@ -11,7 +11,8 @@ from torch import Tensor
 from benchmarks import accuracy
 from fastfs import feature_stats
 from fastfs.monitor.measure.kappa import KAPPA_MAX, TARGET, choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs.monitor.measure.trust import REASONS, Probe, judge
+from fastfs.monitor.measure.row_reasons import REASONS
+from fastfs.monitor.measure.trust import Probe, judge
 from fastfs.stats import FeatureStats
 
 BF16, TF32, SINGLE = 2.0**-7, 2.0**-10, 2.0**-23

@@ -76,7 +76,7 @@ class Engine:
             set()
         )  # kinds of steps whose compiled forwards have been run as they are written
         self._eager_precision: list[float] | None = None
-        self.not_run: list[Layer] = []  # in the last measured step
+        self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
         self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
 
     # Around the optimizers
@@ -99,9 +99,11 @@ class Engine:
                 self.proofs.keep(None, self._totals([self.mode.prove(self.knowledge.perturbed, tensors)]).stats)
             return
         passes = self.capture.waiting
-        now = Fingerprint(tensors, passes[-1].fingerprint) if passes else None
+        if not passes:
+            return
+        now = Fingerprint(tensors, passes[-1].fingerprint)
         prints = [p.fingerprint for p in passes if p.fingerprint is not None]
-        if now is not None and prints:
+        if prints:
             written = torch.stack([now.differs(each).to(self.device) for each in prints]).any()
             if any(now.changed_objects(each) for each in prints):
                 written = torch.ones_like(written)
@@ -135,6 +137,11 @@ class Engine:
         found: Tensor | None = getattr(optimizer, "found_inf", None)
         if found is not None:
             self._found_inf = found.detach().to(self.device, torch.float64).reshape(()).clone()
+
+    @property
+    def idle(self) -> list[Layer]:
+        """Layers that have run in no measured step so far."""
+        return [layer for layer in self.layers if layer.index in self._idle]
 
     def close(self) -> None:
         self.clear()
@@ -201,7 +208,7 @@ class Engine:
         graphs = None if isinstance(mode, ProbeMode) else _graphs(passes)
         verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
         self.proofs.count(graphs)
-        self.not_run = [x for x, code in zip(self.layers, look.absent, strict=True) if code == row_reasons.NOT_RUN]
+        self._idle -= {i for i, code in enumerate(look.absent) if code != row_reasons.NOT_RUN}
         verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
         sums = FeatureStats(_unscaled(_reported(verdict, sums_of.stats), scale))
         residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)

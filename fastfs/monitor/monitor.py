@@ -415,6 +415,8 @@ class Monitor:
                 self._why = "every forward of the step was left out"
                 return
             self._why = "no forward and backward of the model was seen before the step"
+            if self._capture.transformed:
+                self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
@@ -422,8 +424,8 @@ class Monitor:
                 "compiled it and it was called before the monitor was attached, its graphs know of no hooks: call "
                 "torch.compiler.reset() once after attaching, or attach before the first call",
             )
-        elif self._engine.not_run:
-            self._warn_of_idle(self._engine.not_run)
+        elif self._engine.idle:
+            self._warn_of_idle(self._engine.idle)
 
     def _warn_of_idle(self, layers: Sequence[Layer]) -> None:
         first = layers[0]
@@ -457,6 +459,8 @@ class Monitor:
     def _fail(self, error: Exception) -> None:
         """A step's measurement has failed: it is left out, and the record says why."""
         self._failed = True
+        if isinstance(error, Warning):  # one of ours, where the user wants warnings to be errors
+            raise error
         self._say_failed(error)
 
     def _say_failed(self, error: Exception) -> None:

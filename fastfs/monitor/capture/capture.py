@@ -91,6 +91,7 @@ class Capture:
         self.budget = budget
         self.seconds = 0.0  # host time spent in the hooks since clear()
         self.dropped = 0  # passes that could not be captured since clear()
+        self.transformed = False  # the model was called inside of a torch.func transform since clear()
         self.seen = 0  # backwards of the model since it was attached, whether measured or not
         self.rewritten: list[Tensor] = []  # device flags: gradients were not zeroed but changed between micro-batches
         self.replayer = Replayer(layers, self.switch, sampler, owned)
@@ -170,6 +171,7 @@ class Capture:
         self.rewritten = []
         self.seconds = 0.0
         self.dropped = 0
+        self.transformed = False
 
     def squares(self) -> list[tuple[int, list[tuple[Tensor, float]]]]:
         """At level GRADIENTS: per layer how many elements the backward vectors have, and what the sampler gave."""
@@ -216,6 +218,9 @@ class Capture:
             self.replayer.recover()
         if self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
             return
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # gradients of torch.func are no training
+            self.transformed = True
+            return
         if self._open is not None:
             if not traced and calls_under_way(self._model) > 1:  # the model calls itself
                 self._depth += 1
@@ -253,6 +258,8 @@ class Capture:
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any, *, traced: bool = False) -> None:
         if self._open is None or self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
+            return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             return
         if self._depth:
             self._depth -= 1

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,8 @@ __all__ = ["Replay", "Replayer", "Sink"]
 
 Sink = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a forward of the monitor's own."""
+
+T = TypeVar("T")
 
 _NEEDS_GRAPH = ("does not require grad", "does not have a grad_fn", "appears to not have been used in the graph")
 
@@ -128,17 +130,31 @@ class Replayer:
         Raises:
             WriteError: the forward wants to write to what is not its own; nothing has been changed.
         """
-        while True:
+        def attempt(_grad: bool) -> Replay:
+            return self._replay(passed, forward, see, guarded, single)
+
+        try:
+            return self.with_graph_if_needed(attempt)
+        except WriteError as error:
+            if not error.inputs or passed.writes_inputs:
+                raise
+            passed.writes_inputs = True
+        return self.with_graph_if_needed(attempt)
+
+    def with_graph_if_needed(self, attempt: Callable[[bool], T]) -> T:
+        """Call a function that runs a forward, without gradient, or with it where the forward differentiates itself.
+
+        Args:
+            attempt: takes whether to record gradients; may be called twice.
+        """
+        if not self._with_graph:
             try:
-                return self._replay(passed, forward, see, guarded, single)
-            except WriteError as error:
-                if not error.inputs or passed.writes_inputs:
-                    raise
-                passed.writes_inputs = True
+                return attempt(False)
             except RuntimeError as error:
-                if self._with_graph or not any(text in str(error) for text in _NEEDS_GRAPH):
+                if not any(text in str(error) for text in _NEEDS_GRAPH):
                     raise
-                self._with_graph = True
+            self._with_graph = True
+        return attempt(True)
 
     def _replay(
         self,

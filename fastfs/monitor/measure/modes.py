@@ -362,7 +362,7 @@ class ProbeMode:
 
     def measure(self, perturbed: Perturbed, parameters: Sequence[Tensor]) -> RowSums:
         """Sums of rows of the probe; the parameters are those after the step."""
-        after: list[list[Tensor]] = [[] for _ in self._layers]
+        after: list[list[Tensor]] = []
 
         def sink(layer: Layer, features: Tensor) -> None:
             if len(after[layer.index]) == len(self._before[layer.index]):  # no room for its rows
@@ -371,13 +371,19 @@ class ProbeMode:
             after[layer.index].append(self._sampler.keep(strided(features), kept.values.shape[0]).values)
 
         values = [self._probe.cast(p.detach()) for p in parameters]
-        args, kwargs = self._inputs()
-        self._capture.replayer.run(
-            self._fixed_state(),
-            sink,
-            lambda _guard: perturbed(values, *args, **kwargs),
-            allowed=tensors_in((args, kwargs)),
-        )
+
+        def forward(grad: bool) -> None:
+            after[:] = [[] for _ in self._layers]
+            args, kwargs = self._inputs()
+            self._capture.replayer.run(
+                self._fixed_state(),
+                sink,
+                lambda _guard: perturbed(values, *args, **kwargs),
+                grad=grad,
+                allowed=tensors_in((args, kwargs)),
+            )
+
+        self._capture.replayer.with_graph_if_needed(forward)
         triples = [
             [
                 Triple(kept.values, rows, arrived[0], kept.total)
