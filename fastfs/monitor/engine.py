@@ -72,7 +72,9 @@ class Engine:
         self._loss_scale: Tensor | None = None  # of the step that is under way
         self._found_inf: Tensor | None = None
         self._written: Tensor | None = None  # a parameter, since the forward: bool () on the device
-        self._rehearsed: set[Hashable] = set()  # kinds of steps whose compiled forwards have been run as they are written
+        self._rehearsed: set[Hashable] = (
+            set()
+        )  # kinds of steps whose compiled forwards have been run as they are written
         self._eager_precision: list[float] | None = None
         self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
         self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
@@ -484,7 +486,10 @@ def _without_update(stats: FeatureStats) -> FeatureStats:
     columns = [stats._sum(name) for name in stats.names]
     return FeatureStats(
         torch.stack(
-            [x if name in known else torch.full_like(x, torch.nan) for name, x in zip(stats.names, columns, strict=True)],
+            [
+                x if name in known else torch.full_like(x, torch.nan)
+                for name, x in zip(stats.names, columns, strict=True)
+            ],
             dim=-1,
         )
     )

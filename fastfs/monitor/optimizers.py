@@ -1,7 +1,7 @@
 """Which optimizer really updates the parameters, and what the loop calls to make it step.
 
-A loop may hold a wrapper: Accelerate's, schedule-free's, a lookahead, a class of its own. What counts is the update that
-the outermost ``step`` makes, of parameters that an optimizer somewhere within it has in its groups.
+A loop may hold a wrapper: Accelerate's, schedule-free's, a lookahead, a class of its own. What counts is the update
+that the outermost ``step`` makes, of parameters that an optimizer somewhere within it has in its groups.
 """
 
 from __future__ import annotations

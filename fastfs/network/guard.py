@@ -186,8 +186,7 @@ def _plan(func: Any) -> _Plan:
     writes = tuple(
         (position, argument.name)
         for position, argument in enumerate(schema.arguments)
-        if (argument.alias_info is not None and argument.alias_info.is_write)
-        or (norm and argument.name in _STATISTICS)
+        if (argument.alias_info is not None and argument.alias_info.is_write) or (norm and argument.name in _STATISTICS)
     )
     # A tensor made of Python numbers comes in as an alias of memory that no operation has made.
     fresh = schema.name == "aten::lift_fresh" or all(result.alias_info is None for result in schema.returns)

@@ -160,7 +160,9 @@ class _Painter:
         if isinstance(value, torch.optim.Optimizer):
             yield from ((name, getattr(value, name)) for name in _OPTIMIZER)
             return
-        slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)]
+        slots = [
+            name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)
+        ]
         names = [*getattr(value, "__dict__", {}), *(name for name in slots if not name.startswith("__"))]
         for name in names:
             item = getattr(value, name)

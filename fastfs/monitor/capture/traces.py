@@ -42,7 +42,11 @@ class Traces:
         self.walks = 0
 
     def of(
-        self, edges: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], parameters: Sequence[Tensor], since: int
+        self,
+        edges: Sequence[Sequence[Edge | None]],
+        outputs: Sequence[Tensor],
+        parameters: Sequence[Tensor],
+        since: int,
     ) -> tuple[Hashable, Known]:
         """The key and the graph of a forward.
 

@@ -15,15 +15,13 @@ from torch import Tensor
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
+from fastfs.monitor.measure.fingerprints import known_equal
 from fastfs.rules import Rule
 
 Group = dict[str, Any]
 Number = float | Tensor
 
-_SETTINGS = (
-    *("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "nesterov", "alpha", "centered", "maximize"),
-    *("amsgrad", "capturable", "differentiable", "foreach", "fused", "decoupled_weight_decay"),
-)
+_TINY = 1e-300  # in a denominator: as in `csrc/updates.h` 0 / 0 reads as no update
 DTYPES = (torch.float32, torch.float64)  # in the 16-bit ones a parameter moves by what its rounding leaves
 
 
@@ -73,14 +71,28 @@ def _form(kind: type[Optimizer], group: Group) -> Form | None:
     return None
 
 
-def settings(group: Group) -> Group:
-    """A group's hyper-parameters as they are now: what is written to a tensor later does not change them."""
-    return {name: _copied(group[name]) for name in _SETTINGS if name in group}
+class Settings:
+    """A group's hyper-parameters at a moment.
 
+    Attributes:
+        values: what is written to a tensor later does not change them.
+    """
 
-def signature(group: Group) -> list[object]:
-    """What tells on the host whether hyper-parameters have changed: numbers, identities and versions of tensors."""
-    return [_signed(group.get(name)) for name in _SETTINGS]
+    def __init__(self, group: Group) -> None:
+        self._seen = group.copy()
+        del self._seen["params"]
+        tensors = [v for v in self._seen.values() if isinstance(v, Tensor)]
+        tensors += [v for pair in (self._seen.get("betas", ()),) for v in pair if isinstance(v, Tensor)]
+        self._versions = [(v, v._version) for v in tensors]
+        self.values = {k: _copied(v) for k, v in self._seen.items()} if tensors else self._seen
+
+    def hold(self, group: Group) -> bool:
+        """Whether they are still the same, as far as the host can tell."""
+        for name, value in self._seen.items():
+            now = group.get(name)
+            if now is not value and (isinstance(now, Tensor) or isinstance(value, Tensor) or now != value):
+                return False
+        return all(tensor._version == version for tensor, version in self._versions)
 
 
 def narrowest(group: Group) -> torch.dtype | None:
@@ -139,9 +151,14 @@ def _adam(
     """Of Adam, AdamW and Adamax, with the bias corrections 1 - beta^t."""
     in_float = group["capturable"] or group["differentiable"]
     fused = group.get("fused") or False
-    together = None if in_float and not fused else torch.stack(list(steps)).to(device, torch.float64, non_blocking=True)
+    together: Tensor | float | None = None
+    if not in_float or fused:
+        together = torch.stack(list(steps)).to(device, torch.float64, non_blocking=True)
+        if known_equal(together, together[:1].expand_as(together)):
+            number = together[0].item()  # on the CPU: nothing waits
+            together = number if number > 0 else together  # 0: no step has been made
 
-    def correction(beta: Number) -> Tensor:
+    def correction(beta: Number) -> Number:
         if together is not None:
             return 1.0 - _double(beta) ** together
         powers = [beta**t for t in steps] if isinstance(beta, Tensor) else torch._foreach_pow(beta, list(steps))
@@ -154,7 +171,7 @@ def _adam(
     decoupled = group.get("decoupled_weight_decay", type(optimizer) is AdamW)
     decay = _double(group["weight_decay"]) if decoupled else 0.0
     keep = 1.0 - lr * decay
-    return [-lr * decay / keep, -lr / (first * keep), correction(beta2).rsqrt(), _double(group["eps"])]
+    return [-lr * decay / keep, -lr / (first * keep), correction(beta2) ** -0.5, _double(group["eps"])]
 
 
 def rewrites_gradients(optimizer: Optimizer, group: Group, params: list[Tensor]) -> bool:
@@ -172,47 +189,28 @@ def rewrites_gradients(optimizer: Optimizer, group: Group, params: list[Tensor])
     return bool(group["foreach"])
 
 
-def evaluate(
-    rule: Rule, parameter: Tensor, gradient: Tensor | None, first: Tensor, second: Tensor | None, table: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The update of single elements, and the size of the parts that it is the sum of: float64 (P, W) both.
+def parts_of(rule: Rule, x: Any, gradient: Any, first: Any, second: Any, columns: Sequence[Any]) -> list[Any]:
+    """The parts of the update of single elements, whose sum it is; of RMSprop also what is lost where it cancels.
 
     Args:
         rule: how the update follows from the rest.
-        parameter, gradient, first, second: elements of P parameters after the step, float64 (P, W); None for what the
-            rule does not have.
-        table: their coefficients, (P, C) on the same device.
+        x, gradient, first, second: elements of P parameters after the step, (P, W) in float64; None for what the rule
+            does not have. Tensors or arrays of numpy, which take a fraction of the time on the CPU.
+        columns: the coefficients, (P, 1) each.
     """
-    columns = table.unsqueeze(2).unbind(dim=1)
     if rule is Rule.LINEAR:
-        assert gradient is not None
-        parts = [columns[0] * parameter, columns[1] * gradient, columns[2] * first]
-    elif rule is Rule.ADAM:
-        assert second is not None
-        below = _nonzero(torch.addcmul(columns[3], columns[2], second.sqrt()))
-        parts = [columns[0] * parameter, columns[1] * first / below]
-    elif rule is Rule.ADAMAX:
-        assert second is not None
-        parts = [columns[0] * first / _nonzero(second)]
-    else:
-        assert gradient is not None
-        assert second is not None
-        centre = columns[2] * second.square()
-        variance = first - centre
-        below = _nonzero(variance.sqrt() + columns[3])
-        parts = [columns[0] * parameter / below, columns[1] * gradient / below]
-        update = parts[0] + parts[1]
-        # Where the variance nearly cancels, the rounding of its parts is all there is of it.
-        return update, update.abs() * (1.0 + torch.where(variance == 0, 0.0, (first + centre) / variance))
-    if len(parts) == 1:
-        return parts[0], parts[0].abs()
-    stacked = torch.stack(parts)
-    return stacked.sum(dim=0), stacked.abs().sum(dim=0)
-
-
-def _nonzero(below: Tensor) -> Tensor:
-    """As in `csrc/updates.h`: 0 / 0 reads as no update."""
-    return torch.where(below == 0, 1.0, below)
+        return [columns[0] * x, columns[1] * gradient, columns[2] * first]
+    if rule is Rule.ADAM:
+        return [columns[0] * x, columns[1] * first / (columns[2] * second**0.5 + (columns[3] + _TINY))]
+    if rule is Rule.ADAMAX:
+        return [columns[0] * first / (second + _TINY)]
+    centre = columns[2] * second * second
+    variance = first - centre
+    below = variance**0.5 + (columns[3] + _TINY)
+    parts = [columns[0] * x / below, columns[1] * gradient / below]
+    # Where the variance nearly cancels, the rounding of its parts is all there is of it.
+    lost = (parts[0] + parts[1]) * ((first + centre) / (variance + _TINY))
+    return [*parts, lost, -lost]
 
 
 def uncertainty(group: Group, form: Form, steps: Sequence[Tensor], device: torch.device) -> Tensor | None:
@@ -242,12 +240,6 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return tuple(map(_copied, value)) if isinstance(value, (tuple, list)) else value
-
-
-def _signed(value: Any) -> object:
-    if isinstance(value, Tensor):
-        return id(value), value._version
-    return tuple(map(_signed, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _is_zero(value: Number) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ ELEMENTS = 64
 KEPT = 2**26
 """Bytes of tensors up to which views of them are kept between steps."""
 
+_PLAIN = {Tensor}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,26 +44,27 @@ def readable(tensor: Tensor) -> bool:
     return tensor.data_ptr() != 0
 
 
+Pick = Callable[[], Tensor]
+"""Takes the elements of a tensor of which they are no view."""
+
+
 @dataclass
 class _Block:
-    """The tensors of one device and dtype; in the flat samples the small ones come first."""
+    """The tensors of one device and dtype."""
 
     device: torch.device
     dtype: torch.dtype
-    small: list[int] = field(default_factory=list)  # taken whole
-    large: list[int] = field(default_factory=list)
-    pick: list[Callable[[Tensor], Tensor]] = field(default_factory=list)  # one each for the large ones
+    order: list[int] = field(default_factory=list)  # indices of the tensors, ascending
+    pick: list[Callable[[Tensor], Tensor | Pick]] = field(default_factory=list)
     width: int = ELEMENTS
-    index: Tensor | None = None  # (P, width) into the flat samples and a zero after them; None: they are rows as is
-
-    @property
-    def order(self) -> list[int]:
-        """Indices of the tensors, in the order of the rows."""
-        return sorted(self.small + self.large)
+    # (P, width) into the flat samples and a zero after them; None: they are rows as is.
+    index: Tensor | None = None
+    zero: Tensor = field(default_factory=lambda: torch.zeros(1))
+    place: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # `order` on the device
 
 
 class Places:
-    """Which elements of some tensors are looked at: the same for all lists of tensors of these shapes and strides.
+    """Which elements of some tensors are looked at: the same for all lists of tensors of these shapes.
 
     Args:
         tensors: as :func:`real` gives them. None, and those of which nothing can be read (sparse, nested, meta, empty,
@@ -71,20 +74,18 @@ class Places:
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.count = len(tensors)
         self.home = next((t.device for t in tensors if t is not None), torch.device("cpu"))
+        self.bytes = 0
         found: dict[tuple[torch.device, torch.dtype], _Block] = {}
         sizes: dict[int, int] = {}
         for index, tensor in enumerate(tensors):
             if tensor is None or not readable(tensor):
                 continue
             block = found.setdefault((tensor.device, tensor.dtype), _Block(tensor.device, tensor.dtype))
-            if tensor.numel() <= ELEMENTS:
-                block.small.append(index)
-            else:
-                block.large.append(index)
-                block.pick.append(_picker(tensor))
+            block.order.append(index)
+            block.pick.append(_picker(tensor))
             sizes[index] = min(tensor.numel(), ELEMENTS)
+            self.bytes += tensor.nbytes
         self.blocks = list(found.values())
-        self.bytes = sum(t.nbytes for i, t in enumerate(tensors) if t is not None and i in sizes)
         for block in self.blocks:
             _arrange(block, sizes)
         order = [index for block in self.blocks for index in block.order]
@@ -92,38 +93,51 @@ class Places:
         self._order: Tensor | None = None
         if order != list(range(self.count)):
             rows = [places.get(index, len(order)) for index in range(self.count)]
-            self._order = torch.tensor(rows, dtype=torch.int64, device="cpu").to(self.home, non_blocking=True)
+            self._order = _on(self.home, rows)
 
-    def views(self, tensors: Sequence[Any]) -> list[list[Tensor]]:
+    @property
+    def whole(self) -> bool:
+        """Whether there is one block with all tensors."""
+        return len(self.blocks) == 1 and len(self.blocks[0].order) == self.count
+
+    def views(self, tensors: Sequence[Any]) -> list[list[Any]]:
         """The picked elements of tensors of these shapes, per block; read them with :meth:`read`."""
-        found = []
-        for block in self.blocks:
-            views = [tensors[i] for i in block.small]
-            views += [pick(tensors[i]) for i, pick in zip(block.large, block.pick, strict=True)]
-            found.append(views)
-        return found
+        return [[pick(tensors[i]) for i, pick in zip(block.order, block.pick, strict=True)] for block in self.blocks]
 
-    def read(self, *views: list[list[Tensor]]) -> Samples:
+    def read(self, *views: list[list[Any]]) -> Samples:
         """A copy of the elements that one or several lists of views show now."""
         flats = []
         for number, block in enumerate(self.blocks):
-            parts: list[Tensor] = []
-            small = len(block.small)
+            parts: list[Any] = []
             for each in views:
-                shown = each[number]
-                if small:
-                    parts.append(torch._C._nn.flatten_dense_tensors(shown[:small]))
-                parts += shown[small:]
+                parts += each[number]
+                if block.index is not None:
+                    parts.append(block.zero)
+            if not _PLAIN.issuperset(map(type, parts)):
+                parts = [part() if callable(part) else part for part in parts]
             flats.append(torch.cat(parts).view(len(views), -1))
         return Samples(self, flats)
 
     def rows(self, number: int, flat: Tensor) -> Tensor:
-        """Flat samples (lists, elements) of a block as float64 (lists, tensors, width), short ones filled up with zeros."""
+        """Flat samples (lists, elements) of a block as float64 (lists, tensors, width), filled up with zeros."""
+        return self.arranged(number, flat).to(torch.float64)
+
+    def host_rows(self, number: int, *flats: Tensor) -> Any:
+        """What :meth:`rows` makes of flat samples behind one another; an array of numpy if they are on the host."""
+        block, found = self.blocks[number], [on_host(flat) for flat in flats]
+        if isinstance(found[0], Tensor):
+            return self.rows(number, torch.cat(flats))
+        rows = numpy.concatenate(found)
+        if block.index is not None:
+            rows = rows.take(block.index.numpy(), 1)
+        return rows.reshape(len(rows), -1, block.width).astype(numpy.float64)
+
+    def arranged(self, number: int, flat: Tensor) -> Tensor:
+        """The same in the dtype that it has."""
         block = self.blocks[number]
-        if block.index is None:
-            return flat.view(flat.shape[0], -1, block.width).to(torch.float64)
-        padded = torch.nn.functional.pad(flat.to(torch.float64), (0, 1))
-        return padded.index_select(1, block.index).view(flat.shape[0], -1, block.width)
+        if block.index is not None:
+            flat = flat.index_select(1, block.index)
+        return flat.view(flat.shape[0], -1, block.width)
 
     def gather(self, parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:
         """Results of all blocks, each with a tensor's result a row, in the order of the tensors."""
@@ -146,9 +160,9 @@ class Views:
 
     def __init__(self) -> None:
         self._of: tuple[Places | None, list[Tensor], list[int]] = (None, [], [])
-        self._views: list[list[Tensor]] = []
+        self._views: list[list[Any]] = []
 
-    def of(self, places: Places, tensors: list[Tensor]) -> list[list[Tensor]]:
+    def of(self, places: Places, tensors: list[Tensor]) -> list[list[Any]]:
         if places.bytes > KEPT:
             return places.views(tensors)
         pointers = [t.data_ptr() for t in tensors]
@@ -182,29 +196,40 @@ class Samples:
     def bits(self) -> Tensor:
         """Of every tensor, in their order: int64 (P, ``ELEMENTS``), zeros where it has fewer elements."""
         parts = []
-        for block, flat in zip(self.places.blocks, self.flats, strict=True):
-            rows = torch.nn.functional.pad(_bits(flat[0]).to(torch.int64), (0, 1))
-            rows = rows[:-1] if block.index is None else rows.index_select(0, block.index)
-            parts.append(torch.nn.functional.pad(rows.view(-1, block.width), (0, ELEMENTS - block.width)))
+        for number, (block, flat) in enumerate(zip(self.places.blocks, self.flats, strict=True)):
+            rows = self.places.arranged(number, _bits(flat[:1]))[0].to(torch.int64)
+            parts.append(torch.nn.functional.pad(rows, (0, ELEMENTS - block.width)))
         if not parts:
             return torch.zeros((self.places.count, ELEMENTS), dtype=torch.int64, device=self.places.home)
         return self.places.gather(parts)
 
+    def known_same(self, other: Samples) -> bool:
+        """Whether it is known without waiting for a device that the other samples have the same bits."""
+        pairs = zip(self.flats, other.flats, strict=True)
+        return self.places is other.places and all(known_equal(_bits(a), _bits(b)) for a, b in pairs)
+
     def changed(self, other: Samples) -> Tensor:
         """Per tensor whether the other samples, of the same places, have other bits: bool (P,)."""
         parts = []
-        for block, a, b in zip(self.places.blocks, self.flats, other.flats, strict=True):
+        for number, (block, a, b) in enumerate(zip(self.places.blocks, self.flats, other.flats, strict=True)):
             if a.dtype != b.dtype:
                 parts.append(torch.ones(len(block.order), dtype=torch.bool, device=a.device))
                 continue
-            differ = _bits(a) != _bits(b)
-            if block.index is not None:
-                padded = torch.nn.functional.pad(differ, (0, 1))
-                differ = padded.index_select(1, block.index)
-            parts.append(differ.view(-1, len(block.order), block.width).any(dim=2).any(dim=0))
+            differ = self.places.arranged(number, _bits(a) != _bits(b)).any(dim=2)
+            parts.append(differ[0] if len(differ) == 1 else differ.any(dim=0))
         if not parts:
             return torch.zeros(self.places.count, dtype=torch.bool, device=self.places.home)
         return self.places.gather(parts, missing=False)
+
+
+def on_host(tensor: Tensor) -> Any:
+    """The tensor as an array of numpy where its elements can be read without waiting for a device; else itself."""
+    return tensor.numpy() if tensor.is_cpu else tensor
+
+
+def known_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements are equal, if that can be told without waiting for a device; else False."""
+    return a.is_cpu and b.is_cpu and torch.equal(a, b)
 
 
 class Fingerprint:
@@ -218,11 +243,14 @@ class Fingerprint:
     def __init__(self, tensors: Sequence[Tensor], like: Fingerprint | None = None) -> None:
         self.ids = list(map(id, tensors))
         self.versions = [t._version for t in tensors]
+        self._form: list[object]
+        self._places: Places
+        self._views: list[list[Any]]
         self._tensors = list(tensors)  # kept: the id of a tensor that is gone may be given to another one
         with torch.no_grad():
             reals = [real(t) for t in tensors]
             self.pointers = [t.data_ptr() if readable(t) else 0 for t in reals]
-            form = [(t.shape, t.stride() if t.layout is torch.strided else None, t.dtype) for t in reals]
+            form: list[object] = [(t.shape, t.stride() if t.layout is torch.strided else None, t.dtype) for t in reals]
             if like is not None and like._form == form and like.pointers == self.pointers:
                 self._places, self._views = like._places, like._views
             else:
@@ -264,21 +292,21 @@ class Fingerprint:
         return found
 
 
-def _picker(tensor: Tensor) -> Callable[[Tensor], Tensor]:
-    """Takes ``ELEMENTS`` elements of tensors with the shape of this one, in the order of its memory."""
-    distance = _distance(tensor)
+def _picker(tensor: Tensor) -> Callable[[Tensor], Tensor | Pick]:
+    """Takes at most ``ELEMENTS`` elements of tensors with the shape of this one, in the order of its memory."""
+    count, distance = min(tensor.numel(), ELEMENTS), _distance(tensor)
     shape, strides = tensor.shape, tensor.stride()
-    size, step = (ELEMENTS,), (distance,)
+    size, step = (count,), (distance,)
     contiguous, dense = tensor.is_contiguous(), _dense(tensor)
 
-    def pick(other: Tensor) -> Tensor:
+    def pick(other: Tensor) -> Tensor | Pick:
         if other.is_contiguous() if contiguous else (dense and other.stride() == strides):
             return other.as_strided(size, step)
-        return other[coordinates(other.device)]
+        return lambda: other[coordinates(other.device)]
 
     def coordinates(device: torch.device) -> tuple[Tensor, ...]:
         """The same elements, whatever the strides."""
-        places = torch.arange(0, ELEMENTS * distance, distance, device=device)
+        places = torch.arange(0, count * distance, distance, device=device)
         order = sorted(range(len(shape)), key=lambda d: -strides[d]) if dense else range(len(shape))
         found: dict[int, Tensor] = {}
         for dim in reversed(order):
@@ -291,8 +319,8 @@ def _picker(tensor: Tensor) -> Callable[[Tensor], Tensor]:
 
 def _distance(tensor: Tensor) -> int:
     """Between elements that are looked at: no multiple of a row, so that it is not always the same column."""
-    distance = tensor.numel() // ELEMENTS
-    width = max(tensor.shape[-1], 1)
+    distance = max(tensor.numel() // ELEMENTS, 1)
+    width = tensor.shape[-1] if tensor.dim() else 1
     while distance > 1 and math.gcd(distance, width) > 1:
         distance -= 1
     return distance
@@ -312,17 +340,22 @@ def _dense(tensor: Tensor) -> bool:
 
 def _arrange(block: _Block, sizes: dict[int, int]) -> None:
     """How the flat samples of a block, of these sizes by index, become rows."""
+    block.place = _on(block.device, block.order)
     block.width = max(sizes[i] for i in block.order)
-    begins, end = {}, 0
-    for i in (*block.small, *block.large):
-        begins[i] = end
-        end += sizes[i]
-    if not (block.small and block.large) and end == block.width * len(begins):
+    end = sum(sizes[i] for i in block.order)
+    if end == block.width * len(block.order):
         return
     index: list[int] = []
+    begin = 0
     for i in block.order:
-        index += [*range(begins[i], begins[i] + sizes[i]), *([end] * (block.width - sizes[i]))]
-    block.index = torch.tensor(index, dtype=torch.int64, device="cpu").to(block.device, non_blocking=True)
+        index += [*range(begin, begin + sizes[i]), *([end] * (block.width - sizes[i]))]
+        begin += sizes[i]
+    block.zero = torch.zeros(1, dtype=block.dtype, device=block.device)
+    block.index = _on(block.device, index)
+
+
+def _on(device: torch.device, values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def _bits(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from fastfs.monitor.measure.fingerprints import KEPT, Places, Samples, real
 
 __all__ = ["GradientFactor", "Gradients", "Look"]
 
+_PLAIN = {Tensor, type(None)}
 _WITNESSES = 2  # of each kind
 _ROUNDINGS = 4.0  # of an element, in units of eps: what a product by a factor, or two, leaves
 _CANCELLED = 64 * 2.0**-52  # of the squares that a squared distance is computed from
@@ -41,7 +43,7 @@ class Look:
     kinds: list[torch.dtype | torch.layout | None]
     key: list[object]
     places: Places
-    views: list[list[Tensor]] | None
+    views: list[list[Any]] | None
     samples: Samples
 
     def again(self) -> Samples:
@@ -71,7 +73,7 @@ class Gradients:
     def __init__(self) -> None:
         self._key: list[object] = []
         self._places = Places(())
-        self._last: tuple[list[Tensor | None], list[int], list[list[Tensor]]] | None = None
+        self._last: tuple[list[Tensor | None], list[int], list[list[Any]]] | None = None
 
     def look(self, parameters: Sequence[Tensor], *, keep: bool = False) -> Look:
         """The gradients now.
@@ -84,10 +86,12 @@ class Gradients:
         versions = [0 if g is None else g._version for g in gradients]
         with torch.no_grad():
             kinds = [None if g is None else g.dtype if g.layout is torch.strided else g.layout for g in gradients]
-            plain = gradients
-            if any(map(_is_layout, kinds)):
-                plain = [None if _is_layout(kind) else g for kind, g in zip(kinds, gradients, strict=True)]
-            if any(g is not None and (g.is_complex() or hasattr(g, "to_local")) for g in plain):
+            plain, different = gradients, set(kinds)
+            if any(isinstance(kind, torch.layout) for kind in different):
+                pairs = zip(kinds, gradients, strict=True)
+                plain = [None if isinstance(kind, torch.layout) else g for kind, g in pairs]
+            odd = any(isinstance(kind, torch.dtype) and kind.is_complex for kind in different)
+            if odd or not _PLAIN.issuperset(map(type, plain)):
                 plain = [None if g is None else real(g) for g in plain]
             self._refresh(parameters, plain, kinds)
             pointers = [0 if g is None else g.data_ptr() for g in plain]
@@ -128,8 +132,8 @@ class _Witness(Hook):
 class GradientFactor:
     """By which factor the gradients that a step is given differ from those that ``backward()`` computed.
 
-    All gradients are looked at when a backward is over; that one runs is told by hooks on a few parameters (the smallest
-    vectors and matrices, the first and the last parameter) and by :meth:`note`.
+    All gradients are looked at when a backward is over. That one runs is told by hooks on a few parameters (the
+    smallest vectors and matrices, the first and the last parameter) and by :meth:`note`.
 
     Args:
         parameters: of every optimizer; asked anew each time, since groups may be added.
@@ -216,12 +220,13 @@ class GradientFactor:
         return self._gradients[index].look(parameters, keep=True)
 
     @torch.no_grad()
-    def compare(self, index: int, now: Look) -> tuple[Tensor, Tensor]:
+    def compare(self, index: int, now: Look) -> tuple[Tensor, Tensor] | None:
         """What was done to the gradients of an optimizer since the backward.
 
         Returns:
-            Per parameter, on the device: the factor by which they were multiplied, float64 (P,), nan where it was
-            something else; and a code of :mod:`fastfs.monitor.measure.reasons`, int64 (P,).
+            None if it is known that nothing was done. Else per parameter, on the device: the factor by which they were
+            multiplied, float64 (P,), nan where it was something else; and a code of
+            :mod:`fastfs.monitor.measure.reasons`, int64 (P,).
         """
         count, home = now.places.count, now.places.home
         within = torch._C._current_graph_task_id() != -1  # gradients go before they can be asked
@@ -230,6 +235,9 @@ class GradientFactor:
             factor = torch.full((count,), value, dtype=torch.float64, device=home)
             return factor, torch.full((count,), code, dtype=torch.int64, device=home)
         then = self._ends[index]
+        same = all(map(_same, then.gradients, now.gradients)) and not then.written()
+        if same and then.samples.known_same(now.samples):
+            return None
         if then.places is now.places:
             parts = []
             for number in range(len(now.places.blocks)):
@@ -243,7 +251,6 @@ class GradientFactor:
             old = torch.nn.functional.pad(old, (0, 0, 0, count - old.shape[0]))
             rows = torch.stack([old.to(home, non_blocking=True), now.samples.wide()], dim=1)
             squares = (rows @ rows.mT).flatten(1)
-        same = all(a is b for a, b in zip(then.gradients, now.gradients, strict=False)) and not then.written()
         return _factors(squares, _precision(now.places), same)
 
     def clear(self) -> None:
@@ -297,10 +304,6 @@ def _precision(places: Places) -> tuple[float, float]:
     eps = max((info.eps for info in infos), default=0.0)
     smallest = max((info.smallest_normal * info.eps for info in infos), default=0.0)
     return (_ROUNDINGS * eps) ** 2 + _CANCELLED, 64 * smallest**2
-
-
-def _is_layout(kind: object) -> bool:
-    return isinstance(kind, torch.layout)
 
 
 def _same(a: object, b: object) -> bool:

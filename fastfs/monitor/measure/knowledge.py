@@ -166,9 +166,7 @@ class Knowledge:
             cuts, cosine = each["cuts"].to(self._device), each["cosine"].to(self._device)
             self._kinds[key] = Kind(None, incidence, cuts, cosine)
 
-    def _structure(
-        self, mode: BatchMode, passes: Sequence[Pass], parameters: Sequence[Tensor]
-    ) -> Structure | None:
+    def _structure(self, mode: BatchMode, passes: Sequence[Pass], parameters: Sequence[Tensor]) -> Structure | None:
         """From the graphs of all forwards of the step; where they do not show it, from a forward of its own."""
         graphs = {(p.signature, tuple(p.outputs)): p for p in passes}
         key = frozenset(graphs)

@@ -214,9 +214,7 @@ class JvpMode(BatchMode):
     def prove(self, passes: Sequence[Pass], model: Perturbed, values: Sequence[Tensor]) -> Seen:
         return self.eager(passes, model, values)
 
-    def along(
-        self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor]
-    ) -> Seen:
+    def along(self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor]) -> Seen:
         """Sums of rows of every pass.
 
         Args:

@@ -88,8 +88,8 @@ class Parameters:
         meter = self._of(index, full)
         found, scale = meter.after(), getattr(meter.optimizer, "grad_scale", None)
         factor, self._factors[index] = self._factors[index], None
-        if factor is not None:
-            found = _as_computed(found, *factor, scale)
+        if factor is not None or scale is not None:
+            found = _as_computed(found, *(factor or _nothing_done(found.reason)), scale)
         moved, self._moved[index], self._entries[index] = self._moved[index], None, None
         if moved is not None:
             found = _from_elsewhere(found, moved)
@@ -153,6 +153,11 @@ def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
     new_gradient = torch.where(nothing, 0.0, gradient / factor.square())
     reason = torch.where((found.reason == reasons.FINE) & ~still, code, found.reason)
     return MeasuredUpdate(ParameterStats(torch.stack([new_dot, update, new_gradient, *rest], dim=1)), reason)
+
+
+def _nothing_done(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors and codes of gradients that nothing was done to."""
+    return torch.ones_like(like, dtype=torch.float64), torch.zeros_like(like)
 
 
 def _from_elsewhere(found: MeasuredUpdate, moved: Tensor) -> MeasuredUpdate:

@@ -1,4 +1,4 @@
-"""Why the update of a parameter, or its decrease of the loss, is not known: codes on the device, sentences for a record."""
+"""Why the update of a parameter, or its decrease of the loss, is not known: codes on the device, and sentences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REASONS: tuple[str, ...] = (
     "hyper-parameters changed while the step ran, and rounding hides which ones it used",
     "the step rewrote the gradients",
     "gradients were changed between backward and step by more than a factor",
-    "gradients were changed between backward and step; by which factor is not known, since all that was looked at is zero",
+    "gradients were changed between backward and step; the factor is not known, for all that was looked at is zero",
     "gradients came from elsewhere than a backward that was seen",
     "parameters moved between the begin of the step and the evaluation of its closure",
     "no measured step has run the same parts of the model: which parameters are upstream is not known",

@@ -74,6 +74,7 @@ _BACKWARD = 10.0
 # Precisions of this spacing and finer leave the Jacobian as it is: a residual is then curvature.
 _SINGLE = 2.0**-20
 
+
 @dataclass(frozen=True)
 class Probe:
     """The central amplified probe: sums of unscaled differences, each of shape (L,), against the same backward vectors.
@@ -183,9 +184,7 @@ def judge(
         (reasons.NONFINITE, ~finite),
     )
     reason = _most_telling(stats, conditions)
-    return Trusted(
-        stats, estimate.amplified, norm_error, angle_error, reason == reasons.OK, reason, estimate.amplified
-    )
+    return Trusted(stats, estimate.amplified, norm_error, angle_error, reason == reasons.OK, reason, estimate.amplified)
 
 
 def judge_tangent(

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS
 
 from fastfs import functional
-from fastfs.checks import DTYPES
 from fastfs.monitor.measure import closed_forms, reasons
-from fastfs.monitor.measure.closed_forms import Form, Group, closed_form, coefficients, rewrites_gradients
-from fastfs.monitor.measure.fingerprints import Places, Samples, Views, real
+from fastfs.monitor.measure.closed_forms import Form, Group, Settings, closed_form, coefficients, rewrites_gradients
+from fastfs.monitor.measure.fingerprints import Samples, Views, known_equal, real
 from fastfs.monitor.measure.gradients import Gradients, Look
+from fastfs.monitor.measure.plans import Call, Part, Plan, follows, make_plan
 from fastfs.monitor.measure.verification import same_gradients, verify
 from fastfs.rules import Rule
 from fastfs.stats import ParameterStats
@@ -44,52 +45,12 @@ class MeasuredUpdate:
 
 
 @dataclass
-class _Part:
-    """Parameters of one group that are measured in the same way."""
-
-    group: int
-    form: Form | None  # None: by a snapshot
-    params: list[Tensor] = field(default_factory=list)
-
-
-@dataclass
-class _Call:
-    """The parts that one call of the op measures: those of one rule and device, closed or not."""
-
-    rule: Rule
-    device: torch.device
-    parts: list[_Part] = field(default_factory=list)
-    indices: list[int] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    is_complex: bool = False
-    places: Places = field(default_factory=lambda: Places(()))
-    shared: bool = False  # the places are those of the gradients
-    views: dict[int, Views] = field(default_factory=dict)  # of the parameters, and of the states after them
-
-    @property
-    def closed(self) -> bool:
-        return self.parts[0].form is not None
-
-
-@dataclass
-class _Plan:
-    """How the parameters that have a gradient are measured, as long as nothing changes."""
-
-    key: list[object]  # of a Look
-    forms: list[Form | None]
-    settled: bool  # the optimizer has its state: nothing else will be found next time
-    calls: list[_Call]
-    copied: list[Tensor]
-
-
-@dataclass
 class _Step:
     """What was there before the step under way."""
 
-    plan: _Plan
+    plan: Plan
     look: Look
-    groups: list[Group]
-    signatures: list[list[object]]
+    settings: list[Settings]
     starts: list[Samples | None]  # of the parameters of every call
     copies: list[Tensor | None] | None  # of the gradients
     grad_scale: Tensor | None
@@ -115,7 +76,7 @@ class UpdateMeter:
         ValueError: for LBFGS, whose step evaluates the gradient several times.
     """
 
-    def __init__(self, optimizer: Optimizer, *, snapshot: bool = False, gradients: Gradients | None = None) -> None:
+    def __init__(self, optimizer: Any, *, snapshot: bool = False, gradients: Gradients | None = None) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("UpdateMeter: expected an optimizer with one update per step, got LBFGS")
         self.optimizer = optimizer
@@ -123,10 +84,11 @@ class UpdateMeter:
         self._gradients = Gradients() if gradients is None else gradients
         self._buffers: dict[Tensor, Tensor] = {}
         self._copies_gradients = False  # once the step was seen to write to them
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._state: object = optimizer.state
         self._step: _Step | None = None  # between before() and after()
         self._orders: dict[tuple[int, ...], Tensor] = {}
+        self._fine = torch.zeros(0, dtype=torch.int64)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -140,7 +102,7 @@ class UpdateMeter:
         for group in self.optimizer.param_groups:
             form = self._form(group)
             for p in group["params"]:
-                if p in self._buffers or form is None or not self._follows(p, form):
+                if p in self._buffers or not follows(self.optimizer, p, form):
                     total += p.numel() * p.element_size()
         return total
 
@@ -152,7 +114,7 @@ class UpdateMeter:
         for group in self.optimizer.param_groups:
             form = self._form(group)
             for p in group["params"]:
-                if p in self._buffers or form is None or not self._follows(p, form):
+                if p in self._buffers or not follows(self.optimizer, p, form):
                     kinds["from a copy made before the step, exactly"] += 1
                 else:
                     kinds[f"by the closed form of {name}, up to {str(p.dtype).removeprefix('torch.')} rounding"] += 1
@@ -187,8 +149,9 @@ class UpdateMeter:
         known = plan is not None and plan.settled and plan.key is look.key and plan.forms == forms
         if plan is None or not known or self.optimizer.state is not self._state:
             self._state = self.optimizer.state  # load_state_dict makes a new one
-            self._plan = plan = self._make_plan(parameters, look, forms)
+            self._plan = plan = make_plan(self.optimizer, look, forms, snapshot=self.snapshot)
         with torch.no_grad():
+            self._copies_gradients = self._copies_gradients or plan.coarse
             self._copy(plan.copied)
             starts = [self._read(call, [call.params]) if call.closed else None for call in plan.calls]
             copies = None
@@ -197,8 +160,7 @@ class UpdateMeter:
         self._step = _Step(
             plan,
             look,
-            [closed_forms.settings(group) for group in groups],
-            [closed_forms.signature(group) for group in groups],
+            [Settings(group) for group in groups],
             starts,
             copies,
             getattr(self.optimizer, "grad_scale", None),
@@ -248,58 +210,6 @@ class UpdateMeter:
     def _form(self, group: Group) -> Form | None:
         return None if self.snapshot else closed_form(self.optimizer, group)
 
-    def _follows(self, p: Tensor, form: Form) -> bool:
-        """Whether the update of this parameter follows from the state."""
-        dtype = p.dtype
-        if dtype.to_real() not in closed_forms.DTYPES:
-            return False
-        if p.grad is not None and (p.grad.dtype != dtype or p.grad.layout is not torch.strided):
-            return False
-        if form.coarse is not None and torch.finfo(form.coarse).eps > torch.finfo(dtype).eps:
-            return False  # the update has the precision of a hyper-parameter's dtype
-        state = self.optimizer.state.get(p)
-        if not state:
-            return True  # torch makes it with the parameter's dtype
-        for name in form.states:
-            entry = state.get(name)
-            if entry is not None and entry.dtype != dtype:
-                return False
-        return True
-
-    def _make_plan(self, parameters: Sequence[Tensor], look: Look, forms: list[Form | None]) -> _Plan:
-        calls: dict[tuple[Rule, torch.device, bool], _Call] = {}
-        copied: list[Tensor] = []
-        settled, index = True, -1
-        for number, (group, form) in enumerate(zip(self.optimizer.param_groups, forms, strict=True)):
-            parts: dict[tuple[Rule, torch.device, bool], _Part] = {}
-            for p in group["params"]:
-                index += 1
-                if look.gradients[index] is None:
-                    if self.snapshot:
-                        copied.append(p)
-                    continue
-                follows = form is not None and self._follows(p, form)
-                _check(index, p)
-                if not follows:
-                    copied.append(p)
-                elif form is not None and form.states and not self.optimizer.state.get(p):
-                    settled = False
-                key = (form.rule if follows and form is not None else Rule.LINEAR, p.device, follows)
-                call = calls.setdefault(key, _Call(key[0], p.device))
-                if key not in parts:
-                    parts[key] = _Part(number, form if follows else None)
-                    call.parts.append(parts[key])
-                parts[key].params.append(p)
-                call.indices.append(index)
-                call.params.append(p)
-                call.is_complex = call.is_complex or p.is_complex()
-        present = [i for i, g in enumerate(look.gradients) if g is not None]
-        for call in calls.values():
-            if call.closed:
-                call.shared = call.indices == present and len(present) == len(parameters)
-                call.places = look.places if call.shared else Places([real(p) for p in call.params])
-        return _Plan(look.key, forms, settled, list(calls.values()), copied)
-
     @torch.no_grad()
     def _copy(self, params: list[Tensor]) -> None:
         if not params and not self._buffers:
@@ -319,13 +229,15 @@ class UpdateMeter:
 
     # After the step
 
-    def _rewrites(self, step: _Step, part: _Part) -> bool:
-        return step.copies is None and rewrites_gradients(self.optimizer, step.groups[part.group], part.params)
+    def _rewrites(self, step: _Step, part: Part) -> bool:
+        return step.copies is None and rewrites_gradients(self.optimizer, step.settings[part.group].values, part.params)
 
     def _kept(self, step: _Step, now: Samples, rewritten: list[bool]) -> Tensor | None:
         """Whether the gradients are those of before the step, or can be brought back: bool (P,); None if all are."""
         look, explained = step.look, set()
         if step.copies is not None:
+            return None
+        if step.grad_scale is None and not any(rewritten) and look.samples.known_same(now):
             return None
         kept = ~look.samples.changed(now)
         parts = [part for call in step.plan.calls for part in call.parts]
@@ -340,7 +252,7 @@ class UpdateMeter:
                 for p, g, is_own in zip(self.parameters, look.gradients, own, strict=True)
             ]
             added = look.places.read(look.places.views(buffers))
-            back = same_gradients(look.samples, now, added, step.groups[part.group]["momentum"])
+            back = same_gradients(look.samples, now, added, step.settings[part.group].values["momentum"])
             mine = torch.tensor(own, dtype=torch.bool, device="cpu").to(kept.device, non_blocking=True)
             kept = torch.where(mine, back, kept)
         if step.grad_scale is not None:  # a fused optimizer takes it out of the gradients itself
@@ -352,7 +264,7 @@ class UpdateMeter:
         return kept
 
     def _arguments(
-        self, step: _Step, call: _Call, rewritten: list[bool]
+        self, step: _Step, call: Call, rewritten: list[bool]
     ) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor], Tensor | None]:
         """Of the op: gradients, parameters, first and second state, coefficients; and how uncertain these are."""
         source = step.look.gradients if step.copies is None else step.copies
@@ -361,7 +273,7 @@ class UpdateMeter:
         second: list[Tensor] = []
         tables, doubts, begin = [], [], 0
         for part, does in zip(call.parts, rewritten, strict=True):
-            form, params, group = part.form, part.params, step.groups[part.group]
+            form, params, group = part.form, part.params, step.settings[part.group].values
             own = gradients[begin : begin + len(params)]
             if form is None:
                 dense = [self._dense(p, g, group if does else None) for p, g in zip(params, own, strict=True)]
@@ -428,7 +340,7 @@ class UpdateMeter:
     def _verify(
         self,
         step: _Step,
-        call: _Call,
+        call: Call,
         start: Samples | None,
         now: Samples,
         arguments: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor],
@@ -438,30 +350,39 @@ class UpdateMeter:
         if start is None:
             return None
         gradients, params, first, second, table = arguments
-        takes = call.rule in (Rule.LINEAR, Rule.RMSPROP)
         gradient = None
-        if takes:
-            if call.shared and step.copies is None:
-                gradient = now
-            else:
-                gradient = call.places.read(call.places.views(gradients))
+        if call.rule in (Rule.LINEAR, Rule.RMSPROP):
+            shared = call.shared and step.copies is None
+            gradient = now if shared else call.places.read(call.places.views(gradients))
         lists = [params]
         if any(part.form is not None and part.form.first is not None for part in call.parts):
             lists.append(first)
         if call.rule.states == 2:
             lists.append(second)
         after = self._read(call, lists)
-        good, vague = verify(call.rule, call.places, start, after, gradient, table, uncertain, self._made())
-        code = torch.where(good, reasons.FINE, reasons.NOT_THE_UPDATE)
         groups = self.optimizer.param_groups
-        changed = [closed_forms.signature(groups[part.group]) != step.signatures[part.group] for part in call.parts]
-        if any(changed):
-            which = [does for part, does in zip(call.parts, changed, strict=True) for _ in part.params]
+        doubts = [not step.settings[part.group].hold(groups[part.group]) for part in call.parts]
+        good, vague = verify(
+            call.rule,
+            call.places,
+            start,
+            after,
+            gradient,
+            table,
+            uncertain=uncertain,
+            made=self._made(),
+            doubted=any(doubts),
+        )
+        if vague is None and known_equal(good, call.all_good):
+            return None
+        code = torch.where(good, reasons.FINE, reasons.NOT_THE_UPDATE)
+        if vague is not None:
+            which = [does for part, does in zip(call.parts, doubts, strict=True) for _ in part.params]
             mask = torch.tensor(which, dtype=torch.bool, device="cpu").to(code.device, non_blocking=True)
             code = torch.where(mask & vague & good, reasons.SETTINGS, code)
         return code
 
-    def _read(self, call: _Call, lists: list[list[Tensor]]) -> Samples:
+    def _read(self, call: Call, lists: list[list[Tensor]]) -> Samples:
         """Samples of the parameters, and of the state behind them."""
         views = []
         for number, tensors in enumerate(lists):
@@ -476,10 +397,14 @@ class UpdateMeter:
         calls = step.plan.calls
         total = self._in_order([(call.indices, part) for call, part in zip(calls, sums, strict=True)])
         found = [(call.indices, code) for call, code in zip(calls, codes, strict=True) if code is not None]
+        if not found and kept is None:
+            if self._fine.shape[0] != total.shape[0] or self._fine.device != total.device:
+                self._fine = torch.full((total.shape[0],), reasons.FINE, dtype=torch.int64, device=total.device)
+            return MeasuredUpdate(ParameterStats(total), self._fine)
         reason = self._in_order(found) if found else torch.zeros(total.shape[0], dtype=torch.int64, device=total.device)
         bad = reason != reasons.FINE
         if kept is None:
-            unknown = torch.stack([bad, bad, bad], dim=1)
+            unknown = bad[:, None]
         else:
             kept = kept.to(total.device, non_blocking=True)
             unknown = torch.stack([bad | ~kept, bad, ~kept], dim=1)
@@ -518,10 +443,3 @@ def _together(tables: list[Tensor], device: torch.device) -> Tensor:
     if all(table.is_cpu for table in tables):
         return torch.cat(tables)
     return torch.cat([table.to(device, non_blocking=True) for table in tables])
-
-
-def _check(index: int, p: Tensor) -> None:
-    if hasattr(p, "to_local"):
-        raise ValueError(f"parameter {index} is a {type(p).__name__}, expected a tensor of this rank alone")
-    if p.dtype.to_real() not in DTYPES:
-        raise ValueError(f"parameter {index} has dtype {p.dtype}, expected one of {', '.join(map(str, DTYPES))}")

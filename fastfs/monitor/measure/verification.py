@@ -2,27 +2,30 @@
 
 w - w' of these elements, copied before and after the step, has to be what the rule makes of the state, up to rounding:
 
-    |(w - w') - dw| <= 2 eps max(|w|, |w'|) + (16 eps + u) (|part| + ...) + the smallest normal number
+    |(w - w') - dw| <= 4 eps (|w| + |w'|) + (16 eps + u) (|part| + ...) + the smallest normal number
 
-A step rounds w at most twice, by half a unit each, once more where a factor 1 - lr wd is rounded, and every part of dw
-in at most some ten operations, by half a unit each. u is the uncertainty of bias corrections (``closed_forms``).
+with norms over the elements of one parameter. A step rounds w at most twice, by half a unit each, once more where a
+factor 1 - lr wd is rounded (which the closed form divides by), and every part of dw in at most some ten operations, by
+half a unit each. u is the uncertainty of bias corrections (``closed_forms``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
-from fastfs.monitor.measure.closed_forms import evaluate
-from fastfs.monitor.measure.fingerprints import Places, Samples
+from fastfs.monitor.measure.closed_forms import parts_of
+from fastfs.monitor.measure.fingerprints import Places, Samples, on_host
 from fastfs.rules import Rule
 
 __all__ = ["same_gradients", "verify"]
 
-_OF_PARAMETER, _OF_PARTS = 2.0, 16.0  # in units of eps
-_TELLS = 1e-4  # squared relative error up to which elements tell one update from another
+_OF_PARAMETER, _OF_PARTS = 4.0, 16.0  # in units of eps
+_TELLS = 1e-2  # relative error up to which elements tell one update from another
 
 
 def verify(
@@ -32,9 +35,11 @@ def verify(
     after: Samples,
     gradients: Samples | None,
     table: Tensor,
+    *,
     uncertain: Tensor | None,
     made: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    doubted: bool,
+) -> tuple[Tensor, Tensor | None]:
     """Which of n parameters have moved as the rule says.
 
     Args:
@@ -46,44 +51,58 @@ def verify(
         table: coefficients, (n, C).
         uncertain: relative error of the update that is to be expected, (n,).
         made: whether the step happened at all, bool (); None if it did.
+        doubted: whether hyper-parameters may be others than those that the step used.
 
     Returns:
-        Bool (n,) each: whether the update is as it should be, and whether rounding hides so much of it that another
-        learning rate might pass, too.
+        Whether the update is as it should be, bool (n,); and if it is doubted, whether rounding hides so much of it
+        that another learning rate might pass, too.
     """
-    good, vague = [], []
-    whole = len(places.blocks) == 1 and len(places.blocks[0].order) == places.count
+    good: list[Tensor] = []
+    vague: list[Tensor] = []
     for number, block in enumerate(places.blocks):
         flats = [before.flats[number], after.flats[number]]
         if gradients is not None:
             flats.append(gradients.flats[number])
-        old, new, *state = places.rows(number, torch.cat(flats)).unbind()
-        gradient = state.pop() if gradients is not None else None
-        columns, relative = table.to(block.device, non_blocking=True), None
-        if uncertain is not None:
-            relative = uncertain.to(block.device, non_blocking=True)
-        if not whole:
-            order = torch.tensor(block.order, dtype=torch.int64, device="cpu").to(block.device, non_blocking=True)
-            columns = columns.index_select(0, order)
-            relative = None if relative is None else relative.index_select(0, order)
-        first = state[0] if state else gradient
-        assert first is not None
-        update, size = evaluate(rule, new, gradient, first, state[1] if len(state) > 1 else None, columns)
-        info = torch.finfo(block.dtype)
-        limit = size * (_OF_PARTS * info.eps)
+        columns, relative = table.to(block.device, non_blocking=True), uncertain
         if relative is not None:
-            limit += size * relative[:, None]
-        limit.add_(torch.maximum(old.abs(), new.abs()), alpha=_OF_PARAMETER * info.eps).add_(info.smallest_normal)
+            relative = relative.to(block.device, non_blocking=True)
+        if not places.whole:
+            columns = columns.index_select(0, block.place)
+            relative = None if relative is None else relative.index_select(0, block.place)
+        rows, columns = places.host_rows(number, *flats), on_host(columns)
+        with numpy.errstate(all="ignore"):
+            fits, tells = _fits(rule, list(rows), gradients is not None, columns[:, :, None], block.dtype, relative)
+        good.append(torch.as_tensor(fits))
         if made is not None:
-            happened = made.to(block.device, non_blocking=True)
-            update, limit = torch.where(happened, update, 0.0), torch.where(happened, limit, 0.0)
-        good.append(((new - old - update).abs_() <= limit).all(dim=1))
-        size_sq = size.square().sum(dim=1)
-        vague.append((limit.square().sum(dim=1) > _TELLS * size_sq) & (size_sq > 0))
+            still = torch.as_tensor(((rows[1] - rows[0]) == 0).all(-1))
+            good[-1] = torch.where(made.to(block.device, non_blocking=True), good[-1], still)
+        vague.append(~torch.as_tensor(tells))
     if not good:  # nothing but empty tensors
         nothing = torch.zeros(places.count, dtype=torch.bool, device=places.home)
         return ~nothing, nothing
-    return places.gather(good, missing=True), places.gather(vague, missing=False)
+    return places.gather(good, missing=True), places.gather(vague, missing=False) if doubted else None
+
+
+def _fits(
+    rule: Rule, rows: list[Any], has_gradient: bool, columns: Any, dtype: torch.dtype, relative: Tensor | None
+) -> tuple[Any, Any]:
+    """For arrays as for tensors: whether parameters moved as they should, and whether the elements tell, (P,) both."""
+    old, new, *state = rows
+    gradient = state.pop() if has_gradient else None
+    first = state[0] if state else gradient
+    second = state[1] if len(state) > 1 else None
+    parts = parts_of(rule, new, gradient, first, second, [columns[:, i] for i in range(columns.shape[1])])
+    rest, size = new - old, 0.0
+    for part in parts:
+        rest = rest - part
+        size = size + (part * part).sum(-1) ** 0.5
+    info = torch.finfo(dtype)
+    weight = ((old * old).sum(-1) + (new * new).sum(-1)) ** 0.5
+    limit = weight * (2.0**0.5 * _OF_PARAMETER * info.eps) + size * (_OF_PARTS * info.eps) + info.smallest_normal
+    if relative is not None:
+        limit = limit + size * on_host(relative)
+    # Not greater than: where something is not a number nothing fits.
+    return (rest * rest).sum(-1) <= limit * limit, (limit <= _TELLS * size) | (size == 0)
 
 
 def same_gradients(before: Samples, after: Samples, added: Samples | None, factor: Tensor | float) -> Tensor:
