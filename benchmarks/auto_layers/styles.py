@@ -140,10 +140,10 @@ def style_entries() -> list[Entry]:
         Entry(
             "trunk and a list of heads",
             lambda: (small.MultiTask(), on((4, 8))),
-            2,
+            8,
             "trunk.0",
-            "trunk.2",
-            "right: the trunk; heads run side by side",
+            "heads.2.net.2",
+            "right: nothing is repeated but heads, so all that has parameters",
         ),
         Entry("actor and critic", lambda: (small.ActorCritic(), on((4, 8))), 6, "actor.0", "critic.4"),
         Entry("NeRF", lambda: (small.NeRF(), on((4, 3), (4, 3))), 5, "pts_linears.0", "pts_linears.4"),
