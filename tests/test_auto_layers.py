@@ -32,6 +32,32 @@ def test_styles_of_public_scripts(entry):
     assert picked.reached == entry.count - ("not used" in entry.verdict)
 
 
+class Small(nn.Module):
+    """A block of a norm and one linear map."""
+
+    def __init__(self):
+        super().__init__()
+        self.ln, self.mlp = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.mlp(self.ln(x)).relu()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_blocks_of_a_single_weight(depth):
+    model = text.NanoGPT()
+    model.transformer["h"] = nn.ModuleList([Small() for _ in range(depth)])
+    assert auto(model) == [f"transformer.h.{i}" for i in range(depth)]
+    in_place = text.NanoGPT()
+    del in_place.transformer["h"]
+    in_place.transformer.update({f"h{i}": Small() for i in range(depth)})
+    if depth > 1:
+        assert auto(in_place) == [f"transformer.h{i}" for i in range(depth)]
+    stream = text.Stream([Small() for _ in range(4)])
+    stream.projections = nn.ModuleList([FeedForward() for _ in range(depth)])
+    assert {f"blocks.{i}" for i in range(4)} <= set(auto(stream))
+
+
 # Generated models: blocks of all kinds, in stages and containers of all kinds
 
 

@@ -12,9 +12,9 @@ goes from the outside to the inside and stops at the last level at which a membe
 - Lists that are called heads, experts, branches and the like hold what runs side by side, and are no path.
 - All else (an encoder, a decoder, a tower, a wrapper) is a namespace: blocks are searched for in each.
 
-Members of lists with one weight each (linear maps, graph convolutions, a norm and a linear map) count where they are
-the larger part of the model; without any of these, every module with parameters of its own; without these, the model
-itself. Only what is trained counts, as far as anything is.
+Members of lists with one weight each (linear maps, graph convolutions, a norm and a linear map) count if they
+are at least a third of all that is found. Where nothing is repeated, every module with parameters of its own is taken,
+and where there is none, the model itself. Only what is trained counts, as far as anything is.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def blocks(
     found = search.blocks([model], within=False)
     repeated = [m for m in _unique(found) if tree.is_trained(m)]
     lists = [m for m in _unique(search.lists) if tree.is_trained(m)]
-    if sum(map(tree.weights, lists)) > sum(map(tree.weights, repeated)):
-        repeated += lists  # blocks beside them are the smaller part: heads, say
+    if 2 * sum(map(tree.weights, lists)) >= sum(map(tree.weights, repeated)):
+        repeated += lists  # and are not only the stem of a network of blocks
     return repeated or [m for m in modules if tree.owns(m)] or [model]
 
 
