@@ -202,7 +202,9 @@ class Hand:
         passes, loss = self._run(shadow, self._at_forward)
         visits = [tensor for visits in passes for _, tensor in visits if tensor.requires_grad]
         shadow_loss = loss * self.trial.repeats
-        gradients = torch.autograd.grad(shadow_loss, visits, allow_unused=True, retain_graph=True)
+        gradients: Sequence[Tensor | None] = ()
+        if visits:
+            gradients = torch.autograd.grad(shadow_loss, visits, allow_unused=True, retain_graph=True)
         found = _Found(passes, dict(zip(map(id, visits), gradients, strict=True)))
         found.walk(shadow.parameters)
         moved = any(not torch.equal(a, b) for a, b in zip(self._at_forward, before, strict=True))

@@ -182,10 +182,10 @@ def run(recipe: Recipe, *, monitored: bool, hand: bool = False) -> Outcome:
 
     if recipe.compiled != "none":
         torch._dynamo.reset()
-    trial = Trial(recipe)
     outcome = Outcome()
     with warnings.catch_warnings(record=True) as said, contextlib.ExitStack() as stack:
         warnings.simplefilter("always")
+        trial = Trial(recipe)
         loop = Loop(trial, Hand(trial) if hand else None, stack)
         monitors = _attach(loop, outcome, stack) if monitored else []
         loop.late(monitors)
@@ -203,7 +203,7 @@ def run(recipe: Recipe, *, monitored: bool, hand: bool = False) -> Outcome:
 def _picture(loop: Any) -> Picture:
     trial = loop.trial
     roots = {
-        "model": trial.model,
+        "model": trial.inner,
         "outer": trial.outer,
         "optimizers": trial.optimizers,
         "losses": trial.losses,
