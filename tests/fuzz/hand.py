@@ -118,7 +118,8 @@ class Hand:
         wide = [b.to(_wide(b)) for b in self._before]
         found = self._triple(exact, self._before, self._after)
         ahead, behind = (
-            self._features(exact, [w + sign * H * d for w, d in zip(wide, step, strict=True)], found) for sign in (1, -1)
+            self._features(exact, [w + sign * H * d for w, d in zip(wide, step, strict=True)], found)
+            for sign in (1, -1)
         )
         same = found if probe else self._triple(self._shadow(False), self._before, self._after)
         gradients = self._probe_gradients(exact) if probe else [self._raw, self._grads]

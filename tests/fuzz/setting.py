@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import random
 import sys
 import warnings
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
-from tests.fuzz.world import Picture, differences, global_state, picture
+from tests.fuzz.world import Picture, differences, global_state, picture, reset_switches
 
 __all__ = [
     "MODES",
@@ -49,9 +50,10 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Linear(8, 8)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Tanh()) for _ in range(2))
-        # The power iteration of a spectral norm has no forward-mode derivative.
-        norms = nn.utils.parametrizations
-        (norms.weight_norm if mode == "jvp" else norms.spectral_norm)(self.blocks[1][0])
+        if mode == "jvp":  # a spectral norm has no forward-mode derivative
+            nn.utils.parametrize.register_parametrization(self.blocks[1][0], "weight", nn.Tanh())
+        else:
+            nn.utils.parametrizations.spectral_norm(self.blocks[1][0])
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.drop = nn.Dropout(0.2)
         self.head = nn.Linear(8, 3)
@@ -137,7 +139,9 @@ class _Loop:
             "aligned": {"every": 4, "aligned_every": 1},  # the disturbed step is a predicted one
             "autocast": {"amplify": True, "aligned_every": 1},
         }
-        keywords = {"layers": r"blocks\.\d+$|attention$", "every": 1, "sinks": [rows.extend]} | options.get(self.mode, {})
+        keywords = {"layers": r"blocks\.\d+$|attention$", "every": 1, "sinks": [rows.extend]} | options.get(
+            self.mode, {}
+        )
         return fastfs.Monitor(self.model, self.optimizer, alerts=(), verbose=False, **keywords)
 
 
@@ -145,13 +149,20 @@ Around = Callable[[fastfs.Monitor], contextlib.AbstractContextManager[Any]]
 
 
 def train(mode: str, *, around: Around | None = None, stop: tuple[str, int] | None = None) -> Run:
-    """A run of a few steps.
+    """A run of a few steps; switches that a fault left are put back afterwards.
 
     Args:
         mode: of the monitor.
         around: with a monitor: a context of the monitor around the step that is disturbed.
         stop: without one: where an interrupt comes.
     """
+    try:
+        return contextvars.copy_context().run(_train, mode, around, stop)
+    finally:
+        reset_switches()
+
+
+def _train(mode: str, around: Around | None, stop: tuple[str, int] | None) -> Run:
     loop, run = _Loop(mode, stop), Run()
     roots = {"model": loop.model, "optimizer": loop.optimizer}
     with warnings.catch_warnings(record=True) as said:
@@ -166,8 +177,8 @@ def train(mode: str, *, around: Around | None = None, stop: tuple[str, int] | No
                     loop.step()
             except KeyboardInterrupt:
                 run.stopped = (loop.phase, loop.progress)
-            except Injected as error:
-                run.escaped = f"{type(error).__name__} in {loop.phase}"
+            except Exception as error:  # not one of the loop's own
+                run.escaped = run.escaped or f"step {number}, {type(error).__name__} in {loop.phase}: {error}"[:200]
             run.numbers.append(-1 if monitor is None else monitor.step - 1)
             if number != DISTURBED:  # the next step or close() may put things right
                 same = [a is b for a, b in zip(buffers, loop.model.buffers(), strict=True)]
@@ -281,7 +292,7 @@ def faults_of_interrupt(mode: str, at: Place, nth: int, plain: dict[Any, Run]) -
     stop = ("before step", 0) if on.stopped[0] == "before the step" else on.stopped
     if stop not in plain:
         plain[stop] = train(mode, stop=stop)
-    found = [*_altered(plain[stop], on), *_unmeasured(mode, on)]
+    found = [on.escaped] if on.escaped else [*_altered(plain[stop], on), *_unmeasured(mode, on)]
     return [f"{said_of(at)} in {on.stopped[0]}: {fault}" for fault in found]
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 import fastfs
 from tests.fuzz.bodies import LAYERS, ROWS, WIDTH, Switch, Tagged, make_body
 from tests.fuzz.hand import Hand, Numbers
-from tests.fuzz.optimizers import Sam, make_optimizers
 from tests.fuzz.recipe import Recipe
 from tests.fuzz.world import Picture, global_state, picture
 

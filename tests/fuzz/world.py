@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfs.network.state import own_forward_runs
 
-__all__ = ["Picture", "differences", "global_state", "picture", "switches"]
+__all__ = ["Picture", "differences", "global_state", "picture", "reset_switches", "switches"]
 
 Picture = dict[str, Any]
 """Path -> what is there, in a form that compares by ``==``."""
@@ -81,6 +81,29 @@ def switches() -> Picture:
         "threads": torch.get_num_threads(),
         "trace": (sys.gettrace() is None, sys.getprofile() is None),
     }
+
+
+def reset_switches() -> None:
+    """What :func:`switches` tells, as a process has it at its start: a fault that left one is told once, not by all."""
+    torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)
+    torch.set_autocast_cache_enabled(True)
+    while torch.autocast_increment_nesting() > 1:
+        torch.autocast_decrement_nesting()
+        torch.autocast_decrement_nesting()
+    torch.autocast_decrement_nesting()
+    while torch.autograd.forward_ad._current_level >= 0:
+        torch.autograd.forward_ad.exit_dual_level()
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack()
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    torch.backends.mha.set_fastpath_enabled(True)
+    torch._C._set_mkldnn_enabled(True)
+    for kernel in ("flash", "mem_efficient", "math", "cudnn", "overrideable"):
+        getattr(torch._C, f"_set_sdp_use_{kernel}")(True)
+    parametrize._cache_enabled = 0
+    parametrize._cache.clear()
 
 
 def differences(first: Picture, second: Picture, most: int = 5) -> list[str]:
@@ -195,7 +218,9 @@ class _Painter:
             if self._hooks:
                 yield from ((name, len(hooks)) for name, hooks in vars(value).items() if name.endswith("_hooks"))
             return
-        slots = [name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)]
+        slots = [
+            name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)
+        ]
         names = [*getattr(value, "__dict__", {}), *(name for name in slots if not name.startswith("__"))]
         for name in names:
             item = getattr(value, name)
