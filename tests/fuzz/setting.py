@@ -203,7 +203,7 @@ def _site(frame: FrameType, what: str) -> Site:
 
 @contextlib.contextmanager
 def failing_at(seen: list[Site], number: int | None) -> Iterator[None]:
-    """Raises at the ``number``-th call that code of fastfs makes, of Python or of C; appends all of them to ``seen``."""
+    """Raises at the ``number``-th call that code of fastfs makes, of Python or of C; ``seen`` gets all of them."""
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         if event == "c_call" and frame.f_code.co_filename.startswith(OURS):
