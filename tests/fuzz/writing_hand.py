@@ -27,7 +27,7 @@ def copies(writes: Sequence[Write]) -> bool:
 
 @dataclass
 class _Forward:
-    replica: nn.Module
+    replica: Any
     x: Tensor
     randomness: Any
     before: dict[str, Tensor] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class WritingHand:
         self._open: _Forward | None = None
         self._handles: list[Any] = []
 
-    def attach(self, model: nn.Module, parameters: list[Tensor]) -> None:
+    def attach(self, model: Any, parameters: list[Tensor]) -> None:
         self._model, self._parameters = model, parameters
-        for name, block in model.blocks.named_children():  # type: ignore[union-attr]
+        for name, block in model.blocks.named_children():
             self._handles.append(block.register_forward_hook(_Tap(self, name)))
 
     def close(self) -> None:
@@ -54,7 +54,7 @@ class WritingHand:
 
     def enter(self, x: Tensor) -> None:
         """Right before a forward that counts."""
-        hooks = [block._forward_hooks for block in self._model.blocks]  # type: ignore[union-attr]
+        hooks = [block._forward_hooks for block in self._model.blocks]
         taps = [{key: h for key, h in each.items() if isinstance(h, _Tap)} for each in hooks]
         for each, mine in zip(hooks, taps, strict=True):  # which a copy must not have
             for key in mine:
@@ -115,7 +115,7 @@ class WritingHand:
         def tap(name: str, _module: nn.Module, _args: Any, output: Tensor) -> None:
             after[name] = output.detach().double()
 
-        for name, block in forward.replica.blocks.named_children():  # type: ignore[union-attr]
+        for name, block in forward.replica.blocks.named_children():
             block.register_forward_hook(functools.partial(tap, name))
         _give(forward.randomness)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
