@@ -104,6 +104,8 @@ def _row(verdict: Verdict, recipe: Recipe, row: dict[str, Any], layer: LayerNumb
         absent = layer.same is None and row.get("why")  # it did not run, or nothing upstream of it is trained
         if not why and not said and not absent:
             verdict.fault("no reason", where, "no aligned_decrease and no reason")
+    elif layer.exact is None and layer.decreases:  # it did not run: what is upstream of it was seen in another step
+        counts["decreases of layers that did not run"] += 1
     else:
         counts["decreases"] += 1
         _decrease(verdict, row, layer, where)
