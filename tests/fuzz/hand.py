@@ -212,7 +212,7 @@ class Hand:
     def _triple(self, shadow: Trial, before: Sequence[Tensor], after: Sequence[Tensor]) -> _Found:
         passes, loss = self._run(shadow, self._at_forward)
         visits = [tensor for visits in passes for _, tensor in visits if tensor.requires_grad]
-        shadow_loss = loss * self.trial.repeats
+        shadow_loss = loss if shadow.recipe.monitor == "probe" else loss * self.trial.repeats
         gradients: Sequence[Tensor | None] = ()
         if visits:
             gradients = torch.autograd.grad(shadow_loss, visits, allow_unused=True, retain_graph=True)

@@ -177,6 +177,7 @@ _EXCLUDED: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ("body", ("lora",), "norm", ("batch", "layer")),
     ("body", ("complex",), "optimizer", ("muon", "fused", "projecting")),
     ("body", ("complex",), "clip", ("value",)),
+    ("body", ("complex",), "scaler", ("scaler", "overflow")),
     # Functional calls go round the old hooks, and caches of parametrisations.
     ("weights", ("old spectral", "old weight norm", "cached"), "call", ("noisy weights", "fast weights")),
     ("weights", ("spectral", "orthogonal", "old spectral"), "precision", _LOW),
