@@ -101,7 +101,8 @@ def _row(verdict: Verdict, recipe: Recipe, row: dict[str, Any], layer: LayerNumb
     if row["aligned_decrease"] is None:
         why = row.get("decrease_why")
         counts[f"no decrease: {why}"] += 1
-        absent = layer.same is None and row.get("why")  # it did not run, or nothing upstream of it is trained
+        # It did not run, or nothing upstream of it is trained.
+        absent = layer.same is None and (row["kind"] == "predicted" or row["why"])
         if not why and not said and not absent:
             verdict.fault("no reason", where, "no aligned_decrease and no reason")
     elif layer.exact is None and layer.decreases:  # it did not run: what is upstream of it was seen in another step
@@ -150,11 +151,10 @@ def _decrease(verdict: Verdict, row: dict[str, Any], layer: LayerNumbers, where:
     if not layer.decreases:
         verdict.fault("decrease wrong", where, f"{row['aligned_decrease']}, nothing to measure by hand")
         return
-    checks = {
-        "aligned_decrease": (layer.decreases, layer.rounding),
-        "parameter_update_norm": ([layer.update_norm], layer.update_rounding),
-        "gradient_norm": (layer.gradient_norms, layer.gradient_rounding),
-    }
+    checks = {"aligned_decrease": (layer.decreases, layer.rounding)}
+    if layer.owned:
+        checks["parameter_update_norm"] = ([layer.update_norm], layer.update_rounding)
+        checks["gradient_norm"] = (layer.gradient_norms, layer.gradient_rounding)
     for key, (wanted, rounding) in checks.items():
         got = row[key]
         if got is None and key != "aligned_decrease":
