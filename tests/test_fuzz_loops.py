@@ -40,6 +40,7 @@ def test_every_ingredient_alone(axis):
     assert_right(recipes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("monitor", AXES["monitor"])
 @pytest.mark.parametrize("axis", ["body", "call", "optimizer"])
 def test_every_monitor_with_every_ingredient(axis, monitor):
