@@ -64,6 +64,7 @@ void measure_cpu(const py::tuple& inputs, bool per_row, const py::object& out, i
   Exchange exchange;
   const LayerList list = read<Sums::kInputs>(exchange, inputs, per_row);
   if (list.device.device_type != kDLCPU) throw py::value_error("expected tensors on the CPU");
+  checked_threads(threads);
   double* const to = output(exchange, out, list.segments, Sums::kSums + 2, list.device);
   const py::gil_scoped_release released;
   cpu::measure<Sums>(list.layers, to, threads);
@@ -76,6 +77,7 @@ void measure_optimizer_cpu(const py::tuple& inputs, const py::object& coefficien
   LayerList list = read<Sums::kInputs>(exchange, inputs, false);
   if (list.device.device_type != kDLCPU) throw py::value_error("expected tensors on the CPU");
   read_coefficients<Sums>(exchange, coefficients, list);
+  checked_threads(threads);
   double* const to = output(exchange, out, list.segments, Sums::kSums + 2, list.device);
   const py::gil_scoped_release released;
   cpu::measure<Sums>(list.layers, to, threads);
@@ -94,11 +96,21 @@ int64_t count_rows(const py::list& tensors) {
   return all;
 }
 
+void check_contiguous(const LayerList& list) {
+  for (size_t n = 0; n < list.layers.size(); ++n) {
+    for (int i = 0; i < 3; ++i) {
+      if (!list.layers[n].contiguous[i]) refuse(n, "expected contiguous tensors");
+    }
+  }
+}
+
 // Feature inputs of any dtype, contiguous: what the ceiling of the benchmarks reads.
 uint64_t stream_read_cpu(const py::tuple& inputs, int threads) {
   Exchange exchange;
   const LayerList list = read<3>(exchange, inputs, false);
   if (list.device.device_type != kDLCPU) throw py::value_error("expected tensors on the CPU");
+  check_contiguous(list);
+  checked_threads(threads);
   const py::gil_scoped_release released;
   return cpu::stream_read(list.layers, 3, threads);
 }
@@ -126,6 +138,9 @@ class CudaCall {
   // Queues the work on what was torch's current stream of the inputs' device.
   void launch(const py::object& out, uintptr_t partials, uintptr_t tickets) {
     double* const to = output(exchange_, out, list_.segments, Sums::kSums + 2, list_.device);
+    if ((workspace_.partial_bytes > 0 && partials == 0) || (workspace_.tickets > 0 && tickets == 0)) {
+      throw py::value_error("expected the memory of partial sums and tickets");
+    }
     const py::gil_scoped_release released;
     cuda::launch<Sums>(list_.layers, coefficients_, to, reinterpret_cast<void*>(partials),
                        reinterpret_cast<uint32_t*>(tickets), list_.device.device_id, stream_);
@@ -159,6 +174,7 @@ void stream_read_cuda(const py::tuple& inputs, const py::object& sink) {
   Exchange exchange;
   const LayerList list = read<3>(exchange, inputs, false);
   if (list.device.device_type != kDLCUDA) throw py::value_error("expected tensors on a CUDA device");
+  check_contiguous(list);
   double* const to = output(exchange, sink, 1, 1, list.device);
   void* const stream = exchange.current_stream(list.device);
   const py::gil_scoped_release released;

@@ -41,7 +41,7 @@ struct RowCall {
       throw py::value_error("expected at most " + std::to_string(kMaxDims) +
                             " dimensions that cannot be merged in the rows and in the width of x");
     }
-    if (t.data == nullptr && x.rows * x.row.width > 0) throw py::value_error("expected x with its memory");
+    if (is_freed(t)) throw py::value_error("expected x with its memory");
     if (type == kDLCUDA && reinterpret_cast<uintptr_t>(x.data) % item_size(x.dtype) != 0) {
       throw py::value_error("expected data aligned to its element size");  // a GPU cannot load it, and would fault
     }
@@ -51,6 +51,7 @@ struct RowCall {
         !same_device(index, t)) {
       throw py::value_error("expected rows of int64 with one dimension on the device of x");
     }
+    if (is_freed(index)) throw py::value_error("expected rows with their memory");
     request.index = reinterpret_cast<const int64_t*>(data_of(index));
     request.index_stride = index.strides == nullptr ? 1 : index.strides[0];
     request.kept = index.shape[0];
@@ -60,6 +61,7 @@ struct RowCall {
         !is_contiguous(norms) || !same_device(norms, t)) {
       throw py::value_error("expected contiguous float64 squares, one for each of rows");
     }
+    if (is_freed(norms)) throw py::value_error("expected squares with their memory");
     request.squares = reinterpret_cast<double*>(data_of(norms));
     request.to_dtype = x.dtype;
     if (out.is_none()) return;
@@ -70,6 +72,7 @@ struct RowCall {
         (elements > 0 && !is_contiguous(to))) {
       throw py::value_error("expected a contiguous output of rows x width on the device of x");
     }
+    if (is_freed(to)) throw py::value_error("expected out with its memory");
     if (elements > 0) request.to = data_of(to);
   }
 };
@@ -78,6 +81,7 @@ void gather_rows_cpu(const py::object& x, const py::object& rows, int64_t row_di
                      const py::object& squares, int threads) {
   Exchange exchange;
   const RowCall call(exchange, kDLCPU, x, rows, row_dims, out, squares);
+  checked_threads(threads);
   const py::gil_scoped_release released;
   cpu::gather_rows(call.x, call.request, threads);  // its std::out_of_range is an IndexError in Python
 }
@@ -93,7 +97,7 @@ void gather_rows_cuda(const py::object& x, const py::object& rows, int64_t row_d
   if (needed > 0) {
     const DLTensor t = exchange.view(partials.ptr());
     if (t.ndim != 1 || t.shape[0] < needed || dtype_of_rows(t, "partials") != DType::f64 ||
-        t.device.device_type != call.device.device_type || t.device.device_id != call.device.device_id) {
+        t.device.device_type != call.device.device_type || t.device.device_id != call.device.device_id || is_freed(t)) {
       throw py::value_error("expected float64 partials of row_partials(kept, width) elements on the device of x");
     }
     scratch = reinterpret_cast<double*>(data_of(t));

@@ -150,11 +150,12 @@ FASTFS_HD V spacing(V x) {
   } else if constexpr (!is_single<V>::value && !same_dtype<F, F64>::value) {
     e = where_at_least(x, F::kMinNormal, e, 0.0);
   }
-  // In double the spacing itself is squared, so that it overflows no earlier than the reference.
+  // In double the spacing itself is squared, so that it overflows no earlier than the reference; it is NaN for what is
+  // not finite. A chunk of float that holds such a value is done again in double.
   if constexpr (is_single<V>::value) {
     return e;
   } else {
-    return scaled(e, F::kEpsilon);
+    return add(scaled(e, F::kEpsilon), sub(x, x));
   }
 }
 template <class F, class V>

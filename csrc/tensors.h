@@ -78,13 +78,25 @@ inline bool is_contiguous(const DLTensor& t) {
   return true;
 }
 
+// A tensor that has elements and no memory, as after resize_(0) of its storage.
+inline bool is_freed(const DLTensor& t) {
+  return t.data == nullptr && std::find(t.shape, t.shape + t.ndim, 0) == t.shape + t.ndim;
+}
+
 // The memory of a float64 tensor of `rows` x `columns` without gaps, or a complaint about `what`.
 inline double* doubles(const DLTensor& t, int64_t rows, int64_t columns, const char* what) {
   if (t.ndim != 2 || t.shape[0] != rows || t.shape[1] != columns || dtype_of(t, 0) != DType::f64 || !is_contiguous(t)) {
     throw py::value_error(std::string("expected ") + what + ": contiguous float64 of " + std::to_string(rows) + " x " +
                           std::to_string(columns));
   }
+  if (is_freed(t)) throw py::value_error(std::string("expected ") + what + " whose memory has not been freed");
   return reinterpret_cast<double*>(static_cast<char*>(t.data) + t.byte_offset);
+}
+
+// OpenMP takes no other numbers.
+inline int checked_threads(int threads) {
+  if (threads < 1) throw py::value_error("expected at least 1 thread, got " + std::to_string(threads));
+  return threads;
 }
 
 inline bool same_device(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
@@ -117,7 +129,7 @@ inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inpu
       if (!same_device(t[i].device, result.device)) {
         refuse(n, "expected all tensors on one device");
       }
-      if (t[i].data == nullptr && std::find(t[i].shape, t[i].shape + t[i].ndim, 0) == t[i].shape + t[i].ndim) {
+      if (is_freed(t[i])) {
         refuse(n, "expected tensors whose memory has not been freed");
       }
       l.data[i] = static_cast<const char*>(t[i].data) + t[i].byte_offset;

@@ -9,7 +9,7 @@ import torch
 
 from tests.fuzz.judge import Verdict, judge
 from tests.fuzz.recipe import AXES, Recipe, possible, random_recipe, shrink
-from tests.fuzz.trial import run
+from tests.fuzz.runs import run
 from tests.fuzz.world import differences
 
 LOOPS, CHUNKS = 100, 10

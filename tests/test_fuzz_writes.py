@@ -1,4 +1,4 @@
-"""Forwards that write to what training owns, in every way torch allows: training is bitwise the same, watched or not."""
+"""Forwards that write to what training owns, in every way torch allows: training stays bitwise the same."""
 
 from __future__ import annotations
 

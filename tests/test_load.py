@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pandas as pd
 import pytest
 from record_cases import alert, head, measured, predicted
 
 import fastfs
+from benchmarks.load_record import write_record
 from fastfs.monitor.record.parquet import ParquetSink
 from fastfs.monitor.record.rows import COLUMNS, SCALARS, Record
 from fastfs.monitor.record.sinks import JsonlSink
 from fastfs.report import read_header, read_record
+from fastfs.report.lines import RowReader, split_lines
+from fastfs.report.read import load_compact
+from fastfs.report.store import Store
 
 SKIPPED = Record("skipped", 3, 103.0, {"reason": "overflow"})
 STRUCTURE = Record("structure", 0, 99.0, {}, {"cut": [True] * 3, "reason": [None] * 3, "parameters": [8] * 3})
@@ -173,3 +178,60 @@ def test_a_header_torn_by_a_kill_does_not_spoil_the_file(tmp_path):
 
 def test_read_record_is_the_same_function():
     assert read_record is fastfs.load
+
+
+def long_record(path, layers, rows):
+    write_record(path, layers, rows)
+    return path
+
+
+@pytest.mark.parametrize("layers", [100, 2])
+def test_reading_takes_little_more_than_the_table(tmp_path, layers):
+    path = long_record(tmp_path / "long.jsonl", layers, 30_000)
+    fastfs.load(long_record(tmp_path / "short.jsonl", layers, 1000))  # imports, caches
+    tracemalloc.start()
+    try:
+        table = fastfs.load(path)
+        _, peak = tracemalloc.get_traced_memory()
+        size = int(table.memory_usage(index=False, deep=False).sum())
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        compact = load_compact(path)
+        _, peak_compact = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # Beside the table: a chunk of the file, what the native reader gave last, and room for a tenth more rows.
+    chunk = 3 * (4 << 20) + (1 << 15) * 200
+    assert peak < 1.25 * size + chunk
+    assert compact.memory_usage(index=False, deep=False).sum() < 0.62 * size
+    assert peak_compact - before < 0.8 * size + chunk
+    assert len(table) == len(compact) == 30_000
+
+
+def test_without_the_native_core_the_table_is_the_same(tmp_path, monkeypatch):
+    path = long_record(tmp_path / "long.jsonl", 7, 700)
+    whole = fastfs.load(path)
+    monkeypatch.setattr("fastfs.ops._C", None)
+    pd.testing.assert_frame_equal(fastfs.load(path), whole)
+
+
+def test_the_native_reader_takes_what_the_sink_writes(tmp_path):
+    """A record that it would not take would be read ten times slower, and nobody would know."""
+    path = tmp_path / "a.jsonl"
+    sink = JsonlSink(path)
+    sink.open(head(groups={"all": ["blocks.0"], "two": []}))
+    records = [measured(0, groups=2, linear=True, decrease_why="clipped", cos_angle_q10=0.5), predicted(1, groups=2)]
+    records[0].scalars.update(kappa=3.5, choices=4, choices_changed=0, other=1.5)
+    sink.write(records)
+    sink.close()
+    lines = [line for _, line, _ in split_lines(path)]
+    reader = RowReader(path, Store())
+    reader.read()
+    native = reader._native
+    native.expect("a", 0, 5)
+    for line in lines[1:]:
+        data = line + b"\n"
+        assert native.read(data, 0) == len(data), line
+    assert native.rows == 10
+    slow = json.dumps({**json.loads(lines[1]), "run": "b"}).encode() + b"\n"
+    assert native.read(slow, 0) == 0

@@ -67,6 +67,7 @@ def write(path, raws, end=b"\n"):
 def rows_of(table):
     """Rows of every record, as text that tells NaN from a number."""
     found = {}
+    table = table.astype({name: "float64" for name in table if table[name].dtype == "int64"})  # floats where some lack
     for key, part in table.groupby(["run", "kind", "step"], sort=False):
         found[key] = part.drop(columns=[c for c in part if c not in WHOLE_COLUMNS]).to_csv(index=False)
     return found
@@ -190,7 +191,7 @@ def damaged_records(draw):
     return raws, touched
 
 
-@settings(max_examples=4000)
+@settings(max_examples=200)
 @given(damaged_records())
 def test_damaged_lines_do_not_touch_the_others(folder, whole, record):
     raws, touched = record
@@ -204,7 +205,7 @@ def test_damaged_lines_do_not_touch_the_others(folder, whole, record):
         assert set(touched) & set(HEADERS), table
     elif not set(touched) & set(HEADERS):
         changed = {(LINES[i].get("run"), LINES[i]["kind"], LINES[i].get("step")) for i in touched}
-        found = rows_of(table.reindex(columns=list(table)))
+        found = rows_of(table)
         for key, text in whole.items():
             if key not in changed:
                 assert found[key] == text
@@ -212,7 +213,7 @@ def test_damaged_lines_do_not_touch_the_others(folder, whole, record):
             assert not part.duplicated(["kind", "step", "layer"]).any() or changed
 
 
-@settings(max_examples=800)
+@settings(max_examples=60)
 @given(damaged_records())
 def test_the_page_and_the_terminal_show_what_can_be_read(folder, record):
     path = write(folder / "shown.jsonl", record[0])
@@ -274,7 +275,7 @@ def test_an_unknown_column_is_kept_if_it_is_well_formed(folder):
         assert (len(table), len(told)) == ((4, 0) if kept else (0, 1)), values
         if kept:
             assert [None if pd.isna(v) else v for v in table["later"]] == values
-    lines = deepcopy(LINES[:3]) + [deepcopy(LINES[5])]
+    lines = [*deepcopy(LINES[:3]), deepcopy(LINES[5])]
     lines[2]["layers"]["later"], lines[3]["layers"]["later"] = [1.0] * 4, ["x", None, "y", "z"]
     table, _ = read_twice(write(folder / "later.jsonl", map(encode, lines)))
     assert [None if pd.isna(v) else v for v in table["later"]] == [1.0] * 4 + ["x", None, "y", "z"]
@@ -402,5 +403,5 @@ def test_a_folder_of_foreign_parts_is_refused(tmp_path):
     folder.mkdir()
     Path(folder / "part-x-000000.parquet").write_bytes(b"PAR1 nothing of the sort")
     for read in (fastfs.load, read_header):
-        with pytest.raises(ValueError, match="holds no run of fastfs.Monitor .part part-x-000000.parquet: "):
+        with pytest.raises(ValueError, match=r"holds no run of fastfs\.Monitor .part part-x-000000\.parquet: "):
             read(folder)

@@ -6,7 +6,13 @@ import threading
 import time
 
 import pytest
-from record_cases import SOON, Collecting, decode, measured, payload, recorder, until
+import torch
+from record_cases import SOON, Collecting, decode, head, measured, payload, recorder, until
+
+import fastfs
+from fastfs.monitor.record.alerts import Finding
+from fastfs.monitor.record.recorder import Recorder
+from fastfs.monitor.record.sinks import JsonlSink
 
 
 def test_a_hanging_sink_costs_records_but_no_time_and_no_memory():
@@ -154,3 +160,147 @@ def test_a_sink_that_does_not_open_leaves_the_others_closed():
         recorder(first, second, third)
     assert (first.closed, second.closed, third.headers) == (1, 0, [])
     assert threading.active_count() == threads
+
+
+# What is no Exception: it ends neither the thread nor training, and costs the other sinks nothing
+
+
+class Panic(BaseException):
+    """As the exceptions of Rust extensions."""
+
+
+class Speechless(Exception):
+    def __str__(self):
+        raise Panic
+
+
+RAISED = [Panic("in Rust"), SystemExit(3), KeyboardInterrupt(), GeneratorExit(), Speechless()]
+
+
+class Raising(Collecting):
+    """Raises in one of its methods."""
+
+    def __init__(self, method, error):
+        super().__init__()
+        self.method, self.raised = method, error
+
+    def _raise(self, method):
+        if method == self.method:
+            raise self.raised
+
+    def write(self, records):
+        self._raise("write")
+        super().write(records)
+
+    def flush(self):
+        self._raise("flush")
+
+    def due(self):
+        self._raise("due")
+        return 0.0 if self.method == "flush" and self.records else None
+
+    def close(self):
+        super().close()
+        self._raise("close")
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("method", ["write", "flush", "due", "close"])
+def test_whatever_a_sink_raises_the_others_get_every_row(method, error):
+    bad, good = Raising(method, error), Collecting()
+    one = recorder(bad, good, flush_seconds=0.0)
+
+    def run():
+        for step in range(10):
+            one.push(payload(step), decode)
+            until(lambda step=step: len(good.steps) == step + 1)
+            one.poll()
+        assert one._writer._thread.is_alive()
+        one.close()
+
+    with pytest.warns(RuntimeWarning, match=f"{type(error).__name__}: ") as told:
+        run()
+    assert good.steps == list(range(10))
+    assert (bad.closed, good.closed) == (1, 1)
+    assert sum("Raising failed" in str(w.message) for w in told) == (method != "close")
+    assert bad.steps == ([] if method == "write" else list(range(10)))
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_whatever_decode_or_a_rule_raises_the_rows_go_on(error):
+    def broken(host):
+        raise error
+
+    def rule(record, header):
+        raise error
+
+    sink = Collecting()
+    one = recorder(sink, alerts=[rule])
+    for step in range(4):
+        one.push(payload(step), broken if step == 1 else decode)
+    with pytest.warns(RuntimeWarning, match=type(error).__name__) as told:
+        one.close()
+    assert sink.steps == [0, 2, 3]
+    assert sum("could not be made" in str(w.message) for w in told) == 1
+    assert sum("alert rule rule failed" in str(w.message) for w in told) == 1
+
+
+class Odd:
+    """A rule whose judgements are of no use."""
+
+    name, steps = "odd", 1
+
+    def __init__(self, judgement):
+        self.judgement = judgement
+
+    def judge(self, record, header):
+        return self.judgement
+
+
+@pytest.mark.parametrize("judgement", [None, 3, {("a",): 1}, {"blocks.0": 5}, {"blocks.0": Finding("x", "text")}])
+def test_a_rule_that_judges_nonsense_is_said_and_costs_nothing(judgement):
+    sink = Collecting()
+    one = recorder(sink, alerts=[Odd(judgement)])
+    for step in range(3):
+        one.put(measured(step))
+    with pytest.warns(RuntimeWarning, match="alert rule odd failed"):
+        one.close()
+    assert sink.steps == [0, 1, 2]
+
+
+def test_texts_of_rules_can_be_written(tmp_path):
+    path = tmp_path / "record.jsonl"
+    one = Recorder(
+        [JsonlSink(path)], head(), alerts=[Odd({"blocks.0": Finding(torch.tensor(2.0), "half of a pair: \ud800")})]
+    )
+    one.put(measured(0))
+    with pytest.warns(RuntimeWarning, match="half of a pair"):
+        one.close()
+    (alert,) = fastfs.load(path).attrs["alerts"]
+    assert (alert["value"], alert["message"]) == (2.0, "half of a pair: \\ud800")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_on_alert_may_end_training(error):
+    def stop(alert):
+        raise error
+
+    sink = Collecting()
+    one = recorder(sink, on_alert=stop, alerts=[Odd({"blocks.0": Finding(1.0, "stop")})])
+    one.put(measured(0))
+    with pytest.raises(error):
+        one.flush()
+    one.close()
+    assert sink.steps == [0]
+
+
+@pytest.mark.parametrize("error", [Panic("no"), ValueError("no"), Speechless()])
+def test_what_else_on_alert_raises_is_a_warning(error):
+    def fails(alert):
+        raise error
+
+    one = recorder(Collecting(), on_alert=fails, alerts=[Odd({"blocks.0": Finding(1.0, "stop")})])
+    one.put(measured(0))
+    with pytest.warns(RuntimeWarning, match=f"on_alert failed .{type(error).__name__}|stop") as told:
+        one.close()
+    assert len(told) == 2

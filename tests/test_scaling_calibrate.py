@@ -188,7 +188,7 @@ def unused():
         (MLP(10, 16, 4, 5), {"target_loss_decrease": -1.0}, ValueError, "target_loss_decrease"),
         (MLP(10, 16, 4, 5), {"target_sensitivity": 0.0}, ValueError, "target_sensitivity"),
         (MLP(10, 16, 4, 5), {"layers": "nothing"}, ValueError, "matches no module"),
-        (nn.Linear(10, 5), {}, ValueError, "no submodules"),
+        (nn.Linear(10, 5), {}, ValueError, "only layer and nothing is after it"),
         (nn.Sequential(nn.Linear(10, 5)), {}, ValueError, "only layer and nothing is after it"),
     ],
 )

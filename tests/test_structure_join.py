@@ -337,6 +337,10 @@ def test_signatures():
         return signature(forward.edges, forward.outputs, parameters)
 
     known = of(torch.randn(2, 4))
+    state = torch.randn(2, 4, requires_grad=True)
+    one = signature([], [], parameters, [state])
+    assert one != signature([], [], parameters, [state * 2])
+    assert one == signature([], [], parameters, [state.detach()])
     torch.randn(3, requires_grad=True).exp().sum()  # something in between
     assert of(torch.randn(2, 4)) == known
     assert of(torch.randn(2, 4), True) != known

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fastfs.network.layers import AUTO, parameter_names, select_layers
 from fastfs.network.outputs import first_floating
@@ -69,6 +70,6 @@ def fresh(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]) 
     model, call = build()
     with torch.no_grad():
         for p in model.parameters():
-            if p.dim() > 1 and not isinstance(p, nn.UninitializedParameter) and not p.any():
+            if not is_lazy(p) and p.dim() > 1 and not p.any():
                 p.normal_(std=0.02)  # a head that starts at zero lets no gradient through
     return pick(model.train(), call)

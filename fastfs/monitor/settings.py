@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastfs.monitor.measure.modes import MODES, Probe
-from fastfs.monitor.record.recorder import Recorder
+from fastfs.monitor.record.recorder import Recorder, check_recorder_state
 from fastfs.monitor.record.sinks import as_sink, as_sinks
 from fastfs.monitor.schedule import Every
 
@@ -84,7 +84,15 @@ def check_compiled(model: nn.Module, mode: str) -> None:
 
 
 def check_state(state: Mapping[str, Any], layers: Sequence[str], step: int) -> None:
-    """Raises ValueError if a monitor with these layers cannot go on from that state."""
+    """Raises ValueError if a monitor with these layers cannot go on from that state; names the entry."""
+    if not isinstance(state, Mapping) or not {"step", "recorder", "engine"} <= set(state):
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"load_state_dict: expected a dictionary of step, recorder and engine, got {got}")
+    if isinstance(state["step"], bool) or not isinstance(state["step"], int) or state["step"] < 0:
+        raise ValueError(f"load_state_dict: step: expected an integer >= 0, got {state['step']!r:.100}")
+    check_recorder_state(state["recorder"])
+    if not isinstance(state["engine"], Mapping) or not isinstance(state["engine"].get("layers"), (list, tuple)):
+        raise ValueError("load_state_dict: engine: expected a dictionary with a list of layers")
     if step:
         raise ValueError(f"load_state_dict: expected a monitor that has seen no step, this one has seen {step}")
     theirs = state["engine"]["layers"]
@@ -93,7 +101,10 @@ def check_state(state: Mapping[str, Any], layers: Sequence[str], step: int) -> N
 
 
 def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: Any) -> Recorder:
-    """A recorder into ``path`` and ``sinks``; into ``record.jsonl`` if neither is given."""
+    """A recorder into ``path`` and ``sinks``; into ``record.jsonl`` if neither is given.
+
+    If it fails, no thread, no open file, and no file or folder is left that was not there before.
+    """
     targets = as_sinks(sinks)
     if path is not None or not targets:
         targets.insert(0, "record.jsonl" if path is None else path)
@@ -103,7 +114,7 @@ def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: A
             sink = as_sink(target)
             opened.append(sink)
             if sink is not target:  # made here: nobody else could close it
-                undo.callback(sink.close)
+                undo.callback(getattr(sink, "discard", sink.close))
         recorder = Recorder(opened, header, **options)
         undo.pop_all()
     return recorder

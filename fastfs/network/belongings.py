@@ -246,8 +246,8 @@ def _stands_in(value: Tensor | None) -> bool:
 
 
 def _is_constant(value: Tensor) -> bool:
-    """A plain tensor outside of any graph."""
-    return type(value) is Tensor and value.layout == torch.strided and not value.is_meta and value.grad_fn is None
+    """A plain tensor outside of any graph. Its ``grad_fn`` is not asked for: of some views that raises."""
+    return type(value) is Tensor and value.layout == torch.strided and not value.is_meta and not value.requires_grad
 
 
 def _storage(value: Tensor) -> int:

@@ -12,9 +12,9 @@ goes from the outside to the inside and stops at the last level at which a membe
 - Lists that are called heads, experts, branches and the like hold what runs side by side, and are no path.
 - All else (an encoder, a decoder, a tower, a wrapper) is a namespace: blocks are searched for in each.
 
-Without such blocks, members of lists with one weight each count (a list of linear maps or of graph convolutions);
-without these, every module with parameters of its own; without these, the model itself. Of each kind only what is
-trained counts, as far as anything is.
+Members of lists with one weight each (linear maps, graph convolutions, a norm and a linear map) count if they
+are at least a third of all that is found. Where nothing is repeated, every module with parameters of its own is taken,
+and where there is none, the model itself. Only what is trained counts, as far as anything is.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def blocks(
     """
     tree = _Tree(model, trained)
     search = _Search(tree)
-    repeated = search.blocks([model], within=False)
-    for level in (repeated, search.lists, [m for m in modules if tree.owns(m)]):
-        kept = {id(m): m for m in level if tree.is_trained(m)}
-        if kept:
-            return list(kept.values())
-    return [model]
+    found = search.blocks([model], within=False)
+    repeated = [m for m in _unique(found) if tree.is_trained(m)]
+    lists = [m for m in _unique(search.lists) if tree.is_trained(m)]
+    if 2 * sum(map(tree.weights, lists)) >= sum(map(tree.weights, repeated)):
+        repeated += lists  # and are not only the stem of a network of blocks
+    return repeated or [m for m in modules if tree.owns(m)] or [model]
 
 
 Kind: TypeAlias = tuple[type[nn.Module], frozenset[type[nn.Module]]]
@@ -230,7 +230,7 @@ class _Search:
                 chosen = {kind for kind in chosen if _CLASSES_OF_BLOCKS.search(kind[0].__name__)}
         else:
             chosen = {kind for kind, times in kinds.items() if times > 1}
-            alone = len(composite) == 1 and _PARTS_OF_STAGES.fullmatch(stem) is not None
+            alone = _is_stage(stem, composite)
             chosen |= {self._tree.kind(member.module) for member in composite if member.single or alone}
         family = [m for m in composite if self._tree.kind(m.module) in chosen]
         found = self._families([m.module for m in family])
@@ -241,7 +241,7 @@ class _Search:
             found += below or ([member.module] if beside else [])
         found += self._beside(members, {id(m) for m in found})
         if not found and not within:
-            self.lists += self._alike(members)
+            self.lists += self._alike(stem, members)
         return found
 
     def _of_numbered(
@@ -282,15 +282,23 @@ class _Search:
         mixed = [each for each in holders.values() if 2 * sum(id(m.module) in found for m in each) >= len(each)]
         return [m.module for each in mixed for m in each if self._tree.weights(m.module) == 1]
 
-    def _alike(self, members: Sequence[_Member]) -> list[nn.Module]:
-        """Members with one weight each, if at least half of those with parameters are of one class."""
-        own = [m for m in members if any(True for _ in m.module.parameters()) and runs(inside(m.module))]
-        kinds = Counter(self._tree.kind(m.module) for m in own if self._tree.weights(m.module) == 1)
+    def _alike(self, stem: str, members: Sequence[_Member]) -> list[nn.Module]:
+        """Members with one weight each, if at least half of those with weights are of one class.
+
+        Operations in a sequence are none: every module with parameters counts there, in the sequence and beside it.
+        """
+        weighted = [m for m in members if self._tree.weights(m.module) and runs(inside(m.module))]
+        kinds = Counter(self._tree.kind(m.module) for m in weighted if self._tree.weights(m.module) == 1)
         if not kinds:
             return []
         usual, times = kinds.most_common(1)[0]
-        if times < 2 or 2 * times < len(own):
+        family = [m for m in weighted if self._tree.kind(m.module) == usual]
+        composite = bool(self._tree.children(family[0].module))
+        if times == 1 and not (composite and (family[0].single or _is_stage(stem, weighted))):
             return []
+        if 2 * times < len(weighted) or not (composite or any(not runs(m.holder) for m in family)):
+            return []
+        own = [m for m in members if any(True for _ in m.module.parameters()) and runs(inside(m.module))]
         return [m.module for m in own if not isinstance(m.holder, nn.ModuleDict) or self._tree.kind(m.module) == usual]
 
     def _members(self, container: nn.Module, in_list: bool) -> Iterator[_Member]:
@@ -307,6 +315,11 @@ class _Search:
     def _is_block(self, container: nn.Module) -> bool:
         """A sequence of operations with several weights: two convolutions, say."""
         return self._tree.weights(container) > 1 and not self._tree.is_looked_through(container)
+
+
+def _is_stage(stem: str, members: Sequence[_Member]) -> bool:
+    """Whether a container has a single member, and a name that says that it is one of the blocks."""
+    return len(members) == 1 and _PARTS_OF_STAGES.fullmatch(stem) is not None
 
 
 def _unique(modules: Iterable[nn.Module]) -> list[nn.Module]:

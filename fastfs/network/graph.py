@@ -119,41 +119,45 @@ def trace(features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], 
             numbers[edge[0]] = len(functions)
             functions.append(edge[0])
 
-    starts, targets, output_nrs, kinds, leaves, sequence = [0], list[int](), list[int](), list[int](), [], list[int]()
-    names: dict[str, int] = {}
+    starts, targets, others, kinds, leaves, sequence = [0], list[int](), list[tuple[int, int]](), list[int](), [], []
+    names: dict[str, int] = {_LEAF: 0}
     types: dict[type, int] = {}  # the kind, where the type of a function tells it
-    leaf = names.setdefault(_LEAF, 0)
+    find, found = numbers.get, functions.append
     for function in functions:  # grows while it is walked
         kind = types.get(type(function))
         if kind is None:
             name = str(function.name())
             kind = names.setdefault(name, len(names))
-            if kind == leaf or type(function).__name__ == name:
+            if not kind or type(function).__name__ == name:
                 types[type(function)] = kind
         kinds.append(kind)
-        if kind == leaf:
-            leaves.append(indices.get(id(function.variable), _UNKNOWN))
-            sequence.append(_UNKNOWN)
-        else:
-            leaves.append(_UNKNOWN)
+        if kind:
             sequence.append(function._sequence_nr())
             for below, output_nr in function.next_functions:
                 if below is not None:
-                    number = numbers.get(below)
+                    number = find(below)
                     if number is None:
-                        number = numbers[below] = len(functions)
-                        functions.append(below)
+                        number = numbers[below] = len(numbers)
+                        found(below)
+                    if output_nr:
+                        others.append((len(targets), output_nr))
                     targets.append(number)
-                    output_nrs.append(output_nr)
+        else:
+            leaves.append(indices.get(id(function.variable), _UNKNOWN))
         starts.append(len(targets))
+    leaf = np.asarray(kinds, dtype=np.int64) == 0
+    output_nrs = np.zeros(len(targets), dtype=np.int64)
+    if others:
+        which, numbered = zip(*others, strict=True)
+        output_nrs[list(which)] = numbered
     return Trace(
         starts=_ints(starts),
         targets=_ints(targets),
-        output_nrs=_ints(output_nrs),
+        output_nrs=output_nrs,
         names=tuple(names),
         kinds=_ints(kinds),
-        parameters=_ints(leaves),
-        sequence=_sequence(sequence),
+        parameters=_where(leaf, leaves),
+        sequence=_where(~leaf, sequence),
         visit_starts=_ints(np.cumsum([0, *map(len, features)])),
         visits=_edges(visits, numbers),
         outputs=_edges(ends, numbers),
@@ -162,23 +166,28 @@ def trace(features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], 
 
 
 def signature(
-    features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], parameters: Sequence[Tensor]
+    features: Sequence[Sequence[Edge | None]],
+    outputs: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    inputs: Sequence[Tensor] = (),
 ) -> tuple[Any, ...]:
-    """A hashable summary of a forward's graph. Time is linear in visits, outputs and parameters, whatever lies between.
+    """A hashable summary of a forward's graph. Time is linear in what is given here, whatever lies between.
 
     Two forwards of the same graph have the same signature. It holds the function that made each visit and each output,
-    how many functions the forward had made by then, and which parameters require a gradient. So it changes with every
-    branch of the forward that makes another number of functions before some visit or output.
+    how many functions the forward had made by then, which parameters require a gradient, and which inputs have a graph
+    of their own. So it changes with every branch of the forward that makes another number of functions before a visit
+    or an output.
 
     What it can miss: two branches without a watched layer that make as many functions, as of two experts of the same
-    form, and values that are combined in another way by as many functions. Compare the set of parameters that got a
-    gradient as well: it tells the experts apart. Functions made in other threads have numbers of their own; then the
-    signatures of the same graph may differ, which costs a walk and nothing else.
+    form; values that are combined in another way by as many functions; another graph behind the inputs. Compare the set
+    of parameters that got a gradient as well: it tells the experts apart. Functions made in other threads have numbers
+    of their own; then the signatures of the same graph may differ, which costs a walk and nothing else.
 
     Args:
         features: as for :func:`trace`.
         outputs: as for :func:`trace`.
         parameters: as for :func:`trace`.
+        inputs: of the forward: one that goes on from a result of an earlier forward is not the same as the first one.
     """
     edges = [edge for visits in features for edge in visits]
     edges += [edge_of(output) for output in outputs]
@@ -191,6 +200,7 @@ def signature(
             for edge, number in zip(edges, made, strict=True)
         ),
         bytes([parameter.requires_grad for parameter in parameters]),
+        tuple(None if x.grad_fn is None else x.grad_fn.name() for x in inputs),
     )
 
 
@@ -200,12 +210,14 @@ def _made(function: Any) -> int:
     return number if number < 1 << 63 else _UNKNOWN
 
 
-def _sequence(numbers: Sequence[int]) -> Ints:
-    """Sequence numbers, which autograd counts without a sign."""
+def _where(which: npt.NDArray[np.bool_], numbers: list[int]) -> Ints:
+    """The numbers in these places, -1 elsewhere."""
+    found = np.full(len(which), _UNKNOWN, dtype=np.int64)
     try:
-        return _ints(numbers)
-    except OverflowError:  # a function that was made outside of a forward has none
-        return _ints([number if number < 1 << 63 else _UNKNOWN for number in numbers])
+        found[which] = _ints(numbers)
+    except OverflowError:  # of a function that was not made by a forward: autograd gives it the highest number there is
+        found[which] = _ints([number if number < 1 << 63 else _UNKNOWN for number in numbers])
+    return found
 
 
 def _edges(edges: Sequence[Edge | None], numbers: dict[Any, int]) -> Ints:

@@ -7,6 +7,7 @@ used has a node of its own for each of them; else one node stands for the functi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -297,7 +298,8 @@ class Joined:
                 hidden[node] = bool(self.flags[node] & CHECKPOINT) or any(hidden[child] for child in below)
         return hidden
 
-    def reaching_groups(self) -> list[int]:
+    @functools.cached_property
+    def reaching(self) -> list[int]:
         """For each parameter bits of the groups of forwards in which it reaches the loss."""
         found = [0] * self.root
         starts, targets = self.starts, self.targets

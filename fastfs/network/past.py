@@ -16,7 +16,7 @@ from fastfs.network.parameter_sets import Intervals
 __all__ = ["Past", "Watched", "look_past"]
 
 _SHOWN = 3
-_TOGETHER = 1024  # layers of one sweep: so many bits are kept for each node
+_TOGETHER = 4096  # layers of one sweep: so many bits are kept for each node
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class _Elsewhere:
     """For a parameter the layers of a chunk that did not run in some forward in which it reaches the loss."""
 
     def __init__(self, graph: Joined, chunk: Sequence[Watched]) -> None:
-        self._reach = graph.reaching_groups()
+        self._reach = graph.reaching
         self._layers: dict[int, int] = {}
         for bit, layer in enumerate(chunk):
             self._layers[layer.groups] = self._layers.get(layer.groups, 0) | 1 << bit

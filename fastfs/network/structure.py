@@ -239,7 +239,7 @@ def _elsewhere(graph: Joined, layers: Sequence[Watched], upstream: ParameterSets
     """How many parameters upstream of each layer reach the loss in forwards in which it did not run."""
     per_mask: dict[int, Ints] = {}
     found = [0] * len(layers)
-    reach = graph.reaching_groups()
+    reach = graph.reaching
     for layer in layers:
         if layer.nodes:
             if layer.groups not in per_mask:

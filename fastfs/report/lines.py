@@ -152,38 +152,37 @@ class RowReader:
         for number, raw, ended in split_lines(self._path, None if self._native is None else self._take):
             if not (line := raw.strip()):
                 continue
-            try:
-                value = parse(line)
-            except ValueError as error:
-                self._refuse_foreign(line, number, error)
-                if torn is not None:
-                    self.left_out.add(*torn)
-                    torn = None
-                if line.endswith(TORN) or (line.startswith(b"{") and not ended):
-                    continue
-                if line.startswith(b"{") and not line.endswith(b"}"):
-                    torn = number, error
-                else:
-                    self.left_out.add(number, error)
-                continue
-            try:
-                checked = self._checker.check(value)
-            except UnknownSchemaError as error:
-                raise ValueError(f"{self._path}: {error}") from None
-            except ValueError as error:
-                self._refuse_foreign(line, number, error)
-                if torn is not None:
-                    self.left_out.add(*torn)
-                    torn = None
-                self.left_out.add(number, error)
-                continue
-            if torn is not None and not (checked.kind == "header" and torn[0] == number - 1):
+            checked, problem, is_json = self._checked(line)
+            if torn is not None and not (checked is not None and checked.kind == "header" and torn[0] == number - 1):
                 self.left_out.add(*torn)
             torn = None
-            self._add(checked)
+            if checked is not None:
+                self._add(checked)
+                continue
+            self._refuse_foreign(line, number, problem)
+            if is_json or not line.startswith(b"{"):
+                self.left_out.add(number, problem)
+            elif line.endswith(TORN) or not ended:
+                continue
+            elif line.endswith(b"}"):
+                self.left_out.add(number, problem)
+            else:
+                torn = number, problem
         if torn is not None:
             self.left_out.add(*torn)
         self._drain()
+
+    def _checked(self, line: bytes) -> tuple[Checked | None, Exception, bool]:
+        """The line if it is of the format; else what is wrong, and whether it is JSON at least."""
+        is_json = False
+        try:
+            value = parse(line)
+            is_json = True
+            return self._checker.check(value), ValueError(), True
+        except UnknownSchemaError as error:
+            raise ValueError(f"{self._path}: {error}") from None
+        except ValueError as error:
+            return None, error, is_json
 
     def _refuse_foreign(self, line: bytes, number: int, error: Exception) -> None:
         """The first line has to be a header, or what is left of one."""

@@ -100,15 +100,15 @@ def _ordered(folder: Path) -> tuple[list[tuple[Path, Line, Mapping[bytes, bytes]
             metadata = pyarrow.parquet.read_metadata(path).metadata
             if not metadata or HEADER_KEY not in metadata:
                 raise ValueError(_FOREIGN)
-            header = Checker().check_bytes(metadata[HEADER_KEY])
-            if header.kind != "header":
+            checked = Checker().check_bytes(metadata[HEADER_KEY])
+            if checked.kind != "header":
                 raise ValueError(_FOREIGN)
         except UnknownSchemaError as error:
             raise ValueError(f"{path}: {error}") from None
         except _UNREADABLE as error:
             left_out.add(path.name, error)
             continue
-        found.append((path, header.line, metadata))
+        found.append((path, checked.line, metadata))
     starts: dict[str, str] = {}
     for _, header, _ in found:
         starts[header["run"]] = min(starts.get(header["run"], "~"), header.get("started") or "")

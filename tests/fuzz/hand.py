@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastfs
+from tests.fuzz.bodies import LAYERS
 
 if TYPE_CHECKING:
     from tests.fuzz.trial import Trial
@@ -87,8 +89,16 @@ class Hand:
         self._scale = scale
         self._grads = [None if p.grad is None else p.grad.detach().clone() for p in self.trial.parameters]
 
-    def before_step(self) -> None:
-        self._before = _clones(self.trial.parameters)
+    def before_step(self, restored: Mapping[Tensor, Tensor] | None = None, *, as_forward: bool = False) -> None:
+        """Right before the optimizer's update.
+
+        Args:
+            restored: parameters that the step puts back first, to these values.
+            as_forward: the update came within the backward.
+        """
+        known = restored or {}
+        now = _clones([known.get(p, p) for p in self.trial.parameters])
+        self._before = self._at_forward if as_forward else now
 
     def after_step(self) -> None:
         self._after = _clones(self.trial.parameters)
@@ -203,7 +213,9 @@ class Hand:
         passes, loss = self._run(shadow, self._at_forward)
         visits = [tensor for visits in passes for _, tensor in visits if tensor.requires_grad]
         shadow_loss = loss * self.trial.repeats
-        gradients = torch.autograd.grad(shadow_loss, visits, allow_unused=True, retain_graph=True)
+        gradients: Sequence[Tensor | None] = ()
+        if visits:
+            gradients = torch.autograd.grad(shadow_loss, visits, allow_unused=True, retain_graph=True)
         found = _Found(passes, dict(zip(map(id, visits), gradients, strict=True)))
         found.walk(shadow.parameters)
         moved = any(not torch.equal(a, b) for a, b in zip(self._at_forward, before, strict=True))
@@ -289,17 +301,9 @@ def _leaves(start: Any, index: dict[int, int]) -> set[int]:
 
 
 def _names(trial: Trial) -> list[str]:
-    return fastfs_layers(trial.inner, trial.recipe.body)
-
-
-def fastfs_layers(inner: Any, body: str) -> list[str]:
-    """The watched layers, in the order of the modules."""
-    import re
-
-    from tests.fuzz.bodies import LAYERS
-
-    pattern = re.compile(LAYERS.get(body, r"blocks\.\d+$"))
-    return [name for name, _ in inner.named_modules() if pattern.search(name)]
+    """The watched layers."""
+    pattern = re.compile(LAYERS.get(trial.recipe.body, r"blocks\.\d+$"))
+    return [name for name, _ in trial.inner.named_modules() if pattern.search(name)]
 
 
 def _probe_loss(shadow: Trial) -> Tensor:
@@ -337,5 +341,5 @@ def _restore(shadow: Trial, state: Any) -> None:
     shadow.switch.generator.set_state(generator)
     for mine, value in zip([b for m in shadow.modules for b in m.buffers()], buffers, strict=True):
         mine.copy_(value)
-    for module, mode in zip([m for module in shadow.modules for m in module.modules()], training, strict=True):
-        module.training = mode
+    for each, mode in zip([m for module in shadow.modules for m in module.modules()], training, strict=True):
+        each.training = mode

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.fuzz.hand import LayerNumbers
 from tests.fuzz.recipe import Recipe
-from tests.fuzz.trial import STEPS, Outcome, run
+from tests.fuzz.runs import STEPS, Outcome, run
 from tests.fuzz.world import differences
 
 __all__ = ["Verdict", "judge"]

@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.fuzz.hand import Hand, Numbers
 from tests.fuzz.optimizers import Sam, make_optimizers
-from tests.fuzz.trial import Trial, swallowed
+from tests.fuzz.trial import Trial
 
 __all__ = ["Loop"]
 
@@ -161,14 +161,13 @@ class Loop:
         recipe, trial = self.recipe, self.trial
         if recipe.optimizer == "in backward":
             if self.hand is not None:
-                self.hand._before = self.hand._at_forward
+                self.hand.before_step(as_forward=True)
                 self.hand.after_step()
             return
         self._mark(step)
         if self.sam is not None:
             if self.hand is not None:
-                self.hand._before = [self.sam.state.get(p, {}).get("old", p) for p in trial.parameters]
-                self.hand._before = [p.detach().clone() for p in self.hand._before]
+                self.hand.before_step({p: state["old"] for p, state in self.sam.state.items() if "old" in state})
             self.sam.second_step()
         else:
             if self.hand is not None:
@@ -281,7 +280,7 @@ class Loop:
             raise error
 
         handle = trial.inner.head.register_forward_pre_hook(stop) if place == "forward" else None
-        with swallowed(error):
+        with contextlib.suppress(error):  # as notebooks and robust loops do
             loss = trial.compute(3, 0)
             if place == "backward":
                 loss.register_hook(stop)

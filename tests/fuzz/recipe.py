@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
-__all__ = ["AXES", "Recipe", "random_recipe", "shrink"]
+__all__ = ["AXES", "Recipe", "possible", "random_recipe", "shrink"]
 
 AXES: dict[str, tuple[str, ...]] = {
     # The first of each is the plain one.

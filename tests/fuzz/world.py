@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import itertools
 import random
+import sys
 import types
+import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -15,9 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Picture", "differences", "global_state", "picture"]
+from fastfs.network.state import own_forward_runs
+
+__all__ = ["Picture", "differences", "global_state", "picture", "reset_switches", "switches"]
 
 Picture = dict[str, Any]
 """Path -> what is there, in a form that compares by ``==``."""
@@ -46,11 +51,59 @@ def global_state() -> Picture:
         "torch generator": bits(torch.get_rng_state()),
         "random": random.getstate(),
         "numpy generator": (numpy[0], numpy[1].tobytes(), *numpy[2:]),  # type: ignore[union-attr]
+        **switches(),
+    }
+
+
+def switches() -> Picture:
+    """What a forward of the monitor's own may turn, push or enter, and has to leave as it was."""
+    nesting = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    kernels = ("mkldnn", "flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp", "overrideable_sdp", "cudnn")
+    return {
         "grad mode": torch.is_grad_enabled(),
-        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
+        "autocast cache": (torch.is_autocast_cache_enabled(), nesting),
+        "fast path of attention": torch.backends.mha.get_fastpath_enabled(),
+        "kernels": tuple(getattr(torch._C, f"_get_{kernel}_enabled")() for kernel in kernels),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "forward-mode level": torch.autograd.forward_ad._current_level,
+        "torch.func level": torch._C._functorch.maybe_current_level(),
+        "dispatch modes": torch._C._len_torch_dispatch_stack(),
+        "function modes": torch._C._len_torch_function_stack(),
+        "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
+        "multithreading": torch._C._is_multithreading_enabled(),
+        "warning filters": repr(warnings.filters),
+        "parametrize cache": (parametrize._cache_enabled, len(parametrize._cache)),
+        "a forward of the monitor's own": own_forward_runs(),
         "default dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
+        "trace": (sys.gettrace() is None, sys.getprofile() is None),
     }
+
+
+def reset_switches() -> None:
+    """What :func:`switches` tells, as a process has it at its start: a fault that left one is told once, not by all."""
+    torch.set_grad_enabled(True)
+    torch.set_autocast_enabled("cpu", False)
+    torch.set_autocast_cache_enabled(True)
+    while torch.autocast_increment_nesting() > 1:
+        torch.autocast_decrement_nesting()
+        torch.autocast_decrement_nesting()
+    torch.autocast_decrement_nesting()
+    while torch.autograd.forward_ad._current_level >= 0:
+        torch.autograd.forward_ad.exit_dual_level()
+    while torch._C._len_torch_dispatch_stack():
+        torch._C._pop_torch_dispatch_stack()
+    while torch._C._len_torch_function_stack():
+        torch._C._pop_torch_function_stack()
+    torch.backends.mha.set_fastpath_enabled(True)
+    torch._C._set_mkldnn_enabled(True)
+    for kernel in ("flash", "mem_efficient", "math", "cudnn", "overrideable"):
+        getattr(torch._C, f"_set_sdp_use_{kernel}")(True)
+    parametrize._cache_enabled = 0
+    parametrize._cache.clear()
 
 
 def differences(first: Picture, second: Picture, most: int = 5) -> list[str]:
@@ -136,6 +189,9 @@ class _Painter:
             self.out[f"{path} storage"] = self._storages.setdefault(storage, path)
         if value.is_leaf and value.grad is not None:
             self.paint(f"{path}.grad", value.grad)
+        if self._hooks:
+            kinds = (value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None))
+            self.out[f"{path} hooks"] = [len(hooks or ()) for hooks in kinds]
         for name, item in vars(value).items():
             self.paint(f"{path}.{name}", item)
 
@@ -159,6 +215,8 @@ class _Painter:
     def _attributes(self, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, torch.optim.Optimizer):
             yield from ((name, getattr(value, name)) for name in _OPTIMIZER)
+            if self._hooks:
+                yield from ((name, len(hooks)) for name, hooks in vars(value).items() if name.endswith("_hooks"))
             return
         slots = [
             name for base in type(value).__mro__ for name in getattr(base, "__slots__", ()) if hasattr(value, name)

@@ -23,6 +23,7 @@ __all__ = [
     "NonFinite",
     "ResidualLarge",
     "UpdateAbove",
+    "checked_streaks",
     "default_alerts",
 ]
 
@@ -191,12 +192,15 @@ class Alerts:
         header: of the run.
 
     Raises:
-        TypeError: neither a rule nor a function.
+        TypeError: no list, or an entry that is neither a rule nor a function.
+        ValueError: a rule whose name or number of steps is none.
     """
 
     def __init__(self, rules: Sequence[Any] | None, header: Mapping[str, Any]) -> None:
         self.header = header
         self._rules: dict[str, Alert] = {}
+        if rules is not None and (isinstance(rules, (str, bytes)) or not isinstance(rules, Sequence)):
+            raise TypeError(f"alerts: expected a list of rules such as AngleCollapse() or functions, got {rules!r}")
         for rule in default_alerts() if rules is None else rules:
             alert = _as_alert(rule)
             name, number = alert.name, 1
@@ -207,28 +211,34 @@ class Alerts:
         self._streaks: dict[str, dict[str | None, int]] = {name: {} for name in self._rules}
         self._lock = threading.Lock()
 
-    def update(self, record: Record) -> tuple[list[Record], list[tuple[str, Exception]]]:
+    def update(self, record: Record) -> tuple[list[Record], list[tuple[str, BaseException]]]:
         """Judge a record.
 
         Returns:
             The alerts that it raises, and the rules that failed.
         """
         raised: list[Record] = []
-        failed: list[tuple[str, Exception]] = []
+        failed: list[tuple[str, BaseException]] = []
         if record.kind not in ("measured", "predicted"):
             return raised, failed
         for name, rule in self._rules.items():
             try:
                 judgement = rule.judge(record, self.header)
-            except Exception as error:
+                with self._lock:
+                    raised += self._raised(name, rule, judgement, record)
+            except BaseException as error:  # in the writer's thread: a rule that ends it would lose all rows to come
                 failed.append((name, error))
-                continue
-            with self._lock:
-                for layer, finding in judgement.items():
-                    if (message := self._count(name, rule, layer, finding)) is not None:
-                        scalars = {"rule": name, "layer": layer, "value": finding and finding.value, "message": message}
-                        raised.append(Record("alert", record.step, record.time, scalars))
         return raised, failed
+
+    def _raised(self, name: str, rule: Alert, judgement: Judgement, record: Record) -> list[Record]:
+        raised = []
+        for layer, finding in judgement.items():
+            if (message := self._count(name, rule, layer, finding)) is not None:
+                value = None if finding is None or finding.value is None else float(finding.value)
+                layer = None if layer is None else str(layer)
+                scalars: dict[str, Any] = {"rule": name, "layer": layer, "value": value, "message": message}
+                raised.append(Record("alert", record.step, record.time, scalars))
+        return raised
 
     def state_dict(self) -> dict[str, Any]:
         """Streaks by rule, as ``[layer, number]``: plain data that JSON can hold."""
@@ -236,10 +246,15 @@ class Alerts:
             return {name: [list(item) for item in streaks.items()] for name, streaks in self._streaks.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a state; rules that are not in it start anew, those that are gone are left out."""
+        """Take over a state; rules that are not in it start anew, those that are gone are left out.
+
+        Raises:
+            ValueError: not such a state; nothing is taken over then.
+        """
+        streaks = checked_streaks(state)
         with self._lock:
             for name in self._streaks:
-                self._streaks[name] = {layer: int(count) for layer, count in state.get(name, ())}
+                self._streaks[name] = dict(streaks.get(name, {}))
 
     def _count(self, name: str, rule: Alert, layer: str | None, finding: Finding | None) -> str | None:
         """The message, at the moment when the streak is long enough."""
@@ -250,11 +265,43 @@ class Alerts:
         streaks[layer] = streaks.get(layer, 0) + 1
         if streaks[layer] != rule.steps:
             return None
-        return finding.message + (f", {rule.steps} measured steps in a row" if rule.steps > 1 else "")
+        message = f"{finding.message}, {rule.steps} measured steps in a row" if rule.steps > 1 else str(finding.message)
+        return message.encode("utf-8", "backslashreplace").decode("utf-8")  # what no file can hold
+
+
+def checked_streaks(state: Any) -> dict[str, dict[str | None, int]]:
+    """What :meth:`Alerts.state_dict` gave, also after JSON.
+
+    Raises:
+        ValueError: something else; the entry is named.
+    """
+    if not isinstance(state, Mapping):
+        raise ValueError(f"alerts: expected a dictionary of rules, got {type(state).__name__}")
+    result: dict[str, dict[str | None, int]] = {}
+    for name, streaks in state.items():
+        if not isinstance(name, str) or isinstance(streaks, (str, bytes)) or not isinstance(streaks, Sequence):
+            raise ValueError(f"alerts: {name!r}: expected a list of [layer, number], got {streaks!r:.100}")
+        result[name] = {}
+        for item in streaks:
+            pair = tuple(item) if isinstance(item, (list, tuple)) else ()
+            if (
+                len(pair) != 2
+                or not isinstance(pair[0], (str, type(None)))
+                or isinstance(pair[1], bool)
+                or not isinstance(pair[1], int)
+                or pair[1] < 0
+            ):
+                raise ValueError(f"alerts: {name!r}: expected [layer, number], got {item!r:.100}")
+            result[name][pair[0]] = pair[1]
+    return result
 
 
 def _as_alert(rule: Any) -> Alert:
     if isinstance(rule, Alert) and not isinstance(rule, type):
+        if not isinstance(rule.name, str) or not callable(rule.judge):
+            raise TypeError(f"alerts: expected a rule with a name and a method judge, got {rule!r}")
+        if isinstance(rule.steps, bool) or not isinstance(rule.steps, int) or rule.steps < 1:
+            raise ValueError(f"alerts: {rule.name}: steps: expected an integer >= 1, got {rule.steps!r}")
         return rule
     if callable(rule) and not isinstance(rule, type):
         return _Function(rule, getattr(rule, "__name__", type(rule).__name__))

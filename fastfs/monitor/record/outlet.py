@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+from fastfs.monitor.record.failures import in_words
 from fastfs.monitor.record.rows import Record
-from fastfs.monitor.record.sinks import Sink
+from fastfs.monitor.record.sinks import PartlyWrittenError, Sink
 
 __all__ = ["Outlet"]
 
@@ -22,7 +23,8 @@ class Outlet:
 
     After a failure the records are tried one by one, so that one that cannot be written does not hold up the others. An
     ``OSError`` (a full disk, a network) may pass and is tried for ever; a record that fails three times with another
-    error is given up. When the backlog is full its oldest records go.
+    error is given up. When the backlog is full its oldest records go. Whatever a sink raises stays here, ``SystemExit``
+    and other exceptions that are no ``Exception`` included: the other sinks and the thread have no part in it.
 
     Args:
         sink: has been opened.
@@ -35,7 +37,8 @@ class Outlet:
         self.sink = sink
         self.name = type(sink).__name__
         self.lost = 0
-        self.error: Exception | None = None  # the last one, until the sink works again
+        self.discarded = False  # nothing was recorded: the sink takes back what it made
+        self.error: BaseException | None = None  # the last one, until the sink works again
         self._flush: Callable[[], object] | None = getattr(sink, "flush", None)
         self._due: Callable[[], float | None] | None = getattr(sink, "due", None)
         self._backlog: deque[Record] = deque()
@@ -81,7 +84,7 @@ class Outlet:
         if self._flush is not None and (settle or (due is not None and due <= now)):
             try:
                 self._flush()
-            except Exception as error:
+            except BaseException as error:
                 self._failed(error, " to flush")
             else:
                 self._worked()
@@ -89,17 +92,21 @@ class Outlet:
     def close(self) -> str | None:
         """Close the sink; what went wrong, if it did."""
         try:
-            self.sink.close()
-        except Exception as error:
-            return f"{self.name} ({type(error).__name__}: {error})"
+            if self.discarded:
+                getattr(self.sink, "discard", self.sink.close)()
+            else:
+                self.sink.close()
+        except BaseException as error:
+            return f"{self.name} ({in_words(error)})"
         return None
 
     def _asked(self) -> float | None:
         if self._due is None or self._flush is None:
             return None
         try:
-            return self._due()
-        except Exception as error:
+            due = self._due()
+            return None if due is None else float(due)
+        except BaseException as error:
             self._due = None
             self._failed(error, " to say when it is due")
             return None
@@ -109,8 +116,8 @@ class Outlet:
             part = list(islice(self._backlog, 1 if self._singly else None))
             try:
                 self.sink.write(part)
-            except Exception as error:
-                done = min(getattr(error, "written", 0), len(part))
+            except BaseException as error:
+                done = min(error.written, len(part)) if isinstance(error, PartlyWrittenError) else 0
                 self._remove(done)
                 self._failed(error, f" at step {part[min(done, len(part) - 1)].step}")
                 self._tries = self._tries + 1 if self._singly else 0
@@ -135,14 +142,14 @@ class Outlet:
     def _worked(self) -> None:
         self._pause, self._retry_at, self.error = self._retry_seconds, 0.0, None
 
-    def _failed(self, error: Exception, what: str) -> None:
+    def _failed(self, error: BaseException, what: str) -> None:
         self._retry_at = time.monotonic() + self._pause
         self._pause = min(2 * self._pause, max(_LONGEST_PAUSE, self._retry_seconds))
         self.error = error
         if not self._warned:
             self._warned = True
             self._say(
-                f"fastfs.Monitor: {self.name} failed{what} ({type(error).__name__}: {error}); its rows are "
+                f"fastfs.Monitor: {self.name} failed{what} ({in_words(error)}); its rows are "
                 "kept and tried again, training goes on. Said once."
             )
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastfs.monitor.record.rows import BOOLEANS, COLUMNS, INTEGERS, SCALARS, STRINGS, TABLED, Record, as_line, row_names
-from fastfs.monitor.record.sinks import to_json
+from fastfs.monitor.record.sinks import make_folders, remove_folders, to_json
 
 try:
     import pyarrow
@@ -32,7 +36,8 @@ class ParquetSink:
 
     A part is written every ``part_seconds``, every ``part_rows`` rows, at a flush and at the end: under another name
     first, then renamed, so that whatever happens every part can be read. Rows that are not yet in a part are lost when
-    the process is killed. Several runs can share a folder; a run that is resumed adds parts.
+    the process is killed. Several runs can share a folder; a run that is resumed adds parts. So can
+    processes at the same time, also where they go on with the same run: no part replaces another.
 
     Args:
         folder: made if missing; by custom its name ends in ``.parquet``.
@@ -61,15 +66,16 @@ class ParquetSink:
         self._rows = 0
         self._since = 0.0
         self._closed = False
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._parts: list[Path] = []  # the first ones, until a record came
+        self._made = make_folders(self.folder)
 
     def open(self, header: Mapping[str, Any]) -> None:
         """Write a first part without rows: the header is safe, and the folder known to be writable."""
         self._header = dict(header)
         run = re.escape(header["run"])
         for path in self.folder.glob(".*.tmp"):
-            if re.fullmatch(rf"\.part-{run}-\d+\.tmp", path.name):  # of this run, killed while it wrote
-                path.unlink()
+            if re.fullmatch(rf"\.part-{run}-\d+(\.[0-9a-f]+)?\.tmp", path.name):
+                _remove_left(path)  # of this run, killed while it wrote
         parts = [re.fullmatch(rf"part-{run}-(\d+)\.parquet", path.name) for path in self.folder.iterdir()]
         self._number = max((int(part[1]) + 1 for part in parts if part), default=0)
         self._write_part()
@@ -98,6 +104,13 @@ class ParquetSink:
             self.flush()
             self._closed = True
 
+    def discard(self) -> None:
+        """Close, and take back what this sink made."""
+        self._records, self._rows, self._closed = [], 0, True
+        for path in self._parts:
+            path.unlink(missing_ok=True)
+        remove_folders(self._made)
+
     def _full(self) -> bool:
         return self._rows >= self._part_rows
 
@@ -106,18 +119,44 @@ class ParquetSink:
         table = _table([record for record in self._records if record.kind in TABLED], self._header)
         table = table.replace_schema_metadata({HEADER_KEY: to_json(self._header), OTHERS_KEY: to_json(others)})
         name = f"part-{self._header['run']}-{self._number:06d}"
-        temporary = self.folder / f".{name}.tmp"
+        temporary = self.folder / f".{name}.{secrets.token_hex(4)}.tmp"
         try:
-            with temporary.open("wb") as file:
+            with temporary.open("xb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)  # until it is closed: nobody takes it for the rest of a killed process
                 pyarrow.parquet.write_table(table, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.rename(self.folder / f"{name}.parquet")
-        except BaseException:
+                path = self._named(temporary)
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
         self._number += 1
+        self._parts = [] if self._records else [*self._parts, path]
         self._records, self._rows = [], 0
+
+    def _named(self, temporary: Path) -> Path:
+        """Give a part its name, the next that is free: another process may go on with this run."""
+        while True:
+            path = self.folder / f"part-{self._header['run']}-{self._number:06d}.parquet"
+            try:
+                os.link(temporary, path)
+                return path
+            except FileExistsError:
+                self._number += 1
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK) or path.exists():
+                    raise
+                temporary.rename(path)  # a file system without links
+                return path
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what a killed process was writing; not what a living one is."""
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        path.unlink()
 
 
 def _length(record: Record) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 import weakref
@@ -13,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs.monitor.record.alerts import Alerts
+from fastfs.monitor.record.alerts import Alerts, checked_streaks
+from fastfs.monitor.record.failures import in_words
 from fastfs.monitor.record.outlet import Outlet
 from fastfs.monitor.record.ring import Decode, Ring
 from fastfs.monitor.record.rows import COLUMNS, SCHEMA, Record, as_line
-from fastfs.monitor.record.sinks import Sink
+from fastfs.monitor.record.schema import Checker
+from fastfs.monitor.record.sinks import Sink, to_json
 from fastfs.monitor.record.writer import Message, Writer
 
-__all__ = ["COLUMNS", "SCHEMA", "Record", "Recorder"]
+__all__ = ["COLUMNS", "SCHEMA", "Record", "Recorder", "check_recorder_state"]
 
 _EXIT_SECONDS = 10.0
 _MESSAGES = 1000
@@ -42,12 +45,14 @@ class Recorder:
     waits when the interpreter exits or the recorder is collected is written then, for ten seconds at most.
 
     Args:
-        sinks: opened here, in order; closed again if one fails to.
+        sinks: opened here, in order; if one fails to, those before it are closed again and take back what they made
+            (``discard``, where a sink has it).
         header: the first line; holds ``run`` and ``layers``. With the ``run`` of an earlier one and ``resumed_at`` the
             run goes on.
         alerts: rules, see :mod:`fastfs.monitor.record.alerts`; the default rules if None, ``()`` for none.
         on_alert: called by :meth:`poll` in the training thread with every alert as a dictionary (``run``, ``step``,
-            ``time``, ``rule``, ``layer``, ``value``, ``message``). An exception in it becomes a warning.
+            ``time``, ``rule``, ``layer``, ``value``, ``message``). An exception in it becomes a warning, except for
+            KeyboardInterrupt, SystemExit and GeneratorExit: these are meant for the training thread.
         flush_seconds: how long a record may wait before it goes to the host and the sinks.
         capacity: float64 numbers in each of the two buffers on the device; grows only if one payload is larger.
         most_entries: payloads and records that may wait in the buffer.
@@ -56,8 +61,8 @@ class Recorder:
 
     Raises:
         Exception: whatever a sink's ``open`` raises.
-        TypeError: a rule that is none.
-        ValueError: a setting out of range.
+        TypeError: a rule that is none, or ``on_alert`` that cannot be called.
+        ValueError: a setting out of range, or a header that no reader would take.
     """
 
     def __init__(
@@ -73,11 +78,16 @@ class Recorder:
         backlog: int = 500_000,
         retry_seconds: float = 1.0,
     ) -> None:
-        if not flush_seconds >= 0:
-            raise ValueError(f"flush_seconds: expected a number >= 0, got {flush_seconds!r}")
+        for name, seconds in (("flush_seconds", flush_seconds), ("retry_seconds", retry_seconds)):
+            number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+            if not number or not math.isfinite(seconds) or seconds < 0:
+                raise ValueError(f"{name}: expected a finite number of seconds >= 0, got {seconds!r}")
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"on_alert: expected a function of an alert, got {on_alert!r}")
         for name, value in (("capacity", capacity), ("most_entries", most_entries), ("backlog", backlog)):
             if value < 1:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        Checker().check_bytes(to_json(dict(header)).encode())
         self.header = dict(header)
         self._on_alert = on_alert
         self._messages: deque[Message] = deque(maxlen=_MESSAGES)
@@ -88,9 +98,9 @@ class Recorder:
         with ExitStack() as undo:
             for sink in sinks:
                 sink.open(self.header)
-                undo.callback(sink.close)
+                undo.callback(getattr(sink, "discard", sink.close))
             outlets = [Outlet(sink, backlog, retry_seconds, self._messages.append) for sink in sinks]
-            self._writer = Writer(self._ring, outlets, rules, self._messages, flush_seconds)
+            self._writer = Writer(self._ring, outlets, rules, self._messages, float(flush_seconds))
             undo.pop_all()
         self._finalizer = weakref.finalize(self, _finish, self._writer, self._pid)
 
@@ -184,8 +194,23 @@ class Recorder:
         self.flush()
         return {"run": self.run, "alerts": self._writer.alerts.state_dict()}
 
+    def discard(self) -> None:
+        """Close without a record: attaching failed. Sinks take back what they made, where they can.
+
+        To be called before anything has been recorded.
+        """
+        if self._closed or self._forked():
+            return
+        self._writer.discard()
+        self.close()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the state of the alerts. The id of the run goes into the header of a new recorder instead."""
+        """Take over the state of the alerts. The id of the run goes into the header of a new recorder instead.
+
+        Raises:
+            ValueError: not what :meth:`state_dict` gave; the entry is named.
+        """
+        check_recorder_state(state)
         if not self._forked():
             self._writer.alerts.load_state_dict(state["alerts"])
 
@@ -197,6 +222,7 @@ class Recorder:
                 header was for, of which no row will come.
             state: what :meth:`state_dict` gave then.
         """
+        check_recorder_state(state)
         self.header = dict(header)
         self._writer.reopen(self.header)
         self.load_state_dict(state)
@@ -206,8 +232,10 @@ class Recorder:
         if self._on_alert is not None:
             try:
                 self._on_alert(as_line(record, self.run))
-            except Exception as error:
-                text = f"fastfs.Monitor: on_alert failed ({type(error).__name__}: {error})"
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise
+            except BaseException as error:
+                text = f"fastfs.Monitor: on_alert failed ({in_words(error)})"
                 warnings.warn(text, RuntimeWarning, stacklevel=4)
         where = "" if scalars["layer"] is None else f"layer {scalars['layer']!r}: "
         text = f"fastfs.Monitor: step {record.step}: {where}{scalars['message']} [{scalars['rule']}]"
@@ -216,6 +244,19 @@ class Recorder:
     def _forked(self) -> bool:
         """In a child the writer's thread does not exist, and its lock may be held for ever."""
         return os.getpid() != self._pid
+
+
+def check_recorder_state(state: Any) -> None:
+    """Raises ValueError if that is not what :meth:`Recorder.state_dict` gives; names the entry."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"load_state_dict: recorder: expected a dictionary, got {type(state).__name__}")
+    run = state.get("run")
+    if not isinstance(run, str) or not run:
+        raise ValueError(f"load_state_dict: recorder: run: expected the id of a run, got {run!r:.100}")
+    try:
+        checked_streaks(state.get("alerts"))
+    except ValueError as error:
+        raise ValueError(f"load_state_dict: recorder: {error}") from None
 
 
 def _say_what_failed(writer: Writer, ended: bool, timeout: float, say: Callable[[str], None]) -> None:
@@ -229,7 +270,7 @@ def _say_what_failed(writer: Writer, ended: bool, timeout: float, say: Callable[
         missing = len(outlet) + outlet.lost
         if missing or outlet.error is not None:
             error = outlet.error
-            why = "" if error is None else f" ({type(error).__name__}: {error})"
+            why = "" if error is None else f" ({in_words(error)})"
             say(f"fastfs.Monitor: {outlet.name}: {missing or 'some'} records could not be written{why}.")
     if writer.unclosed:
         say(f"fastfs.Monitor: could not be closed: {', '.join(writer.unclosed)}. The others are.")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from fastfs.monitor.record.claim import claim, tell_if_taken
 from fastfs.monitor.record.rows import Record, as_line, as_rows
 
 __all__ = [
@@ -20,6 +23,8 @@ __all__ = [
     "as_sink",
     "as_sinks",
     "checked_metadata",
+    "make_folders",
+    "remove_folders",
     "to_json",
 ]
 
@@ -45,8 +50,9 @@ class Sink(Protocol):
     writer's thread. A batch whose ``write`` raises is given again later, from its first record on.
 
     A sink that collects what it gets may have two methods more: ``flush()``, after which everything is safe, and
-    ``due() -> float | None``, the time (``time.monotonic()``) at which ``flush`` is to be called. Several headers can
-    come with one run id: a run that was resumed (``resumed_at``) goes on where it was.
+    ``due() -> float | None``, the time (``time.monotonic()``) at which ``flush`` is to be called. One that makes files
+    may have ``discard()``, called instead of ``close`` where attaching failed: what was made is to go. Several headers
+    can come with one run id: a run that was resumed (``resumed_at``) goes on where it was.
     """
 
     def open(self, header: Mapping[str, Any]) -> None: ...
@@ -84,7 +90,9 @@ class JsonlSink:
     Every batch is one write to the operating system, so that a killed process loses nothing that was written and at
     worst leaves its last line torn, which the reader tolerates. After a write that the disk cut short the torn line
     gets a mark and is written again. Each line carries the id of its run: several runs, one after the other or at
-    the same time, can share a file. NaN and infinities become null.
+    the same time, can share a file. A second process is told so when it attaches, where the file system has locks:
+    nothing is lost on a local disk, but a network file system need not keep their lines apart. NaN and infinities
+    become null.
 
     Args:
         path: the file; missing folders are made.
@@ -99,13 +107,37 @@ class JsonlSink:
         self._run = ""
         self._torn = False  # the last line in the file has no end
         self._tore = False  # and this sink wrote it
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._sizes: tuple[int, int] | None = None  # of the file before and after the first header
+        self._made = make_folders(self.path.parent)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        try:
+            try:
+                self._descriptor = os.open(self.path, flags | os.O_EXCL, 0o666)
+                self._created = True
+            except FileExistsError:  # also a link to nothing
+                self._created = False
+                self._descriptor = os.open(self.path, flags, 0o666)
+        except BaseException:
+            remove_folders(self._made)
+            raise
 
     def open(self, header: Mapping[str, Any]) -> None:
+        """Append the header.
+
+        Warns:
+            RuntimeWarning: another process is writing this file.
+        """
+        if self._descriptor is None:
+            raise ValueError(f"{self.path}: this sink is closed")
+        if self._sizes is None:
+            tell_if_taken(self._descriptor, self.path)
         self._run = header["run"]
-        self._torn = not self._ends_a_line()
-        self._append([header])
+        before = os.fstat(self._descriptor).st_size
+        try:
+            self._append([header])
+        finally:
+            if self._sizes is None:
+                self._sizes = before, os.fstat(self._descriptor).st_size
 
     def write(self, records: Sequence[Record]) -> None:
         """Append the records.
@@ -118,13 +150,31 @@ class JsonlSink:
 
     def close(self) -> None:
         if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
+
+    def discard(self) -> None:
+        """Close, and take back what this sink made: the file, if it was not there before, or else the header in it."""
+        if self._descriptor is None:
+            return
+        size = os.fstat(self._descriptor).st_size
+        before, after = self._sizes or (size, size)
+        try:
+            if self._created and size == after:
+                with contextlib.suppress(FileNotFoundError):
+                    self.path.unlink()
+                remove_folders(self._made)
+            elif before < after == size and claim(self._descriptor):
+                os.ftruncate(self._descriptor, before)
+        finally:
+            self.close()
 
     def _append(self, objects: Sequence[Mapping[str, Any]]) -> None:
         if self._descriptor is None:
             raise ValueError(f"{self.path}: this sink is closed")
+        claim(self._descriptor)
         lines = [to_json(item).encode() + b"\n" for item in objects]
+        self._torn = self._torn or not self._ends_a_line()  # by an earlier run, or by somebody else at the same time
         if self._torn and lines:
             lines[0] = (TORN if self._tore else b"") + b"\n" + lines[0]
         data = memoryview(b"".join(lines))
@@ -146,7 +196,6 @@ class JsonlSink:
             raise PartlyWrittenError(error, done) from error
 
     def _ends_a_line(self) -> bool:
-        """False if an earlier run was killed in the middle of a line."""
         assert self._descriptor is not None
         size = os.fstat(self._descriptor).st_size
         return size == 0 or os.pread(self._descriptor, 1, size - 1) == b"\n"
@@ -157,13 +206,23 @@ def as_sink(target: Any) -> Sink:
     :class:`fastfs.monitor.parquet.ParquetSink`, ``"tensorboard:FOLDER"`` as a
     :class:`fastfs.monitor.tensorboard.TensorBoardSink`, other paths as :class:`JsonlSink`.
 
+    A string that starts as an address does (``wandb:x``, ``s3://x``) is no path; as ``pathlib.Path("wandb:x")`` or
+    ``"./wandb:x"`` it is.
+
     Raises:
         ImportError: the sink needs a package that is not installed.
         TypeError: none of these, or a class.
+        ValueError: a string with an unknown kind of sink in front of a colon.
     """
     if isinstance(target, type):
         raise TypeError(f"sink: expected an object, got the class {target.__name__}: make one, {target.__name__}(...)")
-    if isinstance(target, str) and target.startswith("tensorboard:"):
+    if isinstance(target, str) and (kind := _KIND.match(target)):
+        if kind[1] != "tensorboard" or not target.removeprefix("tensorboard:").strip():
+            raise ValueError(
+                f"sink: expected a path (JSON lines, or a folder FOLDER.parquet), 'tensorboard:FOLDER', a function of "
+                f"a list of rows, or an object with open, write and close, got {target!r}; a file of that name is "
+                f"{'./' + target!r}"
+            )
         from fastfs.monitor.record.tensorboard import TensorBoardSink
 
         return TensorBoardSink(target.removeprefix("tensorboard:"))
@@ -178,6 +237,27 @@ def as_sink(target: Any) -> Sink:
     if callable(target):
         return CallableSink(target)
     raise TypeError(f"sink: expected a path, a function or an object with open, write and close, got {target!r}")
+
+
+_KIND = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # two characters at least: C:\\ is a drive
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Make a folder and those above it; those that were not there, the innermost first."""
+    missing = []
+    for one in (folder, *folder.parents):
+        if one.exists():
+            break
+        missing.append(one)
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_folders(made: Sequence[Path]) -> None:
+    """Take them back, but for those that hold something by now."""
+    with contextlib.suppress(OSError):
+        for folder in made:
+            folder.rmdir()
 
 
 def as_sinks(targets: Any) -> list[Any]:

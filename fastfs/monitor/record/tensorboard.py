@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastfs.monitor.record.rows import TABLED, Record, row_names
+from fastfs.monitor.record.sinks import make_folders, remove_folders
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -25,7 +26,7 @@ except ImportError as missing:
 
 __all__ = ["TensorBoardSink"]
 
-_LEFT_OUT = ("count", "rows", "micro_batches")
+_LEFT_OUT = ("count", "rows", "micro_batches", "choices")
 
 
 class TensorBoardSink:
@@ -50,7 +51,8 @@ class TensorBoardSink:
         self._descriptor: int | None = None
         self._size = 0
         self._names: list[str] = []
-        self.logdir.mkdir(parents=True, exist_ok=True)
+        self._files: list[Path] = []
+        self._made = make_folders(self.logdir)
 
     def open(self, header: Mapping[str, Any]) -> None:
         self.close()  # a run that is resumed gets a file of its own
@@ -58,8 +60,10 @@ class TensorBoardSink:
         start = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.fastfs"
         for number in itertools.count():
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            path = self.logdir / f"{start}.{number}"
             try:
-                self._descriptor = os.open(self.logdir / f"{start}.{number}", flags, 0o666)
+                self._descriptor = os.open(path, flags, 0o666)
+                self._files.append(path)
                 break
             except FileExistsError:
                 continue
@@ -79,6 +83,13 @@ class TensorBoardSink:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+
+    def discard(self) -> None:
+        """Close, and take back what this sink made."""
+        self.close()
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        remove_folders(self._made)
 
     def _event(self, record: Record) -> Event | None:
         if record.kind == "alert":

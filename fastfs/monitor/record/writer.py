@@ -4,8 +4,9 @@
     push, put --> ring (bounded) ------|--> swap, fetch, decode --> alerts --> outlets (bounded) --> sinks
     poll <-- messages (bounded) <------|-------------------------------------------'
 
-Nothing that happens in the writer thread reaches training: errors become messages, and a thread that hangs in a sink
-lets the ring run full, from when on records are dropped and counted.
+Nothing that happens in the writer thread reaches training: whatever a sink or a rule raises, ``SystemExit`` or the
+panic of a Rust extension included, becomes a message, and a thread that hangs in a sink lets the ring run full, from
+when on records are dropped and counted.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from fastfs.monitor.record.alerts import Alerts
+from fastfs.monitor.record.failures import in_words
 from fastfs.monitor.record.outlet import Outlet
 from fastfs.monitor.record.ring import Batch, Decode, Ring
 from fastfs.monitor.record.rows import Record
@@ -97,6 +99,11 @@ class Writer:
             answered = self._condition.wait_for(lambda: self._done >= mine, timeout)
         return answered and not any(len(outlet) or outlet.error for outlet in self.outlets)
 
+    def discard(self) -> None:
+        """At the end the sinks take back what they made."""
+        for outlet in self.outlets:
+            outlet.discarded = True
+
     def stop(self, timeout: float) -> bool:
         """Write everything, close the sinks, end the thread; False if it has not ended in time."""
         with self._condition:
@@ -134,8 +141,8 @@ class Writer:
         while going:
             try:
                 going = self._turn()  # a call of its own: nothing of the last batch is held while this thread sleeps
-            except Exception as error:  # out of memory, say
-                self._say("turn", f"fastfs.Monitor: rows are lost ({type(error).__name__}: {error}). Said once.")
+            except BaseException as error:  # out of memory, say
+                self._say("turn", f"fastfs.Monitor: rows are lost ({in_words(error)}). Said once.")
                 going = not self._stopping
                 time.sleep(0.1)
         self.unclosed = [failure for outlet in self.outlets if (failure := outlet.close()) is not None]
@@ -170,8 +177,8 @@ class Writer:
             host = self._ring.fetch(batch)
             for entry in batch.entries:
                 records += self._decoded(entry.decode, host[entry.start : entry.stop], entry.record)
-        except Exception as error:
-            self._say("fetch", f"fastfs.Monitor: rows are lost ({type(error).__name__}: {error}). Said once.")
+        except BaseException as error:
+            self._say("fetch", f"fastfs.Monitor: rows are lost ({in_words(error)}). Said once.")
         with self._condition:
             self._ring.give_back(batch)
         return records
@@ -190,11 +197,11 @@ class Writer:
             return [] if record is None else [record]
         try:
             return list(decode(payload))
-        except Exception as error:
+        except BaseException as error:
             self._say(
                 "decode",
                 f"fastfs.Monitor: a row could not be made of what was measured and is lost "
-                f"({type(error).__name__}: {error}). Said once.",
+                f"({in_words(error)}). Said once.",
             )
             return []
 
@@ -208,7 +215,7 @@ class Writer:
             for name, error in failures:
                 self._say(
                     f"rule {name}",
-                    f"fastfs.Monitor: alert rule {name} failed ({type(error).__name__}: {error}). Said once.",
+                    f"fastfs.Monitor: alert rule {name} failed ({in_words(error)}). Said once.",
                 )
         if records:
             self._last_step = records[-1].step
