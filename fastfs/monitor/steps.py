@@ -142,8 +142,8 @@ class OptimizerSteps:
 class _Levels:
     """The calls of ``step`` of one optimizer that are running, one in another.
 
-    They are told by their frames: one that is no longer on the stack has ended with an exception. (In what torch.compile
-    makes of ``step`` the end is reached in a frame within that of the beginning.)
+    They are told by their frames: one that is no longer on the stack has ended with an exception. (In what
+    torch.compile makes of ``step`` the end is reached in a frame within that of the beginning.)
     """
 
     def __init__(self, steps: OptimizerSteps, index: int) -> None:
