@@ -85,6 +85,7 @@ void bind_record(py::module_& m) {
       .def("read", &read)
       .def("drain", &drain)
       .def_property_readonly("rows", &RecordLines::rows)
+      .def_property_readonly("taken", &RecordLines::taken)
       .def("strings", &strings);
 }
 
