@@ -5,8 +5,8 @@
 FOLDER holds a checkout of another version with its native core built in place. Both versions read the same record, of
 4 million rows in lines of 400 to 500 bytes a row (2 GB), each call in a process of its own. Memory is the peak of the
 whole process (`ru_maxrss`), with what the imports of fastfs, torch, pandas and plotly take. With --against the target
-is a fifth of the time of the processor, which other load on the machine changes less; 1.5 GB in any case. Exit status 1 if a target is missed. `--python` reads without the native
-core.
+is a fifth of the time of the processor, which other load on the machine changes less; 1.5 GB in any case. Exit status
+1 if a target is missed. `--python` reads without the native core.
 """
 
 from __future__ import annotations
