@@ -1,8 +1,9 @@
 // The measured and predicted lines of a record, read straight into columns of numbers.
 //
 // What is taken here is what the sink writes: plain JSON of known types, one value for each layer and group in every
-// column, strings without escapes. Every other line is left to fastfs/monitor/record/schema.py, which says what a record
-// is. So a line that is taken here has to be one that is taken there, with the same values; not the other way round.
+// column, strings without escapes. Every other line is left to fastfs/monitor/record/schema.py, which says what a
+// record is. So a line that is taken here has to be one that is taken there, with the same values; not the other way
+// round.
 #pragma once
 
 #include <charconv>
@@ -26,8 +27,8 @@ enum class ValueKind : int { number = 0, integer = 1, boolean = 2, text = 3 };
 struct RecordColumn {
   std::string name;
   ValueKind kind;
-  bool used = false;   // by a line that was taken
-  uint64_t line = 0;   // the last one that has this column: to see a name that comes twice
+  bool used = false;  // by a line that was taken
+  uint64_t line = 0;  // the last one that has this column: to see a name that comes twice
   std::vector<double> numbers;
   std::vector<int32_t> codes;
 
