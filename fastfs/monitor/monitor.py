@@ -417,12 +417,15 @@ class Monitor:
             self._why = "no forward and backward of the model was seen before the step"
             if self._capture.transformed:
                 self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"
+            again = (
+                "Graphs of torch.compile that know of no hooks were found and dropped: they are made again"
+                if self._capture.drop_unguarded()
+                else "The model that was given must be the one that the loop calls, with gradient"
+            )
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
-                "The model that was given must be the one that the loop calls, with gradient. If torch.compile "
-                "compiled it and it was called before the monitor was attached, its graphs know of no hooks: call "
-                "torch.compiler.reset() once after attaching, or attach before the first call",
+                + again,
             )
         elif self._engine.idle:
             self._warn_of_idle(self._engine.idle)
