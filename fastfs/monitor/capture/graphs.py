@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +21,37 @@ from torch import nn
 
 __all__ = ["DynamoSettings", "drop_unguarded"]
 
-_GRAPHS = 3
-"""Graphs of a watched model where there would be one: on, off, and of models of its class that nobody watches."""
+_GRAPHS = 4
+"""Graphs where there would be one: without taps, with them, the same without gradient, and of models without hooks."""
 
 _TAPS = str(Path(__file__).parent)  # a hook that is compiled by itself is given the module and does not call it
 _MODULE = re.compile(r"^___check_(?:type|obj)_id\((.*), (\d+)\)")
 
 
 class DynamoSettings:
-    """Settings of Dynamo as long as monitors are attached.
+    """Settings of Dynamo that a monitor needs.
+
+    Guards on hooks stay when it is closed: graphs of unwatched models that were made without them would have to be
+    made again for the next monitor, in every run of a sweep. They change no graph.
 
     Args:
-        others: of the other monitors: the last one that releases them puts back what the first one found.
+        others: of the other monitors: the last one that releases them puts back the limit that the first one found.
     """
 
     def __init__(self, others: Iterable[DynamoSettings]) -> None:
         config = _dynamo().config
+        config.skip_nnmodule_hook_guards = False
         first = next(iter(others), None)
-        if first is None:
-            self._before: Mapping[str, Any] = {
-                "skip_nnmodule_hook_guards": config.skip_nnmodule_hook_guards,
-                "recompile_limit": config.recompile_limit,
-            }
-        else:
-            self._before = first._before
-        limit = self._before["recompile_limit"]
-        self._ours = {"skip_nnmodule_hook_guards": False, "recompile_limit": _GRAPHS * limit}
-        for name, ours in self._ours.items():
-            if getattr(config, name) == self._before[name]:
-                setattr(config, name, ours)
+        self._before: int = config.recompile_limit if first is None else first._before
+        self._ours = _GRAPHS * self._before
+        if config.recompile_limit == self._before:
+            config.recompile_limit = self._ours
 
     def release(self) -> None:
-        """Put the settings back, but those that somebody else has changed meanwhile."""
+        """Put the limit back, unless somebody else has changed it meanwhile."""
         config = _dynamo().config
-        for name, before in self._before.items():
-            if getattr(config, name) == self._ours[name]:
-                setattr(config, name, before)
+        if config.recompile_limit == self._ours:
+            config.recompile_limit = self._before
 
 
 def drop_unguarded(model: nn.Module, watched: Sequence[nn.Module]) -> int:
