@@ -96,6 +96,20 @@ class Guard(TorchDispatchMode):
         """Whether the forward may write to that tensor."""
         return self._made.issuperset(storages(tensor))
 
+    def keep_data(self, tensor: Tensor) -> None:
+        """Put the memory of a tensor back afterwards."""
+        with torch._C.DisableTorchFunction():
+            data = tensor.data
+
+        def restore() -> None:
+            tensor.data = data
+
+        self._journal.note(restore)
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether it is a copy of one of the forward's inputs."""
+        return self._inputs.issuperset(storages(tensor))
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -152,18 +166,34 @@ class Guard(TorchDispatchMode):
             self.coarsest = spacing
 
 
-class HostCopies(TorchFunctionMode):
-    """Gives a forward copies where it asks for a tensor's memory as a NumPy array, past all dispatch."""
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]  # another object at every access: compare by ==
+_HOST = frozenset({Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})
 
-    def __init__(self, guard: Guard) -> None:
+
+class HostCopies(TorchFunctionMode):
+    """Gives a forward copies where it asks for a tensor's memory for NumPy or another library, past all dispatch.
+
+    Args:
+        guard: of the forward.
+        strict: raise instead, since a compiled forward will not be given copies.
+    """
+
+    def __init__(self, guard: Guard, *, strict: bool = False) -> None:
         super().__init__()
         self._guard = guard
+        self._strict = strict
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (Tensor.numpy, Tensor.__array__) and not self._guard.owns(args[0]):
-            args = (args[0].clone(), *args[1:])
+        if func in _HOST and not self._guard.owns(args[0]):
+            if self._strict and not self._guard.is_input(args[0]):
+                raise WriteError(f"Tensor.{func.__name__}, through whose result it may write", inputs=False)
+            args = (args[0].detach().clone(), *args[1:])
+        elif func == _SET_DATA and not (self._guard.owns(args[0]) or self._guard.is_input(args[0])):
+            if self._strict:
+                raise WriteError("Tensor.data =", inputs=False)
+            self._guard.keep_data(args[0])
         return func(*args, **(kwargs or {}))
 
 

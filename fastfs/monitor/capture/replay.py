@@ -117,6 +117,7 @@ class Replayer:
         *,
         guarded: bool = True,
         single: bool = False,
+        strict: bool = False,
     ) -> Replay:
         """A second forward on the same inputs and in the same state.
 
@@ -126,12 +127,13 @@ class Replayer:
             see: what of the features to take.
             guarded: watched operation by operation.
             single: compute in float32 what the model computes in 16 bits.
+            strict: a compiled forward is to follow, where nobody looks on: refuse what could only be put back here.
 
         Raises:
             WriteError: the forward wants to write to what is not its own; nothing has been changed.
         """
         def attempt(_grad: bool) -> Replay:
-            return self._replay(passed, forward, see, guarded, single)
+            return self._replay(passed, forward, see, guarded, single, strict)
 
         try:
             return self.with_graph_if_needed(attempt)
@@ -163,6 +165,7 @@ class Replayer:
         see: Callable[[Tensor], Tensor],
         guarded: bool,
         single: bool,
+        strict: bool,
     ) -> Replay:
         assert passed.state is not None
         after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
@@ -193,7 +196,7 @@ class Replayer:
             watching.extend([] if guard is None else [guard])
             forward(*args, **kwargs)
 
-        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, **options)
+        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, strict=strict, **options)
         if not watching:
             return Replay(after, None, [])
         return Replay(after, coarsest, watching[0].choices)
@@ -232,9 +235,10 @@ class OwnForward:
         if not self._guarded:
             return None
         allowed = [*copies, *self._options.pop("allowed", ())]
+        strict = self._options.pop("strict", False)
         guard = Guard(replayer.journal, allowed, protected=replayer._owned, **self._options)
         guard.__enter__()  # it leaves with the settings that the journal restores
-        HostCopies(guard).__enter__()
+        HostCopies(guard, strict=strict).__enter__()
         return guard
 
     def __exit__(
