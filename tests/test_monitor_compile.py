@@ -214,7 +214,7 @@ class InHalf(nn.Module):
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_the_precision_within_a_compiled_forward_is_seen(how, late):
-    """Small moves drown in 16 bits: no row is valid and wrong. Per layer, and per step: every other one is in float32."""
+    """Small moves drown in 16 bits: no row is valid and wrong. Per layer and step: every other one is in float32."""
     torch.manual_seed(0)
     inner = InHalf(how, late=late)
     model = torch.compile(inner, backend="aot_eager")
@@ -228,4 +228,4 @@ def test_the_precision_within_a_compiled_forward_is_seen(how, late):
     valid = [[row["valid"] for row in seen if row["step"] == step] for step in range(4)]
     assert valid == [[late, late, False], [True, True, True]] * 2
     for row in seen:
-        assert row["valid"] or "rounding noise" in row["why"]
+        assert row["valid"] or "rounding noise" in row["why"] or row["why"] == "no update of the features"

@@ -132,6 +132,7 @@ class Replayer:
         Raises:
             WriteError: the forward wants to write to what is not its own; nothing has been changed.
         """
+
         def attempt(_grad: bool) -> Replay:
             return self._replay(passed, forward, see, guarded, single, strict)
 
@@ -190,13 +191,16 @@ class Replayer:
             with torch.set_grad_enabled(self._with_graph):  # clones of leaves are none: they may be written to
                 args, kwargs = copy_arguments((args, kwargs), Tensor.clone)
         copies = tensors_in((args, kwargs))
-        options = {"allowed": copies} if renewed else {"inputs": copies}
+        options: dict[str, Any] = {"single": single, "strict": strict}
+        options["allowed" if renewed else "inputs"] = copies
 
         def run(guard: Guard | None) -> None:
             watching.extend([] if guard is None else [guard])
             forward(*args, **kwargs)
 
-        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, strict=strict, **options)
+        self.run(
+            passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, strict=strict, **options
+        )
         if not watching:
             return Replay(after, None, [])
         return Replay(after, coarsest, watching[0].choices)
