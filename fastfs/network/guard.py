@@ -102,6 +102,20 @@ class Guard(TorchDispatchMode):
         """Whether the forward may write to that tensor."""
         return self._made.issuperset(storages(tensor))
 
+    def keep_data(self, tensor: Tensor) -> None:
+        """Put the memory of a tensor back afterwards."""
+        with torch._C.DisableTorchFunction():
+            data = tensor.data
+
+        def restore() -> None:
+            tensor.data = data
+
+        self._journal.note(restore)
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether it is a copy of one of the forward's inputs."""
+        return self._inputs.issuperset(storages(tensor))
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -165,25 +179,38 @@ class HostCopies(TorchFunctionMode):
     """For what goes past all dispatch: gives a forward copies where it asks for a tensor's memory, and notes assignments.
 
     Assignments to ``.data``, ``.grad`` and ``.requires_grad`` of any tensor are put back by the journal.
+
+    Args:
+        guard: of the forward.
+        journal: takes what is to be put back.
+        strict: raise instead, since a compiled forward will not be given copies.
     """
 
-    def __init__(self, guard: Guard, journal: Journal) -> None:
+    def __init__(self, guard: Guard, journal: Journal, *, strict: bool = False) -> None:
         super().__init__()
         self._guard = guard
         self._journal = journal
+        self._strict = strict
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func in _SETTERS:
+            if self._strict and not self._is_own(args[0]):
+                raise WriteError(f"Tensor.{_SETTERS[func]} =", inputs=False)
             self._note(args[0], _SETTERS[func])
         elif func in _CUTTING:
             self._guard.cut = self._guard.cut or _carries(args[0])
-        elif func in _MEMORY:
+        elif func in _MEMORY and not self._is_own(args[0]) and not _managed():
+            if self._strict:
+                raise WriteError(f"Tensor.{func.__name__}, through whose result it may write", inputs=False)
             with torch._C.DisableTorchFunction():
-                if not self._guard.owns(args[0]) and not _managed():
-                    args = (args[0].detach().clone(), *args[1:])
+                args = (args[0].detach().clone(), *args[1:])
         return func(*args, **(kwargs or {}))
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        with torch._C.DisableTorchFunction():
+            return self._guard.owns(tensor) or self._guard.is_input(tensor)
 
     def _note(self, tensor: Tensor, name: str) -> None:
         with torch._C.DisableTorchFunction():

@@ -40,6 +40,7 @@ from fastfs.monitor.capture.forwards import (
     runs_on_own,
     sequence_number,
 )
+from fastfs.monitor.capture.graphs import DynamoSettings, drop_unguarded
 from fastfs.monitor.capture.passes import Pass, Visit
 from fastfs.monitor.capture.replay import Replayer
 from fastfs.monitor.capture.sampling import Kept, Sampler, row_dims
@@ -122,10 +123,13 @@ class Capture:
         self._turn = 0
         self._leaf_handles: list[RemovableHandle] = []
         self.parameters_are(parameters)
-        key = taps.register(self)
         self._handles: list[RemovableHandle] = []
+        others = [r.dynamo for r in taps.receivers()]
+        self.dynamo = DynamoSettings(others)
+        self._key = taps.register(self)
         try:
-            self._attach(select, key)
+            self._attach(select, self._key)
+            self.drop_unguarded()
         except BaseException:
             self.close()
             raise
@@ -152,6 +156,12 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if taps.unregister(self._key):
+            self.dynamo.release()
+
+    def drop_unguarded(self) -> int:
+        """Drop compiled graphs that would run past the taps; of how many code objects."""
+        return drop_unguarded(self._model, [self._model, *(layer.module for layer in self._layers)])
 
     def clear(self) -> None:
         """Forget everything captured: the next forward belongs to the next step."""

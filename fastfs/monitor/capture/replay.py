@@ -120,6 +120,7 @@ class Replayer:
         *,
         guarded: bool = True,
         single: bool = False,
+        strict: bool = False,
     ) -> Replay:
         """A second forward on the same inputs and in the same state.
 
@@ -129,12 +130,14 @@ class Replayer:
             see: what of the features to take.
             guarded: watched operation by operation.
             single: compute in float32 what the model computes in 16 bits.
+            strict: a compiled forward is to follow, where nobody looks on: refuse what could only be put back here.
 
         Raises:
             WriteError: the forward wants to write to what is not its own; nothing has been changed.
         """
+
         def attempt(_grad: bool) -> Replay:
-            return self._replay(passed, forward, see, guarded, single)
+            return self._replay(passed, forward, see, guarded, single, strict)
 
         try:
             return self.with_graph_if_needed(attempt)
@@ -166,6 +169,7 @@ class Replayer:
         see: Callable[[Tensor], Tensor],
         guarded: bool,
         single: bool,
+        strict: bool,
     ) -> Replay:
         assert passed.state is not None
         after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
@@ -193,13 +197,16 @@ class Replayer:
             with torch.set_grad_enabled(self._with_graph):  # clones of leaves are none: they may be written to
                 args, kwargs = copy_arguments((args, kwargs), Tensor.clone)
         copies = tensors_in((args, kwargs))
-        options = {"allowed": copies} if renewed else {"inputs": copies}
+        options: dict[str, Any] = {"single": single, "strict": strict}
+        options["allowed" if renewed else "inputs"] = copies
 
         def run(guard: Guard | None) -> None:
             watching.extend([] if guard is None else [guard])
             forward(*args, **kwargs)
 
-        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, **options)
+        self.run(
+            passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, strict=strict, **options
+        )
         if not watching:
             return Replay(after, None, [], cut)
         return Replay(after, coarsest, watching[0].choices, cut)
@@ -224,6 +231,13 @@ class OwnForward:
         self._options = options
 
     def __enter__(self) -> Guard | None:
+        try:
+            return self._enter()
+        except BaseException:  # no __exit__ comes then
+            self._replayer.journal.restore()
+            raise
+
+    def _enter(self) -> Guard | None:
         replayer, switch = self._replayer, self._replayer._switch
         copies = self._applied.__enter__()
         level = switch.level
@@ -238,9 +252,10 @@ class OwnForward:
         if not self._guarded:
             return None
         allowed = [*copies, *self._options.pop("allowed", ())]
+        strict = self._options.pop("strict", False)
         guard = Guard(replayer.journal, allowed, protected=replayer._owned, **self._options)
         guard.__enter__()  # it leaves with the settings that the journal restores
-        HostCopies(guard, replayer.journal).__enter__()
+        HostCopies(guard, replayer.journal, strict=strict).__enter__()
         return guard
 
     def __exit__(
