@@ -243,7 +243,7 @@ class Capture:
             passed.dependent = depends_on(tensors, self._tensors)
             passed.args, passed.kwargs = copy_arguments((args, kwargs), lambda x: self._copy(passed, x))
             passed.inputs_seen = [(x, x._version) for x in tensors]
-            passed.state = ForwardState.take(self._model, self._tensors)
+            passed.state = ForwardState.take(self._model, self._tensors, self.replayer.inventories)
             self._fingerprint = passed.fingerprint = Fingerprint(self._tensors, self._fingerprint)
 
     def _copy(self, passed: Pass, argument: Tensor) -> Tensor:

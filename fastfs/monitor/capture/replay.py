@@ -16,6 +16,7 @@ from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.network.guard import Guard, HostCopies, WriteError
+from fastfs.network.inventory import Inventories
 from fastfs.network.inputs import copy_arguments, tensors_in
 from fastfs.network.journal import Journal
 from fastfs.network.layers import Layer
@@ -61,6 +62,7 @@ class Replayer:
         self, layers: Sequence[Layer], switch: taps.Switch, sampler: Sampler, owned: Callable[[], Iterable[Tensor]]
     ) -> None:
         self.journal = Journal()
+        self.inventories = Inventories()  # of the model
         self.sink: Sink | None = None  # not None: such a forward runs
         self.parameters: Sequence[Tensor] = ()  # trained ones; gradients and flags are put back
         self.others: Callable[[], Iterable[Any]] = tuple  # containers that are put back, too
