@@ -15,7 +15,7 @@ from torch import Tensor
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Sampler
-from fastfs.network.guard import Guard, HostCopies, WriteError
+from fastfs.network.guard import Guard, HostCopies, Plans, WriteError
 from fastfs.network.inventory import Inventories
 from fastfs.network.inputs import copy_arguments, tensors_in
 from fastfs.network.journal import Journal
@@ -63,6 +63,7 @@ class Replayer:
     ) -> None:
         self.journal = Journal()
         self.inventories = Inventories()  # of the model
+        self._plans: Plans = {}
         self.sink: Sink | None = None  # not None: such a forward runs
         self.parameters: Sequence[Tensor] = ()  # trained ones; gradients and flags are put back
         self.others: Callable[[], Iterable[Any]] = tuple  # containers that are put back, too
@@ -235,7 +236,7 @@ class OwnForward:
         if not self._guarded:
             return None
         allowed = [*copies, *self._options.pop("allowed", ())]
-        guard = Guard(replayer.journal, allowed, protected=replayer._owned, **self._options)
+        guard = Guard(replayer.journal, allowed, protected=replayer._owned, plans=replayer._plans, **self._options)
         guard.__enter__()  # it leaves with the settings that the journal restores
         HostCopies(guard, replayer.journal).__enter__()
         return guard
