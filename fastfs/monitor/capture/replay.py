@@ -182,8 +182,7 @@ class Replayer:
             before = visits[number].before if number < len(visits) else None
             rows = None
             if before is not None and features.shape == visits[number].shape:
-                # Copied, like the features before: a following operation may work in place.
-                rows = self._sampler.keep(see(strided(features)), before.values.shape[0]).values
+                rows = self._rows(features, see, before.values.shape[0])
             after[layer.index].append((features.shape, rows))
             for guard in watching:
                 coarsest[layer.index] = guard.coarsest
@@ -206,6 +205,14 @@ class Replayer:
         if not watching:
             return Replay(after, None, [], cut)
         return Replay(after, coarsest, watching[0].choices, cut)
+
+
+    def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], kept: int) -> Tensor:
+        """A copy, like the features before: a following operation may work in place."""
+        if type(features) is not Tensor:
+            return self._sampler.keep(see(strided(features)), kept).values
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # no operations of the forward
+            return self._sampler.keep(see(strided(features)), kept).values
 
 
 class OwnForward:
