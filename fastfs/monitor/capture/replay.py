@@ -15,7 +15,8 @@ from torch import Tensor
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Sampler
-from fastfs.network.guard import Guard, HostCopies, WriteError
+from fastfs.network.guard import Guard, HostCopies, Plans, WriteError
+from fastfs.network.inventory import Inventories
 from fastfs.network.inputs import copy_arguments, tensors_in
 from fastfs.network.journal import Journal
 from fastfs.network.layers import Layer
@@ -63,6 +64,8 @@ class Replayer:
         self, layers: Sequence[Layer], switch: taps.Switch, sampler: Sampler, owned: Callable[[], Iterable[Tensor]]
     ) -> None:
         self.journal = Journal()
+        self.inventories = Inventories()  # of the model
+        self._plans: Plans = {}
         self.sink: Sink | None = None  # not None: such a forward runs
         self.parameters: Sequence[Tensor] = ()  # trained ones; gradients and flags are put back
         self.others: Callable[[], Iterable[Any]] = tuple  # containers that are put back, too
@@ -183,8 +186,7 @@ class Replayer:
             before = visits[number].before if number < len(visits) else None
             rows = None
             if before is not None and features.shape == visits[number].shape:
-                # Copied, like the features before: a following operation may work in place.
-                rows = self._sampler.keep(see(strided(features)), before.values.shape[0]).values
+                rows = self._rows(features, see, before.values.shape[0])
             after[layer.index].append((features.shape, rows))
             for guard in watching:
                 coarsest[layer.index] = guard.coarsest
@@ -210,6 +212,14 @@ class Replayer:
         if not watching:
             return Replay(after, None, [], cut)
         return Replay(after, coarsest, watching[0].choices, cut)
+
+
+    def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], kept: int) -> Tensor:
+        """A copy, like the features before: a following operation may work in place."""
+        if type(features) is not Tensor:
+            return self._sampler.keep(see(strided(features)), kept).values
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # no operations of the forward
+            return self._sampler.keep(see(strided(features)), kept).values
 
 
 class OwnForward:
@@ -253,7 +263,7 @@ class OwnForward:
             return None
         allowed = [*copies, *self._options.pop("allowed", ())]
         strict = self._options.pop("strict", False)
-        guard = Guard(replayer.journal, allowed, protected=replayer._owned, **self._options)
+        guard = Guard(replayer.journal, allowed, protected=replayer._owned, plans=replayer._plans, **self._options)
         guard.__enter__()  # it leaves with the settings that the journal restores
         HostCopies(guard, replayer.journal, strict=strict).__enter__()
         return guard

@@ -159,6 +159,8 @@ def _make_inert() -> Callable[..., None]:
 class Hook:
     """A hook that neither ``copy.deepcopy`` nor ``pickle`` of the model follows into the monitor."""
 
+    __slots__ = ()
+
     def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
         return inert
 

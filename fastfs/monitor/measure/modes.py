@@ -427,7 +427,7 @@ class ProbeMode:
 
     def _fixed_state(self) -> ForwardState:
         """The model's buffers and modes of now, with the same random numbers at every measured step."""
-        state = ForwardState.take(self._model)
+        state = ForwardState.take(self._model, inventories=self._capture.replayer.inventories)
         if self._state is None:
             self._state = state
         state = dataclasses.replace(state, randomness=self._state.randomness)
