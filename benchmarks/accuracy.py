@@ -7,12 +7,18 @@ layers). The truth is the same function of the same parameters before and after 
 update is the one that is left after rounding. Wrong means: angle or norm off by more than 2%. Every number is
 deterministic up to the machine's matrix products; timing plays no part. Exit status 1 if anything that is called valid
 is wrong.
+
+What is judged is what the monitor would judge by: precision is what :class:`fastfs.network.guard.Guard` sees each layer
+compute in, whether the caller, the model or a setting of torch chose it. Models that switch on autocast in their own
+forward, cast by hand or multiply in float8 are settings of the study; TF32 products are one on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import functools
 import json
 import math
 import sys
@@ -34,6 +40,9 @@ from fastfs.models import MLP, ResNet, Transformer
 from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs.monitor.measure.row_reasons import REASONS
 from fastfs.monitor.measure.trust import Probe, Trusted, judge
+from fastfs.network.guard import Guard
+from fastfs.network.journal import Journal
+from fastfs.network.precision import SINGLE, coarseness
 from fastfs.network.structure import analyse, edge_of
 from fastfs.stats import FeatureStats
 
@@ -50,19 +59,35 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """Precision of the run that is measured."""
+    """Precision of the run that is measured.
 
-    parameters: torch.dtype
-    autocast: torch.dtype | None
-    eps: float
+    Attributes:
+        parameters: their dtype.
+        autocast: its dtype.
+        inside: the model switches autocast on, in its forward; else its caller does.
+        linear: how the linear layers multiply: "casts" to bfloat16 by hand, in "fp8", or as torch does.
+        tf32: float32 products on the GPU are made of TF32 numbers.
+    """
+
+    parameters: torch.dtype = torch.float32
+    autocast: torch.dtype | None = None
+    inside: bool = False
+    linear: str | None = None
+    tf32: bool = False
 
 
 SETTINGS = {
-    "autocast bf16": Setting(torch.float32, torch.bfloat16, 2.0**-7),
-    "bf16": Setting(torch.bfloat16, None, 2.0**-7),
-    "autocast fp16": Setting(torch.float32, torch.float16, 2.0**-10),
-    "float32": Setting(torch.float32, None, 2.0**-23),
+    "autocast bf16": Setting(autocast=torch.bfloat16),
+    "bf16": Setting(torch.bfloat16),
+    "autocast fp16": Setting(autocast=torch.float16),
+    "float32": Setting(),
+    "autocast bf16 inside": Setting(autocast=torch.bfloat16, inside=True),
+    "casts to bf16": Setting(linear="casts"),
+    "fp8 products": Setting(linear="fp8"),
 }
+ON_GPU = {"TF32 products": Setting(tf32=True)}
+OF_ALL = ("autocast bf16", "bf16", "casts to bf16", "fp8 products", "TF32 products")  # settings of all networks
+OF_OTHERS = ("MLP 12x128", "Transformer 8x64")  # networks of the other settings
 
 
 @dataclass(frozen=True)
@@ -121,34 +146,97 @@ def loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(wide.reshape(-1, wide.shape[-1]), labels.reshape(-1))
 
 
+class Float8(torch.autograd.Function):
+    """Rounds to float8, scaled to use its range: e4m3 in the forward, e5m2 for gradients, as recipes for training do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _through(x, torch.float8_e4m3fn)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _through(gradient, torch.float8_e5m2)
+
+
+def _through(x: Tensor, dtype: torch.dtype) -> Tensor:
+    scale = torch.finfo(dtype).max / x.abs().amax().clamp_min(1e-30)
+    return (x * scale).to(dtype).to(x.dtype) / scale
+
+
+def _in_bfloat16(linear: nn.Linear, x: Tensor) -> Tensor:
+    bias = None if linear.bias is None else linear.bias.bfloat16()
+    return F.linear(x.bfloat16(), linear.weight.bfloat16(), bias).to(x.dtype)
+
+
+def _in_float8(linear: nn.Linear, x: Tensor) -> Tensor:
+    rounded: list[Tensor] = [Float8.apply(x), Float8.apply(linear.weight)]  # type: ignore[no-untyped-call]
+    return F.linear(*rounded, linear.bias)
+
+
+PRODUCTS = {"casts": _in_bfloat16, "fp8": _in_float8}
+
+
 class Network:
     """The case in one precision, as a function of its parameters."""
 
-    def __init__(self, case: Case, dtype: torch.dtype, autocast: torch.dtype | None = None) -> None:
-        self.case, self.dtype, self.autocast = case, dtype, autocast
-        self.model = copy.deepcopy(case.model).to(dtype)
-        self.inputs = case.inputs.to(dtype) if case.inputs.is_floating_point() else case.inputs
+    def __init__(self, case: Case, setting: Setting) -> None:
+        self.case, self.setting, self.dtype = case, setting, setting.parameters
+        self.device = torch.device("cuda" if setting.tf32 else "cpu")
+        self.model = copy.deepcopy(case.model).to(self.device, self.dtype)
+        inputs = case.inputs.to(self.dtype) if case.inputs.is_floating_point() else case.inputs
+        self.inputs = inputs.to(self.device)
+        if setting.linear is not None:
+            for module in self.model.modules():
+                if isinstance(module, nn.Linear):
+                    module.forward = functools.partial(PRODUCTS[setting.linear], module)
+        if setting.inside:
+            self.model.forward = self.cast()(self.model.forward)
         self.taps: list[Tensor] = []
+        self.seen: list[float] = []  # coarsest numbers up to each block
+        self.guard: Guard | None = None
         for block in self.model.blocks:  # type: ignore[union-attr]
-            block.register_forward_hook(lambda _module, _args, output: self.taps.append(output))
+            block.register_forward_hook(self.tap)
+
+    def cast(self) -> torch.autocast:
+        dtype = self.setting.autocast
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None, cache_enabled=False)
+
+    def tap(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        self.taps.append(output)
+        if self.guard is not None:
+            self.seen.append(max(self.guard.coarsest, coarseness(output.dtype)))
 
     def forward(self, parameters: Parameters) -> tuple[list[Tensor], Tensor]:
         self.taps.clear()
-        dtype = self.autocast or torch.bfloat16
-        with torch.autocast("cpu", dtype, enabled=self.autocast is not None, cache_enabled=False):
-            outputs = functional_call(self.model, parameters, (self.inputs,))
+        on_device = {name: p.to(self.device) for name, p in parameters.items()}
+        if self.device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = self.setting.tf32
+        with contextlib.nullcontext() if self.setting.inside else self.cast():
+            outputs = functional_call(self.model, on_device, (self.inputs,))
         return list(self.taps), outputs
 
     @torch.no_grad()
+    def coarsest(self, parameters: Parameters) -> list[float]:
+        """Per block, spacing at 1 of the coarsest numbers that its features come from, as the monitor sees it."""
+        self.seen.clear()
+        with Guard(Journal(), ()) as self.guard:
+            self.forward(parameters)
+        self.guard = None
+        return list(self.seen)
+
+    @torch.no_grad()
     def features(self, parameters: Parameters) -> list[Tensor]:
-        return [tap.clone() for tap in self.forward({n: p.to(self.dtype) for n, p in parameters.items()})[0]]
+        return [
+            tap.to("cpu", copy=True) for tap in self.forward({n: p.to(self.dtype) for n, p in parameters.items()})[0]
+        ]
 
     def backward(self, parameters: Parameters, steps: list[Parameters]) -> tuple[list[Tensor], list[Tensor]]:
         """Backward vectors, and for every step the aligned decrease per layer (nan where it is no cut)."""
         leaves = {n: p.detach().to(self.dtype).requires_grad_() for n, p in parameters.items()}
         taps, outputs = self.forward(leaves)
         found = analyse([[edge_of(tap)] for tap in taps], [outputs], list(leaves.values()), list(leaves))
-        gradients = torch.autograd.grad(loss(outputs, self.case.labels), [*taps, *leaves.values()])
+        wanted = [*taps, *leaves.values()]
+        gradients = [g.cpu() for g in torch.autograd.grad(loss(outputs, self.case.labels.to(self.device)), wanted)]
         vectors, gradients = gradients[: len(taps)], gradients[len(taps) :]
         cut = torch.tensor(found.cut)
         decreases = []
@@ -156,7 +244,7 @@ class Network:
             pairs = zip(gradients, leaves, strict=True)
             dots = torch.stack([-(g.double() * step[name]).sum() for g, name in pairs])
             decreases.append(torch.where(cut, found.upstream.double() @ dots, torch.nan))
-        return list(vectors), decreases
+        return vectors, decreases
 
     def jvp(self, parameters: Parameters, step: Parameters) -> list[Tensor]:
         names = list(parameters)
@@ -192,29 +280,28 @@ def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, .
     """One cell per ratio and method."""
     start, direction = real_step(case, optimizer)
     start = {n: p.to(setting.parameters) for n, p in start.items()}
-    exact, single = Network(case, torch.float64), Network(case, torch.float32)
-    run = Network(case, setting.parameters, setting.autocast)
+    exact, single, run = Network(case, Setting(torch.float64)), Network(case, Setting()), Network(case, setting)
     afters = [
         moved(start, direction, scale, setting.parameters) for scale in scaled_steps(exact, start, direction, ratios)
     ]
     steps = [{n: after[n].double() - start[n].double() for n in start} for after in afters]
     vectors, decreases = run.backward(start, steps)
-    single_vectors, single_decreases = single.backward(start, steps)
+    single_vectors, _ = single.backward(start, [])
     exact_vectors, _ = exact.backward(start, [])
     before, single_before, exact_before = run.features(start), single.features(start), exact.features(start)
-    eps = torch.full((len(before),), setting.eps, dtype=torch.float64)
-    target, largest = target_for(setting.eps), largest_kappa(torch.finfo(setting.parameters).eps)
-    exact_sq = torch.stack([f.double().square().sum() for f in single_before])
+    eps = torch.tensor(run.coarsest(start), dtype=torch.float64)
+    coarsest = float(eps.max())
+    target, largest = target_for(coarsest), largest_kappa(torch.finfo(setting.parameters).eps)
+    squares = torch.stack([f.double().square().sum() for f in single_before])
+    exact_sq = squares if coarsest > SINGLE else None
 
-    for ratio, after, step, decrease, single_decrease in zip(
-        ratios, afters, steps, decreases, single_decreases, strict=True
-    ):
+    for ratio, after, step, decrease in zip(ratios, afters, steps, decreases, strict=True):
         truth = feature_stats(exact_before, exact.features(after), exact_vectors)
         plain = feature_stats(before, run.features(after), vectors)
         single_plain = feature_stats(single_before, single.features(after), single_vectors)
         judged = {
-            "plain": judge(plain, eps=eps, exact_before_sq=exact_sq),
-            "float32": judge(single_plain, eps=torch.full_like(eps, 2.0**-23), aligned_decrease=single_decrease),
+            "plain": judge(plain, eps=eps),
+            "float32": judge(single_plain, eps=torch.full_like(eps, SINGLE)),
         }
         norms = torch.stack([torch.stack([step[n].norm(), start[n].double().norm()]) for n in start]).T
         kappa = first_kappa(norms[0], norms[1], target).clamp_max(largest)
@@ -290,12 +377,17 @@ def digits_of(value: Tensor) -> float | None:
     return float(f"{number:.3g}") if math.isfinite(number) else None
 
 
+def available() -> dict[str, Setting]:
+    """Settings that this machine can run."""
+    return SETTINGS | (ON_GPU if torch.cuda.is_available() else {})
+
+
 def study(quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
     """All cells."""
     cells = []
     for case in cases(quick, seed):
-        for name, setting in SETTINGS.items():
-            if name not in ("autocast bf16", "bf16") and case.name not in ("MLP 12x128", "Transformer 8x64"):
+        for name, setting in available().items():
+            if name not in OF_ALL and case.name not in OF_OTHERS:
                 continue
             for optimizer in ("Adam", "SGD"):
                 cells += [{"setting": name, **cell} for cell in measure(case, setting, optimizer, RATIOS)]
@@ -308,7 +400,7 @@ def report(cells: list[dict[str, Any]]) -> None:
     for method in METHODS:
         rows = []
         mine = [cell for cell in cells if cell["method"] == method]
-        for setting in SETTINGS:
+        for setting in available():
             for model in dict.fromkeys(cell["model"] for cell in mine if cell["setting"] == setting):
                 row = [f"{setting}, {model}"]
                 for ratio in RATIOS:

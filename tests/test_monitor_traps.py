@@ -130,6 +130,51 @@ def test_parameters_written_to_between_forward_and_step_are_said():
     assert {row["why"] for row in found} == {"parameters were written to between the forward and the step"}
 
 
+class MovesFirst(torch.optim.SGD):
+    """Evaluates its closure at other parameters than those that the step began with."""
+
+    back = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        old = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(0.1 * torch.ones_like(p))
+        with torch.enable_grad():
+            closure()
+        if self.back:
+            for p, value in zip(parameters, old, strict=True):
+                p.copy_(value)
+        return super().step()
+
+
+class MovesFor(MovesFirst):
+    back = False
+
+
+@pytest.mark.parametrize("kind", [MovesFirst, MovesFor])
+@pytest.mark.parametrize("options", [{}, {"amplify": True}, {"mode": "jvp"}], ids=["plain", "amplified", "jvp"])
+def test_features_of_a_closure_at_other_parameters_are_not_valid(kind, options):
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 2, 3)
+    optimizer = kind(model.parameters(), lr=0.1)
+    seen: list[dict[str, Any]] = []
+    settings = {"layers": r"blocks\.\d+$", "every": 1, "sinks": [measured_into(seen)], "verbose": False}
+    with fastfs.Monitor(model, optimizer, **settings, **options):
+        for step in range(2):
+
+            def closure(step: int = step) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, rows(step))
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    reason = "parameters moved between the begin of the step and the evaluation of its closure"
+    assert {(row["why"], row["decrease_why"]) for row in seen} == {(reason, reason)}
+
+
 class Switching(nn.Module):
     """Residual from the second half on."""
 

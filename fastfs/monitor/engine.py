@@ -14,6 +14,7 @@ from fastfs.formula import relations
 from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.measure import reasons as decrease_reasons
 from fastfs.monitor.measure import row_reasons, trust
 from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
 from fastfs.monitor.measure.fingerprints import Fingerprint
@@ -187,6 +188,7 @@ class Engine:
             if any(p.writes_parameters for p in passes):
                 raise WriteError("a parameter has another version after it", inputs=False)
         found = self.parameters.take(self.device)
+        moved = (found.reason == decrease_reasons.MOVED).any()
         if passes:
             ran = [any(p.visits[i] for p in passes) for i in range(len(self.layers))]
         else:
@@ -211,6 +213,7 @@ class Engine:
         verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
         self.proofs.count(graphs)
         self._idle -= {i for i, code in enumerate(look.absent) if code != row_reasons.NOT_RUN}
+        verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
         sums = FeatureStats(_unscaled(_reported(verdict, sums_of.stats), scale))
         residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
