@@ -147,7 +147,7 @@ def loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 class Float8(torch.autograd.Function):
-    """Rounds to float8, scaled to use its range: e4m3 in the forward, e5m2 for gradients, as recipes for training do."""
+    """Rounds to float8, scaled to use its range: e4m3 in the forward, e5m2 for gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

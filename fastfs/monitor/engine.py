@@ -472,7 +472,7 @@ def _linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> 
 def _changed(
     first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]], device: torch.device
 ) -> tuple[Tensor, int]:
-    """How many of the discrete choices of a forward are others in the second one: float64 (), and how many there are."""
+    """How many discrete choices of a forward differ in the second one, float64 (), and how many there are."""
     pairs = [pair for ours, theirs in zip(first, second, strict=False) for pair in zip(ours, theirs, strict=False)]
     pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
     total = torch.zeros((), dtype=torch.float64, device=device)
