@@ -241,7 +241,13 @@ class Monitor:
         """What is measured how often, and the memory it may take: what is printed when the monitor is attached."""
         parameters = self._engine.parameters
         moment = settings.momentary_bytes(parameters.tensors, str(self._header["mode"]), self._engine.amplify)
-        return settings.describe(self._header, parameters.snapshot_bytes, moment, self._recorder.device_bytes)
+        return settings.describe(
+            self._header,
+            parameters.snapshot_bytes,
+            moment,
+            self._recorder.device_bytes,
+            settings.aligned_work(parameters.tensors, len(self._layers)),
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}"
