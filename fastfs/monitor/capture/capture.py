@@ -43,8 +43,8 @@ from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.replay import Replayer
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.capture.traces import Traces
-from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.fingerprints import Fingerprint
+from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.network.inputs import UnknownArgumentError, copy_arguments
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import strided

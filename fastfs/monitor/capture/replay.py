@@ -16,8 +16,8 @@ from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.network.guard import Guard, HostCopies, Plans, WriteError
-from fastfs.network.inventory import Inventories
 from fastfs.network.inputs import copy_arguments, tensors_in
+from fastfs.network.inventory import Inventories
 from fastfs.network.journal import Journal
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import strided
@@ -112,8 +112,11 @@ class Replayer:
         Returns:
             What ``forward`` gives.
         """
-        with OwnForward(self, state, sink, grad, guarded, options) as guard:
-            return forward(guard)
+        try:
+            with OwnForward(self, state, sink, grad, guarded, options) as guard:
+                return forward(guard)
+        finally:
+            self.recover()  # what an interrupt on the way into the forward has left
 
     def replay(
         self,
@@ -136,6 +139,7 @@ class Replayer:
         Raises:
             WriteError: the forward wants to write to what is not its own; nothing has been changed.
         """
+
         def attempt(_grad: bool) -> Replay:
             return self._replay(passed, forward, see, guarded, single)
 
@@ -206,12 +210,12 @@ class Replayer:
             return Replay(after, None, [], cut)
         return Replay(after, coarsest, watching[0].choices, cut)
 
-
     def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], kept: int) -> Tensor:
         """A copy, like the features before: a following operation may work in place."""
         if type(features) is not Tensor:
             return self._sampler.keep(see(strided(features)), kept).values
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # no operations of the forward
+        past_dispatch: Any = torch._C._DisableTorchDispatch()
+        with past_dispatch, torch._C.DisableTorchFunction():  # no operations of the forward
             return self._sampler.keep(see(strided(features)), kept).values
 
 
@@ -228,7 +232,9 @@ class OwnForward:
         options: dict[str, Any],
     ) -> None:
         self._replayer = replayer
-        self._applied = state.applied(replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others())
+        self._applied = state.applied(
+            replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others()
+        )
         self._sink = sink
         self._guarded = guarded
         self._options = options
