@@ -20,8 +20,9 @@ from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
 from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.knowledge import Kind, Knowledge
-from fastfs.monitor.measure.modes import BatchMode, JvpMode, ProbeMode
+from fastfs.monitor.measure.modes import BatchMode, JvpMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.probe import ProbeMode
 from fastfs.monitor.measure.proof import Proofs
 from fastfs.monitor.measure.sums import LayerSums, RowSums, totals
 from fastfs.monitor.measure.updates import MeasuredUpdate

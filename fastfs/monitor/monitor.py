@@ -21,8 +21,9 @@ from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.engine import Engine
 from fastfs.monitor.measure.aligned import LossScale
 from fastfs.monitor.measure.gradients import GradientFactor
-from fastfs.monitor.measure.modes import BatchMode, JvpMode, Probe, ProbeMode
+from fastfs.monitor.measure.modes import BatchMode, JvpMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.probe import Probe, ProbeMode
 from fastfs.monitor.optimizers import check_optimizers
 from fastfs.monitor.payload import Names
 from fastfs.monitor.record.header import make_header

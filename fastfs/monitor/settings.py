@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor.measure.modes import MODES, Probe
+from fastfs.monitor.measure.modes import MODES
+from fastfs.monitor.measure.probe import Probe
 from fastfs.monitor.record.recorder import Recorder, check_recorder_state
 from fastfs.monitor.record.sinks import as_sink, as_sinks
 from fastfs.monitor.schedule import Every
