@@ -73,10 +73,8 @@ class Engine:
         self._loss_scale: Tensor | None = None  # of the step that is under way
         self._found_inf: Tensor | None = None
         self._written: Tensor | None = None  # a parameter, since the forward: bool () on the device
-        self._rehearsed: set[Hashable] = (
-            set()
-        )  # kinds of steps whose compiled forwards have been run as they are written
-        self._eager_precision: list[float] | None = None
+        self._rehearsed = False  # compiled forwards of the step that is under way have been run as they are written
+        self._eager_precision: list[float] | None = None  # of that
         self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
         self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
 
@@ -113,18 +111,21 @@ class Engine:
             return
         kind = _graphs(passes)
         if self.proofs.due(kind):
-            if self.knowledge.perturbed.compiled:
-                self._rehearse(kind, passes)
+            self._rehearse(passes)
             seen = self.mode.prove(passes, self.knowledge.perturbed, tensors)
             self._proven = seen.choices
             self.proofs.keep(kind, self._totals(seen.rows).stats)
 
-    def _rehearse(self, kind: Hashable, passes: Sequence[Pass]) -> None:
-        """Before compiled graphs run again: an eager forward, whose every operation can be seen."""
-        if kind not in self._rehearsed:
-            seen = self.mode.eager(passes, self.knowledge.perturbed, self.parameters.tensors)
+    def _rehearse(self, passes: Sequence[Pass]) -> None:
+        """Before compiled graphs run again: an eager forward, whose every operation can be seen.
+
+        At every measured step: a forward may write now and then only.
+        """
+        assert isinstance(self.mode, BatchMode)
+        if self.mode.runs_compiled and not self._rehearsed:
+            seen = self.mode.rehearse(passes, self.knowledge.perturbed, self.parameters.tensors)
             self._eager_precision = seen.coarsest
-            self._rehearsed.add(kind)
+            self._rehearsed = True
 
     @staticmethod
     def _refusal(passes: Sequence[Pass]) -> int | None:
@@ -166,6 +167,7 @@ class Engine:
         self.parameters.clear()
         self.factor.clear()
         self._loss_scale = self._found_inf = self._written = None
+        self._rehearsed, self._eager_precision = False, None
         self._proven = []
         self.mode.clear()
 
@@ -337,8 +339,7 @@ class Engine:
             eps = self._on_device(self.judge.precision(layers, passes, None))
             sums = replace(sums, stats=_without_update(sums.stats))
             return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, self._absent(passes))
-        if self.knowledge.perturbed.compiled:
-            self._rehearse(_graphs(passes), passes)
+        self._rehearse(passes)
         previous = self.parameters.previous
         if isinstance(mode, JvpMode):
             seen = mode.along(passes, self.knowledge.perturbed, previous, now)

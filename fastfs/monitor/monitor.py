@@ -30,6 +30,7 @@ from fastfs.monitor.record.sinks import checked_metadata
 from fastfs.monitor.schedule import Schedule, as_schedule
 from fastfs.monitor.steps import OptimizerSteps
 from fastfs.network.guard import WriteError
+from fastfs.network.journal import Journal
 from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, select_groups, select_layers
 from fastfs.network.outputs import first_floating
 
@@ -143,6 +144,7 @@ class Monitor:
         self._closed = False
         self._failed = False  # this step's measurement, before it began
         self._why: str | None = None  # it is left out
+        self._journal = Journal()  # of the end of a step
         self._finishing: int | None = None  # the step whose end is under way
         self._model = model
         self._optimizers = optimizers
@@ -356,12 +358,14 @@ class Monitor:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
         self._recover()
         started = time.perf_counter()
+        grad = torch.is_grad_enabled()
+        self._journal.note(lambda: torch._C._set_grad_enabled(grad))
         self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
         try:
             if self._active and not self._failed:
                 try:
-                    with torch.no_grad():
-                        self._measure(started)
+                    torch._C._set_grad_enabled(False)
+                    self._measure(started)
                 except Exception as error:  # a measurement must not end a training run
                     self._fail(error)
             if self._why is not None:
@@ -373,6 +377,7 @@ class Monitor:
     def _recover(self) -> None:
         """Put back what an interrupt has left changed, and end the step that it came in."""
         self._capture.replayer.recover()
+        self._journal.restore()
         if self._finishing is None:
             return
         self._step = self._finishing + 1
@@ -418,12 +423,15 @@ class Monitor:
             self._why = "no forward and backward of the model was seen before the step"
             if self._capture.transformed:
                 self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"
+            again = (
+                "Graphs of torch.compile that know of no hooks were found and dropped: they are made again"
+                if self._capture.drop_unguarded()
+                else "The model that was given must be the one that the loop calls, with gradient"
+            )
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
-                "The model that was given must be the one that the loop calls, with gradient. If torch.compile "
-                "compiled it and it was called before the monitor was attached, its graphs know of no hooks: call "
-                "torch.compiler.reset() once after attaching, or attach before the first call",
+                + again,
             )
         elif self._engine.idle:
             self._warn_of_idle(self._engine.idle)

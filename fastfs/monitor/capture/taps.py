@@ -22,6 +22,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from fastfs.monitor.capture.graphs import DynamoSettings
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import first_floating, kinds
 from fastfs.network.state import own_forward_runs
@@ -38,6 +39,9 @@ __all__ = [
     "Tap",
     "another_replays",
     "inert",
+    "receivers",
+    "register",
+    "unregister",
 ]
 
 OFF, GRADIENTS, EVERYTHING = 0, 1, 2
@@ -55,6 +59,10 @@ class Receiver(Protocol):
     @property
     def replaying(self) -> bool:
         """In a forward of its own."""
+
+    @property
+    def dynamo(self) -> DynamoSettings:
+        """As it has set them."""
 
     def visit(self, layer: Layer, features: Tensor) -> None:
         """The features of a layer, in eager execution: still in the autograd graph."""
@@ -104,6 +112,16 @@ def register(receiver: Receiver) -> int:
     return key
 
 
+def receivers() -> list[Receiver]:
+    """Those that are attached."""
+    return list(_RECEIVERS.values())
+
+
+def unregister(key: int) -> bool:
+    """Graphs with taps find this receiver no longer. Returns whether it was the last one."""
+    return _RECEIVERS.pop(key, None) is not None and not _RECEIVERS
+
+
 def another_replays(receiver: Receiver) -> bool:
     """Whether a forward that is running is one of fastfs that this monitor has not asked for: no training forward."""
     return own_forward_runs() and not receiver.replaying
@@ -140,6 +158,8 @@ def _make_inert() -> Callable[..., None]:
 
 class Hook:
     """A hook that neither ``copy.deepcopy`` nor ``pickle`` of the model follows into the monitor."""
+
+    __slots__ = ()
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
         return inert
