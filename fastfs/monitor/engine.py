@@ -237,7 +237,7 @@ class Engine:
         if self.judge.kappa is not None:
             tensors["kappa"] = self.judge.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
-        if any(self._proven):
+        if self._proven:
             tensors["choices_changed"], common["choices"] = _changed(self._proven, look.choices, self.device)
         names, rows, quantiles, method = self.names, sums_of.rows, self.quantiles, mode.method
         self._push(
@@ -472,7 +472,7 @@ def _linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> 
 def _changed(
     first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]], device: torch.device
 ) -> tuple[Tensor, int]:
-    """How many of a forward's discrete choices are others in the second one: float64 (), and how many there are."""
+    """How many discrete choices of a forward differ in the second one, float64 (), and how many there are."""
     pairs = [pair for ours, theirs in zip(first, second, strict=False) for pair in zip(ours, theirs, strict=False)]
     pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
     total = torch.zeros((), dtype=torch.float64, device=device)

@@ -283,7 +283,7 @@ class Monitor:
             self._warn(
                 "unused",
                 f"was never reached: {self._capture.seen} backwards of the model were seen, but no step() of "
-                f"{', '.join(type(o).__name__ for o in self._optimizers)}. Give the optimizer whose step() the loop calls",
+                f"{self._header['optimizer']}. Give the optimizer whose step() the loop calls",
             )
 
     def __enter__(self) -> Monitor:

@@ -1,16 +1,19 @@
 """Looks at every operation of a forward of fastfs's own: no write to anything that training owns gets through.
 
 A dispatch mode sees each operation before it runs, with a schema that says what it writes to. A write is let through
-only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an operation
-- assignments to attributes, ``.data`` and ``.grad``, flags - is put back by :mod:`fastfs.network.belongings`.
+only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an
+operation - assignments to attributes, ``.data`` and ``.grad``, flags - is put back by
+:mod:`fastfs.network.belongings`.
 
-On the way the guard notes whether a forward in forward mode cuts off first-order changes, in which precision the forward computes, whoever switched it on, which integer choices it makes
-(top-k, argmax), and the states of generators that are not known from elsewhere.
+On the way the guard notes whether a forward in forward mode cuts off first-order changes, in which precision it
+computes, whoever switched it on, which integer choices it makes (top-k, argmax), and the states of generators that are
+not known from elsewhere.
 """
 
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +41,8 @@ _PRODUCTS = (
 _CONVOLUTIONS = "convolution _convolution convolution_overrideable cudnn_convolution conv2d conv1d conv3d".split()
 _RECURRENT = "_cudnn_rnn _thnn_fused_lstm_cell mkldnn_rnn_layer".split()
 _MEMORY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)
-_CUTTING = (Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__, F.gumbel_softmax)
+_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_CUTTING = (Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, _GET_DATA, F.gumbel_softmax)
 _SETTERS = {getattr(Tensor, name).__set__: name for name in ("data", "grad", "requires_grad")}
 _PAST_DISPATCH = frozenset((*_MEMORY, *_SETTERS, *_CUTTING))
 _KINDS = {
@@ -49,7 +53,12 @@ _KINDS = {
 
 
 class WriteError(RuntimeError):
-    """A forward wants to write to memory that it may not change. ``inputs``: to a copy of its inputs, which can be renewed."""
+    """A forward wants to write to memory that it may not change.
+
+    Args:
+        operation: by which it would.
+        inputs: to a copy of its inputs, which can be renewed.
+    """
 
     def __init__(self, operation: str, inputs: bool) -> None:
         super().__init__(f"the forward writes to a tensor that is not its own ({operation})")
@@ -94,7 +103,7 @@ class Guard(TorchDispatchMode):
         plans: Plans | None = None,
         single: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.coarsest = 0.0  # spacing at 1 of the coarsest numbers so far
         self.choices: list[Tensor] = []
         self.cut = False  # a first-order change was cut off by detach()
@@ -185,7 +194,7 @@ class Guard(TorchDispatchMode):
 
 
 class HostCopies(TorchFunctionMode):
-    """For what goes past all dispatch: gives a forward copies where it asks for a tensor's memory, and notes assignments.
+    """For what goes past all dispatch: copies where a forward asks for a tensor's memory, and notes of assignments.
 
     Assignments to ``.data``, ``.grad`` and ``.requires_grad`` of any tensor are put back by the journal.
 
@@ -271,12 +280,12 @@ def _plan(func: Any) -> _Plan:
 
 def _managed() -> bool:
     """Whether the operation comes from generated code of torch.compile, or from torch.distributed."""
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if "torchinductor" in name or "/torch/distributed/" in name or "/torch/_inductor/" in name:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

@@ -1,8 +1,8 @@
 """Undoing what a forward of fastfs's own has changed, also after an interrupt at any point of it.
 
-An interrupt (Ctrl-C) may come between any two bytecodes, in a ``finally`` block too. So every undo is noted *before* the
-change that it takes back, may run twice, and is struck off only after it has run. What an interrupt has left over is
-undone at the next call.
+An interrupt (Ctrl-C) may come between any two bytecodes, in a ``finally`` block too. So every undo is noted *before*
+the change that it takes back, may run twice, and is struck off only after it has run. What an interrupt has left over
+is undone at the next call.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.replay import Replayer
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.capture.traces import Traces
-from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.fingerprints import Fingerprint
+from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.network.inputs import UnknownArgumentError, copy_arguments
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import strided
@@ -182,7 +182,7 @@ class Capture(Keeping):
         self._lost.clear()
         self._touched = bytearray(len(self._tensors))
 
-    def kind(self, ran: Sequence[bool]) -> Hashable:
+    def kind(self, ran: Sequence[bool]) -> tuple[bytes, tuple[bool, ...]]:
         """What kind of step this is: which parameters have got a gradient, and which layers have run."""
         return bytes(self._touched), tuple(ran)
 

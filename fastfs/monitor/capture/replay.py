@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Sampler
 from fastfs.network.guard import Guard, HostCopies, Plans, WriteError
-from fastfs.network.inventory import Inventories
 from fastfs.network.inputs import copy_arguments, tensors_in
+from fastfs.network.inventory import Inventories
 from fastfs.network.journal import Journal
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import strided
@@ -82,11 +83,11 @@ class Replayer:
 
     def stale(self) -> bool:
         """Whether a forward of ours seems to run but none does: an interrupt has ended it."""
-        frame = sys._getframe(1)
+        frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code is Replayer.run.__code__ and frame.f_locals.get("self") is self:
                 return False
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return True
 
     def run(
@@ -206,13 +207,10 @@ class Replayer:
             watching.extend([] if guard is None else [guard])
             forward(*args, **kwargs)
 
-        self.run(
-            passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, strict=strict, **options
-        )
+        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, **options)
         if not watching:
             return Replay(after, None, [], cut)
         return Replay(after, coarsest, watching[0].choices, cut)
-
 
     def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], kept: int) -> Tensor:
         """A copy, like the features before: a following operation may work in place."""
@@ -235,7 +233,9 @@ class OwnForward:
         options: dict[str, Any],
     ) -> None:
         self._replayer = replayer
-        self._applied = state.applied(replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others())
+        self._applied = state.applied(
+            replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others()
+        )
         self._sink = sink
         self._guarded = guarded
         self._options = options
@@ -264,8 +264,8 @@ class OwnForward:
         allowed = [*copies, *self._options.pop("allowed", ())]
         strict = self._options.pop("strict", False)
         guard = Guard(replayer.journal, allowed, protected=replayer._owned, plans=replayer._plans, **self._options)
-        guard.__enter__()  # it leaves with the settings that the journal restores
-        HostCopies(guard, replayer.journal, strict=strict).__enter__()
+        guard.__enter__()  # type: ignore[no-untyped-call]  # it leaves with the settings that the journal restores
+        HostCopies(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
         return guard
 
     def __exit__(

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastfs.monitor.measure import reasons
 from fastfs.monitor.measure.incidence import Incidence
 from fastfs.monitor.measure.updates import MeasuredUpdate
-from fastfs.stats import ParameterStats
 
 __all__ = ["Aligned", "Incidence", "LossScale", "aligned"]
 
@@ -63,8 +62,9 @@ class Aligned:
     @classmethod
     def unknown(cls, layers: int, device: torch.device) -> Aligned:
         """Of a step whose structure is not known."""
-        nothing = (torch.full((layers,), torch.nan, dtype=torch.float64, device=device) for _ in range(4))
-        return cls(*nothing, torch.full((layers,), reasons.STRUCTURE, dtype=torch.int64, device=device))
+        nothing = torch.full((layers,), torch.nan, dtype=torch.float64, device=device)
+        code = torch.full((layers,), reasons.STRUCTURE, dtype=torch.int64, device=device)
+        return cls(nothing, nothing, nothing, nothing, code)
 
 
 def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor) -> Aligned:
@@ -84,4 +84,5 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor) -> Alig
     first = torch.where(sums[:, 1:] > 0, codes, len(reasons.REASONS)).amin(dim=1)
     reason = torch.where(first < len(reasons.REASONS), first, reasons.FINE)
     reason = torch.where(incidence.known, reason, reasons.NOTHING)
-    return Aligned(decrease, *own.sqrt().unbind(dim=1), torch.where(decrease.isnan(), reason, reasons.FINE))
+    parameters, updates, gradients = own.sqrt().unbind(dim=1)
+    return Aligned(decrease, parameters, updates, gradients, torch.where(decrease.isnan(), reason, reasons.FINE))
