@@ -239,7 +239,7 @@ class Engine:
         if self.judge.kappa is not None:
             tensors["kappa"] = self.judge.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
-        if self._proven:
+        if any(self._proven):
             tensors["choices_changed"], common["choices"] = _changed(self._proven, look.choices, self.device)
         names, rows, quantiles, method = self.names, sums_of.rows, self.quantiles, mode.method
         self._push(

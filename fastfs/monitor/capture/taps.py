@@ -167,6 +167,14 @@ class Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         return _make_inert, ()
 
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks hooks for first: the error is to say what to do."""
+        raise AttributeError(
+            "a model that a fastfs.Monitor watches cannot be scripted, since its hooks are no TorchScript: script it "
+            "before the monitor is attached or after close()"
+        )
+
 
 Failed = Callable[[Exception], None]
 """Takes an exception that must not reach the training loop."""
