@@ -181,7 +181,7 @@ class Tap(Hook):
         self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
 
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if not self.switch.on or torch.compiler.is_exporting():
+        if not self.switch.on or _exported():
             return
         if torch.compiler.is_compiling():
             self.trace(output)
@@ -239,13 +239,21 @@ class Around(Hook):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if torch.compiler.is_exporting():
+        if _exported():
             return
         if not torch.compiler.is_compiling():
             if not _recorded():
                 self.function(*args, **kwargs)
         elif self.switch.on:
             self.outside(*args, **kwargs)
+
+
+def _exported() -> bool:
+    """Whether torch.export is at work.
+
+    In graphs of Dynamo before torch 2.13, ``torch.compiler.is_exporting()`` is always true; the flag behind it is not.
+    """
+    return torch.compiler._is_exporting_flag
 
 
 def _recorded() -> bool:
