@@ -176,7 +176,6 @@ class Loop:
                 warnings.simplefilter("error")
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-            warnings.filterwarnings("ignore", ".*Function'> should not be instantiated", DeprecationWarning)  # Dynamo's
             for step in range(steps):
                 for run in runs:
                     self.advance(run, step)

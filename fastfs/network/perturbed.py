@@ -135,7 +135,8 @@ def load_forward_mode() -> None:
     Checkpoints of older torch releases keep their inputs by an operation without a rule, and get one.
     """
     with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for category in (DeprecationWarning, FutureWarning):  # which of them depends on the release
+            warnings.simplefilter("ignore", category)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
     saver = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
     if saver is not None and "jvp" not in vars(saver):

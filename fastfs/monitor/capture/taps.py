@@ -260,6 +260,6 @@ def _recorded() -> bool:
     """Whether torch.jit.trace, torch.fx or make_fx is recording what runs."""
     return (
         torch._C._get_tracing_state() is not None
-        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )
