@@ -174,6 +174,7 @@ class Loop:
         with warnings.catch_warnings():
             if self.strict:
                 warnings.simplefilter("error")
+            warnings.filterwarnings("ignore", "fastfs.Monitor: step 0 has no forward of", RuntimeWarning)  # some loops
             warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no current CUDA context")
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
             for step in range(steps):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
+from benchmarks import fuzz
 from tests.fuzz.judge import Verdict, judge
 from tests.fuzz.recipe import AXES, Recipe, possible, random_recipe, shrink
 from tests.fuzz.runs import run
@@ -38,6 +40,7 @@ def test_every_ingredient_alone(axis):
     assert_right(recipes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("monitor", AXES["monitor"])
 @pytest.mark.parametrize("axis", ["body", "call", "optimizer"])
 def test_every_monitor_with_every_ingredient(axis, monitor):
@@ -53,6 +56,7 @@ def test_random_loops(chunk):
     assert_right([random_recipe(seed) for seed in range(chunk * size, (chunk + 1) * size)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("monitor", ["batch", "amplify", "jvp"])
 def test_compiled_loops(monitor):
     assert_right([Recipe(compiled="aot_eager", monitor=monitor, optimizer="adamw", clip="norm")])
@@ -106,6 +110,16 @@ def test_shrinking_keeps_what_is_needed():
     recipe = possible(Recipe(seed=3, body="gru", clip="norm", optimizer="adam", zero="zeros"))
     smallest = shrink(recipe, lambda r: r.clip == "norm" and r.body == "gru")
     assert smallest == dataclasses.replace(recipe, optimizer="sgd", zero="none")
+
+
+def test_the_benchmark_counts_loops_by_ingredient(tmp_path, capsys):
+    path = tmp_path / "fuzz.json"
+    fuzz.main(["--loops", "2", "--first", "1", "--json", str(path)])
+    (result,) = json.loads(path.read_text())["results"]
+    assert result["total"]["loops"] == 2
+    ingredients = {name for seed in (1, 2) for name in random_recipe(seed).ingredients or ["nothing"]}
+    assert set(result["by ingredient"]) == ingredients
+    assert "loops by ingredient" in capsys.readouterr().out
 
 
 def test_shadows_in_float64_draw_the_same_masks():

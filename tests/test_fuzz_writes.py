@@ -8,7 +8,10 @@ import pytest
 
 from tests.fuzz.world import differences
 from tests.fuzz.writes import CONDITIONS, IN_PLACE, MODULE_WRITES, TARGETS, Write
-from tests.fuzz.writing import MODES, Plan, altered, random_plan, shrink, train
+from tests.fuzz.writing import MODES, Plan, altered, random_plan, shrink, train, wrong
+from tests.fuzz.writing_hand import WritingHand, copies
+
+CHUNKS = 8
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
@@ -32,6 +35,20 @@ def assert_unaltered(plans: list[Plan]) -> None:
         told = [(smallest, altered(smallest)[0]), *failed[1:]]
         listed = "\n".join(f"{plan}\n    {line}" for plan, line in told)
         pytest.fail(f"training was altered in {len(failed)} of {len(plans)} runs:\n{listed}", pytrace=False)
+
+
+def assert_right(plans: list[Plan]) -> None:
+    """The same for rows that are valid and wrong."""
+    failed = [(plan, lines[0]) for plan in plans if (lines := wrong(plan))]
+    if failed:
+        smallest = shrink(failed[0][0], wrong)
+        told = [(smallest, wrong(smallest)[0]), *failed[1:]]
+        listed = "\n".join(f"{plan}\n    {line}" for plan, line in told)
+        pytest.fail(f"valid and wrong in {len(failed)} of {len(plans)} runs:\n{listed}", pytrace=False)
+
+
+def seeds(chunk: int) -> range:
+    return range(25 * chunk, 25 * chunk + 25)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -65,9 +82,22 @@ def test_every_condition(target, mode):
     assert_unaltered([Plan((Write(how, target, when, "start"),), mode) for when in CONDITIONS])
 
 
-@pytest.mark.parametrize("chunk", range(8))
+@pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_modules(chunk):
-    assert_unaltered([random_plan(seed) for seed in range(25 * chunk, 25 * chunk + 25)])
+    assert_unaltered([random_plan(seed) for seed in seeds(chunk)])
+
+
+# And what is recorded of them
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_no_row_of_a_random_module_is_valid_and_wrong(chunk):
+    assert_right([random_plan(seed) for seed in seeds(chunk)])
+
+
+def test_no_row_of_a_single_write_is_valid_and_wrong():
+    plans = [Plan((Write(how, None, "always", place(how)),)) for how in MODULE_WRITES]
+    assert_right(plans + [Plan((Write("lerp_", target, "always", place("lerp_", target)),)) for target in TARGETS])
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -92,7 +122,8 @@ def test_compiled(write, backend):
 def test_the_judge_is_repeatable_without_a_monitor():
     for seed in range(40):
         plan = random_plan(seed)
-        first, second = train(plan, monitored=False)[0], train(plan, monitored=False)[0]
+        hand = WritingHand() if copies(plan.writes) else None
+        first, second = train(plan, monitored=False)[0], train(plan, monitored=False, hand=hand)[0]
         assert not [line for a, b in zip(first, second, strict=True) for line in differences(a, b)], plan
 
 

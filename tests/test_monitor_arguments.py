@@ -242,9 +242,17 @@ def test_layers_that_are_unused_frozen_or_without_gradient():
             return x[:, :3]
 
     model, optimizer, seen, monitor = watched(layers="backbone|frozen|used|unused|apart", model=Sometimes())
-    train(model, optimizer, 3)
+    with pytest.warns(RuntimeWarning, match="has no forward of 'unused'"):
+        train(model, optimizer, 3)
     monitor.close()
     assert len(seen) == 3 * 5
+    assert {row["name"]: row["why"] for row in seen} == {
+        "backbone": "the layer is outside the autograd graph",
+        "frozen": "the layer is outside the autograd graph",
+        "used": None,
+        "unused": "the layer did not run",
+        "apart": "no backward vector",
+    }
     rows_of = {name: [row for row in seen if row["name"] == name] for name in monitor.layers}
     assert all(row["valid"] for row in rows_of["used"])
     for name in ("backbone", "frozen", "unused"):

@@ -98,7 +98,8 @@ def test_the_state_is_plain_and_small(tmp_path):
     assert loaded["step"] == 3
     assert loaded["recorder"]["run"] == monitor.run
     assert loaded["engine"]["layers"] == list(monitor.layers)
-    assert torch.equal(loaded["engine"]["cosine"], state["engine"]["cosine"])
+    (kind,), (expected,) = loaded["engine"]["knowledge"]["kinds"], state["engine"]["knowledge"]["kinds"]
+    assert torch.equal(kind["cosine"], expected["cosine"])
     monitor.close()
 
 
@@ -109,7 +110,8 @@ def test_predictions_go_on_with_the_last_angle(tmp_path):
     train(model, optimizer, 3)
     state = monitor.state_dict()
     monitor.close()
-    cosines = state["engine"]["cosine"].tolist()
+    (kind,) = state["engine"]["knowledge"]["kinds"]
+    cosines = kind["cosine"].tolist()
     assert all(0.05 < cosine < 1 for cosine in cosines)
     seen = []
     other = fastfs.Monitor(model, optimizer, every=4, aligned_every=1, sinks=[seen.extend])

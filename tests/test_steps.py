@@ -450,3 +450,17 @@ def test_the_update_is_that_of_the_outermost_step(name: str, model: nn.Module, t
 
 def math_norm(tensors: list[Tensor]) -> float:
     return float(torch.cat([t.flatten() for t in tensors]).norm())
+
+
+@pytest.mark.filterwarnings("ignore")  # what Dynamo says of hooks
+@pytest.mark.parametrize("name", ["plain", "super"])
+def test_a_compiled_step_is_one_step(name: str, model: nn.Module) -> None:
+    torch._dynamo.reset()
+    optimizer = MAKERS[name](model.parameters())
+    log, steps = watch(model, optimizer)
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(3):
+        give(model)
+        step()
+        assert log.take() == ONE
+    steps.close()

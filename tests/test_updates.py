@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs import ParameterStats
-from fastfs.monitor.measure import closed_forms, fingerprints, updates, verification
+from fastfs.monitor.measure import closed_forms, fingerprints, verification
 from fastfs.monitor.measure.updates import UpdateMeter
 
 FLOATS = (torch.float32, torch.float64)
@@ -298,7 +298,7 @@ def test_steps_that_a_scaler_skips(kind: type[Optimizer]) -> None:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors on the CPU are treated like those on a device, of which nothing can be known without waiting."""
-    for module in (closed_forms, fingerprints, updates):
+    for module in (closed_forms, fingerprints):
         monkeypatch.setattr(module, "known_equal", lambda a, b: False)
     for module in (fingerprints, verification):
         monkeypatch.setattr(module, "on_host", lambda tensor: tensor)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 
 from fastfs.monitor.capture.taps import EVERYTHING, Switch
-from fastfs.monitor.measure import closed_forms, fingerprints, reasons, updates, verification
+from fastfs.monitor.measure import closed_forms, fingerprints, reasons, verification
 from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.parameters import Parameters
 from fastfs.monitor.measure.updates import UpdateMeter
@@ -28,7 +28,7 @@ Hook = Callable[[Optimizer, list[Tensor]], None]
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without what can be known of tensors on the CPU at once."""
     if request.param == "device":
-        for module in (closed_forms, fingerprints, updates):
+        for module in (closed_forms, fingerprints):
             monkeypatch.setattr(module, "known_equal", lambda a, b: False)
         for module in (fingerprints, verification):
             monkeypatch.setattr(module, "on_host", lambda tensor: tensor)

@@ -194,6 +194,7 @@ class Monitor:
             put=self._recorder.put,
         )
         self._capture.gradients = self._engine.factor
+        self._capture.replayer.others = self._settings
         self._steps = OptimizerSteps(found, self)
         self._measures, self._aligns = first
         self._arm()
@@ -445,6 +446,10 @@ class Monitor:
         gradients = [p.grad for p in parameters if p.grad is not None]
         model = [*self._model.parameters(), *self._model.buffers()]
         return [*parameters, *states, *gradients, *model]
+
+    def _settings(self) -> list[Any]:
+        """What the optimizers hold besides tensors: groups with learning rates, states with counters."""
+        return [x for o in self._optimizers for x in (o.param_groups, *o.param_groups, o.state)]
 
     def _forward_begins(self) -> None:
         self._recover()

@@ -86,6 +86,8 @@ class OptimizerSteps:
         """The model is called in training."""
         if self._in_backward():
             return
+        for levels in self._levels:
+            levels.forget_ended(sys._getframe())
         if self._stepped:
             self._finish()
         self._first = None  # nor does a step that raised go on
@@ -140,7 +142,8 @@ class OptimizerSteps:
 class _Levels:
     """The calls of ``step`` of one optimizer that are running, one in another.
 
-    They are told by their frames: one that is no longer on the stack has ended with an exception.
+    They are told by their frames: one that is no longer on the stack has ended with an exception. (In what
+    torch.compile makes of ``step`` the end is reached in a frame within that of the beginning.)
     """
 
     def __init__(self, steps: OptimizerSteps, index: int) -> None:
@@ -160,8 +163,7 @@ class _Levels:
         Returns:
             Others to be used in their place, or None.
         """
-        while self.frames and not _runs(self.frames[-1], frame):
-            self.frames.pop()
+        self.forget_ended(frame)
         self.frames.append(frame)
         if len(self.frames) > 1:
             return None
@@ -175,12 +177,17 @@ class _Levels:
         self._begin()
         return None
 
+    def forget_ended(self, now: types.FrameType) -> None:
+        """Let go of calls that have ended with an exception: their frames hold what was in them."""
+        while self.frames and not _runs(self.frames[-1], now):
+            self.frames.pop()
+
     def leave(self, frame: types.FrameType, real: bool) -> None:
         """A call of ``step`` is over; ``real``: of an optimizer, not only of a wrapper around one."""
-        if not any(each is frame for each in self.frames):
+        self.forget_ended(frame)
+        if not self.frames:
             return  # it has begun before this was set up
-        while self.frames.pop() is not frame:
-            pass
+        self.frames.pop()
         self.happened = self.happened or real
         if not self.frames and self.happened:
             if self.begun:
@@ -213,34 +220,50 @@ def _runs(frame: types.FrameType, now: types.FrameType | None) -> bool:
     return False
 
 
-class _Before:
-    """A step pre-hook."""
+def _caller() -> types.FrameType:
+    """The frame of the ``step`` that calls hooks, with or without torch.compile in between."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((__name__, "torch._dynamo")):
+        frame = frame.f_back
+    return frame
+
+
+class _Hook:
+    """A step hook: not traced by torch.compile, and without exceptions."""
 
     def __init__(self, levels: _Levels) -> None:
         self._levels = levels
+        self._outside = torch.compiler.disable(self._run)
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        """New arguments for ``step`` if it has a closure; ``args`` begin with the optimizer itself."""
+        return (self._outside if torch.compiler.is_compiling() else self._run)(optimizer, args, kwargs)
+
+    def _run(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         try:
-            changed = self._levels.enter(sys._getframe(1), args[1:], kwargs)
+            return self._tell(optimizer, args, kwargs)
         except Exception as error:
             self._levels.steps.failed(error)
             return None
+
+    def _tell(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class _Before(_Hook):
+    """New arguments for ``step`` if it has a closure; ``args`` begin with the optimizer itself."""
+
+    def _tell(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        changed = self._levels.enter(_caller(), args[1:], kwargs)
         return changed and ((optimizer, *changed[0]), changed[1])
 
 
-class _After:
-    """A step post-hook."""
-
+class _After(_Hook):
     def __init__(self, levels: _Levels, real: bool) -> None:
-        self._levels = levels
+        super().__init__(levels)
         self._real = real
 
-    def __call__(self, _optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
-        try:
-            self._levels.leave(sys._getframe(1), self._real)
-        except Exception as error:
-            self._levels.steps.failed(error)
+    def _tell(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self._levels.leave(_caller(), self._real)
 
 
 class _Override:

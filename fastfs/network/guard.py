@@ -34,6 +34,8 @@ _PRODUCTS = (
 ).split()
 _CONVOLUTIONS = "convolution _convolution convolution_overrideable cudnn_convolution conv2d conv1d conv3d".split()
 _RECURRENT = "_cudnn_rnn _thnn_fused_lstm_cell mkldnn_rnn_layer".split()
+_MEMORY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)
+_SETTERS = {getattr(Tensor, name).__set__: name for name in ("data", "grad", "requires_grad")}
 _KINDS = {
     **dict.fromkeys((f"aten::{name}" for name in _PRODUCTS), "matmul"),
     **dict.fromkeys((f"aten::{name}" for name in _CONVOLUTIONS), "conv"),
@@ -99,7 +101,10 @@ class Guard(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # also what is asked of tensors here
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         plan = self._plans.get(func)
         if plan is None:
             plan = self._plans[func] = _plan(func)
@@ -153,18 +158,37 @@ class Guard(TorchDispatchMode):
 
 
 class HostCopies(TorchFunctionMode):
-    """Gives a forward copies where it asks for a tensor's memory as a NumPy array, past all dispatch."""
+    """For what goes past all dispatch: gives a forward copies where it asks for a tensor's memory, and notes assignments.
 
-    def __init__(self, guard: Guard) -> None:
+    Assignments to ``.data``, ``.grad`` and ``.requires_grad`` of any tensor are put back by the journal.
+    """
+
+    def __init__(self, guard: Guard, journal: Journal) -> None:
         super().__init__()
         self._guard = guard
+        self._journal = journal
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in (Tensor.numpy, Tensor.__array__) and not self._guard.owns(args[0]):
-            args = (args[0].clone(), *args[1:])
+        if func in _SETTERS:
+            self._note(args[0], _SETTERS[func])
+        elif func in _MEMORY:
+            with torch._C.DisableTorchFunction():
+                if not self._guard.owns(args[0]) and not _managed():
+                    args = (args[0].detach().clone(), *args[1:])
         return func(*args, **(kwargs or {}))
+
+    def _note(self, tensor: Tensor, name: str) -> None:
+        with torch._C.DisableTorchFunction():
+            before = getattr(tensor, name)
+
+        def undo() -> None:
+            with torch._C.DisableTorchFunction():  # the mode may still be on
+                if getattr(tensor, name) is not before:
+                    setattr(tensor, name, before)
+
+        self._journal.note(undo)
 
 
 def storages(tensor: Tensor) -> tuple[int, ...]:

@@ -105,7 +105,14 @@ class ForwardState:
             earlier=self.earlier.cast(cast),
         )
 
-    def applied(self, journal: Journal, *, grad: bool = False, parameters: Iterable[Tensor] = ()) -> AppliedState:
+    def applied(
+        self,
+        journal: Journal,
+        *,
+        grad: bool = False,
+        parameters: Iterable[Tensor] = (),
+        others: Iterable[Any] = (),
+    ) -> AppliedState:
         """Give this state back for the duration of a ``with`` block, as often as wanted.
 
         Outside nothing has changed afterwards, also if the block raises; after an interrupt, once the journal has been
@@ -116,21 +123,30 @@ class ForwardState:
             journal: of the caller, who restores it after an interrupt.
             grad: record gradients inside.
             parameters: trained tensors besides the model's own, whose gradients and flags are put back, too.
+            others: containers besides those of the model whose content is put back.
 
         Returns:
             A context manager; it gives the copies of buffers and attributes that the forward may write to.
         """
-        return AppliedState(self, journal, grad, parameters)
+        return AppliedState(self, journal, grad, parameters, others)
 
 
 class AppliedState:
     """See :meth:`ForwardState.applied`."""
 
-    def __init__(self, state: ForwardState, journal: Journal, grad: bool, parameters: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        state: ForwardState,
+        journal: Journal,
+        grad: bool,
+        parameters: Iterable[Tensor],
+        others: Iterable[Any],
+    ) -> None:
         self._state = state
         self._journal = journal
         self._grad = grad
         self._parameters = parameters
+        self._others = others
 
     def __enter__(self) -> list[Tensor]:
         state, journal = self._state, self._journal
@@ -139,7 +155,7 @@ class AppliedState:
         journal.note(lambda: _OWN.set(own))
         journal.note(RandomState.take(state.randomness.devices).give)
         journal.note(Surroundings(state.autocast).restore)
-        journal.note(Belongings(state.modules, self._parameters).restore)
+        journal.note(Belongings(state.modules, self._parameters, self._others).restore)
         _OWN.set(True)
         state.randomness.give()
         copies = state.earlier.give()

@@ -37,6 +37,7 @@ class LayerNumbers:
         exact: in float64.
         linear: the derivative along the update, in float64.
         decreases: D, with the gradients as autograd had them and as ``.grad`` held them.
+        owned: whether it is clear which parameters are its own: all layers have run.
         rounding: what rounding of parameters and gradients to their dtype may add to D; and so on.
     """
 
@@ -47,6 +48,7 @@ class LayerNumbers:
     rounding: float = 0.0
     gradient_norms: list[float] = field(default_factory=list)
     gradient_rounding: float = 0.0
+    owned: bool = True
     update_norm: float = math.nan
     update_rounding: float = 0.0
 
@@ -137,6 +139,7 @@ class Hand:
         for name in _names(exact):
             layer = result[name] = LayerNumbers()
             layer.same, layer.exact = same.layer(name), found.layer(name)
+            layer.owned = set(order) == set(_names(exact))
             if ahead is not None and behind is not None and layer.exact is not None:
                 layer.linear = (ahead[name] - behind[name]) / (2 * H)
             upstream = found.upstream.get(name, set())
@@ -212,7 +215,7 @@ class Hand:
     def _triple(self, shadow: Trial, before: Sequence[Tensor], after: Sequence[Tensor]) -> _Found:
         passes, loss = self._run(shadow, self._at_forward)
         visits = [tensor for visits in passes for _, tensor in visits if tensor.requires_grad]
-        shadow_loss = loss * self.trial.repeats
+        shadow_loss = loss if shadow.recipe.monitor == "probe" else loss * self.trial.repeats
         gradients: Sequence[Tensor | None] = ()
         if visits:
             gradients = torch.autograd.grad(shadow_loss, visits, allow_unused=True, retain_graph=True)

@@ -37,7 +37,12 @@ class Verdict:
 def judge(recipe: Recipe) -> Verdict:
     """Train with and without a monitor, and compare training and record."""
     verdict = Verdict()
-    off, on = run(recipe, monitored=False, hand=True), run(recipe, monitored=True)
+    off = run(recipe, monitored=False, hand=True)
+    try:
+        on = run(recipe, monitored=True)
+    except Exception as error:
+        verdict.fault("training ended", "by the monitor", f"{type(error).__name__}: {error}"[:300])
+        return verdict
     for number, (a, b) in enumerate(zip(off.pictures, on.pictures, strict=True)):
         if found := differences(a, b, 1):
             verdict.fault("training altered", f"after step {number}", found[0])
@@ -52,13 +57,11 @@ def _record(
     verdict: Verdict, recipe: Recipe, off: Outcome, on: Outcome, which: int, rows: list[dict[str, Any]]
 ) -> None:
     marks = on.marks[which]
-    structure: dict[str, Any] = {}
     seen: set[int] = set()
+    cosines: dict[str, list[float]] = {}  # of valid rows so far
     second = recipe.monitor in ("aligned", "every second") or which == 1
     for row in rows:
         name = str(row.get("name", "")).removeprefix("_orig_mod.").removeprefix("module.")
-        if row["kind"] == "structure":
-            structure[name] = row
         if row["kind"] not in ("measured", "predicted") or row.get("group"):
             continue
         step = marks.get(row["step"])
@@ -70,6 +73,10 @@ def _record(
             continue  # a group
         layer = LayerNumbers() if numbers is None else numbers[name]
         _row(verdict, recipe, row, layer, where, bool(on.said))
+        if row["kind"] == "predicted":
+            _predicted(verdict, row, layer, where, cosines.get(name, []))
+        elif row["valid"]:
+            cosines.setdefault(name, []).append(row["cos_angle"])
     due = [number for number, step in marks.items() if not (second and number % 2) and off.numbers[step] is not None]
     skipped = {row["step"] for row in rows if row["kind"] == "skipped"}
     for number in due:
@@ -94,9 +101,12 @@ def _row(verdict: Verdict, recipe: Recipe, row: dict[str, Any], layer: LayerNumb
     if row["aligned_decrease"] is None:
         why = row.get("decrease_why")
         counts[f"no decrease: {why}"] += 1
-        absent = layer.same is None and row.get("why")  # it did not run, or nothing upstream of it is trained
+        # It did not run, or nothing upstream of it is trained.
+        absent = layer.same is None and (row["kind"] == "predicted" or row["why"])
         if not why and not said and not absent:
             verdict.fault("no reason", where, "no aligned_decrease and no reason")
+    elif layer.exact is None and layer.decreases:  # it did not run: what is upstream of it was seen in another step
+        counts["decreases of layers that did not run"] += 1
     else:
         counts["decreases"] += 1
         _decrease(verdict, row, layer, where)
@@ -141,11 +151,10 @@ def _decrease(verdict: Verdict, row: dict[str, Any], layer: LayerNumbers, where:
     if not layer.decreases:
         verdict.fault("decrease wrong", where, f"{row['aligned_decrease']}, nothing to measure by hand")
         return
-    checks = {
-        "aligned_decrease": (layer.decreases, layer.rounding),
-        "parameter_update_norm": ([layer.update_norm], layer.update_rounding),
-        "gradient_norm": (layer.gradient_norms, layer.gradient_rounding),
-    }
+    checks = {"aligned_decrease": (layer.decreases, layer.rounding)}
+    if layer.owned:
+        checks["parameter_update_norm"] = ([layer.update_norm], layer.update_rounding)
+        checks["gradient_norm"] = (layer.gradient_norms, layer.gradient_rounding)
     for key, (wanted, rounding) in checks.items():
         got = row[key]
         if got is None and key != "aligned_decrease":
@@ -154,6 +163,23 @@ def _decrease(verdict: Verdict, row: dict[str, Any], layer: LayerNumbers, where:
             hand = " or ".join(f"{want:.7g}" for want in dict.fromkeys(wanted))
             verdict.fault("decrease wrong", where, f"{key} {got}, by hand {hand}")
             return
+
+
+def _predicted(verdict: Verdict, row: dict[str, Any], layer: LayerNumbers, where: str, cosines: list[float]) -> None:
+    """The backward vector is the step's, and the speed is what the formula makes of it with an angle that was valid."""
+    if row["backward_rms"] is not None and layer.same is not None:
+        b = layer.same[1]
+        want = float(b.norm()) / math.sqrt(b.numel())
+        if not abs(row["backward_rms"] - want) <= NORM * want:
+            verdict.fault("prediction wrong", where, f"backward_rms {row['backward_rms']}, by hand {want:.7g}")
+            return
+        if row["update_rms"] is not None and row["aligned_decrease"] is not None:
+            verdict.counts["predicted speeds"] += 1
+            sizes = [row["aligned_decrease"] / (cosine * want * b.numel()) for cosine in cosines if cosine]
+            if not any(abs(row["update_rms"] - size) <= NORM * abs(size) for size in sizes):
+                verdict.fault(
+                    "prediction wrong", where, f"update_rms {row['update_rms']}, by the formula one of {sizes}"
+                )
 
 
 def _consistent(verdict: Verdict, row: dict[str, Any], where: str) -> None:

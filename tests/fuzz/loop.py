@@ -115,8 +115,8 @@ class Loop:
             trial.inputs.detach().zero_()
         if recipe.schedule == "after":
             self._advance()
-        self._zero("after")
         self._second(step)
+        self._zero("after")
         overflow = recipe.scaler == "overflow" and step == 1
         return self.hand.numbers() if self.hand is not None and not overflow else None
 

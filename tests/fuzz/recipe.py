@@ -169,6 +169,7 @@ _EXCLUDED: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     # first axis and values, second axis and the values that do not go with them
     ("body", ("complex", "derivative", "gru", "own casts"), "precision", _LOW),
     ("body", ("derivative",), "call", ("checkpoint", "reentrant checkpoint", "input with gradient")),
+    ("body", ("transformer",), "call", ("fast weights",)),  # no second derivative
     ("body", ("derivative",), "drop", _but("drop", "none")),
     ("body", ("heads",), "call", _but("call", "plain", "keyword", "noisy weights", "soft prompt", "encoder")),
     ("body", ("heads",), "extra", ("gan",)),
@@ -176,6 +177,7 @@ _EXCLUDED: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ("body", ("lora",), "norm", ("batch", "layer")),
     ("body", ("complex",), "optimizer", ("muon", "fused", "projecting")),
     ("body", ("complex",), "clip", ("value",)),
+    ("body", ("complex",), "scaler", ("scaler", "overflow")),
     # Functional calls go round the old hooks, and caches of parametrisations.
     ("weights", ("old spectral", "old weight norm", "cached"), "call", ("noisy weights", "fast weights")),
     ("weights", ("spectral", "orthogonal", "old spectral"), "precision", _LOW),

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo  # optimizers import it when they are made, which adds filters for warnings
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -46,11 +47,11 @@ def picture(roots: Mapping[str, Any], *, hooks: bool = False) -> Picture:
 
 def global_state() -> Picture:
     """Generators and switches of the process and thread."""
-    numpy = np.random.get_state()  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002
     return {
         "torch generator": bits(torch.get_rng_state()),
         "random": random.getstate(),
-        "numpy generator": (numpy[0], numpy[1].tobytes(), *numpy[2:]),  # type: ignore[union-attr]
+        "numpy generator": (numpy[0], numpy[1].tobytes(), *numpy[2:]),
         **switches(),
     }
 

@@ -346,8 +346,9 @@ class Writing(nn.Module):
         self.numpy_generator = np.random.default_rng(3)
         self.python_generator = random.Random(3)
         self.numbers = itertools.count()
-        self.stream = (n / 100 for n in range(1000))
         self.iterator = iter([n / 100 for n in range(1000)])
+        if any(write.how == "python generator" for write in writes):  # of which no copy can be made
+            self.stream = (n / 100 for n in range(1000))
         self.elsewhere = elsewhere
         self.optimizers: list[Any] = []
         outside, closed = nn.Parameter(torch.zeros(WIDTH)), torch.zeros(WIDTH)

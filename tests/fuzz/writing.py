@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import fastfs
 from tests.fuzz.world import Picture, differences, global_state, picture
 from tests.fuzz.writes import WIDTH, Write, Writing, random_writes
+from tests.fuzz.writing_hand import WritingHand, copies
 
-__all__ = ["MODES", "Plan", "altered", "random_plan", "shrink", "train"]
+__all__ = ["MODES", "Plan", "altered", "random_plan", "shrink", "train", "wrong"]
 
 STEPS = 4
 MODES = ("batch", "amplify", "jvp", "probe")
@@ -95,6 +96,16 @@ def altered(plan: Plan) -> list[str]:
     return []
 
 
+def wrong(plan: Plan) -> list[str]:
+    """Rows that are called valid and are not right, by hand; of the modes that replay the batch."""
+    if plan.mode not in ("batch", "amplify") or plan.compiled is not None or plan.checkpoint or not copies(plan.writes):
+        return []
+    hand = WritingHand()
+    train(plan, monitored=False, hand=hand)
+    _, rows, _ = train(plan, monitored=True)
+    return hand.faults(rows, 1e-3 if plan.mode == "batch" else 0.02)
+
+
 def _optimizer(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
     if name == "sgd":
         return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
@@ -117,8 +128,16 @@ def _batch(number: int) -> tuple[Tensor, Tensor]:
     return torch.randn(8, WIDTH, generator=generator), torch.randint(3, (8,), generator=generator)
 
 
-def train(plan: Plan, *, monitored: bool) -> tuple[list[Picture], list[dict[str, Any]], list[str]]:
-    """What training owns after every step, the rows that were recorded, and what was said."""
+def train(
+    plan: Plan, *, monitored: bool, hand: WritingHand | None = None
+) -> tuple[list[Picture], list[dict[str, Any]], list[str]]:
+    """What training owns after every step, the rows that were recorded, and what was said.
+
+    Args:
+        plan: of the run.
+        monitored: with a monitor.
+        hand: takes the numbers of a run without one.
+    """
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
@@ -141,20 +160,26 @@ def train(plan: Plan, *, monitored: bool) -> tuple[list[Picture], list[dict[str,
             options = _options(plan) | {"layers": r"blocks\.\d+$", "alerts": (), "sinks": [rows.extend]}
             monitor = fastfs.Monitor(model, optimizer, verbose=False, **options)
             stack.callback(monitor.close)
+        if hand is not None:
+            hand.attach(inner, parameters)
         for step in range(STEPS):
             try:
-                losses.append(_step(plan, model, optimizer, step))
+                losses.append(_step(plan, model, optimizer, step, hand))
             except Exception as error:  # of the forward's own: it must be the same one
                 losses.append(type(error).__name__)
                 optimizer.zero_grad()
             pictures.append(picture(roots) | global_state())
         if monitor is not None:
             monitor.close()
+        if hand is not None:
+            hand.close()
         pictures.append(picture(roots, hooks=True) | global_state())
     return pictures, rows, [str(w.message) for w in said if "fastfs" in str(w.message)]
 
 
-def _step(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> list[Tensor]:
+def _step(
+    plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, hand: WritingHand | None
+) -> list[Tensor]:
     optimizer.zero_grad()
     if plan.evaluates:
         model.eval()
@@ -164,12 +189,20 @@ def _step(plan: Plan, model: nn.Module, optimizer: torch.optim.Optimizer, step: 
     losses = []
     for part in range(plan.micro_batches):
         x, y = _batch(step * plan.micro_batches + part)
+        if hand is not None:
+            hand.enter(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
             output = model(x)
+        if hand is not None:
+            hand.leave()
         loss = F.cross_entropy(output.float(), y) / plan.micro_batches
         loss.backward()
         losses.append(loss.detach().clone())
     if plan.clip:
         nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.1)
+    if hand is not None:
+        hand.before_step()
     optimizer.step()
+    if hand is not None:
+        hand.after_step(plan.autocast)
     return losses

@@ -280,10 +280,10 @@ class Capture:
             assert passed.fingerprint is not None
             passed.writes_inputs = any(x._version != version for x, version in passed.inputs_seen)
             passed.writes_parameters = [p._version for p in self._tensors] != passed.fingerprint.versions
-            passed.inputs_seen = []
+            inputs, passed.inputs_seen = [x for x, _ in passed.inputs_seen], []
             edges, passed.edges = passed.edges, []
             if any(edge is not None for visits in edges for edge in visits):
-                passed.signature, known = self._traces.of(edges, outputs, self._tensors, passed.since)
+                passed.signature, known = self._traces.of(edges, outputs, self._tensors, passed.since, inputs)
                 passed.trace = known.trace
                 passed.dependent = passed.dependent or known.older
 

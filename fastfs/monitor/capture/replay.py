@@ -63,6 +63,7 @@ class Replayer:
         self.journal = Journal()
         self.sink: Sink | None = None  # not None: such a forward runs
         self.parameters: Sequence[Tensor] = ()  # trained ones; gradients and flags are put back
+        self.others: Callable[[], Iterable[Any]] = tuple  # containers that are put back, too
         self._layers = tuple(layers)
         self._switch = switch
         self._sampler = sampler
@@ -212,7 +213,7 @@ class OwnForward:
         options: dict[str, Any],
     ) -> None:
         self._replayer = replayer
-        self._applied = state.applied(replayer.journal, grad=grad, parameters=replayer.parameters)
+        self._applied = state.applied(replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others())
         self._sink = sink
         self._guarded = guarded
         self._options = options
@@ -234,7 +235,7 @@ class OwnForward:
         allowed = [*copies, *self._options.pop("allowed", ())]
         guard = Guard(replayer.journal, allowed, protected=replayer._owned, **self._options)
         guard.__enter__()  # it leaves with the settings that the journal restores
-        HostCopies(guard).__enter__()
+        HostCopies(guard, replayer.journal).__enter__()
         return guard
 
     def __exit__(

@@ -47,6 +47,7 @@ class Traces:
         outputs: Sequence[Tensor],
         parameters: Sequence[Tensor],
         since: int,
+        inputs: Sequence[Tensor] = (),
     ) -> tuple[Hashable, Known]:
         """The key and the graph of a forward.
 
@@ -55,8 +56,10 @@ class Traces:
             outputs: of the forward.
             parameters: those that the optimizer updates.
             since: autograd's sequence number when the forward began.
+            inputs: of the forward.
         """
-        key = signature(edges, outputs, parameters), any(_is_older(edge, since) for visits in edges for edge in visits)
+        older = any(_is_older(edge, since) for visits in edges for edge in visits)
+        key = signature(edges, outputs, parameters, inputs), older
         known = self._known.get(key)
         if known is not None:
             self._known.move_to_end(key)

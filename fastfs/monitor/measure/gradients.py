@@ -149,6 +149,7 @@ class GradientFactor:
         self._ends: list[Look] = []  # at the end of the last backward, by optimizer
         self._running: set[int] = set()  # backwards that were noted and are not over: one may run within another
         self._seen = False
+        self._turn = 0  # how often everything was forgotten
         self._handles: list[RemovableHandle] = []
         self.watch()
 
@@ -171,14 +172,15 @@ class GradientFactor:
         if number == -1 or number in self._running:
             return
         self._running.add(number)
-        self._seen = True
+        self._seen, turn = True, self._turn
         engine = torch.autograd.Variable._execution_engine
         # Queued again from the queue: behind what others, like DistributedDataParallel, queue in this backward.
-        engine.queue_callback(lambda: engine.queue_callback(lambda: self._over(number)))
+        engine.queue_callback(lambda: engine.queue_callback(lambda: self._over(number, turn)))
 
-    def _over(self, number: int) -> None:
+    def _over(self, number: int, turn: int) -> None:
         self._running.discard(number)
-        if not self._running and self._switch.level != OFF:
+        # If all was forgotten since, the optimizers have stepped within this backward: there is nothing to compare.
+        if turn == self._turn and not self._running and self._switch.level != OFF:
             self._ends = [own.look(each) for own, each in zip(self._gradients, self._parameters(), strict=True)]
 
     # After it
@@ -254,7 +256,9 @@ class GradientFactor:
         return _factors(squares, _precision(now.places), same)
 
     def clear(self) -> None:
+        """Forget the backwards so far, and let go of their gradients."""
         self._seen = False
+        self._turn += 1
         self._ends = []
         self._running.clear()
         for own in self._gradients:

@@ -38,7 +38,6 @@ class Call:
     params: list[Tensor] = field(default_factory=list)
     is_complex: bool = False
     places: Places = field(default_factory=lambda: Places(()))
-    all_good: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
     shared: bool = False  # the places are those of the gradients
     views: dict[int, Views] = field(default_factory=dict)  # of the parameters, and of the states after them
 
@@ -103,7 +102,6 @@ def make_plan(optimizer: Any, look: Look, forms: list[Form | None], *, snapshot:
     for call in calls.values():
         if call.closed:
             call.shared = call.indices == present and len(present) == len(look.gradients)
-            call.all_good = torch.ones(len(call.indices), dtype=torch.bool, device=call.device)
             call.places = look.places if call.shared else Places([real(p) for p in call.params])
     return Plan(look.key, forms, settled, list(calls.values()), copied, coarse)
 

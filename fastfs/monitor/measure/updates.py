@@ -19,7 +19,7 @@ from torch.optim import LBFGS
 from fastfs import functional
 from fastfs.monitor.measure import closed_forms, reasons
 from fastfs.monitor.measure.closed_forms import Form, Group, Settings, closed_form, coefficients, rewrites_gradients
-from fastfs.monitor.measure.fingerprints import Samples, Views, known_equal, real
+from fastfs.monitor.measure.fingerprints import Samples, Views, real
 from fastfs.monitor.measure.gradients import Gradients, Look
 from fastfs.monitor.measure.plans import Call, Part, Plan, follows, make_plan
 from fastfs.monitor.measure.verification import same_gradients, verify
@@ -362,7 +362,7 @@ class UpdateMeter:
         after = self._read(call, lists)
         groups = self.optimizer.param_groups
         doubts = [not step.settings[part.group].hold(groups[part.group]) for part in call.parts]
-        good, vague = verify(
+        checked = verify(
             call.rule,
             call.places,
             start,
@@ -373,8 +373,9 @@ class UpdateMeter:
             made=self._made(),
             doubted=any(doubts),
         )
-        if vague is None and known_equal(good, call.all_good):
+        if checked is None:
             return None
+        good, vague = checked
         code = torch.where(good, reasons.FINE, reasons.NOT_THE_UPDATE)
         if vague is not None:
             which = [does for part, does in zip(call.parts, doubts, strict=True) for _ in part.params]

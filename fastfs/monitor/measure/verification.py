@@ -39,7 +39,7 @@ def verify(
     uncertain: Tensor | None,
     made: Tensor | None,
     doubted: bool,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | None:
     """Which of n parameters have moved as the rule says.
 
     Args:
@@ -54,11 +54,12 @@ def verify(
         doubted: whether hyper-parameters may be others than those that the step used.
 
     Returns:
-        Whether the update is as it should be, bool (n,); and if it is doubted, whether rounding hides so much of it
-        that another learning rate might pass, too.
+        None if it is known that all have. Else whether the update is as it should be, bool (n,); and if it is doubted,
+        whether rounding hides so much of it that another learning rate might pass, too.
     """
     good: list[Tensor] = []
     vague: list[Tensor] = []
+    known = made is None and not doubted
     for number, block in enumerate(places.blocks):
         flats = [before.flats[number], after.flats[number]]
         if gradients is not None:
@@ -71,12 +72,18 @@ def verify(
             relative = None if relative is None else relative.index_select(0, block.place)
         rows, columns = places.host_rows(number, *flats), on_host(columns)
         with numpy.errstate(all="ignore"):
-            fits, tells = _fits(rule, list(rows), gradients is not None, columns[:, :, None], block.dtype, relative)
+            fits, limit, size = _fits(
+                rule, list(rows), gradients is not None, columns[:, :, None], block.dtype, relative
+            )
+        known = known and not isinstance(fits, Tensor) and bool(fits.all())
         good.append(torch.as_tensor(fits))
         if made is not None:
             still = torch.as_tensor(((rows[1] - rows[0]) == 0).all(-1))
             good[-1] = torch.where(made.to(block.device, non_blocking=True), good[-1], still)
-        vague.append(~torch.as_tensor(tells))
+        if doubted:
+            vague.append(torch.as_tensor((limit > _TELLS * size) & (size > 0)))
+    if known:
+        return None
     if not good:  # nothing but empty tensors
         nothing = torch.zeros(places.count, dtype=torch.bool, device=places.home)
         return ~nothing, nothing
@@ -85,8 +92,8 @@ def verify(
 
 def _fits(
     rule: Rule, rows: list[Any], has_gradient: bool, columns: Any, dtype: torch.dtype, relative: Tensor | None
-) -> tuple[Any, Any]:
-    """For arrays as for tensors: whether parameters moved as they should, and whether the elements tell, (P,) both."""
+) -> tuple[Any, Any, Any]:
+    """For arrays as for tensors, (P,) each: whether parameters moved as they should; limit of the error; size."""
     old, new, *state = rows
     gradient = state.pop() if has_gradient else None
     first = state[0] if state else gradient
@@ -102,7 +109,7 @@ def _fits(
     if relative is not None:
         limit = limit + size * on_host(relative)
     # Not greater than: where something is not a number nothing fits.
-    return (rest * rest).sum(-1) <= limit * limit, (limit <= _TELLS * size) | (size == 0)
+    return (rest * rest).sum(-1) <= limit * limit, limit, size
 
 
 def same_gradients(before: Samples, after: Samples, added: Samples | None, factor: Tensor | float) -> Tensor:
