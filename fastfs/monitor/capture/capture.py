@@ -124,6 +124,7 @@ class Capture:
         self.parameters_are(parameters)
         key = taps.register(self)
         self._handles: list[RemovableHandle] = []
+        self._taps: list[taps.Tap] = []
         try:
             self._attach(select, key)
         except BaseException:
@@ -136,6 +137,7 @@ class Capture:
         for layer in self._layers:  # before the hook that ends the forward: the model itself may be a layer
             tap = taps.Tap(layer, self.switch, self, key, select, self.failed)
             self._handles.append(layer.module.register_forward_hook(tap))
+            self._taps.append(tap)
         # always_call: also when the forward raises
         leave = taps.Around(self._leave, self.switch, self.failed)
         self._handles.append(self._model.register_forward_hook(leave, always_call=True))
@@ -143,6 +145,10 @@ class Capture:
     @property
     def replaying(self) -> bool:
         return self.replayer.sink is not None
+
+    def hidden(self, layer: int) -> bool:
+        """Whether a layer runs in compiled graphs of a torch release in which it cannot be tapped."""
+        return self._taps[layer].hidden
 
     def close(self) -> None:
         """Remove every hook and forget everything captured."""

@@ -13,6 +13,7 @@ off is exactly that of the model without a monitor.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import weakref
 from collections.abc import Callable
@@ -44,6 +45,10 @@ OFF, GRADIENTS, EVERYTHING = 0, 1, 2
 """Levels of a switch: nothing; backward vectors only; features, too."""
 
 FORWARD, BACKWARD = 0, 1
+
+HOOKS_IN_GRAPHS = importlib.util.find_spec("torch._higher_order_ops.register_hook") is not None
+"""Whether Dynamo traces hooks on tensors as hooks. Before torch 2.13 it makes views of the tensors, on which a
+following operation in place fails, and training with it: there, taps stay out of compiled graphs."""
 
 Select = Callable[[Any], Tensor]
 """Takes a layer's output and gives the features in it."""
@@ -177,6 +182,7 @@ class Tap(Hook):
         self.receiver = receiver
         self.select = select
         self.failed = failed
+        self.hidden = False  # the layer has run in a graph where it could not be tapped
         self.forward_anchor = torch.tensor([key, layer.index, FORWARD])
         self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
 
@@ -185,9 +191,10 @@ class Tap(Hook):
             return
         if torch.compiler.is_compiling():
             self.trace(output)
-        elif not _recorded():  # a graph that is being recorded would take our operations along
+        else:
             try:
-                self.take(module, output)
+                if not _recorded():  # a graph that is being recorded would take our operations along
+                    self.take(module, output)
             except Exception as error:
                 self.failed(error)
 
@@ -202,6 +209,9 @@ class Tap(Hook):
 
     def trace(self, output: Any) -> None:
         """Become a part of the graph that torch.compile makes."""
+        if not HOOKS_IN_GRAPHS:
+            self.hidden = True
+            return
         features = self.select(output)
         torch.ops.fastfs.tap(features, self.forward_anchor)
         if features.requires_grad:
@@ -231,6 +241,7 @@ class Around(Hook):
 
     def __init__(self, function: Callable[..., None], switch: Switch, failed: Failed) -> None:
         self.function = Guarded(function, failed)
+        self.unless_recorded = Guarded(self._unless_recorded, failed)
         self.switch = switch
         self.outside = torch.compiler.disable(
             functools.partial(self.function, traced=True),
@@ -242,18 +253,21 @@ class Around(Hook):
         if _exported():
             return
         if not torch.compiler.is_compiling():
-            if not _recorded():
-                self.function(*args, **kwargs)
+            self.unless_recorded(*args, **kwargs)
         elif self.switch.on:
             self.outside(*args, **kwargs)
+
+    def _unless_recorded(self, *args: Any, **kwargs: Any) -> None:
+        if not _recorded():
+            self.function(*args, **kwargs)
 
 
 def _exported() -> bool:
     """Whether torch.export is at work.
 
-    In graphs of Dynamo before torch 2.13, ``torch.compiler.is_exporting()`` is always true; the flag behind it is not.
+    In graphs of torch 2.11, ``torch.compiler.is_exporting()`` is always true; the flag behind it is not.
     """
-    return torch.compiler._is_exporting_flag
+    return torch.compiler.is_exporting() if HOOKS_IN_GRAPHS else torch.compiler._is_exporting_flag
 
 
 def _recorded() -> bool:
