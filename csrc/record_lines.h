@@ -1,8 +1,9 @@
 // The measured and predicted lines of a record, read straight into columns of numbers.
 //
 // What is taken here is what the sink writes: plain JSON of known types, one value for each layer and group in every
-// column, strings without escapes. Every other line is left to fastfs/monitor/record/schema.py, which says what a record
-// is. So a line that is taken here has to be one that is taken there, with the same values; not the other way round.
+// column, strings without escapes. Every other line is left to fastfs/monitor/record/schema.py, which says what a
+// record is. So a line that is taken here has to be one that is taken there, with the same values; not the other way
+// round.
 #pragma once
 
 #include <charconv>
@@ -26,8 +27,8 @@ enum class ValueKind : int { number = 0, integer = 1, boolean = 2, text = 3 };
 struct RecordColumn {
   std::string name;
   ValueKind kind;
-  bool used = false;   // by a line that was taken
-  uint64_t line = 0;   // the last one that has this column: to see a name that comes twice
+  bool used = false;  // by a line that was taken
+  uint64_t line = 0;  // the last one that has this column: to see a name that comes twice
   std::vector<double> numbers;
   std::vector<int32_t> codes;
 
@@ -54,6 +55,7 @@ class RecordLines {
   void refuse(const std::string& name) { refused_.insert(name); }
   void expect(const std::string& run, int32_t code, int32_t length) { expected_[run] = {code, length}; }
   size_t rows() const { return rows_; }
+  uint64_t taken() const { return taken_; }  // lines, in all
 
   // Takes complete lines from `start` on; returns where the first one begins that is not taken, or the incomplete last.
   size_t read(std::string_view data, size_t start) {
@@ -69,6 +71,7 @@ class RecordLines {
         break;
       }
       start = static_cast<size_t>(newline - data.data()) + 1;
+      ++taken_;
     }
     return start;
   }
@@ -120,37 +123,23 @@ class RecordLines {
 
   // A finite number as JSON writes it. `plain`: without fraction and exponent.
   bool number(double& out, bool& plain) {
-    const char* q = p_;
-    if (q < end_ && *q == '-') ++q;
-    const char* const digits = q;
-    const auto digit = [&] { return q < end_ && *q >= '0' && *q <= '9'; };
-    while (digit()) ++q;
-    if (q == digits || (*digits == '0' && q - digits > 1)) return false;
-    plain = true;
-    if (q < end_ && *q == '.') {
-      const char* const fraction = ++q;
-      while (digit()) ++q;
-      if (q == fraction) return false;
-      plain = false;
-    }
-    if (q < end_ && (*q == 'e' || *q == 'E')) {
-      ++q;
-      if (q < end_ && (*q == '+' || *q == '-')) ++q;
-      const char* const exponent = q;
-      while (digit()) ++q;
-      if (q == exponent) return false;
-      plain = false;
-    }
-    if (q - p_ > 64) return false;
 #if defined(__cpp_lib_to_chars) && __cpp_lib_to_chars >= 201611L
-    const auto [stop, error] = std::from_chars(p_, q, out);
-    if (error != std::errc() || stop != q) return false;  // also what overflows or underflows
+    const auto digit = [this](const char* q) { return q < end_ && *q >= '0' && *q <= '9'; };
+    const char* const first = p_ + (p_ < end_ && *p_ == '-' ? 1 : 0);
+    if (!digit(first) || (*first == '0' && digit(first + 1))) return false;
+    const auto [stop, error] = std::from_chars(p_, end_, out);
+    if (error != std::errc() || !digit(stop - 1)) return false;  // also what overflows or underflows
+    // What from_chars takes and JSON does not have: a point without digits after it.
+    const auto size = static_cast<size_t>(stop - p_);
+    const auto* const point = static_cast<const char*>(std::memchr(p_, '.', size));
+    if (point != nullptr && !digit(point + 1)) return false;
+    plain = point == nullptr && std::memchr(p_, 'e', size) == nullptr && std::memchr(p_, 'E', size) == nullptr;
+    if (plain && out == 0.0) out = 0.0;  // the integer -0 has no sign
+    p_ = stop;
+    return true;
 #else
     return false;  // this compiler's library has no exact conversion: all lines are read in Python
 #endif
-    if (plain && out == 0.0) out = 0.0;  // the integer -0 has no sign
-    p_ = q;
-    return std::isfinite(out);
   }
 
   bool count(int64_t& out) {
@@ -301,7 +290,7 @@ class RecordLines {
   std::unordered_map<std::string, int32_t> codes_;
   std::unordered_set<std::string> refused_;
   int32_t last_code_ = -1;
-  uint64_t line_ = 0;
+  uint64_t line_ = 0, taken_ = 0;
   size_t rows_ = 0;
   const char* p_ = nullptr;
   const char* end_ = nullptr;

@@ -31,7 +31,9 @@ py::bytes memory(const std::vector<T>& values) {
 py::dict drained(std::vector<RecordColumn>& columns) {
   py::dict result;
   for (RecordColumn& c : columns) {
-    if (c.used) result[py::str(c.name)] = py::make_tuple(static_cast<int>(c.kind), c.coded() ? memory(c.codes) : memory(c.numbers));
+    if (c.used)
+      result[py::str(c.name)] =
+          py::make_tuple(static_cast<int>(c.kind), c.coded() ? memory(c.codes) : memory(c.numbers));
   }
   return result;
 }
@@ -85,6 +87,7 @@ void bind_record(py::module_& m) {
       .def("read", &read)
       .def("drain", &drain)
       .def_property_readonly("rows", &RecordLines::rows)
+      .def_property_readonly("taken", &RecordLines::taken)
       .def("strings", &strings);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -82,7 +83,9 @@ def report(
         from fastfs.report.locate import find_record
         from fastfs.report.page import write_page
 
-        page = write_page(find_record(run), out, run=run_id)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: typer.echo(f"fastfs report: {message}", err=True)
+            page = write_page(find_record(run), out, run=run_id)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"fastfs report: {error}", err=True)
         raise typer.Exit(1) from error

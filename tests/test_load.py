@@ -201,7 +201,7 @@ def test_reading_takes_little_more_than_the_table(tmp_path, layers):
     finally:
         tracemalloc.stop()
     # Beside the table: a chunk of the file, what the native reader gave last, and room for a tenth more rows.
-    chunk = 3 * (4 << 20) + (1 << 15) * 200
+    chunk = 3 * (1 << 20) + (1 << 15) * 200
     assert peak < 1.25 * size + chunk
     assert compact.memory_usage(index=False, deep=False).sum() < 0.62 * size
     assert peak_compact - before < 0.8 * size + chunk

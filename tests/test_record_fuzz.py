@@ -191,7 +191,7 @@ def damaged_records(draw):
     return raws, touched
 
 
-@settings(max_examples=200)
+@settings(max_examples=150)
 @given(damaged_records())
 def test_damaged_lines_do_not_touch_the_others(folder, whole, record):
     raws, touched = record
@@ -213,7 +213,7 @@ def test_damaged_lines_do_not_touch_the_others(folder, whole, record):
             assert not part.duplicated(["kind", "step", "layer"]).any() or changed
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(damaged_records())
 def test_the_page_and_the_terminal_show_what_can_be_read(folder, record):
     path = write(folder / "shown.jsonl", record[0])

@@ -372,7 +372,7 @@ class Engine:
         return self.judge.same_function(verdict, self._totals(seen.rows).stats)
 
     def _absent(self, passes: Sequence[Pass]) -> list[int]:
-        """Per layer why it has no rows; 0 where it has."""
+        """Per layer why it has no rows, or not the right ones; 0 where it has."""
         codes = []
         for index in range(len(self.layers)):
             visits = [visit for p in passes for visit in p.visits[index]]
@@ -383,6 +383,8 @@ class Engine:
                 codes.append(row_reasons.OTHER_CALLS)
             elif not any(visit.measurable for visit in visits):
                 codes.append(visits[0].absent or row_reasons.NO_GRAPH)
+            elif isinstance(self.mode, JvpMode) and index in self.mode.cut:
+                codes.append(row_reasons.DETACHED)
             else:
                 codes.append(0)
         return codes

@@ -4,7 +4,7 @@ A dispatch mode sees each operation before it runs, with a schema that says what
 only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an operation
 - assignments to attributes, ``.data`` and ``.grad``, flags - is put back by :mod:`fastfs.network.belongings`.
 
-On the way the guard notes in which precision the forward computes, whoever switched it on, which integer choices it makes
+On the way the guard notes whether a forward in forward mode cuts off first-order changes, in which precision the forward computes, whoever switched it on, which integer choices it makes
 (top-k, argmax), and the states of generators that are not known from elsewhere.
 """
 
@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +37,7 @@ _PRODUCTS = (
 _CONVOLUTIONS = "convolution _convolution convolution_overrideable cudnn_convolution conv2d conv1d conv3d".split()
 _RECURRENT = "_cudnn_rnn _thnn_fused_lstm_cell mkldnn_rnn_layer".split()
 _MEMORY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)
+_CUTTING = (Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__, F.gumbel_softmax)
 _SETTERS = {getattr(Tensor, name).__set__: name for name in ("data", "grad", "requires_grad")}
 _KINDS = {
     **dict.fromkeys((f"aten::{name}" for name in _PRODUCTS), "matmul"),
@@ -86,6 +89,7 @@ class Guard(TorchDispatchMode):
         super().__init__()
         self.coarsest = 0.0  # spacing at 1 of the coarsest numbers so far
         self.choices: list[Tensor] = []
+        self.cut = False  # a first-order change was cut off by detach()
         self._journal = journal
         self._made = {storage for tensor in allowed for storage in storages(tensor)}
         self._inputs = {storage for tensor in inputs for storage in storages(tensor)}
@@ -173,6 +177,8 @@ class HostCopies(TorchFunctionMode):
     ) -> Any:
         if func in _SETTERS:
             self._note(args[0], _SETTERS[func])
+        elif func in _CUTTING:
+            self._guard.cut = self._guard.cut or _carries(args[0])
         elif func in _MEMORY:
             with torch._C.DisableTorchFunction():
                 if not self._guard.owns(args[0]) and not _managed():
@@ -189,6 +195,14 @@ class HostCopies(TorchFunctionMode):
                     setattr(tensor, name, before)
 
         self._journal.note(undo)
+
+
+def _carries(tensor: Tensor) -> bool:
+    """Whether a tensor carries a first-order change in forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    with torch._C.DisableTorchFunction():
+        return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def storages(tensor: Tensor) -> tuple[int, ...]:

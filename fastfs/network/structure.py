@@ -149,7 +149,7 @@ def join(traces: Sequence[Step], names: Sequence[str]) -> Structure:
     reasons = [_reason(layer, graph, hiding, past, names) for layer in layers]
     return Structure(
         upstream_sets=upstream,
-        own_sets=ParameterSets.of(graph.numbering, _own(layers, len(names))),
+        own_sets=ParameterSets.of(graph.numbering, _own(layers, len(names), len(steps) > 1)),
         cut=[reason is None for reason in reasons],
         reason=reasons,
         unreached=[name for name, here in zip(names, reached.tolist(), strict=True) if not here],
@@ -210,8 +210,17 @@ def _watched(graph: Joined, index: int, visits: Sequence[tuple[int, int, int, in
     )
 
 
-def _own(layers: Sequence[Watched], count: int) -> list[Intervals]:
-    """Each parameter goes to the first layer, in the order of the forward, that it is upstream of."""
+def _own(layers: Sequence[Watched], count: int, several: bool) -> list[Intervals]:
+    """Each parameter goes to the first layer, in the order of the forward, that it is upstream of.
+
+    With several forwards, of which each may have left layers out, what has fewer parameters upstream comes first: so does
+    a layer before those that follow it in any of the forwards.
+    """
+
+    def order(layer: Watched) -> tuple[int, int]:
+        size = sum(layer.upstream[1::2]) - sum(layer.upstream[::2])
+        return (size if several else 0), layer.position
+
     own = [EMPTY] * len(layers)
     free = list(range(count + 1))  # of each position the next one that no layer has, or a shorter way to it
 
@@ -223,7 +232,7 @@ def _own(layers: Sequence[Watched], count: int) -> list[Intervals]:
             free[position], position = end, free[position]
         return end
 
-    for layer in sorted(layers, key=lambda layer: layer.position):
+    for layer in sorted(layers, key=order):
         taken = []
         for start, end in zip(layer.upstream[::2], layer.upstream[1::2], strict=True):
             position = next_free(start)

@@ -53,6 +53,7 @@ class Follower:
         self._torn = b""
         self._begun = False
         self._checker = Checker()
+        self._why = ""  # the first line was no header
         self._start = b""  # of the file: a file written anew under the same name starts differently
 
     def poll(self) -> News:
@@ -121,9 +122,11 @@ class Follower:
             raise ValueError(f"{self.path}: {error}") from None
         except ValueError as error:
             if not self._begun and b'"header"' not in line:
+                why = self._why or str(error)
                 raise ValueError(
-                    f"{self.path}: not a record of fastfs.Monitor (its first line is no header: {error})"
+                    f"{self.path}: not a record of fastfs.Monitor (its first line is no header: {why})"
                 ) from None
+            self._why = self._why or str(error)
             return line.rstrip().endswith(TORN)
         self._begun = True
         into.append((number, checked.line))
@@ -131,4 +134,4 @@ class Follower:
 
     def _forget(self) -> None:
         self._identity, self._offset, self._torn, self._begun, self._start = None, 0, b"", False, b""
-        self._checker = Checker()
+        self._checker, self._why = Checker(), ""

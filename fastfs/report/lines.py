@@ -30,7 +30,7 @@ from fastfs.report.store import ABSENT, Store
 
 __all__ = ["HEADER", "LONGEST", "LeftOut", "RowReader", "split_lines"]
 
-_CHUNK = 4 << 20
+_CHUNK = 1 << 20
 LONGEST = 1 << 28
 HEADER = b'{"kind":"header",'
 _KINDS = ("number", "integer", "boolean", "string")  # as the native reader numbers them
@@ -68,14 +68,14 @@ class LeftOut:
 
 
 def split_lines(
-    path: Path, take: Callable[[bytes, int, int, float], int] | None = None
+    path: Path, take: Callable[[bytes, int, float], tuple[int, int]] | None = None
 ) -> Iterator[tuple[int, bytes, bool]]:
     """The lines of a file: number, text without its end, and whether it has an end.
 
     Args:
         path: of the file.
-        take: is shown the text read so far with where the next line starts, the number of that line and the share of
-            the file read; may use up complete lines, and returns where the first one starts that it does not want.
+        take: is shown the text read so far with where the next line starts, and the share of the file read; may use up
+            complete lines, and returns where the first one starts that it does not want, and how many it took.
 
     Raises:
         ValueError: the file starts as no record does.
@@ -98,9 +98,8 @@ def split_lines(
             data, at = b"".join(rest), 0
             while True:
                 if take is not None:
-                    stop = take(data, at, number + 1, min(done / size, 1.0))
-                    number += data.count(b"\n", at, stop)
-                    at = stop
+                    at, taken = take(data, at, min(done / size, 1.0))
+                    number += taken
                 end = data.find(b"\n", at)
                 if end < 0:
                     break
@@ -213,14 +212,15 @@ class RowReader:
             line for line in self.others if line["run"] != run or line["step"] < step or line["kind"] == "structure"
         ]
 
-    def _take(self, data: bytes, at: int, number: int, share: float) -> int:
+    def _take(self, data: bytes, at: int, share: float) -> tuple[int, int]:
         assert self._native is not None
         if not self._shapes:
-            return at
-        stop: int = self._native.read(data, at)
+            return at, 0
+        before = self._native.taken
+        at = self._native.read(data, at)
         if self._native.rows > 1 << 15:
             self._drain(share)
-        return stop
+        return at, self._native.taken - before
 
     def _drain(self, share: float = 1.0) -> None:
         """What the native reader has, into the store."""

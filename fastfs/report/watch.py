@@ -169,7 +169,7 @@ def _heading(state: RunState, now: float, name: str) -> list[Text]:
     for word in (f"run {header.get('run', '-')}", header.get("optimizer", ""), header.get("device", ""), name):
         title.append(f"  {_clean(word)}")
     if last is None:
-        return [title, Text("no step yet: the first measured one will show here", style="yellow")]
+        return [title, Text(f"no step yet: the first measured one will show here{_unread(state)}", style="yellow")]
     numbers = Text(no_wrap=True, overflow="ellipsis")
     numbers.append(f"step {last.get('step'):,}", style="bold")
     numbers.append(f"  loss {number(last['loss'], 5) if _is_number(last.get('loss')) else '-'}")
@@ -183,7 +183,7 @@ def _heading(state: RunState, now: float, name: str) -> list[Text]:
     detail.append(f"measured at step {measured:,}" if measured is not None else "not measured yet")
     detail.append(f", predicted at step {predicted:,}" if predicted is not None else ", no prediction")
     detail.append(f"; {state.skipped:,} steps skipped" if state.skipped else "")
-    detail.append(f"; {state.unreadable:,} lines not readable" if state.unreadable else "")
+    detail.append(_unread(state))
     lines = [title, numbers, detail]
     if state.alert_count:
         counts = ", ".join(f"{_clean(rule)} ({count:,})" for rule, count in state.alert_count.most_common(5))
@@ -194,6 +194,11 @@ def _heading(state: RunState, now: float, name: str) -> list[Text]:
     else:
         lines.append(Text("no alerts", style="dim"))
     return lines
+
+
+def _unread(state: RunState) -> str:
+    lines = state.unreadable
+    return f"; {lines:,} {'line' if lines == 1 else 'lines'} not readable" if lines else ""
 
 
 def _quiet(state: RunState) -> float:

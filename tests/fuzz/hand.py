@@ -135,7 +135,8 @@ class Hand:
         )
         same = found if probe else self._triple(self._shadow(False), self._before, self._after)
         gradients = self._probe_gradients(exact) if probe else [self._raw, self._grads]
-        order = found.order
+        # Of several forwards each may leave layers out: what has less upstream is the earlier layer.
+        order = sorted(found.order, key=lambda name: len(found.upstream[name]))
         for name in _names(exact):
             layer = result[name] = LayerNumbers()
             layer.same, layer.exact = same.layer(name), found.layer(name)
@@ -170,6 +171,8 @@ class Hand:
             layer.decreases.append(-sum(dot(g, step[i]) for i, g in grads.items()))
             layer.gradient_norms.append(math.sqrt(sum(dot(grads[i], grads[i]) for i in own if i in grads)))
             eps = max((torch.finfo(self._before[i].dtype).eps for i in grads), default=0.0)
+            if self.trial.recipe.body == "own casts" and self.trial.recipe.monitor == "probe":
+                eps = torch.finfo(torch.bfloat16).eps  # the probe's gradients come from casts by hand
             sizes = (g.abs().double() * (self._after[i].abs() + step[i].abs()) for i, g in grads.items())
             layer.rounding = max(layer.rounding, 2 * eps * float(sum(x.sum() for x in sizes)))
             layer.gradient_rounding = max(layer.gradient_rounding, eps * layer.gradient_norms[-1])

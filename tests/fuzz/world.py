@@ -225,6 +225,8 @@ class _Painter:
         names = [*getattr(value, "__dict__", {}), *(name for name in slots if not name.startswith("__"))]
         for name in names:
             item = getattr(value, name)
+            if name == "step" and not self._hooks and hasattr(value, "param_groups"):
+                continue  # a monitor's own, on a wrapper that torch calls no hooks of
             if isinstance(value, nn.Module) and name.endswith(_HOOKS):
                 if self._hooks:
                     yield name, len(item or ())

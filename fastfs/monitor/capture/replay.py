@@ -40,11 +40,13 @@ class Replay:
         after: per layer and visit the shape of the features, and the rows of them that the visit has kept.
         coarsest: per layer, spacing at 1 of the coarsest numbers computed with so far; None where it was not seen.
         choices: integer results of top-k and argmax, in order.
+        cut: layers before which the forward had cut off a first-order change.
     """
 
     after: list[list[tuple[torch.Size, Tensor | None]]]
     coarsest: list[float] | None
     choices: list[Tensor]
+    cut: set[int]
 
 
 class Replayer:
@@ -169,6 +171,7 @@ class Replayer:
         after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
         coarsest = [0.0] * len(self._layers)
         watching: list[Guard] = []
+        cut: set[int] = set()
 
         def sink(layer: Layer, features: Tensor) -> None:
             number = len(after[layer.index])
@@ -181,6 +184,8 @@ class Replayer:
             after[layer.index].append((features.shape, rows))
             for guard in watching:
                 coarsest[layer.index] = guard.coarsest
+                if guard.cut:
+                    cut.add(layer.index)
 
         args, kwargs = passed.args, passed.kwargs
         renewed = passed.writes_inputs or self._with_graph
@@ -196,8 +201,8 @@ class Replayer:
 
         self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, **options)
         if not watching:
-            return Replay(after, None, [])
-        return Replay(after, coarsest, watching[0].choices)
+            return Replay(after, None, [], cut)
+        return Replay(after, coarsest, watching[0].choices, cut)
 
 
 class OwnForward:

@@ -209,7 +209,12 @@ class JvpMode(BatchMode):
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], capture: Capture, warn: Warn) -> None:
         super().__init__(model, layers, capture, warn)
+        self.cut: set[int] = set()  # layers whose first-order change is not complete
         load_forward_mode()
+
+    def clear(self) -> None:
+        super().clear()
+        self.cut = set()
 
     def prove(self, passes: Sequence[Pass], model: Perturbed, values: Sequence[Tensor]) -> Seen:
         return self.eager(passes, model, values)
@@ -228,6 +233,7 @@ class JvpMode(BatchMode):
             with model.duals(before, directions) as duals:
                 replay = self._replay(passed, _at(model, duals), see=tangents)
             seen.add(from_direction(self._triples(passed, replay.after)), replay)
+            self.cut |= replay.cut
         return seen
 
 

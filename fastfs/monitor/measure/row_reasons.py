@@ -27,6 +27,7 @@ REASONS: tuple[str | None, ...] = (
     "the forward ran with other weights than the model's own (torch.func.functional_call)",
     "the inputs depend on trained parameters, whose effect a second forward does not see",
     "gradients were written to between the micro-batches of the step",
+    "the forward detaches something that depends on parameters: its first-order change is not complete",
     "the layer runs inside a graph of torch.compile, which can be seen from torch 2.13 on",
 )
 
@@ -53,5 +54,6 @@ REASONS: tuple[str | None, ...] = (
     OTHER_WEIGHTS,
     DEPENDENT,
     REWRITTEN,
+    DETACHED,
     IN_GRAPH,
 ) = range(len(REASONS))

@@ -280,7 +280,8 @@ def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
     )
     q = second / probe.central.update_sq * (share / odd**2)
     moved = kappa.square() * update_sq / plain.before_sq
-    error = q / 4 + moved * (1 - 1 / kappa.square())
+    noise_error = q / 4 + _along(q, plain)
+    error = noise_error + moved * (1 - 1 / kappa.square())
     columns = {
         "update_dot_backward": linear("update_dot_backward"),
         "update_sq": update_sq,
@@ -289,7 +290,7 @@ def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
         "rounding_sq": noise / 2,
         "nonfinite": plain._sum("nonfinite") + probe.plus._sum("nonfinite") + probe.minus._sum("nonfinite"),
     }
-    return _Estimate(_replace(plain, columns), second, q, q / 4, error, torch.ones_like(q, dtype=torch.bool))
+    return _Estimate(_replace(plain, columns), second, q, noise_error, error, torch.ones_like(q, dtype=torch.bool))
 
 
 def _plain(plain: FeatureStats, second: Tensor) -> _Estimate:
@@ -297,9 +298,17 @@ def _plain(plain: FeatureStats, second: Tensor) -> _Estimate:
     noise = second / 3
     update_sq = plain.update_sq - noise / 2
     q = torch.where(plain.update_sq > 0, second / update_sq.clamp_min(0.0), torch.nan)  # inf: all of it may be noise
-    error = q / 4 + (q / (3 * _DIRECTIONS)).sqrt()
+    error = q / 4 + torch.maximum((q / (3 * _DIRECTIONS)).sqrt(), _along(q, plain))
     columns = {"update_sq": update_sq, "rounding_sq": noise / 2}
     return _Estimate(_replace(plain, columns), second, q, error, error, torch.zeros_like(q, dtype=torch.bool))
+
+
+def _along(q: Tensor, plain: FeatureStats) -> Tensor:
+    """Noise along the update, relative to it: three standard deviations where every entry is rounded by itself.
+
+    It averages out of layers with many entries; of few it is what the norm is off by.
+    """
+    return (3 * q / plain.count).sqrt()
 
 
 def _better(first: _Estimate, second: _Estimate) -> _Estimate:
