@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -239,12 +240,15 @@ def run_all(python: Path, selection: Selection, tree: str, jobs: int, timeout: f
     results.mkdir(exist_ok=True)
     stamp = hashlib.sha256(f"{tree} {selection.expression}".encode()).hexdigest()
     running: set[subprocess.Popen[str]] = set()
+    ended = threading.Event()
 
     def one(name: str) -> dict[str, Any]:
         kept = results / f"{Path(name).stem}.json"
         if kept.exists() and (before := json.loads(kept.read_text()))["stamp"] == stamp:
             return dict(before)
         result = {"stamp": stamp, **run_file(python, name, selection.expression, jobs, timeout, running)}
+        if ended.is_set():  # its process was ended with the others: no result
+            raise KeyboardInterrupt
         kept.write_text(json.dumps(result, indent=1))
         print(f"  {name}: {tally(result)}, {result['seconds']:.0f} s", flush=True)
         return result
@@ -253,6 +257,7 @@ def run_all(python: Path, selection: Selection, tree: str, jobs: int, timeout: f
         try:
             return dict(zip(selection.files, pool.map(one, selection.files), strict=True))
         except BaseException:
+            ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(running):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -138,6 +141,24 @@ def test_a_file_that_hangs_is_ended_with_what_it_started(script, tmp_path) -> No
     _, written = run(script, tmp_path, *words)
     assert time.monotonic() - began < 60
     assert written["releases"][0]["failures"] == [{"test": "tests/test_hang.py", "why": "not finished after 3 s"}]
+
+
+def test_an_interrupt_keeps_what_has_run_and_nothing_else(script, tmp_path, capsys) -> None:
+    (script.ROOT / "tests" / "test_hang.py").write_text("import time\ndef test_hang(): time.sleep(600)\n")
+    words = ["--releases", "2.11.0", "--select", "tests/test_good.py", "tests/test_hang.py"]
+    kept = tmp_path / "work" / "torch-2.11.0" / "results"
+
+    def interrupt() -> None:
+        while not (kept / "test_good.json").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert script.main(["--folder", str(tmp_path / "work"), *words]) == 130
+    thread.join()
+    assert [path.name for path in kept.iterdir()] == ["test_good.json"]
+    assert "goes on from here" in capsys.readouterr().out
 
 
 def test_durations_are_ratios_to_the_pinned_release_of_files_that_both_ran(script) -> None:
