@@ -400,7 +400,8 @@ class Engine:
         for index in range(len(self.layers)):
             visits = [visit for p in passes for visit in p.visits[index]]
             if not visits:
-                codes.append(row_reasons.NOT_RUN)
+                hidden = self.capture.hidden(index)
+                codes.append(row_reasons.IN_GRAPH if hidden else row_reasons.NOT_RUN)
             elif index in self.mode.astray:
                 codes.append(row_reasons.OTHER_CALLS)
             elif not any(visit.measurable for visit in visits):

@@ -37,6 +37,8 @@ from fastfs.network.outputs import first_floating
 
 __all__ = ["Monitor"]
 
+_IN_GRAPHS = "run inside graphs of torch.compile, which can be seen from torch 2.13 on"
+
 
 class Monitor:
     """Records how far the features of each layer move in a training step, and how that move is aligned with the loss.
@@ -427,6 +429,9 @@ class Monitor:
             if self._capture.dropped:
                 self._why = "every forward of the step was left out"
                 return
+            if self._warn_of_hidden():
+                self._why = f"the watched layers {_IN_GRAPHS}"
+                return
             self._why = "no forward and backward of the model was seen before the step"
             if self._capture.transformed:
                 self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"
@@ -440,8 +445,19 @@ class Monitor:
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
                 + again,
             )
-        elif self._engine.idle:
+        elif not self._warn_of_hidden() and self._engine.idle:
             self._warn_of_idle(self._engine.idle)
+
+    def _warn_of_hidden(self) -> bool:
+        """Of layers in graphs that show none; whether there are any."""
+        hidden = [layer.name for layer in self._layers if self._capture.hidden(layer.index)]
+        if hidden:
+            self._warn(
+                "hidden",
+                f"has no features of {', '.join(map(repr, hidden[:20]))}: they {_IN_GRAPHS}; "
+                f"this is torch {torch.__version__}",
+            )
+        return bool(hidden)
 
     def _warn_of_idle(self, layers: Sequence[Layer]) -> None:
         first = layers[0]
