@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
 
@@ -138,6 +139,7 @@ class Monitor:
         members = select_groups(self._layers, groups)
         scale = LossScale(scaler)
         settings.check_compiled(model, mode)
+        settings.check_select(select)
         first = (self._schedule.due(0), self._aligned is not None and self._aligned.due(0))
         meta = checked_metadata(metadata)
 
@@ -166,45 +168,53 @@ class Monitor:
             memory_bytes=memory,
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
         )
-        self._recorder = settings.open_recorder(
-            path, sinks, self._header, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
-        )
-        self._capture = Capture(
-            model,
-            self._layers,
-            names,
-            self._sampler,
-            # Of every row before, backward, after; with both sides of the probe, and before as eager execution has it.
-            Budget(memory, 6 if amplify else 3, len(self._layers)),
-            select,
-            self._warn,
-            self._forward_begins,
-            self._fail,
-            self._owned,
-        )
-        device = next(iter(names.values())).device
-        self._engine = Engine(
-            model=model,
-            layers=self._layers,
-            names=Names(len(self._layers), members),
-            mode=self._make_mode(mode, model, chosen),
-            amplify=amplify,
-            quantiles=tuple(quantiles),
-            capture=self._capture,
-            parameters=parameters,
-            factor=GradientFactor(parameters.groups, self._capture.switch, always=scale.given, failed=self._fail),
-            scale=scale,
-            device=device,
-            push=self._recorder.push,
-            put=self._recorder.put,
-        )
-        self._capture.gradients = self._engine.factor
-        self._capture.replayer.others = self._settings
-        self._steps = OptimizerSteps(found, self)
-        self._measures, self._aligns = first
-        self._arm()
+        with ExitStack() as undo:  # of a failed attach nothing is left
+            self._recorder = settings.open_recorder(
+                path, sinks, self._header, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
+            )
+            undo.callback(self._recorder.discard)
+            self._capture = Capture(
+                model,
+                self._layers,
+                names,
+                self._sampler,
+                # Of every row before, backward, after; with both sides of the probe, and before as eager execution has
+                # it.
+                Budget(memory, 6 if amplify else 3, len(self._layers)),
+                select,
+                self._warn,
+                self._forward_begins,
+                self._fail,
+                self._owned,
+            )
+            undo.callback(self._capture.close)
+            factor = GradientFactor(parameters.groups, self._capture.switch, always=scale.given, failed=self._fail)
+            undo.callback(factor.close)
+            self._engine = Engine(
+                model=model,
+                layers=self._layers,
+                names=Names(len(self._layers), members),
+                mode=self._make_mode(mode, model, chosen),
+                amplify=amplify,
+                quantiles=tuple(quantiles),
+                capture=self._capture,
+                parameters=parameters,
+                factor=factor,
+                scale=scale,
+                device=next(iter(names.values())).device,
+                push=self._recorder.push,
+                put=self._recorder.put,
+            )
+            self._capture.gradients = factor
+            self._capture.replayer.others = self._settings
+            self._steps = OptimizerSteps(found, self)
+            undo.callback(self._steps.close)
+            self._measures, self._aligns = first
+            self._arm()
+            description = self.description
+            undo.pop_all()
         if verbose and settings.speaks():
-            print(self.description, file=sys.stderr)
+            print(description, file=sys.stderr)
 
     def _make_mode(self, mode: str, model: nn.Module, probe: Probe | None) -> BatchMode | ProbeMode:
         if probe is not None:

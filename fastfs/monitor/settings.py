@@ -20,6 +20,7 @@ __all__ = [
     "aligned_work",
     "check_compiled",
     "check_mode",
+    "check_select",
     "check_sizes",
     "check_state",
     "describe",
@@ -76,6 +77,12 @@ def check_sizes(rows: Any, memory: Any, quantiles: Any) -> None:
     for quantile in quantiles:
         if not isinstance(quantile, (int, float)) or not 0.0 <= quantile <= 1.0:
             raise ValueError(f"quantiles: expected numbers between 0 and 1, got {quantile!r}")
+
+
+def check_select(select: Any) -> None:
+    """Raises TypeError if it is no function."""
+    if not callable(select) or isinstance(select, type):
+        raise TypeError(f"select: expected a function from a layer's output to a tensor in it, got {select!r:.100}")
 
 
 def check_compiled(model: nn.Module, mode: str) -> None:
