@@ -170,7 +170,7 @@ class Gradients:
         if last is not None and last[1] == pointers and all(map(same, last[0], chosen)):
             views = last[2]
         else:
-            views = self._few.views([g.detach() for g in chosen])
+            views = self._few.views([g.detach() if g.requires_grad else g for g in chosen])
             self._few_last = chosen, pointers, views
         samples = self._few.read(views)
         return Look(gradients, versions, kinds, self._key, self._places, views, samples, self._witnesses)

@@ -83,6 +83,8 @@ class Reliance:
         groups = optimizer.param_groups
         last, self._plan, self._settings = self._plan, plan, settings
         unknown: list[float | None] = [None] * len(closed)
+        if last is not plan:  # other parameters, whose counters may differ
+            self._moves, self._counts = [], unknown
         if seen is None or None in now or None in seen.states:
             self._moves, self._counts = [], unknown
             return [reasons.NOT_THE_UPDATE] * len(look.gradients), now, unknown
