@@ -92,17 +92,25 @@ class Gradients:
         self._few = Places(())
         self._few_last: tuple[list[Tensor], list[int], list[list[Any]]] | None = None
 
-    def look(self, parameters: Sequence[Tensor], *, keep: bool = False, complete: bool = True) -> Look:
+    def look(
+        self, parameters: Sequence[Tensor], *, keep: bool = False, complete: bool = True, like: Look | None = None
+    ) -> Look:
         """The gradients now.
 
         Args:
             parameters: whose.
             keep: keep what it takes to look at the same tensors again; else only where they are small.
             complete: look at all of them; else at the witnesses, if there are any for such gradients.
+            like: the last look, perhaps at the same tensors.
         """
         gradients = [p.grad for p in parameters]
         versions = [0 if g is None else g._version for g in gradients]
         with torch.no_grad():
+            if not complete and like is not None and like.witnesses is self._witnesses and like.key is self._key:
+                if len(gradients) == len(like.gradients) and all(map(same, gradients, like.gradients)):
+                    found = self._glance(gradients, versions, like.kinds)
+                    if found is not None:
+                        return found
             kinds = [None if g is None else g.dtype if g.layout is torch.strided else g.layout for g in gradients]
             if not complete and self._witnesses and self._known == (list(map(id, parameters)), kinds):
                 found = self._glance(gradients, versions, kinds)
