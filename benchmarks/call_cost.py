@@ -5,8 +5,9 @@
 FOLDER holds a checkout of another version with its native core built in place (`python setup.py build_ext --inplace`).
 Both versions run the same calls (benchmarks/call_cost_cases.py), each in a process of its own, in turn; figures are
 medians over the rounds, and ratios medians of the ratios within a round. Tensors are tiny, one thread: what is
-measured is the way there, not the sums. With --predicted it is what a predicted step (`aligned_every=1`) adds to training
-instead: processor time of the training thread, medians over blocks of steps with and without a monitor, in turn.
+measured is the way there, not the sums. With --predicted it is what a predicted step (`aligned_every=1`) adds to
+training instead: processor time of the training thread, medians over blocks of steps with and without a monitor, in
+turn.
 
 On a GPU the target of feature_stats on 100 layers is 40 us, launch included; exit status 1 if it is missed.
 """

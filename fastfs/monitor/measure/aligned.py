@@ -95,7 +95,9 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) 
     return Aligned(decrease, *own.sqrt().unbind(dim=1), torch.where(decrease.isnan(), reason, reasons.FINE))
 
 
-_DOT, *_NORMS = (ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq"))
+_DOT, _PARAMETER, _UPDATE, _GRADIENT = (
+    ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")
+)
 
 
 def _plainly(stats: ParameterStats, incidence: Incidence) -> Aligned:
@@ -104,4 +106,4 @@ def _plainly(stats: ParameterStats, incidence: Incidence) -> Aligned:
     norms = own.sqrt().unbind(dim=1)
     decrease = -upstream[:, _DOT]
     fine = torch.zeros(len(decrease), dtype=torch.int64, device=decrease.device)
-    return Aligned(decrease, *(norms[i] for i in _NORMS), fine)
+    return Aligned(decrease, norms[_PARAMETER], norms[_UPDATE], norms[_GRADIENT], fine)
