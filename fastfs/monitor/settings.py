@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _MIB = 2**20
-_OPERATIONS = 30  # of an aligned step, whatever the model: counted with torch's profiler on the CPU
+_OPERATIONS, _OF_LAYERS = 60, 3  # operations of torch in an aligned step, and for each layer: as a dispatch mode counts
 _TINY = 2**20  # bytes of parameters up to which host work takes longer than the pass over them
 
 
@@ -159,7 +159,7 @@ def aligned_work(parameters: Sequence[Tensor], layers: int) -> str:
     amount = f"{size / _MIB:.1f} MiB" if size >= _MIB // 10 else f"{size / 1024:.1f} KiB"
     work = (
         f"one pass over gradients, parameters and optimizer state ({len(parameters)} parameters, {amount} each), the "
-        f"norm of {layers} backward vectors and some {_OPERATIONS + 2 * layers} small operations"
+        f"norm of {layers} backward vectors and some {_OPERATIONS + _OF_LAYERS * layers} small operations"
     )
     if size <= _TINY:
         work += "; for so small a model these take longer than the pass, and may take as long as the step itself"

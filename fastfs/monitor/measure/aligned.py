@@ -97,7 +97,9 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) 
     return Aligned(decrease, parameters, updates, gradients, torch.where(decrease.isnan(), reason, reasons.FINE))
 
 
-_DOT, *_NORMS = (ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq"))
+_DOT, _PARAMETER, _UPDATE, _GRADIENT = (
+    ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")
+)
 
 
 def _plainly(stats: ParameterStats, incidence: Incidence) -> Aligned:

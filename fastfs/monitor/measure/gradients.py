@@ -160,8 +160,9 @@ class GradientFactor:
 
     def look(self, index: int, parameters: Sequence[Tensor], *, complete: bool = False) -> Look:
         """The gradients of an optimizer right before its step: all, or the witnesses if those were looked at before."""
-        complete = complete or not self._ends or self._ends[index].complete
-        return self._gradients[index].look(parameters, keep=True, complete=complete)
+        last = self._ends[index] if self._ends else None
+        complete = complete or last is None or last.complete
+        return self._gradients[index].look(parameters, keep=True, complete=complete, like=last)
 
     def judged(self, index: int, good: Tensor | bool, *, complete: bool) -> None:
         """A step is over: whether the next ones may rely on it, and whether it was looked at in full itself."""

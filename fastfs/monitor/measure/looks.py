@@ -92,17 +92,25 @@ class Gradients:
         self._few = Places(())
         self._few_last: tuple[list[Tensor], list[int], list[list[Any]]] | None = None
 
-    def look(self, parameters: Sequence[Tensor], *, keep: bool = False, complete: bool = True) -> Look:
+    def look(
+        self, parameters: Sequence[Tensor], *, keep: bool = False, complete: bool = True, like: Look | None = None
+    ) -> Look:
         """The gradients now.
 
         Args:
             parameters: whose.
             keep: keep what it takes to look at the same tensors again; else only where they are small.
             complete: look at all of them; else at the witnesses, if there are any for such gradients.
+            like: the last look, perhaps at the same tensors.
         """
         gradients = [p.grad for p in parameters]
         versions = [0 if g is None else g._version for g in gradients]
         with torch.no_grad():
+            if not complete and like is not None and like.witnesses is self._witnesses and like.key is self._key:
+                if len(gradients) == len(like.gradients) and all(map(same, gradients, like.gradients)):
+                    found = self._glance(gradients, versions, like.kinds)
+                    if found is not None:
+                        return found
             kinds = [None if g is None else g.dtype if g.layout is torch.strided else g.layout for g in gradients]
             if not complete and self._witnesses and self._known == (list(map(id, parameters)), kinds):
                 found = self._glance(gradients, versions, kinds)
@@ -170,7 +178,7 @@ class Gradients:
         if last is not None and last[1] == pointers and all(map(same, last[0], chosen)):
             views = last[2]
         else:
-            views = self._few.views([g.detach() for g in chosen])
+            views = self._few.views([g.detach() if g.requires_grad else g for g in chosen])
             self._few_last = chosen, pointers, views
         samples = self._few.read(views)
         return Look(gradients, versions, kinds, self._key, self._places, views, samples, self._witnesses)

@@ -33,7 +33,8 @@ class Seen:
     Attributes:
         states: of the parts of the closed calls, in order; None where some are missing.
         tensors: parameters of these parts and what is in the states.
-        versions, pointers: of these.
+        versions: of these.
+        pointers: of the parameters.
     """
 
     states: list[States | None]
@@ -64,10 +65,11 @@ class Reliance:
             return None
         states = [states_of(optimizer, part) for call in plan.calls if call.closed for part in call.parts]
         tensors = [p for call in plan.calls if call.closed for p in call.params]
+        pointers = [p.data_ptr() for p in tensors]
         for state in states:
             if state is not None:
                 tensors += state.tensors
-        return Seen(states, tensors, [t._version for t in tensors], [t.data_ptr() for t in tensors])
+        return Seen(states, tensors, [t._version for t in tensors], pointers)
 
     def after(
         self, optimizer: Any, plan: Plan, look: Look, settings: list[Settings], seen: Seen | None
@@ -83,10 +85,13 @@ class Reliance:
         groups = optimizer.param_groups
         last, self._plan, self._settings = self._plan, plan, settings
         unknown: list[float | None] = [None] * len(closed)
+        if last is not plan:  # other parameters, whose counters may differ
+            self._moves, self._counts = [], unknown
         if seen is None or None in now or None in seen.states:
             self._moves, self._counts = [], unknown
             return [reasons.NOT_THE_UPDATE] * len(look.gradients), now, unknown
         tensors = [p for call in plan.calls if call.closed for p in call.params]
+        pointers = [p.data_ptr() for p in tensors]
         for state in now:
             assert state is not None
             tensors += state.tensors
@@ -97,7 +102,7 @@ class Reliance:
             and moves == self._moves
             and len(tensors) == len(seen.tensors)
             and all(map(same, tensors, seen.tensors))
-            and [t.data_ptr() for t in tensors] == seen.pointers
+            and pointers == seen.pointers
             and all(map(_went_on, now, counts, self._counts))
         )
         codes = [reasons.FINE] * len(look.gradients)
