@@ -357,6 +357,7 @@ class Monitor:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
         self._recover()
         started = time.perf_counter()
+        grad = torch.is_grad_enabled()
         self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
         try:
             if self._active and not self._failed:
@@ -370,6 +371,7 @@ class Monitor:
             self._recorder.poll()
         finally:
             self._recover()
+            torch._C._set_grad_enabled(grad)  # what an interrupt has left to put back may be of inside no_grad
 
     def _recover(self) -> None:
         """Put back what an interrupt has left changed, and end the step that it came in."""
