@@ -85,7 +85,7 @@ def change(module, rng):
         if isinstance(each, nn.Module):
             choice = rng.randrange(5)
             if choice == 0:
-                each.extra = value(rng)
+                object.__setattr__(each, "extra", value(rng))
             elif choice == 1:
                 each.register_buffer("moved", torch.zeros(rng.randrange(1, 3)))
             elif choice == 2:

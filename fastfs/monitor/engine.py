@@ -14,6 +14,7 @@ from fastfs.formula import relations
 from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.measure import reasons as decrease_reasons
 from fastfs.monitor.measure import row_reasons, trust
 from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
 from fastfs.monitor.measure.fingerprints import Fingerprint
@@ -73,11 +74,10 @@ class Engine:
         self._loss_scale: Tensor | None = None  # of the step that is under way
         self._found_inf: Tensor | None = None
         self._written: Tensor | None = None  # a parameter, since the forward: bool () on the device
-        self._rehearsed: set[Hashable] = (
-            set()
-        )  # kinds of steps whose compiled forwards have been run as they are written
-        self._eager_precision: list[float] | None = None
+        self._rehearsed = False  # compiled forwards of the step that is under way have been run as they are written
+        self._eager_precision: list[float] | None = None  # of that
         self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
+        self._counted: tuple[tuple[int, ...], Tensor] = (), torch.zeros(0)  # elements of layers, and roots of them
         self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
 
     # Around the optimizers
@@ -113,18 +113,21 @@ class Engine:
             return
         kind = _graphs(passes)
         if self.proofs.due(kind):
-            if self.knowledge.perturbed.compiled:
-                self._rehearse(kind, passes)
+            self._rehearse(passes)
             seen = self.mode.prove(passes, self.knowledge.perturbed, tensors)
             self._proven = seen.choices
             self.proofs.keep(kind, self._totals(seen.rows).stats)
 
-    def _rehearse(self, kind: Hashable, passes: Sequence[Pass]) -> None:
-        """Before compiled graphs run again: an eager forward, whose every operation can be seen."""
-        if kind not in self._rehearsed:
-            seen = self.mode.eager(passes, self.knowledge.perturbed, self.parameters.tensors)
+    def _rehearse(self, passes: Sequence[Pass]) -> None:
+        """Before compiled graphs run again: an eager forward, whose every operation can be seen.
+
+        At every measured step: a forward may write now and then only.
+        """
+        assert isinstance(self.mode, BatchMode)
+        if self.mode.runs_compiled and not self._rehearsed:
+            seen = self.mode.rehearse(passes, self.knowledge.perturbed, self.parameters.tensors)
             self._eager_precision = seen.coarsest
-            self._rehearsed.add(kind)
+            self._rehearsed = True
 
     @staticmethod
     def _refusal(passes: Sequence[Pass]) -> int | None:
@@ -166,6 +169,7 @@ class Engine:
         self.parameters.clear()
         self.factor.clear()
         self._loss_scale = self._found_inf = self._written = None
+        self._rehearsed, self._eager_precision = False, None
         self._proven = []
         self.mode.clear()
 
@@ -186,6 +190,7 @@ class Engine:
             if any(p.writes_parameters for p in passes):
                 raise WriteError("a parameter has another version after it", inputs=False)
         found = self.parameters.take(self.device)
+        moved = (found.reason == decrease_reasons.MOVED).any()
         if passes:
             ran = [any(p.visits[i] for p in passes) for i in range(len(self.layers))]
         else:
@@ -210,6 +215,7 @@ class Engine:
         verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
         self.proofs.count(graphs)
         self._idle -= {i for i, code in enumerate(look.absent) if code != row_reasons.NOT_RUN}
+        verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
         sums = FeatureStats(_unscaled(_reported(verdict, sums_of.stats), scale))
         residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
@@ -233,7 +239,7 @@ class Engine:
         if self.judge.kappa is not None:
             tensors["kappa"] = self.judge.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
-        if self._proven:
+        if any(self._proven):
             tensors["choices_changed"], common["choices"] = _changed(self._proven, look.choices, self.device)
         names, rows, quantiles, method = self.names, sums_of.rows, self.quantiles, mode.method
         self._push(
@@ -254,20 +260,22 @@ class Engine:
         found = self.capture.squares()
         kind = self.knowledge.kind(self.capture.kind([count > 0 for count, _ in found]))
         done = self._aligned(stats, kind, scale)
-        squares = self._squares([parts for _, parts in found])
-        counts = [float(count) or torch.nan for count, _ in found]
-        count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
-        backward = squares.sqrt() / scale
-        speed = torch.full_like(backward, torch.nan)
-        if kind is not None:
+        backward = self._norms([parts for _, parts in found])
+        if self.scale.given:
+            backward = backward / scale
+        root = self._roots([count for count, _ in found])
+        if kind is None:
+            speed = torch.full_like(backward, torch.nan)
+        else:
             # Section 2, the feature speed formula, with the last angle that was measured.
             speed = relations.predicted_update_norm(done.decrease, kind.cosine, backward)
-            speed = torch.where(kind.cuts & self._accumulated(), speed, torch.nan)
+            cuts = kind.cuts & self._accumulated() if self.capture.rewritten else kind.cuts
+            speed = torch.where(cuts & (speed > 0), speed, torch.nan)
         tensors = {
             "aligned": _columns(done),
             "decrease_reason": done.reason,
-            "backward_rms": backward / count.sqrt(),
-            "update_rms": torch.where(speed > 0, speed / count.sqrt(), torch.nan),
+            "backward_rms": backward / root,
+            "update_rms": speed / root,
             "loss_scale": scale,
         }
         common = {"step": step, "time": time.time(), "loss": None}
@@ -279,6 +287,21 @@ class Engine:
         if not self.capture.rewritten:
             return torch.ones((), dtype=torch.bool, device=self.device)
         return ~torch.stack([flag.to(self.device, non_blocking=True) for flag in self.capture.rewritten]).any()
+
+    def _roots(self, counts: Sequence[int]) -> Tensor:
+        """Of the numbers of elements, nan for 0: float64 (L,); the last ones are kept."""
+        key = tuple(counts)
+        if self._counted[0] != key:
+            roots = [count**0.5 or torch.nan for count in key]
+            self._counted = key, torch.tensor(roots, dtype=torch.float64).to(self.device, non_blocking=True)
+        return self._counted[1]
+
+    def _norms(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
+        """Per layer the root of the sum over its parts, nan without any: float64 (L,)."""
+        if all(len(parts) == 1 and not parts[0][0].dim() for parts in layers):
+            return torch.stack([parts[0][0].to(self.device, non_blocking=True) for parts in layers])
+        rows = [[(x if x.dim() else x.square().view(1), factor) for x, factor in parts] for parts in layers]
+        return self._squares(rows).sqrt()
 
     def _squares(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
         """Per layer the sum over its parts of sum of squares times factor, nan without any: float64 (L,)."""
@@ -335,8 +358,7 @@ class Engine:
             eps = self._on_device(self.judge.precision(layers, passes, None))
             sums = replace(sums, stats=_without_update(sums.stats))
             return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, self._absent(passes))
-        if self.knowledge.perturbed.compiled:
-            self._rehearse(_graphs(passes), passes)
+        self._rehearse(passes)
         previous = self.parameters.previous
         if isinstance(mode, JvpMode):
             seen = mode.along(passes, self.knowledge.perturbed, previous, now)
@@ -378,7 +400,8 @@ class Engine:
         for index in range(len(self.layers)):
             visits = [visit for p in passes for visit in p.visits[index]]
             if not visits:
-                codes.append(row_reasons.NOT_RUN)
+                hidden = self.capture.hidden(index)
+                codes.append(row_reasons.IN_GRAPH if hidden else row_reasons.NOT_RUN)
             elif index in self.mode.astray:
                 codes.append(row_reasons.OTHER_CALLS)
             elif not any(visit.measurable for visit in visits):
@@ -417,7 +440,7 @@ class Engine:
     def _aligned(self, found: MeasuredUpdate, kind: Kind | None, scale: Tensor) -> Aligned:
         if kind is None:
             return Aligned.unknown(len(self.layers), self.device)
-        return aligned(found, kind.incidence, scale)
+        return aligned(found, kind.incidence, scale if self.scale.given else None)
 
     def _on_probe(self, found: MeasuredUpdate) -> MeasuredUpdate:
         """With the gradients of the probe; dw, |w| and |dw| are the same."""
@@ -469,7 +492,7 @@ def _linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> 
 def _changed(
     first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]], device: torch.device
 ) -> tuple[Tensor, int]:
-    """How many of the discrete choices of a forward are others in the second one: float64 (), and how many there are."""
+    """How many discrete choices of a forward differ in the second one, float64 (), and how many there are."""
     pairs = [pair for ours, theirs in zip(first, second, strict=False) for pair in zip(ours, theirs, strict=False)]
     pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
     total = torch.zeros((), dtype=torch.float64, device=device)

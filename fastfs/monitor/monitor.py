@@ -31,10 +31,13 @@ from fastfs.monitor.record.sinks import checked_metadata
 from fastfs.monitor.schedule import Schedule, as_schedule
 from fastfs.monitor.steps import OptimizerSteps
 from fastfs.network.guard import WriteError
+from fastfs.network.journal import Journal
 from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, select_groups, select_layers
 from fastfs.network.outputs import first_floating
 
 __all__ = ["Monitor"]
+
+_IN_GRAPHS = "run inside graphs of torch.compile, which can be seen from torch 2.13 on"
 
 
 class Monitor:
@@ -144,6 +147,7 @@ class Monitor:
         self._closed = False
         self._failed = False  # this step's measurement, before it began
         self._why: str | None = None  # it is left out
+        self._journal = Journal()  # of the end of a step
         self._finishing: int | None = None  # the step whose end is under way
         self._model = model
         self._optimizers = optimizers
@@ -240,7 +244,13 @@ class Monitor:
         """What is measured how often, and the memory it may take: what is printed when the monitor is attached."""
         parameters = self._engine.parameters
         moment = settings.momentary_bytes(parameters.tensors, str(self._header["mode"]), self._engine.amplify)
-        return settings.describe(self._header, parameters.snapshot_bytes, moment, self._recorder.device_bytes)
+        return settings.describe(
+            self._header,
+            parameters.snapshot_bytes,
+            moment,
+            self._recorder.device_bytes,
+            settings.aligned_work(parameters.tensors, len(self._layers)),
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}"
@@ -282,7 +292,7 @@ class Monitor:
             self._warn(
                 "unused",
                 f"was never reached: {self._capture.seen} backwards of the model were seen, but no step() of "
-                f"{', '.join(type(o).__name__ for o in self._optimizers)}. Give the optimizer whose step() the loop calls",
+                f"{self._header['optimizer']}. Give the optimizer whose step() the loop calls",
             )
 
     def __enter__(self) -> Monitor:
@@ -358,12 +368,13 @@ class Monitor:
         self._recover()
         started = time.perf_counter()
         grad = torch.is_grad_enabled()
+        self._journal.note(lambda: torch._C._set_grad_enabled(grad))
         self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
         try:
             if self._active and not self._failed:
                 try:
-                    with torch.no_grad():
-                        self._measure(started)
+                    torch._C._set_grad_enabled(False)
+                    self._measure(started)
                 except Exception as error:  # a measurement must not end a training run
                     self._fail(error)
             if self._why is not None:
@@ -371,11 +382,11 @@ class Monitor:
             self._recorder.poll()
         finally:
             self._recover()
-            torch._C._set_grad_enabled(grad)  # what an interrupt has left to put back may be of inside no_grad
 
     def _recover(self) -> None:
         """Put back what an interrupt has left changed, and end the step that it came in."""
         self._capture.replayer.recover()
+        self._journal.restore()
         if self._finishing is None:
             return
         self._step = self._finishing + 1
@@ -418,18 +429,35 @@ class Monitor:
             if self._capture.dropped:
                 self._why = "every forward of the step was left out"
                 return
+            if self._warn_of_hidden():
+                self._why = f"the watched layers {_IN_GRAPHS}"
+                return
             self._why = "no forward and backward of the model was seen before the step"
             if self._capture.transformed:
                 self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"
+            again = (
+                "Graphs of torch.compile that know of no hooks were found and dropped: they are made again"
+                if self._capture.drop_unguarded()
+                else "The model that was given must be the one that the loop calls, with gradient"
+            )
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
-                "The model that was given must be the one that the loop calls, with gradient. If torch.compile "
-                "compiled it and it was called before the monitor was attached, its graphs know of no hooks: call "
-                "torch.compiler.reset() once after attaching, or attach before the first call",
+                + again,
             )
-        elif self._engine.idle:
+        elif not self._warn_of_hidden() and self._engine.idle:
             self._warn_of_idle(self._engine.idle)
+
+    def _warn_of_hidden(self) -> bool:
+        """Of layers in graphs that show none; whether there are any."""
+        hidden = [layer.name for layer in self._layers if self._capture.hidden(layer.index)]
+        if hidden:
+            self._warn(
+                "hidden",
+                f"has no features of {', '.join(map(repr, hidden[:20]))}: they {_IN_GRAPHS}; "
+                f"this is torch {torch.__version__}",
+            )
+        return bool(hidden)
 
     def _warn_of_idle(self, layers: Sequence[Layer]) -> None:
         first = layers[0]

@@ -1,9 +1,9 @@
 """Everything that the modules of a model hold: parameters, buffers, attributes, containers and generators in them.
 
 Two snapshots serve a second forward. :class:`Belongings` says what is where, so that all of it can be put back after
-a forward that assigns, appends or toggles. :class:`Earlier` holds what a forward found when it began, tensors copied, and
-gives it to a second one: a counter has the value that it had then, and a running mean the numbers. Attributes of modules
-are looked through, and containers, objects and tensors in these.
+a forward that assigns, appends or toggles. :class:`Earlier` holds what a forward found when it began, tensors copied,
+and gives it to a second one: a counter has the value that it had then, and a running mean the numbers. Attributes of
+modules are looked through, and containers, objects and tensors in these.
 
 Contents of tensors that training owns are not copied to be put back: :mod:`fastfs.network.guard` keeps a forward from
 writing to them.

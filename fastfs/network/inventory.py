@@ -1,8 +1,9 @@
 """What the modules of a model hold, found by walking once: later looks compare with what was found then.
 
-A walk meets some twenty containers per module, nearly all of them empty or the same as at the last look. Whether that is
-so is asked by identity of every key and value, of all containers, at every look: then what they hold has not to be looked
-into again. A container that was found changed, or that holds what must not be kept alive, is looked into at every look.
+A walk meets some twenty containers per module, nearly all of them empty or the same as at the last look. Whether that
+is so is asked by identity of every key and value, of all containers, at every look: then what they hold has not to be
+looked into again. A container that was found changed, or that holds what must not be kept alive, is looked into at
+every look.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _CONTAINERS = (dict, list, set, deque)
 INTERNAL = frozenset(vars(nn.Module())) - {"training", "_buffers", "_parameters"}
 """What torch keeps of a module, hooks say, that is not state of its forwards."""
 
-ITERATORS = (itertools.count, itertools.repeat, *(type(iter(x)) for x in ([], (), range(1), "", "\u00e9")))
+_ITERABLES: tuple[Any, ...] = ([], (), range(1), "", "\u00e9")
+ITERATORS: tuple[type[Any], ...] = (itertools.count, itertools.repeat, *map(type, map(iter, _ITERABLES)))
 """Iterators of which copies can be made."""
 
 _CODE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from fastfs.monitor.capture.forwards import (
     runs_on_own,
     sequence_number,
 )
+from fastfs.monitor.capture.graphs import DynamoSettings, drop_unguarded
 from fastfs.monitor.capture.keeping import Keeping, transformed
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.replay import Replayer
@@ -108,10 +109,14 @@ class Capture(Keeping):
         self._open: Pass | None = None  # the forward that is running
         self._depth = 0
         self.parameters_are(parameters)
-        key = taps.register(self)
         self._handles: list[RemovableHandle] = []
+        others = [r.dynamo for r in taps.receivers()]
+        self.dynamo = DynamoSettings(others)
+        self._key = taps.register(self)
+        self._taps: list[taps.Tap] = []
         try:
-            self._attach(select, key)
+            self._attach(select, self._key)
+            self.drop_unguarded()
         except BaseException:
             self.close()
             raise
@@ -122,6 +127,7 @@ class Capture(Keeping):
         for layer in self._layers:  # before the hook that ends the forward: the model itself may be a layer
             tap = taps.Tap(layer, self.switch, self, key, select, self.failed)
             self._handles.append(layer.module.register_forward_hook(tap))
+            self._taps.append(tap)
         # always_call: also when the forward raises
         leave = taps.Around(self._leave, self.switch, self.failed)
         self._handles.append(self._model.register_forward_hook(leave, always_call=True))
@@ -129,6 +135,10 @@ class Capture(Keeping):
     @property
     def replaying(self) -> bool:
         return self.replayer.sink is not None
+
+    def hidden(self, layer: int) -> bool:
+        """Whether a layer runs in compiled graphs of a torch release in which it cannot be tapped."""
+        return self._taps[layer].hidden
 
     def close(self) -> None:
         """Remove every hook and forget everything captured."""
@@ -138,6 +148,12 @@ class Capture(Keeping):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if taps.unregister(self._key):
+            self.dynamo.release()
+
+    def drop_unguarded(self) -> int:
+        """Drop compiled graphs that would run past the taps; of how many code objects."""
+        return drop_unguarded(self._model, [self._model, *(layer.module for layer in self._layers)])
 
     def clear(self) -> None:
         """Forget everything captured: the next forward belongs to the next step."""
@@ -172,7 +188,7 @@ class Capture(Keeping):
         self._lost.clear()
         self._touched = bytearray(len(self._tensors))
 
-    def kind(self, ran: Sequence[bool]) -> Hashable:
+    def kind(self, ran: Sequence[bool]) -> tuple[bytes, tuple[bool, ...]]:
         """What kind of step this is: which parameters have got a gradient, and which layers have run."""
         return bytes(self._touched), tuple(ran)
 

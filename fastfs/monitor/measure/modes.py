@@ -77,7 +77,7 @@ class BatchMode:
         parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
         # Without the wrapper's collectives: the other ranks need not have a monitor.
         self._forward: nn.Module = model.module if isinstance(model, parallel) else model
-        self._compiled = has_compiled(model)  # its graphs are to run as they are
+        self.runs_compiled = has_compiled(model)  # its graphs run as they are, where no operation can be looked at
         self.astray: set[int] = set()  # layers that a second forward has called in another way
         self._layers = layers
         self._capture = capture
@@ -97,7 +97,7 @@ class BatchMode:
 
     def measure(self, passes: Sequence[Pass]) -> Seen:
         """Sums of rows of every pass; the parameters are those after the step."""
-        return self._see(passes, self._forward, guarded=not self._compiled)
+        return self._see(passes, self._forward, guarded=not self.runs_compiled)
 
     def amplified(
         self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor], now: Sequence[Tensor], kappa: Tensor
@@ -126,12 +126,16 @@ class BatchMode:
         """Between the features of the training step and those of an eager forward with these parameters."""
         return self._see(passes, _at(model, values))
 
+    def rehearse(self, passes: Sequence[Pass], model: Perturbed, values: Sequence[Tensor]) -> Seen:
+        """The same before a compiled forward, which is stricter: what is put back after this one will not be then."""
+        return self._see(passes, _at(model, values), strict=True)
+
     def prove(self, passes: Sequence[Pass], model: Perturbed, values: Sequence[Tensor]) -> Seen:
         """Before the step: the features of a second forward with the parameters of the first, against its own.
 
         The second forward is the one that the measurement will be made with.
         """
-        return self._see(passes, self._forward, guarded=not self._compiled)
+        return self._see(passes, self._forward, guarded=not self.runs_compiled)
 
     def in_float32(self, passes: Sequence[Pass], model: Perturbed, before: Sequence[Tensor]) -> list[RowSums]:
         """Sums of rows whose ``before_sq`` is that of a forward in float32; the other sums mean nothing."""
@@ -210,6 +214,7 @@ class JvpMode(BatchMode):
     def __init__(self, model: nn.Module, layers: Sequence[Layer], capture: Capture, warn: Warn) -> None:
         super().__init__(model, layers, capture, warn)
         self.cut: set[int] = set()  # layers whose first-order change is not complete
+        self.runs_compiled = False
         load_forward_mode()
 
     def clear(self) -> None:
