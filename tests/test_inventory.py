@@ -1,4 +1,4 @@
-"""A look that compares with the last one finds what a walk from scratch finds, whatever was done to the modules between."""
+"""A look that compares with the last one finds what a walk from scratch finds, whatever was changed between them."""
 
 from __future__ import annotations
 
