@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fastfs.monitor.capture import taps
-from fastfs.monitor.capture.backwards import Backwards, current
+from fastfs.monitor.capture.backwards import Backwards, current, stamps
 from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.forwards import (
     Place,
@@ -39,7 +39,7 @@ from fastfs.monitor.capture.forwards import (
     sequence_number,
 )
 from fastfs.monitor.capture.graphs import DynamoSettings, drop_unguarded
-from fastfs.monitor.capture.keeping import Keeping, transformed
+from fastfs.monitor.capture.keeping import Keeping, throw, transformed
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.replay import Replayer
 from fastfs.monitor.capture.sampling import Sampler
@@ -92,9 +92,8 @@ class Capture(Keeping):
         self.rewritten: list[Tensor] = []  # device flags: gradients were not zeroed but changed between micro-batches
         self.replayer = Replayer(layers, self.switch, sampler, owned)
         self.gradients: GradientFactor | None = None
-        self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [
-            [] for _ in layers
-        ]  # backward, elements, sum
+        # Of each layer: backward, elements, sum.
+        self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [[] for _ in layers]
         self._lost: set[int] = set()  # layers of which a sum is missing
         self._task = -1  # the backward that has begun last
         self._stamps: list[tuple[int, int] | None] = []  # of the gradients when it began
@@ -314,7 +313,7 @@ class Capture(Keeping):
     def unseen(self, error: Exception) -> None:
         """A layer has no features: its forward cannot be captured."""
         if self._open is not None and not self._open.dropped and self.switch.level == taps.EVERYTHING:
-            self._or_drop(self._open, _throw, error)
+            self._or_drop(self._open, throw, error)
 
     def compiled_features(self, layer: int, features: Tensor) -> None:
         if self.replayer.sink is not None:
@@ -397,12 +396,3 @@ class Capture(Keeping):
             self._passes.clear()
             self.forget_squares()
             self.rewritten.append(self.gradients.nonzero())
-
-
-def stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
-    """Which gradients there are, and how often each has been written to."""
-    return [None if (g := p.grad) is None else (id(g), g._version) for p in tensors]
-
-
-def _throw(error: Exception) -> None:
-    raise error

@@ -22,7 +22,7 @@ from fastfs.network.inputs import UnknownArgumentError
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import strided
 
-__all__ = ["Keeping"]
+__all__ = ["Keeping", "throw", "transformed"]
 
 
 class Keeping:
@@ -210,3 +210,7 @@ def _message(error: Exception) -> tuple[str, str]:
     if isinstance(error, UnknownArgumentError):
         return "argument", f"has a forward with {error}: this forward is left out"
     return "copy", f"has a forward that could not be copied and is left out ({type(error).__name__}: {error})"
+
+
+def throw(error: Exception) -> None:
+    raise error
