@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastfs.monitor.capture.taps import HOOKS_IN_GRAPHS
 from tests.browser import BROWSERS, find_browser
 
 hypothesis.settings.register_profile("fastfs", deadline=None, derandomize=True, max_examples=60)
@@ -27,9 +28,15 @@ def missing_browser() -> str | None:
     return None if find_browser() else f"no browser: none of {', '.join(BROWSERS)} on PATH"
 
 
+def missing_graphs() -> str | None:
+    """Why tests marked `graphs` cannot run, or None."""
+    return None if HOOKS_IN_GRAPHS else f"torch {torch.__version__}: layers in compiled graphs are seen from 2.13 on"
+
+
 NEEDS = {
     "gpu": (missing_gpu, "FASTFS_REQUIRE_GPU"),
     "browser": (missing_browser, "FASTFS_REQUIRE_BROWSER"),
+    "graphs": (missing_graphs, "FASTFS_REQUIRE_GRAPHS"),
 }
 
 

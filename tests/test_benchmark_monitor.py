@@ -43,7 +43,7 @@ MANY = [trainings.MEASURED, trainings.AMPLIFIED, trainings.JVP, trainings.PROBE]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.graphs)])
 def test_quick(tmp_path: Path, compiled: bool) -> None:
     result, printed = quick("benchmarks.monitor", tmp_path / "result.json", *(["--compile"] if compiled else []))
     rows = {row["contestant"]: row for row in result["rows"]}

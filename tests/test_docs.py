@@ -110,6 +110,7 @@ def test_readme(tmp_path, monkeypatch):
     assert fastfs.load("run/record.jsonl").attrs["headers"][0]["layers"] == ["blocks.0", "blocks.1"]
 
 
+@pytest.mark.graphs
 def test_the_monitor(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)

@@ -57,6 +57,7 @@ def test_random_loops(chunk):
 
 
 @pytest.mark.slow
+@pytest.mark.graphs
 @pytest.mark.parametrize("monitor", ["batch", "amplify", "jvp"])
 def test_compiled_loops(monitor):
     assert_right([Recipe(compiled="aot_eager", monitor=monitor, optimizer="adamw", clip="norm")])

@@ -157,14 +157,6 @@ def test_wheel_works_outside_the_source_tree(distributions: tuple[Path, Path], t
     assert "Nothing is wrong" in doctor
 
 
-@pytest.mark.slow
-@linux
-def test_smoke_script(distributions: tuple[Path, Path], tmp_path: Path) -> None:
-    script = ROOT / "scripts" / "smoke_torch_versions.py"
-    output = run(sys.executable, script, distributions[1], sys.executable, cwd=tmp_path)
-    assert "1 of 1 torch installations work" in output
-
-
 # Editable and incremental
 
 

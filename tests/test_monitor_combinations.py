@@ -110,6 +110,9 @@ LOOPS = [
 ]
 
 
+IN_GRAPHS = dict.fromkeys(["compiled", "compiled-blocks-in-place"], pytest.mark.graphs)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(threads):
     """The models are tiny, and other threads would only spin."""
@@ -127,7 +130,7 @@ def without(device: str, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", [loop.name for loop in LOOPS])
+@pytest.mark.parametrize("name", [pytest.param(x.name, marks=IN_GRAPHS.get(x.name, ())) for x in LOOPS])
 def test_training_is_the_same_with_the_monitor_on_and_off(name, mode, device):
     loop = on(device, name)
     options = dict(MODES[mode])

@@ -15,7 +15,7 @@ from tests.monitor_cases import measured_into, sgd, train
 from tests.monitor_loops import Net
 
 INDUCTORS = "ignore:.torch.jit.*is deprecated:DeprecationWarning"  # when torch loads it
-pytestmark = [pytest.mark.filterwarnings(loops.DYNAMO), pytest.mark.filterwarnings(INDUCTORS)]
+pytestmark = [pytest.mark.graphs, pytest.mark.filterwarnings(loops.DYNAMO), pytest.mark.filterwarnings(INDUCTORS)]
 BLOCKS = loops.BLOCKS
 
 

@@ -305,7 +305,10 @@ WRAPPED = {
 @pytest.mark.filterwarnings("ignore:FSDP is switching to use:UserWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")  # a reentrant second forward
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED.keys())
+@pytest.mark.parametrize(
+    "wrap",
+    [pytest.param(wrap, id=k, marks=[pytest.mark.graphs] * ("compile" in k.split())) for k, wrap in WRAPPED.items()],
+)
 def test_names_and_numbers_are_those_without_the_wrapper(wrap, alone):
     seen = {}
     for make in (resnet, wrap):

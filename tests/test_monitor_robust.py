@@ -333,6 +333,7 @@ def test_a_model_compiled_in_place_is_refused_with_the_way_out():
         watched(model=model)
 
 
+@pytest.mark.graphs
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 def test_a_model_compiled_after_attaching_is_measured():
     seen = {}

@@ -20,8 +20,9 @@ from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
 from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.knowledge import Kind, Knowledge
-from fastfs.monitor.measure.modes import BatchMode, JvpMode, ProbeMode
+from fastfs.monitor.measure.modes import BatchMode, JvpMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.probe import ProbeMode
 from fastfs.monitor.measure.proof import Proofs
 from fastfs.monitor.measure.sums import LayerSums, RowSums, totals
 from fastfs.monitor.measure.updates import MeasuredUpdate
@@ -76,6 +77,7 @@ class Engine:
         self._rehearsed = False  # compiled forwards of the step that is under way have been run as they are written
         self._eager_precision: list[float] | None = None  # of that
         self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
+        self._counted: tuple[tuple[int, ...], Tensor] = (), torch.zeros(0)  # elements of layers, and roots of them
         self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
 
     # Around the optimizers
@@ -258,20 +260,22 @@ class Engine:
         found = self.capture.squares()
         kind = self.knowledge.kind(self.capture.kind([count > 0 for count, _ in found]))
         done = self._aligned(stats, kind, scale)
-        squares = self._squares([parts for _, parts in found])
-        counts = [float(count) or torch.nan for count, _ in found]
-        count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
-        backward = squares.sqrt() / scale
-        speed = torch.full_like(backward, torch.nan)
-        if kind is not None:
+        backward = self._norms([parts for _, parts in found])
+        if self.scale.given:
+            backward = backward / scale
+        root = self._roots([count for count, _ in found])
+        if kind is None:
+            speed = torch.full_like(backward, torch.nan)
+        else:
             # Section 2, the feature speed formula, with the last angle that was measured.
             speed = relations.predicted_update_norm(done.decrease, kind.cosine, backward)
-            speed = torch.where(kind.cuts & self._accumulated(), speed, torch.nan)
+            cuts = kind.cuts & self._accumulated() if self.capture.rewritten else kind.cuts
+            speed = torch.where(cuts & (speed > 0), speed, torch.nan)
         tensors = {
             "aligned": _columns(done),
             "decrease_reason": done.reason,
-            "backward_rms": backward / count.sqrt(),
-            "update_rms": torch.where(speed > 0, speed / count.sqrt(), torch.nan),
+            "backward_rms": backward / root,
+            "update_rms": speed / root,
             "loss_scale": scale,
         }
         common = {"step": step, "time": time.time(), "loss": None}
@@ -283,6 +287,21 @@ class Engine:
         if not self.capture.rewritten:
             return torch.ones((), dtype=torch.bool, device=self.device)
         return ~torch.stack([flag.to(self.device, non_blocking=True) for flag in self.capture.rewritten]).any()
+
+    def _roots(self, counts: Sequence[int]) -> Tensor:
+        """Of the numbers of elements, nan for 0: float64 (L,); the last ones are kept."""
+        key = tuple(counts)
+        if self._counted[0] != key:
+            roots = [count**0.5 or torch.nan for count in key]
+            self._counted = key, torch.tensor(roots, dtype=torch.float64).to(self.device, non_blocking=True)
+        return self._counted[1]
+
+    def _norms(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
+        """Per layer the root of the sum over its parts, nan without any: float64 (L,)."""
+        if all(len(parts) == 1 and not parts[0][0].dim() for parts in layers):
+            return torch.stack([parts[0][0].to(self.device, non_blocking=True) for parts in layers])
+        rows = [[(x if x.dim() else x.square().view(1), factor) for x, factor in parts] for parts in layers]
+        return self._squares(rows).sqrt()
 
     def _squares(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
         """Per layer the sum over its parts of sum of squares times factor, nan without any: float64 (L,)."""
@@ -381,7 +400,8 @@ class Engine:
         for index in range(len(self.layers)):
             visits = [visit for p in passes for visit in p.visits[index]]
             if not visits:
-                codes.append(row_reasons.NOT_RUN)
+                hidden = self.capture.hidden(index)
+                codes.append(row_reasons.IN_GRAPH if hidden else row_reasons.NOT_RUN)
             elif index in self.mode.astray:
                 codes.append(row_reasons.OTHER_CALLS)
             elif not any(visit.measurable for visit in visits):
@@ -420,7 +440,7 @@ class Engine:
     def _aligned(self, found: MeasuredUpdate, kind: Kind | None, scale: Tensor) -> Aligned:
         if kind is None:
             return Aligned.unknown(len(self.layers), self.device)
-        return aligned(found, kind.incidence, scale)
+        return aligned(found, kind.incidence, scale if self.scale.given else None)
 
     def _on_probe(self, found: MeasuredUpdate) -> MeasuredUpdate:
         """With the gradients of the probe; dw, |w| and |dw| are the same."""

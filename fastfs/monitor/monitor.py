@@ -21,8 +21,9 @@ from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.engine import Engine
 from fastfs.monitor.measure.aligned import LossScale
 from fastfs.monitor.measure.gradients import GradientFactor
-from fastfs.monitor.measure.modes import BatchMode, JvpMode, Probe, ProbeMode
+from fastfs.monitor.measure.modes import BatchMode, JvpMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.probe import Probe, ProbeMode
 from fastfs.monitor.optimizers import check_optimizers
 from fastfs.monitor.payload import Names
 from fastfs.monitor.record.header import make_header
@@ -35,6 +36,8 @@ from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, selec
 from fastfs.network.outputs import first_floating
 
 __all__ = ["Monitor"]
+
+_IN_GRAPHS = "run inside graphs of torch.compile, which can be seen from torch 2.13 on"
 
 
 class Monitor:
@@ -241,7 +244,13 @@ class Monitor:
         """What is measured how often, and the memory it may take: what is printed when the monitor is attached."""
         parameters = self._engine.parameters
         moment = settings.momentary_bytes(parameters.tensors, str(self._header["mode"]), self._engine.amplify)
-        return settings.describe(self._header, parameters.snapshot_bytes, moment, self._recorder.device_bytes)
+        return settings.describe(
+            self._header,
+            parameters.snapshot_bytes,
+            moment,
+            self._recorder.device_bytes,
+            settings.aligned_work(parameters.tensors, len(self._layers)),
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}"
@@ -420,6 +429,9 @@ class Monitor:
             if self._capture.dropped:
                 self._why = "every forward of the step was left out"
                 return
+            if self._warn_of_hidden():
+                self._why = f"the watched layers {_IN_GRAPHS}"
+                return
             self._why = "no forward and backward of the model was seen before the step"
             if self._capture.transformed:
                 self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"
@@ -433,8 +445,19 @@ class Monitor:
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
                 + again,
             )
-        elif self._engine.idle:
+        elif not self._warn_of_hidden() and self._engine.idle:
             self._warn_of_idle(self._engine.idle)
+
+    def _warn_of_hidden(self) -> bool:
+        """Of layers in graphs that show none; whether there are any."""
+        hidden = [layer.name for layer in self._layers if self._capture.hidden(layer.index)]
+        if hidden:
+            self._warn(
+                "hidden",
+                f"has no features of {', '.join(map(repr, hidden[:20]))}: they {_IN_GRAPHS}; "
+                f"this is torch {torch.__version__}",
+            )
+        return bool(hidden)
 
     def _warn_of_idle(self, layers: Sequence[Layer]) -> None:
         first = layers[0]

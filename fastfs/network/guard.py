@@ -152,9 +152,13 @@ class Guard(TorchDispatchMode):
             args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
         output = func(*args, **kwargs) if kwargs else func(*args)
         if plan.fresh:
-            for tensor in (output,) if isinstance(output, Tensor) else _tensors(output):
-                self._made.update(storages(tensor))
-                self._note_precision(plan, tensor)
+            if type(output) is Tensor and output.layout is torch.strided:  # nearly always
+                self._made.add(output.untyped_storage()._cdata)
+                self._note_precision(plan, output)
+            else:
+                for tensor in _tensors(output):
+                    self._made.update(storages(tensor))
+                    self._note_precision(plan, tensor)
         if plan.choice:
             self.choices += [x for x in _tensors(output) if not x.is_floating_point()]
         return output

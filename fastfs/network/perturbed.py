@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -129,10 +130,22 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def load_forward_mode() -> None:
-    """The first dual tensor of a process makes torch load its rules, with deprecation warnings that are its own."""
+    """The first dual tensor of a process makes torch load its rules, with deprecation warnings that are its own.
+
+    Checkpoints of older torch releases keep their inputs by an operation without a rule, and get one.
+    """
     with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for category in (DeprecationWarning, FutureWarning):  # which of them depends on the release
+            warnings.simplefilter("ignore", category)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+    saver = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
+    if saver is not None and "jvp" not in vars(saver):
+        saver.jvp = staticmethod(_nothing_saved)
+
+
+def _nothing_saved(_ctx: Any, *_tangents: Tensor | None) -> Tensor:
+    """The change of the empty tensor that such an operation gives."""
+    return torch.empty((0,))
 
 
 def tangents(features: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ class Capture(Keeping):
         others = [r.dynamo for r in taps.receivers()]
         self.dynamo = DynamoSettings(others)
         self._key = taps.register(self)
+        self._taps: list[taps.Tap] = []
         try:
             self._attach(select, self._key)
             self.drop_unguarded()
@@ -126,6 +127,7 @@ class Capture(Keeping):
         for layer in self._layers:  # before the hook that ends the forward: the model itself may be a layer
             tap = taps.Tap(layer, self.switch, self, key, select, self.failed)
             self._handles.append(layer.module.register_forward_hook(tap))
+            self._taps.append(tap)
         # always_call: also when the forward raises
         leave = taps.Around(self._leave, self.switch, self.failed)
         self._handles.append(self._model.register_forward_hook(leave, always_call=True))
@@ -133,6 +135,10 @@ class Capture(Keeping):
     @property
     def replaying(self) -> bool:
         return self.replayer.sink is not None
+
+    def hidden(self, layer: int) -> bool:
+        """Whether a layer runs in compiled graphs of a torch release in which it cannot be tapped."""
+        return self._taps[layer].hidden
 
     def close(self) -> None:
         """Remove every hook and forget everything captured."""

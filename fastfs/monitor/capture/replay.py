@@ -113,8 +113,11 @@ class Replayer:
         Returns:
             What ``forward`` gives.
         """
-        with OwnForward(self, state, sink, grad, guarded, options) as guard:
-            return forward(guard)
+        try:
+            with OwnForward(self, state, sink, grad, guarded, options) as guard:
+                return forward(guard)
+        finally:
+            self.recover()  # what an interrupt on the way into the forward has left
 
     def replay(
         self,
@@ -216,7 +219,8 @@ class Replayer:
         """A copy, like the features before: a following operation may work in place."""
         if type(features) is not Tensor:
             return self._sampler.keep(see(strided(features)), kept).values
-        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():  # no operations of the forward
+        past_dispatch: Any = torch._C._DisableTorchDispatch()
+        with past_dispatch, torch._C.DisableTorchFunction():  # no operations of the forward
             return self._sampler.keep(see(strided(features)), kept).values
 
 

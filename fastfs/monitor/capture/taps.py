@@ -13,6 +13,7 @@ off is exactly that of the model without a monitor.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import weakref
 from collections.abc import Callable
@@ -48,6 +49,10 @@ OFF, GRADIENTS, EVERYTHING = 0, 1, 2
 """Levels of a switch: nothing; backward vectors only; features, too."""
 
 FORWARD, BACKWARD = 0, 1
+
+HOOKS_IN_GRAPHS = importlib.util.find_spec("torch._higher_order_ops.register_hook") is not None
+"""Whether Dynamo traces hooks on tensors as hooks. Before torch 2.13 it makes views of the tensors, on which a
+following operation in place fails, and training with it: there, taps stay out of compiled graphs."""
 
 Select = Callable[[Any], Tensor]
 """Takes a layer's output and gives the features in it."""
@@ -205,17 +210,19 @@ class Tap(Hook):
         self.receiver = receiver
         self.select = select
         self.failed = failed
+        self.hidden = False  # the layer has run in a graph where it could not be tapped
         self.forward_anchor = torch.tensor([key, layer.index, FORWARD])
         self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
 
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if not self.switch.on or torch.compiler.is_exporting():
+        if not self.switch.on or _exported():
             return
         if torch.compiler.is_compiling():
             self.trace(output)
-        elif not _recorded():  # a graph that is being recorded would take our operations along
+        else:
             try:
-                self.take(module, output)
+                if not _recorded():  # a graph that is being recorded would take our operations along
+                    self.take(module, output)
             except Exception as error:
                 self.failed(error)
 
@@ -230,6 +237,9 @@ class Tap(Hook):
 
     def trace(self, output: Any) -> None:
         """Become a part of the graph that torch.compile makes."""
+        if not HOOKS_IN_GRAPHS:
+            self.hidden = True
+            return
         features = self.select(output)
         torch.ops.fastfs.tap(features, self.forward_anchor)
         if features.requires_grad:
@@ -259,6 +269,7 @@ class Around(Hook):
 
     def __init__(self, function: Callable[..., None], switch: Switch, failed: Failed) -> None:
         self.function = Guarded(function, failed)
+        self.unless_recorded = Guarded(self._unless_recorded, failed)
         self.switch = switch
         self.outside = torch.compiler.disable(
             functools.partial(self.function, traced=True),
@@ -267,19 +278,30 @@ class Around(Hook):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if torch.compiler.is_exporting():
+        if _exported():
             return
         if not torch.compiler.is_compiling():
-            if not _recorded():
-                self.function(*args, **kwargs)
+            self.unless_recorded(*args, **kwargs)
         elif self.switch.on:
             self.outside(*args, **kwargs)
+
+    def _unless_recorded(self, *args: Any, **kwargs: Any) -> None:
+        if not _recorded():
+            self.function(*args, **kwargs)
+
+
+def _exported() -> bool:
+    """Whether torch.export is at work.
+
+    In graphs of torch 2.11, ``torch.compiler.is_exporting()`` is always true; the flag behind it is not.
+    """
+    return torch.compiler.is_exporting() if HOOKS_IN_GRAPHS else torch.compiler._is_exporting_flag
 
 
 def _recorded() -> bool:
     """Whether torch.jit.trace, torch.fx or make_fx is recording what runs."""
     return (
         torch._C._get_tracing_state() is not None
-        or torch.fx._symbolic_trace._is_fx_tracing_flag
+        or torch.fx._symbolic_trace.is_fx_symbolic_tracing()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )

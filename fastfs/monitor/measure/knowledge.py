@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.measure.incidence import Incidence
-from fastfs.monitor.measure.modes import BatchMode, ProbeMode
+from fastfs.monitor.measure.modes import BatchMode
+from fastfs.monitor.measure.probe import ProbeMode
 from fastfs.monitor.record.rows import Record
 from fastfs.network.layers import parameter_names
 from fastfs.network.perturbed import Perturbed

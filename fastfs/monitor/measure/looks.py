@@ -57,6 +57,8 @@ class Look:
 
     def treated(self, other: Look) -> bool | None:
         """Whether all gradients have been written to, or replaced, since the other look; None if some of them were."""
+        if len(self.gradients) != len(other.gradients):
+            return None
         found = set()
         pairs = zip(self.gradients, other.gradients, strict=True)
         for (own, theirs), version, before in zip(pairs, self.versions, other.versions, strict=True):

@@ -111,6 +111,11 @@ class Parameters:
 
         <g, dw> and |g| are of the gradients that the backward computed, a loss scale included.
         """
+        if len(self._results) == 1 and len(self._results[0]) == 1:
+            found = self._results[0][0]
+            if found.reason.device == device and found.stats.device == device:
+                self._results[0].clear()
+                return found
         sums, codes = [], []
         for meter, results in zip(self._meters, self._results, strict=True):
             size = len(meter.parameters)

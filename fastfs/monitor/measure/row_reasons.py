@@ -29,6 +29,7 @@ REASONS: tuple[str | None, ...] = (
     "gradients were written to between the micro-batches of the step",
     "the forward detaches something that depends on parameters: its first-order change is not complete",
     "parameters moved between the begin of the step and the evaluation of its closure",
+    "the layer runs inside a graph of torch.compile, which can be seen from torch 2.13 on",
 )
 
 (
@@ -56,4 +57,5 @@ REASONS: tuple[str | None, ...] = (
     REWRITTEN,
     DETACHED,
     MOVED,
+    IN_GRAPH,
 ) = range(len(REASONS))
