@@ -25,6 +25,10 @@ Hook = Callable[[Optimizer, list[Tensor]], None]
 
 
 @pytest.fixture(params=["host", "device"])
+def _raise(error):
+    raise error
+
+
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without what can be known of tensors on the CPU at once."""
     if request.param == "device":
@@ -216,7 +220,7 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Optimizer, Para
     parameters = Parameters(check_optimizers(model, optimizer), snapshot=False)
     switch = Switch()
     switch.level = EVERYTHING
-    return model, optimizer, parameters, GradientFactor(parameters.groups, switch, always=False)
+    return model, optimizer, parameters, GradientFactor(parameters.groups, switch, always=False, failed=_raise)
 
 
 def step_of(

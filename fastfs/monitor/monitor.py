@@ -192,7 +192,7 @@ class Monitor:
             quantiles=tuple(quantiles),
             capture=self._capture,
             parameters=parameters,
-            factor=GradientFactor(parameters.groups, self._capture.switch, always=scale.given),
+            factor=GradientFactor(parameters.groups, self._capture.switch, always=scale.given, failed=self._fail),
             scale=scale,
             device=device,
             push=self._recorder.push,

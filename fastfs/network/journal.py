@@ -47,10 +47,14 @@ class Journal:
         """
         failure: Exception | None = None
         while self._undo:
+            undo = self._undo[-1]
             try:
-                surely(self._undo[-1])
-            except Exception as error:
-                failure = failure or error
+                undo()
+            except Exception:
+                try:
+                    undo()
+                except Exception as error:
+                    failure = failure or error
             self._undo.pop()  # only now: an interrupt before this line runs the function again
         if failure is not None:
             raise failure

@@ -224,7 +224,7 @@ class Samples:
 
 def on_host(tensor: Tensor) -> Any:
     """The tensor as an array of numpy where its elements can be read without waiting for a device; else itself."""
-    return tensor.numpy() if tensor.is_cpu else tensor
+    return tensor.numpy() if tensor.is_cpu and tensor.dtype is not torch.bfloat16 else tensor
 
 
 def known_equal(a: Tensor, b: Tensor) -> bool:

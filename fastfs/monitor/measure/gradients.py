@@ -8,6 +8,7 @@ gradients, the witnesses, stand for all, as long as identities and versions say 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from fastfs.monitor.capture.taps import EVERYTHING, OFF, Hook, Switch
+from fastfs.monitor.capture.taps import EVERYTHING, OFF, Guarded, Switch
 from fastfs.monitor.measure import reasons
 from fastfs.monitor.measure.fingerprints import Places, Samples
 from fastfs.monitor.measure.looks import Gradients, Look, same
@@ -49,16 +50,6 @@ class Treatment:
         return None if self.factor is None or self.code is None else (self.factor, self.code)
 
 
-class _Witness(Hook):
-    """Tells when a backward has added to a parameter's gradient."""
-
-    def __init__(self, note: Callable[[], None]) -> None:
-        self.note = note
-
-    def __call__(self, _parameter: Tensor) -> None:
-        self.note()
-
-
 class GradientFactor:
     """By which factor the gradients that a step is given differ from those that ``backward()`` computed.
 
@@ -69,9 +60,18 @@ class GradientFactor:
         parameters: of every optimizer; asked anew each time, since groups may be added.
         switch: nothing is looked at while it is off.
         always: notice backwards all the same, so that steps that a gradient scaler skips are seen.
+        failed: called with an exception in a hook; it does not reach the training loop.
     """
 
-    def __init__(self, parameters: Callable[[], Sequence[Sequence[Tensor]]], switch: Switch, *, always: bool) -> None:
+    def __init__(
+        self,
+        parameters: Callable[[], Sequence[Sequence[Tensor]]],
+        switch: Switch,
+        *,
+        always: bool,
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self.failed = failed
         self._parameters = parameters
         self._switch = switch
         self._always = always
@@ -91,9 +91,12 @@ class GradientFactor:
         small = sorted(own, key=lambda p: p.numel())
         chosen = [p for p in small if p.dim() < 2][:_WITNESSES] + [p for p in small if p.dim() > 1][:_WITNESSES]
         for p in {id(p): p for p in (*chosen, *own[:1], *own[-1:])}.values():
-            self._handles.append(p.register_post_accumulate_grad_hook(_Witness(self.note)))
+            self._handles.append(p.register_post_accumulate_grad_hook(Guarded(self._witness, self.failed)))
 
     # In a backward
+
+    def _witness(self, _parameter: Tensor) -> None:
+        self.note()
 
     def note(self) -> None:
         """A backward that adds to gradients is running in this thread. To be called from any hook in it."""
@@ -106,7 +109,8 @@ class GradientFactor:
         self._seen, turn = True, self._turn
         engine = torch.autograd.Variable._execution_engine
         # Queued again from the queue: behind what others, like DistributedDataParallel, queue in this backward.
-        engine.queue_callback(lambda: engine.queue_callback(lambda: self._over(number, turn)))
+        over = Guarded(functools.partial(self._over, number, turn), self.failed)
+        engine.queue_callback(Guarded(lambda: engine.queue_callback(over), self.failed))
 
     def _over(self, number: int, turn: int) -> None:
         self._running.discard(number)

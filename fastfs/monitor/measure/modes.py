@@ -10,28 +10,21 @@ A mode is asked before the optimizer step (:meth:`before_step`) and after it (:m
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastfs.functional import update_stats
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.replay import Replay
-from fastfs.monitor.capture.sampling import Kept, Sampler
-from fastfs.monitor.measure.row_reasons import NO_ROOM, NOT_RUN
 from fastfs.monitor.measure.sums import RowSums, Triple, from_direction, from_replay
-from fastfs.network.guard import Guard
-from fastfs.network.inputs import copy_arguments, tensors_in
+from fastfs.network.inputs import tensors_in
 from fastfs.network.layers import Layer
-from fastfs.network.outputs import strided
 from fastfs.network.perturbed import Perturbed, has_compiled, interpolate, load_forward_mode, tangents
-from fastfs.network.state import ForwardState
 from fastfs.network.structure import Edge, Structure, analyse, edge_of
-from fastfs.stats import UpdateStats
 
 __all__ = ["MODES", "BatchMode", "JvpMode", "Seen"]
 
