@@ -16,6 +16,7 @@ from torch import Tensor
 from fastfs.monitor.measure import reasons
 from fastfs.monitor.measure.incidence import Incidence
 from fastfs.monitor.measure.updates import MeasuredUpdate
+from fastfs.stats import ParameterStats
 
 __all__ = ["Aligned", "Incidence", "LossScale", "aligned"]
 
