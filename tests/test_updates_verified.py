@@ -24,11 +24,11 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.bfloat16)
 Hook = Callable[[Optimizer, list[Tensor]], None]
 
 
-@pytest.fixture(params=["host", "device"])
-def _raise(error):
+def _raise(error: Exception) -> None:
     raise error
 
 
+@pytest.fixture(params=["host", "device"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without what can be known of tensors on the CPU at once."""
     if request.param == "device":

@@ -107,6 +107,6 @@ def _plainly(stats: ParameterStats, incidence: Incidence) -> Aligned:
     upstream, own = incidence.both(stats.sums)
     norms = own.sqrt().unbind(dim=1)
     decrease = -upstream[:, _DOT]
-    parameters, updates, gradients = (norms[i] for i in _NORMS)
+    parameters, updates, gradients = norms[_PARAMETER], norms[_UPDATE], norms[_GRADIENT]
     fine = torch.zeros(len(decrease), dtype=torch.int64, device=decrease.device)
     return Aligned(decrease, parameters, updates, gradients, fine)

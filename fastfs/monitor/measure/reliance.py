@@ -96,14 +96,15 @@ class Reliance:
             assert state is not None
             tensors += state.tensors
         moves = [t._version - version for t, version in zip(tensors, seen.versions, strict=False)]
-        counts = [_count(state, before) for state, before in zip(now, self._counts or unknown, strict=False)]
+        before = self._counts if last is plan and self._counts else unknown  # of another plan they are of other parts
+        counts = [_count(state, count) for state, count in zip(now, before, strict=True)]
         known = (
             last is plan
             and moves == self._moves
             and len(tensors) == len(seen.tensors)
             and all(map(same, tensors, seen.tensors))
             and pointers == seen.pointers
-            and all(map(_went_on, now, counts, self._counts))
+            and all(map(_went_on, now, counts, before))
         )
         codes = [reasons.FINE] * len(look.gradients)
         if not known:
