@@ -203,10 +203,7 @@ def main() -> None:
     device = torch.device(sys.argv[1])
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    if "predicted" in sys.argv[2:]:
-        found = predicted(device)
-    else:
-        found = {**calls(device), **parts(device), **training(device)}
+    found = predicted(device) if "predicted" in sys.argv[2:] else {**calls(device), **parts(device), **training(device)}
     folder = Path(fastfs.__file__).parents[1]
     print(json.dumps({"folder": str(folder), **{name: round(value, 3) for name, value in found.items()}}))
 

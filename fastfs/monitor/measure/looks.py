@@ -106,11 +106,17 @@ class Gradients:
         gradients = [p.grad for p in parameters]
         versions = [0 if g is None else g._version for g in gradients]
         with torch.no_grad():
-            if not complete and like is not None and like.witnesses is self._witnesses and like.key is self._key:
-                if len(gradients) == len(like.gradients) and all(map(same, gradients, like.gradients)):
-                    found = self._glance(gradients, versions, like.kinds)
-                    if found is not None:
-                        return found
+            if (
+                not complete
+                and like is not None
+                and like.witnesses is self._witnesses
+                and like.key is self._key
+                and len(gradients) == len(like.gradients)
+                and all(map(same, gradients, like.gradients))
+            ):
+                found = self._glance(gradients, versions, like.kinds)
+                if found is not None:
+                    return found
             kinds = [None if g is None else g.dtype if g.layout is torch.strided else g.layout for g in gradients]
             if not complete and self._witnesses and self._known == (list(map(id, parameters)), kinds):
                 found = self._glance(gradients, versions, kinds)
