@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,15 @@ from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
 from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.knowledge import Kind, Knowledge
+from fastfs.monitor.measure.look import (
+    Look,
+    changed_choices,
+    graphs_of,
+    is_linear,
+    reported,
+    unscaled,
+    without_update,
+)
 from fastfs.monitor.measure.modes import BatchMode, JvpMode
 from fastfs.monitor.measure.parameters import Parameters
 from fastfs.monitor.measure.probe import ProbeMode
@@ -111,7 +120,7 @@ class Engine:
             self._written = written
         if self._refusal(passes) is not None:
             return
-        kind = _graphs(passes)
+        kind = graphs_of(passes)
         if self.proofs.due(kind):
             self._rehearse(passes)
             seen = self.mode.prove(passes, self.knowledge.perturbed, tensors)
@@ -205,22 +214,24 @@ class Engine:
         if isinstance(mode, ProbeMode):
             scale = torch.ones_like(scale)
             loss = mode.loss if loss is None else loss
-            done = self._aligned(self._on_probe(found), kind, scale)
+            done = self._aligned(
+                mode.with_gradients(found, self.parameters.previous, self.parameters.tensors), kind, scale
+            )
         else:
             done = self._aligned(found, kind, scale)
         cuts = torch.zeros(len(self.layers), dtype=torch.bool, device=self.device) if kind is None else kind.cuts
         look = self._look(passes, kind, found.stats, torch.where(cuts, done.decrease * scale, torch.nan))
         verdict, sums_of = look.verdict, look.sums
-        graphs = None if isinstance(mode, ProbeMode) else _graphs(passes)
+        graphs = None if isinstance(mode, ProbeMode) else graphs_of(passes)
         verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
         self.proofs.count(graphs)
         self._idle -= {i for i, code in enumerate(look.absent) if code != row_reasons.NOT_RUN}
         verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
-        sums = FeatureStats(_unscaled(_reported(verdict, sums_of.stats), scale))
+        sums = FeatureStats(unscaled(reported(verdict, sums_of.stats), scale))
         residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
         residual_se = sums_of.dot_se * (1.0 - residual).abs()
-        linear = _linear(residual, residual_se, look.curvature)
+        linear = is_linear(residual, residual_se, look.curvature)
         self.knowledge.angles(key, sums.cos_angle, verdict.valid & cuts & (linear == 1))
         tensors = {
             "sums": self.names.with_groups(sums.sums),
@@ -240,7 +251,7 @@ class Engine:
             tensors["kappa"] = self.judge.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
         if any(self._proven):
-            tensors["choices_changed"], common["choices"] = _changed(self._proven, look.choices, self.device)
+            tensors["choices_changed"], common["choices"] = changed_choices(self._proven, look.choices, self.device)
         names, rows, quantiles, method = self.names, sums_of.rows, self.quantiles, mode.method
         self._push(
             tensors,
@@ -356,7 +367,7 @@ class Engine:
         if self._refusal(passes) is not None:
             sums = self._totals([mode.unmoved(p) for p in passes])
             eps = self._on_device(self.judge.precision(layers, passes, None))
-            sums = replace(sums, stats=_without_update(sums.stats))
+            sums = replace(sums, stats=without_update(sums.stats))
             return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, self._absent(passes))
         self._rehearse(passes)
         previous = self.parameters.previous
@@ -442,104 +453,7 @@ class Engine:
             return Aligned.unknown(len(self.layers), self.device)
         return aligned(found, kind.incidence, scale if self.scale.given else None)
 
-    def _on_probe(self, found: MeasuredUpdate) -> MeasuredUpdate:
-        """With the gradients of the probe; dw, |w| and |dw| are the same."""
-        assert isinstance(self.mode, ProbeMode)
-        on_probe, which = self.mode.updates(self.parameters.previous, self.parameters.tensors)
-        sums = found.stats.sums.clone()
-        names = ParameterStats.names
-        dot, gradient = names.index("dot"), names.index("gradient_sq")
-        index = torch.tensor(which).to(self.device, non_blocking=True)
-        for column, values in ((dot, on_probe.dot), (gradient, on_probe.gradient_sq)):
-            sums[:, column] = 0.0
-            sums[:, column].index_copy_(0, index, values)
-        return MeasuredUpdate(ParameterStats(sums), torch.zeros_like(found.reason))
-
-
-@dataclass
-class Look:
-    """What a measured step has shown of the features.
-
-    Attributes:
-        verdict: per layer.
-        sums: that standard errors and quantiles come from.
-        eps, depth: of the layers, as for :func:`fastfs.monitor.measure.trust.judge`.
-        absent: per layer why it has no rows, 0 where it has.
-        curvature: second-order part of the update relative to the first, at most; None where it was not seen.
-        choices: integer results of top-k and argmax in the second forward, of each pass.
-    """
-
-    verdict: trust.Trusted
-    sums: LayerSums
-    eps: Tensor
-    depth: Tensor
-    absent: list[int]
-    curvature: Tensor | None = None
-    choices: list[list[Tensor]] = field(default_factory=list)
-
-
-_LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
-
-
-def _linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> Tensor:
-    """Whether first order describes the step: float64 (L,), 1 or 0, nan where nothing tells."""
-    by_residual = (residual.abs() <= _LINEAR + 2 * residual_se.nan_to_num(0.0)).to(torch.float64)
-    unknown = torch.full_like(residual, torch.nan)
-    other = unknown if curvature is None else torch.where(curvature.isnan(), unknown, (curvature <= _LINEAR).double())
-    return torch.where(residual.isnan(), other, by_residual)
-
-
-def _changed(
-    first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]], device: torch.device
-) -> tuple[Tensor, int]:
-    """How many discrete choices of a forward differ in the second one, float64 (), and how many there are."""
-    pairs = [pair for ours, theirs in zip(first, second, strict=False) for pair in zip(ours, theirs, strict=False)]
-    pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for a, b in pairs:
-        total = total + (a != b).sum().to(device, torch.float64)
-    return total, sum(a.numel() for a, _ in pairs)
-
-
-def _graphs(passes: Sequence[Pass]) -> Hashable:
-    """What tells the forwards of one step from those of another kind."""
-    return frozenset(p.signature for p in passes)
-
-
-def _without_update(stats: FeatureStats) -> FeatureStats:
-    """Where no second forward was made, nothing is known of the update."""
-    known = ("before_sq", "backward_sq", "count", "nonfinite")
-    columns = [stats._sum(name) for name in stats.names]
-    return FeatureStats(
-        torch.stack(
-            [
-                x if name in known else torch.full_like(x, torch.nan)
-                for name, x in zip(stats.names, columns, strict=True)
-            ],
-            dim=-1,
-        )
-    )
-
 
 def _columns(done: Aligned) -> Tensor:
     """In the order of ``payload.ALIGNED``."""
     return torch.stack([done.decrease, done.parameter_norm, done.update_norm, done.gradient_norm])
-
-
-def _reported(verdict: trust.Trusted, plain: FeatureStats) -> Tensor:
-    """The verdict's sums where they come from an enlarged update; else what was seen, with the noise that may be in it.
-
-    What the verdict takes out of a plain replay as noise is a guess: half of the most that it can be.
-    """
-    seen = plain.sums.clone()
-    seen[:, FeatureStats.names.index("rounding_sq")] = verdict.stats.rounding_sq
-    return torch.where(verdict.amplified[:, None], verdict.stats.sums, seen)
-
-
-def _unscaled(sums: Tensor, scale: Tensor) -> Tensor:
-    """Sums over features with the loss scale taken out of the backward vector."""
-    names = FeatureStats.names
-    result = sums.clone()
-    for name, power in (("update_dot_backward", 1), ("abs_update_dot_backward", 1), ("backward_sq", 2)):
-        result[:, names.index(name)] /= scale**power
-    return result

@@ -15,6 +15,7 @@ from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Kept, Sampler
 from fastfs.monitor.measure.row_reasons import NO_ROOM, NOT_RUN
 from fastfs.monitor.measure.sums import RowSums, Triple, from_replay
+from fastfs.monitor.measure.updates import MeasuredUpdate
 from fastfs.network.guard import Guard
 from fastfs.network.inputs import copy_arguments, tensors_in
 from fastfs.network.layers import Layer
@@ -22,7 +23,7 @@ from fastfs.network.outputs import strided
 from fastfs.network.perturbed import Perturbed
 from fastfs.network.state import ForwardState
 from fastfs.network.structure import Edge, Structure, analyse, edge_of
-from fastfs.stats import UpdateStats
+from fastfs.stats import ParameterStats
 
 __all__ = ["Probe", "ProbeMode"]
 
@@ -197,13 +198,19 @@ class ProbeMode:
             for layer, visits in zip(self._layers, self._before, strict=True)
         ]
 
-    def updates(self, before: Sequence[Tensor], now: Sequence[Tensor]) -> tuple[UpdateStats, list[int]]:
-        """<g, dw> with the gradients of the probe, and which parameters they are of."""
-        found = [(i, g) for i, g in enumerate(self._gradients) if g is not None]
-        directions = [self._probe.cast(now[i].detach()) - self._probe.cast(before[i]) for i, _ in found]
-        stats = update_stats([g for _, g in found], directions)
+    def with_gradients(self, found: MeasuredUpdate, before: Sequence[Tensor], now: Sequence[Tensor]) -> MeasuredUpdate:
+        """An update with the gradients of the probe; dw, |w| and |dw| are the same."""
+        given = [(i, g) for i, g in enumerate(self._gradients) if g is not None]
+        directions = [self._probe.cast(now[i].detach()) - self._probe.cast(before[i]) for i, _ in given]
+        stats = update_stats([g for _, g in given], directions)
         self._gradients = []
-        return stats, [i for i, _ in found]
+        sums = found.stats.sums.clone()
+        index = torch.tensor([i for i, _ in given]).to(sums.device, non_blocking=True)
+        for name in ("dot", "gradient_sq"):
+            column = ParameterStats.names.index(name)
+            sums[:, column] = 0.0
+            sums[:, column].index_copy_(0, index, getattr(stats, name))
+        return MeasuredUpdate(ParameterStats(sums), torch.zeros_like(found.reason))
 
     def clear(self) -> None:
         self._before, self._gradients, self.loss, self._account = [], [], None, None
