@@ -95,7 +95,7 @@ class Parameters:
         treatment, self._treatments[index] = self._treatments[index], None
         if treatment is not None and self._factor is not None:
             # What was verified in a step of which only the witnesses were looked at says that something has changed.
-            good = both(treatment.good, meter.good and (self._complete[index] or not meter.verified))
+            good = both(treatment.good, both(meter.good, self._complete[index] or not meter.verified))
             if meter is self._meters[index] or good is False:
                 self._factor.judged(index, good, complete=self._complete[index])
         if (treatment is not None and treatment.factor is not None) or scale is not None:
