@@ -218,7 +218,7 @@ def test_the_precision_within_a_compiled_forward_is_seen(how, late):
     torch.manual_seed(0)
     inner = InHalf(how, late=late)
     model = torch.compile(inner, backend="aot_eager")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     seen: list[dict[str, Any]] = []
     options = {"layers": r"^blocks\.\d$", "every": 1, "verbose": False, "sinks": [measured_into(seen)]}
     with fastfs.Monitor(model, optimizer, **options):

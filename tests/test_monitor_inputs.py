@@ -168,7 +168,7 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
         if broken["on"]:
             raise MemoryError("no memory")
 
-    class Once(capture.Visit):
+    class Once(fastfs.monitor.capture.passes.Visit):
         __slots__ = ()
 
         def arrive(self, *arguments):
@@ -202,7 +202,7 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
         return seen, [p.detach().clone() for p in model.parameters()]
 
     clean, parameters = run()
-    monkeypatch.setattr(capture, "Visit", Once)
+    monkeypatch.setattr(fastfs.monitor.capture.keeping, "Visit", Once)
     monkeypatch.setattr(capture, "copy_arguments", copy_arguments)
     with pytest.warns(
         RuntimeWarning, match=r"step 1 has a forward that could not be copied.*MemoryError: no"

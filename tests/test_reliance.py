@@ -20,6 +20,12 @@ from fastfs.monitor.measure.updates import MeasuredUpdate, UpdateMeter
 from fastfs.monitor.optimizers import check_optimizers
 
 Change = Callable[["Loop"], object]
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
 CPU = torch.device("cpu")
 
 
@@ -34,7 +40,7 @@ class Loop:
         self.parameters = Parameters(check_optimizers(self.model, self.optimizer), snapshot=False)
         switch = Switch()
         switch.level = GRADIENTS
-        self.factor = GradientFactor(self.parameters.groups, switch, always=False)
+        self.factor = GradientFactor(self.parameters.groups, switch, always=False, failed=_raise)
         self.relied = 0
         self.number = 0
 
