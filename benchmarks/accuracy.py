@@ -7,6 +7,10 @@ layers). The truth is the same function of the same parameters before and after 
 update is the one that is left after rounding. Wrong means: angle or norm off by more than 2%. Every number is
 deterministic up to the machine's matrix products; timing plays no part. Exit status 1 if anything that is called valid
 is wrong.
+
+What is judged is what the monitor would judge by: precision is what :class:`fastfs.network.guard.Guard` sees each layer
+compute in, whether the caller, the model or a setting of torch chose it. Models that switch on autocast in their own
+forward, cast by hand or multiply in float8 are settings of the study; TF32 products are one on a GPU.
 """
 
 from __future__ import annotations
@@ -16,17 +20,14 @@ import copy
 import json
 import math
 import sys
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from benchmarks.accuracy_networks import ON_GPU, SETTINGS, Case, Network, Parameters, Setting, loss
 from benchmarks.harness import environment, print_table
 from fastfs import feature_stats
 from fastfs.experiments.data import digits, stdlib_text, windows
@@ -34,7 +35,7 @@ from fastfs.models import MLP, ResNet, Transformer
 from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs.monitor.measure.row_reasons import REASONS
 from fastfs.monitor.measure.trust import Probe, Trusted, judge
-from fastfs.network.structure import analyse, edge_of
+from fastfs.network.precision import SINGLE
 from fastfs.stats import FeatureStats
 
 RATIOS = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
@@ -44,35 +45,6 @@ PROBES = 3  # from a cold start; the last one counts as the steady state
 # what these are for. The jvp is the first-order update: no claim about the step itself.
 METHODS = ("plain", "cold", "amplified", "no checks", "float32", "jvp")
 CLAIMED = ("plain", "cold", "amplified", "float32")
-
-Parameters = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Precision of the run that is measured."""
-
-    parameters: torch.dtype
-    autocast: torch.dtype | None
-    eps: float
-
-
-SETTINGS = {
-    "autocast bf16": Setting(torch.float32, torch.bfloat16, 2.0**-7),
-    "bf16": Setting(torch.bfloat16, None, 2.0**-7),
-    "autocast fp16": Setting(torch.float32, torch.float16, 2.0**-10),
-    "float32": Setting(torch.float32, None, 2.0**-23),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A network with its batch. Its watched layers are ``model.blocks``."""
-
-    name: str
-    model: nn.Module
-    inputs: Tensor
-    labels: Tensor
 
 
 def cases(quick: bool, seed: int) -> Iterator[Case]:
@@ -93,6 +65,9 @@ def cases(quick: bool, seed: int) -> Iterator[Case]:
             model = ResNet(64, width, depth, 10, branch_scale=scale, generator=generator)
             yield Case(name, model, images[order], labels[order])
 
+
+OF_ALL = ("autocast bf16", "bf16", "casts to bf16", "fp8 products", "TF32 products")  # settings of all networks
+OF_OTHERS = ("MLP 12x128", "Transformer 8x64")  # networks of the other settings
 
 NAMES = (
     "MLP 4x64", "MLP 6x512", "MLP 12x128", "MLP 40x128", "ResNet 6x128", "ResNet 32x128", "BiasedResNet 16x128",
@@ -116,60 +91,6 @@ def real_step(case: Case, optimizer: str) -> tuple[Parameters, Parameters]:
     return before, {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
-def loss(outputs: Tensor, labels: Tensor) -> Tensor:
-    wide = outputs if outputs.dtype == torch.float64 else outputs.float()
-    return F.cross_entropy(wide.reshape(-1, wide.shape[-1]), labels.reshape(-1))
-
-
-class Network:
-    """The case in one precision, as a function of its parameters."""
-
-    def __init__(self, case: Case, dtype: torch.dtype, autocast: torch.dtype | None = None) -> None:
-        self.case, self.dtype, self.autocast = case, dtype, autocast
-        self.model = copy.deepcopy(case.model).to(dtype)
-        self.inputs = case.inputs.to(dtype) if case.inputs.is_floating_point() else case.inputs
-        self.taps: list[Tensor] = []
-        for block in self.model.blocks:  # type: ignore[union-attr]
-            block.register_forward_hook(lambda _module, _args, output: self.taps.append(output))
-
-    def forward(self, parameters: Parameters) -> tuple[list[Tensor], Tensor]:
-        self.taps.clear()
-        dtype = self.autocast or torch.bfloat16
-        with torch.autocast("cpu", dtype, enabled=self.autocast is not None, cache_enabled=False):
-            outputs = functional_call(self.model, parameters, (self.inputs,))
-        return list(self.taps), outputs
-
-    @torch.no_grad()
-    def features(self, parameters: Parameters) -> list[Tensor]:
-        return [tap.clone() for tap in self.forward({n: p.to(self.dtype) for n, p in parameters.items()})[0]]
-
-    def backward(self, parameters: Parameters, steps: list[Parameters]) -> tuple[list[Tensor], list[Tensor]]:
-        """Backward vectors, and for every step the aligned decrease per layer (nan where it is no cut)."""
-        leaves = {n: p.detach().to(self.dtype).requires_grad_() for n, p in parameters.items()}
-        taps, outputs = self.forward(leaves)
-        found = analyse([[edge_of(tap)] for tap in taps], [outputs], list(leaves.values()), list(leaves))
-        gradients = torch.autograd.grad(loss(outputs, self.case.labels), [*taps, *leaves.values()])
-        vectors, gradients = gradients[: len(taps)], gradients[len(taps) :]
-        cut = torch.tensor(found.cut)
-        decreases = []
-        for step in steps:
-            pairs = zip(gradients, leaves, strict=True)
-            dots = torch.stack([-(g.double() * step[name]).sum() for g, name in pairs])
-            decreases.append(torch.where(cut, found.upstream.double() @ dots, torch.nan))
-        return list(vectors), decreases
-
-    def jvp(self, parameters: Parameters, step: Parameters) -> list[Tensor]:
-        names = list(parameters)
-
-        def taps(*values: Tensor) -> tuple[Tensor, ...]:
-            return tuple(self.forward(dict(zip(names, values, strict=True)))[0])
-
-        primal = tuple(parameters[n].to(self.dtype) for n in names)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch's own, at the first jvp
-            return list(torch.func.jvp(taps, primal, tuple(step[n].to(self.dtype) for n in names))[1])
-
-
 def moved(parameters: Parameters, step: Parameters, scale: float, dtype: torch.dtype) -> Parameters:
     return {n: (p.double() + scale * step[n].double()).to(dtype) for n, p in parameters.items()}
 
@@ -177,7 +98,7 @@ def moved(parameters: Parameters, step: Parameters, scale: float, dtype: torch.d
 def scaled_steps(exact: Network, start: Parameters, direction: Parameters, ratios: tuple[float, ...]) -> list[float]:
     """Factors of the direction for which the features move by the ratios, in the geometric mean."""
     before = exact.features(start)
-    scales = []
+    scales: list[float] = []
     for ratio in ratios:
         scale = scales[-1] if scales else 1.0
         for _ in range(3):
@@ -192,29 +113,28 @@ def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, .
     """One cell per ratio and method."""
     start, direction = real_step(case, optimizer)
     start = {n: p.to(setting.parameters) for n, p in start.items()}
-    exact, single = Network(case, torch.float64), Network(case, torch.float32)
-    run = Network(case, setting.parameters, setting.autocast)
+    exact, single, run = Network(case, Setting(torch.float64)), Network(case, Setting()), Network(case, setting)
     afters = [
         moved(start, direction, scale, setting.parameters) for scale in scaled_steps(exact, start, direction, ratios)
     ]
     steps = [{n: after[n].double() - start[n].double() for n in start} for after in afters]
     vectors, decreases = run.backward(start, steps)
-    single_vectors, single_decreases = single.backward(start, steps)
+    single_vectors, _ = single.backward(start, [])
     exact_vectors, _ = exact.backward(start, [])
     before, single_before, exact_before = run.features(start), single.features(start), exact.features(start)
-    eps = torch.full((len(before),), setting.eps, dtype=torch.float64)
-    target, largest = target_for(setting.eps), largest_kappa(torch.finfo(setting.parameters).eps)
-    exact_sq = torch.stack([f.double().square().sum() for f in single_before])
+    eps = torch.tensor(run.coarsest(start), dtype=torch.float64)
+    coarsest = float(eps.max())
+    target, largest = target_for(coarsest), largest_kappa(torch.finfo(setting.parameters).eps)
+    squares = torch.stack([f.double().square().sum() for f in single_before])
+    exact_sq = squares if coarsest > SINGLE else None
 
-    for ratio, after, step, decrease, single_decrease in zip(
-        ratios, afters, steps, decreases, single_decreases, strict=True
-    ):
+    for ratio, after, step, decrease in zip(ratios, afters, steps, decreases, strict=True):
         truth = feature_stats(exact_before, exact.features(after), exact_vectors)
         plain = feature_stats(before, run.features(after), vectors)
         single_plain = feature_stats(single_before, single.features(after), single_vectors)
         judged = {
-            "plain": judge(plain, eps=eps, exact_before_sq=exact_sq),
-            "float32": judge(single_plain, eps=torch.full_like(eps, 2.0**-23), aligned_decrease=single_decrease),
+            "plain": judge(plain, eps=eps),
+            "float32": judge(single_plain, eps=torch.full_like(eps, SINGLE)),
         }
         norms = torch.stack([torch.stack([step[n].norm(), start[n].double().norm()]) for n in start]).T
         kappa = first_kappa(norms[0], norms[1], target).clamp_max(largest)
@@ -290,12 +210,17 @@ def digits_of(value: Tensor) -> float | None:
     return float(f"{number:.3g}") if math.isfinite(number) else None
 
 
+def available() -> dict[str, Setting]:
+    """Settings that this machine can run."""
+    return SETTINGS | (ON_GPU if torch.cuda.is_available() else {})
+
+
 def study(quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
     """All cells."""
     cells = []
     for case in cases(quick, seed):
-        for name, setting in SETTINGS.items():
-            if name not in ("autocast bf16", "bf16") and case.name not in ("MLP 12x128", "Transformer 8x64"):
+        for name, setting in available().items():
+            if name not in OF_ALL and case.name not in OF_OTHERS:
                 continue
             for optimizer in ("Adam", "SGD"):
                 cells += [{"setting": name, **cell} for cell in measure(case, setting, optimizer, RATIOS)]
@@ -308,7 +233,7 @@ def report(cells: list[dict[str, Any]]) -> None:
     for method in METHODS:
         rows = []
         mine = [cell for cell in cells if cell["method"] == method]
-        for setting in SETTINGS:
+        for setting in available():
             for model in dict.fromkeys(cell["model"] for cell in mine if cell["setting"] == setting):
                 row = [f"{setting}, {model}"]
                 for ratio in RATIOS:

@@ -1,11 +1,13 @@
 """What a call costs the host: microseconds per call and where they go, beside those of another version of fastfs.
 
-    python -m benchmarks.call_cost [--device cuda] [--against FOLDER] [--json FILE] [--rounds N]
+    python -m benchmarks.call_cost [--device cuda] [--against FOLDER] [--json FILE] [--rounds N] [--predicted]
 
 FOLDER holds a checkout of another version with its native core built in place (`python setup.py build_ext --inplace`).
 Both versions run the same calls (benchmarks/call_cost_cases.py), each in a process of its own, in turn; figures are
 medians over the rounds, and ratios medians of the ratios within a round. Tensors are tiny, one thread: what is
-measured is the way there, not the sums.
+measured is the way there, not the sums. With --predicted it is what a predicted step (`aligned_every=1`) adds to
+training instead: processor time of the training thread, medians over blocks of steps with and without a monitor, in
+turn.
 
 On a GPU the target of feature_stats on 100 layers is 40 us, launch included; exit status 1 if it is missed.
 """
@@ -32,7 +34,7 @@ TARGET = ("feature_stats, 100 layers", 40.0)
 Costs = dict[str, float]
 
 
-def run_cases(folder: Path, device: torch.device) -> Costs:
+def run_cases(folder: Path, device: torch.device, *chosen: str) -> Costs:
     """One process with the fastfs of a folder.
 
     Raises:
@@ -40,7 +42,7 @@ def run_cases(folder: Path, device: torch.device) -> Costs:
     """
     found = [str(folder), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(CASES), str(device)]
+    command = [sys.executable, str(CASES), str(device), *chosen]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
     if done.returncode != 0:
         raise RuntimeError(f"the calls failed with the fastfs of {folder}:\n{done.stderr}")
@@ -50,13 +52,13 @@ def run_cases(folder: Path, device: torch.device) -> Costs:
     return found  # type: ignore[no-any-return]
 
 
-def measure(folders: dict[str, Path], device: torch.device, rounds: int) -> dict[str, list[Costs]]:
+def measure(folders: dict[str, Path], device: torch.device, rounds: int, *chosen: str) -> dict[str, list[Costs]]:
     """Per version the costs of every round, the versions in turn."""
     found: dict[str, list[Costs]] = {name: [] for name in folders}
     for number in range(rounds):
         print(f"round {number + 1} of {rounds} ...", file=sys.stderr, flush=True)
         for name, folder in folders.items():
-            found[name].append(run_cases(folder, device))
+            found[name].append(run_cases(folder, device, *chosen))
     return found
 
 
@@ -86,6 +88,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another version of fastfs, built in place")
     parser.add_argument("--json", type=file_option, help="write the results to this file")
     parser.add_argument("--rounds", type=count_option, default=5)
+    parser.add_argument("--predicted", action="store_true", help="what a predicted step adds, and nothing else")
     arguments = parser.parse_args()
     folders = {"now": HERE}
     if arguments.against is not None:
@@ -93,9 +96,13 @@ def main() -> int:
             parser.error(f"--against: expected a checkout of fastfs, got {arguments.against}")
         folders["before"] = arguments.against.resolve()
 
-    table = rows(measure(folders, arguments.device, arguments.rounds))
+    chosen = ["predicted"] if arguments.predicted else []
+    table = rows(measure(folders, arguments.device, arguments.rounds, *chosen))
     columns = list(table[0])
     print_table("Host time of a call", columns, [[str(row[c]) for c in columns] for row in table])
+    if arguments.predicted:
+        write_json(arguments.json, arguments.device, table)
+        return 0
     case, most = TARGET
     cost = next(row["now, us"] for row in table if row["call"] == case)
     missed = arguments.device.type == "cuda" and cost > most

@@ -1,6 +1,6 @@
 """Host time of calls, in one process: what `benchmarks.call_cost` runs in each version of fastfs that it compares.
 
-    python benchmarks/call_cost_cases.py DEVICE
+    python benchmarks/call_cost_cases.py DEVICE [predicted]
 
 Imports torch and fastfs alone, so that it runs with any version that has the functions it calls. Prints JSON: by case
 the microseconds of host time per call, the least mean of several blocks of calls - what is left when nothing
@@ -10,6 +10,7 @@ else of the machine is in the way. On CUDA the device is not waited for, within 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -99,6 +100,13 @@ def parts(device: torch.device) -> dict[str, float]:
     }
 
 
+def watch(model: nn.Module, optimizer: torch.optim.Optimizer, **options: int) -> fastfs.Monitor:
+    """A monitor that writes nothing."""
+    return fastfs.Monitor(
+        model, optimizer, sinks=[lambda rows: None], alerts=(), verbose=False, **options
+    )  # fmt: skip
+
+
 class Step:
     """A training step of a deep and very narrow transformer: nearly all of its time is the host's."""
 
@@ -106,13 +114,7 @@ class Step:
         self.model: nn.Module = Transformer(64, 16, 12, 2, 8, generator=torch.Generator().manual_seed(0)).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.tokens = torch.randint(0, 64, (2, 8), device=device)
-        self.monitor = (
-            fastfs.Monitor(
-                self.model, self.optimizer, sinks=[lambda rows: None], alerts=(), verbose=False, **options
-            )
-            if options
-            else None
-        )  # fmt: skip
+        self.monitor = watch(self.model, self.optimizer, **options) if options else None
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
@@ -153,11 +155,55 @@ def training(device: torch.device) -> dict[str, float]:
     return found
 
 
+class Small(Step):
+    """A step of an MLP of three layers, 6 parameters: the monitor's host work is most of what there is."""
+
+    def __init__(self, device: torch.device, **options: int) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10)).to(
+            device
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.inputs = torch.randn(16, 32, device=device)
+        self.labels = torch.randint(0, 10, (16,), device=device)
+        self.monitor = watch(self.model, self.optimizer, **options) if options else None
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        nn.functional.cross_entropy(self.model(self.inputs), self.labels).backward()
+        self.optimizer.step()
+
+
+def predicted(device: torch.device) -> dict[str, float]:
+    """Processor time of the training thread that predicted steps add, medians over blocks of steps, in turn."""
+    found = {}
+    for name, kind, calls_ in (("MLP, 6 parameters", Small, 20), ("transformer, 12 blocks", Step, 4)):
+        plain, watched = kind(device), kind(device, every=10**9, aligned_every=1)
+        for _ in range(24):
+            plain()
+            watched()
+        costs: dict[str, list[float]] = {"plain": [], "more": []}
+        for _ in range(2 * BLOCKS):
+            times = []
+            for step in (plain, watched):
+                begin = time.thread_time()
+                for _ in range(calls_):
+                    step()
+                times.append((time.thread_time() - begin) / calls_ * 1e6)
+            costs["plain"].append(times[0])
+            costs["more"].append(times[1] - times[0])
+        found[f"{name}: the step itself"] = statistics.median(costs["plain"])
+        found[f"{name}: a predicted step more"] = statistics.median(costs["more"])
+        assert watched.monitor is not None
+        watched.monitor.close()
+    return found
+
+
 def main() -> None:
     device = torch.device(sys.argv[1])
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    found = {**calls(device), **parts(device), **training(device)}
+    found = predicted(device) if "predicted" in sys.argv[2:] else {**calls(device), **parts(device), **training(device)}
     folder = Path(fastfs.__file__).parents[1]
     print(json.dumps({"folder": str(folder), **{name: round(value, 3) for name, value in found.items()}}))
 

@@ -109,11 +109,31 @@ def test_no_row_of_a_single_write_is_valid_and_wrong():
         Write("new Parameter", None, "always", "middle"),
         Write("list append", None, "always", "middle"),
         Write("queue and pointer", None, "always", "end"),
+        Write("numpy", "weight", "always", "start"),
+        Write("dlpack", "weight", "always", "start"),
+        Write("data =", "slots", "always", "middle"),
+        Write("optimizer state", None, "always", "middle"),  # there is none to write to at the first step
     ],
     ids=lambda write: write.how,
 )
 def test_compiled(write, backend):
     assert_unaltered([Plan((write,), compiled=backend)])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["mul_", "lerp_", "data.mul_", "copy_"])
+def test_compiled_in_every_mode(how, mode):
+    """A momentum encoder, or weights that are set from the data: within the graph."""
+    when = "always" if how != "copy_" else "first"
+    assert_unaltered([Plan((Write(how, "weight", when, "start"),), mode, compiled="aot_eager")])
+
+
+@pytest.mark.parametrize("how", ["data.mul_", "index_copy_"])
+def test_compiled_and_written_now_and_then(how):
+    """After the forward has been seen without a write."""
+    found = [when for when in CONDITIONS if when not in ("always", "first")]
+    assert found
+    assert_unaltered([Plan((Write(how, "frozen", when, "start"),), compiled="eager") for when in found])
 
 
 # The judge itself

@@ -280,3 +280,15 @@ def test_layers_that_run_in_some_steps_only():
     train(model, optimizer, 4, batch)
     monitor.close()
     assert [row["count"] > 0 for row in seen] == [False, True, True, False] * 2
+
+
+def test_the_description_says_what_an_aligned_step_does():
+    from fastfs.monitor import settings
+
+    tiny = settings.aligned_work([torch.zeros(32, 32), torch.zeros(32)], 3)
+    assert "2 parameters, 4.1 KiB each" in tiny
+    assert "norm of 3 backward vectors" in tiny
+    assert "so small a model" in tiny
+    large = settings.aligned_work([torch.zeros(1024, 1024)], 3)
+    assert "4.0 MiB each" in large
+    assert "so small a model" not in large

@@ -130,6 +130,51 @@ def test_parameters_written_to_between_forward_and_step_are_said():
     assert {row["why"] for row in found} == {"parameters were written to between the forward and the step"}
 
 
+class MovesFirst(torch.optim.SGD):
+    """Evaluates its closure at other parameters than those that the step began with."""
+
+    back = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        old = [p.clone() for p in parameters]
+        for p in parameters:
+            p.add_(0.1 * torch.ones_like(p))
+        with torch.enable_grad():
+            closure()
+        if self.back:
+            for p, value in zip(parameters, old, strict=True):
+                p.copy_(value)
+        return super().step()
+
+
+class MovesFor(MovesFirst):
+    back = False
+
+
+@pytest.mark.parametrize("kind", [MovesFirst, MovesFor])
+@pytest.mark.parametrize("options", [{}, {"amplify": True}, {"mode": "jvp"}], ids=["plain", "amplified", "jvp"])
+def test_features_of_a_closure_at_other_parameters_are_not_valid(kind, options):
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 2, 3)
+    optimizer = kind(model.parameters(), lr=0.1)
+    seen: list[dict[str, Any]] = []
+    settings = {"layers": r"blocks\.\d+$", "every": 1, "sinks": [measured_into(seen)], "verbose": False}
+    with fastfs.Monitor(model, optimizer, **settings, **options):
+        for step in range(2):
+
+            def closure(step: int = step) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, rows(step))
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    reason = "parameters moved between the begin of the step and the evaluation of its closure"
+    assert {(row["why"], row["decrease_why"]) for row in seen} == {(reason, reason)}
+
+
 class Switching(nn.Module):
     """Residual from the second half on."""
 
@@ -181,3 +226,72 @@ def test_tracing_a_watched_model_leaves_the_monitor_out():
     with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[lambda rows: None], verbose=False):
         traced = torch.jit.trace(model, rows(0)[0])
     assert "fastfs::" not in str(traced.inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_scripting_a_watched_model_is_refused_with_the_way_out():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    monitor = fastfs.Monitor(model, sgd(model), sinks=[lambda rows: None], verbose=False)
+    with pytest.raises(AttributeError, match="before the monitor is attached"):
+        torch.jit.script(model)
+    monitor.close()
+    torch.jit.script(model)
+
+
+class Routed(nn.Module):
+    """Each row goes to one of four layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.router = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        weights, chosen = self.router(hidden).softmax(-1).topk(1)
+        every = torch.stack([expert(hidden) for expert in self.experts], dim=1)
+        return self.last(hidden + weights * every[torch.arange(len(x)), chosen[:, 0]])
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_choices_that_the_step_changes_are_counted(large):
+    torch.manual_seed(0)
+    model = Routed()
+    optimizer = torch.optim.SGD(model.parameters(), lr=10.0 if large else 0.0)
+    seen: list[dict[str, Any]] = []
+    with fastfs.Monitor(model, optimizer, layers=["first"], every=1, sinks=[measured_into(seen)], verbose=False):
+        loss_of(model, rows(0)).backward()
+        optimizer.step()
+    assert seen[0]["choices"] == len(rows(0)[0])
+    assert (seen[0]["choices_changed"] > 0) == large
+
+
+def test_a_model_without_choices_has_no_such_columns():
+    found = run(steps=1)
+    assert all("choices" not in row for row in found)
+
+
+@pytest.mark.parametrize("when", ["before the forward", "before the backward", "before the step"])
+def test_parameters_that_are_added_in_the_middle_of_a_step(when):
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 3, 3)
+    last = list(model.blocks[2].parameters())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if all(p is not q for q in last)], lr=0.1)
+    seen: list[dict[str, Any]] = []
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen)], verbose=False):
+        for step in range(3):
+            optimizer.zero_grad()
+            loss = None
+            for moment in ("before the forward", "before the backward", "before the step"):
+                if step == 1 and moment == when:
+                    optimizer.add_param_group({"params": last})
+                if moment == "before the forward":
+                    loss = loss_of(model, rows(step))
+                elif moment == "before the backward":
+                    loss.backward()
+            optimizer.step()
+    assert [row["step"] for row in seen] == [step for step in range(3) for _ in range(3)]
+    assert all(row["valid"] for row in seen)
+    assert all(abs(row["residual"]) < 0.05 for row in seen if row["step"] != 1)

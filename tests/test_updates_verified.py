@@ -24,6 +24,10 @@ DTYPES = (torch.float32, torch.float64, torch.complex64, torch.bfloat16)
 Hook = Callable[[Optimizer, list[Tensor]], None]
 
 
+def _raise(error: Exception) -> None:
+    raise error
+
+
 @pytest.fixture(params=["host", "device"])
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without what can be known of tensors on the CPU at once."""
@@ -216,7 +220,7 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Optimizer, Para
     parameters = Parameters(check_optimizers(model, optimizer), snapshot=False)
     switch = Switch()
     switch.level = EVERYTHING
-    return model, optimizer, parameters, GradientFactor(parameters.groups, switch, always=False)
+    return model, optimizer, parameters, GradientFactor(parameters.groups, switch, always=False, failed=_raise)
 
 
 def step_of(

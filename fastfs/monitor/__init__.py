@@ -4,7 +4,7 @@ Data flows one way: ``schedule`` says when, ``capture`` owns the hooks, ``measur
 to the host, ``sinks`` write. Nothing flows back into training.
 """
 
-from fastfs.monitor.measure.modes import Probe
+from fastfs.monitor.measure.probe import Probe
 from fastfs.monitor.monitor import Monitor
 from fastfs.monitor.record.alerts import (
     AngleCollapse,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,24 @@ from fastfs.formula import relations
 from fastfs.monitor import payload
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
+from fastfs.monitor.measure import reasons as decrease_reasons
 from fastfs.monitor.measure import row_reasons, trust
 from fastfs.monitor.measure.aligned import Aligned, LossScale, aligned
 from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.knowledge import Kind, Knowledge
-from fastfs.monitor.measure.modes import BatchMode, JvpMode, ProbeMode
+from fastfs.monitor.measure.look import (
+    Look,
+    changed_choices,
+    graphs_of,
+    is_linear,
+    reported,
+    unscaled,
+    without_update,
+)
+from fastfs.monitor.measure.modes import BatchMode, JvpMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.probe import ProbeMode
 from fastfs.monitor.measure.proof import Proofs
 from fastfs.monitor.measure.sums import LayerSums, RowSums, totals
 from fastfs.monitor.measure.updates import MeasuredUpdate
@@ -72,11 +83,10 @@ class Engine:
         self._loss_scale: Tensor | None = None  # of the step that is under way
         self._found_inf: Tensor | None = None
         self._written: Tensor | None = None  # a parameter, since the forward: bool () on the device
-        self._rehearsed: set[Hashable] = (
-            set()
-        )  # kinds of steps whose compiled forwards have been run as they are written
-        self._eager_precision: list[float] | None = None
+        self._rehearsed = False  # compiled forwards of the step that is under way have been run as they are written
+        self._eager_precision: list[float] | None = None  # of that
         self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
+        self._counted: tuple[tuple[int, ...], Tensor] = (), torch.zeros(0)  # elements of layers, and roots of them
         self._proven: list[list[Tensor]] = []  # choices of the forward that has proven itself in this step
 
     # Around the optimizers
@@ -110,20 +120,23 @@ class Engine:
             self._written = written
         if self._refusal(passes) is not None:
             return
-        kind = _graphs(passes)
+        kind = graphs_of(passes)
         if self.proofs.due(kind):
-            if self.knowledge.perturbed.compiled:
-                self._rehearse(kind, passes)
+            self._rehearse(passes)
             seen = self.mode.prove(passes, self.knowledge.perturbed, tensors)
             self._proven = seen.choices
             self.proofs.keep(kind, self._totals(seen.rows).stats)
 
-    def _rehearse(self, kind: Hashable, passes: Sequence[Pass]) -> None:
-        """Before compiled graphs run again: an eager forward, whose every operation can be seen."""
-        if kind not in self._rehearsed:
-            seen = self.mode.eager(passes, self.knowledge.perturbed, self.parameters.tensors)
+    def _rehearse(self, passes: Sequence[Pass]) -> None:
+        """Before compiled graphs run again: an eager forward, whose every operation can be seen.
+
+        At every measured step: a forward may write now and then only.
+        """
+        assert isinstance(self.mode, BatchMode)
+        if self.mode.runs_compiled and not self._rehearsed:
+            seen = self.mode.rehearse(passes, self.knowledge.perturbed, self.parameters.tensors)
             self._eager_precision = seen.coarsest
-            self._rehearsed.add(kind)
+            self._rehearsed = True
 
     @staticmethod
     def _refusal(passes: Sequence[Pass]) -> int | None:
@@ -165,6 +178,7 @@ class Engine:
         self.parameters.clear()
         self.factor.clear()
         self._loss_scale = self._found_inf = self._written = None
+        self._rehearsed, self._eager_precision = False, None
         self._proven = []
         self.mode.clear()
 
@@ -185,6 +199,7 @@ class Engine:
             if any(p.writes_parameters for p in passes):
                 raise WriteError("a parameter has another version after it", inputs=False)
         found = self.parameters.take(self.device)
+        moved = (found.reason == decrease_reasons.MOVED).any()
         if passes:
             ran = [any(p.visits[i] for p in passes) for i in range(len(self.layers))]
         else:
@@ -199,21 +214,24 @@ class Engine:
         if isinstance(mode, ProbeMode):
             scale = torch.ones_like(scale)
             loss = mode.loss if loss is None else loss
-            done = self._aligned(self._on_probe(found), kind, scale)
+            done = self._aligned(
+                mode.with_gradients(found, self.parameters.previous, self.parameters.tensors), kind, scale
+            )
         else:
             done = self._aligned(found, kind, scale)
         cuts = torch.zeros(len(self.layers), dtype=torch.bool, device=self.device) if kind is None else kind.cuts
         look = self._look(passes, kind, found.stats, torch.where(cuts, done.decrease * scale, torch.nan))
         verdict, sums_of = look.verdict, look.sums
-        graphs = None if isinstance(mode, ProbeMode) else _graphs(passes)
+        graphs = None if isinstance(mode, ProbeMode) else graphs_of(passes)
         verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
         self.proofs.count(graphs)
         self._idle -= {i for i, code in enumerate(look.absent) if code != row_reasons.NOT_RUN}
+        verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
-        sums = FeatureStats(_unscaled(_reported(verdict, sums_of.stats), scale))
+        sums = FeatureStats(unscaled(reported(verdict, sums_of.stats), scale))
         residual = torch.where(cuts, relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
         residual_se = sums_of.dot_se * (1.0 - residual).abs()
-        linear = _linear(residual, residual_se, look.curvature)
+        linear = is_linear(residual, residual_se, look.curvature)
         self.knowledge.angles(key, sums.cos_angle, verdict.valid & cuts & (linear == 1))
         tensors = {
             "sums": self.names.with_groups(sums.sums),
@@ -232,8 +250,8 @@ class Engine:
         if self.judge.kappa is not None:
             tensors["kappa"] = self.judge.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
-        if self._proven:
-            tensors["choices_changed"], common["choices"] = _changed(self._proven, look.choices, self.device)
+        if any(self._proven):
+            tensors["choices_changed"], common["choices"] = changed_choices(self._proven, look.choices, self.device)
         names, rows, quantiles, method = self.names, sums_of.rows, self.quantiles, mode.method
         self._push(
             tensors,
@@ -253,20 +271,22 @@ class Engine:
         found = self.capture.squares()
         kind = self.knowledge.kind(self.capture.kind([count > 0 for count, _ in found]))
         done = self._aligned(stats, kind, scale)
-        squares = self._squares([parts for _, parts in found])
-        counts = [float(count) or torch.nan for count, _ in found]
-        count = torch.tensor(counts, dtype=torch.float64).to(self.device, non_blocking=True)
-        backward = squares.sqrt() / scale
-        speed = torch.full_like(backward, torch.nan)
-        if kind is not None:
+        backward = self._norms([parts for _, parts in found])
+        if self.scale.given:
+            backward = backward / scale
+        root = self._roots([count for count, _ in found])
+        if kind is None:
+            speed = torch.full_like(backward, torch.nan)
+        else:
             # Section 2, the feature speed formula, with the last angle that was measured.
             speed = relations.predicted_update_norm(done.decrease, kind.cosine, backward)
-            speed = torch.where(kind.cuts & self._accumulated(), speed, torch.nan)
+            cuts = kind.cuts & self._accumulated() if self.capture.rewritten else kind.cuts
+            speed = torch.where(cuts & (speed > 0), speed, torch.nan)
         tensors = {
             "aligned": _columns(done),
             "decrease_reason": done.reason,
-            "backward_rms": backward / count.sqrt(),
-            "update_rms": torch.where(speed > 0, speed / count.sqrt(), torch.nan),
+            "backward_rms": backward / root,
+            "update_rms": speed / root,
             "loss_scale": scale,
         }
         common = {"step": step, "time": time.time(), "loss": None}
@@ -278,6 +298,21 @@ class Engine:
         if not self.capture.rewritten:
             return torch.ones((), dtype=torch.bool, device=self.device)
         return ~torch.stack([flag.to(self.device, non_blocking=True) for flag in self.capture.rewritten]).any()
+
+    def _roots(self, counts: Sequence[int]) -> Tensor:
+        """Of the numbers of elements, nan for 0: float64 (L,); the last ones are kept."""
+        key = tuple(counts)
+        if self._counted[0] != key:
+            roots = [count**0.5 or torch.nan for count in key]
+            self._counted = key, torch.tensor(roots, dtype=torch.float64).to(self.device, non_blocking=True)
+        return self._counted[1]
+
+    def _norms(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
+        """Per layer the root of the sum over its parts, nan without any: float64 (L,)."""
+        if all(len(parts) == 1 and not parts[0][0].dim() for parts in layers):
+            return torch.stack([parts[0][0].to(self.device, non_blocking=True) for parts in layers])
+        rows = [[(x if x.dim() else x.square().view(1), factor) for x, factor in parts] for parts in layers]
+        return self._squares(rows).sqrt()
 
     def _squares(self, layers: Sequence[Sequence[tuple[Tensor, float]]]) -> Tensor:
         """Per layer the sum over its parts of sum of squares times factor, nan without any: float64 (L,)."""
@@ -332,10 +367,9 @@ class Engine:
         if self._refusal(passes) is not None:
             sums = self._totals([mode.unmoved(p) for p in passes])
             eps = self._on_device(self.judge.precision(layers, passes, None))
-            sums = replace(sums, stats=_without_update(sums.stats))
+            sums = replace(sums, stats=without_update(sums.stats))
             return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, self._absent(passes))
-        if self.knowledge.perturbed.compiled:
-            self._rehearse(_graphs(passes), passes)
+        self._rehearse(passes)
         previous = self.parameters.previous
         if isinstance(mode, JvpMode):
             seen = mode.along(passes, self.knowledge.perturbed, previous, now)
@@ -417,106 +451,9 @@ class Engine:
     def _aligned(self, found: MeasuredUpdate, kind: Kind | None, scale: Tensor) -> Aligned:
         if kind is None:
             return Aligned.unknown(len(self.layers), self.device)
-        return aligned(found, kind.incidence, scale)
-
-    def _on_probe(self, found: MeasuredUpdate) -> MeasuredUpdate:
-        """With the gradients of the probe; dw, |w| and |dw| are the same."""
-        assert isinstance(self.mode, ProbeMode)
-        on_probe, which = self.mode.updates(self.parameters.previous, self.parameters.tensors)
-        sums = found.stats.sums.clone()
-        names = ParameterStats.names
-        dot, gradient = names.index("dot"), names.index("gradient_sq")
-        index = torch.tensor(which).to(self.device, non_blocking=True)
-        for column, values in ((dot, on_probe.dot), (gradient, on_probe.gradient_sq)):
-            sums[:, column] = 0.0
-            sums[:, column].index_copy_(0, index, values)
-        return MeasuredUpdate(ParameterStats(sums), torch.zeros_like(found.reason))
-
-
-@dataclass
-class Look:
-    """What a measured step has shown of the features.
-
-    Attributes:
-        verdict: per layer.
-        sums: that standard errors and quantiles come from.
-        eps, depth: of the layers, as for :func:`fastfs.monitor.measure.trust.judge`.
-        absent: per layer why it has no rows, 0 where it has.
-        curvature: second-order part of the update relative to the first, at most; None where it was not seen.
-        choices: integer results of top-k and argmax in the second forward, of each pass.
-    """
-
-    verdict: trust.Trusted
-    sums: LayerSums
-    eps: Tensor
-    depth: Tensor
-    absent: list[int]
-    curvature: Tensor | None = None
-    choices: list[list[Tensor]] = field(default_factory=list)
-
-
-_LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
-
-
-def _linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> Tensor:
-    """Whether first order describes the step: float64 (L,), 1 or 0, nan where nothing tells."""
-    by_residual = (residual.abs() <= _LINEAR + 2 * residual_se.nan_to_num(0.0)).to(torch.float64)
-    unknown = torch.full_like(residual, torch.nan)
-    other = unknown if curvature is None else torch.where(curvature.isnan(), unknown, (curvature <= _LINEAR).double())
-    return torch.where(residual.isnan(), other, by_residual)
-
-
-def _changed(
-    first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]], device: torch.device
-) -> tuple[Tensor, int]:
-    """How many of the discrete choices of a forward are others in the second one: float64 (), and how many there are."""
-    pairs = [pair for ours, theirs in zip(first, second, strict=False) for pair in zip(ours, theirs, strict=False)]
-    pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for a, b in pairs:
-        total = total + (a != b).sum().to(device, torch.float64)
-    return total, sum(a.numel() for a, _ in pairs)
-
-
-def _graphs(passes: Sequence[Pass]) -> Hashable:
-    """What tells the forwards of one step from those of another kind."""
-    return frozenset(p.signature for p in passes)
-
-
-def _without_update(stats: FeatureStats) -> FeatureStats:
-    """Where no second forward was made, nothing is known of the update."""
-    known = ("before_sq", "backward_sq", "count", "nonfinite")
-    columns = [stats._sum(name) for name in stats.names]
-    return FeatureStats(
-        torch.stack(
-            [
-                x if name in known else torch.full_like(x, torch.nan)
-                for name, x in zip(stats.names, columns, strict=True)
-            ],
-            dim=-1,
-        )
-    )
+        return aligned(found, kind.incidence, scale if self.scale.given else None)
 
 
 def _columns(done: Aligned) -> Tensor:
     """In the order of ``payload.ALIGNED``."""
     return torch.stack([done.decrease, done.parameter_norm, done.update_norm, done.gradient_norm])
-
-
-def _reported(verdict: trust.Trusted, plain: FeatureStats) -> Tensor:
-    """The verdict's sums where they come from an enlarged update; else what was seen, with the noise that may be in it.
-
-    What the verdict takes out of a plain replay as noise is a guess: half of the most that it can be.
-    """
-    seen = plain.sums.clone()
-    seen[:, FeatureStats.names.index("rounding_sq")] = verdict.stats.rounding_sq
-    return torch.where(verdict.amplified[:, None], verdict.stats.sums, seen)
-
-
-def _unscaled(sums: Tensor, scale: Tensor) -> Tensor:
-    """Sums over features with the loss scale taken out of the backward vector."""
-    names = FeatureStats.names
-    result = sums.clone()
-    for name, power in (("update_dot_backward", 1), ("abs_update_dot_backward", 1), ("backward_sq", 2)):
-        result[:, names.index(name)] /= scale**power
-    return result

@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,8 +22,9 @@ from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.engine import Engine
 from fastfs.monitor.measure.aligned import LossScale
 from fastfs.monitor.measure.gradients import GradientFactor
-from fastfs.monitor.measure.modes import BatchMode, JvpMode, Probe, ProbeMode
+from fastfs.monitor.measure.modes import BatchMode, JvpMode
 from fastfs.monitor.measure.parameters import Parameters
+from fastfs.monitor.measure.probe import Probe, ProbeMode
 from fastfs.monitor.optimizers import check_optimizers
 from fastfs.monitor.payload import Names
 from fastfs.monitor.record.header import make_header
@@ -30,6 +32,7 @@ from fastfs.monitor.record.sinks import checked_metadata
 from fastfs.monitor.schedule import Schedule, as_schedule
 from fastfs.monitor.steps import OptimizerSteps
 from fastfs.network.guard import WriteError
+from fastfs.network.journal import Journal
 from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, select_groups, select_layers
 from fastfs.network.outputs import first_floating
 
@@ -136,6 +139,7 @@ class Monitor:
         members = select_groups(self._layers, groups)
         scale = LossScale(scaler)
         settings.check_compiled(model, mode)
+        settings.check_select(select)
         first = (self._schedule.due(0), self._aligned is not None and self._aligned.due(0))
         meta = checked_metadata(metadata)
 
@@ -145,6 +149,7 @@ class Monitor:
         self._closed = False
         self._failed = False  # this step's measurement, before it began
         self._why: str | None = None  # it is left out
+        self._journal = Journal()  # of the end of a step
         self._finishing: int | None = None  # the step whose end is under way
         self._model = model
         self._optimizers = optimizers
@@ -163,45 +168,53 @@ class Monitor:
             memory_bytes=memory,
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
         )
-        self._recorder = settings.open_recorder(
-            path, sinks, self._header, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
-        )
-        self._capture = Capture(
-            model,
-            self._layers,
-            names,
-            self._sampler,
-            # Of every row before, backward, after; with both sides of the probe, and before as eager execution has it.
-            Budget(memory, 6 if amplify else 3, len(self._layers)),
-            select,
-            self._warn,
-            self._forward_begins,
-            self._fail,
-            self._owned,
-        )
-        device = next(iter(names.values())).device
-        self._engine = Engine(
-            model=model,
-            layers=self._layers,
-            names=Names(len(self._layers), members),
-            mode=self._make_mode(mode, model, chosen),
-            amplify=amplify,
-            quantiles=tuple(quantiles),
-            capture=self._capture,
-            parameters=parameters,
-            factor=GradientFactor(parameters.groups, self._capture.switch, always=scale.given),
-            scale=scale,
-            device=device,
-            push=self._recorder.push,
-            put=self._recorder.put,
-        )
-        self._capture.gradients = self._engine.factor
-        self._capture.replayer.others = self._settings
-        self._steps = OptimizerSteps(found, self)
-        self._measures, self._aligns = first
-        self._arm()
+        with ExitStack() as undo:  # of a failed attach nothing is left
+            self._recorder = settings.open_recorder(
+                path, sinks, self._header, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
+            )
+            undo.callback(self._recorder.discard)
+            self._capture = Capture(
+                model,
+                self._layers,
+                names,
+                self._sampler,
+                # Of every row before, backward, after; with both sides of the probe, and before as eager execution has
+                # it.
+                Budget(memory, 6 if amplify else 3, len(self._layers)),
+                select,
+                self._warn,
+                self._forward_begins,
+                self._fail,
+                self._owned,
+            )
+            undo.callback(self._capture.close)
+            factor = GradientFactor(parameters.groups, self._capture.switch, always=scale.given, failed=self._fail)
+            undo.callback(factor.close)
+            self._engine = Engine(
+                model=model,
+                layers=self._layers,
+                names=Names(len(self._layers), members),
+                mode=self._make_mode(mode, model, chosen),
+                amplify=amplify,
+                quantiles=tuple(quantiles),
+                capture=self._capture,
+                parameters=parameters,
+                factor=factor,
+                scale=scale,
+                device=next(iter(names.values())).device,
+                push=self._recorder.push,
+                put=self._recorder.put,
+            )
+            self._capture.gradients = factor
+            self._capture.replayer.others = self._settings
+            self._steps = OptimizerSteps(found, self)
+            undo.callback(self._steps.close)
+            self._measures, self._aligns = first
+            self._arm()
+            description = self.description
+            undo.pop_all()
         if verbose and settings.speaks():
-            print(self.description, file=sys.stderr)
+            print(description, file=sys.stderr)
 
     def _make_mode(self, mode: str, model: nn.Module, probe: Probe | None) -> BatchMode | ProbeMode:
         if probe is not None:
@@ -241,7 +254,13 @@ class Monitor:
         """What is measured how often, and the memory it may take: what is printed when the monitor is attached."""
         parameters = self._engine.parameters
         moment = settings.momentary_bytes(parameters.tensors, str(self._header["mode"]), self._engine.amplify)
-        return settings.describe(self._header, parameters.snapshot_bytes, moment, self._recorder.device_bytes)
+        return settings.describe(
+            self._header,
+            parameters.snapshot_bytes,
+            moment,
+            self._recorder.device_bytes,
+            settings.aligned_work(parameters.tensors, len(self._layers)),
+        )
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"step {self._step}"
@@ -283,7 +302,7 @@ class Monitor:
             self._warn(
                 "unused",
                 f"was never reached: {self._capture.seen} backwards of the model were seen, but no step() of "
-                f"{', '.join(type(o).__name__ for o in self._optimizers)}. Give the optimizer whose step() the loop calls",
+                f"{self._header['optimizer']}. Give the optimizer whose step() the loop calls",
             )
 
     def __enter__(self) -> Monitor:
@@ -358,12 +377,14 @@ class Monitor:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
         self._recover()
         started = time.perf_counter()
+        grad = torch.is_grad_enabled()
+        self._journal.note(lambda: torch._C._set_grad_enabled(grad))
         self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
         try:
             if self._active and not self._failed:
                 try:
-                    with torch.no_grad():
-                        self._measure(started)
+                    torch._C._set_grad_enabled(False)
+                    self._measure(started)
                 except Exception as error:  # a measurement must not end a training run
                     self._fail(error)
             if self._why is not None:
@@ -375,6 +396,7 @@ class Monitor:
     def _recover(self) -> None:
         """Put back what an interrupt has left changed, and end the step that it came in."""
         self._capture.replayer.recover()
+        self._journal.restore()
         if self._finishing is None:
             return
         self._step = self._finishing + 1
@@ -423,12 +445,15 @@ class Monitor:
             self._why = "no forward and backward of the model was seen before the step"
             if self._capture.transformed:
                 self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"
+            again = (
+                "Graphs of torch.compile that know of no hooks were found and dropped: they are made again"
+                if self._capture.drop_unguarded()
+                else "The model that was given must be the one that the loop calls, with gradient"
+            )
             self._warn(
                 "unseen",
                 "is to be measured, but no forward and backward of the model was seen before it: nothing is recorded. "
-                "The model that was given must be the one that the loop calls, with gradient. If torch.compile "
-                "compiled it and it was called before the monitor was attached, its graphs know of no hooks: call "
-                "torch.compiler.reset() once after attaching, or attach before the first call",
+                + again,
             )
         elif not self._warn_of_hidden() and self._engine.idle:
             self._warn_of_idle(self._engine.idle)

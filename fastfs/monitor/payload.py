@@ -30,7 +30,8 @@ def pack(tensors: dict[str, Tensor]) -> tuple[Tensor, Callable[[Tensor], dict[st
         parts = host.split([math.prod(shape) for shape in shapes.values()])
         return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
-    return torch.cat([tensor.detach().to(torch.float64).reshape(-1) for tensor in tensors.values()]), split
+    with torch.no_grad():
+        return torch.cat([tensor.to(torch.float64).reshape(-1) for tensor in tensors.values()]), split
 
 
 class Names:

@@ -10,14 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfs.monitor.measure.modes import MODES, Probe
+from fastfs.monitor.measure.modes import MODES
+from fastfs.monitor.measure.probe import Probe
 from fastfs.monitor.record.recorder import Recorder, check_recorder_state
 from fastfs.monitor.record.sinks import as_sink, as_sinks
 from fastfs.monitor.schedule import Every
 
 __all__ = [
+    "aligned_work",
     "check_compiled",
     "check_mode",
+    "check_select",
     "check_sizes",
     "check_state",
     "describe",
@@ -28,6 +31,8 @@ __all__ = [
 ]
 
 _MIB = 2**20
+_OPERATIONS, _OF_LAYERS = 60, 3  # operations of torch in an aligned step, and for each layer: as a dispatch mode counts
+_TINY = 2**20  # bytes of parameters up to which host work takes longer than the pass over them
 
 
 def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
@@ -72,6 +77,12 @@ def check_sizes(rows: Any, memory: Any, quantiles: Any) -> None:
     for quantile in quantiles:
         if not isinstance(quantile, (int, float)) or not 0.0 <= quantile <= 1.0:
             raise ValueError(f"quantiles: expected numbers between 0 and 1, got {quantile!r}")
+
+
+def check_select(select: Any) -> None:
+    """Raises TypeError if it is no function."""
+    if not callable(select) or isinstance(select, type):
+        raise TypeError(f"select: expected a function from a layer's output to a tensor in it, got {select!r:.100}")
 
 
 def check_compiled(model: nn.Module, mode: str) -> None:
@@ -142,11 +153,30 @@ def momentary_bytes(parameters: Sequence[Tensor], mode: str, amplify: bool) -> i
     return 2 * own if amplify else 0  # both sides of the probe
 
 
-def describe(header: Mapping[str, Any], snapshot_bytes: int, momentary: int, ring_bytes: int) -> str:
+def aligned_work(parameters: Sequence[Tensor], layers: int) -> str:
+    """What an aligned step does besides the training's own work, in words."""
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    amount = f"{size / _MIB:.1f} MiB" if size >= _MIB // 10 else f"{size / 1024:.1f} KiB"
+    work = (
+        f"one pass over gradients, parameters and optimizer state ({len(parameters)} parameters, {amount} each), the "
+        f"norm of {layers} backward vectors and some {_OPERATIONS + _OF_LAYERS * layers} small operations"
+    )
+    if size <= _TINY:
+        work += "; for so small a model these take longer than the pass, and may take as long as the step itself"
+    return work
+
+
+def describe(
+    header: Mapping[str, Any], snapshot_bytes: int, momentary: int, ring_bytes: int, aligned_step: str = ""
+) -> str:
     """One line for a person."""
     every = header["every"]
     often = f"every {every} steps" if isinstance(every, int) else every
-    aligned = "" if header["aligned_every"] is None else f", aligned decrease every {header['aligned_every']}"
+    aligned = ""
+    if header["aligned_every"] is not None:
+        how = header["aligned_every"]
+        steps = ("every step" if how == 1 else f"every {how} steps") if isinstance(how, int) else f"every {how}"
+        aligned = f", aligned decrease {steps}" + (f" ({aligned_step})" if aligned_step else "")
     rows = "all rows" if header["rows"] is None else f"{header['rows']} rows a layer"
     snapshot = f", {snapshot_bytes / _MIB:.1f} MiB for parameters before the step" if snapshot_bytes else ""
     snapshot += f" and {momentary / _MIB:.1f} MiB for a moment after it" if momentary else ""

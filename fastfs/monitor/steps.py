@@ -236,14 +236,16 @@ class _Hook:
         self._outside = torch.compiler.disable(self._run)
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        return (self._outside if torch.compiler.is_compiling() else self._run)(optimizer, args, kwargs)
-
-    def _run(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         try:
+            if torch.compiler.is_compiling():
+                return self._outside(optimizer, args, kwargs)
             return self._tell(optimizer, args, kwargs)
         except Exception as error:
             self._levels.steps.failed(error)
             return None
+
+    def _run(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        return self._tell(optimizer, args, kwargs)
 
     def _tell(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError

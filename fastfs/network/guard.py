@@ -1,16 +1,19 @@
 """Looks at every operation of a forward of fastfs's own: no write to anything that training owns gets through.
 
 A dispatch mode sees each operation before it runs, with a schema that says what it writes to. A write is let through
-only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an operation
-- assignments to attributes, ``.data`` and ``.grad``, flags - is put back by :mod:`fastfs.network.belongings`.
+only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an
+operation - assignments to attributes, ``.data`` and ``.grad``, flags - is put back by
+:mod:`fastfs.network.belongings`.
 
-On the way the guard notes whether a forward in forward mode cuts off first-order changes, in which precision the forward computes, whoever switched it on, which integer choices it makes
-(top-k, argmax), and the states of generators that are not known from elsewhere.
+On the way the guard notes whether a forward in forward mode cuts off first-order changes, in which precision it
+computes, whoever switched it on, which integer choices it makes (top-k, argmax), and the states of generators that are
+not known from elsewhere.
 """
 
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,11 +25,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs.network.journal import Journal
-from fastfs.network.precision import coarseness, product_coarseness
+from fastfs.network.precision import SINGLE, coarseness, product_coarseness
 
-__all__ = ["Guard", "HostCopies", "WriteError", "storages"]
+__all__ = ["Guard", "HostCopies", "Plans", "WriteError", "storages"]
 
 _CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
+_ORDINARY = (Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 # Their schemas do not say that training mode writes to the running statistics.
 _STATISTICS = frozenset({"running_mean", "running_var"})
@@ -37,8 +41,10 @@ _PRODUCTS = (
 _CONVOLUTIONS = "convolution _convolution convolution_overrideable cudnn_convolution conv2d conv1d conv3d".split()
 _RECURRENT = "_cudnn_rnn _thnn_fused_lstm_cell mkldnn_rnn_layer".split()
 _MEMORY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)
-_CUTTING = (Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, Tensor.data.__get__, F.gumbel_softmax)
+_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_CUTTING = (Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, _GET_DATA, F.gumbel_softmax)
 _SETTERS = {getattr(Tensor, name).__set__: name for name in ("data", "grad", "requires_grad")}
+_PAST_DISPATCH = frozenset((*_MEMORY, *_SETTERS, *_CUTTING))
 _KINDS = {
     **dict.fromkeys((f"aten::{name}" for name in _PRODUCTS), "matmul"),
     **dict.fromkeys((f"aten::{name}" for name in _CONVOLUTIONS), "conv"),
@@ -47,7 +53,12 @@ _KINDS = {
 
 
 class WriteError(RuntimeError):
-    """A forward wants to write to memory that it may not change. ``inputs``: to a copy of its inputs, which can be renewed."""
+    """A forward wants to write to memory that it may not change.
+
+    Args:
+        operation: by which it would.
+        inputs: to a copy of its inputs, which can be renewed.
+    """
 
     def __init__(self, operation: str, inputs: bool) -> None:
         super().__init__(f"the forward writes to a tensor that is not its own ({operation})")
@@ -63,6 +74,10 @@ class _Plan(NamedTuple):
     kind: str | None  # of a product, whose precision has a setting of its own
 
 
+Plans = dict[Any, _Plan]
+"""By operation."""
+
+
 class Guard(TorchDispatchMode):
     """The mode; for one forward.
 
@@ -72,6 +87,7 @@ class Guard(TorchDispatchMode):
         inputs: copies of the forward's inputs.
         protected: gives the tensors that training owns; asked only about writes by code that manages memory of its own
             (compiled graphs, sharding).
+        plans: for operations of earlier guards, to be used again.
         single: compute in float32 what the model would compute in 16 bits.
     """
 
@@ -84,9 +100,10 @@ class Guard(TorchDispatchMode):
         inputs: Iterable[Tensor] = (),
         protected: Callable[[], Iterable[Tensor]] = tuple,
         *,
+        plans: Plans | None = None,
         single: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.coarsest = 0.0  # spacing at 1 of the coarsest numbers so far
         self.choices: list[Tensor] = []
         self.cut = False  # a first-order change was cut off by detach()
@@ -95,12 +112,26 @@ class Guard(TorchDispatchMode):
         self._inputs = {storage for tensor in inputs for storage in storages(tensor)}
         self._protected = protected
         self._single = single
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: Plans = {} if plans is None else plans
         self._generators: set[int] = set()
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the forward may write to that tensor."""
         return self._made.issuperset(storages(tensor))
+
+    def keep_data(self, tensor: Tensor) -> None:
+        """Put the memory of a tensor back afterwards."""
+        with torch._C.DisableTorchFunction():
+            data = tensor.data
+
+        def restore() -> None:
+            tensor.data = data
+
+        self._journal.note(restore)
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether it is a copy of one of the forward's inputs."""
+        return self._inputs.issuperset(storages(tensor))
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -119,11 +150,15 @@ class Guard(TorchDispatchMode):
             self._note_generator(kwargs.get("generator"))
         if self._single and plan.fresh:  # views stay what they are views of
             args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
-        output = func(*args, **kwargs)
-        for tensor in _tensors(output):
-            if plan.fresh:
-                self._made.update(storages(tensor))
-                self._note_precision(plan, tensor)
+        output = func(*args, **kwargs) if kwargs else func(*args)
+        if plan.fresh:
+            if type(output) is Tensor and output.layout is torch.strided:  # nearly always
+                self._made.add(output.untyped_storage()._cdata)
+                self._note_precision(plan, output)
+            else:
+                for tensor in _tensors(output):
+                    self._made.update(storages(tensor))
+                    self._note_precision(plan, tensor)
         if plan.choice:
             self.choices += [x for x in _tensors(output) if not x.is_floating_point()]
         return output
@@ -153,37 +188,53 @@ class Guard(TorchDispatchMode):
             self._journal.note(lambda: generator.set_state(state))
 
     def _note_precision(self, plan: _Plan, tensor: Tensor) -> None:
-        if tensor.dtype is torch.float32 and plan.kind is not None:
-            spacing = product_coarseness(plan.kind, tensor.device.type)
+        dtype = tensor.dtype
+        if dtype is torch.float32:
+            spacing = SINGLE if plan.kind is None else product_coarseness(plan.kind, tensor.device.type)
         else:
-            spacing = coarseness(tensor.dtype)
+            spacing = coarseness(dtype)
         if spacing > self.coarsest:
             self.coarsest = spacing
 
 
 class HostCopies(TorchFunctionMode):
-    """For what goes past all dispatch: gives a forward copies where it asks for a tensor's memory, and notes assignments.
+    """For what goes past all dispatch: copies where a forward asks for a tensor's memory, and notes of assignments.
 
     Assignments to ``.data``, ``.grad`` and ``.requires_grad`` of any tensor are put back by the journal.
+
+    Args:
+        guard: of the forward.
+        journal: takes what is to be put back.
+        strict: raise instead, since a compiled forward will not be given copies.
     """
 
-    def __init__(self, guard: Guard, journal: Journal) -> None:
+    def __init__(self, guard: Guard, journal: Journal, *, strict: bool = False) -> None:
         super().__init__()
         self._guard = guard
         self._journal = journal
+        self._strict = strict
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func not in _PAST_DISPATCH:
+            return func(*args, **kwargs) if kwargs else func(*args)
         if func in _SETTERS:
+            if self._strict and not self._is_own(args[0]):
+                raise WriteError(f"Tensor.{_SETTERS[func]} =", inputs=False)
             self._note(args[0], _SETTERS[func])
         elif func in _CUTTING:
             self._guard.cut = self._guard.cut or _carries(args[0])
-        elif func in _MEMORY:
+        elif not self._is_own(args[0]) and not _managed():
+            if self._strict:
+                raise WriteError(f"Tensor.{func.__name__}, through whose result it may write", inputs=False)
             with torch._C.DisableTorchFunction():
-                if not self._guard.owns(args[0]) and not _managed():
-                    args = (args[0].detach().clone(), *args[1:])
+                args = (args[0].detach().clone(), *args[1:])
         return func(*args, **(kwargs or {}))
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        with torch._C.DisableTorchFunction():
+            return self._guard.owns(tensor) or self._guard.is_input(tensor)
 
     def _note(self, tensor: Tensor, name: str) -> None:
         with torch._C.DisableTorchFunction():
@@ -207,7 +258,7 @@ def _carries(tensor: Tensor) -> bool:
 
 def storages(tensor: Tensor) -> tuple[int, ...]:
     """What identifies the memory of a tensor; nothing for tensors without memory that can be told apart."""
-    if hasattr(type(tensor), "__tensor_flatten__"):
+    if type(tensor) not in _ORDINARY and hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return tuple(storage for name in names for storage in storages(getattr(tensor, name)))
     try:
@@ -233,12 +284,12 @@ def _plan(func: Any) -> _Plan:
 
 def _managed() -> bool:
     """Whether the operation comes from generated code of torch.compile, or from torch.distributed."""
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if "torchinductor" in name or "/torch/distributed/" in name or "/torch/_inductor/" in name:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
 
 

@@ -76,8 +76,8 @@ def _copy(copy_tensor: Callable[[Tensor], Tensor], copies: dict[int, Tensor], le
     copy = functools.partial(_copy, copy_tensor, copies)
     if isinstance(leaf, Tensor):
         if id(leaf) not in copies:  # the same tensor twice is one: attention of x to itself asks for identity
-            copies[id(leaf)] = new = copy_tensor(leaf)
-            _copy_attributes(copy, leaf, new)
+            copies[id(leaf)] = copied = copy_tensor(leaf)
+            _copy_attributes(copy, leaf, copied)
         return copies[id(leaf)]
     if isinstance(leaf, _IMMUTABLE):
         return leaf

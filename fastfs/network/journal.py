@@ -1,16 +1,27 @@
 """Undoing what a forward of fastfs's own has changed, also after an interrupt at any point of it.
 
-An interrupt (Ctrl-C) may come between any two bytecodes, in a ``finally`` block too. So every undo is noted *before* the
-change that it takes back, may run twice, and is struck off only after it has run. What an interrupt has left over is
-undone at the next call.
+An interrupt (Ctrl-C) may come between any two bytecodes, in a ``finally`` block too. So every undo is noted *before*
+the change that it takes back, may run twice, and is struck off only after it has run. What an interrupt has left over
+is undone at the next call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
-__all__ = ["Journal", "Undone"]
+__all__ = ["Journal", "Undone", "surely"]
+
+T = TypeVar("T")
+
+
+def surely(function: Callable[[], T]) -> T:
+    """Call an idempotent function, once more if it fails: what must not be left undone is not lost to one failure."""
+    try:
+        return function()
+    except Exception:
+        return function()
 
 
 class Journal:
@@ -36,10 +47,14 @@ class Journal:
         """
         failure: Exception | None = None
         while self._undo:
+            undo = self._undo[-1]
             try:
-                self._undo[-1]()
-            except Exception as error:
-                failure = failure or error
+                undo()
+            except Exception:
+                try:
+                    undo()
+                except Exception as error:
+                    failure = failure or error
             self._undo.pop()  # only now: an interrupt before this line runs the function again
         if failure is not None:
             raise failure

@@ -1,4 +1,4 @@
-"""How coarse the numbers are that an operation computes with: by dtype, and by torch's settings for float32 products."""
+"""How coarse the numbers are that an operation computes with: by dtype, and torch's settings for float32 products."""
 
 from __future__ import annotations
 

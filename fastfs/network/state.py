@@ -10,7 +10,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastfs.network.belongings import Belongings, Earlier
 from fastfs.network.guard import storages
+from fastfs.network.inventory import Inventories
 from fastfs.network.journal import Journal
 from fastfs.network.surroundings import Surroundings
 
@@ -76,25 +77,34 @@ class ForwardState:
     autocast: dict[str, tuple[bool, torch.dtype]]
     modules: list[nn.Module]
     earlier: Earlier
+    inventories: Inventories = field(default_factory=Inventories)
 
     @classmethod
-    def take(cls, model: nn.Module, parameters: Iterable[Tensor] = ()) -> ForwardState:
+    def take(
+        cls, model: nn.Module, parameters: Iterable[Tensor] = (), inventories: Inventories | None = None
+    ) -> ForwardState:
         """The state now. Buffers and tensors in attributes are copied.
 
         Args:
             model: the model.
             parameters: trained tensors besides the model's own parameters; never copied.
+            inventories: of the model, from earlier states: it is quicker with them.
         """
         modules = list(model.modules())
         devices = _accelerators(modules)
         kinds = dict.fromkeys(["cpu", *(device.type for device in devices)])
-        own = (p for module in modules for p in module._parameters.values() if p is not None)
-        owned = {storage for p in (*own, *parameters) for storage in storages(p)}
+        inventories = Inventories() if inventories is None else inventories
+
+        def owned() -> set[int]:
+            own = (p for module in modules for p in module._parameters.values() if p is not None)
+            return {storage for p in (*own, *parameters) for storage in storages(p)}
+
         return cls(
             randomness=RandomState.take(devices),
             autocast={kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds},
             modules=modules,
-            earlier=Earlier(modules, owned),
+            earlier=Earlier(modules, owned, inventories),
+            inventories=inventories,
         )
 
     def without_autocast(self, cast: Callable[[Tensor], Tensor]) -> ForwardState:
@@ -154,8 +164,8 @@ class AppliedState:
         own = _OWN.get()
         journal.note(lambda: _OWN.set(own))
         journal.note(RandomState.take(state.randomness.devices).give)
-        journal.note(Surroundings(state.autocast).restore)
-        journal.note(Belongings(state.modules, self._parameters, self._others).restore)
+        journal.note(Belongings(state.modules, self._parameters, self._others, state.inventories).restore)
+        journal.note(Surroundings(state.autocast).restore)  # the first to run: modes see nothing of the others
         _OWN.set(True)
         state.randomness.give()
         copies = state.earlier.give()
@@ -176,8 +186,11 @@ class AppliedState:
 
 def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:
     """The devices besides the CPU that hold parameters or buffers."""
-    found: dict[torch.device, None] = {}
-    for module in modules:
-        for tensors in (module._parameters, module._buffers):
-            found.update((t.device, None) for t in tensors.values() if t is not None)
+    found = {
+        tensor.device: None
+        for module in modules
+        for tensors in (module._parameters, module._buffers)
+        for tensor in tensors.values()
+        if tensor is not None
+    }
     return [device for device in found if device.type not in ("cpu", "meta")]

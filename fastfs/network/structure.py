@@ -27,6 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -213,11 +214,11 @@ def _watched(graph: Joined, index: int, visits: Sequence[tuple[int, int, int, in
 def _own(layers: Sequence[Watched], count: int, several: bool) -> list[Intervals]:
     """Each parameter goes to the first layer, in the order of the forward, that it is upstream of.
 
-    With several forwards, of which each may have left layers out, what has fewer parameters upstream comes first: so does
-    a layer before those that follow it in any of the forwards.
+    With several forwards, each of which may have left layers out, what has fewer parameters upstream comes first: a
+    layer before those that follow it in any of the forwards.
     """
 
-    def order(layer: Watched) -> tuple[int, int]:
+    def order(layer: Watched) -> tuple[int, Any]:
         size = sum(layer.upstream[1::2]) - sum(layer.upstream[::2])
         return (size if several else 0), layer.position
 

@@ -17,6 +17,8 @@ import torch.nn.utils.parametrize as parametrize
 import torch.overrides
 import torch.utils._python_dispatch as python_dispatch
 
+from fastfs.network.journal import surely
+
 __all__ = ["Surroundings"]
 
 _FLAGS = tuple(name for name in vars(python_dispatch) if name.startswith("_is_in_") and "mode" in name)
@@ -125,7 +127,7 @@ def _autocast_dtype(device: str) -> Callable[[torch.dtype], None]:
 
 def _autocast_nesting() -> int:
     torch.autocast_increment_nesting()
-    return int(torch.autocast_decrement_nesting())
+    return int(surely(torch.autocast_decrement_nesting))
 
 
 def _stance() -> Any:

@@ -96,7 +96,7 @@ def reset_switches() -> None:
     while torch.autograd.forward_ad._current_level >= 0:
         torch.autograd.forward_ad.exit_dual_level()
     while torch._C._len_torch_dispatch_stack():
-        torch._C._pop_torch_dispatch_stack()
+        torch.utils._python_dispatch._pop_mode()
     while torch._C._len_torch_function_stack():
         torch._C._pop_torch_function_stack()
     torch.backends.mha.set_fastpath_enabled(True)

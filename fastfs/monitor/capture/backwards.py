@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Backwards", "current"]
+__all__ = ["Backwards", "current", "stamps"]
 
 
 def current() -> int:
@@ -38,6 +38,11 @@ class Backwards:
 
     def clear(self) -> None:
         self._known.clear()
+
+
+def stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """Which gradients there are, and how often each has been written to."""
+    return [None if (g := p.grad) is None else (id(g), g._version) for p in tensors]
 
 
 def _accumulated(p: Tensor) -> bool:

@@ -17,11 +17,9 @@ A pass that cannot be captured, for its inputs or for want of memory, is dropped
 from __future__ import annotations
 
 import functools
-import math
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from fastfs.monitor.capture import taps
-from fastfs.monitor.capture.backwards import Backwards, current
+from fastfs.monitor.capture.backwards import Backwards, current, stamps
 from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.forwards import (
     Place,
@@ -40,14 +38,14 @@ from fastfs.monitor.capture.forwards import (
     runs_on_own,
     sequence_number,
 )
-from fastfs.monitor.capture.passes import Pass, Visit
+from fastfs.monitor.capture.graphs import DynamoSettings, drop_unguarded
+from fastfs.monitor.capture.keeping import Keeping, throw, transformed
+from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.replay import Replayer
-from fastfs.monitor.capture.sampling import Kept, Sampler, row_dims
+from fastfs.monitor.capture.sampling import Sampler
 from fastfs.monitor.capture.traces import Traces
-from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.monitor.measure.fingerprints import Fingerprint
-from fastfs.monitor.measure.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
-from fastfs.network.graph import edge_of
+from fastfs.monitor.measure.gradients import GradientFactor
 from fastfs.network.inputs import UnknownArgumentError, copy_arguments
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import strided
@@ -58,7 +56,7 @@ __all__ = ["Capture"]
 _SQUARED = 256  # rows that the norm of a backward vector is taken of, where it is for a prediction only
 
 
-class Capture:
+class Capture(Keeping):
     """Owns the hooks on the model and its watched layers.
 
     Args:
@@ -87,46 +85,37 @@ class Capture:
         failed: Callable[[Exception], None],
         owned: Callable[[], Iterable[Tensor]],
     ) -> None:
+        super().__init__(layers, Backwards(list(parameters.values())), sampler, budget, warn, failed)
         self.switch = taps.Switch()
-        self.budget = budget
-        self.seconds = 0.0  # host time spent in the hooks since clear()
-        self.dropped = 0  # passes that could not be captured since clear()
         self.transformed = False  # the model was called inside of a torch.func transform since clear()
         self.seen = 0  # backwards of the model since it was attached, whether measured or not
         self.rewritten: list[Tensor] = []  # device flags: gradients were not zeroed but changed between micro-batches
         self.replayer = Replayer(layers, self.switch, sampler, owned)
         self.gradients: GradientFactor | None = None
-        self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [
-            [] for _ in layers
-        ]  # backward, elements, sum
+        # Of each layer: backward, elements, sum.
+        self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [[] for _ in layers]
         self._lost: set[int] = set()  # layers of which a sum is missing
-        self._backwards = Backwards(list(parameters.values()))
         self._task = -1  # the backward that has begun last
         self._stamps: list[tuple[int, int] | None] = []  # of the gradients when it began
         self._touched = bytearray(len(parameters))  # parameters that a backward has brought a gradient to
         self._traces = Traces()
         self._model = model
-        self._layers = tuple(layers)
         self._parameters: dict[str, Tensor] = {}
         self._tensors: list[Tensor] = []
         self._places: list[Place] = []
         self._fingerprint: Fingerprint | None = None  # the last one: the next is taken in the same way
-        self._sampler = sampler
-        self._warn = warn
         self._begins = begins
-        self.failed = failed
-        self._passes: list[Pass] = []  # those with a backward
-        self._held: list[Pass] = []  # those that no tensor hook of ours holds
         self._open: Pass | None = None  # the forward that is running
         self._depth = 0
-        self._turn = 0
-        self._leaf_handles: list[RemovableHandle] = []
         self.parameters_are(parameters)
-        key = taps.register(self)
         self._handles: list[RemovableHandle] = []
+        others = [r.dynamo for r in taps.receivers()]
+        self.dynamo = DynamoSettings(others)
+        self._key = taps.register(self)
         self._taps: list[taps.Tap] = []
         try:
-            self._attach(select, key)
+            self._attach(select, self._key)
+            self.drop_unguarded()
         except BaseException:
             self.close()
             raise
@@ -158,6 +147,12 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if taps.unregister(self._key):
+            self.dynamo.release()
+
+    def drop_unguarded(self) -> int:
+        """Drop compiled graphs that would run past the taps; of how many code objects."""
+        return drop_unguarded(self._model, [self._model, *(layer.module for layer in self._layers)])
 
     def clear(self) -> None:
         """Forget everything captured: the next forward belongs to the next step."""
@@ -192,7 +187,7 @@ class Capture:
         self._lost.clear()
         self._touched = bytearray(len(self._tensors))
 
-    def kind(self, ran: Sequence[bool]) -> Hashable:
+    def kind(self, ran: Sequence[bool]) -> tuple[bytes, tuple[bool, ...]]:
         """What kind of step this is: which parameters have got a gradient, and which layers have run."""
         return bytes(self._touched), tuple(ran)
 
@@ -209,11 +204,6 @@ class Capture:
         if passes:
             self.budget.learn(passes, self.dropped)
         return passes
-
-    @property
-    def waiting(self) -> list[Pass]:
-        """The passes so far that had a backward."""
-        return self._passes
 
     # The hooks on the model
 
@@ -236,31 +226,28 @@ class Capture:
         self._begins()
         if self.switch.level == taps.OFF:
             return
-        with self._timed():
-            self._forget_thrown_away()
+        start = time.perf_counter()
+        self._forget_thrown_away()
+        self.seconds += time.perf_counter() - start
         self._open = passed = Pass(len(self._layers), self._turn)
         if self.switch.level != taps.EVERYTHING:
             return
         self.budget.live.add(passed)
-        with self._timed(), self._or_drop(passed):
-            passed.since = sequence_number()
-            passed.other_weights = not runs_on_own(self._places)
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            passed.dependent = depends_on(tensors, self._tensors)
-            passed.args, passed.kwargs = copy_arguments((args, kwargs), lambda x: self._copy(passed, x))
-            passed.inputs_seen = [(x, x._version) for x in tensors]
-            passed.state = ForwardState.take(self._model, self._tensors)
-            self._fingerprint = passed.fingerprint = Fingerprint(self._tensors, self._fingerprint)
+        self._or_drop(passed, self._begin, passed, args, kwargs)
 
-    def _copy(self, passed: Pass, argument: Tensor) -> Tensor:
-        """Of an input, since it may be changed in place; but a parameter is meant as it is after the step."""
-        if any(argument is p for p in self._tensors):
-            return argument
-        size = nbytes(argument)
-        self.budget.take(passed, size, "a copy of the model's inputs")
-        passed.inputs += size
-        copy = argument.detach().clone()
-        return copy.requires_grad_() if argument.requires_grad and copy.is_leaf else copy
+    def _begin(self, passed: Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        passed.since = sequence_number()
+        passed.other_weights = not runs_on_own(self._places)
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        passed.dependent = depends_on(tensors, self._tensors)
+        # A parameter is meant as it is after the step.
+        own = set(map(id, self._tensors))
+        passed.args, passed.kwargs = copy_arguments(
+            (args, kwargs), lambda x: x if id(x) in own else self._copy(passed, x)
+        )
+        passed.inputs_seen = [(x, x._version) for x in tensors]
+        passed.state = ForwardState.take(self._model, self._tensors, self.replayer.inventories)
+        self._fingerprint = passed.fingerprint = Fingerprint(self._tensors, self._fingerprint)
 
     def _leave(self, _module: nn.Module, _args: Any, output: Any, *, traced: bool = False) -> None:
         if self._open is None or self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
@@ -274,24 +261,27 @@ class Capture:
         outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
         for index, x in enumerate(outputs):
             if x.requires_grad:
-                self._hook(x, functools.partial(self._begins_backward, weakref.ref(passed), index, self._turn))
+                begins = functools.partial(self._begins_backward, weakref.ref(passed), index, self._turn)
+                self._hook(x, taps.Guarded(begins, self.failed))
         if self.switch.level != taps.EVERYTHING or passed.dropped:
             return
-        with self._timed(), self._or_drop(passed):
-            if traced and passed.state is not None and passed.state.randomness.moved():
-                raise UnknownArgumentError(
-                    "random numbers in a graph that torch.compile made around the model after the monitor was "
-                    "attached. They cannot be drawn again from outside: attach it to the compiled model instead"
-                )
-            assert passed.fingerprint is not None
-            passed.writes_inputs = any(x._version != version for x, version in passed.inputs_seen)
-            passed.writes_parameters = [p._version for p in self._tensors] != passed.fingerprint.versions
-            inputs, passed.inputs_seen = [x for x, _ in passed.inputs_seen], []
-            edges, passed.edges = passed.edges, []
-            if any(edge is not None for visits in edges for edge in visits):
-                passed.signature, known = self._traces.of(edges, outputs, self._tensors, passed.since, inputs)
-                passed.trace = known.trace
-                passed.dependent = passed.dependent or known.older
+        self._or_drop(passed, self._end, passed, outputs, traced)
+
+    def _end(self, passed: Pass, outputs: list[Tensor], traced: bool) -> None:
+        if traced and passed.state is not None and passed.state.randomness.moved():
+            raise UnknownArgumentError(
+                "random numbers in a graph that torch.compile made around the model after the monitor was "
+                "attached. They cannot be drawn again from outside: attach it to the compiled model instead"
+            )
+        assert passed.fingerprint is not None
+        passed.writes_inputs = any(x._version != version for x, version in passed.inputs_seen)
+        passed.writes_parameters = [p._version for p in self._tensors] != passed.fingerprint.versions
+        inputs, passed.inputs_seen = [x for x, _ in passed.inputs_seen], []
+        edges, passed.edges = passed.edges, []
+        if any(edge is not None for visits in edges for edge in visits):
+            passed.signature, known = self._traces.of(edges, outputs, self._tensors, passed.since, inputs)
+            passed.trace = known.trace
+            passed.dependent = passed.dependent or known.older
 
     def parameters_are(self, parameters: dict[str, Tensor]) -> None:
         """Those that the optimizers update: what the graph shows has to be looked at again when they change."""
@@ -303,13 +293,6 @@ class Capture:
         self._backwards.parameters = self._tensors
         self.replayer.parameters = self._tensors
 
-    def account(self) -> Pass:
-        """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
-        self.budget.single()
-        passed = Pass(len(self._layers), self._turn)
-        self.budget.live.add(passed)
-        return passed
-
     # From the taps
 
     def visit(self, layer: Layer, features: Tensor) -> None:
@@ -318,73 +301,31 @@ class Capture:
         elif taps.another_replays(self):
             return
         elif self.switch.level == taps.GRADIENTS:
-            if features.requires_grad and not _transformed(features):
+            if features.requires_grad and not transformed(features):
                 turn = self._turn
-                self._hook(features, lambda gradient: self._square(layer.index, gradient, turn))
+                square = taps.Guarded(lambda gradient: self._square(layer.index, gradient, turn), self.failed)
+                self._hook(features, square)
         elif self._open is None:
             self._recomputed(layer, features)
         elif not self._open.dropped:
-            with self._timed(), self._or_drop(self._open):
-                self._visit(self._open, layer.index, features)
+            self._or_drop(self._open, self._visit, self._open, layer.index, features)
 
     def unseen(self, error: Exception) -> None:
         """A layer has no features: its forward cannot be captured."""
         if self._open is not None and not self._open.dropped and self.switch.level == taps.EVERYTHING:
-            with self._or_drop(self._open):
-                raise error
-
-    def _visit(self, passed: Pass, index: int, features: Tensor) -> None:
-        if _transformed(features):
-            passed.visits[index].append(Visit(features.shape, None, False, TRANSFORMED))
-            passed.edges[index].append(None)
-            return
-        inside = features.requires_grad
-        hidden = not inside and not torch.is_grad_enabled()  # its gradient may come with a recomputation
-        kept = self.keep(passed, features) if inside or hidden else None
-        absent = 0 if kept is not None else NO_ROOM if inside or hidden else NO_GRAPH
-        visit = Visit(features.shape, kept, inside, absent)
-        passed.visits[index].append(visit)
-        passed.edges[index].append(edge_of(features))
-        if hidden:
-            self._hold(passed)
-        elif visit.before is not None:
-            self._hook(features, functools.partial(self._receive, passed, visit))
-
-    def _recomputed(self, layer: Layer, features: Tensor) -> None:
-        """A forward outside of one of the model: the recomputation of a reentrant checkpoint, or none of ours."""
-        if not (self._held and features.requires_grad):
-            return
-        for passed in reversed(self._held):
-            visits = [] if passed.dropped else passed.visits[layer.index]
-            for visit in reversed(visits):
-                if not visit.inside and visit.before is not None and visit.shape == features.shape:
-                    visit.inside = True
-                    self._hook(features, functools.partial(self._receive, passed, visit))
-                    return
+            self._or_drop(self._open, throw, error)
 
     def compiled_features(self, layer: int, features: Tensor) -> None:
         if self.replayer.sink is not None:
             self.replayer.sink(self._layers[layer], features)
         elif self._open is not None and not self._open.dropped and self.switch.level == taps.EVERYTHING:
-            passed = self._open
-            with self._timed(), self._or_drop(passed):
-                passed.visits[layer].append(Visit(features.shape, self.keep(passed, features), False))
-                self._hold(passed)
+            self._or_drop(self._open, self._visit_compiled, self._open, layer, features)
 
     def compiled_gradient(self, layer: int, gradient: Tensor) -> None:
         if self.switch.level == taps.GRADIENTS:
             self._square(layer, gradient, self._turn)
-            return
-        for passed in reversed(self._held):  # the last forward comes back first
-            for visit in reversed([] if passed.dropped else passed.visits[layer]):
-                if current() not in visit.parts and visit.before is not None and visit.shape == gradient.shape:
-                    self._receive(passed, visit, gradient)
-                    return
-
-    def _hook(self, features: Tensor, receive: Callable[[Tensor], None]) -> None:
-        handle = features.register_hook(taps.Guarded(receive, self.failed))
-        if features.is_leaf:  # outlives the step, and would keep this pass
-            self._leaf_handles.append(handle)
+        else:
+            self._came_compiled(layer, gradient)
 
     # In the backward
 
@@ -415,18 +356,6 @@ class Capture:
             if before != now:
                 self._touched[index] = 1
 
-    def _receive(self, passed: Pass, visit: Visit, gradient: Tensor) -> None:
-        if passed.dropped or passed.turn != self._turn or visit.before is None:  # too late: its step is over
-            return
-        with self._timed(), self._or_drop(passed):
-            if not passed.has_backward:
-                passed.has_backward = True
-                self._passes = [*(p for p in self._passes if p.accumulates()), passed]
-            if visit.parts:  # one more than the budget has reckoned with
-                self.budget.take(passed, visit.before.values.nbytes, "another backward vector")
-            rows = self._sampler.keep(strided(gradient), visit.before.values.shape[0]).values
-            visit.arrive(self._backwards.note(), rows)
-
     def _square(self, layer: int, gradient: Tensor, turn: int) -> None:
         if turn != self._turn:
             return
@@ -439,47 +368,6 @@ class Capture:
             name = self._layers[layer].name
             self._warn("square", f"has no norm of the backward vector of {name!r} ({type(error).__name__}: {error})")
         self.seconds += time.perf_counter() - start
-
-    # Memory
-
-    def keep(self, passed: Pass, features: Tensor) -> Kept | None:
-        """As many rows as are wanted, or as fit into this visit's share of the budget."""
-        features = strided(features)
-        total = math.prod(features.shape[: row_dims(features)])
-        size = self.budget.row_bytes(features)
-        kept = min(self._sampler.wanted(total), self.budget.room(passed, size) if size else total)
-        if kept == 0 < total:
-            self._warn(
-                "budget",
-                f"has no room for even one row of {size // self.budget.copies:,} bytes of a layer: it gets a row of "
-                f"nulls. Raise memory= above {self.budget.limit:,} bytes or watch fewer layers",
-            )
-            return None
-        self.budget.take(passed, kept * size, "rows of features")
-        return self._sampler.keep(features, kept)
-
-    def _hold(self, passed: Pass) -> None:
-        if not self._held or self._held[-1] is not passed:
-            self._held.append(passed)
-
-    @contextmanager
-    def _or_drop(self, passed: Pass) -> Iterator[None]:
-        """What fails inside ends the capture of this pass, not the training run."""
-        message: tuple[str, str] | None = None
-        try:
-            yield
-        except UnknownArgumentError as error:
-            message = "argument", f"has a forward with {error}: this forward is left out"
-        except Exception as error:
-            message = (
-                "copy",
-                f"has a forward that could not be copied and is left out ({type(error).__name__}: {error})",
-            )
-        if message is not None:  # out of the handler, whose traceback holds tensors
-            passed.drop()
-            self._passes = [p for p in self._passes if p is not passed]
-            self.dropped += 1
-            self._warn(*message)
 
     # Passes whose gradient never reaches a step
 
@@ -508,27 +396,3 @@ class Capture:
             self._passes.clear()
             self.forget_squares()
             self.rewritten.append(self.gradients.nonzero())
-
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds += time.perf_counter() - start
-
-
-def stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
-    """Which gradients there are, and how often each has been written to."""
-    return [None if (g := p.grad) is None else (id(g), g._version) for p in tensors]
-
-
-def nbytes(x: Tensor) -> int:
-    """Memory of a tensor's values."""
-    values = strided(x)
-    return values.numel() * values.element_size()
-
-
-def _transformed(features: Tensor) -> bool:
-    """Inside of ``torch.func.vmap`` and its like."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(features))

@@ -1,8 +1,9 @@
-"""Questions about a forward that is running: whether it is one of its own, on inputs of its own, with weights of its own."""
+"""Questions about a forward that is running: is it nested, on inputs of its own, with the weights of the model?"""
 
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,11 +24,11 @@ def calls_under_way(model: nn.Module) -> int:
     A forward that an interrupt has ended tells no hook, so the calls are counted on the stack.
     """
     count = 0
-    frame = sys._getframe(1)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
             count += 1
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return count
 
 
@@ -48,7 +49,7 @@ def runs_on_own(places: Iterable[Place]) -> bool:
 
 
 def depends_on(inputs: Iterable[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Whether the graph of an input reaches a parameter: a second forward on a copy would miss that parameter's effect."""
+    """Whether the graph of an input reaches a parameter, whose effect a forward on a copy would miss."""
     open_nodes = [x.grad_fn for x in inputs if x.grad_fn is not None]
     if not open_nodes:
         return False

@@ -21,8 +21,8 @@ class Visit:
     """One call of a watched layer: the rows kept of its features, and of the backward vector once it has come.
 
     ``before`` is None if the features cannot be measured; ``absent`` says why, as a code of
-    :data:`fastfs.monitor.measure.row_reasons.REASONS`. If they were in the graph and no gradient ever comes, the backward
-    vector is zero.
+    :data:`fastfs.monitor.measure.row_reasons.REASONS`. If they were in the graph and no gradient ever comes, the
+    backward vector is zero.
     """
 
     __slots__ = ("absent", "backward", "before", "inside", "parts", "shape")

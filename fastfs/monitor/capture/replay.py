@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from torch import Tensor
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Sampler
-from fastfs.network.guard import Guard, HostCopies, WriteError
+from fastfs.network.guard import Guard, HostCopies, Plans, WriteError
 from fastfs.network.inputs import copy_arguments, tensors_in
+from fastfs.network.inventory import Inventories
 from fastfs.network.journal import Journal
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import strided
@@ -63,6 +65,8 @@ class Replayer:
         self, layers: Sequence[Layer], switch: taps.Switch, sampler: Sampler, owned: Callable[[], Iterable[Tensor]]
     ) -> None:
         self.journal = Journal()
+        self.inventories = Inventories()  # of the model
+        self._plans: Plans = {}
         self.sink: Sink | None = None  # not None: such a forward runs
         self.parameters: Sequence[Tensor] = ()  # trained ones; gradients and flags are put back
         self.others: Callable[[], Iterable[Any]] = tuple  # containers that are put back, too
@@ -79,11 +83,11 @@ class Replayer:
 
     def stale(self) -> bool:
         """Whether a forward of ours seems to run but none does: an interrupt has ended it."""
-        frame = sys._getframe(1)
+        frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code is Replayer.run.__code__ and frame.f_locals.get("self") is self:
                 return False
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return True
 
     def run(
@@ -109,8 +113,11 @@ class Replayer:
         Returns:
             What ``forward`` gives.
         """
-        with OwnForward(self, state, sink, grad, guarded, options) as guard:
-            return forward(guard)
+        try:
+            with OwnForward(self, state, sink, grad, guarded, options) as guard:
+                return forward(guard)
+        finally:
+            self.recover()  # what an interrupt on the way into the forward has left
 
     def replay(
         self,
@@ -120,6 +127,7 @@ class Replayer:
         *,
         guarded: bool = True,
         single: bool = False,
+        strict: bool = False,
     ) -> Replay:
         """A second forward on the same inputs and in the same state.
 
@@ -129,12 +137,14 @@ class Replayer:
             see: what of the features to take.
             guarded: watched operation by operation.
             single: compute in float32 what the model computes in 16 bits.
+            strict: a compiled forward is to follow, where nobody looks on: refuse what could only be put back here.
 
         Raises:
             WriteError: the forward wants to write to what is not its own; nothing has been changed.
         """
+
         def attempt(_grad: bool) -> Replay:
-            return self._replay(passed, forward, see, guarded, single)
+            return self._replay(passed, forward, see, guarded, single, strict)
 
         try:
             return self.with_graph_if_needed(attempt)
@@ -166,6 +176,7 @@ class Replayer:
         see: Callable[[Tensor], Tensor],
         guarded: bool,
         single: bool,
+        strict: bool,
     ) -> Replay:
         assert passed.state is not None
         after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
@@ -179,8 +190,7 @@ class Replayer:
             before = visits[number].before if number < len(visits) else None
             rows = None
             if before is not None and features.shape == visits[number].shape:
-                # Copied, like the features before: a following operation may work in place.
-                rows = self._sampler.keep(see(strided(features)), before.values.shape[0]).values
+                rows = self._rows(features, see, before.values.shape[0])
             after[layer.index].append((features.shape, rows))
             for guard in watching:
                 coarsest[layer.index] = guard.coarsest
@@ -193,16 +203,25 @@ class Replayer:
             with torch.set_grad_enabled(self._with_graph):  # clones of leaves are none: they may be written to
                 args, kwargs = copy_arguments((args, kwargs), Tensor.clone)
         copies = tensors_in((args, kwargs))
-        options = {"allowed": copies} if renewed else {"inputs": copies}
+        options: dict[str, Any] = {"single": single, "strict": strict}
+        options["allowed" if renewed else "inputs"] = copies
 
         def run(guard: Guard | None) -> None:
             watching.extend([] if guard is None else [guard])
             forward(*args, **kwargs)
 
-        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, single=single, **options)
+        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, **options)
         if not watching:
             return Replay(after, None, [], cut)
         return Replay(after, coarsest, watching[0].choices, cut)
+
+    def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], kept: int) -> Tensor:
+        """A copy, like the features before: a following operation may work in place."""
+        if type(features) is not Tensor:
+            return self._sampler.keep(see(strided(features)), kept).values
+        past_dispatch: Any = torch._C._DisableTorchDispatch()
+        with past_dispatch, torch._C.DisableTorchFunction():  # no operations of the forward
+            return self._sampler.keep(see(strided(features)), kept).values
 
 
 class OwnForward:
@@ -218,12 +237,21 @@ class OwnForward:
         options: dict[str, Any],
     ) -> None:
         self._replayer = replayer
-        self._applied = state.applied(replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others())
+        self._applied = state.applied(
+            replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others()
+        )
         self._sink = sink
         self._guarded = guarded
         self._options = options
 
     def __enter__(self) -> Guard | None:
+        try:
+            return self._enter()
+        except BaseException:  # no __exit__ comes then
+            self._replayer.journal.restore()
+            raise
+
+    def _enter(self) -> Guard | None:
         replayer, switch = self._replayer, self._replayer._switch
         copies = self._applied.__enter__()
         level = switch.level
@@ -238,9 +266,10 @@ class OwnForward:
         if not self._guarded:
             return None
         allowed = [*copies, *self._options.pop("allowed", ())]
-        guard = Guard(replayer.journal, allowed, protected=replayer._owned, **self._options)
-        guard.__enter__()  # it leaves with the settings that the journal restores
-        HostCopies(guard, replayer.journal).__enter__()
+        strict = self._options.pop("strict", False)
+        guard = Guard(replayer.journal, allowed, protected=replayer._owned, plans=replayer._plans, **self._options)
+        guard.__enter__()  # type: ignore[no-untyped-call]  # it leaves with the settings that the journal restores
+        HostCopies(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
         return guard
 
     def __exit__(

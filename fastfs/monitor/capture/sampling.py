@@ -90,10 +90,15 @@ class Sampler:
         return Kept(values, total)
 
     def squares(self, x: Tensor, most: int) -> tuple[Tensor, float]:
-        """Squared norms of the wanted rows, ``most`` at most: float64 (k,), and the factor from their sum to all."""
+        """Squared norms of the wanted rows, ``most`` at most: float64 (k,), and the factor from their sum to all.
+
+        Where these are all rows the norm of all of them, float64 (), in one operation.
+        """
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
         kept = min(self.wanted(total), most)
+        if kept == total and _plain(x):
+            return torch.linalg.vector_norm(x.detach(), dtype=torch.float64), 1.0
         sums: Tensor = torch.ops.fastfs.row_squares(x, self.subset(total, kept, x.device), dims)
         return sums, total / kept if kept else 1.0
 

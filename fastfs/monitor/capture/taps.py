@@ -23,6 +23,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from fastfs.monitor.capture.graphs import DynamoSettings
 from fastfs.network.layers import Layer
 from fastfs.network.outputs import first_floating, kinds
 from fastfs.network.state import own_forward_runs
@@ -39,6 +40,9 @@ __all__ = [
     "Tap",
     "another_replays",
     "inert",
+    "receivers",
+    "register",
+    "unregister",
 ]
 
 OFF, GRADIENTS, EVERYTHING = 0, 1, 2
@@ -60,6 +64,10 @@ class Receiver(Protocol):
     @property
     def replaying(self) -> bool:
         """In a forward of its own."""
+
+    @property
+    def dynamo(self) -> DynamoSettings:
+        """As it has set them."""
 
     def visit(self, layer: Layer, features: Tensor) -> None:
         """The features of a layer, in eager execution: still in the autograd graph."""
@@ -109,6 +117,16 @@ def register(receiver: Receiver) -> int:
     return key
 
 
+def receivers() -> list[Receiver]:
+    """Those that are attached."""
+    return list(_RECEIVERS.values())
+
+
+def unregister(key: int) -> bool:
+    """Graphs with taps find this receiver no longer. Returns whether it was the last one."""
+    return _RECEIVERS.pop(key, None) is not None and not _RECEIVERS
+
+
 def another_replays(receiver: Receiver) -> bool:
     """Whether a forward that is running is one of fastfs that this monitor has not asked for: no training forward."""
     return own_forward_runs() and not receiver.replaying
@@ -146,11 +164,21 @@ def _make_inert() -> Callable[..., None]:
 class Hook:
     """A hook that neither ``copy.deepcopy`` nor ``pickle`` of the model follows into the monitor."""
 
+    __slots__ = ()
+
     def __deepcopy__(self, _memo: dict[int, Any]) -> Callable[..., None]:
         return inert
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _make_inert, ()
+
+    @property
+    def __name__(self) -> str:
+        """What torch.jit.script asks hooks for first: the error is to say what to do."""
+        raise AttributeError(
+            "a model that a fastfs.Monitor watches cannot be scripted, since its hooks are no TorchScript: script it "
+            "before the monitor is attached or after close()"
+        )
 
 
 Failed = Callable[[Exception], None]

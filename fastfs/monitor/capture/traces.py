@@ -1,4 +1,4 @@
-"""Graphs of forwards that are known: a measured step walks its graph only where nothing tells that it is one of these."""
+"""Graphs of forwards that are known: a measured step walks its graph only where it may be another one."""
 
 from __future__ import annotations
 

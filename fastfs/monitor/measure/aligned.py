@@ -28,6 +28,7 @@ class LossScale:
         if scaler is not None and not callable(getattr(scaler, "scale", None)):
             raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
         self._scaler = scaler
+        self._one: Tensor | None = None
 
     @property
     def given(self) -> bool:
@@ -35,9 +36,12 @@ class LossScale:
 
     def take(self, device: torch.device) -> Tensor:
         """float64 0-d: 1 without a scaler."""
-        one = torch.ones((), device=device)
-        scaled = one if self._scaler is None else self._scaler.scale(one)
-        return scaled.to(torch.float64)
+        if self._scaler is not None:
+            scaled: Tensor = self._scaler.scale(torch.ones((), device=device))
+            return scaled.to(torch.float64)
+        if self._one is None or self._one.device != device:
+            self._one = torch.ones((), dtype=torch.float64, device=device)
+        return self._one
 
 
 class Aligned:
@@ -63,19 +67,24 @@ class Aligned:
     @classmethod
     def unknown(cls, layers: int, device: torch.device) -> Aligned:
         """Of a step whose structure is not known."""
-        nothing = (torch.full((layers,), torch.nan, dtype=torch.float64, device=device) for _ in range(4))
-        return cls(*nothing, torch.full((layers,), reasons.STRUCTURE, dtype=torch.int64, device=device))
+        nothing = torch.full((layers,), torch.nan, dtype=torch.float64, device=device)
+        code = torch.full((layers,), reasons.STRUCTURE, dtype=torch.int64, device=device)
+        return cls(nothing, nothing, nothing, nothing, code)
 
 
-def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor) -> Aligned:
+def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) -> Aligned:
     """Sums over parameters to sums over layers.
 
     Args:
         found: what the step did to every parameter, shape (P,).
         incidence: of L layers and P parameters.
-        factor: what the gradients have to be divided by.
+        factor: what the gradients have to be divided by; None for 1.
     """
+    if factor is None and found.fine and incidence.everywhere:
+        return _plainly(found.stats, incidence)
     stats = found.stats
+    if factor is None:
+        factor = torch.ones((), dtype=torch.float64, device=stats.sums.device)
     own = incidence.own(torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / factor.square()], dim=1))
     codes = torch.arange(1, len(reasons.REASONS), device=found.reason.device)
     counts = (found.reason[:, None] == codes).to(torch.float64)
@@ -84,4 +93,20 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor) -> Alig
     first = torch.where(sums[:, 1:] > 0, codes, len(reasons.REASONS)).amin(dim=1)
     reason = torch.where(first < len(reasons.REASONS), first, reasons.FINE)
     reason = torch.where(incidence.known, reason, reasons.NOTHING)
-    return Aligned(decrease, *own.sqrt().unbind(dim=1), torch.where(decrease.isnan(), reason, reasons.FINE))
+    parameters, updates, gradients = own.sqrt().unbind(dim=1)
+    return Aligned(decrease, parameters, updates, gradients, torch.where(decrease.isnan(), reason, reasons.FINE))
+
+
+_DOT, _PARAMETER, _UPDATE, _GRADIENT = (
+    ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")
+)
+
+
+def _plainly(stats: ParameterStats, incidence: Incidence) -> Aligned:
+    """The same where the host knows that nothing speaks against any parameter, in few operations."""
+    upstream, own = incidence.both(stats.sums)
+    norms = own.sqrt().unbind(dim=1)
+    decrease = -upstream[:, _DOT]
+    parameters, updates, gradients = norms[_PARAMETER], norms[_UPDATE], norms[_GRADIENT]
+    fine = torch.zeros(len(decrease), dtype=torch.int64, device=decrease.device)
+    return Aligned(decrease, parameters, updates, gradients, fine)

@@ -86,13 +86,17 @@ class Settings:
         self._versions = [(v, v._version) for v in tensors]
         self.values = {k: _copied(v) for k, v in self._seen.items()} if tensors else self._seen
 
-    def hold(self, group: Group) -> bool:
-        """Whether they are still the same, as far as the host can tell."""
+    def hold(self, group: Group, but: Sequence[str] = ()) -> bool:
+        """Whether they, ``but`` for some, are still the same, as far as the host can tell."""
         for name, value in self._seen.items():
             now = group.get(name)
-            if now is not value and (isinstance(now, Tensor) or isinstance(value, Tensor) or now != value):
+            if (
+                now is not value
+                and name not in but
+                and (isinstance(now, Tensor) or isinstance(value, Tensor) or now != value)
+            ):
                 return False
-        return all(tensor._version == version for tensor, version in self._versions)
+        return bool(but) or all(tensor._version == version for tensor, version in self._versions)
 
 
 def narrowest(group: Group) -> torch.dtype | None:
@@ -104,7 +108,13 @@ def narrowest(group: Group) -> torch.dtype | None:
 
 
 def coefficients(
-    optimizer: Optimizer, group: Group, form: Form, count: int, steps: Sequence[Tensor], rewritten: bool
+    optimizer: Optimizer,
+    group: Group,
+    form: Form,
+    count: int,
+    steps: Sequence[Tensor],
+    rewritten: bool,
+    together: float | None = None,
 ) -> Tensor:
     """The coefficients of `count` parameters of a group: float64 (count, C).
 
@@ -117,6 +127,7 @@ def coefficients(
         count: Number of parameters.
         steps: Their step counters, where the form depends on them.
         rewritten: See `rewrites_gradients`.
+        together: What all step counters are, if that is known.
     """
     lr = _double(group["lr"])
     sign = -1.0 if group["maximize"] else 1.0
@@ -130,7 +141,7 @@ def coefficients(
     else:
         away = isinstance(lr, Tensor) and not lr.is_cpu
         device = lr.device if isinstance(lr, Tensor) and away else steps[0].device
-        columns = _adam(optimizer, group, lr, form, steps, device)
+        columns = _adam(optimizer, group, lr, form, steps, device, together)
     return _table(columns, count)
 
 
@@ -146,13 +157,21 @@ def _sgd(group: Group, lr: Number, sign: float, rewritten: bool) -> list[Number]
 
 
 def _adam(
-    optimizer: Optimizer, group: Group, lr: Number, form: Form, steps: Sequence[Tensor], device: torch.device
+    optimizer: Optimizer,
+    group: Group,
+    lr: Number,
+    form: Form,
+    steps: Sequence[Tensor],
+    device: torch.device,
+    known: float | None,
 ) -> list[Number]:
     """Of Adam, AdamW and Adamax, with the bias corrections 1 - beta^t."""
     in_float = group["capturable"] or group["differentiable"]
     fused = group.get("fused") or False
     together: Tensor | float | None = None
-    if not in_float or fused:
+    if known is not None and known > 0 and (not in_float or fused):
+        together = known
+    elif not in_float or fused:
         together = torch.stack(list(steps)).to(device, torch.float64, non_blocking=True)
         if known_equal(together, together[:1].expand_as(together)):
             number = together[0].item()  # on the CPU: nothing waits

@@ -25,6 +25,16 @@ KEPT = 2**26
 """Bytes of tensors up to which views of them are kept between steps."""
 
 _PLAIN = {Tensor}
+_OF_NUMPY = (
+    torch.float16,
+    torch.float32,
+    torch.float64,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -224,7 +234,7 @@ class Samples:
 
 def on_host(tensor: Tensor) -> Any:
     """The tensor as an array of numpy where its elements can be read without waiting for a device; else itself."""
-    return tensor.numpy() if tensor.is_cpu else tensor
+    return tensor.numpy() if tensor.is_cpu and tensor.dtype in _OF_NUMPY else tensor
 
 
 def known_equal(a: Tensor, b: Tensor) -> bool:

@@ -2,131 +2,52 @@
 
 D_l takes the gradients as ``backward()`` computed them and the update that the optimizer made. In between a loop may
 scale gradients: clipping, a gradient scaler. So a few elements of every gradient are kept at the end of each backward,
-and compared with what the step is given.
+and compared with what the step is given. Where that has shown one common factor in the last steps (`occasions`), a few
+gradients, the witnesses, stand for all, as long as identities and versions say that all were treated in the same way.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from fastfs.monitor.capture.taps import OFF, Hook, Switch
+from fastfs.monitor.capture.taps import EVERYTHING, OFF, Guarded, Switch
 from fastfs.monitor.measure import reasons
-from fastfs.monitor.measure.fingerprints import KEPT, Places, Samples, real
+from fastfs.monitor.measure.fingerprints import Places, Samples
+from fastfs.monitor.measure.looks import Gradients, Look, same
+from fastfs.monitor.measure.occasions import Occasions
 
-__all__ = ["GradientFactor", "Gradients", "Look"]
+__all__ = ["GradientFactor", "Treatment"]
 
-_PLAIN = {Tensor, type(None)}
 _WITNESSES = 2  # of each kind
 _ROUNDINGS = 4.0  # of an element, in units of eps: what a product by a factor, or two, leaves
 _CANCELLED = 64 * 2.0**-52  # of the squares that a squared distance is computed from
 
 
 @dataclass
-class Look:
-    """Gradients at a moment: which tensors, and samples of them.
+class Treatment:
+    """What was done to the gradients of P parameters between backward and step.
 
     Attributes:
-        gradients: of every parameter, None where there is none.
-        versions: of those tensors.
-        kinds: dtypes of the dense ones, layouts of others.
-        key: the same object as long as parameters, and kinds and shapes of their gradients, are the same.
+        factor: by which they were multiplied, float64 (P,) on the device, nan where it was something else; None if it
+            is known that nothing was done.
+        code: of :mod:`fastfs.monitor.measure.reasons`, int64 (P,); None with the factor.
+        good: whether all were treated alike, so that witnesses may stand for them; bool () on a device.
     """
 
-    gradients: list[Tensor | None]
-    versions: list[int]
-    kinds: list[torch.dtype | torch.layout | None]
-    key: list[object]
-    places: Places
-    views: list[list[Any]] | None
-    samples: Samples
+    factor: Tensor | None
+    code: Tensor | None
+    good: Tensor | bool
 
-    def again(self) -> Samples:
-        """Samples of the same tensors now."""
-        assert self.views is not None
-        return self.places.read(self.views)
-
-    def written(self) -> list[int]:
-        """Indices of the tensors whose version is another one now."""
-        pairs = zip(self.gradients, self.versions, strict=True)
-        return [i for i, (g, version) in enumerate(pairs) if g is not None and g._version != version]
-
-    def is_of(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether these parameters' gradients are the same tensors, not written to since."""
-        if len(parameters) != len(self.gradients):
-            return False
-        for p, gradient, version in zip(parameters, self.gradients, self.versions, strict=True):
-            now = p.grad
-            if now is not gradient or (now is not None and now._version != version):
-                return False
-        return True
-
-
-class Gradients:
-    """Looks at the gradients of one optimizer's parameters."""
-
-    def __init__(self) -> None:
-        self._key: list[object] = []
-        self._places = Places(())
-        self._last: tuple[list[Tensor | None], list[int], list[list[Any]]] | None = None
-
-    def look(self, parameters: Sequence[Tensor], *, keep: bool = False) -> Look:
-        """The gradients now.
-
-        Args:
-            parameters: whose.
-            keep: keep what it takes to look at the same tensors again; else only where they are small.
-        """
-        gradients = [p.grad for p in parameters]
-        versions = [0 if g is None else g._version for g in gradients]
-        with torch.no_grad():
-            kinds = [None if g is None else g.dtype if g.layout is torch.strided else g.layout for g in gradients]
-            plain, different = gradients, set(kinds)
-            if any(isinstance(kind, torch.layout) for kind in different):
-                pairs = zip(kinds, gradients, strict=True)
-                plain = [None if isinstance(kind, torch.layout) else g for kind, g in pairs]
-            odd = any(isinstance(kind, torch.dtype) and kind.is_complex for kind in different)
-            if odd or not _PLAIN.issuperset(map(type, plain)):
-                plain = [None if g is None else real(g) for g in plain]
-            self._refresh(parameters, plain, kinds)
-            pointers = [0 if g is None else g.data_ptr() for g in plain]
-            last = self._last
-            if last is not None and last[1] == pointers and all(map(_same, last[0], gradients)):
-                views = last[2]
-            else:
-                views = self._places.views(plain)
-            kept = keep or self._places.bytes <= KEPT
-            self._last = (gradients, pointers, views) if kept else None
-            return Look(
-                gradients, versions, kinds, self._key, self._places, views if kept else None, self._places.read(views)
-            )
-
-    def forget(self) -> None:
-        """Let go of the gradients."""
-        self._last = None
-
-    def _refresh(self, parameters: Sequence[Tensor], plain: Sequence[Tensor | None], kinds: Sequence[object]) -> None:
-        key = [*map(id, parameters), *kinds, *(None if g is None else g.shape for g in plain)]
-        key += [p.dtype for p in parameters]
-        if key != self._key:
-            self._key = key
-            self._places = Places([None if g is None else real(p) for p, g in zip(parameters, plain, strict=True)])
-            self._last = None
-
-
-class _Witness(Hook):
-    """Tells when a backward has added to a parameter's gradient."""
-
-    def __init__(self, note: Callable[[], None]) -> None:
-        self.note = note
-
-    def __call__(self, _parameter: Tensor) -> None:
-        self.note()
+    @property
+    def known(self) -> tuple[Tensor, Tensor] | None:
+        """Factor and code, if anything was done."""
+        return None if self.factor is None or self.code is None else (self.factor, self.code)
 
 
 class GradientFactor:
@@ -139,13 +60,23 @@ class GradientFactor:
         parameters: of every optimizer; asked anew each time, since groups may be added.
         switch: nothing is looked at while it is off.
         always: notice backwards all the same, so that steps that a gradient scaler skips are seen.
+        failed: called with an exception in a hook; it does not reach the training loop.
     """
 
-    def __init__(self, parameters: Callable[[], Sequence[Sequence[Tensor]]], switch: Switch, *, always: bool) -> None:
+    def __init__(
+        self,
+        parameters: Callable[[], Sequence[Sequence[Tensor]]],
+        switch: Switch,
+        *,
+        always: bool,
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self.failed = failed
         self._parameters = parameters
         self._switch = switch
         self._always = always
         self._gradients = [Gradients() for _ in parameters()]
+        self._occasions = [Occasions() for _ in self._gradients]
         self._ends: list[Look] = []  # at the end of the last backward, by optimizer
         self._running: set[int] = set()  # backwards that were noted and are not over: one may run within another
         self._seen = False
@@ -160,9 +91,12 @@ class GradientFactor:
         small = sorted(own, key=lambda p: p.numel())
         chosen = [p for p in small if p.dim() < 2][:_WITNESSES] + [p for p in small if p.dim() > 1][:_WITNESSES]
         for p in {id(p): p for p in (*chosen, *own[:1], *own[-1:])}.values():
-            self._handles.append(p.register_post_accumulate_grad_hook(_Witness(self.note)))
+            self._handles.append(p.register_post_accumulate_grad_hook(Guarded(self._witness, self.failed)))
 
     # In a backward
+
+    def _witness(self, _parameter: Tensor) -> None:
+        self.note()
 
     def note(self) -> None:
         """A backward that adds to gradients is running in this thread. To be called from any hook in it."""
@@ -175,13 +109,20 @@ class GradientFactor:
         self._seen, turn = True, self._turn
         engine = torch.autograd.Variable._execution_engine
         # Queued again from the queue: behind what others, like DistributedDataParallel, queue in this backward.
-        engine.queue_callback(lambda: engine.queue_callback(lambda: self._over(number, turn)))
+        over = Guarded(functools.partial(self._over, number, turn), self.failed)
+        engine.queue_callback(Guarded(lambda: engine.queue_callback(over), self.failed))
 
     def _over(self, number: int, turn: int) -> None:
         self._running.discard(number)
         # If all was forgotten since, the optimizers have stepped within this backward: there is nothing to compare.
         if turn == self._turn and not self._running and self._switch.level != OFF:
-            self._ends = [own.look(each) for own, each in zip(self._gradients, self._parameters(), strict=True)]
+            self._ends = []
+            for own, each, occasions in zip(self._gradients, self._parameters(), self._occasions, strict=True):
+                complete = self._switch.level == EVERYTHING or occasions.due()
+                look = own.look(each, complete=complete)
+                if look.complete:
+                    own.choose(look)
+                self._ends.append(look)
 
     # After it
 
@@ -217,43 +158,64 @@ class GradientFactor:
             return torch.zeros((), dtype=torch.bool, device=home)
         return torch.stack([x.to(home, non_blocking=True) for x in found]).any()
 
-    def look(self, index: int, parameters: Sequence[Tensor]) -> Look:
-        """The gradients of an optimizer right before its step."""
-        return self._gradients[index].look(parameters, keep=True)
+    def look(self, index: int, parameters: Sequence[Tensor], *, complete: bool = False) -> Look:
+        """The gradients of an optimizer right before its step: all, or the witnesses if those were looked at before."""
+        last = self._ends[index] if self._ends else None
+        complete = complete or last is None or last.complete
+        return self._gradients[index].look(parameters, keep=True, complete=complete, like=last)
+
+    def judged(self, index: int, good: Tensor | bool, *, complete: bool) -> None:
+        """A step is over: whether the next ones may rely on it, and whether it was looked at in full itself."""
+        occasions = self._occasions[index]
+        if complete:
+            occasions.looked(good)
+        elif good is False:
+            occasions.again()
+        else:
+            occasions.relied()
+            if good is not True:
+                occasions.told(good)
 
     @torch.no_grad()
-    def compare(self, index: int, now: Look) -> tuple[Tensor, Tensor] | None:
-        """What was done to the gradients of an optimizer since the backward.
-
-        Returns:
-            None if it is known that nothing was done. Else per parameter, on the device: the factor by which they were
-            multiplied, float64 (P,), nan where it was something else; and a code of
-            :mod:`fastfs.monitor.measure.reasons`, int64 (P,).
-        """
+    def compare(self, index: int, now: Look) -> Treatment:
+        """What was done to the gradients of an optimizer since the backward."""
         count, home = now.places.count, now.places.home
         within = torch._C._current_graph_task_id() != -1  # gradients go before they can be asked
         if within or not self._ends:
-            value, code = (1.0, reasons.FINE) if within else (torch.nan, reasons.UNSEEN)
-            factor = torch.full((count,), value, dtype=torch.float64, device=home)
-            return factor, torch.full((count,), code, dtype=torch.int64, device=home)
+            if within:
+                return Treatment(None, None, False)
+            return _everywhere(torch.full((), torch.nan, device=home), reasons.UNSEEN, count, False)
         then = self._ends[index]
-        same = all(map(_same, then.gradients, now.gradients)) and not then.written()
-        if same and then.samples.known_same(now.samples):
-            return None
+        if not then.complete:
+            return self._by_witnesses(then, now)
+        untouched = all(map(same, then.gradients, now.gradients)) and not then.written()
+        if untouched and then.samples.known_same(now.samples):
+            return Treatment(None, None, True)
         if then.places is now.places:
-            parts = []
-            for number in range(len(now.places.blocks)):
-                flats = torch.cat([then.samples.flats[number], now.samples.flats[number]])
-                rows = now.places.rows(number, flats).transpose(0, 1)
-                parts.append((rows @ rows.mT).flatten(1))
-            squares = now.places.gather(parts) if parts else torch.zeros((count, 4), dtype=torch.float64, device=home)
+            squares = _squares(then.samples, now.samples)
         else:
             # Parameters may have been added since; other gradients may be there.
             old = then.samples.wide()
             old = torch.nn.functional.pad(old, (0, 0, 0, count - old.shape[0]))
             rows = torch.stack([old.to(home, non_blocking=True), now.samples.wide()], dim=1)
             squares = (rows @ rows.mT).flatten(1)
-        return _factors(squares, _precision(now.places), same)
+        found = _factors(squares, _precision(now.places), untouched)
+        return Treatment(found.factor, found.code, found.alike if now.treated(then) is not None else False)
+
+    def _by_witnesses(self, then: Look, now: Look) -> Treatment:
+        """One factor for all, or nothing is known."""
+        count, home = now.places.count, now.places.home
+        treated = None if now.places is not then.places or now.complete else now.treated(then)
+        if treated is None:
+            return _everywhere(torch.full((), torch.nan, device=home), reasons.CHANGED, count, False)
+        if then.samples.known_same(now.samples):
+            return Treatment(None, None, True)
+        few = then.samples.places
+        found = _factors(_squares(then.samples, now.samples), _precision(few), not treated)
+        common = torch.where(found.alike, found.common, torch.nan)
+        good: Tensor | bool = bool(found.alike) if found.alike.is_cpu else found.alike
+        code = torch.where(found.alike, reasons.FINE, torch.where(found.empty, reasons.EMPTY, reasons.CHANGED))
+        return _everywhere(common, code, count, good)
 
     def clear(self) -> None:
         """Forget the backwards so far, and let go of their gradients."""
@@ -271,7 +233,41 @@ class GradientFactor:
         self._handles.clear()
 
 
-def _factors(squares: Tensor, precision: tuple[float, float], same: bool) -> tuple[Tensor, Tensor]:
+def _squares(then: Samples, now: Samples) -> Tensor:
+    """<a, a>, <a, b>, <b, a>, <b, b> of every tensor's samples before and after: float64 (P, 4)."""
+    places, parts = now.places, []
+    for number in range(len(places.blocks)):
+        flats = torch.cat([then.flats[number], now.flats[number]])
+        rows = places.rows(number, flats).transpose(0, 1)
+        parts.append((rows @ rows.mT).flatten(1))
+    if not parts:
+        return torch.zeros((places.count, 4), dtype=torch.float64, device=places.home)
+    return places.gather(parts)
+
+
+def _everywhere(factor: Tensor, code: int | Tensor, count: int, good: Tensor | bool) -> Treatment:
+    codes = code if isinstance(code, Tensor) else torch.full((), code, dtype=torch.int64, device=factor.device)
+    return Treatment(factor.to(torch.float64).expand(count), codes.expand(count), good)
+
+
+@dataclass
+class _Factors:
+    """Of every parameter, (P,); and of all together, ().
+
+    Attributes:
+        common: factor of those that are parallel to what they were.
+        alike: whether it is the factor of all.
+        empty: whether everything is zero.
+    """
+
+    factor: Tensor
+    code: Tensor
+    common: Tensor
+    alike: Tensor
+    empty: Tensor
+
+
+def _factors(squares: Tensor, precision: tuple[float, float], same: bool) -> _Factors:
     """Factors and reasons from <a, a>, <a, b>, <b, a>, <b, b> of every parameter's samples before and after.
 
     Args:
@@ -299,7 +295,7 @@ def _factors(squares: Tensor, precision: tuple[float, float], same: bool) -> tup
         others = torch.where(everyone, common, torch.nan)
     factor = torch.where(agree, common, torch.where(alone, ratio, torch.where(empty, others, torch.nan)))
     why = torch.where(empty, reasons.EMPTY, reasons.CHANGED)
-    return factor, torch.where(factor.isnan(), why, reasons.FINE)
+    return _Factors(factor, torch.where(factor.isnan(), why, reasons.FINE), common, everyone, empty.all())
 
 
 def _precision(places: Places) -> tuple[float, float]:
@@ -308,7 +304,3 @@ def _precision(places: Places) -> tuple[float, float]:
     eps = max((info.eps for info in infos), default=0.0)
     smallest = max((info.smallest_normal * info.eps for info in infos), default=0.0)
     return (_ROUNDINGS * eps) ** 2 + _CANCELLED, 64 * smallest**2
-
-
-def _same(a: object, b: object) -> bool:
-    return a is b

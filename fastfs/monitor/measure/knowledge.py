@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from fastfs.monitor.capture.capture import Capture
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.measure.incidence import Incidence
-from fastfs.monitor.measure.modes import BatchMode, ProbeMode
+from fastfs.monitor.measure.modes import BatchMode
+from fastfs.monitor.measure.probe import ProbeMode
 from fastfs.monitor.record.rows import Record
 from fastfs.network.layers import parameter_names
 from fastfs.network.perturbed import Perturbed
@@ -176,7 +177,8 @@ class Knowledge:
             return found
         steps = [(p.trace, p.outputs or range(len(p.trace.outputs))) for p in graphs.values() if p.trace is not None]
         structure = None
-        if len(steps) == len(graphs):
+        # A parameter group that was added after the forward is not in its graph as it was looked at then.
+        if len(steps) == len(graphs) and all(len(trace.wide) == len(parameters) for trace, _ in steps):
             structure = join(steps, list(parameter_names(self._model, parameters)))
         if structure is None or structure.opaque:
             structure = mode.eager_structure(passes[0], self.perturbed, parameters)

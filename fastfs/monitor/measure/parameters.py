@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastfs.monitor.measure import reasons
 from fastfs.monitor.measure.fingerprints import Fingerprint
-from fastfs.monitor.measure.gradients import GradientFactor, Gradients
+from fastfs.monitor.measure.gradients import GradientFactor, Treatment
+from fastfs.monitor.measure.occasions import both
 from fastfs.monitor.measure.updates import MeasuredUpdate, UpdateMeter
 from fastfs.monitor.optimizers import Found
 from fastfs.stats import ParameterStats
@@ -26,19 +27,16 @@ class Parameters:
     """
 
     def __init__(self, optimizers: Sequence[Found], *, snapshot: bool) -> None:
-        gradients = [Gradients() for _ in optimizers]
         # Closed forms do not hold for a wrapper whose step may do more than that of the optimizer in it.
-        self._meters = [
-            UpdateMeter(found.optimizer, snapshot=found.copied, gradients=own)
-            for found, own in zip(optimizers, gradients, strict=True)
-        ]
+        self._meters = [UpdateMeter(found.optimizer, snapshot=found.copied) for found in optimizers]
         self._snapshots = [
-            meter if meter.snapshot else UpdateMeter(meter.optimizer, snapshot=True, gradients=own)
-            for meter, own in zip(self._meters, gradients, strict=True)
+            meter if meter.snapshot else UpdateMeter(meter.optimizer, snapshot=True) for meter in self._meters
         ]
         self._full = snapshot
         self._results: list[list[MeasuredUpdate]] = [[] for _ in optimizers]
-        self._factors: list[tuple[Tensor, Tensor] | None] = [None for _ in optimizers]
+        self._treatments: list[Treatment | None] = [None for _ in optimizers]
+        self._complete = [True for _ in optimizers]  # whether all gradients were looked at before the step
+        self._factor: GradientFactor | None = None
         self._entries: list[Fingerprint | None] = [None for _ in optimizers]
         self._moved: list[Tensor | None] = [None for _ in optimizers]
 
@@ -79,17 +77,30 @@ class Parameters:
             full: whether the step is watched in full.
             factor: tells what happened to the gradients since the backward; None if nothing did.
         """
-        meter = self._of(index, full)
-        meter.before()
-        self._factors[index] = None if factor is None else factor.compare(index, meter.look)
+        meter, self._factor = self._of(index, full), factor
+        if factor is None:
+            self._treatments[index] = None
+            meter.before()
+            return
+        parameters = meter.parameters
+        look = factor.look(index, parameters)
+        self._treatments[index] = factor.compare(index, look)
+        meter.before(look, complete=full or look.complete)
+        self._complete[index] = look.complete
 
     def after(self, index: int, full: bool) -> None:
         """Right after it. The gradients of the result are those of the backward."""
         meter = self._of(index, full)
         found, scale = meter.after(), getattr(meter.optimizer, "grad_scale", None)
-        factor, self._factors[index] = self._factors[index], None
-        if factor is not None or scale is not None:
-            found = _as_computed(found, *(factor or _nothing_done(found.reason)), scale)
+        treatment, self._treatments[index] = self._treatments[index], None
+        if treatment is not None and self._factor is not None:
+            # What was verified in a step of which only the witnesses were looked at says that something has changed.
+            good = both(treatment.good, meter.good and (self._complete[index] or not meter.verified))
+            if meter is self._meters[index] or good is False:
+                self._factor.judged(index, good, complete=self._complete[index])
+        if (treatment is not None and treatment.factor is not None) or scale is not None:
+            known = None if treatment is None else treatment.known
+            found = _as_computed(found, *(known or _nothing_done(found.reason)), scale)
         moved, self._moved[index], self._entries[index] = self._moved[index], None, None
         if moved is not None:
             found = _from_elsewhere(found, moved)
@@ -100,6 +111,11 @@ class Parameters:
 
         <g, dw> and |g| are of the gradients that the backward computed, a loss scale included.
         """
+        if len(self._results) == 1 and len(self._results[0]) == 1:
+            found = self._results[0][0]
+            if found.reason.device == device and found.stats.device == device:
+                self._results[0].clear()
+                return found
         sums, codes = [], []
         for meter, results in zip(self._meters, self._results, strict=True):
             size = len(meter.parameters)
@@ -124,7 +140,7 @@ class Parameters:
             results.clear()
         for meter in (*self._meters, *self._snapshots):
             meter.forget()
-        self._factors = [None for _ in self._factors]
+        self._treatments = [None for _ in self._treatments]
         self._moved = [None for _ in self._moved]
         self._entries = [None for _ in self._entries]
 
@@ -137,7 +153,7 @@ def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
 
     Args:
         found: of the step.
-        factor, code: see :meth:`GradientFactor.compare`.
+        factor, code: see :class:`Treatment`.
         scale: what a fused optimizer took out of the gradients itself.
     """
     sums = found.stats.sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,11 @@ from fastfs.checks import DTYPES
 from fastfs.monitor.measure import closed_forms
 from fastfs.monitor.measure.closed_forms import Form, rewrites_gradients
 from fastfs.monitor.measure.fingerprints import Places, Views, real
-from fastfs.monitor.measure.gradients import Look
+from fastfs.monitor.measure.looks import Look
 from fastfs.rules import Rule
+from fastfs.stats import ParameterStats
 
-__all__ = ["Call", "Part", "Plan", "follows", "make_plan"]
+__all__ = ["Call", "InOrder", "Part", "Plan", "follows", "make_plan"]
 
 
 @dataclass
@@ -130,3 +132,30 @@ def check(index: int, p: Tensor) -> None:
         raise ValueError(f"parameter {index} is a {type(p).__name__}, expected a tensor of this rank alone")
     if p.dtype.to_real() not in DTYPES:
         raise ValueError(f"parameter {index} has dtype {p.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+
+
+class InOrder:
+    """Puts results of calls into the order of the parameters."""
+
+    def __init__(self) -> None:
+        self._orders: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, results: Sequence[tuple[list[int], Tensor]], count: int, device: torch.device) -> Tensor:
+        """One row for each of ``count`` parameters, on the device; zeros for those that no result has."""
+        if len(results) == 1 and len(results[0][0]) == count:
+            return results[0][1]
+        if not results:
+            return torch.zeros((count, len(ParameterStats.names)), dtype=torch.float64, device=device)
+        rows = torch.cat(
+            [results[0][1].new_zeros((1, *results[0][1].shape[1:]), device=device)]
+            + [found.to(device, non_blocking=True) for _, found in results]
+        )
+        places = [0] * count
+        for place, index in enumerate((i for indices, _ in results for i in indices), start=1):
+            places[index] = place
+        key = tuple(places)
+        order = self._orders.get(key)
+        if order is None or order.device != device:
+            order = torch.tensor(places, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+            self._orders = {key: order}  # the last one: which parameters have gradients seldom changes
+        return rows[order]

@@ -45,7 +45,7 @@ class Proofs:
         self._kinds: OrderedDict[Hashable, tuple[int, Tensor]] = OrderedDict()
 
     def due(self, kind: Hashable) -> bool:
-        """Whether the coming measured step of this kind is to be proven: the first, second, fourth, ... and each 32nd."""
+        """Whether the coming measured step of this kind is to be proven: the 1st, 2nd, 4th, 8th, ... and each 32nd."""
         count = self._kinds[kind][0] + 1 if kind in self._kinds else 1
         return count & (count - 1) == 0 if count < _PERIOD else count % _PERIOD == 0
 

@@ -28,6 +28,7 @@ REASONS: tuple[str | None, ...] = (
     "the inputs depend on trained parameters, whose effect a second forward does not see",
     "gradients were written to between the micro-batches of the step",
     "the forward detaches something that depends on parameters: its first-order change is not complete",
+    "parameters moved between the begin of the step and the evaluation of its closure",
     "the layer runs inside a graph of torch.compile, which can be seen from torch 2.13 on",
 )
 
@@ -55,5 +56,6 @@ REASONS: tuple[str | None, ...] = (
     DEPENDENT,
     REWRITTEN,
     DETACHED,
+    MOVED,
     IN_GRAPH,
 ) = range(len(REASONS))

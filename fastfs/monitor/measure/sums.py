@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +32,7 @@ _SORTED = 1 << 24  # numbers that torch.nanquantile takes at most
 _Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class Triple:
+class Triple(NamedTuple):
     """One visit of a layer: kept rows (k, width) of features before, what came after, and the backward vector."""
 
     before: Tensor

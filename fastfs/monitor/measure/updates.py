@@ -8,7 +8,6 @@ A closed form is believed where a few elements of the parameter, copied before t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +16,18 @@ from torch import Tensor
 from torch.optim import LBFGS
 
 from fastfs import functional
-from fastfs.monitor.measure import closed_forms, reasons
-from fastfs.monitor.measure.closed_forms import Form, Group, Settings, closed_form, coefficients, rewrites_gradients
+from fastfs.monitor.measure import reasons
+from fastfs.monitor.measure.arguments import Arguments, arguments
+from fastfs.monitor.measure.closed_forms import Form, Group, Settings, closed_form, rewrites_gradients
 from fastfs.monitor.measure.fingerprints import Samples, Views, real
-from fastfs.monitor.measure.gradients import Gradients, Look
-from fastfs.monitor.measure.plans import Call, Part, Plan, follows, make_plan
+from fastfs.monitor.measure.looks import Gradients, Look
+from fastfs.monitor.measure.plans import Call, InOrder, Part, Plan, follows, make_plan
+from fastfs.monitor.measure.reliance import Reliance, Seen
 from fastfs.monitor.measure.verification import same_gradients, verify
 from fastfs.rules import Rule
 from fastfs.stats import ParameterStats
 
 __all__ = ["MeasuredUpdate", "UpdateMeter"]
-
-_SNAPSHOT = (1.0, 0.0, -1.0, 0.0)  # dw = w - s
 
 
 @dataclass
@@ -38,10 +37,12 @@ class MeasuredUpdate:
     Attributes:
         stats: of shape (P,); nan where it is not known.
         reason: int64 (P,), on the same device: why not, a code of :mod:`fastfs.monitor.measure.reasons`; 0 if it is.
+        fine: whether the host knows that all reasons are 0.
     """
 
     stats: ParameterStats
     reason: Tensor
+    fine: bool = False
 
 
 @dataclass
@@ -50,7 +51,9 @@ class _Step:
 
     plan: Plan
     look: Look
+    complete: bool  # the update is verified by contents
     settings: list[Settings]
+    seen: Seen | None
     starts: list[Samples | None]  # of the parameters of every call
     copies: list[Tensor | None] | None  # of the gradients
     grad_scale: Tensor | None
@@ -67,27 +70,37 @@ class UpdateMeter:
     then the numbers of that parameter are nan, with a reason; a snapshot has it in the update. Gradients that the step
     rewrites are missed once, with a reason; from then on they are copied before each step.
 
+    Every step is verified by contents unless `before` is told that this one need not be: then identities and versions
+    have to say that it was like the last one that was (:mod:`fastfs.monitor.measure.reliance`).
+
     Args:
         optimizer: Any optimizer with one update per step: not LBFGS.
         snapshot: Copy all parameters before every step, for `previous`, and take every update from the copies.
-        gradients: What looks at the gradients, if another meter of this optimizer has one.
+
+    Attributes:
+        good: whether the last step was verified, or has passed the checks, and nothing has changed; bool () on a
+            device. The next one need not be verified then.
+        verified: whether it was verified.
 
     Raises:
         ValueError: for LBFGS, whose step evaluates the gradient several times.
     """
 
-    def __init__(self, optimizer: Any, *, snapshot: bool = False, gradients: Gradients | None = None) -> None:
+    def __init__(self, optimizer: Any, *, snapshot: bool = False) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("UpdateMeter: expected an optimizer with one update per step, got LBFGS")
         self.optimizer = optimizer
         self.snapshot = snapshot
-        self._gradients = Gradients() if gradients is None else gradients
+        self.good: Tensor | bool = False
+        self.verified = False
+        self._gradients = Gradients()
+        self._reliance = Reliance()
         self._buffers: dict[Tensor, Tensor] = {}
         self._copies_gradients = False  # once the step was seen to write to them
         self._plan: Plan | None = None
         self._state: object = optimizer.state
         self._step: _Step | None = None  # between before() and after()
-        self._orders: dict[tuple[int, ...], Tensor] = {}
+        self._order = InOrder()
         self._fine = torch.zeros(0, dtype=torch.int64)
 
     @property
@@ -135,14 +148,18 @@ class UpdateMeter:
             raise RuntimeError("UpdateMeter.previous: expected a call of before() right before the last step")
         return [self._buffers[p] for p in parameters]
 
-    def before(self) -> None:
+    def before(self, look: Look | None = None, *, complete: bool = True) -> None:
         """Copies what needs to be; to be called right before the step, when all gradients are there.
+
+        Args:
+            look: at the gradients, if there has been one.
+            complete: verify the update by contents; else only where something has changed.
 
         Raises:
             ValueError: for a parameter of a dtype that cannot be measured, or a DTensor.
         """
-        parameters = self.parameters
-        look = self._gradients.look(parameters, keep=True)
+        if look is None:
+            look = self._gradients.look(self.parameters, keep=True)
         groups = self.optimizer.param_groups
         forms = [self._form(group) for group in groups]
         plan = self._plan
@@ -150,21 +167,22 @@ class UpdateMeter:
         if plan is None or not known or self.optimizer.state is not self._state:
             self._state = self.optimizer.state  # load_state_dict makes a new one
             self._plan = plan = make_plan(self.optimizer, look, forms, snapshot=self.snapshot)
+        scale = getattr(self.optimizer, "grad_scale", None)
         with torch.no_grad():
             self._copies_gradients = self._copies_gradients or plan.coarse
             self._copy(plan.copied)
-            starts = [self._read(call, [call.params]) if call.closed else None for call in plan.calls]
+            seen = self._reliance.before(self.optimizer, plan)
+            settings = [Settings(group) for group in groups]
+            complete = complete or seen is None or self._copies_gradients or scale is not None or self._found_inf()
+            complete = complete or self._reliance.changed(plan, groups)
+            complete = complete or any(self._rewrites(settings, part) for call in plan.calls for part in call.parts)
+            starts: list[Samples | None] = [None] * len(plan.calls)
+            if complete:
+                starts = [self._read(call, [call.params]) if call.closed else None for call in plan.calls]
             copies = None
             if self._copies_gradients:
                 copies = [None if g is None else g.detach().clone() for g in look.gradients]
-        self._step = _Step(
-            plan,
-            look,
-            [Settings(group) for group in groups],
-            starts,
-            copies,
-            getattr(self.optimizer, "grad_scale", None),
-        )
+        self._step = _Step(plan, look, complete, settings, seen, starts, copies, scale)
 
     @property
     def look(self) -> Look:
@@ -189,16 +207,42 @@ class UpdateMeter:
         if self._step is None:
             raise RuntimeError("UpdateMeter.after: expected a call of before() right before this step")
         step, self._step = self._step, None
+        plan = step.plan
         with torch.no_grad():
-            now = step.look.again()
-            rewritten = [self._rewrites(step, part) for call in step.plan.calls for part in call.parts]
-            kept = self._kept(step, now, rewritten)
-            sums, codes, parts = [], [], iter(rewritten)
-            for call, start in zip(step.plan.calls, step.starts, strict=True):
-                arguments, uncertain = self._arguments(step, call, [next(parts) for _ in call.parts])
-                sums.append(self._measure(call.rule, *arguments))
-                codes.append(self._verify(step, call, start, now, arguments, uncertain))
-            return self._result(step, sums, codes, kept)
+            codes, states, counts = self._reliance.after(self.optimizer, plan, step.look, step.settings, step.seen)
+            of_parts = iter(zip(states, counts, strict=True))
+            whole = step.complete or self._found_inf()
+            now = step.look.again() if whole else None
+            rewritten = [
+                whole and step.copies is None and self._rewrites(step.settings, part)
+                for call in plan.calls
+                for part in call.parts
+            ]
+            kept = None if now is None else self._kept(step, now, rewritten)
+            source = step.look.gradients if step.copies is None else step.copies
+            sums, verdicts, parts = [], [], iter(rewritten)
+            for call, start in zip(plan.calls, step.starts, strict=True):
+                found = [next(of_parts) if call.closed else (None, None) for _ in call.parts]
+                given = arguments(
+                    self.optimizer,
+                    call,
+                    [state for state, _ in found],
+                    source,
+                    self._buffers,
+                    step.settings,
+                    [next(parts) for _ in call.parts],
+                    [count for _, count in found],
+                )
+                sums.append(self._measure(call.rule, given))
+                verdicts.append(None if now is None else self._verify(step, call, start, now, given))
+            result = self._result(step, sums, verdicts, kept)
+            self.verified = step.complete
+            if step.complete:
+                # What the checks say of a step that was looked at counts for the next ones alone.
+                self.good = codes is None and (result.fine or (result.reason == reasons.FINE).all())
+                return result
+            self.good = codes is None and result.fine
+            return result if codes is None else _spoiled(result, codes)
 
     def forget(self) -> None:
         """Let go of the step under way: it is not going to be measured."""
@@ -229,14 +273,20 @@ class UpdateMeter:
 
     # After the step
 
-    def _rewrites(self, step: _Step, part: Part) -> bool:
-        return step.copies is None and rewrites_gradients(self.optimizer, step.settings[part.group].values, part.params)
+    def _rewrites(self, settings: list[Settings], part: Part) -> bool:
+        return rewrites_gradients(self.optimizer, settings[part.group].values, part.params)
+
+    def _found_inf(self) -> bool:
+        """Whether a fused optimizer decides on the device if it makes its step."""
+        return getattr(self.optimizer, "found_inf", None) is not None
 
     def _kept(self, step: _Step, now: Samples, rewritten: list[bool]) -> Tensor | None:
         """Whether the gradients are those of before the step, or can be brought back: bool (P,); None if all are."""
         look, explained = step.look, set()
         if step.copies is not None:
             return None
+        if not step.look.complete:
+            return self._kept_by_few(step.look, now)
         if step.grad_scale is None and not any(rewritten) and look.samples.known_same(now):
             return None
         kept = ~look.samples.changed(now)
@@ -263,70 +313,21 @@ class UpdateMeter:
             self._copies_gradients = True
         return kept
 
-    def _arguments(
-        self, step: _Step, call: Call, rewritten: list[bool]
-    ) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor], Tensor | None]:
-        """Of the op: gradients, parameters, first and second state, coefficients; and how uncertain these are."""
-        source = step.look.gradients if step.copies is None else step.copies
-        gradients: list[Tensor] = [source[i] for i in call.indices]  # type: ignore[misc]
-        first: list[Tensor] = []
-        second: list[Tensor] = []
-        tables, doubts, begin = [], [], 0
-        for part, does in zip(call.parts, rewritten, strict=True):
-            form, params, group = part.form, part.params, step.settings[part.group].values
-            own = gradients[begin : begin + len(params)]
-            if form is None:
-                dense = [self._dense(p, g, group if does else None) for p, g in zip(params, own, strict=True)]
-                gradients[begin : begin + len(params)] = dense
-                first += [real(self._buffers[p]).to(g.dtype) for p, g in zip(params, dense, strict=True)]
-                tables.append(torch.tensor([_SNAPSHOT], dtype=torch.float64, device="cpu").expand(len(params), -1))
-            else:
-                try:
-                    kept = [self.optimizer.state[p] for p in params] if form.states else []
-                    steps = [s["step"] for s in kept] if form.steps else []
-                    first += own if form.first is None else [s[form.first] for s in kept]
-                    second += params if form.second is None else [s[form.second] for s in kept]
-                except KeyError as missing:
-                    raise RuntimeError(
-                        f"UpdateMeter.after: the optimizer's state has no {missing}; call it right after step()"
-                    ) from None
-                tables.append(coefficients(self.optimizer, group, form, len(params), steps, does))
-                doubt = closed_forms.uncertainty(group, form, steps, call.device)
-                doubts.append(doubt if doubt is not None else len(params))
-            begin += len(params)
-        params = call.params
-        if not call.closed:
-            params = [real(p).to(g.dtype) for p, g in zip(params, gradients, strict=True)]
-        elif call.is_complex:
-            gradients, params, first, second = (list(map(real, x)) for x in (gradients, params, first, second))
-        if call.rule.states < 2:
-            second = []
-        table = _together(tables, call.device)
-        uncertain = None
-        if any(isinstance(doubt, Tensor) for doubt in doubts):
-            zero = torch.zeros(1, dtype=torch.float64, device=call.device)
-            uncertain = torch.cat([d if isinstance(d, Tensor) else zero.expand(d) for d in doubts])
-        return (gradients, params, first, second, table), uncertain
+    def _kept_by_few(self, look: Look, now: Samples) -> Tensor | None:
+        """The same where the witnesses alone were looked at."""
+        written = look.written()
+        if not written and look.samples.known_same(now):
+            return None
+        self._copies_gradients = self._copies_gradients or bool(written)
+        home = look.places.home
+        flags = torch.ones(len(look.gradients), dtype=torch.bool, device="cpu")
+        flags[written] = False
+        return flags.to(home, non_blocking=True) & ~look.samples.changed(now).any().to(home, non_blocking=True)
 
-    def _dense(self, p: Tensor, gradient: Tensor, rewritten: Group | None) -> Tensor:
-        """The gradient as the op takes it, of the wider dtype of gradient and parameter."""
-        if gradient.layout is not torch.strided:
-            gradient = gradient.to_dense()
-        gradient = gradient.to(torch.promote_types(gradient.dtype, p.dtype))
-        if rewritten is not None:
-            gradient = gradient - rewritten["momentum"] * self.optimizer.state[p]["momentum_buffer"]
-        return real(gradient)
-
-    def _measure(
-        self,
-        rule: Rule,
-        gradients: list[Tensor],
-        params: list[Tensor],
-        first: list[Tensor],
-        second: list[Tensor],
-        table: Tensor,
-    ) -> Tensor:
-        sums = functional.optimizer_stats(rule, gradients, params, first, second, table).sums
+    def _measure(self, rule: Rule, given: Arguments) -> Tensor:
+        sums = functional.optimizer_stats(
+            rule, given.gradients, given.params, given.first, given.second, given.table
+        ).sums
         made = self._made()
         if made is not None:  # else the step did nothing, and the state is that of the last one
             sums[:, :2] = torch.where(made.to(sums.device, non_blocking=True), sums[:, :2], 0.0)
@@ -343,22 +344,20 @@ class UpdateMeter:
         call: Call,
         start: Samples | None,
         now: Samples,
-        arguments: tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor],
-        uncertain: Tensor | None,
+        given: Arguments,
     ) -> Tensor | None:
         """Whether the update is the one that the closed form tells: codes, int64 (n,); None by a snapshot."""
         if start is None:
             return None
-        gradients, params, first, second, table = arguments
         gradient = None
         if call.rule in (Rule.LINEAR, Rule.RMSPROP):
-            shared = call.shared and step.copies is None
-            gradient = now if shared else call.places.read(call.places.views(gradients))
-        lists = [params]
+            shared = call.shared and step.copies is None and step.look.complete
+            gradient = now if shared else call.places.read(call.places.views(given.gradients))
+        lists = [given.params]
         if any(part.form is not None and part.form.first is not None for part in call.parts):
-            lists.append(first)
+            lists.append(given.first)
         if call.rule.states == 2:
-            lists.append(second)
+            lists.append(given.second)
         after = self._read(call, lists)
         groups = self.optimizer.param_groups
         doubts = [not step.settings[part.group].hold(groups[part.group]) for part in call.parts]
@@ -368,8 +367,8 @@ class UpdateMeter:
             start,
             after,
             gradient,
-            table,
-            uncertain=uncertain,
+            given.table,
+            uncertain=given.uncertain,
             made=self._made(),
             doubted=any(doubts),
         )
@@ -395,14 +394,18 @@ class UpdateMeter:
     def _result(
         self, step: _Step, sums: list[Tensor], codes: list[Tensor | None], kept: Tensor | None
     ) -> MeasuredUpdate:
-        calls = step.plan.calls
-        total = self._in_order([(call.indices, part) for call, part in zip(calls, sums, strict=True)])
+        calls, count = step.plan.calls, len(step.look.gradients)
+        parameters = self.parameters
+        home = parameters[0].device if parameters else torch.device("cpu")
+        total = self._order([(call.indices, part) for call, part in zip(calls, sums, strict=True)], count, home)
         found = [(call.indices, code) for call, code in zip(calls, codes, strict=True) if code is not None]
         if not found and kept is None:
             if self._fine.shape[0] != total.shape[0] or self._fine.device != total.device:
                 self._fine = torch.full((total.shape[0],), reasons.FINE, dtype=torch.int64, device=total.device)
-            return MeasuredUpdate(ParameterStats(total), self._fine)
-        reason = self._in_order(found) if found else torch.zeros(total.shape[0], dtype=torch.int64, device=total.device)
+            return MeasuredUpdate(ParameterStats(total), self._fine, fine=True)
+        reason = torch.zeros(count, dtype=torch.int64, device=total.device)
+        if found:
+            reason = self._order(found, count, home)
         bad = reason != reasons.FINE
         if kept is None:
             unknown = bad[:, None]
@@ -413,34 +416,10 @@ class UpdateMeter:
         total[:, :3].masked_fill_(unknown, torch.nan)
         return MeasuredUpdate(ParameterStats(total), reason)
 
-    def _in_order(self, results: Sequence[tuple[list[int], Tensor]]) -> Tensor:
-        """One row per parameter, zeros for those that no result has."""
-        parameters = self.parameters
-        count = len(parameters)
-        if len(results) == 1 and len(results[0][0]) == count:
-            return results[0][1]
-        device = parameters[0].device if parameters else torch.device("cpu")
-        if not results:
-            return torch.zeros((count, len(ParameterStats.names)), dtype=torch.float64, device=device)
-        rows = torch.cat(
-            [results[0][1].new_zeros((1, *results[0][1].shape[1:]), device=device)]
-            + [found.to(device, non_blocking=True) for _, found in results]
-        )
-        places = [0] * count
-        for place, index in enumerate((i for indices, _ in results for i in indices), start=1):
-            places[index] = place
-        key = tuple(places)
-        order = self._orders.get(key)
-        if order is None or order.device != device:
-            order = torch.tensor(places, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-            self._orders = {key: order}  # the last one: which parameters have gradients seldom changes
-        return rows[order]
 
-
-def _together(tables: list[Tensor], device: torch.device) -> Tensor:
-    """Tables of coefficients as one: on the CPU if all of them are."""
-    if len(tables) == 1:
-        return tables[0].contiguous()
-    if all(table.is_cpu for table in tables):
-        return torch.cat(tables)
-    return torch.cat([table.to(device, non_blocking=True) for table in tables])
+def _spoiled(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
+    """What is left of a step that was not verified, where something speaks against it."""
+    reason = torch.tensor(codes, dtype=torch.int64, device="cpu").to(found.reason.device, non_blocking=True)
+    sums = found.stats.sums
+    sums[:, :3].masked_fill_((reason != reasons.FINE)[:, None], torch.nan)
+    return MeasuredUpdate(ParameterStats(sums), torch.where(found.reason == reasons.FINE, reason, found.reason))
