@@ -400,4 +400,6 @@ def line(one: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell has Ctrl-C ignored
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main())

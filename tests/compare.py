@@ -77,16 +77,21 @@ def assert_same_values(actual: Tensor, expected: Tensor, what: str = "") -> None
     assert bool(same.all()), f"{what}\ngot      {a[~same]}\nexpected {b[~same]}"
 
 
-def assert_step(actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "") -> None:
+def assert_step(
+    actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "", summed: Tensor | None = None
+) -> None:
     """Sums of a step, (6,), against those of the tensors before and after it, which `dtype` rounds.
 
     The parameter after the step is off by its rounding, a few per element, and a gradient that has to be taken out of a
-    sum by the rounding of that sum. Beyond that, 1e-9 for float64 and for the others the error of sums in float.
+    sum (`summed`: a momentum buffer) by the rounding of that sum. Beyond that, 1e-9 for float64 and for the others the
+    error of sums in float.
     """
     got, truth = (x.detach().cpu().numpy().astype(np.longdouble) for x in (actual, expected))
     eps, relative = torch.finfo(dtype).eps, 1e-9 if dtype == torch.float64 else 5e-6
     update, gradient, parameter = (np.sqrt(truth[i]) for i in (1, 2, 3))
-    moved, turned = 4 * eps * parameter + relative * update, 40 * eps * gradient + relative * gradient
+    size = 0.0 if summed is None else float(summed.double().norm())
+    moved = 4 * eps * parameter + relative * update
+    turned = 40 * eps * gradient + 4 * eps * size + relative * gradient
     products = gradient * moved + update * turned
     squares = (2 * update * moved + moved**2, 2 * gradient * turned, relative * truth[3])
     budget = np.array([products, *squares, 0, 0])

@@ -17,7 +17,7 @@ from tests.monitor_loops import Net
 from tests.test_monitor_compile import WAYS
 
 INDUCTORS = "ignore:.torch.jit.*is deprecated:DeprecationWarning"  # when torch loads it
-pytestmark = [pytest.mark.filterwarnings(loops.DYNAMO), pytest.mark.filterwarnings(INDUCTORS)]
+pytestmark = [pytest.mark.graphs, pytest.mark.filterwarnings(loops.DYNAMO), pytest.mark.filterwarnings(INDUCTORS)]
 CONFIG = torch._dynamo.config
 
 

@@ -110,7 +110,8 @@ def check_step(meter: UpdateMeter, dtype: torch.dtype, what: str = "", scale: fl
         if p.grad is None:
             assert not stats.sums[i].any(), f"{what}: parameter {i} had no gradient"
         else:
-            assert_step(stats.sums[i], expected[i], dtype, f"{what} parameter {i}")
+            buffer = meter.optimizer.state[p].get("momentum_buffer")
+            assert_step(stats.sums[i], expected[i], dtype, f"{what} parameter {i}", buffer)
     return stats
 
 
