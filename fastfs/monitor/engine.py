@@ -156,6 +156,11 @@ class Engine:
         """Layers that have run in no measured step so far."""
         return [layer for layer in self.layers if layer.index in self._idle]
 
+    def renew(self) -> None:
+        """Forget what is kept from step to step for the sake of speed."""
+        self.parameters.renew()
+        self.factor.renew()
+
     def close(self) -> None:
         self.clear()
         self.factor.close()

@@ -149,7 +149,8 @@ class Monitor:
         self._closed = False
         self._failed = False  # this step's measurement, before it began
         self._why: str | None = None  # it is left out
-        self._journal = Journal()  # of the end of a step
+        self._journal = Journal()  # of the gradient mode
+        self._interrupted = False  # in the middle of a measurement
         self._finishing: int | None = None  # the step whose end is under way
         self._model = model
         self._optimizers = optimizers
@@ -207,6 +208,7 @@ class Monitor:
             )
             self._capture.gradients = factor
             self._capture.replayer.others = self._settings
+            self._capture.recover = self._recover
             self._steps = OptimizerSteps(found, self)
             undo.callback(self._steps.close)
             self._measures, self._aligns = first
@@ -353,24 +355,29 @@ class Monitor:
     def before(self, optimizer: int, first: bool) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
         self._recover()
-        if not self._active or self._failed:
-            return
-        started = time.perf_counter()
-        try:
-            self._engine.before(self._optimizers[optimizer], optimizer, first=first, measured=self._measures)
-        except Exception as error:
-            self._fail(error)
-        self._capture.seconds += time.perf_counter() - started
+        which = self._optimizers[optimizer]
+        self._run(lambda: self._engine.before(which, optimizer, first=first, measured=self._measures))
 
     def after(self, optimizer: int) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
+        self._run(lambda: self._engine.after(self._optimizers[optimizer], optimizer, measured=self._measures))
+
+    def _run(self, part: Callable[[], None]) -> None:
+        """A part of the measurement: what goes wrong ends it, and leaves the gradient mode as it was."""
         if not self._active or self._failed:
             return
         started = time.perf_counter()
+        grad = torch.is_grad_enabled()
+        self._journal.note(lambda: torch._C._set_grad_enabled(grad))
         try:
-            self._engine.after(self._optimizers[optimizer], optimizer, measured=self._measures)
+            part()
         except Exception as error:
             self._fail(error)
+        except BaseException:
+            self._interrupted = True
+            raise
+        finally:
+            self._journal.restore()
         self._capture.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
@@ -387,6 +394,9 @@ class Monitor:
                     self._measure(started)
                 except Exception as error:  # a measurement must not end a training run
                     self._fail(error)
+                except BaseException:
+                    self._interrupted = True
+                    raise
             if self._why is not None:
                 self._engine.skipped(self._step, self._why)
             self._recorder.poll()
@@ -397,6 +407,9 @@ class Monitor:
         """Put back what an interrupt has left changed, and end the step that it came in."""
         self._capture.replayer.recover()
         self._journal.restore()
+        if self._interrupted:  # what the parts of a measurement keep for the next one may be half of it
+            self._engine.renew()
+            self._interrupted = False
         if self._finishing is None:
             return
         self._step = self._finishing + 1

@@ -92,6 +92,7 @@ class Capture(Keeping):
         self.rewritten: list[Tensor] = []  # device flags: gradients were not zeroed but changed between micro-batches
         self.replayer = Replayer(layers, self.switch, sampler, owned)
         self.gradients: GradientFactor | None = None
+        self.recover: Callable[[], None] = self.replayer.recover  # called before each forward of the loop's
         # Of each layer: backward, elements, sum.
         self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [[] for _ in layers]
         self._lost: set[int] = set()  # layers of which a sum is missing
@@ -210,8 +211,8 @@ class Capture(Keeping):
     def _enter(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, traced: bool = False
     ) -> None:
-        if self.replaying and self.replayer.stale():  # an interrupt has ended a forward of ours
-            self.replayer.recover()
+        if not self.replaying or self.replayer.stale():
+            self.recover()  # what an interrupt has left, the gradient mode too
         if self.replaying or not torch.is_grad_enabled() or taps.another_replays(self):
             return
         if torch._C._functorch.peek_interpreter_stack() is not None:  # gradients of torch.func are no training

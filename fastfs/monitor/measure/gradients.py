@@ -75,14 +75,20 @@ class GradientFactor:
         self._parameters = parameters
         self._switch = switch
         self._always = always
-        self._gradients = [Gradients() for _ in parameters()]
-        self._occasions = [Occasions() for _ in self._gradients]
-        self._ends: list[Look] = []  # at the end of the last backward, by optimizer
+        self._gradients: list[Gradients] = []
+        self._occasions: list[Occasions] = []
+        self.renew()
         self._running: set[int] = set()  # backwards that were noted and are not over: one may run within another
         self._seen = False
         self._turn = 0  # how often everything was forgotten
         self._handles: list[RemovableHandle] = []
         self.watch()
+
+    def renew(self) -> None:
+        """Begin anew, as if no gradient had been looked at."""
+        self._gradients = [Gradients() for _ in self._parameters()]
+        self._occasions = [Occasions() for _ in self._gradients]
+        self._ends: list[Look] = []  # at the end of the last backward, by optimizer
 
     def watch(self) -> None:
         """Choose witnesses among the parameters as they are now."""

@@ -27,18 +27,25 @@ class Parameters:
     """
 
     def __init__(self, optimizers: Sequence[Found], *, snapshot: bool) -> None:
-        # Closed forms do not hold for a wrapper whose step may do more than that of the optimizer in it.
-        self._meters = [UpdateMeter(found.optimizer, snapshot=found.copied) for found in optimizers]
-        self._snapshots = [
-            meter if meter.snapshot else UpdateMeter(meter.optimizer, snapshot=True) for meter in self._meters
-        ]
+        self._optimizers = tuple(optimizers)
         self._full = snapshot
+        self._meters: list[UpdateMeter] = []
+        self._snapshots: list[UpdateMeter] = []
+        self.renew()
         self._results: list[list[MeasuredUpdate]] = [[] for _ in optimizers]
         self._treatments: list[Treatment | None] = [None for _ in optimizers]
         self._complete = [True for _ in optimizers]  # whether all gradients were looked at before the step
         self._factor: GradientFactor | None = None
         self._entries: list[Fingerprint | None] = [None for _ in optimizers]
         self._moved: list[Tensor | None] = [None for _ in optimizers]
+
+    def renew(self) -> None:
+        """Begin anew, as if no step had been seen."""
+        # Closed forms do not hold for a wrapper whose step may do more than that of the optimizer in it.
+        self._meters = [UpdateMeter(found.optimizer, snapshot=found.copied) for found in self._optimizers]
+        self._snapshots = [
+            meter if meter.snapshot else UpdateMeter(meter.optimizer, snapshot=True) for meter in self._meters
+        ]
 
     @property
     def tensors(self) -> list[Tensor]:
