@@ -3,8 +3,8 @@
     python -m benchmarks.updates [--device cuda] [--json FILE] [--quick]
 
 `optimizer_stats`: all parameters of a model after a step of Adam; the bytes are those of gradient, parameter and both
-moments, read once. "UpdateMeter" is what a training loop calls: with the coefficients of every parameter, from its
-optimizer. `update_stats`: gradients and updates of the same model. The ceiling is a streaming read of the same tensors.
+moments, read once. What a training loop calls, UpdateMeter, checks that a step lies between: `benchmarks.call_cost`
+times it. `update_stats`: gradients and updates of the same model. The ceiling is a streaming read of the same tensors.
 All are several times larger than the cache ("cold" says whether). Sums are checked against float64 before anything is
 timed. On a GPU contestants that launch many kernels are timed as replayed CUDA graphs.
 """
@@ -30,7 +30,6 @@ from fastfs.monitor.measure.updates import UpdateMeter
 from fastfs.rules import Rule
 
 Tensors = list[Tensor]
-METER = "UpdateMeter"
 FOREACH = "eager by hand, foreach"
 ALLOWED = 2e-6  # error of a sum, relative to the norms that it is made of
 MOST_SECONDS = 2.0  # of one call; who needs more is left out
@@ -122,7 +121,7 @@ def race(
     left_out: dict[str, str] = {}
     for contestant, call in measured.items():
         first, _, why = attempt(call, device, MOST_SECONDS, compiles=contestant == COMPILE)
-        ours = contestant in (OURS, METER)
+        ours = contestant == OURS
         if why is not None:
             assert not ours, f"{what}, {name}, {contestant}: {why}"
             left_out[contestant] = why
@@ -168,10 +167,6 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
     table = torch.tensor([row] * len(shapes), dtype=torch.float64)
     lists = (gradients, parameters, first, second)
 
-    def meter_call() -> Tensor:
-        meter.before()
-        return meter.after().stats.sums
-
     torch._dynamo.reset()
     inductor, there = compiled(), table.to(device)  # copied once: a graph cannot
     coefficients = there.float()
@@ -184,7 +179,6 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
         lists,
         {
             OURS: lambda: optimizer_stats(Rule.ADAM, *lists, table).sums,
-            METER: meter_call,
             COMPILE: lambda: inductor(*lists, coefficients),
             FOREACH: lambda: by_hand(*lists, table),
             EAGER: lambda: optimizer_stats(Rule.ADAM, *lists, there, backend="reference").sums,

@@ -59,7 +59,9 @@ class Writer:
         self.unclosed: list[str] = []
         self._ring = ring
         self._flush_seconds = flush_seconds
-        self._condition = threading.Condition(threading.Lock())
+        # Taken by itself: an interrupt in the Python code of Condition.__exit__ would leave it locked for ever.
+        self._lock = threading.Lock()
+        self._condition = threading.Condition(self._lock)
         self._asked = 0  # flushes that were asked for, and done
         self._done = 0
         self._stopping = False
@@ -72,18 +74,18 @@ class Writer:
     # The training thread
 
     def push(self, payload: Tensor, decode: Decode) -> None:
-        with self._condition:
+        with self._lock:
             self._check()
             self._note(self._ring.push(payload, decode))
 
     def put(self, record: Record) -> None:
-        with self._condition:
+        with self._lock:
             self._check()
             self._note(self._ring.put(record))
 
     def reopen(self, header: Mapping[str, Any]) -> None:
         """Give the sinks another header, before the first record."""
-        with self._condition:
+        with self._lock:
             for outlet in self.outlets:
                 outlet.sink.open(header)
             self.alerts.header = dict(header)
@@ -92,7 +94,7 @@ class Writer:
         """Wait until everything is with the sinks; False if that did not happen in time or a sink failed."""
         if not self._thread.is_alive():
             return not any(map(len, self.outlets))
-        with self._condition:
+        with self._lock:
             self._asked += 1
             mine = self._asked
             self._condition.notify_all()
@@ -106,7 +108,7 @@ class Writer:
 
     def stop(self, timeout: float) -> bool:
         """Write everything, close the sinks, end the thread; False if it has not ended in time."""
-        with self._condition:
+        with self._lock:
             self._stopping = True
             self._condition.notify_all()
         if threading.current_thread() is self._thread:  # the garbage collector ran here
@@ -149,7 +151,7 @@ class Writer:
 
     def _turn(self) -> bool:
         """Wait until there is something to do and do it; False at the end."""
-        with self._condition:
+        with self._lock:
             while (pause := self._pause()) is None or pause > 0:
                 self._condition.wait(pause)
             force, stopping, asked = self._stopping or self._asked > self._done, self._stopping, self._asked
@@ -166,7 +168,7 @@ class Writer:
                 outlet.run(force=force, settle=force)
                 if not len(outlet) and outlet.error is None:
                     break
-        with self._condition:
+        with self._lock:
             self._done = max(self._done, asked)
             self._condition.notify_all()
             return not stopping or len(self._ring) > 0
@@ -179,7 +181,7 @@ class Writer:
                 records += self._decoded(entry.decode, host[entry.start : entry.stop], entry.record)
         except BaseException as error:
             self._say("fetch", f"fastfs.Monitor: rows are lost ({in_words(error)}). Said once.")
-        with self._condition:
+        with self._lock:
             self._ring.give_back(batch)
         return records
 
