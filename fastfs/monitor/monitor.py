@@ -397,9 +397,12 @@ class Monitor:
                 except BaseException:
                     self._interrupted = True
                     raise
-            if self._why is not None:
-                self._engine.skipped(self._step, self._why)
-            self._recorder.poll()
+            try:
+                if self._why is not None:
+                    self._engine.skipped(self._step, self._why)
+                self._recorder.poll()
+            except Exception as error:
+                self._fail(error)
         finally:
             self._recover()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class Backwards:
     def counts(self, number: int) -> bool:
         """Whether that backward was one of training; if none is known to be, all are."""
         return self._known.get(number, False) or not any(self._known.values())
+
+    def trained(self, numbers: Iterable[int]) -> bool:
+        """Whether one of these backwards is known to be one of training."""
+        return any(self._known.get(number, False) for number in numbers)
 
     def clear(self) -> None:
         self._known.clear()

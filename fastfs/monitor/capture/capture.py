@@ -17,6 +17,7 @@ A pass that cannot be captured, for its inputs or for want of memory, is dropped
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -93,8 +94,9 @@ class Capture(Keeping):
         self.replayer = Replayer(layers, self.switch, sampler, owned)
         self.gradients: GradientFactor | None = None
         self.recover: Callable[[], None] = self.replayer.recover  # called before each forward of the loop's
-        # Of each layer: backward, elements, sum.
-        self._squares: list[list[tuple[int, int, tuple[Tensor, float]]]] = [[] for _ in layers]
+        # Of each layer: backward, visit, elements, sum.
+        self._squares: list[list[tuple[int, int, int, tuple[Tensor, float]]]] = [[] for _ in layers]
+        self._visits = itertools.count()
         self._lost: set[int] = set()  # layers of which a sum is missing
         self._task = -1  # the backward that has begun last
         self._stamps: list[tuple[int, int] | None] = []  # of the gradients when it began
@@ -176,11 +178,15 @@ class Capture(Keeping):
         self.transformed = False
 
     def squares(self) -> list[tuple[int, list[tuple[Tensor, float]]]]:
-        """At level GRADIENTS: per layer how many elements the backward vectors have, and what the sampler gave."""
+        """At level GRADIENTS: per layer how many elements the backward vectors have, and what the sampler gave.
+
+        None of a layer whose visit two backwards of the step came to: norms do not tell that of the sum.
+        """
         counts = self._backwards.counts
         whole = ([] if layer in self._lost else parts for layer, parts in enumerate(self._squares))
         found = [[part for part in parts if counts(part[0])] for parts in whole]
-        return [(sum(size for _, size, _ in parts), [square for *_, square in parts]) for parts in found]
+        once = [parts if len({visit for _, visit, *_ in parts}) == len(parts) else [] for parts in found]
+        return [(sum(size for *_, size, _ in parts), [square for *_, square in parts]) for parts in once]
 
     def forget_squares(self) -> None:
         """The gradients so far were thrown away."""
@@ -304,7 +310,8 @@ class Capture(Keeping):
         elif self.switch.level == taps.GRADIENTS:
             if features.requires_grad and not transformed(features):
                 turn = self._turn
-                square = taps.Guarded(lambda gradient: self._square(layer.index, gradient, turn), self.failed)
+                visit = next(self._visits)
+                square = taps.Guarded(lambda gradient: self._square(layer.index, gradient, turn, visit), self.failed)
                 self._hook(features, square)
         elif self._open is None:
             self._recomputed(layer, features)
@@ -324,7 +331,7 @@ class Capture(Keeping):
 
     def compiled_gradient(self, layer: int, gradient: Tensor) -> None:
         if self.switch.level == taps.GRADIENTS:
-            self._square(layer, gradient, self._turn)
+            self._square(layer, gradient, self._turn, next(self._visits))
         else:
             self._came_compiled(layer, gradient)
 
@@ -357,13 +364,13 @@ class Capture(Keeping):
             if before != now:
                 self._touched[index] = 1
 
-    def _square(self, layer: int, gradient: Tensor, turn: int) -> None:
+    def _square(self, layer: int, gradient: Tensor, turn: int, visit: int) -> None:
         if turn != self._turn:
             return
         start = time.perf_counter()
         try:
             square = self._sampler.squares(strided(gradient), _SQUARED)
-            self._squares[layer].append((self._backwards.note(), gradient.numel(), square))
+            self._squares[layer].append((self._backwards.note(), visit, gradient.numel(), square))
         except Exception as error:  # the layer's prediction is lost, not the training run
             self._lost.add(layer)
             name = self._layers[layer].name
@@ -380,11 +387,15 @@ class Capture(Keeping):
         self._drop_thrown_away()
         held = next((p for p in self._tensors if p.grad is not None), None)
         if held is None or held.grad is None:
-            self._passes.clear()
+            self._forget_trained()
             return
         for passed in self._passes:
-            if passed.witness is None:
+            if passed.witness is None and self._backwards.trained(passed.backwards):
                 passed.witness = (held, weakref.ref(held.grad))
+
+    def _forget_trained(self) -> None:
+        """All passes but those that ``torch.autograd.grad`` alone has gone through: their backward is yet to come."""
+        self._passes = [p for p in self._passes if not self._backwards.trained(p.backwards)]
 
     def _drop_thrown_away(self) -> None:
         """Passes before something wrote to the gradients: nothing but zeros comes between micro-batches of a step.
@@ -394,6 +405,6 @@ class Capture(Keeping):
         if self.gradients is None or not (self._passes or any(self._squares) or any(self._touched)):
             return
         if self.gradients.written_since_backward():
-            self._passes.clear()
+            self._forget_trained()
             self.forget_squares()
             self.rewritten.append(self.gradients.nonzero())

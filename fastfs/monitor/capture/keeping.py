@@ -148,7 +148,9 @@ class Keeping:
         if visit.parts:  # one more than the budget has reckoned with
             self.budget.take(passed, before.values.nbytes, "another backward vector")
         rows = self._sampler.keep(strided(gradient), before.values.shape[0]).values
-        visit.arrive(self._backwards.note(), rows)
+        number = self._backwards.note()
+        passed.backwards.add(number)
+        visit.arrive(number, rows)
 
     def _hook(self, features: Tensor, hook: Callable[[Tensor], None]) -> None:
         handle = features.register_hook(hook)

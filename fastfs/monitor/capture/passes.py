@@ -68,6 +68,7 @@ class Pass:
         self.edges: list[list[Edge | None]] = [[] for _ in range(layers)]
         self.inputs_seen: list[tuple[Tensor, int]] = []
         self.has_backward = False
+        self.backwards: set[int] = set()  # their numbers
         self.fingerprint: Fingerprint | None = None  # of the parameters, when it began
         self.since = 0  # autograd's sequence number when it began
         # What the structure follows from: the graph, or what tells that it is one that is known already.
