@@ -114,7 +114,9 @@ class OptimizerSteps:
         elif len(self._stepped) == self._count:
             self._finish()
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, index: int, error: Exception) -> None:
+        """What was to be told is not known: the next forward ends this step at the latest, for the one after it."""
+        self._stepped.add(index)
         self._listener.failed(error)
 
     def _backward_over(self) -> None:
@@ -193,7 +195,7 @@ class _Levels:
             if self.begun:
                 self.steps.after(self.index)
             else:
-                self.steps.failed(RuntimeError("a step did not evaluate the closure that it was given"))
+                self.steps.failed(self.index, RuntimeError("a step did not evaluate the closure that it was given"))
 
     def _begin(self) -> None:
         self.begun = True
@@ -241,7 +243,7 @@ class _Hook:
                 return self._outside(optimizer, args, kwargs)
             return self._tell(optimizer, args, kwargs)
         except Exception as error:
-            self._levels.steps.failed(error)
+            self._levels.steps.failed(self._levels.index, error)
             return None
 
     def _run(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -292,12 +294,12 @@ class _Override:
             try:
                 args, kwargs = now.enter(frame, args, kwargs) or (args, kwargs)
             except Exception as error:
-                now.steps.failed(error)
+                now.steps.failed(now.index, error)
             result = original(*args, **kwargs)
             try:
                 now.leave(frame, real)
             except Exception as error:
-                now.steps.failed(error)
+                now.steps.failed(now.index, error)
             return result
 
         step.__name__ = "step"

@@ -215,16 +215,17 @@ class Tap(Hook):
         self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
 
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if not self.switch.on or _exported():
+        try:
+            if not self.switch.on or _exported():
+                return
+            compiling = torch.compiler.is_compiling()
+            if not compiling and not _recorded():  # a graph that is being recorded would take our operations along
+                self.take(module, output)
+        except Exception as error:
+            self.failed(error)
             return
-        if torch.compiler.is_compiling():
+        if compiling:  # outside of the try block, in which torch.compile cannot break a graph
             self.trace(output)
-        else:
-            try:
-                if not _recorded():  # a graph that is being recorded would take our operations along
-                    self.take(module, output)
-            except Exception as error:
-                self.failed(error)
 
     def take(self, module: nn.Module, output: Any) -> None:
         """Hand the features over."""
