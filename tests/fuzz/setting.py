@@ -252,6 +252,8 @@ def interrupted_at(seen: dict[Place, int], at: Place | None, *, nth: int = 0) ->
 
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
         back = frame.f_back
+        if _while_freeing(frame.f_code):
+            return None
         if frame.f_code.co_filename.startswith(OURS) or (back is not None and back.f_trace is not None):
             frame.f_trace_opcodes = True
             return local
@@ -262,6 +264,11 @@ def interrupted_at(seen: dict[Place, int], at: Place | None, *, nth: int = 0) ->
         yield
     finally:
         sys.settrace(None)
+
+
+def _while_freeing(code: CodeType) -> bool:
+    """Whether Python runs it when an object is freed: an exception in it goes nowhere, not even an interrupt."""
+    return code.co_name in ("__del__", "_remove_id") or code.co_filename.endswith("/weakref.py")
 
 
 def said_of(place: Place) -> str:
