@@ -101,6 +101,8 @@ class Hand:
         known = restored or {}
         now = _clones([known.get(p, p) for p in self.trial.parameters])
         self._before = self._at_forward if as_forward else now
+        if self.trial.recipe.monitor == "probe":  # runs here, after what the training forward did to the buffers
+            self._entry = _state(self.trial)
 
     def after_step(self) -> None:
         self._after = _clones(self.trial.parameters)
