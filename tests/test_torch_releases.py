@@ -181,7 +181,7 @@ def test_names_of_releases(script) -> None:
 
 
 def test_messages_name_nothing_of_this_machine(script) -> None:
-    text = f"\nOSError: {script.ROOT}/tests/a.py, /tmp/pytest-of-me/x.json, /e/lib/site-packages/torch/a.py\nmore"
+    text = f"\nOSError: {script.ROOT}/tests/a.py, /scratch/of-me/x.json, /e/lib/site-packages/torch/a.py\nmore"
     assert script.plain(text) == "OSError: tests/a.py, <folder>/x.json, torch/a.py"
     assert len(script.plain("x" * 1000)) == script.LINE
     assert script.plain("") == "no message"

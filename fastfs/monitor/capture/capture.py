@@ -17,7 +17,6 @@ A pass that cannot be captured, for its inputs or for want of memory, is dropped
 from __future__ import annotations
 
 import functools
-import itertools
 import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -44,6 +43,7 @@ from fastfs.monitor.capture.keeping import Keeping, throw, transformed
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.replay import Replayer
 from fastfs.monitor.capture.sampling import Sampler
+from fastfs.monitor.capture.squares import Squares
 from fastfs.monitor.capture.traces import Traces
 from fastfs.monitor.measure.fingerprints import Fingerprint
 from fastfs.monitor.measure.gradients import GradientFactor
@@ -94,10 +94,7 @@ class Capture(Keeping):
         self.replayer = Replayer(layers, self.switch, sampler, owned)
         self.gradients: GradientFactor | None = None
         self.recover: Callable[[], None] = self.replayer.recover  # called before each forward of the loop's
-        # Of each layer: backward, visit, elements, sum.
-        self._squares: list[list[tuple[int, int, int, tuple[Tensor, float]]]] = [[] for _ in layers]
-        self._visits = itertools.count()
-        self._lost: set[int] = set()  # layers of which a sum is missing
+        self._squares = Squares(len(layers))
         self._task = -1  # the backward that has begun last
         self._stamps: list[tuple[int, int] | None] = []  # of the gradients when it began
         self._touched = bytearray(len(parameters))  # parameters that a backward has brought a gradient to
@@ -178,20 +175,12 @@ class Capture(Keeping):
         self.transformed = False
 
     def squares(self) -> list[tuple[int, list[tuple[Tensor, float]]]]:
-        """At level GRADIENTS: per layer how many elements the backward vectors have, and what the sampler gave.
-
-        None of a layer whose visit two backwards of the step came to: norms do not tell that of the sum.
-        """
-        counts = self._backwards.counts
-        whole = ([] if layer in self._lost else parts for layer, parts in enumerate(self._squares))
-        found = [[part for part in parts if counts(part[0])] for parts in whole]
-        once = [parts if len({visit for _, visit, *_ in parts}) == len(parts) else [] for parts in found]
-        return [(sum(size for *_, size, _ in parts), [square for *_, square in parts]) for parts in once]
+        """At level GRADIENTS: per layer how many elements the backward vectors have, and what the sampler gave."""
+        return self._squares.per_layer(self._backwards.counts)
 
     def forget_squares(self) -> None:
         """The gradients so far were thrown away."""
-        self._squares = [[] for _ in self._layers]
-        self._lost.clear()
+        self._squares.clear()
         self._touched = bytearray(len(self._tensors))
 
     def kind(self, ran: Sequence[bool]) -> tuple[bytes, tuple[bool, ...]]:
@@ -310,7 +299,7 @@ class Capture(Keeping):
         elif self.switch.level == taps.GRADIENTS:
             if features.requires_grad and not transformed(features):
                 turn = self._turn
-                visit = next(self._visits)
+                visit = self._squares.visit()
                 square = taps.Guarded(lambda gradient: self._square(layer.index, gradient, turn, visit), self.failed)
                 self._hook(features, square)
         elif self._open is None:
@@ -331,7 +320,7 @@ class Capture(Keeping):
 
     def compiled_gradient(self, layer: int, gradient: Tensor) -> None:
         if self.switch.level == taps.GRADIENTS:
-            self._square(layer, gradient, self._turn, next(self._visits))
+            self._square(layer, gradient, self._turn, self._squares.visit())
         else:
             self._came_compiled(layer, gradient)
 
@@ -370,9 +359,9 @@ class Capture(Keeping):
         start = time.perf_counter()
         try:
             square = self._sampler.squares(strided(gradient), _SQUARED)
-            self._squares[layer].append((self._backwards.note(), visit, gradient.numel(), square))
+            self._squares.add(layer, visit, self._backwards.note(), gradient.numel(), square)
         except Exception as error:  # the layer's prediction is lost, not the training run
-            self._lost.add(layer)
+            self._squares.lose(layer)
             name = self._layers[layer].name
             self._warn("square", f"has no norm of the backward vector of {name!r} ({type(error).__name__}: {error})")
         self.seconds += time.perf_counter() - start
@@ -402,7 +391,7 @@ class Capture(Keeping):
 
         Whether it was zeros is asked on the device, without waiting for it.
         """
-        if self.gradients is None or not (self._passes or any(self._squares) or any(self._touched)):
+        if self.gradients is None or not (self._passes or self._squares or any(self._touched)):
             return
         if self.gradients.written_since_backward():
             self._forget_trained()
