@@ -11,9 +11,13 @@ import torch
 
 from fastfs.monitor.capture.taps import HOOKS_IN_GRAPHS
 from tests.browser import BROWSERS, find_browser
+from tests.fuzz.world import reset_switches, switches
 
 hypothesis.settings.register_profile("fastfs", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("fastfs")
+
+
+_UNDONE_BY_OTHERS = ("warning filters", "threads", "trace")  # pytest, the fixture `threads`, a debugger
 
 
 @functools.cache
@@ -65,6 +69,17 @@ def seeded():
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])  # noqa: NPY002
+
+
+@pytest.fixture(autouse=True)
+def switched_back(seeded):
+    """A test leaves no switch of torch turned, on which the next ones would depend."""
+    before = switches()
+    yield
+    after = switches()
+    if after != before:
+        reset_switches()
+    assert [name for name in before if before[name] != after[name] and name not in _UNDONE_BY_OTHERS] == []
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -9,19 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import TypeVar
 
-__all__ = ["Journal", "Undone", "surely"]
-
-T = TypeVar("T")
-
-
-def surely(function: Callable[[], T]) -> T:
-    """Call an idempotent function, once more if it fails: what must not be left undone is not lost to one failure."""
-    try:
-        return function()
-    except Exception:
-        return function()
+__all__ = ["Journal", "Undone"]
 
 
 class Journal:

@@ -17,8 +17,6 @@ import torch.nn.utils.parametrize as parametrize
 import torch.overrides
 import torch.utils._python_dispatch as python_dispatch
 
-from fastfs.network.journal import surely
-
 __all__ = ["Surroundings"]
 
 _FLAGS = tuple(name for name in vars(python_dispatch) if name.startswith("_is_in_") and "mode" in name)
@@ -38,6 +36,7 @@ class Surroundings:
     def __init__(self, devices: Iterable[str]) -> None:
         self._devices = tuple(devices)
         self._settings: list[Setting] = [
+            (torch._C._set_torch_function_state, torch._C._get_torch_function_state()),  # type: ignore[attr-defined]
             (torch._C._set_grad_enabled, torch.is_grad_enabled()),
             (torch.set_default_dtype, torch.get_default_dtype()),
             (torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()),
@@ -127,7 +126,10 @@ def _autocast_dtype(device: str) -> Callable[[torch.dtype], None]:
 
 def _autocast_nesting() -> int:
     torch.autocast_increment_nesting()
-    return int(surely(torch.autocast_decrement_nesting))
+    try:
+        return int(torch.autocast_decrement_nesting())
+    except Exception:  # a level must not be left entered
+        return int(torch.autocast_decrement_nesting())
 
 
 def _stance() -> Any:

@@ -269,26 +269,27 @@ class Around(Hook):
     """
 
     def __init__(self, function: Callable[..., None], switch: Switch, failed: Failed) -> None:
-        self.function = Guarded(function, failed)
-        self.unless_recorded = Guarded(self._unless_recorded, failed)
+        self.function = function
+        self.failed = failed
         self.switch = switch
         self.outside = torch.compiler.disable(
-            functools.partial(self.function, traced=True),
+            functools.partial(Guarded(function, failed), traced=True),
             reason="a fastfs.Monitor was attached to this model before torch.compile(model, fullgraph=True), and the "
             "model's inputs cannot be seen from inside of the graph: attach it to the compiled model instead",
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
-        if _exported():
+        try:
+            if _exported():
+                return
+            compiling = torch.compiler.is_compiling()
+            if not compiling and not _recorded():
+                self.function(*args, **kwargs)
+        except Exception as error:
+            self.failed(error)
             return
-        if not torch.compiler.is_compiling():
-            self.unless_recorded(*args, **kwargs)
-        elif self.switch.on:
+        if compiling and self.switch.on:  # outside of the try block, in which torch.compile cannot break a graph
             self.outside(*args, **kwargs)
-
-    def _unless_recorded(self, *args: Any, **kwargs: Any) -> None:
-        if not _recorded():
-            self.function(*args, **kwargs)
 
 
 def _exported() -> bool:
