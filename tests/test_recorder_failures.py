@@ -40,6 +40,22 @@ def test_a_hanging_sink_costs_records_but_no_time_and_no_memory():
     assert sink.steps[-1] == 1000
 
 
+@pytest.mark.parametrize("then", ["push", "flush", "close"])
+def test_an_interrupt_that_leaves_the_lock_held_stalls_nothing(then):
+    """It may come after the last line of a ``with`` block and before the release."""
+    sink = Collecting()
+    one = recorder(sink, flush_seconds=0.0)
+    one.push(payload(0), decode)
+    one._writer._lock.inner.acquire()
+    if then == "push":
+        one.push(payload(1), decode)
+        until(lambda: sink.steps == [0, 1])
+    elif then == "flush":
+        assert one.flush(timeout=SOON)
+    one.close(timeout=SOON)
+    assert sink.steps == ([0, 1] if then == "push" else [0])
+
+
 def test_close_does_not_wait_for_ever():
     sink = Collecting()
     sink.gate.clear()

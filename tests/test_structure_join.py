@@ -158,7 +158,7 @@ def test_a_cut_is_where_the_vector_jacobian_product_is_the_gradient(start):
             earlier |= own
         assert torch.equal(earlier, found.upstream.any(dim=0))
         assert found.counts == found.upstream.sum(dim=1).tolist()
-        assert found.matrices.tolist() == found.counts
+        assert found.products.tolist() == found.counts
         assert found.unreached == [str(i) for i, g in enumerate(gradients) if g is None]
         del step, visits, inside
 

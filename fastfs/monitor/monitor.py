@@ -370,41 +370,46 @@ class Monitor:
         grad = torch.is_grad_enabled()
         self._journal.note(lambda: torch._C._set_grad_enabled(grad))
         try:
-            part()
-        except Exception as error:
-            self._fail(error)
-        except BaseException:
-            self._interrupted = True
-            raise
+            self._attempt(part)
         finally:
             self._journal.restore()
         self._capture.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
-        self._recover()
-        started = time.perf_counter()
-        grad = torch.is_grad_enabled()
-        self._journal.note(lambda: torch._C._set_grad_enabled(grad))
-        self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
         try:
-            if self._active and not self._failed:
-                try:
-                    torch._C._set_grad_enabled(False)
-                    self._measure(started)
-                except Exception as error:  # a measurement must not end a training run
-                    self._fail(error)
-                except BaseException:
-                    self._interrupted = True
-                    raise
-            try:
-                if self._why is not None:
-                    self._engine.skipped(self._step, self._why)
-                self._recorder.poll()
-            except Exception as error:
-                self._fail(error)
+            self._recover()
+            self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
+            self._attempt(self._complete)
+            self._attempt(self._tell)
+        except Exception as error:  # of _recover, or a warning that the user wants to be an error
+            self._finishing = self._step
+            self._fail(error)
         finally:
             self._recover()
+
+    def _attempt(self, part: Callable[[], None]) -> None:
+        """A measurement must not end a training run."""
+        try:
+            part()
+        except Exception as error:
+            self._fail(error)
+        except BaseException:
+            self._interrupted = True
+            raise
+
+    def _complete(self) -> None:
+        if self._active and not self._failed:
+            started = time.perf_counter()
+            grad = torch.is_grad_enabled()
+            self._journal.note(lambda: torch._C._set_grad_enabled(grad))
+            torch._C._set_grad_enabled(False)
+            self._measure(started)
+
+    def _tell(self) -> None:
+        if self._why is not None:
+            self._engine.skipped(self._step, self._why)
+        self._recorder.poll()
 
     def _recover(self) -> None:
         """Put back what an interrupt has left changed, and end the step that it came in."""

@@ -298,6 +298,26 @@ class Joined:
                 hidden[node] = bool(self.flags[node] & CHECKPOINT) or any(hidden[child] for child in below)
         return hidden
 
+    def chains(self, wide: Sequence[int]) -> list[int]:
+        """For each node how many functions that take a parameter follow one another below it, at most.
+
+        Args:
+            wide: 1 for the parameters that count, else 0.
+        """
+        starts, targets = self.starts, self.targets
+        found = [0] * self._count
+        form = [*wide, *([0] * (self._count - self.root))]  # whether the node is such a parameter in another form
+        for node in self.order:
+            below = targets[starts[node] : starts[node + 1]]
+            if not below:
+                continue
+            takes = max([form[child] for child in below])
+            if takes and len(below) == 1 and self.flags[node] & TRANSPARENT:
+                form[node] = 1
+            else:
+                found[node] = max([found[child] for child in below]) + takes
+        return found
+
     @functools.cached_property
     def reaching(self) -> list[int]:
         """For each parameter bits of the groups of forwards in which it reaches the loss."""

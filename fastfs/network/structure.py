@@ -62,7 +62,8 @@ class Structure:
             the same, the graph hides it.
         opaque: a watched feature is one of several results of a compiled region, which is a single function in the
             graph: the answer is on the safe side, that is fewer cuts; an eager forward gives the exact one.
-        matrices: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more.
+        products: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more, or, if that is
+            more, how many uses of such parameters follow one another on the way to the layer's last visit.
         order: the parameters in the order in which the forward takes them for the last time, unused ones first.
         past: how many parameters reach the loss past each layer, and how.
     """
@@ -73,7 +74,7 @@ class Structure:
     reason: list[str | None]
     unreached: list[str]
     opaque: bool
-    matrices: Tensor
+    products: Tensor
     order: list[int]
     past: Past = field(repr=False)
 
@@ -155,7 +156,7 @@ def join(traces: Sequence[Step], names: Sequence[str]) -> Structure:
         reason=reasons,
         unreached=[name for name, here in zip(names, reached.tolist(), strict=True) if not here],
         opaque=any(graph.split[n] and graph.flags[n] & COMPILED for layer in layers for n in layer.nodes),
-        matrices=torch.from_numpy(upstream.total(steps[0][0].wide.astype(np.int64))),
+        products=torch.from_numpy(_products(graph, layers, upstream, steps[0][0].wide.astype(np.int64))),
         order=np.argsort(graph.last, kind="stable").tolist(),
         past=past,
     )
@@ -209,6 +210,15 @@ def _watched(graph: Joined, index: int, visits: Sequence[tuple[int, int, int, in
         position=(first, max((made for _, _, step, made in inside if step == first), default=-1)),
         upstream=union(found) if found else EMPTY,
     )
+
+
+def _products(graph: Joined, layers: Sequence[Watched], upstream: ParameterSets, wide: Ints) -> Ints:
+    found = upstream.total(wide)
+    if any(len(layer.nodes) > 1 for layer in layers):  # else no parameter of theirs is used twice on the way
+        chains = graph.chains(wide.tolist())
+        for layer in layers:
+            found[layer.index] = max(int(found[layer.index]), *(chains[node] for node in layer.nodes), 0)
+    return found
 
 
 def _own(layers: Sequence[Watched], count: int, several: bool) -> list[Intervals]:

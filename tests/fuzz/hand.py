@@ -65,7 +65,10 @@ class Hand:
         self._shadows: dict[bool, Trial] = {}
         self._handles: list[Any] = []
         self._raw: list[Tensor | None] = []
+        self._met: list[list[Tensor]] = []  # the buffers that each forward of the step found
         self.counting = False
+        if trial.recipe.compiled == "none":
+            trial.model.register_forward_pre_hook(lambda *_: self._forward())
         for index, p in enumerate(trial.parameters):
             if p.requires_grad:
                 p.register_hook(lambda g, i=index: self._gradient(i, g))
@@ -83,6 +86,7 @@ class Hand:
         self.step, self.parts = step, parts
         self._raw = [None] * len(self.trial.parameters)
         self._entry = _state(self.trial)
+        self._met = []
         self._at_forward = _clones(self.trial.parameters)
         self._grads: list[Tensor | None] = []
 
@@ -106,6 +110,10 @@ class Hand:
 
     def after_step(self) -> None:
         self._after = _clones(self.trial.parameters)
+
+    def _forward(self) -> None:
+        if self.counting:
+            self._met.append(_clones(_buffers(self.trial)))
 
     def _gradient(self, index: int, gradient: Tensor) -> None:
         if self.counting:
@@ -136,7 +144,9 @@ class Hand:
             for sign in (1, -1)
         )
         same = found if probe else self._triple(self._shadow(False), self._before, self._after)
-        gradients = self._probe_gradients(exact) if probe else [self._raw, self._grads]
+        gradients = [self._raw, self._grads]
+        if probe:
+            gradients = [self._probe_gradients(shadow) for shadow in (exact, self._shadow(False))]
         # Of several forwards each may leave layers out: what has less upstream is the earlier layer.
         order = sorted(found.order, key=lambda name: len(found.upstream[name]))
         for name in _names(exact):
@@ -164,17 +174,19 @@ class Hand:
         upstream = {i for i in upstream if id(self.trial.parameters[i]) in trained}
         own &= upstream
 
+        along = step
+        if self.trial.recipe.precision == "float64" and self.trial.recipe.monitor == "probe":  # which is in float32
+            along = [(a.float() - b.float()).double() for a, b in zip(self._after, self._before, strict=True)]
+
         def dot(a: Tensor, b: Tensor) -> float:
             product = a.to(_wide(a)).conj() * b.to(_wide(b))
             return float(product.real.sum())
 
         for values in gradients:
             grads = {i: g / scale for i in upstream if (g := values[i]) is not None}
-            layer.decreases.append(-sum(dot(g, step[i]) for i, g in grads.items()))
+            layer.decreases.append(-sum(dot(g, along[i]) for i, g in grads.items()))
             layer.gradient_norms.append(math.sqrt(sum(dot(grads[i], grads[i]) for i in own if i in grads)))
             eps = max((torch.finfo(self._before[i].dtype).eps for i in grads), default=0.0)
-            if self.trial.recipe.body == "own casts" and self.trial.recipe.monitor == "probe":
-                eps = torch.finfo(torch.bfloat16).eps  # the probe's gradients come from casts by hand
             sizes = (g.abs().double() * (self._after[i].abs() + step[i].abs()) for i, g in grads.items())
             layer.rounding = max(layer.rounding, 2 * eps * float(sum(x.sum() for x in sizes)))
             layer.gradient_rounding = max(layer.gradient_rounding, eps * layer.gradient_norms[-1])
@@ -203,8 +215,15 @@ class Hand:
         return self._taps(shadow, lambda: sum(shadow.compute(self.step, part) for part in range(self.parts)))
 
     def _taps(self, shadow: Trial, loss: Callable[[], Any]) -> tuple[Passes, Tensor]:
+        """Every forward starts from the buffers that its like found in training, whatever the ones before it left."""
         passes: Passes = []
-        handles = [shadow.model.register_forward_pre_hook(lambda *_: passes.append([]))]
+
+        def enter(*_: Any) -> None:
+            if shadow.recipe.monitor != "probe" and len(passes) < len(self._met):
+                _copy(_buffers(shadow), self._met[len(passes)])
+            passes.append([])
+
+        handles = [shadow.model.register_forward_pre_hook(enter)]
         for name in _names(shadow):
 
             def tap(_m: Any, _a: Any, out: Any, name: str = name) -> None:
@@ -235,11 +254,11 @@ class Hand:
         passes, _ = self._run(shadow, values)
         return found.features(passes)
 
-    def _probe_gradients(self, exact: Trial) -> list[list[Tensor | None]]:
-        _, loss = self._run(exact, self._before)
-        trained = [p for p in exact.parameters if p.requires_grad]
+    def _probe_gradients(self, shadow: Trial) -> list[Tensor | None]:
+        _, loss = self._run(shadow, self._before)
+        trained = [p for p in shadow.parameters if p.requires_grad]
         found = dict(zip(map(id, trained), torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
-        return [[found.get(id(p)) for p in exact.parameters]]
+        return [found.get(id(p)) for p in shadow.parameters]
 
 
 class _Found:
@@ -327,6 +346,15 @@ def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
+def _buffers(trial: Trial) -> list[Tensor]:
+    return [buffer for module in trial.modules for buffer in module.buffers()]
+
+
+def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for mine, value in zip(tensors, values, strict=True):
+        mine.copy_(value)
+
+
 def _random() -> Any:
     return torch.get_rng_state(), random.getstate()
 
@@ -338,7 +366,7 @@ def _give(state: Any) -> None:
 
 def _state(trial: Trial) -> Any:
     """What a forward depends on besides parameters and inputs."""
-    buffers = [b.detach().clone() for module in trial.modules for b in module.buffers()]
+    buffers = _clones(_buffers(trial))
     training = [m.training for module in trial.modules for m in module.modules()]
     return _random(), trial.switch.generator.get_state(), buffers, training
 
@@ -347,7 +375,6 @@ def _restore(shadow: Trial, state: Any) -> None:
     randomness, generator, buffers, training = state
     _give(randomness)
     shadow.switch.generator.set_state(generator)
-    for mine, value in zip([b for m in shadow.modules for b in m.buffers()], buffers, strict=True):
-        mine.copy_(value)
+    _copy(_buffers(shadow), buffers)
     for each, mode in zip([m for module in shadow.modules for m in module.modules()], training, strict=True):
         each.training = mode

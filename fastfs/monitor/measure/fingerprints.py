@@ -178,8 +178,8 @@ class Views:
         pointers = [t.data_ptr() for t in tensors]
         known, last, addresses = self._of
         if known is not places or addresses != pointers or list(map(id, last)) != list(map(id, tensors)):
-            self._of = (places, tensors, pointers)
-            self._views = places.views(tensors)
+            views = places.views(tensors)  # a failure leaves both as they are
+            self._of, self._views = (places, tensors, pointers), views
         return self._views
 
 

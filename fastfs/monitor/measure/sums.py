@@ -70,6 +70,7 @@ class LayerSums:
         update_se: relative standard error of the norm of df, float64 (L,).
         dot_se: relative standard error of <b, df>, float64 (L,).
         rows: rows kept of each layer, and how many there were.
+        visits: of each layer, in all passes.
         quantiles: float64 (L, 2, Q): of the rows' cosines, and of their speeds (rms of a row's df).
     """
 
@@ -78,7 +79,14 @@ class LayerSums:
     update_se: Tensor
     dot_se: Tensor
     rows: list[tuple[int, int]]
+    visits: list[int]
     quantiles: Tensor
+
+    def one_visit(self) -> tuple[Tensor, Tensor]:
+        """Rows kept of a visit, on average, and their width: float64 (L,) each."""
+        kept, total = np.asarray(self.rows, dtype=np.float64).reshape(-1, 2).T
+        rows = on_device(kept / np.maximum(self.visits, 1), self.stats.device)
+        return rows, self.stats.count / on_device(np.maximum(total, 1.0), self.stats.device)
 
     def in_place_of(self, other: LayerSums, factor: Tensor) -> LayerSums:
         """The sums of another look at the same rows, with the errors and quantiles of this one.
@@ -167,6 +175,7 @@ def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.
         update_se=update_se,
         dot_se=dot_se,
         rows=list(zip(*rows, strict=True)),
+        visits=np.bincount(layer, minlength=count).tolist(),
         quantiles=found,
     )
 

@@ -50,7 +50,17 @@ from fastfs.monitor.measure import row_reasons as reasons
 from fastfs.monitor.measure.kappa import TARGET
 from fastfs.stats import FeatureStats
 
-__all__ = ["Probe", "Trusted", "curvature", "judge", "judge_tangent", "refuse", "refuse_codes", "rounding_of"]
+__all__ = [
+    "Probe",
+    "Trusted",
+    "curvature",
+    "independent_entries",
+    "judge",
+    "judge_tangent",
+    "refuse",
+    "refuse_codes",
+    "rounding_of",
+]
 
 TOLERANCE = 0.02
 WORST_BELOW = 0.15  # of q, in the layers below
@@ -122,6 +132,7 @@ def judge(
     *,
     eps: Tensor,
     depth: Tensor | None = None,
+    independent: Tensor | None = None,
     aligned_decrease: Tensor | None = None,
     exact_before_sq: Tensor | None = None,
     dot_se: Tensor | None = None,
@@ -134,6 +145,7 @@ def judge(
         eps: float64 (L,): spacing of the numbers at 1 in the coarsest precision that the features pass through,
             whatever their own dtype: 2^-7 under bf16 autocast, 2^-10 for float16 and TF32 products, 2^-23 in float32.
         depth: float64 (L,): how many layers lie before; 0, 1, 2, ... by default. Pass it if few layers are watched.
+        independent: float64 (L,): entries that have noise of their own (:func:`independent_entries`); by default all.
         aligned_decrease: float64 (L,): D of the step, in the scale of the backward vectors; nan for a layer that is no
             cut. With the step as it was, that is parameters after rounding minus before.
         exact_before_sq: float64 (L,): |f|^2 in float32, on the same rows; one forward now and then is enough.
@@ -144,6 +156,7 @@ def judge(
     """
     optional = {
         "depth": depth,
+        "independent": independent,
         "aligned_decrease": aligned_decrease,
         "exact_before_sq": exact_before_sq,
         "dot_se": dot_se,
@@ -152,14 +165,16 @@ def judge(
     before_sq = plain.before_sq
     if depth is None:
         depth = torch.arange(len(plain), dtype=torch.float64, device=plain.device)
+    entries = plain.count if independent is None else independent
     guessed = 6 * rounding_of(eps, depth) * before_sq
     guessed = torch.maximum(guessed, 3 * plain.rounding_sq)  # in the measure of a second difference
     if probe is None:
-        estimate = _plain(plain, guessed)
+        estimate = _plain(plain, guessed, entries)
         residual_large = torch.zeros((), dtype=torch.bool, device=plain.device)
     else:
         second = _second_difference(probe)
-        estimate = _better(_amplified(plain, probe, second), _plain(plain, torch.minimum(second, guessed)))
+        least = torch.minimum(second, guessed)
+        estimate = _better(_amplified(plain, probe, second, entries), _plain(plain, least, entries))
         residual_large = _residual_large(plain, probe, aligned_decrease, dot_se)
 
     stats = FeatureStats(estimate.sums)
@@ -167,10 +182,10 @@ def judge(
     worst = torch.where(finite & ~estimate.q.isnan(), estimate.q, 0.0).cummax(dim=0).values
     # Of the backward vector, as far as rounding in these layers goes; the smaller of what was seen and the guess.
     noise = torch.where(finite & (before_sq > 0), torch.minimum(estimate.second, guessed) / (6 * before_sq), 0.0)
-    backward_error = _BACKWARD**2 * noise.amax(dim=0) / 2
+    backward = _BACKWARD * noise.amax(dim=0).sqrt()
     bias = _bias(before_sq, exact_before_sq)
     norm_error = estimate.error + bias
-    angle_error = _angle_error(stats.cos_angle, norm_error, backward_error)
+    angle_error = _angle_error(stats.cos_angle, norm_error, backward, entries)
 
     conditions = (
         (reasons.BIASED, ~(bias <= BIAS) | ~(norm_error <= TOLERANCE)),
@@ -200,8 +215,8 @@ def judge_tangent(
     finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
     large = _residual(stats, stats.update_dot_backward, stats.update_sq, aligned_decrease, dot_se)[0] > RESIDUAL
     zero = torch.zeros_like(stats.update_sq)
-    error = zero + (_BACKWARD * _ROUNDING * eps).square() / 2
-    angle_error = _angle_error(stats.cos_angle, zero, error)
+    backward = _BACKWARD * _ROUNDING * eps
+    angle_error = _angle_error(stats.cos_angle, zero, backward, stats.count)
     conditions = (
         (reasons.SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
         (reasons.JACOBIAN, large.expand(stats.shape)),  # of any precision: first order is what the formula is about
@@ -210,13 +225,31 @@ def judge_tangent(
         (reasons.NONFINITE, ~finite),
     )
     reason = _most_telling(stats, conditions)
-    return Trusted(stats, zero > 0, error, angle_error, reason == reasons.OK, reason, torch.ones_like(zero) > 0)
+    return Trusted(
+        stats=stats,
+        amplified=zero > 0,
+        norm_error=zero,
+        angle_error=angle_error,
+        valid=reason == reasons.OK,
+        reason=reason,
+        around=zero == 0,
+    )
 
 
 def rounding_of(eps: Tensor, depth: Tensor) -> Tensor:
     """Variance of the rounding noise in features relative to their square, at most, by precision and depth: (L,)."""
     roundings = (_AT_FIRST + _PER_LAYER * depth) * torch.where(eps < _SINGLE, _ACCUMULATED, 1.0)
     return roundings * (_ROUNDING * eps).square()
+
+
+def independent_entries(rows: Tensor, width: Tensor) -> Tensor:
+    """How many entries of a layer have rounding noise of their own, about, from rows of one visit and width: (L,).
+
+    Weights are rounded for all rows and visits alike, and a visit that follows another one carries its noise. So the
+    noise of one visit counts, and that of no more rows than its inputs have dimensions; half of those, since inputs
+    are correlated.
+    """
+    return width * torch.minimum(rows, width) / 2
 
 
 def curvature(probe: Probe) -> Tensor:
@@ -257,7 +290,7 @@ def _second_difference(probe: Probe) -> Tensor:
     return (doubled - probe.central.update_sq).clamp_min(0.0)
 
 
-def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
+def _amplified(plain: FeatureStats, probe: Probe, second: Tensor, entries: Tensor) -> _Estimate:
     """Central difference plus what the second difference says of the curvature of the real step (kappa = 1).
 
     With f(w + k dw) = f + k d + k^2 c / 2 the update is d + c/2: <.,b> and |.|^2 of it follow from the three sums. At
@@ -280,7 +313,7 @@ def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
     )
     q = second / probe.central.update_sq * (share / odd**2)
     moved = kappa.square() * update_sq / plain.before_sq
-    noise_error = q / 4 + _along(q, plain)
+    noise_error = q / 4 + _along(q, entries)
     error = noise_error + moved * (1 - 1 / kappa.square())
     columns = {
         "update_dot_backward": linear("update_dot_backward"),
@@ -293,22 +326,22 @@ def _amplified(plain: FeatureStats, probe: Probe, second: Tensor) -> _Estimate:
     return _Estimate(_replace(plain, columns), second, q, noise_error, error, torch.ones_like(q, dtype=torch.bool))
 
 
-def _plain(plain: FeatureStats, second: Tensor) -> _Estimate:
+def _plain(plain: FeatureStats, second: Tensor, entries: Tensor) -> _Estimate:
     """The plain replay; ``second`` bounds its noise as a second difference would show it."""
     noise = second / 3
     update_sq = plain.update_sq - noise / 2
     q = torch.where(plain.update_sq > 0, second / update_sq.clamp_min(0.0), torch.nan)  # inf: all of it may be noise
-    error = q / 4 + torch.maximum((q / (3 * _DIRECTIONS)).sqrt(), _along(q, plain))
+    error = q / 4 + torch.maximum((q / (3 * _DIRECTIONS)).sqrt(), _along(q, entries))
     columns = {"update_sq": update_sq, "rounding_sq": noise / 2}
     return _Estimate(_replace(plain, columns), second, q, error, error, torch.zeros_like(q, dtype=torch.bool))
 
 
-def _along(q: Tensor, plain: FeatureStats) -> Tensor:
+def _along(q: Tensor, entries: Tensor) -> Tensor:
     """Noise along the update, relative to it: three standard deviations where every entry is rounded by itself.
 
     It averages out of layers with many entries; of few it is what the norm is off by.
     """
-    return (3 * q / plain.count).sqrt()
+    return (3 * q / entries).sqrt()
 
 
 def _better(first: _Estimate, second: _Estimate) -> _Estimate:
@@ -372,10 +405,19 @@ def _bias(before_sq: Tensor, exact_before_sq: Tensor | None) -> Tensor:
     return ((before_sq / exact_before_sq).sqrt() - 1).abs()
 
 
-def _angle_error(cosine: Tensor, norm_error: Tensor, backward_error: Tensor) -> Tensor:
-    """Relative change of the angle by relative changes of the cosine: both signs, the larger."""
+def _angle_error(cosine: Tensor, norm_error: Tensor, backward: Tensor, entries: Tensor) -> Tensor:
+    """Relative change of the angle: both signs, the larger.
+
+    Args:
+        cosine: of the angle.
+        norm_error: relative error of |df|, which is one of the cosine.
+        backward: relative error of the backward vector. Half its square is one of the norm; its part along df averages
+            out over many entries, of few it is taken three standard deviations large.
+        entries: how many entries have errors of their own.
+    """
     angle = cosine.acos()
-    change = cosine.abs() * (norm_error + backward_error)
+    sine = (1.0 - cosine.square()).clamp_min(0.0).sqrt()
+    change = cosine.abs() * (norm_error + backward.square() / 2) + 3 * backward * sine / entries.sqrt()
     up, down = (cosine + change).clamp(-1.0, 1.0).acos(), (cosine - change).clamp(-1.0, 1.0).acos()
     return torch.maximum(angle - up, down - angle) / angle
 

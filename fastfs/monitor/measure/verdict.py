@@ -47,7 +47,8 @@ class Judge:
 
     def plain(self, found: LayerSums, eps: Tensor, depth: Tensor) -> trust.Trusted:
         """Of a replay alone; ``eps`` and ``depth`` of the layers as for :func:`trust.judge`."""
-        return trust.judge(found.stats, eps=eps, depth=depth)
+        independent = trust.independent_entries(*found.one_visit())
+        return trust.judge(found.stats, eps=eps, depth=depth, independent=independent)
 
     def amplified(
         self,
@@ -78,6 +79,7 @@ class Judge:
         target = target_for(coarsest)
         largest = largest_kappa(self._parameter_eps)
         before_sq = exact().before_sq if coarsest > SINGLE else None
+        independent = trust.independent_entries(*found.one_visit())
         rounds = 1
         if self.kappa is None:
             rounds = _FIRST_ROUNDS
@@ -92,6 +94,7 @@ class Judge:
                 parts,
                 eps=eps,
                 depth=depth,
+                independent=independent,
                 aligned_decrease=decrease,
                 exact_before_sq=before_sq,
                 dot_se=sums.central.dot_se,
@@ -137,8 +140,8 @@ class Judge:
         return found
 
     def depth(self, structure: Structure | None, layers: int) -> Tensor:
-        """Layers before each watched one: matrices upstream of it, where that is known."""
+        """Layers before each watched one: products with matrices upstream of it, where that is known."""
         depth = torch.arange(layers, dtype=torch.float64)
         if structure is not None:
-            depth = torch.maximum(depth, structure.matrices.to(torch.float64) - 1.0)
+            depth = torch.maximum(depth, structure.products.to(torch.float64) - 1.0)
         return depth.to(self._device, non_blocking=True)

@@ -7,11 +7,11 @@ its condition has cleared. The defaults are meant to stay silent in a healthy ru
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from fastfs.monitor.record.locks import Lock
 from fastfs.monitor.record.rows import Record, row_names
 
 __all__ = [
@@ -209,7 +209,7 @@ class Alerts:
                 name = f"{alert.name} {number}"
             self._rules[name] = alert
         self._streaks: dict[str, dict[str | None, int]] = {name: {} for name in self._rules}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def update(self, record: Record) -> tuple[list[Record], list[tuple[str, BaseException]]]:
         """Judge a record.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastfs.monitor.record.alerts import Alerts
 from fastfs.monitor.record.failures import in_words
+from fastfs.monitor.record.locks import Lock
 from fastfs.monitor.record.outlet import Outlet
 from fastfs.monitor.record.ring import Batch, Decode, Ring
 from fastfs.monitor.record.rows import Record
@@ -59,9 +60,8 @@ class Writer:
         self.unclosed: list[str] = []
         self._ring = ring
         self._flush_seconds = flush_seconds
-        # Taken by itself: an interrupt in the Python code of Condition.__exit__ would leave it locked for ever.
-        self._lock = threading.Lock()
-        self._condition = threading.Condition(self._lock)
+        self._lock = Lock()
+        self._condition = threading.Condition(self._lock.inner)
         self._asked = 0  # flushes that were asked for, and done
         self._done = 0
         self._stopping = False
