@@ -35,6 +35,7 @@ from fastfs.network.guard import WriteError
 from fastfs.network.journal import Journal
 from fastfs.network.layers import AUTO, Layer, Selection, parameter_names, select_groups, select_layers
 from fastfs.network.outputs import first_floating
+from fastfs.network.surroundings import Surroundings
 
 __all__ = ["Monitor"]
 
@@ -149,7 +150,7 @@ class Monitor:
         self._closed = False
         self._failed = False  # this step's measurement, before it began
         self._why: str | None = None  # it is left out
-        self._journal = Journal()  # of the gradient mode
+        self._journal = Journal()  # of settings of torch and Python
         self._interrupted = False  # in the middle of a measurement
         self._finishing: int | None = None  # the step whose end is under way
         self._model = model
@@ -157,6 +158,8 @@ class Monitor:
         self._sampler = Sampler(rows)
         parameters = Parameters(found, snapshot=amplify or mode != "batch")
         names = parameter_names(model, parameters.tensors)
+        device = next(iter(names.values())).device
+        self._device_types = sorted({"cpu", device.type})
         self._header = make_header(
             model,
             found[0].name,
@@ -202,7 +205,7 @@ class Monitor:
                 parameters=parameters,
                 factor=factor,
                 scale=scale,
-                device=next(iter(names.values())).device,
+                device=device,
                 push=self._recorder.push,
                 put=self._recorder.put,
             )
@@ -363,30 +366,36 @@ class Monitor:
         self._run(lambda: self._engine.after(self._optimizers[optimizer], optimizer, measured=self._measures))
 
     def _run(self, part: Callable[[], None]) -> None:
-        """A part of the measurement: what goes wrong ends it, and leaves the gradient mode as it was."""
+        """A part of the measurement: what goes wrong ends it, and leaves every setting as it was."""
         if not self._active or self._failed:
             return
         started = time.perf_counter()
-        grad = torch.is_grad_enabled()
-        self._journal.note(lambda: torch._C._set_grad_enabled(grad))
         try:
-            self._attempt(part)
+            try:
+                self._journal.note(Surroundings(self._device_types).restore)
+                self._attempt(part)
+            finally:
+                self._restore()
         finally:
-            self._journal.restore()
+            self._restore()  # an interrupt may have come in the first; later on the settings are the loop's own
         self._capture.seconds += time.perf_counter() - started
 
     def finish(self) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
         try:
-            self._recover()
             self._finishing = self._step  # until it is over: an interrupt leaves it for _recover
+            self._settle()
             self._attempt(self._complete)
             self._attempt(self._tell)
-        except Exception as error:  # of _recover, or a warning that the user wants to be an error
-            self._finishing = self._step
+        except Exception as error:  # of _settle, or a warning that the user wants to be an error
             self._fail(error)
         finally:
-            self._recover()
+            try:
+                self._recover()
+            except Exception:  # tried again
+                pass
+            finally:
+                self._recover()  # an interrupt may have come in the first, too
 
     def _attempt(self, part: Callable[[], None]) -> None:
         """A measurement must not end a training run."""
@@ -401,8 +410,7 @@ class Monitor:
     def _complete(self) -> None:
         if self._active and not self._failed:
             started = time.perf_counter()
-            grad = torch.is_grad_enabled()
-            self._journal.note(lambda: torch._C._set_grad_enabled(grad))
+            self._journal.note(Surroundings(self._device_types).restore)
             torch._C._set_grad_enabled(False)
             self._measure(started)
 
@@ -411,13 +419,20 @@ class Monitor:
             self._engine.skipped(self._step, self._why)
         self._recorder.poll()
 
-    def _recover(self) -> None:
-        """Put back what an interrupt has left changed, and end the step that it came in."""
+    def _restore(self) -> None:
         self._capture.replayer.recover()
         self._journal.restore()
+
+    def _settle(self) -> None:
+        """Put back what an interrupt has left changed."""
+        self._restore()
         if self._interrupted:  # what the parts of a measurement keep for the next one may be half of it
             self._engine.renew()
             self._interrupted = False
+
+    def _recover(self) -> None:
+        """The same, and end the step that it came in."""
+        self._settle()
         if self._finishing is None:
             return
         self._step = self._finishing + 1

@@ -22,12 +22,13 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch as python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs.network.journal import Journal
 from fastfs.network.precision import SINGLE, coarseness, product_coarseness
 
-__all__ = ["Guard", "HostCopies", "Plans", "WriteError", "storages"]
+__all__ = ["Guard", "HostCopies", "Plans", "WriteError", "pop_ended", "storages"]
 
 _CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
 _ORDINARY = (Tensor, torch.nn.Parameter)
@@ -107,6 +108,7 @@ class Guard(TorchDispatchMode):
         self.coarsest = 0.0  # spacing at 1 of the coarsest numbers so far
         self.choices: list[Tensor] = []
         self.cut = False  # a first-order change was cut off by detach()
+        self.ended = False  # the forward is over
         self._journal = journal
         self._made = {storage for tensor in allowed for storage in storages(tensor)}
         self._inputs = {storage for tensor in inputs for storage in storages(tensor)}
@@ -114,6 +116,10 @@ class Guard(TorchDispatchMode):
         self._single = single
         self._plans: Plans = {} if plans is None else plans
         self._generators: set[int] = set()
+
+    def end(self) -> None:
+        """The forward is over: this mode and the :class:`HostCopies` with it let everything through."""
+        self.ended = True
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether the forward may write to that tensor."""
@@ -136,6 +142,8 @@ class Guard(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self.ended:
+            return func(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunction():  # also what is asked of tensors here
             return self._dispatch(func, args, kwargs or {})
 
@@ -210,21 +218,21 @@ class HostCopies(TorchFunctionMode):
 
     def __init__(self, guard: Guard, journal: Journal, *, strict: bool = False) -> None:
         super().__init__()
-        self._guard = guard
+        self.guard = guard
         self._journal = journal
         self._strict = strict
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func not in _PAST_DISPATCH:
+        if func not in _PAST_DISPATCH or self.guard.ended:
             return func(*args, **kwargs) if kwargs else func(*args)
         if func in _SETTERS:
             if self._strict and not self._is_own(args[0]):
                 raise WriteError(f"Tensor.{_SETTERS[func]} =", inputs=False)
             self._note(args[0], _SETTERS[func])
         elif func in _CUTTING:
-            self._guard.cut = self._guard.cut or _carries(args[0])
+            self.guard.cut = self.guard.cut or _carries(args[0])
         elif not self._is_own(args[0]) and not _managed():
             if self._strict:
                 raise WriteError(f"Tensor.{func.__name__}, through whose result it may write", inputs=False)
@@ -234,7 +242,7 @@ class HostCopies(TorchFunctionMode):
 
     def _is_own(self, tensor: Tensor) -> bool:
         with torch._C.DisableTorchFunction():
-            return self._guard.owns(tensor) or self._guard.is_input(tensor)
+            return self.guard.owns(tensor) or self.guard.is_input(tensor)
 
     def _note(self, tensor: Tensor, name: str) -> None:
         with torch._C.DisableTorchFunction():
@@ -246,6 +254,23 @@ class HostCopies(TorchFunctionMode):
                     setattr(tensor, name, before)
 
         self._journal.note(undo)
+
+
+def pop_ended() -> None:
+    """Take modes of forwards that are over off the stack.
+
+    Torch takes a mode off while it runs a function, in a generator that puts it back. An interrupt may leave that
+    generator suspended, and it then puts the mode back when it is freed: after everything else was put back.
+    """
+    while (number := torch._C._len_torch_function_stack()) and _is_ended(torch._C._get_function_stack_at(number - 1)):
+        torch.overrides._pop_mode()
+    while (number := torch._C._len_torch_dispatch_stack()) and _is_ended(torch._C._get_dispatch_stack_at(number - 1)):
+        python_dispatch._pop_mode()
+
+
+def _is_ended(mode: Any) -> bool:
+    guard = mode.guard if isinstance(mode, HostCopies) else mode
+    return isinstance(guard, Guard) and guard.ended
 
 
 def _carries(tensor: Tensor) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterable
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -125,11 +126,9 @@ def _autocast_dtype(device: str) -> Callable[[torch.dtype], None]:
 
 
 def _autocast_nesting() -> int:
-    torch.autocast_increment_nesting()
-    try:
-        return int(torch.autocast_decrement_nesting())
-    except Exception:  # a level must not be left entered
-        return int(torch.autocast_decrement_nesting())
+    # One call of C, in which no interrupt can come between the two.
+    _, nesting = map(methodcaller("__call__"), (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
+    return int(nesting)
 
 
 def _stance() -> Any:

@@ -285,7 +285,7 @@ def interrupted_at(seen: dict[Place, int], at: Place | None, *, nth: int = 0) ->
 
 def _while_freeing(code: CodeType) -> bool:
     """Whether Python runs it when an object is freed: an exception in it goes nowhere, not even an interrupt."""
-    return code.co_name in ("__del__", "_remove_id") or code.co_filename.endswith("/weakref.py")
+    return code.co_name in ("__del__", "_remove_id") or code.co_filename.endswith(("/weakref.py", "/_weakrefset.py"))
 
 
 def said_of(place: Place) -> str:

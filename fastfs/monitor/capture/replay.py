@@ -16,7 +16,7 @@ from torch import Tensor
 from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.passes import Pass
 from fastfs.monitor.capture.sampling import Sampler
-from fastfs.network.guard import Guard, HostCopies, Plans, WriteError
+from fastfs.network.guard import Guard, HostCopies, Plans, WriteError, pop_ended
 from fastfs.network.inputs import copy_arguments, tensors_in
 from fastfs.network.inventory import Inventories
 from fastfs.network.journal import Journal
@@ -80,6 +80,7 @@ class Replayer:
         """Put back what an interrupt has left changed."""
         if self.journal.pending:
             self.journal.restore()
+        pop_ended()
 
     def stale(self) -> bool:
         """Whether a forward of ours seems to run but none does: an interrupt has ended it."""
@@ -268,6 +269,7 @@ class OwnForward:
         allowed = [*copies, *self._options.pop("allowed", ())]
         strict = self._options.pop("strict", False)
         guard = Guard(replayer.journal, allowed, protected=replayer._owned, plans=replayer._plans, **self._options)
+        replayer.journal.note(guard.end)
         guard.__enter__()  # type: ignore[no-untyped-call]  # it leaves with the settings that the journal restores
         HostCopies(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
         return guard
