@@ -34,7 +34,7 @@ from fastfs.experiments.data import digits, stdlib_text, windows
 from fastfs.models import MLP, ResNet, Transformer
 from fastfs.monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs.monitor.measure.row_reasons import REASONS
-from fastfs.monitor.measure.trust import Probe, Trusted, independent_entries, judge
+from fastfs.monitor.measure.trust import Probe, Trusted, judge
 from fastfs.network.precision import SINGLE
 from fastfs.stats import FeatureStats
 
@@ -127,7 +127,7 @@ def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, .
     target, largest = target_for(coarsest), largest_kappa(torch.finfo(setting.parameters).eps)
     squares = torch.stack([f.double().square().sum() for f in single_before])
     shapes = torch.tensor([(f[..., 0].numel(), f.shape[-1]) for f in before], dtype=torch.float64)
-    entries = independent_entries(*shapes.unbind(dim=1))
+    rows, width = shapes.unbind(dim=1)
     exact_sq = squares if coarsest > SINGLE else None
 
     for ratio, after, step, decrease in zip(ratios, afters, steps, decreases, strict=True):
@@ -135,18 +135,18 @@ def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, .
         plain = feature_stats(before, run.features(after), vectors)
         single_plain = feature_stats(single_before, single.features(after), single_vectors)
         judged = {
-            "plain": judge(plain, eps=eps, independent=entries),
-            "float32": judge(single_plain, eps=torch.full_like(eps, SINGLE), independent=entries),
+            "plain": judge(plain, eps=eps, rows=rows, width=width),
+            "float32": judge(single_plain, eps=torch.full_like(eps, SINGLE), rows=rows, width=width),
         }
         norms = torch.stack([torch.stack([step[n].norm(), start[n].double().norm()]) for n in start]).T
         kappa = first_kappa(norms[0], norms[1], target).clamp_max(largest)
         for attempt in range(PROBES):
             probe = central_probe(run, start, step, before, vectors, kappa)
             found = judge(
-                plain, probe, eps=eps, independent=entries, aligned_decrease=decrease, exact_before_sq=exact_sq
+                plain, probe, eps=eps, rows=rows, width=width, aligned_decrease=decrease, exact_before_sq=exact_sq
             )
             judged["amplified" if attempt else "cold"] = found
-            judged["no checks"] = judge(plain, probe, eps=eps, independent=entries)
+            judged["no checks"] = judge(plain, probe, eps=eps, rows=rows, width=width)
             if attempt < PROBES - 1:
                 kappa = choose_kappa(kappa, found.stats.relative_update, target, largest)
         derivative = single.jvp(start, step)

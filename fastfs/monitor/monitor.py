@@ -343,13 +343,11 @@ class Monitor:
 
     def enter(self, optimizer: int) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
-        if self._active and not self._failed:
-            self._engine.parameters.enter(optimizer)
+        self._run(lambda: self._engine.parameters.enter(optimizer))
 
     def evaluate(self, optimizer: int) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""
-        if self._active and not self._failed:
-            self._engine.parameters.evaluate(optimizer)
+        self._run(lambda: self._engine.parameters.evaluate(optimizer))
 
     def failed(self, error: Exception) -> None:
         """Part of :class:`fastfs.monitor.steps.StepListener`."""

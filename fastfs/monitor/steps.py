@@ -127,14 +127,17 @@ class OptimizerSteps:
     def _finish(self) -> None:
         self._first = None
         self._stepped.clear()
-        self._told(self._listener.finish)
+        if not self._told(self._listener.finish):
+            self._told(self._listener.finish)  # it has not begun, and the step has to end
 
-    def _told(self, tell: Callable[[], None]) -> None:
-        """No exception of the listener's reaches the training loop, but for what it says about it."""
+    def _told(self, tell: Callable[[], None]) -> bool:
+        """No exception of the listener's reaches the training loop, but for what it says about it; False after one."""
         try:
             tell()
         except Exception as error:
             self._listener.failed(error)
+            return False
+        return True
 
     @staticmethod
     def _in_backward() -> bool:

@@ -186,17 +186,23 @@ Failed = Callable[[Exception], None]
 
 
 class Guarded(Hook):
-    """A hook out of which no exception gets: torch would end the training's forward or backward with it."""
+    """A hook out of which no exception gets: torch would end the training's forward or backward with it.
+
+    It leaves the gradient mode as it was, also after an interrupt.
+    """
 
     def __init__(self, function: Callable[..., None], failed: Failed) -> None:
         self.function = function
         self.failed = failed
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
+        grad = torch.is_grad_enabled()
         try:
             self.function(*args, **kwargs)
         except Exception as error:
             self.failed(error)
+        finally:
+            torch._C._set_grad_enabled(grad)
 
 
 class Tap(Hook):
@@ -269,11 +275,11 @@ class Around(Hook):
     """
 
     def __init__(self, function: Callable[..., None], switch: Switch, failed: Failed) -> None:
-        self.function = function
+        self.function = Guarded(function, failed)
         self.failed = failed
         self.switch = switch
         self.outside = torch.compiler.disable(
-            functools.partial(Guarded(function, failed), traced=True),
+            functools.partial(self.function, traced=True),
             reason="a fastfs.Monitor was attached to this model before torch.compile(model, fullgraph=True), and the "
             "model's inputs cannot be seen from inside of the graph: attach it to the compiled model instead",
         )

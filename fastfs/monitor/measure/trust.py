@@ -54,7 +54,6 @@ __all__ = [
     "Probe",
     "Trusted",
     "curvature",
-    "independent_entries",
     "judge",
     "judge_tangent",
     "refuse",
@@ -132,7 +131,8 @@ def judge(
     *,
     eps: Tensor,
     depth: Tensor | None = None,
-    independent: Tensor | None = None,
+    rows: Tensor | None = None,
+    width: Tensor | None = None,
     aligned_decrease: Tensor | None = None,
     exact_before_sq: Tensor | None = None,
     dot_se: Tensor | None = None,
@@ -145,7 +145,8 @@ def judge(
         eps: float64 (L,): spacing of the numbers at 1 in the coarsest precision that the features pass through,
             whatever their own dtype: 2^-7 under bf16 autocast, 2^-10 for float16 and TF32 products, 2^-23 in float32.
         depth: float64 (L,): how many layers lie before; 0, 1, 2, ... by default. Pass it if few layers are watched.
-        independent: float64 (L,): entries that have noise of their own (:func:`independent_entries`); by default all.
+        rows, width: float64 (L,): of one visit, kept rows on average, and how long they are. By default all entries
+            that were counted have noise of their own.
         aligned_decrease: float64 (L,): D of the step, in the scale of the backward vectors; nan for a layer that is no
             cut. With the step as it was, that is parameters after rounding minus before.
         exact_before_sq: float64 (L,): |f|^2 in float32, on the same rows; one forward now and then is enough.
@@ -156,7 +157,8 @@ def judge(
     """
     optional = {
         "depth": depth,
-        "independent": independent,
+        "rows": rows,
+        "width": width,
         "aligned_decrease": aligned_decrease,
         "exact_before_sq": exact_before_sq,
         "dot_se": dot_se,
@@ -165,16 +167,20 @@ def judge(
     before_sq = plain.before_sq
     if depth is None:
         depth = torch.arange(len(plain), dtype=torch.float64, device=plain.device)
-    entries = plain.count if independent is None else independent
+    # A visit that follows another one carries its noise, and weights are rounded for all visits alike.
+    entries = plain.count if rows is None or width is None else rows * width
+    # For all rows, too: a guess of the noise, unlike a measurement of it, has no more directions than the weights, and
+    # half of those, since inputs are correlated.
+    guessed_entries = entries if rows is None or width is None else width * torch.minimum(rows, width) / 2
     guessed = 6 * rounding_of(eps, depth) * before_sq
     guessed = torch.maximum(guessed, 3 * plain.rounding_sq)  # in the measure of a second difference
     if probe is None:
-        estimate = _plain(plain, guessed, entries)
+        estimate = _plain(plain, guessed, guessed_entries)
         residual_large = torch.zeros((), dtype=torch.bool, device=plain.device)
     else:
         second = _second_difference(probe)
         least = torch.minimum(second, guessed)
-        estimate = _better(_amplified(plain, probe, second, entries), _plain(plain, least, entries))
+        estimate = _better(_amplified(plain, probe, second, entries), _plain(plain, least, guessed_entries))
         residual_large = _residual_large(plain, probe, aligned_decrease, dot_se)
 
     stats = FeatureStats(estimate.sums)
@@ -240,16 +246,6 @@ def rounding_of(eps: Tensor, depth: Tensor) -> Tensor:
     """Variance of the rounding noise in features relative to their square, at most, by precision and depth: (L,)."""
     roundings = (_AT_FIRST + _PER_LAYER * depth) * torch.where(eps < _SINGLE, _ACCUMULATED, 1.0)
     return roundings * (_ROUNDING * eps).square()
-
-
-def independent_entries(rows: Tensor, width: Tensor) -> Tensor:
-    """How many entries of a layer have rounding noise of their own, about, from rows of one visit and width: (L,).
-
-    Weights are rounded for all rows and visits alike, and a visit that follows another one carries its noise. So the
-    noise of one visit counts, and that of no more rows than its inputs have dimensions; half of those, since inputs
-    are correlated.
-    """
-    return width * torch.minimum(rows, width) / 2
 
 
 def curvature(probe: Probe) -> Tensor:
@@ -417,7 +413,8 @@ def _angle_error(cosine: Tensor, norm_error: Tensor, backward: Tensor, entries: 
     """
     angle = cosine.acos()
     sine = (1.0 - cosine.square()).clamp_min(0.0).sqrt()
-    change = cosine.abs() * (norm_error + backward.square() / 2) + 3 * backward * sine / entries.sqrt()
+    along = torch.hypot(cosine.abs() * norm_error, 3 * backward * sine / entries.sqrt())  # of different roundings
+    change = cosine.abs() * backward.square() / 2 + along
     up, down = (cosine + change).clamp(-1.0, 1.0).acos(), (cosine - change).clamp(-1.0, 1.0).acos()
     return torch.maximum(angle - up, down - angle) / angle
 

@@ -47,8 +47,8 @@ class Judge:
 
     def plain(self, found: LayerSums, eps: Tensor, depth: Tensor) -> trust.Trusted:
         """Of a replay alone; ``eps`` and ``depth`` of the layers as for :func:`trust.judge`."""
-        independent = trust.independent_entries(*found.one_visit())
-        return trust.judge(found.stats, eps=eps, depth=depth, independent=independent)
+        rows, width = found.one_visit()
+        return trust.judge(found.stats, eps=eps, depth=depth, rows=rows, width=width)
 
     def amplified(
         self,
@@ -79,7 +79,7 @@ class Judge:
         target = target_for(coarsest)
         largest = largest_kappa(self._parameter_eps)
         before_sq = exact().before_sq if coarsest > SINGLE else None
-        independent = trust.independent_entries(*found.one_visit())
+        rows, width = found.one_visit()
         rounds = 1
         if self.kappa is None:
             rounds = _FIRST_ROUNDS
@@ -94,7 +94,8 @@ class Judge:
                 parts,
                 eps=eps,
                 depth=depth,
-                independent=independent,
+                rows=rows,
+                width=width,
                 aligned_decrease=decrease,
                 exact_before_sq=before_sq,
                 dot_se=sums.central.dot_se,
