@@ -14,11 +14,14 @@ SCRIPTS = $(shell git ls-files '*.sh') .ci/run
 demo: install
 	$(BIN)/fastfs demo
 
+# A file of tests is run by one process. More than eight would mostly wait for memory.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-quick: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 bench: install
 	$(BIN)/python -m benchmarks.feature_stats

@@ -13,6 +13,10 @@ from fastfs.monitor.capture.taps import HOOKS_IN_GRAPHS
 from tests.browser import BROWSERS, find_browser
 from tests.fuzz.world import reset_switches, switches
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
+
 hypothesis.settings.register_profile("fastfs", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("fastfs")
 

@@ -243,6 +243,7 @@ def test_hidden_parameters_of_a_reentrant_checkpoint():
     found = structure_of(model, ["0", "1"], torch.randn(2, 4))
     assert found.reason == [None, "parameters hidden from the graph (reentrant checkpoint?)"]
     assert found.unreached == ["1.weight", "1.bias"]
+    assert found.counts == [2, 0]  # of the second more than the graph shows
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])

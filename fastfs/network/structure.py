@@ -54,7 +54,7 @@ class Structure:
     """What :func:`join` found, for L layers and P parameters. Holds no part of the graph.
 
     Attributes:
-        upstream_sets: the feature depends on the parameter.
+        upstream_sets: the feature depends on the parameter. Empty where a checkpoint hides parameters from the graph.
         own_sets: upstream of this layer and of no watched layer that comes earlier in the forward.
         cut: (L,) the feature speed formula holds with the sum over ``upstream``. True too if nothing is upstream.
         reason: (L,) why it is no cut, or None.
@@ -149,6 +149,9 @@ def join(traces: Sequence[Step], names: Sequence[str]) -> Structure:
     past = look_past(graph, layers, upstream.total(reached).tolist(), _elsewhere(graph, layers, upstream))
     hiding = graph.hiding()
     reasons = [_reason(layer, graph, hiding, past, names) for layer in layers]
+    if _HIDDEN in reasons:  # not all that is upstream is in the graph: a part of it would pass for the whole
+        shown = [EMPTY if why is _HIDDEN else layer.upstream for layer, why in zip(layers, reasons, strict=True)]
+        upstream = ParameterSets.of(graph.numbering, shown)
     return Structure(
         upstream_sets=upstream,
         own_sets=ParameterSets.of(graph.numbering, _own(layers, len(names), len(steps) > 1)),

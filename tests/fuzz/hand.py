@@ -37,7 +37,7 @@ class LayerNumbers:
         exact: in float64.
         linear: the derivative along the update, in float64.
         decreases: D, with the gradients as autograd had them and as ``.grad`` held them.
-        owned: whether it is clear which parameters are its own: all layers have run.
+        owned: whether it is clear which parameters are its own: all layers have run, in an order.
         rounding: what rounding of parameters and gradients to their dtype may add to D; and so on.
     """
 
@@ -152,7 +152,7 @@ class Hand:
         for name in _names(exact):
             layer = result[name] = LayerNumbers()
             layer.same, layer.exact = same.layer(name), found.layer(name)
-            layer.owned = set(order) == set(_names(exact))
+            layer.owned = set(order) == set(_names(exact)) and not found.ambiguous
             if ahead is not None and behind is not None and layer.exact is not None:
                 layer.linear = (ahead[name] - behind[name]) / (2 * H)
             upstream = found.upstream.get(name, set())
@@ -280,6 +280,12 @@ class _Found:
     def order(self) -> list[str]:
         return list(self.upstream)
 
+    @property
+    def ambiguous(self) -> bool:
+        """Whether forwards that leave layers out do not tell which of two layers is the earlier one."""
+        different = {frozenset(upstream) for upstream in self.upstream.values()}
+        return len(self.counted) > 1 and len(different) < len(self.upstream)
+
     def layer(self, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.before is None or self.after is None or name not in self.before or name not in self.after:
             return None
@@ -352,7 +358,7 @@ def _buffers(trial: Trial) -> list[Tensor]:
 
 def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for mine, value in zip(tensors, values, strict=True):
-        mine.copy_(value)
+        mine.data = value.to(mine.dtype, copy=True)  # what is in the graph of an earlier forward stays
 
 
 def _random() -> Any:

@@ -206,6 +206,7 @@ _EXCLUDED: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ("sam", ("two steps",), "optimizer", ("muon", "two", "wrapped", "lookahead")),
     ("call", ("reentrant checkpoint",), "extra", ("gradient beside", "retain graph")),
     ("call", ("fast weights", "noisy weights"), "extra", ("gan",)),
+    ("call", ("fast weights",), "clip", ("tensor hook",)),  # which would change the fast weights, too
     ("precision", _LOW, "clip", ("value",)),
     ("monitor", ("probe",), "drop", _but("drop", "none")),
     ("monitor", ("probe",), "body", ("host random", "heads", "lora", "derivative")),
