@@ -209,7 +209,11 @@ class Bare(nn.Module):
     [(lambda: nn.Linear(8, 3), "Linear"), (Bare, "Bare"), (lambda: Bare(torch.ones(8)), "Bare")],
     ids=["linear", "bare", "parameter list"],
 )
-@pytest.mark.parametrize("layers", ["auto", "", [""], nn.Module, lambda name, module: True], ids=str)
+@pytest.mark.parametrize(
+    "layers",
+    ["auto", "", [""], nn.Module, lambda name, module: True],
+    ids=["auto", "empty", "list", "class", "function"],
+)
 def test_a_model_without_submodules_is_a_layer_itself(model, name, layers):
     torch.manual_seed(0)
     model, optimizer, seen, monitor = watched(layers=layers, model=model().double(), groups={"all": name}, rows=None)
