@@ -51,6 +51,24 @@ def test_an_interrupt_anywhere_below(mode):
     assert_recovered(mode, chosen)
 
 
+def of_file(seen: dict[Place, int], file: str, name: str = "") -> list[Place]:
+    return [p for p in seen if p[0].co_filename.endswith(file) and p[0].co_qualname.endswith(name)]
+
+
+def test_an_interrupt_while_settings_are_put_back():
+    """What is left for the next call is put back in the middle of the loop's own settings."""
+    seen = bytecodes("jvp")
+    places = of_file(seen, "network/surroundings.py") + of_file(seen, "network/journal.py")
+    assert_recovered("jvp", [(at, seen[at] - 1) for at in places[:: -(-len(places) // POINTS)]])
+
+
+def test_an_interrupt_that_leaves_a_generator_of_torch_suspended():
+    """It goes on when it is freed, after everything was put back: it puts modes back that are over."""
+    seen = bytecodes("autocast")
+    first, *_ = of_file(seen, "contextlib.py", "_GeneratorContextManager.__exit__")
+    assert_recovered("autocast", [(first, nth) for nth in range(0, seen[first], 5)])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_tracing_alone_changes_nothing(mode):
     seen: dict[Place, int] = {}

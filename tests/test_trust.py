@@ -75,6 +75,16 @@ def test_curvature_of_the_real_step_comes_out(kappa):
     assert off(found.stats, truth) < 0.005  # the noise that might be there is taken off by half
 
 
+@pytest.mark.parametrize(("rows", "width", "valid"), [(50.0, 400.0, True), (8.0, 6.0, False), (20_000.0, 1.0, False)])
+def test_noise_of_few_entries_does_not_average_out(rows, width, valid):
+    """All rows share the rounding of the weights, so many rows of a narrow layer are few entries, too."""
+    toy = Toy(step=0.1, noise=1e-3)
+    shape = {"rows": torch.tensor([rows]).double(), "width": torch.tensor([width]).double()}
+    found = judge(toy.plain(), eps=eps_of(BF16), **shape)
+    assert bool(found.valid) is valid
+    assert bool(found.angle_error > judge(toy.plain(), eps=eps_of(BF16)).angle_error) is not valid
+
+
 @pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_noise_is_seen_through(step):
     toy = Toy(step, noise=5e-3)
