@@ -418,6 +418,8 @@ class Engine:
             if not visits:
                 hidden = self.capture.hidden(index)
                 codes.append(row_reasons.IN_GRAPH if hidden else row_reasons.NOT_RUN)
+            elif any(visit.absent == row_reasons.UNMATCHED for visit in visits):
+                codes.append(row_reasons.UNMATCHED)
             elif index in self.mode.astray:
                 codes.append(row_reasons.OTHER_CALLS)
             elif not any(visit.measurable for visit in visits):

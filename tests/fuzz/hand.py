@@ -255,7 +255,12 @@ class Hand:
         return found.features(passes)
 
     def _probe_gradients(self, shadow: Trial) -> list[Tensor | None]:
-        _, loss = self._run(shadow, self._before)
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # with it, gradients of all uses of a weight are added up in 16 bits
+        try:
+            _, loss = self._run(shadow, self._before)
+        finally:
+            torch.set_autocast_cache_enabled(cached)
         trained = [p for p in shadow.parameters if p.requires_grad]
         found = dict(zip(map(id, trained), torch.autograd.grad(loss, trained, allow_unused=True), strict=True))
         return [found.get(id(p)) for p in shadow.parameters]

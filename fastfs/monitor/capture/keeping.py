@@ -15,6 +15,7 @@ from fastfs.monitor.capture import taps
 from fastfs.monitor.capture.backwards import Backwards, current
 from fastfs.monitor.capture.budget import Budget
 from fastfs.monitor.capture.passes import Pass, Visit
+from fastfs.monitor.capture.recomputation import Recomputation, contexts
 from fastfs.monitor.capture.sampling import Kept, Sampler, row_dims
 from fastfs.monitor.measure.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
 from fastfs.network.graph import edge_of
@@ -108,6 +109,7 @@ class Keeping:
         passed.visits[index].append(visit)
         passed.edges[index].append(edge_of(features))
         if hidden:
+            visit.contexts = contexts()
             self._hold(passed)
         elif kept is not None:
             self._hook(features, Arrival(self, passed, visit))
@@ -118,15 +120,17 @@ class Keeping:
 
     def _recomputed(self, layer: Layer, features: Tensor) -> None:
         """A forward outside of one of the model: the recomputation of a reentrant checkpoint, or none of ours."""
-        if not (self._held and features.requires_grad):
+        if not self._held or current() == -1:
             return
-        for passed in reversed(self._held):
-            visits = [] if passed.dropped else passed.visits[layer.index]
-            for visit in reversed(visits):
-                if not visit.inside and visit.before is not None and visit.shape == features.shape:
-                    visit.inside = True
-                    self._hook(features, Arrival(self, passed, visit))
-                    return
+        now = Recomputation(self._held, layer.index, features.shape)
+        if not features.requires_grad:
+            now.goes_deeper()
+        elif (found := now.counterpart()) is None:
+            now.refuse()
+        else:
+            passed, visit = found
+            visit.inside = True
+            self._hook(features, Arrival(self, passed, visit))
 
     def _came_compiled(self, layer: int, gradient: Tensor) -> None:
         """A backward vector out of a compiled graph: the last forward comes back first."""

@@ -25,7 +25,7 @@ class Visit:
     backward vector is zero.
     """
 
-    __slots__ = ("absent", "backward", "before", "inside", "parts", "shape")
+    __slots__ = ("absent", "backward", "before", "contexts", "inside", "parts", "renewed", "shape")
 
     def __init__(self, shape: torch.Size, before: Kept | None, inside: bool, absent: int = 0) -> None:
         self.shape = shape
@@ -34,6 +34,9 @@ class Visit:
         self.parts: dict[int, Tensor] = {}  # of the backward vector, by the number of the backward that brought them
         self.inside = inside  # known to be in the autograd graph
         self.absent = absent
+        # Of the checkpoints around it, the innermost first; and of that in whose recomputation it was last seen.
+        self.contexts: list[weakref.ref[Any]] = []
+        self.renewed: weakref.ref[Any] | None = None
 
     def arrive(self, number: int, rows: Tensor) -> None:
         """A part of the backward vector."""

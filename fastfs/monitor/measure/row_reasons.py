@@ -30,6 +30,7 @@ REASONS: tuple[str | None, ...] = (
     "the forward detaches something that depends on parameters: its first-order change is not complete",
     "parameters moved between the begin of the step and the evaluation of its closure",
     "the layer runs inside a graph of torch.compile, which can be seen from torch 2.13 on",
+    "the layer runs several times in recomputations, and which backward vector is of which run is not known",
 )
 
 (
@@ -58,4 +59,5 @@ REASONS: tuple[str | None, ...] = (
     DETACHED,
     MOVED,
     IN_GRAPH,
+    UNMATCHED,
 ) = range(len(REASONS))
