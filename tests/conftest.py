@@ -3,6 +3,7 @@
 import functools
 import os
 import random
+import signal
 
 import hypothesis
 import numpy as np
@@ -16,6 +17,7 @@ from tests.fuzz.world import reset_switches, switches
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # workers ignore it, and so would what tests start
 
 hypothesis.settings.register_profile("fastfs", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("fastfs")
