@@ -200,6 +200,7 @@ _EXCLUDED: tuple[tuple[str, tuple[str, ...], str, tuple[str, ...]], ...] = (
     ("optimizer", ("closure", "moving closure"), "extra", ("retain graph", "gan", "thrown away")),
     ("optimizer", ("wrapped", "lookahead"), "scaler", ("scaler", "overflow")),
     ("optimizer", ("muon",), "precision", ("bfloat16",)),
+    ("optimizer", ("muon",), "extra", ("add group",)),  # of a vector
     ("optimizer", ("muon", "two"), "scaler", ("overflow",)),
     ("sam", ("copy", "data", "two steps"), "scaler", ("scaler", "overflow")),
     ("sam", ("copy", "data", "two steps"), "extra", ("retain graph", "gan", "add group")),
