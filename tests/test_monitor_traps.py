@@ -219,6 +219,29 @@ def test_a_schedule_that_fails_ends_no_training():
     assert {row["step"] for row in found} == {0, 1}
 
 
+def test_a_warning_that_is_to_be_an_error_ends_the_call_of_step_and_counts_no_step_twice():
+    """Warnings are errors in tests."""
+
+    class Failing:
+        def due(self, step: int) -> bool:
+            return 1 // (2 - step) <= 1
+
+    model = ResNet(8, 16, 3, 3)
+    optimizer, found, raised = sgd(model), [], []
+    with fastfs.Monitor(model, optimizer, layers=["stem"], every=Failing(), sinks=[found.extend], verbose=False) as one:
+        for step in range(5):
+            optimizer.zero_grad()
+            loss_of(model, rows(step)).backward()
+            try:
+                optimizer.step()
+            except RuntimeWarning as warning:
+                raised.append((step, str(warning)))
+        assert one.step == 5
+    assert [step for step, _ in raised] == [1]
+    assert "the schedule failed" in raised[0][1]
+    assert [row["step"] for row in found if row["kind"] == "measured"] == [0, 1, 3, 4]
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_tracing_a_watched_model_leaves_the_monitor_out():
     model = ResNet(8, 16, 3, 3)

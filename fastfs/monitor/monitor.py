@@ -390,8 +390,9 @@ class Monitor:
         finally:
             try:
                 self._recover()
-            except Exception:  # tried again
-                pass
+            except Exception as error:  # tried again
+                if isinstance(error, Warning):  # that the user wants to be an error
+                    raise
             finally:
                 self._recover()  # an interrupt may have come in the first, too
 

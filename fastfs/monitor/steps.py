@@ -116,7 +116,8 @@ class OptimizerSteps:
 
     def failed(self, index: int, error: Exception) -> None:
         """What was to be told is not known: the next forward ends this step at the latest, for the one after it."""
-        self._stepped.add(index)
+        if not isinstance(error, Warning):  # that the user wants to be an error: it ends the call of ``step``
+            self._stepped.add(index)
         self._listener.failed(error)
 
     def _backward_over(self) -> None:
