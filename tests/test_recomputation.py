@@ -123,6 +123,42 @@ def test_random_plans(seed):
     assert_same([*random_plan(draw, 3), 0, 1], draw.choice(BACKWARDS))
 
 
+class Beside(nn.Module):
+    """A layer that also runs without gradients, for good."""
+
+    def __init__(self, checkpoints: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+        self.cell = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+        self.checkpoints = checkpoints
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        with torch.no_grad():
+            y = self.cell(3 * x)
+        out: Tensor = self.head(
+            y + (checkpoint(self.cell, x, use_reentrant=False) if self.checkpoints else self.cell(x))
+        )
+        return out
+
+
+def test_a_run_without_gradients_is_no_part_of_a_checkpoint_that_is_not_reentrant():
+    found = []
+    for checkpoints in (False, True):
+        torch.manual_seed(0)
+        model = Beside(checkpoints)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen: list[dict[str, Any]] = []
+        with fastfs.Monitor(model, optimizer, layers=["cell.0"], sinks=[seen.extend], alerts=(), verbose=False):
+            once(model).backward()
+            optimizer.step()
+        found += [row for row in seen if row["kind"] == "measured"]
+    plain, again = found
+    assert plain["count"] == again["count"] == 30
+    for key in ("angle", "update_rms", "backward_rms"):
+        assert again[key] == pytest.approx(plain[key], rel=1e-6)
+
+
 class Recomputing(torch.autograd.Function):
     """Recomputes in a helper, where nothing tells which of two functions it is for."""
 

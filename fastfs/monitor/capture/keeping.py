@@ -123,6 +123,8 @@ class Keeping:
         if not self._held or current() == -1:
             return
         now = Recomputation(self._held, layer.index, features.shape)
+        if not now.brings_gradients:
+            return
         if not features.requires_grad:
             now.goes_deeper()
         elif (found := now.counterpart()) is None:

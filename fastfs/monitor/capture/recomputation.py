@@ -57,6 +57,11 @@ class Recomputation:
             if not visit.inside and visit.before is not None and visit.shape == shape
         ]
 
+    @property
+    def brings_gradients(self) -> bool:
+        """Not that of a checkpoint which is not reentrant: that gives saved tensors alone, outside of any function."""
+        return bool(self._contexts)
+
     def counterpart(self) -> tuple[Pass, Visit] | None:
         """The run in the forward that this one repeats; None if that is not known."""
         now = self._now()
