@@ -50,16 +50,7 @@ from fastfs.monitor.measure import row_reasons as reasons
 from fastfs.monitor.measure.kappa import TARGET
 from fastfs.stats import FeatureStats
 
-__all__ = [
-    "Probe",
-    "Trusted",
-    "curvature",
-    "judge",
-    "judge_tangent",
-    "refuse",
-    "refuse_codes",
-    "rounding_of",
-]
+__all__ = ["Probe", "Trusted", "curvature", "judge", "judge_tangent", "refuse", "refuse_codes", "rounding_of"]
 
 TOLERANCE = 0.02
 WORST_BELOW = 0.15  # of q, in the layers below
