@@ -24,7 +24,7 @@ test-quick: install
 	$(PYTEST) -m 'not slow'
 
 bench: install
-	$(BIN)/python -m benchmarks.feature_stats
+	$(BIN)/python -m benchmarks.ops.feature_stats
 	$(BIN)/python -m benchmarks.monitor
 
 doctor: install

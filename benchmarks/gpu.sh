@@ -8,7 +8,7 @@
 # it ends at once. Steps that failed are listed at the end, and it exits 1.
 #   PYTHON  interpreter (default: python3)
 #   OUT     folder of the results (default: benchmarks/results): gpu.json (all figures), gpu_tests.xml,
-#           gpu_training_tests.xml, gpu_sanitizer.txt. Figures of several calls: python -m benchmarks.gpu_collect
+#           gpu_training_tests.xml, gpu_sanitizer.txt. Figures of several calls: python -m benchmarks.gpu.collect
 #   PARTS   folder of what a step has written so far (default: build/gpu), should it be killed
 #   QUICK=1 small benchmarks
 set -euo pipefail
@@ -20,11 +20,12 @@ steps=(
 )
 # The files with tests marked gpu, so that what the other files import need not be there.
 tests=(
-  tests/test_{cuda,cuda_grids,cuda_memory,cuda_streams,cuda_updates,determinism,doctor,functional,gather,ops}.py
-  tests/test_{optimizer_stats,recorder,reference,stats,theory_cuda}.py
+  tests/cuda/test_{cuda,cuda_grids,cuda_memory,cuda_streams,cuda_updates,theory_cuda}.py
+  tests/core/test_{determinism,functional,gather,ops,optimizer_stats,reference,stats}.py
+  tests/cli/test_doctor.py tests/record/test_recorder.py
 )
 training_tests=(
-  tests/test_{demo,monitor_combinations,monitor_cuda}.py
+  tests/reproduce/test_demo.py tests/monitor/test_combinations.py tests/cuda/test_monitor_cuda.py
 )
 # Warnings of other packages are not ours to mend: nothing is pinned here.
 pytest=(-m pytest -q -m gpu -p no:cacheprovider --durations=15 -W default::DeprecationWarning -W default::FutureWarning
@@ -53,12 +54,12 @@ ends_with() { [[ ${asked[*]} == "$1" ]]; }
 asked=("$@")
 
 title needs
-lacking=$("$python" benchmarks/gpu_needs.py "${wanted[@]}")
+lacking=$("$python" benchmarks/gpu/needs.py "${wanted[@]}")
 ends_with needs && exit 0
 
 title machine
 mkdir -p "$out" "$parts"
-"$python" -m benchmarks.gpu_collect "$out/gpu.json"
+"$python" -m benchmarks.gpu.collect "$out/gpu.json"
 ends_with machine && exit 0
 
 title build
@@ -68,7 +69,7 @@ made_of() {
   "$python" -VV
   nvcc --version
 }
-loads() { "$python" -c 'import sys; from fastfs import ops; sys.exit(not (ops.native_available() and ops.build_info()["cuda"]))'; }
+loads() { "$python" -c 'import sys; from fastfs._core import ops; sys.exit(not (ops.native_available() and ops.build_info()["cuda"]))'; }
 if [[ $(made_of) == "$(cat "$parts/made_of" 2> /dev/null)" ]] && loads; then
   echo "nothing has changed"
 else
@@ -85,7 +86,7 @@ quick=()
 sanitize() {
   local tool=$1 status=0
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}" compute-sanitizer --tool "$@" \
-    --report-api-errors no "$python" benchmarks/gpu_sanitize.py > "$parts/$tool.txt" 2>&1 || status=$?
+    --report-api-errors no "$python" benchmarks/gpu/sanitize.py > "$parts/$tool.txt" 2>&1 || status=$?
   # The first findings, and the end; initcheck says much about the kernels of others.
   {
     echo "== $tool, exit status $status"
@@ -110,10 +111,10 @@ measure() {
   keep "$name" && return "$status"
 }
 keep() {
-  [[ -e $parts/$1.json ]] && "$python" -m benchmarks.gpu_collect "$out/gpu.json" "$parts/$1.json" > /dev/null
+  [[ -e $parts/$1.json ]] && "$python" -m benchmarks.gpu.collect "$out/gpu.json" "$parts/$1.json" > /dev/null
 }
 
-fastfs() { "$python" -c 'from fastfs.cli import app; app()' "$@"; }
+fastfs() { "$python" -c 'from fastfs._cli.app import app; app()' "$@"; }
 demo() {
   local status=0
   rm -rf "$parts/demo" "$parts/demo.json"
@@ -130,17 +131,17 @@ run() {
     ;;
   initcheck | demo) "$1" ;;
   memcheck | racecheck | synccheck) sanitize "$1" --kernel-name kernel_substring=fastfs --error-exitcode 9 ;;
-  kernels) measure "$1" benchmarks.feature_stats --device cuda --only overhead,ladder --compile-seconds 300 "${quick[@]}" ;;
+  kernels) measure "$1" benchmarks.ops.feature_stats --device cuda --only overhead,ladder --compile-seconds 300 "${quick[@]}" ;;
   lists)
-    measure "$1" benchmarks.feature_stats --device cuda --only lists,rows,transformers --compile-seconds 300 "${quick[@]}"
+    measure "$1" benchmarks.ops.feature_stats --device cuda --only lists,rows,transformers --compile-seconds 300 "${quick[@]}"
     ;;
-  rows) measure "$1" benchmarks.gather_rows --device cuda "${quick[@]}" ;;
-  updates) measure "$1" benchmarks.updates --device cuda "${quick[@]}" ;;
+  rows) measure "$1" benchmarks.ops.gather_rows --device cuda "${quick[@]}" ;;
+  updates) measure "$1" benchmarks.ops.optimizer_stats --device cuda "${quick[@]}" ;;
   variants) measure "$1" benchmarks.variants "${quick[@]}" ;;
-  cost) measure "$1" benchmarks.call_cost --device cuda ;;
+  cost) measure "$1" benchmarks.ops.call_cost --device cuda ;;
   monitor) measure "$1" benchmarks.monitor --device cuda "${quick[@]}" ;;
   monitor_compiled) measure "$1" benchmarks.monitor --device cuda --compile "${quick[@]}" ;;
-  timeline) measure "$1" benchmarks.timeline --device cuda "${quick[@]}" ;;
+  timeline) measure "$1" benchmarks.monitor.timeline --device cuda "${quick[@]}" ;;
   esac
 }
 

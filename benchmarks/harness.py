@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastfs.bench import machine
-from fastfs.bench.machine import environment
-from fastfs.bench.timing import Times, median_ratio, side_by_side, time_call, wall_time
-from fastfs.devices import named_device
+from fastfs._bench import machine
+from fastfs._bench.machine import environment
+from fastfs._bench.timing import Times, median_ratio, side_by_side, time_call, wall_time
+from fastfs._utils.devices import named_device
 
 __all__ = [
     "Times",

@@ -5,7 +5,7 @@
 (a) angle against layer, (b) output angle against depth, (c) output angle against branch scale, at full size: the same
 networks, the same number of seeds, the same statistics. NumPy, float64: one network after the other, each with random
 matrices of its own; forward, backward, the gradient of every matrix as a matrix, its norm, the updated matrices, second
-forward, cosines of the differences. fastfs, float32: `fastfs.experiments.paper`, all networks at once. Both use all
+forward, cosines of the differences. fastfs, float32: `fastfs._reproduce.paper`, all networks at once. Both use all
 threads of the machine. Means over seeds have to agree within their spread; exit status 1 if they do not, or if a ratio
 is below 3.
 """
@@ -24,9 +24,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness import command_line, print_table, wall_time, write_json
-from fastfs.experiments.paper import angles
-from fastfs.experiments.paper.chains import Network
-from fastfs.experiments.paper.steps import Steps
+from fastfs._reproduce.paper import angles
+from fastfs._reproduce.paper.chains import Network
+from fastfs._reproduce.paper.steps import Steps
 
 INPUTS, STEP = 10, 1e-3
 REQUIRED = 3.0

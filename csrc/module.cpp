@@ -1,5 +1,5 @@
 // fastfs._C: one entry point per measurement and device. Reads the tensors, lets go of the GIL, runs the kernel. Called
-// by fastfs/ops.py alone, behind the dispatcher: out of it, fake tensors and lazy views would come through as raw
+// by fastfs/_core/ops.py alone, behind the dispatcher: out of it, fake tensors and lazy views would come through as raw
 // pointers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -207,7 +207,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace fastfs;
-  m.doc() = "fastfs native core: called through fastfs.ops, never directly";
+  m.doc() = "fastfs native core: called through fastfs._core.ops, never directly";
   m.def("feature_stats_cpu", &measure_cpu<FeatureSums>);
   m.def("update_stats_cpu", &measure_cpu<UpdateSums>);
   m.def("linear_stats_cpu", &measure_optimizer_cpu<LinearSums>);

@@ -1,7 +1,7 @@
 // The measured and predicted lines of a record, read straight into columns of numbers.
 //
 // What is taken here is what the sink writes: plain JSON of known types, one value for each layer and group in every
-// column, strings without escapes. Every other line is left to fastfs/monitor/record/schema.py, which says what a
+// column, strings without escapes. Every other line is left to fastfs/_monitor/record/schema.py, which says what a
 // record is. So a line that is taken here has to be one that is taken there, with the same values; not the other way
 // round.
 #pragma once

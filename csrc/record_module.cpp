@@ -1,4 +1,4 @@
-// The reader of record lines for Python: fastfs/report/lines.py alone calls it.
+// The reader of record lines for Python: fastfs/_report/jsonl_reader.py alone calls it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

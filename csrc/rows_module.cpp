@@ -1,4 +1,4 @@
-// The entry points of the row ops: reads the tensors, lets go of the GIL, runs the kernel. Called by fastfs/ops.py
+// The entry points of the row ops: reads the tensors, lets go of the GIL, runs the kernel. Called by fastfs/_core/ops.py
 // alone.
 #include "cpu/gather_rows.h"
 #include "tensors.h"

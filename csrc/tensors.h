@@ -1,7 +1,7 @@
 // Python lists of tensors -> checked Layers, through DLPack's C exchange API (about 30 ns a tensor, no torch needed).
 //
 // The checks here are the last guard before raw pointers: they are complete, and their texts short. The texts that
-// users see come from fastfs/checks.py, which runs when one of these fails.
+// users see come from fastfs/_core/checks.py, which runs when one of these fails.
 #pragma once
 
 #include <dlpack/dlpack.h>

@@ -1,4 +1,9 @@
-"""fastfs: how fast each layer's features move in training, and how that is aligned with the backward pass."""
+"""Measure how fast the features of each layer move in training, and how that is aligned with the backward pass.
+
+The public interface is what ``fastfs``, ``fastfs.formula``, ``fastfs.models``, ``fastfs.monitor``, ``fastfs.reference``,
+``fastfs.scaling`` and ``fastfs.spectrum`` list in ``__all__``. Modules and packages with a leading underscore are
+internal and change without notice.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +11,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastfs import reference
+from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._functional import feature_stats, optimizer_stats, update_stats
+from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
 from fastfs._version import __version__
-from fastfs.functional import feature_stats, update_stats
-from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
 
 if TYPE_CHECKING:
+    from fastfs import formula, models, monitor, scaling, spectrum
+    from fastfs._report.read import load
     from fastfs.monitor import Monitor
-    from fastfs.report.read import load
 
 __all__ = [
     "FeatureStats",
     "Monitor",
+    "OptimizerRule",
     "ParameterStats",
     "UpdateStats",
     "__version__",
     "feature_stats",
+    "formula",
     "load",
+    "models",
+    "monitor",
+    "optimizer_stats",
     "reference",
+    "scaling",
+    "spectrum",
     "update_stats",
 ]
 
+# Imported at first use: the stateless measurements need none of them, and `spectrum` needs SciPy.
+_LAZY_OBJECTS = {"Monitor": "fastfs.monitor", "load": "fastfs._report.read"}
+_LAZY_MODULES = ("formula", "models", "monitor", "scaling", "spectrum")
 
-# At first use: the stateless measurements need none of it.
-_LAZY = {"Monitor": "fastfs.monitor", "load": "fastfs.report.read"}
-_ROOMS = ("formula", "monitor", "scaling", "spectrum")
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in _ROOMS:
+    if name in _LAZY_OBJECTS:
+        return getattr(importlib.import_module(_LAZY_OBJECTS[name]), name)
+    if name in _LAZY_MODULES:
         return importlib.import_module(f"fastfs.{name}")
-    raise AttributeError(f"module 'fastfs' has no attribute {name!r}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

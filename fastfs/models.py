@@ -17,6 +17,10 @@ from torch import Tensor, nn
 __all__ = ["MLP", "ResNet", "Transformer"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)

@@ -1,6 +1,7 @@
-"""The measurements of `fastfs.functional` in plain torch: the specification of the native core.
+"""The measurements in plain PyTorch: the specification of the native core.
 
-Same names, arguments and results, in float64, for every device. Written to be read and trusted; slow.
+The functions have the names, arguments and results of their native counterparts, compute in float64 and run on every
+device. They are written to be read and are slow.
 """
 
 from __future__ import annotations
@@ -11,18 +12,24 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastfs.checks import (
+from fastfs._core.checks import (
     Layers,
     check_feature_inputs,
     check_optimizer_inputs,
     check_row_inputs,
     check_update_inputs,
 )
-from fastfs.rules import Rule
-from fastfs.stats import FeatureStats, ParameterStats, UpdateStats
+from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
+
+__all__ = ["feature_stats", "gather_rows", "optimizer_stats", "row_squares", "spacing", "update_stats"]
 
 # Elements taken at once, so that the float64 copies of a large layer stay small: in the processor's cache.
 SLICE = 2**16
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def feature_stats(
@@ -58,7 +65,7 @@ def gather_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | Non
         The rows, contiguous (k, width), and their squared norms, float64 (k,).
 
     Raises:
-        TypeError, ValueError: see `fastfs.checks.check_row_inputs`.
+        TypeError, ValueError: see `fastfs._core.checks.check_row_inputs`.
         IndexError: on the CPU, if `rows` has a number that is not that of a row. On other devices, where this is not
             known without waiting, such a row and its norm are NaN.
     """
@@ -95,7 +102,7 @@ def optimizer_stats(
     second: Sequence[Tensor],
     coefficients: Tensor,
 ) -> ParameterStats:
-    """Reference for `fastfs.functional.optimizer_stats`: see there for arguments, result and errors."""
+    """Reference for `fastfs._functional.optimizer_stats`: see there for arguments, result and errors."""
     kind, layers = check_optimizer_inputs(rule, gradients, parameters, first, second, coefficients)
     sums = []
     for row, tensors in zip(coefficients, zip(*layers, strict=True), strict=True):
@@ -104,16 +111,16 @@ def optimizer_stats(
     return ParameterStats(_stack(sums, len(ParameterStats.names)))
 
 
-def _optimizer_sums(rule: Rule, c: Tensor, gradient: Tensor, parameter: Tensor, *state: Tensor) -> Tensor:
+def _optimizer_sums(rule: OptimizerRule, c: Tensor, gradient: Tensor, parameter: Tensor, *state: Tensor) -> Tensor:
     """Sums over the last dimension: (..., n) each to (..., 6), in the order of `ParameterStats.names`."""
     g, w, *s = (x.to(torch.float64) for x in (gradient, parameter, *state))
     nonfinite = _nonfinite(g) + _nonfinite(w)
-    if rule is Rule.LINEAR:
+    if rule is OptimizerRule.LINEAR:
         dw = c[0] * w + c[1] * g + c[2] * s[0]
         g = g + c[3] * s[0]
-    elif rule is Rule.ADAM:
+    elif rule is OptimizerRule.ADAM:
         dw = c[0] * w + c[1] * s[0] / _denominator(c[2] * s[1].sqrt() + c[3])
-    elif rule is Rule.ADAMAX:
+    elif rule is OptimizerRule.ADAMAX:
         dw = c[0] * s[0] / _denominator(s[1])
     else:
         dw = (c[0] * w + c[1] * g) / _denominator((s[0] - c[2] * s[1].square()).sqrt() + c[3])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Runs the test suite under several torch releases, each in a virtual environment of its own.
 
-    scripts/torch_releases.py [--releases oldest newest] [--select tests/test_ops.py "compile or jvp"] [--jobs 2]
+    scripts/torch_releases.py [--releases oldest newest] [--select tests/core/test_ops.py "compile or jvp"] [--jobs 2]
 
 A release is a version, or `oldest` (the floor in pyproject.toml), `pinned` (the one in constraints.txt) or `newest`
 (what pip would install today). Everything else is installed as constraints.txt pins it, and fastfs itself as editable.
@@ -122,7 +122,7 @@ def select(what: Iterable[str], leave_out: Iterable[str] = ()) -> Selection:
         reasons[name] = why.strip()
     for name in [*files, *reasons]:
         if not (ROOT / name).is_file():
-            raise SystemExit(f"{name}: no such test file; expected a path like tests/test_ops.py")
+            raise SystemExit(f"{name}: no such test file; expected a path like tests/core/test_ops.py")
     found = files or [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").glob("test_*.py"))]
     kept = tuple(name for name in dict.fromkeys(found) if name not in reasons)
     return Selection(kept, expressions[0] if expressions else "", reasons)

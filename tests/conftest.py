@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastfs.monitor.capture.taps import HOOKS_IN_GRAPHS
-from tests.browser import BROWSERS, find_browser
+from fastfs._monitor.capture.taps import HOOKS_IN_GRAPHS
 from tests.fuzz.world import reset_switches, switches
+from tests.helpers.browser import BROWSERS, find_browser
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: more threads would only wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start

@@ -22,7 +22,7 @@ _HEAD = """# What `layers="auto"` picks
 
 `python -m benchmarks.auto_layers` builds each model small and with random weights, picks the layers, and runs one
 forward and one backward with hooks. Every row was looked at; the command stops if something else is picked than what
-was judged. How the blocks are found is in [blocks.py](../fastfs/network/blocks.py).
+was judged. How the blocks are found is in [blocks.py](../fastfs/_network/blocks.py).
 
 - **ran**, **gradient**: how many of the layers ran in the forward, and got a gradient other than zero.
 - **cuts**: how many are [cuts](theory.md) by the graph of that forward; else the reason at the first that is none.

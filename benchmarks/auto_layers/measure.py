@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fastfs.network.layers import AUTO, parameter_names, select_layers
-from fastfs.network.outputs import first_floating
-from fastfs.network.structure import Edge, analyse, edge_of
+from fastfs._network.feature_tensors import first_floating
+from fastfs._network.layers import AUTO, parameter_names, select_layers
+from fastfs._network.structure import Edge, analyse, edge_of
 
 
 @dataclass(frozen=True)

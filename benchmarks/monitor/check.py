@@ -19,7 +19,7 @@ from benchmarks.monitor.trainings import (
     Bench,
     Training,
 )
-from fastfs.devices import repeatable_attention
+from fastfs._utils.devices import repeatable_attention
 
 STEPS = 2
 # Of angles in radians and relative speeds to the naive way, which is eager: a compiled forward rounds otherwise.

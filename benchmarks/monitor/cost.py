@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.harness import Times, side_by_side, wall_time
+from benchmarks.monitor.profiles import TO_HOST, record
 from benchmarks.monitor.trainings import PLAIN, WINDOW, Bench, Training
-from benchmarks.profiles import TO_HOST, record
 
 
 class Storages(TorchDispatchMode):
@@ -106,8 +106,8 @@ def traffic(bench: Bench, names: list[str], steps: int = 10) -> dict[str, Traffi
     """Of the named trainings; None on a CPU.
 
     Waits are those that torch knows of: its own (copies to the host that block, `item`, `nonzero`), of any thread. The
-    timeline (`benchmarks.timeline`) has the calls of the driver. Copies are those that the profiler sees; the monitor's
-    thread makes one for many steps.
+    timeline (`benchmarks.monitor.timeline`) has the calls of the driver. Copies are those that the profiler sees; the
+    monitor's thread makes one for many steps.
     """
     if bench.device.type != "cuda":
         return None

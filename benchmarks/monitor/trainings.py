@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastfs
 from benchmarks.monitor.naive import Naive
-from fastfs.experiments.data import stdlib_text, windows
+from fastfs._reproduce.data import stdlib_text, windows
 from fastfs.models import Transformer
 
 PLAIN = "plain"

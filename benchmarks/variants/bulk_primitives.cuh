@@ -1,5 +1,5 @@
 // The few operations of asynchronous bulk copies (sm_90 and later) that bulk_copy.cuh needs: barriers in shared memory,
-// copies that report to them, and launches with dynamic shared memory. tests/cuda_on_cpu has a version for the host.
+// copies that report to them, and launches with dynamic shared memory. tests/cuda/on_cpu has a version for the host.
 #pragma once
 
 #include "runtime.h"

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import median_ratio, side_by_side
+from benchmarks.ops.workloads import Workload
 from benchmarks.variants.catalogue import BASELINE, Variant
 from benchmarks.variants.library import NAMES, Call, Inputs, Library
-from benchmarks.workloads import Workload
-from fastfs.bench.truth import truth_and_scale
+from fastfs._bench.expected import truth_and_scale
 
 CEILING = "streaming read"
 ALLOWED = 2e-6  # of the sum of the absolute terms

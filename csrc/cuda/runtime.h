@@ -1,4 +1,4 @@
-// The few calls of the CUDA runtime that the launchers make, checked. tests/cuda_on_cpu has a version for the host.
+// The few calls of the CUDA runtime that the launchers make, checked. tests/cuda/on_cpu has a version for the host.
 #pragma once
 
 #if defined(FASTFS_CUDA_ON_CPU)

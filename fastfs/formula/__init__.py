@@ -3,10 +3,10 @@
 Source: sections 1 and 2 of "The Feature Speed Formula", arXiv 2311.18718.
 """
 
-from fastfs.formula.cuts import Cuts, cuts
-from fastfs.formula.measure import Measurement, measure
-from fastfs.formula.relations import aligned_decrease, decompose, predicted_update_norm, residual, sensitivity
-from fastfs.formula.updates import gradient_descent, optimizer_update
+from fastfs.formula._cuts import Cuts, cuts
+from fastfs.formula._measure import Measurement, measure
+from fastfs.formula._parameter_updates import gradient_descent, optimizer_update
+from fastfs.formula._relations import aligned_decrease, decompose, predicted_update_norm, residual, sensitivity
 
 __all__ = [
     "Cuts",
@@ -21,3 +21,7 @@ __all__ = [
     "residual",
     "sensitivity",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from fastfs.scaling.angle import predicted_cos_angle
-from fastfs.scaling.calibrate import calibrate
-from fastfs.scaling.calibration import Calibration, GroupCalibration
-from fastfs.scaling.check import check, check_point
-from fastfs.scaling.factory import FactoryError, Parts, load_factory
-from fastfs.scaling.fit import Exponent, Status, fit_exponent
-from fastfs.scaling.predicted import Prediction, predict
-from fastfs.scaling.report import ScalingReport
-from fastfs.scaling.rules import LayerScale, Rule, apply
-from fastfs.scaling.tables import mlp, resnet
+from fastfs.scaling._angle import predicted_cos_angle
+from fastfs.scaling._calibrate import calibrate
+from fastfs.scaling._calibration import Calibration, GroupCalibration
+from fastfs.scaling._check import check, check_point
+from fastfs.scaling._factory import FactoryError, Parts, load_factory
+from fastfs.scaling._fit import Exponent, Status, fit_exponent
+from fastfs.scaling._predicted import Prediction, predict
+from fastfs.scaling._report import ScalingReport
+from fastfs.scaling._rules import LayerScale, Rule, apply
+from fastfs.scaling._tables import mlp, resnet
 
 __all__ = [
     "Calibration",
@@ -35,3 +35,7 @@ __all__ = [
     "predicted_cos_angle",
     "resnet",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

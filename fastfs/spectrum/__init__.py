@@ -10,13 +10,13 @@ try:
 except ImportError as missing:
     raise ImportError('fastfs.spectrum needs scipy: pip install "fastfs[spectrum]"') from missing
 else:
-    from fastfs.spectrum.angles import Angles, angles
-    from fastfs.spectrum.conditioning import Conditioning, conditioning, kantorovich
-    from fastfs.spectrum.extremes import Extremes, extremes
-    from fastfs.spectrum.jacobians import LayerJacobian, SingularValues, singular_values
-    from fastfs.spectrum.lanczos import Quadrature, quadrature
-    from fastfs.spectrum.moments import Moments, moments
-    from fastfs.spectrum.operator import BFK
+    from fastfs.spectrum._angles import Angles, angles
+    from fastfs.spectrum._conditioning import Conditioning, conditioning, kantorovich
+    from fastfs.spectrum._extremes import Extremes, extremes
+    from fastfs.spectrum._jacobians import LayerJacobian, SingularValues, singular_values
+    from fastfs.spectrum._lanczos import Quadrature, quadrature
+    from fastfs.spectrum._moments import Moments, moments
+    from fastfs.spectrum._operator import BFK
 
 __all__ = [
     "BFK",
@@ -35,3 +35,7 @@ __all__ = [
     "quadrature",
     "singular_values",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from fastfs.network.state import own_forward_runs
+from fastfs._network.state import own_forward_runs
 
 __all__ = ["Picture", "differences", "global_state", "picture", "reset_switches", "switches"]
 

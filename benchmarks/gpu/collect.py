@@ -1,0 +1,83 @@
+"""One file of the results of gpu.sh: `python -m benchmarks.gpu.collect TARGET [FILE...]`.
+
+A FILE is a result by a step (its name is that of the step) or another TARGET of the same machine; without any, TARGET
+gets the facts about the machine alone. What TARGET has stays, but for the steps that are given.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SAME = ("device", "driver", "torch")
+
+
+def machine() -> dict[str, Any]:
+    """The GPU and what drives it.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit(f"gpu.sh: torch {torch.__version__} sees no CUDA device")
+    p = torch.cuda.get_device_properties(0)
+    driver = None
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0].strip() or None
+    return {
+        "device": p.name,
+        "capability": f"{p.major}.{p.minor}",
+        "multiprocessors": p.multi_processor_count,
+        "memory_gib": round(p.total_memory / 2**30, 1),
+        "l2_mib": round(p.L2_cache_size / 2**20, 1),
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda_of_torch": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Two collections of the same machine; steps of the second replace those of the first.
+
+    Raises:
+        ValueError: they are of different machines.
+    """
+    different = {k: (old["machine"].get(k), new["machine"].get(k)) for k in SAME}
+    different = {k: v for k, v in different.items() if v[0] != v[1]}
+    if different:
+        raise ValueError(f"results of different machines: {different}")
+    return {"machine": new["machine"], "steps": {**old["steps"], **new["steps"]}}
+
+
+def collect(target: Path, files: list[Path], here: dict[str, Any]) -> dict[str, Any]:
+    """Adds files to the target and writes it."""
+    collected = {"machine": here, "steps": {}}
+    if target.exists():
+        collected = merge(json.loads(target.read_text()), collected)
+    for path in files:
+        content = json.loads(path.read_text())
+        if "steps" not in content or "machine" not in content:
+            facts = {**content.get("environment", {}), "device": here["device"], "driver": here["driver"]}
+            content = {"machine": here, "steps": {path.stem: {**content, "environment": facts}}}
+        collected = merge(collected, content)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(collected, indent=1) + "\n")
+    return collected
+
+
+if __name__ == "__main__":
+    facts = machine()
+    print(json.dumps(facts, indent=1))
+    try:
+        collect(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]], facts)
+    except ValueError as error:
+        sys.exit(f"gpu.sh: {sys.argv[1]}: {error}; name another folder by OUT, or move the file away")

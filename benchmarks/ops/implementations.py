@@ -1,0 +1,126 @@
+"""Who takes part in `benchmarks.ops.feature_stats`, and who does not and why.
+
+Those that the command `fastfs bench` has too are in `fastfs._bench.baselines`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastfs
+from benchmarks.ops.workloads import LADDER, Workload
+from fastfs._bench import baselines
+from fastfs._bench.baselines import Layers, Sums
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.inputs import Inputs
+
+LESS = "torch.compile, no rounding_sq"
+COOPERATIVE = "torch.compile, cooperative reductions"
+COMBO = "torch.compile, whole list, combo_kernels"
+FOREACH = "eager by hand, foreach"
+NORMS = "torch._foreach_norm, 3 sums of 8"
+TRITON = "Triton"
+TRITON_LIST = "Triton, one launch"
+
+MOST_COMBINED = 30  # layers of one graph: it takes seconds to compile for each ten of them
+MOST_EAGER, MOST_ROWS = 2**28, 2**25  # bytes of the eager reference, in all, and on the CPU per row
+WHOLE = (COMPILE, COOPERATIVE, COMBO)
+"""Ways of torch.compile that give all sums."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to take the sums.
+
+    Args:
+        prepare: the call for given inputs; what it does besides is not timed.
+        compiles: the first call takes seconds.
+        checked: its sums are those of `Truth.error`.
+        graph: on a GPU it is timed as a replayed CUDA graph, for it launches many kernels.
+    """
+
+    prepare: Callable[[Inputs], Callable[[], Tensor]]
+    compiles: bool = False
+    checked: bool = True
+    graph: bool = True
+
+
+def _plain(sums: Sums, *, compiles: bool = False, checked: bool = True) -> Contestant:
+    return Contestant(lambda inputs: functools.partial(sums, *inputs), compiles, checked)
+
+
+def whole_list() -> Sums:
+    """torch.compile of all layers as one graph, with kernels that serve several layers."""
+
+    def function(before: Layers, after: Layers, backward: Layers) -> Tensor:
+        return torch.stack([baselines.layer_sums(*x) for x in zip(before, after, backward, strict=True)])
+
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"combo_kernels": True})
+
+
+def norms(before: Layers, after: Layers, backward: Layers) -> Tensor:
+    """What torch has ready for lists: the norms of the inputs, in their dtype. A lower bound, with fewer sums."""
+    return torch.stack(torch._foreach_norm([*before, *after, *backward]))
+
+
+def _ours(per_row: bool, backend: str | None, inputs: Inputs) -> Tensor:
+    found = fastfs.feature_stats(*inputs, per_row=per_row, backend=backend)
+    return torch.cat([x.sums for x in found]) if isinstance(found, list) else found.sums
+
+
+def lineup(workload: Workload, device: torch.device, triton: Any) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """All contestants by name, and those left out with the reason. `triton` is what :func:`triton_kernels` gives."""
+    per_row, layers, on_gpu = workload.per_row, len(workload.shapes), device.type == "cuda"
+    stats = {None: OURS, "reference": EAGER}
+    found = {
+        name: Contestant(lambda inputs, b=backend: functools.partial(_ours, per_row, b, inputs), graph=name != OURS)
+        for backend, name in stats.items()
+    }
+    left_out = {}
+    if workload.bytes > (MOST_ROWS if per_row and not on_gpu else MOST_EAGER):
+        del found[EAGER]
+        left_out[EAGER] = "it takes too long at this size"
+    found[COMPILE] = _plain(baselines.compiled(per_row=per_row), compiles=True)
+    if workload.part != LADDER or workload.bytes in range(2**27, 2**29):
+        found[LESS] = _plain(baselines.compiled(per_row=per_row, rounding=False), compiles=True)
+    if on_gpu:
+        options = {"triton.cooperative_reductions": True}
+        found[COOPERATIVE] = _plain(baselines.compiled(per_row=per_row, options=options), compiles=True)
+    else:
+        left_out[COOPERATIVE] = "for GPUs only"
+    found[HAND] = _plain(baselines.by_hand_per_row if per_row else baselines.by_hand)
+    if not per_row:
+        if layers > 1:
+            if not on_gpu:
+                left_out[COMBO] = "for GPUs only"
+            elif layers > MOST_COMBINED:
+                left_out[COMBO] = f"{layers} layers, up to {MOST_COMBINED} can be compiled in the time there is"
+            else:
+                found[COMBO] = _plain(whole_list(), compiles=True)
+            if on_gpu:
+                found[FOREACH] = _plain(baselines.by_hand_foreach)
+        found[NORMS] = _plain(norms, checked=False)
+    if isinstance(triton, str):
+        left_out[TRITON] = triton
+    else:
+        found[TRITON] = Contestant(triton.per_row if per_row else triton.per_layer, compiles=True)
+        if layers > 1 and not per_row:
+            found[TRITON_LIST] = Contestant(triton.all_layers, compiles=True)
+    return found, left_out
+
+
+def triton_kernels(device: torch.device) -> Any:
+    """The kernels in Triton, or why there are none."""
+    if device.type != "cuda":
+        return "for GPUs only"
+    try:
+        from benchmarks.ops.triton_kernels import Kernels
+    except ImportError as error:
+        return str(error)
+    return Kernels(device)

@@ -1,0 +1,260 @@
+"""How fast are `optimizer_stats` and `update_stats`, against eager torch and torch.compile.
+
+    python -m benchmarks.ops.optimizer_stats [--device cuda] [--json FILE] [--quick]
+
+`optimizer_stats`: all parameters of a model after a step of Adam; the bytes are those of gradient, parameter and both
+moments, read once. What a training loop calls, UpdateMeter, checks that a step lies between: `benchmarks.ops.call_cost`
+times it. `update_stats`: gradients and updates of the same model. The ceiling is a streaming read of the same tensors.
+All are several times larger than the cache ("cold" says whether). Sums are checked against float64 before anything is
+timed. On a GPU contestants that launch many kernels are timed as replayed CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastfs
+from benchmarks.harness import command_line, print_table, side_by_side, thread_counts, write_json
+from benchmarks.ops.graphs import as_graphs
+from fastfs._bench import ceilings
+from fastfs._bench.comparison import COMPILE, EAGER, OURS, attempt, ranking
+from fastfs._bench.inputs import COLD, bytes_of
+from fastfs._bench.machine import cache_bytes
+from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._functional import optimizer_stats
+from fastfs._monitor.measure.update_meter import UpdateMeter
+
+Tensors = list[Tensor]
+FOREACH = "eager by hand, foreach"
+ALLOWED = 2e-6  # error of a sum, relative to the norms that it is made of
+MOST_SECONDS = 2.0  # of one call; who needs more is left out
+LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
+
+
+def transformer_shapes(blocks: int, width: int, vocabulary: int) -> list[tuple[int, ...]]:
+    """Parameters of a decoder: embedding, and for every block four weights with biases and two norms."""
+    weights = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    block: list[tuple[int, ...]] = []
+    for shape in weights:
+        block += [shape, (shape[0],)]
+    return [(vocabulary, width)] + (block + [(width,)] * 4) * blocks
+
+
+def by_hand(g: Tensors, w: Tensors, m: Tensors, v: Tensors, c: Tensor) -> Tensor:
+    """Eager torch as one writes it, with the multi-tensor functions that optimizers use: (P, 4), float32."""
+    decay, scale, r, eps = c[0].tolist()  # one group, one step: the same for all
+    denominators = torch._foreach_sqrt(v)
+    torch._foreach_mul_(denominators, r)
+    torch._foreach_add_(denominators, eps)
+    updates = torch._foreach_div(m, denominators)
+    torch._foreach_mul_(updates, scale)
+    torch._foreach_add_(updates, w, alpha=decay)
+    dots = [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(g, updates, strict=True)]
+    norms = [torch.stack(list(torch._foreach_norm(x))).square() for x in (updates, g, w)]
+    return torch.stack([torch.stack(dots), *norms], dim=1)
+
+
+def _one(g: Tensor, w: Tensor, m: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    dw = c[0] * w + c[1] * m / (c[2] * v.sqrt() + c[3])
+    return torch.stack([(g * dw).sum(), (dw * dw).sum(), (g * g).sum(), (w * w).sum()])
+
+
+def compiled() -> Callable[..., Tensor]:
+    """torch.compile of one parameter's sums, called parameter after parameter: one graph per shape."""
+    layer = torch.compile(_one, fullgraph=True, dynamic=False)
+
+    def run(g: Tensors, w: Tensors, m: Tensors, v: Tensors, c: Tensor) -> Tensor:
+        return torch.stack([layer(*x) for x in zip(g, w, m, v, c, strict=True)])
+
+    return run
+
+
+def updates_by_hand(g: Tensors, u: Tensors) -> Tensor:
+    """Eager torch for gradients and updates: (P, 3)."""
+    dots = [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(g, u, strict=True)]
+    norms = [torch.stack(list(torch._foreach_norm(x))).square() for x in (u, g)]
+    return torch.stack([torch.stack(dots), *norms], dim=1)
+
+
+def _two(g: Tensor, u: Tensor) -> Tensor:
+    return torch.stack([(g * u).sum(), (u * u).sum(), (g * g).sum()])
+
+
+def compiled_updates() -> Callable[..., Tensor]:
+    """torch.compile of one parameter's sums of gradients and updates."""
+    layer = torch.compile(_two, fullgraph=True, dynamic=False)
+    return lambda g, u: torch.stack([layer(*x) for x in zip(g, u, strict=True)])
+
+
+def worst_error(sums: Tensor, truth: Tensor, columns: int) -> float:
+    """Largest error of the first columns (a dot product, then squared norms), relative to the norms it is made of."""
+    scale = truth[:, :columns].clone()
+    scale[:, 0] = (truth[:, 1] * truth[:, 2]).sqrt()
+    return float(((sums[:, :columns].double() - truth[:, :columns]).abs() / scale).max())
+
+
+def race(
+    what: str,
+    name: str,
+    lists: Sequence[Tensors],
+    measured: dict[str, Callable[[], Tensor]],
+    truth: Tensor,
+    columns: int,
+    device: torch.device,
+    rounds: int,
+) -> dict[str, Any]:
+    """Times the contestants on one list of parameters.
+
+    Raises:
+        AssertionError: a sum of fastfs is wrong, or it cannot be called.
+    """
+    size = bytes_of(lists)
+    calls: dict[str, Callable[[], object]] = {
+        ceilings.READ: ceilings.streaming_read(ceilings.thirds([x for tensors in lists for x in tensors]))
+    }
+    about: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    for contestant, call in measured.items():
+        first, _, why = attempt(call, device, MOST_SECONDS, compiles=contestant == COMPILE)
+        ours = contestant == OURS
+        if why is not None:
+            assert not ours, f"{what}, {name}, {contestant}: {why}"
+            left_out[contestant] = why
+            continue
+        error = worst_error(first, truth, columns)
+        if ours and not error <= ALLOWED:
+            raise AssertionError(f"{what}, {name}: {contestant} is off by {error:.1e}, allowed is {ALLOWED:.0e}")
+        about[contestant] = {"error": error, "timed as": "calls"}
+        calls[contestant] = call
+        if device.type == "cuda" and not ours:
+            (calls[contestant],), about[contestant]["timed as"] = as_graphs([call])
+    repeat = 5 if device.type == "cuda" else 1
+    times = side_by_side(calls, device, rounds, repeat, 2.0)
+    return {
+        "op": what,
+        "workload": name,
+        "tensors": len(lists[0]),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "bytes": size,
+        "cold": size >= COLD * cache_bytes(device),
+        "rounds": rounds,
+        "calls per round": repeat,
+        "rows": [{"error": None, **row, **about.get(row["contestant"], {})} for row in ranking(times, size)],
+        "left out": left_out,
+    }
+
+
+def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """Times one list of parameters: the state of the optimizer, and gradients with updates."""
+    generator = torch.Generator(device).manual_seed(0)
+    parameters = [torch.empty(s, device=device).normal_(generator=generator) for s in shapes]
+    for p in parameters:
+        p.grad = torch.empty_like(p).normal_(generator=generator)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY)
+    meter = UpdateMeter(optimizer)
+    meter.before()
+    optimizer.step()
+    metered = meter.after().stats.sums
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    first, second = ([optimizer.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq"))
+    keep = 1 - LR * DECAY
+    row = [-LR * DECAY / keep, -LR / (1 - BETAS[0]) / keep, (1 - BETAS[1]) ** -0.5, EPS]
+    table = torch.tensor([row] * len(shapes), dtype=torch.float64)
+    lists = (gradients, parameters, first, second)
+
+    torch._dynamo.reset()
+    inductor, there = compiled(), table.to(device)  # copied once: a graph cannot
+    coefficients = there.float()
+    truth = fastfs.reference.optimizer_stats(OptimizerRule.ADAM, *lists, table).sums
+    if not worst_error(metered, truth, 4) <= ALLOWED:
+        raise AssertionError(f"{name}: UpdateMeter is off by {worst_error(metered, truth, 4):.1e} after a step")
+    state = race(
+        "optimizer_stats",
+        name,
+        lists,
+        {
+            OURS: lambda: optimizer_stats(OptimizerRule.ADAM, *lists, table).sums,
+            COMPILE: lambda: inductor(*lists, coefficients),
+            FOREACH: lambda: by_hand(*lists, table),
+            EAGER: lambda: optimizer_stats(OptimizerRule.ADAM, *lists, there, backend="reference").sums,
+        },
+        truth,
+        4,
+        device,
+        rounds,
+    )
+    pair = (gradients, first)  # any tensors as updates
+    torch._dynamo.reset()
+    inductor = compiled_updates()
+    update = functools.partial(fastfs.update_stats, *pair)
+    updates = race(
+        "update_stats",
+        name,
+        pair,
+        {
+            OURS: lambda: update().sums,
+            COMPILE: lambda: inductor(*pair),
+            FOREACH: lambda: updates_by_hand(*pair),
+            EAGER: lambda: update(backend="reference").sums,
+        },
+        fastfs.reference.update_stats(*pair).sums,
+        3,
+        device,
+        rounds,
+    )
+    return [state, updates]
+
+
+def show(result: dict[str, Any]) -> None:
+    """One table on the terminal."""
+    rows = [
+        [
+            row["contestant"],
+            f"{row['milliseconds']:.3f}",
+            f"{row['GB/s']:.1f}",
+            f"{row['of ceiling']:.2f}",
+            f"{row['fastfs is faster by']:.1f}x",
+            "" if row["error"] is None else f"{row['error']:.0e}",
+        ]
+        for row in result["rows"]
+    ]
+    threads = f", threads: {result['threads']}" if result["threads"] else ""
+    title = (
+        f"{result['op']}: {result['workload']}, {result['tensors']} tensors, {result['bytes'] / 1e6:.1f} MB{threads}"
+    )
+    print_table(title, ["", "ms", "GB/s", "of ceiling", "fastfs is faster by", "error"], rows)
+    for contestant, why in result["left out"].items():
+        print(f"  {contestant}: {why}")
+
+
+def workloads(quick: bool, device: torch.device) -> dict[str, list[tuple[int, ...]]]:
+    """Parameters of each list; the largest on a GPU only."""
+    if quick:
+        return {"decoder, tiny": transformer_shapes(2, 64, 256)}
+    lists = {"decoder 12 x 512": transformer_shapes(12, 512, 24_000), "1000 x 16K": [(16, 1024)] * 1000}
+    if device.type == "cuda":
+        lists["decoder 16 x 2048"] = transformer_shapes(16, 2048, 32_000)
+    return lists
+
+
+def main() -> None:
+    """Runs the workloads that the command line asks for."""
+    arguments = command_line(__doc__, quick="a tiny workload: does the benchmark run")
+    device = arguments.device
+    results: list[dict[str, Any]] = []
+    for name, shapes in workloads(arguments.quick, device).items():
+        for _ in thread_counts(device):
+            measured = measure(name, shapes, device, arguments.rounds)
+            results += measured
+            write_json(arguments.json, device, results)
+            for result in measured:
+                show(result)
+
+
+if __name__ == "__main__":
+    main()

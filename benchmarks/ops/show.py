@@ -1,0 +1,46 @@
+"""The results of `benchmarks.ops.feature_stats` on the terminal: one table per part, a line per workload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.harness import print_table
+from benchmarks.ops.implementations import FOREACH, NORMS, TRITON, TRITON_LIST, WHOLE
+from fastfs._bench.ceilings import COPY, READ
+from fastfs._bench.comparison import EAGER, HAND, OURS
+
+COLUMNS = {
+    "read": (READ,),
+    "copy": (COPY,),
+    "fastfs": (OURS,),
+    "Triton": (TRITON, TRITON_LIST),
+    "compile": WHOLE,
+    "by hand": (HAND, FOREACH),
+    "eager": (EAGER,),
+    "3 norms": (NORMS,),
+}
+"""Columns of GB/s: the best of these contestants."""
+
+
+def show(part: str, results: list[dict[str, Any]]) -> None:
+    """A table of GB/s, and who was left out and why."""
+    rows, missing = [], {}
+    several = len({result["threads"] for result in results}) > 1
+    for result in results:
+        best = {}
+        for column, names in COLUMNS.items():
+            best[column] = max((r["GB/s"] for r in result["rows"] if r["contestant"] in names), default=None)
+        ours = next(r for r in result["rows"] if r["contestant"] == OURS)
+        name = f"{result['workload']}, {result['dtype']}"
+        if several:
+            name += f", threads: {result['threads']}"
+        cells = ["-" if x is None else f"{x:.1f}" for x in best.values()]
+        rows.append([name, *cells, f"{ours['of ceiling']:.2f}"])
+        for contestant, why in result["left out"].items():
+            missing.setdefault((contestant, why), []).append(name)
+        if result["cut"]:
+            missing.setdefault((name, f"cut: {result['cut']}"), [])
+    print_table(f"{part}: GB/s, the best of each kind", ["", *COLUMNS, "of read"], rows)
+    for (contestant, why), where in missing.items():
+        count = f" ({len(where)} of {len(results)} workloads)" if where else ""
+        print(f"  {contestant}: {why}{count}")

@@ -1,0 +1,79 @@
+"""``fastfs bench``: measures, shows a table and a verdict, writes a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastfs._bench.ceilings import COPY
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.machine import write_json
+from fastfs._bench.quick import measure
+from fastfs._bench.verdict import troubles, verdict
+from fastfs._utils.devices import fastest_device, named_device
+from fastfs._utils.output_files import check_output
+
+__all__ = ["CANNOT", "run_bench"]
+
+CANNOT = 2
+"""Exit status where nothing could be measured."""
+
+
+def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
+    """Run the command.
+
+    Args:
+        device: such as "cuda:0"; None for the GPU if there is one that torch can use, else the CPU.
+        out: file for the result, or None.
+        seconds: about how long to take.
+
+    Returns:
+        The exit status: 0, or 2 if it could not be measured.
+    """
+    console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
+    try:
+        where = fastest_device() if device is None else named_device(device)
+        if out is not None:
+            check_output(out)
+        with errors.status("measuring") as status:
+            result = measure(where, seconds, lambda what: status.update(f"measuring: {escape(what)}"))
+        result["verdict"], result["troubles"] = verdict(result), troubles(result)
+        _show(console, result)
+        if out is not None:
+            write_json(out, result)
+            console.print(escape(f"Written to {out}"), highlight=False, soft_wrap=True)
+    except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
+        errors.print(escape(f"fastfs bench: {error}"), highlight=False, soft_wrap=True)
+        return CANNOT
+    return 0
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    environment = result["environment"]
+    cores = f"{environment['processor']}, threads: {environment['threads']}"
+    console.print(escape(environment.get("device") or cores), highlight=False, soft_wrap=True)
+    console.print("GB/s, and how many times as fast as the others fastfs is", highlight=False, soft_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("inputs", "memory", "copy", "fastfs", "of memory", "eager", "by hand", "compile"):
+        table.add_column(column, justify="left" if column == "inputs" else "right", no_wrap=True)
+    for race in result["results"]:
+        rows = {row["contestant"]: row for row in race["rows"]}
+        cells = [f"{race['kind']}, {race['dtype']}"]
+        cells += [_cell(rows, name, "GB/s", ".1f") for name in (race["rows"][0]["contestant"], COPY, OURS)]
+        cells.append(_cell(rows, OURS, "of ceiling", ".2f"))
+        cells += [_cell(rows, name, "fastfs is faster by", ".1f", "x") for name in (EAGER, HAND, COMPILE)]
+        table.add_row(*cells)
+    console.print(table)
+    for line in result["verdict"]:
+        console.print(escape(line), highlight=False, soft_wrap=True)
+    for line in result["troubles"]:
+        console.print(escape(f"! {line}"), style="yellow", highlight=False, soft_wrap=True)
+
+
+def _cell(rows: dict[str, dict[str, Any]], name: str, column: str, form: str, unit: str = "") -> str:
+    value = rows.get(name, {}).get(column)
+    return "-" if value is None else f"{value:{form}}{unit}"

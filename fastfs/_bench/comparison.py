@@ -1,0 +1,103 @@
+"""A race of contestants: the first call of each, why it cannot take part if so, and the rows of a result."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from fastfs._bench.ceilings import COPY, READ, SUM
+from fastfs._bench.timing import Times, median_ratio
+
+__all__ = ["COMPILE", "EAGER", "HAND", "OURS", "attempt", "ranking", "reason"]
+
+OURS = "fastfs"
+EAGER = "eager (reference)"
+HAND = "eager by hand"
+COMPILE = "torch.compile"
+
+
+def reason(error: BaseException) -> str:
+    """An error as one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def attempt(
+    call: Callable[[], Any], device: torch.device, most: float = math.inf, *, compiles: bool = False
+) -> tuple[Any, float, str | None]:
+    """Calls a contestant for the first time.
+
+    Args:
+        call: the contestant's.
+        device: to wait for.
+        most: seconds that a later call may take.
+        compiles: the first call takes longer than the later ones.
+
+    Returns:
+        What the call gave, the seconds it took, and why the contestant cannot take part, or None.
+    """
+    try:
+        begin = time.perf_counter()
+        with _quiet():
+            result = call()
+            _wait(device)
+        first = last = time.perf_counter() - begin
+        if most < first < 3 * most or (first > most and compiles):  # the first call may have loaded something
+            begin = time.perf_counter()
+            call()
+            _wait(device)
+            last = time.perf_counter() - begin
+    except Exception as error:  # whatever keeps a contestant from running is what the result has to say
+        return None, 0.0, reason(error)
+    if last > most:
+        return result, first, f"one call takes more than {most:.1g} s"
+    return result, first, None
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Compilers warn of what the result shows anyway."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def ranking(times: Times, size: int, sizes: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+    """A row per contestant: milliseconds, GB/s, ratio to the ceiling, how much faster fastfs is.
+
+    Args:
+        times: of :func:`fastfs._bench.timing.side_by_side`.
+        size: bytes that a call reads.
+        sizes: bytes of contestants that read others.
+    """
+    ceiling = READ if READ in times else SUM if SUM in times else None
+    moved = {**dict.fromkeys(times, size), **(sizes or {})}
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        row: dict[str, Any] = {
+            "contestant": name,
+            "milliseconds": round(median * 1e3, 6),
+            "GB/s": round(moved[name] / median / 1e9, 3),
+            "of ceiling": None,
+            "fastfs is faster by": None,
+        }
+        if ceiling is not None:
+            row["of ceiling"] = round(median_ratio(times, ceiling, name) * moved[name] / moved[ceiling], 4)
+        if OURS in times and name != COPY:
+            row["fastfs is faster by"] = round(median_ratio(times, name, OURS), 3)
+        rows.append(row)
+    return rows

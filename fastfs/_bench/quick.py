@@ -1,0 +1,225 @@
+"""What ``fastfs bench`` measures in its seconds: sizes follow from the memory and from how fast it goes."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastfs import _functional, reference
+from fastfs._bench import baselines, ceilings
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS, attempt, ranking
+from fastfs._bench.expected import ALLOWED, truth
+from fastfs._bench.inputs import Inputs, Turns, bytes_of, copies_for, make_inputs
+from fastfs._bench.machine import cache_bytes, core_trouble, environment, free_bytes
+from fastfs._bench.timing import side_by_side
+
+__all__ = ["KINDS", "LAYER", "LIST", "ROWS", "Clock", "measure", "size_for"]
+
+LAYER, LIST, ROWS = "one layer", "many layers", "per row"
+KINDS = (LAYER, LIST, ROWS)
+SMALL = 2**16  # elements of one of many layers
+WIDTH = 4096  # of a row
+LEAST, MOST = 2**24, 2**30  # bytes of a call's inputs
+DTYPES = (torch.float32, torch.bfloat16)
+ROUNDS = 9
+
+
+class Clock:
+    """What is left of the seconds, and how many steps have to share it."""
+
+    def __init__(self, seconds: float, steps: int) -> None:
+        self.end = time.monotonic() + seconds
+        self.steps = steps
+
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self.end - time.monotonic())
+
+    def share(self) -> float:
+        """Seconds for the next of the steps."""
+        return self.left() / max(1, self.steps)
+
+
+@dataclass
+class Compiler:
+    """What is known of torch.compile: why it cannot be used, and how long a graph takes."""
+
+    trouble: str | None = None
+    seconds: float = 4.0
+
+    def why_not(self, clock: Clock) -> str | None:
+        """Why torch.compile is left out, or None."""
+        if self.trouble is None and clock.left() < self.seconds + clock.steps:
+            return f"compiling takes about {self.seconds:.0f} s, more than is left"
+        return self.trouble
+
+
+def size_for(share: float, rate: float, free: int, cache: int) -> int:
+    """Bytes of a call's inputs.
+
+    Args:
+        share: seconds for all that is done with them.
+        rate: bytes per second of the slowest contestant, which is called about twenty times.
+        free: bytes of memory; all copies and what contestants make of them take an eighth or so.
+        cache: bytes; eight times as much is large enough.
+    """
+    size = min(8 * cache, MOST, free // 8, share * rate / 20)
+    return max(LEAST, int(size))
+
+
+def measure(device: torch.device, seconds: float, progress: Callable[[str], object]) -> dict[str, Any]:
+    """Measures it all.
+
+    Args:
+        device: where.
+        seconds: about how long; a step that has begun is finished.
+        progress: told what is measured.
+
+    Returns:
+        "environment", "no core" (why, or None), "overhead" in microseconds by number of layers, and "results".
+
+    Raises:
+        ArithmeticError: sums of the native core are wrong.
+    """
+    begin = time.monotonic()
+    clock = Clock(seconds, len(KINDS) * len(DTYPES))
+    no_core = core_trouble(device)
+    progress("cost of a call")
+    result: dict[str, Any] = {
+        "environment": environment(device),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "no core": no_core,
+        "overhead": {} if no_core else overhead(device, min(1.0, seconds / 20)),
+        "results": [],
+    }
+    compiler = Compiler()
+    rates = {dtype: _rate(dtype, device) for dtype in DTYPES}
+    for kind in KINDS:
+        for dtype in DTYPES:
+            progress(f"{kind}, {_name(dtype)}")
+            rate = rates[dtype] / (2 if kind == ROWS else 1)  # the reference is slower per row
+            size = size_for(clock.share(), rate, free_bytes(device), cache_bytes(device))
+            result["results"].append(_race(kind, dtype, device, size, clock, compiler, no_core))
+            clock.steps -= 1
+            gc.collect()
+    result["seconds"] = round(time.monotonic() - begin, 1)
+    return result
+
+
+def overhead(device: torch.device, seconds: float) -> dict[str, float]:
+    """Microseconds of host time for a call on tiny tensors, by number of layers."""
+    found = {}
+    for layers in (1, 100):
+        x = [torch.ones(8, 8, device=device) for _ in range(layers)]
+        call = functools.partial(_functional.feature_stats, x, x, x)
+        times = side_by_side({OURS: call}, torch.device("cpu"), 9, 1000 // layers, seconds)[OURS]
+        found[str(layers)] = round(statistics.median(times) * 1e6, 2)
+    return found
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes per second of the reference, the slowest of all."""
+    (inputs,) = make_inputs([(2**18,)], (dtype, dtype), device)
+    call = functools.partial(reference.feature_stats, *inputs)
+    times = side_by_side({EAGER: call}, device, 3)[EAGER]
+    return bytes_of(inputs) / statistics.median(times)
+
+
+def _shapes(kind: str, elements: int) -> list[tuple[int, ...]]:
+    if kind == LIST:
+        return [(SMALL,)] * max(1, min(1000, elements // SMALL))
+    rows = max(1, elements // WIDTH)
+    return [(rows, WIDTH)]
+
+
+def _race(
+    kind: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    size: int,
+    clock: Clock,
+    compiler: Compiler,
+    no_core: str | None,
+) -> dict[str, Any]:
+    per_row = kind == ROWS
+    shapes = _shapes(kind, size // (3 * dtype.itemsize))
+    size = sum(math.prod(shape) for shape in shapes) * 3 * dtype.itemsize
+    copies = make_inputs(shapes, (dtype, dtype), device, copies_for(size, cache_bytes(device)))
+    true = truth(copies[0], per_row=per_row)
+    turns = Turns(len(copies))
+    ceiling, make = (ceilings.SUM, ceilings.sum_of_all) if no_core else (ceilings.READ, ceilings.streaming_read)
+    calls: dict[str, Callable[[], object]] = {ceiling: turns.over([make(inputs) for inputs in copies])}
+    moved, left_out = {}, {}
+    if not per_row:
+        made = [ceilings.copy(inputs) for inputs in copies]
+        calls[ceilings.COPY], moved[ceilings.COPY] = turns.over([call for call, _ in made]), made[0][1]
+    errors: dict[str, float] = {}
+    for name, sums in _contestants(per_row, device, no_core, len(shapes)).items():
+        if name == COMPILE and (why := compiler.why_not(clock)):
+            left_out[name] = why
+            continue
+        most = max(0.3, clock.share() / 4)
+        first, seconds, why = attempt(functools.partial(sums, copies[0]), device, most, compiles=name == COMPILE)
+        if name == COMPILE:
+            compiler.seconds = max(1.0, seconds)
+            compiler.trouble = why if first is None else None
+        if why is not None:
+            left_out[name] = why
+            if name == OURS:
+                raise ArithmeticError(f"{kind}, {_name(dtype)}: {why}")
+            continue
+        errors[name] = true.error(first)
+        calls[name] = turns.over([functools.partial(sums, inputs) for inputs in copies])
+    if errors.get(OURS, 0.0) > ALLOWED or math.isnan(errors.get(OURS, 0.0)):
+        raise ArithmeticError(f"{kind}, {_name(dtype)}: fastfs is off by {errors[OURS]:.1e}, allowed is {ALLOWED:.0e}")
+    repeat = 5 if device.type == "cuda" else max(1, 2**22 // size)
+    times = side_by_side(calls, device, ROUNDS, repeat, clock.share() / 8)
+    rows = ranking(times, size, moved)
+    for row in rows:
+        row["error"] = errors.get(row["contestant"])
+    return {
+        "kind": kind,
+        "dtype": _name(dtype),
+        "layers": len(shapes),
+        "bytes": size,
+        "copies": len(copies),
+        "rows": rows,
+        "left out": left_out,
+    }
+
+
+def _contestants(
+    per_row: bool, device: torch.device, no_core: str | None, layers: int
+) -> dict[str, Callable[[Inputs], torch.Tensor]]:
+    def stats(inputs: Inputs, backend: _functional.Backend) -> torch.Tensor:
+        found = _functional.feature_stats(*inputs, per_row=per_row, backend=backend)
+        return torch.cat([x.sums for x in found]) if isinstance(found, list) else found.sums
+
+    if per_row:
+        hand = baselines.by_hand_per_row
+    else:
+        hand = baselines.by_hand_foreach if device.type == "cuda" and layers > 1 else baselines.by_hand
+    torch._dynamo.reset()  # otherwise the graphs of all workloads count against a limit
+    compiled = baselines.compiled(per_row=per_row)
+    found: dict[str, Callable[[Inputs], torch.Tensor]] = {
+        OURS: lambda inputs: stats(inputs, "native"),
+        COMPILE: lambda inputs: compiled(*inputs),
+        HAND: lambda inputs: hand(*inputs),
+        EAGER: lambda inputs: stats(inputs, "reference"),
+    }
+    if no_core:
+        del found[OURS]
+    return found
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

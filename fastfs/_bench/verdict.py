@@ -1,0 +1,105 @@
+"""What the numbers of ``fastfs bench`` say, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastfs._bench.ceilings import READ
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.quick import LAYER, LIST, ROWS
+
+__all__ = ["troubles", "verdict"]
+
+GOOD = 0.85
+"""Of the ceiling: less than that is asked about."""
+
+
+def verdict(result: Mapping[str, Any]) -> list[str]:
+    """Sentences about a result of :func:`fastfs._bench.quick.measure`: how fast it is here, and against what."""
+    by_kind: dict[str, list[Mapping[str, Any]]] = {LAYER: [], LIST: [], ROWS: []}
+    for race in result["results"]:
+        by_kind[race["kind"]].append(race)
+    said = []
+    if not result["no core"]:
+        said.append(f"feature_stats reads at {_of_ceiling(by_kind[LAYER])} of what this memory allows.")
+        for kind, what in ((LIST, "Many small layers"), (ROWS, "Sums per row")):
+            if by_kind[kind]:
+                said.append(f"{what}: {_of_ceiling(by_kind[kind])}.")
+        for name, what in ((EAGER, "the eager reference"), (HAND, "eager torch by hand"), (COMPILE, "torch.compile")):
+            if text := _against(result["results"], name, what):
+                said.append(text)
+        one, hundred = (result["overhead"].get(layers) for layers in ("1", "100"))
+        if one is not None and hundred is not None:
+            said.append(f"A call costs {one:.1f} us, and {max(0.0, hundred - one) / 99:.2f} us for each further layer.")
+        core = result["environment"]["core"]
+        cuda = f", CUDA kernels for {core['cuda']['architectures']}" if core["cuda"] else ""
+        said.append(f"Native core: {core['instruction_set']} loops, compiler {core['compiler']}{cuda}.")
+        return said
+    for race in by_kind[LAYER]:
+        rates = [
+            f"{r['contestant']} {r['GB/s']:.1f}" for r in race["rows"] if r["contestant"] in (EAGER, HAND, COMPILE)
+        ]
+        said.append(f"GB/s of one layer, {race['dtype']}: {', '.join(rates) or 'nothing was quick enough'}.")
+    return said
+
+
+def troubles(result: Mapping[str, Any]) -> list[str]:
+    """What is wrong here, with the cause where it is known."""
+    found = []
+    environment = result["environment"]
+    if result["no core"]:
+        found.append(f"Only the slow reference could be measured, there is no native core: {result['no core']}")
+    left_out: dict[str, list[str]] = {}
+    for race in result["results"]:
+        for name, why in race["left out"].items():
+            left_out.setdefault(f"{name} was left out: {why}", []).append(f"{race['kind']}, {race['dtype']}")
+    for text, where in left_out.items():
+        found.append(text if len(where) == len(result["results"]) else f"{text} ({'; '.join(where)})")
+    core, on_cpu = environment["core"], "device" not in environment
+    if core and on_cpu:
+        if not core["openmp"]:
+            found.append("The native core uses one thread: it was built without OpenMP.")
+        if core["instruction_set"] == "generic" and len(core["instruction_sets"]) > 1:
+            found.append(
+                "The native core uses the generic loops: the processor has no AVX2, or FASTFS_CPU=generic is set."
+            )
+    slow = [
+        f"{race['kind']}, {race['dtype']}: {row['of ceiling']:.2f}"
+        for race in result["results"]
+        for row in race["rows"]
+        if row["contestant"] == OURS and race["rows"][0]["contestant"] == READ and row["of ceiling"] < GOOD
+    ]
+    if slow:
+        found.append(f"Less than {GOOD} of what the memory allows ({'; '.join(slow)}){_cause(result, on_cpu)}.")
+    return found
+
+
+def _cause(result: Mapping[str, Any], on_cpu: bool) -> str:
+    environment = result["environment"]
+    cores, threads, load = environment.get("cores"), environment["threads"], result.get("load")
+    if on_cpu and cores and threads > cores:
+        return f": {threads} threads on {cores} cores"
+    if on_cpu and cores and load is not None and load > 0.5 * cores:
+        return f": the machine was busy (load {load:.1f} on {cores} cores before the run)"
+    return ""
+
+
+def _of_ceiling(races: Sequence[Mapping[str, Any]]) -> str:
+    parts = []
+    for race in races:
+        for row in race["rows"]:
+            if row["contestant"] == OURS:
+                parts.append(f"{row['of ceiling']:.2f} ({race['dtype']}, {row['GB/s']:.0f} GB/s)")
+    return " and ".join(parts)
+
+
+def _against(races: Sequence[Mapping[str, Any]], name: str, what: str) -> str:
+    """How many times as fast as another: the least and the most over the races."""
+    ratios = [row["fastfs is faster by"] for race in races for row in race["rows"] if row["contestant"] == name]
+    if not ratios:
+        return ""
+    low, high = min(ratios), max(ratios)
+    return f"Against {what}: {low:.1f}x" + (
+        f" to {high:.1f}x as fast." if f"{high:.1f}" != f"{low:.1f}" else " as fast."
+    )

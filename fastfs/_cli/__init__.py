@@ -1,0 +1,1 @@
+"""The ``fastfs`` command and ``fastfs doctor``."""

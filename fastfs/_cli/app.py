@@ -1,0 +1,215 @@
+"""The ``fastfs`` command. Each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Per-layer feature speed and backward-feature angle of networks in training.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class DemoModel(str, Enum):
+    """What ``fastfs demo`` can train."""
+
+    transformer = "transformer"
+    resnet = "resnet"
+    all = "all"
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps commands named when there is only one."""
+
+
+@app.command()
+def demo(
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps; 160 (transformer) and 300 (ResNet) if not given.")
+    ] = None,
+    model: Annotated[DemoModel, typer.Option(help="What to train.")] = DemoModel.all,
+    every: Annotated[int, typer.Option(min=1, help="Measure every this many steps.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; one is steady on a busy machine.")] = 1,
+    out: Annotated[Path, typer.Option(help="Folder for record.jsonl, plots and summary.json.")] = Path("runs/demo"),
+) -> None:
+    """Train a small transformer and a ResNet with the monitor on; show angles, speeds, pictures and what it costs."""
+    try:
+        from fastfs._reproduce import demo as experiment
+        from fastfs._utils.devices import named_device
+
+        importlib.import_module("fastfs._report.plots")  # if it cannot be, now rather than after minutes of training
+    except ImportError as error:
+        typer.echo(f"fastfs demo: {error}", err=True)
+        raise typer.Exit(1) from error
+    names = list(experiment.TASKS) if model is DemoModel.all else [model.value]
+    try:
+        summary = experiment.run_demo(names, steps, every, out, device=named_device(device), threads=threads)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"fastfs demo: {error}", err=True)
+        raise typer.Exit(1) from error
+    if not all(task["bitwise_equal"] for task in summary["tasks"].values()):
+        raise typer.Exit(1)
+
+
+class Order(str, Enum):
+    """Which layers ``fastfs watch`` shows where not all fit."""
+
+    worst = "worst"
+    layer = "layer"
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="A record, or the folder of a run.", metavar="RUN")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="Id of the run; the last in the record if not given.")
+    ] = None,
+) -> None:
+    """Write one HTML page about a run: heat maps, lines, predictions, alerts. It needs no network to be read."""
+    try:
+        from fastfs._report.locate import find_record
+        from fastfs._report.page import write_page
+
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: typer.echo(f"fastfs report: {message}", err=True)
+            page = write_page(find_record(run), out, run=run_id)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"fastfs report: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="A record that is being written, or the folder of a run.", metavar="RUN")],
+    once: Annotated[bool, typer.Option("--once", help="Print one table with all layers and end.")] = False,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at the record.")] = 1.0,
+    layers: Annotated[str, typer.Option(help="Only layers with this in their name.")] = "",
+    order: Annotated[Order, typer.Option(help="Which layers to show where not all fit.")] = Order.worst,
+) -> None:
+    """Show the latest numbers of a running run in the terminal: angle, speed, loss, alerts. Ctrl-C ends it."""
+    from fastfs._report.watch import watch as follow
+
+    try:
+        follow(run, once=once, interval=interval, search=layers, order=order.value)
+    except (OSError, ValueError) as error:
+        typer.echo(f"fastfs watch: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def reproduce(
+    only: Annotated[str | None, typer.Option(help="Figures, such as a,c; all if not given.", metavar="NAMES")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and wider bands: below a minute.")] = False,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, tables and the summary.")] = Path(
+        "runs/reproduce"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, help="Number of seeds; each figure has its own if not given.")
+    ] = None,
+) -> None:
+    """Compute the figures and numbers of the paper again, beside the published ones.
+
+    Exit status: 0 all numbers are in their bands, 1 some are not, 2 nothing could be computed.
+    """
+    try:
+        from fastfs._reproduce.paper.run import chosen
+        from fastfs._reproduce.paper.run import reproduce as run
+        from fastfs._reproduce.paper.study import StudySettings
+
+        checks = run(chosen(only), StudySettings(quick=quick, first_seed=seed, seeds=seeds), out)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"fastfs reproduce: {error}", err=True)
+        raise typer.Exit(2) from error
+    if any(check.passed is False for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, built and in use, and check the native core against the reference."""
+    from fastfs._cli.doctor import run_doctor
+
+    raise typer.Exit(run_doctor())
+
+
+@app.command()
+def bench(
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1; the GPU if there is one, else the CPU, if not given.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="A file for all numbers.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="About how long to take.")] = 60.0,
+) -> None:
+    """Measure this machine in a minute: what its memory allows, the kernels, eager torch, torch.compile; a verdict.
+
+    Exit status: 0, or 2 if it could not be measured.
+    """
+    from fastfs._bench.command import run_bench
+
+    raise typer.Exit(run_bench(device, out=json, seconds=seconds))
+
+
+@app.command("scaling-check")
+def scaling_check(
+    factory: Annotated[
+        str,
+        typer.Argument(
+            help="module:attribute or path/to/file.py:attribute of a function of width and depth that gives "
+            "(model, loss_fn, batch, optimizer); optimizer may be a list of parameter groups or None.",
+            metavar="FACTORY",
+        ),
+    ],
+    widths: Annotated[str, typer.Option(help="At least three, such as 64,128,256.")],
+    depths: Annotated[str, typer.Option(help="At least three, such as 4,8,16.")],
+    seeds: Annotated[int, typer.Option(min=2, help="Initialisations at every size.")] = 8,
+    optimizer: Annotated[
+        str | None, typer.Option(help="sgd (if not given), adam or adamw, where the factory gives none.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, where the factory gives none.")] = None,
+    layers: Annotated[str, typer.Option(help="Regular expression for the layers to watch, or auto.")] = "auto",
+    at_width: Annotated[int | None, typer.Option(help="Width of the runs over depth; the largest.")] = None,
+    at_depth: Annotated[int | None, typer.Option(help="Depth of the runs over width; the middle one.")] = None,
+    tolerance: Annotated[float, typer.Option(help="How far an exponent may be from the wanted one.")] = 0.15,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for CSV tables and a picture.")] = None,
+) -> None:
+    """Check how a model scales: measure its first step over widths and depths, and fit the exponents of feature size
+    (SP), feature speed (FL), loss decrease (LD) and balance of the layers (BC).
+
+    Exit status: 0 all pass, 1 one fails, 3 none fails but not all are clear, 2 it could not be measured.
+    """
+    from fastfs.scaling._command import run_check
+
+    raise typer.Exit(
+        run_check(
+            factory,
+            widths=widths,
+            depths=depths,
+            seeds=seeds,
+            optimizer=optimizer,
+            lr=lr,
+            layers=layers,
+            at_width=at_width,
+            at_depth=at_depth,
+            tolerance=tolerance,
+            out=out,
+        )
+    )
+
+
+if __name__ == "__main__":
+    app()

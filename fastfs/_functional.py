@@ -1,0 +1,267 @@
+"""The public stateless measurements: call the native op, wrap the result.
+
+Inputs that the op takes pass through here without being looked at. Only when it fails are they checked
+(fastfs._core.checks), for an error that says which layer is wrong and how.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastfs import reference
+from fastfs._core import checks, ops
+from fastfs._core.checks import Layers
+from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
+
+Backend = Literal["native", "reference"] | None
+
+_BEFORE, _RADIAL, _ROUNDING = map(FeatureStats.names.index, ("before_sq", "before_dot_update", "rounding_sq"))
+
+
+@overload
+def feature_stats(
+    before: Layers,
+    after: Layers,
+    backward: Layers,
+    *,
+    per_row: Literal[False] = False,
+    backend: Backend = None,
+) -> FeatureStats: ...
+@overload
+def feature_stats(
+    before: Tensor, after: Tensor, backward: Tensor, *, per_row: Literal[True], backend: Backend = None
+) -> FeatureStats: ...
+@overload
+def feature_stats(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    backward: Sequence[Tensor],
+    *,
+    per_row: Literal[True],
+    backend: Backend = None,
+) -> list[FeatureStats]: ...
+@overload
+def feature_stats(
+    before: Layers, after: Layers, backward: Layers, *, per_row: bool, backend: Backend = None
+) -> FeatureStats | list[FeatureStats]: ...
+def feature_stats(
+    before: Layers,
+    after: Layers,
+    backward: Layers,
+    *,
+    per_row: bool = False,
+    backend: Backend = None,
+) -> FeatureStats | list[FeatureStats]:
+    """Measures how features moved in a step and how the move is aligned with the backward pass.
+
+    All sums over all elements of all layers in one pass over the memory, in float64, without waiting for the device.
+    The same inputs give the same bits whatever the number of threads and the other layers. The result is detached.
+
+    Args:
+        before: Features before the update of the parameters: a tensor of any shape and layout, or a sequence of one
+            tensor per layer. float16, bfloat16, float32 or float64; layers may differ in shape and dtype.
+        after: Features after the update, on the same rows; shape and dtype of `before`.
+        backward: Backward vector, dLoss/d(features); shape of `before`, any of the dtypes.
+        per_row: Sums per row instead of per layer; a row is the last dimension.
+        backend: None for the native core where it is built, or "native", or "reference" (plain torch).
+
+    Returns:
+        FeatureStats of shape () for tensors and (L,) for sequences of L. With `per_row`, of shape (rows,) for tensors
+        and a list of one per layer for sequences.
+
+    Raises:
+        TypeError: if the arguments are not all tensors or all sequences of tensors, or `per_row` is not a bool.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers; the message names the layer.
+        RuntimeError: if `backend="native"` is not built.
+
+    Source: sections 1 and 2 of "The Feature Speed Formula", arXiv 2311.18718.
+    """
+    if not isinstance(per_row, bool):
+        raise TypeError(f"per_row: expected True or False, got {per_row!r}")
+    if (backend is not None or not ops.native_available()) and _use_reference(backend):
+        return reference.feature_stats(before, after, backward, per_row=per_row)
+
+    single = isinstance(before, Tensor)
+    if isinstance(after, Tensor) is not single or isinstance(backward, Tensor) is not single:
+        checks.check_feature_inputs(before, after, backward)  # raises
+    op = torch.ops.fastfs.feature_stats_per_row if per_row else torch.ops.fastfs.feature_stats
+    try:
+        if single:
+            sums = op([before], [after], [backward])
+        elif len(before) > 0:
+            sums = op(_listed(before), _listed(after), _listed(backward))
+        else:  # no layers: nothing that has a device, which the dispatcher goes by
+            return reference.feature_stats(before, after, backward, per_row=per_row)
+    except Exception as failure:
+        raise _clearest(failure, checks.check_feature_inputs, before, after, backward) from None
+
+    if single:
+        return FeatureStats(sums if per_row else sums.squeeze(0))
+    if per_row:
+        rows = [math.prod(x.shape[:-1]) for x in before]
+        return [FeatureStats(part) for part in sums.split(rows)]
+    return FeatureStats(sums)
+
+
+def first_order_stats(
+    features: Sequence[Tensor], changes: Sequence[Tensor], backward: Sequence[Tensor], *, per_row: bool = False
+) -> list[FeatureStats]:
+    """What :func:`feature_stats` says of feature updates that are given themselves, as a derivative is.
+
+    Nothing is subtracted, so there is no rounding noise: ``rounding_sq`` is zero.
+
+    Args:
+        features: before the update, one tensor per layer.
+        changes: the feature updates, of the same shapes.
+        backward: the backward vectors.
+        per_row: sums per row instead of per layer.
+
+    Returns:
+        One FeatureStats per layer, of shape () or, with ``per_row``, (rows,).
+    """
+    zeros = [torch.zeros_like(change) for change in changes]
+    result = [_first_order(s) for s in _each(feature_stats(zeros, changes, backward, per_row=per_row))]
+    # <f, df> and |f|^2, which the call above has taken of zeros.
+    same = [f.to(change.dtype) for f, change in zip(features, changes, strict=True)]
+    for sums, radial in zip(result, _each(feature_stats(zeros, same, changes, per_row=per_row)), strict=True):
+        sums[..., _BEFORE] = radial.update_sq
+        sums[..., _RADIAL] = radial.update_dot_backward
+    return [FeatureStats(sums) for sums in result]
+
+
+def _first_order(stats: FeatureStats) -> Tensor:
+    sums = stats.sums.clone()
+    sums[..., _ROUNDING] = 0.0
+    return sums
+
+
+def _each(stats: FeatureStats | list[FeatureStats]) -> list[FeatureStats]:
+    return stats if isinstance(stats, list) else [FeatureStats(row) for row in stats.sums.unbind(0)]
+
+
+def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None) -> UpdateStats:
+    """Measures how parameter updates are aligned with the gradients.
+
+    Args:
+        gradients: Gradient of the loss, a tensor, or a sequence of one tensor per parameter. Unclipped and unscaled,
+            for the feature speed formula to hold. Any shape and layout; float16, bfloat16, float32 or float64.
+        updates: What the optimizer's step really changed, w_after - w_before; shape of the gradient, any of the dtypes.
+        backend: None for the native core where it is built, or "native", or "reference" (plain torch).
+
+    Returns:
+        UpdateStats of shape () for tensors and (L,) for sequences of L; detached.
+
+    Raises:
+        TypeError: if the arguments are not all tensors or all sequences of tensors.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers; the message names the layer.
+        RuntimeError: if `backend="native"` is not built.
+
+    Source: D of section 2 of "The Feature Speed Formula", arXiv 2311.18718, in the form with dw.
+    """
+    if (backend is not None or not ops.native_available()) and _use_reference(backend):
+        return reference.update_stats(gradients, updates)
+
+    single = isinstance(gradients, Tensor)
+    if isinstance(updates, Tensor) is not single:
+        checks.check_update_inputs(gradients, updates)  # raises
+    try:
+        if single:
+            sums = torch.ops.fastfs.update_stats([gradients], [updates])
+        elif len(gradients) > 0:
+            sums = torch.ops.fastfs.update_stats(_listed(gradients), _listed(updates))
+        else:  # as above
+            return reference.update_stats(gradients, updates)
+    except Exception as failure:
+        raise _clearest(failure, checks.check_update_inputs, gradients, updates) from None
+    return UpdateStats(sums.squeeze(0) if single else sums)
+
+
+def optimizer_stats(
+    rule: int,
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    first: Sequence[Tensor],
+    second: Sequence[Tensor],
+    coefficients: Tensor,
+    *,
+    backend: Backend = None,
+) -> ParameterStats:
+    """What a step of an optimizer did to P parameters, from what it left behind: dw is not written anywhere.
+
+    Args:
+        rule: A `fastfs.OptimizerRule`: how dw follows from the tensors and the coefficients.
+        gradients: Gradients, one tensor per parameter. Any layout. All tensors of one parameter have its shape and
+            dtype: float32 or float64, with `OptimizerRule.LINEAR` also float16 or bfloat16.
+        parameters: The parameters after the step.
+        first: The first state of every parameter. A rule of which it has none takes the gradients again.
+        second: The second state; an empty list for `OptimizerRule.LINEAR`.
+        coefficients: float64 (P, C), contiguous, with the columns `rule.coefficients`. On the CPU (they then travel
+            with the launch) or on the parameters' device (they are then read by the kernel, so nothing waits).
+        backend: None for the native core where it is built, or "native", or "reference" (plain torch).
+
+    Returns:
+        ParameterStats of shape (P,), detached; nonfinite counts entries of gradients and parameters.
+
+    Raises:
+        TypeError: for anything that is not a sequence of tensors.
+        ValueError: for an unknown rule, or a wrong dtype, layout, shape, device or number of tensors.
+        RuntimeError: if `backend="native"` is not built.
+    """
+    arguments = (rule, gradients, parameters, first, second, coefficients)
+    if (backend is not None or not ops.native_available()) and _use_reference(backend):
+        return reference.optimizer_stats(*arguments)
+    if isinstance(gradients, Sequence) and len(gradients) == 0:
+        return reference.optimizer_stats(*arguments)  # nothing that has a device
+    try:
+        return ParameterStats(torch.ops.fastfs.optimizer_stats(*arguments))
+    except Exception as failure:
+        raise _clearest(failure, checks.check_optimizer_inputs, *arguments) from None
+
+
+def _listed(layers: Any) -> list[Tensor] | tuple[Tensor, ...]:
+    """A sequence as the list or tuple that the op takes. Everything else would be iterated over, so it is refused."""
+    kind = type(layers)
+    if kind is list or kind is tuple:
+        return layers  # type: ignore[no-any-return]
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"expected a sequence of tensors, got {kind}")
+    return list(layers)
+
+
+def _clearest(failure: Exception, check: Callable[..., object], *arguments: object) -> Exception:
+    """The error that `check` has for the arguments, or else the failure itself."""
+    try:
+        check(*arguments)
+    except (TypeError, ValueError) as error:
+        return error
+    return failure
+
+
+def _use_reference(backend: Any) -> bool:
+    if backend == "reference":
+        return True
+    if backend is not None and backend != "native":
+        raise ValueError(f"backend: expected None, 'native' or 'reference', got {backend!r}")
+    if ops.native_available():
+        return False
+    if backend == "native":
+        raise RuntimeError(f"backend 'native': the native core of fastfs is not in use: {ops.why_not_native()}")
+    _warn_once()
+    return True
+
+
+@functools.cache
+def _warn_once() -> None:
+    warnings.warn(
+        f"fastfs measures with its slow reference, because the native core is not in use: {ops.why_not_native()} "
+        "(backend='reference' chooses the reference without this warning)",
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -1,0 +1,115 @@
+"""The aligned decrease of every layer, from gradients and the optimizer's own update: no extra forward.
+
+D_l = - sum of <g, dw> over the parameters upstream of layer l (section 2, identity). g is the gradient as
+``backward()`` computed it and dw what the optimizer really did. What a loop does to gradients in between (clipping, a
+gradient scaler) is found by :class:`fastfs._monitor.measure.gradient_treatment.GradientFactor`, so that D_l fits the
+backward vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastfs._monitor.measure import decrease_reasons
+from fastfs._monitor.measure.incidence import Incidence
+from fastfs._monitor.measure.update_meter import MeasuredUpdate
+from fastfs._stats import ParameterStats
+
+__all__ = ["Aligned", "Incidence", "LossScale", "aligned"]
+
+
+class LossScale:
+    """What a gradient scaler multiplies the loss with, asked without waiting for the device."""
+
+    def __init__(self, scaler: Any) -> None:
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise TypeError(f"scaler: expected a torch.amp.GradScaler, got {type(scaler).__name__}")
+        self._scaler = scaler
+        self._one: Tensor | None = None
+
+    @property
+    def given(self) -> bool:
+        return self._scaler is not None
+
+    def take(self, device: torch.device) -> Tensor:
+        """float64 0-d: 1 without a scaler."""
+        if self._scaler is not None:
+            scaled: Tensor = self._scaler.scale(torch.ones((), device=device))
+            return scaled.to(torch.float64)
+        if self._one is None or self._one.device != device:
+            self._one = torch.ones((), dtype=torch.float64, device=device)
+        return self._one
+
+
+class Aligned:
+    """What one optimizer step did, per layer: tensors (L,) on the device of the parameters.
+
+    Attributes:
+        decrease: D_l, in units of the loss, float64; nan where it is not known.
+        parameter_norm, update_norm, gradient_norm: of the parameters between this layer and the watched ones before.
+        reason: int64, why the decrease is not known: a code of :mod:`fastfs._monitor.measure.decrease_reasons`, 0 where
+            it is.
+    """
+
+    __slots__ = ("decrease", "gradient_norm", "parameter_norm", "reason", "update_norm")
+
+    def __init__(
+        self, decrease: Tensor, parameter_norm: Tensor, update_norm: Tensor, gradient_norm: Tensor, reason: Tensor
+    ) -> None:
+        self.decrease = decrease
+        self.parameter_norm = parameter_norm
+        self.update_norm = update_norm
+        self.gradient_norm = gradient_norm
+        self.reason = reason
+
+    @classmethod
+    def unknown(cls, layers: int, device: torch.device) -> Aligned:
+        """Of a step whose structure is not known."""
+        nothing = torch.full((layers,), torch.nan, dtype=torch.float64, device=device)
+        code = torch.full((layers,), decrease_reasons.STRUCTURE, dtype=torch.int64, device=device)
+        return cls(nothing, nothing, nothing, nothing, code)
+
+
+def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) -> Aligned:
+    """Sums over parameters to sums over layers.
+
+    Args:
+        found: what the step did to every parameter, shape (P,).
+        incidence: of L layers and P parameters.
+        factor: what the gradients have to be divided by; None for 1.
+    """
+    if factor is None and found.fine and incidence.everywhere:
+        return _plainly(found.stats, incidence)
+    stats = found.stats
+    if factor is None:
+        factor = torch.ones((), dtype=torch.float64, device=stats.sums.device)
+    own = incidence.own(torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / factor.square()], dim=1))
+    codes = torch.arange(1, len(decrease_reasons.REASONS), device=found.reason.device)
+    counts = (found.reason[:, None] == codes).to(torch.float64)
+    sums = incidence.upstream(torch.cat([stats.dot[:, None], counts], dim=1))
+    decrease = torch.where(incidence.known, -sums[:, 0] / factor, torch.nan)
+    first = torch.where(sums[:, 1:] > 0, codes, len(decrease_reasons.REASONS)).amin(dim=1)
+    reason = torch.where(first < len(decrease_reasons.REASONS), first, decrease_reasons.FINE)
+    reason = torch.where(incidence.known, reason, decrease_reasons.NOTHING)
+    parameters, updates, gradients = own.sqrt().unbind(dim=1)
+    return Aligned(
+        decrease, parameters, updates, gradients, torch.where(decrease.isnan(), reason, decrease_reasons.FINE)
+    )
+
+
+_DOT, _PARAMETER, _UPDATE, _GRADIENT = (
+    ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")
+)
+
+
+def _plainly(stats: ParameterStats, incidence: Incidence) -> Aligned:
+    """The same where the host knows that nothing speaks against any parameter, in few operations."""
+    upstream, own = incidence.both(stats.sums)
+    norms = own.sqrt().unbind(dim=1)
+    decrease = -upstream[:, _DOT]
+    parameters, updates, gradients = norms[_PARAMETER], norms[_UPDATE], norms[_GRADIENT]
+    fine = torch.zeros(len(decrease), dtype=torch.int64, device=decrease.device)
+    return Aligned(decrease, parameters, updates, gradients, fine)

@@ -1,0 +1,191 @@
+"""What the optimizers do to the parameters, in one order for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastfs._monitor.measure import decrease_reasons
+from fastfs._monitor.measure.fingerprints import Fingerprint
+from fastfs._monitor.measure.full_checks import both
+from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
+from fastfs._monitor.measure.update_meter import MeasuredUpdate, UpdateMeter
+from fastfs._monitor.optimizers import Found
+from fastfs._stats import ParameterStats
+
+__all__ = ["Parameters"]
+
+
+class Parameters:
+    """The parameters of all optimizers: optimizer by optimizer, group by group.
+
+    Args:
+        optimizers: those of the loop.
+        snapshot: in steps that are watched in full, copy the parameters before the step.
+    """
+
+    def __init__(self, optimizers: Sequence[Found], *, snapshot: bool) -> None:
+        self._optimizers = tuple(optimizers)
+        self._full = snapshot
+        self._meters: list[UpdateMeter] = []
+        self._snapshots: list[UpdateMeter] = []
+        self.renew()
+        self._results: list[list[MeasuredUpdate]] = [[] for _ in optimizers]
+        self._treatments: list[Treatment | None] = [None for _ in optimizers]
+        self._complete = [True for _ in optimizers]  # whether all gradients were looked at before the step
+        self._factor: GradientFactor | None = None
+        self._entries: list[Fingerprint | None] = [None for _ in optimizers]
+        self._moved: list[Tensor | None] = [None for _ in optimizers]
+
+    def renew(self) -> None:
+        """Begin anew, as if no step had been seen."""
+        # Closed forms do not hold for a wrapper whose step may do more than that of the optimizer in it.
+        self._meters = [UpdateMeter(found.optimizer, snapshot=found.copied) for found in self._optimizers]
+        self._snapshots = [
+            meter if meter.snapshot else UpdateMeter(meter.optimizer, snapshot=True) for meter in self._meters
+        ]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [p for meter in self._meters for p in meter.parameters]
+
+    def groups(self) -> list[list[Tensor]]:
+        """Of every optimizer."""
+        return [meter.parameters for meter in self._meters]
+
+    @property
+    def previous(self) -> list[Tensor]:
+        """Values before the step; only with ``snapshot``, after a step that was watched in full."""
+        return [p for meter in self._snapshots for p in meter.previous] if self._full else []
+
+    @property
+    def snapshot_bytes(self) -> int:
+        meters = {id(meter): meter for meter in (*self._meters, *(self._snapshots if self._full else ()))}
+        return sum(meter.snapshot_bytes for meter in meters.values())
+
+    def enter(self, index: int) -> None:
+        """A step with a closure begins."""
+        self._entries[index] = Fingerprint(self._meters[index].parameters)
+        self._moved[index] = None
+
+    def evaluate(self, index: int) -> None:
+        """Its closure is evaluated: the gradients are those of the parameters as they are now."""
+        entry = self._entries[index]
+        if entry is not None:
+            self._moved[index] = Fingerprint(self._meters[index].parameters, entry).differs(entry)
+
+    def before(self, index: int, full: bool, factor: GradientFactor | None = None) -> None:
+        """Right before the step of an optimizer.
+
+        Args:
+            index: which.
+            full: whether the step is watched in full.
+            factor: tells what happened to the gradients since the backward; None if nothing did.
+        """
+        meter, self._factor = self._of(index, full), factor
+        if factor is None:
+            self._treatments[index] = None
+            meter.before()
+            return
+        parameters = meter.parameters
+        look = factor.look(index, parameters)
+        self._treatments[index] = factor.compare(index, look)
+        meter.before(look, complete=full or look.complete)
+        self._complete[index] = look.complete
+
+    def after(self, index: int, full: bool) -> None:
+        """Right after it. The gradients of the result are those of the backward."""
+        meter = self._of(index, full)
+        found, scale = meter.after(), getattr(meter.optimizer, "grad_scale", None)
+        treatment, self._treatments[index] = self._treatments[index], None
+        if treatment is not None and self._factor is not None:
+            # What was verified in a step of which only the witnesses were looked at says that something has changed.
+            good = both(treatment.good, both(meter.good, self._complete[index] or not meter.verified))
+            if meter is self._meters[index] or good is False:
+                self._factor.judged(index, good, complete=self._complete[index])
+        if (treatment is not None and treatment.factor is not None) or scale is not None:
+            known = None if treatment is None else treatment.known
+            found = _as_computed(found, *(known or _nothing_done(found.reason)), scale)
+        moved, self._moved[index], self._entries[index] = self._moved[index], None, None
+        if moved is not None:
+            found = _from_elsewhere(found, moved)
+        self._results[index].append(found)
+
+    def take(self, device: torch.device) -> MeasuredUpdate:
+        """Of all parameters since the last call; zeros for those of an optimizer that did not step.
+
+        <g, dw> and |g| are of the gradients that the backward computed, a loss scale included.
+        """
+        if len(self._results) == 1 and len(self._results[0]) == 1:
+            found = self._results[0][0]
+            if found.reason.device == device and found.stats.device == device:
+                self._results[0].clear()
+                return found
+        sums, codes = [], []
+        for meter, results in zip(self._meters, self._results, strict=True):
+            size = len(meter.parameters)
+            if not results:
+                sums.append(torch.zeros((size, len(ParameterStats.names)), dtype=torch.float64, device=device))
+                codes.append(torch.zeros(size, dtype=torch.int64, device=device))
+                continue
+            total = results[0].stats.sums.to(device, non_blocking=True)
+            code = results[0].reason.to(device, non_blocking=True)
+            for found in results[1:]:
+                total = total + found.stats.sums.to(device, non_blocking=True)
+                code = torch.where(code == decrease_reasons.FINE, found.reason.to(device, non_blocking=True), code)
+            sums.append(total)
+            codes.append(code)
+            results.clear()
+        if len(sums) == 1:
+            return MeasuredUpdate(ParameterStats(sums[0]), codes[0])
+        return MeasuredUpdate(ParameterStats(torch.cat(sums)), torch.cat(codes))
+
+    def clear(self) -> None:
+        for results in self._results:
+            results.clear()
+        for meter in (*self._meters, *self._snapshots):
+            meter.forget()
+        self._treatments = [None for _ in self._treatments]
+        self._moved = [None for _ in self._moved]
+        self._entries = [None for _ in self._entries]
+
+    def _of(self, index: int, full: bool) -> UpdateMeter:
+        return (self._snapshots if full and self._full else self._meters)[index]
+
+
+def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Tensor | None) -> MeasuredUpdate:
+    """With the gradients that the backward computed in the place of those that the step was given.
+
+    Args:
+        found: of the step.
+        factor, code: see :class:`Treatment`.
+        scale: what a fused optimizer took out of the gradients itself.
+    """
+    sums = found.stats.sums
+    if factor.device != sums.device:
+        factor, code = factor.to(sums.device, non_blocking=True), code.to(sums.device, non_blocking=True)
+    if scale is not None:
+        factor = factor / scale.to(sums.device, torch.float64, non_blocking=True)
+    dot, update, gradient, *rest = sums.unbind(dim=1)
+    # Without an update the factor does not matter, and without a gradient there is nothing to be scaled.
+    nothing = (gradient == 0) & (code != decrease_reasons.CHANGED) & (code != decrease_reasons.UNSEEN)
+    still = (update == 0) | nothing
+    new_dot = torch.where(still, 0.0, dot / factor)
+    new_gradient = torch.where(nothing, 0.0, gradient / factor.square())
+    reason = torch.where((found.reason == decrease_reasons.FINE) & ~still, code, found.reason)
+    return MeasuredUpdate(ParameterStats(torch.stack([new_dot, update, new_gradient, *rest], dim=1)), reason)
+
+
+def _nothing_done(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors and codes of gradients that nothing was done to."""
+    return torch.ones_like(like, dtype=torch.float64), torch.zeros_like(like)
+
+
+def _from_elsewhere(found: MeasuredUpdate, moved: Tensor) -> MeasuredUpdate:
+    """If the parameters had moved when the gradients were computed, nothing is known of the step."""
+    moved = moved.to(found.reason.device, non_blocking=True)
+    sums = found.stats.sums.clone()
+    sums[:, :3].masked_fill_(moved, torch.nan)
+    return MeasuredUpdate(ParameterStats(sums), torch.where(moved, decrease_reasons.MOVED, found.reason))

@@ -1,0 +1,158 @@
+"""One sink, and the records that it has not taken yet."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Any
+
+from fastfs._monitor.record.exception_text import in_words
+from fastfs._monitor.record.record import Record
+from fastfs._monitor.record.sinks import PartlyWrittenError, Sink
+
+__all__ = ["Outlet"]
+
+_TRIES = 3
+_LONGEST_PAUSE = 60.0
+
+
+class Outlet:
+    """Writes to a sink; keeps what a failing one does not take and tries again, with growing pauses.
+
+    After a failure the records are tried one by one, so that one that cannot be written does not hold up the others. An
+    ``OSError`` (a full disk, a network) may pass and is tried for ever; a record that fails three times with another
+    error is given up. When the backlog is full its oldest records go. Whatever a sink raises stays here, ``SystemExit``
+    and other exceptions that are no ``Exception`` included: the other sinks and the thread have no part in it.
+
+    Args:
+        sink: has been opened.
+        most_values: size of the backlog, in numbers (about 32 bytes each).
+        retry_seconds: the first pause; each further one is twice as long, up to a minute.
+        say: takes warnings for the training thread.
+    """
+
+    def __init__(self, sink: Sink, most_values: int, retry_seconds: float, say: Callable[[str], None]) -> None:
+        self.sink = sink
+        self.name = type(sink).__name__
+        self.lost = 0
+        self.discarded = False  # nothing was recorded: the sink takes back what it made
+        self.error: BaseException | None = None  # the last one, until the sink works again
+        self._flush: Callable[[], object] | None = getattr(sink, "flush", None)
+        self._due: Callable[[], float | None] | None = getattr(sink, "due", None)
+        self._backlog: deque[Record] = deque()
+        self._values = 0
+        self._most_values = most_values
+        self._retry_seconds = self._pause = retry_seconds
+        self._retry_at = 0.0
+        self._singly = 0  # so many records are tried one by one
+        self._tries = 0  # how often the first one alone
+        self._warned = False
+        self._say = say
+
+    def __len__(self) -> int:
+        """Records that wait."""
+        return len(self._backlog)
+
+    def add(self, records: Sequence[Record]) -> None:
+        for record in records:
+            self._backlog.append(record)
+            self._values += record.size
+        while self._values > self._most_values and len(self._backlog) > 1:
+            self._remove(1)
+            self.lost += 1
+
+    def due_at(self) -> float | None:
+        """When :meth:`run` has something to do, by ``time.monotonic()``."""
+        times = []
+        if self._backlog:
+            times.append(self._retry_at)
+        due = self._asked()
+        if due is not None:
+            times.append(max(due, self._retry_at))
+        return min(times, default=None)
+
+    def run(self, *, force: bool = False, settle: bool = False) -> None:
+        """Write what waits, if it is time, or at once with ``force``; then, with ``settle``, flush the sink too."""
+        now = time.monotonic()
+        if now < self._retry_at and not force:
+            return
+        if self._backlog and not self._write():
+            return
+        due = self._asked()
+        if self._flush is not None and (settle or (due is not None and due <= now)):
+            try:
+                self._flush()
+            except BaseException as error:
+                self._failed(error, " to flush")
+            else:
+                self._worked()
+
+    def close(self) -> str | None:
+        """Close the sink; what went wrong, if it did."""
+        try:
+            if self.discarded:
+                getattr(self.sink, "discard", self.sink.close)()
+            else:
+                self.sink.close()
+        except BaseException as error:
+            return f"{self.name} ({in_words(error)})"
+        return None
+
+    def _asked(self) -> float | None:
+        if self._due is None or self._flush is None:
+            return None
+        try:
+            due = self._due()
+            return None if due is None else float(due)
+        except BaseException as error:
+            self._due = None
+            self._failed(error, " to say when it is due")
+            return None
+
+    def _write(self) -> bool:
+        while self._backlog:
+            part = list(islice(self._backlog, 1 if self._singly else None))
+            try:
+                self.sink.write(part)
+            except BaseException as error:
+                done = min(error.written, len(part)) if isinstance(error, PartlyWrittenError) else 0
+                self._remove(done)
+                self._failed(error, f" at step {part[min(done, len(part) - 1)].step}")
+                self._tries = self._tries + 1 if self._singly else 0
+                self._singly = self._singly or len(part) - done
+                if self._tries < _TRIES or isinstance(error, OSError):
+                    return False
+                self._remove(1)  # given up
+                self.lost += 1
+                self._singly -= 1
+                self._tries = 0
+                continue
+            self._remove(len(part))
+            self._singly = max(0, self._singly - 1)
+            self._tries = 0
+            self._worked()
+        return True
+
+    def _remove(self, count: int) -> None:
+        for _ in range(count):
+            self._values -= self._backlog.popleft().size
+
+    def _worked(self) -> None:
+        self._pause, self._retry_at, self.error = self._retry_seconds, 0.0, None
+
+    def _failed(self, error: BaseException, what: str) -> None:
+        self._retry_at = time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, max(_LONGEST_PAUSE, self._retry_seconds))
+        self.error = error
+        if not self._warned:
+            self._warned = True
+            self._say(
+                f"fastfs.Monitor: {self.name} failed{what} ({in_words(error)}); its rows are "
+                "kept and tried again, training goes on. Said once."
+            )
+
+    def report(self) -> dict[str, Any]:
+        """For tests and messages."""
+        return {"sink": self.name, "waiting": len(self._backlog), "lost": self.lost, "values": self._values}

@@ -1,0 +1,187 @@
+"""The monitor's arguments: checked before anything is opened or hooked, and put into words."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastfs._monitor.measure.modes import MODES
+from fastfs._monitor.measure.probe import Probe
+from fastfs._monitor.record.recorder import Recorder, check_recorder_state
+from fastfs._monitor.record.sinks import as_sink, as_sinks
+from fastfs._monitor.schedule import Every
+
+__all__ = [
+    "aligned_work",
+    "check_compiled",
+    "check_mode",
+    "check_select",
+    "check_sizes",
+    "check_state",
+    "describe",
+    "momentary_bytes",
+    "open_recorder",
+    "shown",
+    "speaks",
+]
+
+_MIB = 2**20
+_OPERATIONS, _OF_LAYERS = 60, 3  # operations of torch in an aligned step, and for each layer: as a dispatch mode counts
+_TINY = 2**20  # bytes of parameters up to which host work takes longer than the pass over them
+
+
+def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
+    """The probe of probe mode.
+
+    Raises:
+        TypeError: a probe that is none.
+        ValueError: an unknown mode, or arguments that do not go together.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
+    if not isinstance(amplify, bool):
+        raise TypeError(f"amplify: expected True or False, got {amplify!r}")
+    if amplify and mode != "batch":
+        raise ValueError(f'amplify: is for mode="batch"; mode={mode!r} has no rounding noise to overcome')
+    if (probe is not None) != (mode == "probe"):
+        raise ValueError(
+            'probe: expected with mode="probe", and only there: a pair of inputs and a loss function of the output, '
+            f"or fastfs.monitor.Probe(inputs, loss); got mode={mode!r} and probe={'None' if probe is None else '...'}"
+        )
+    if probe is None or isinstance(probe, Probe):
+        return probe
+    if not isinstance(probe, tuple) or len(probe) != 2:
+        raise TypeError(f"probe: expected a pair of inputs and loss function, got {type(probe).__name__}")
+    return Probe(*probe)
+
+
+def check_sizes(rows: Any, memory: Any, quantiles: Any) -> None:
+    """Raises ValueError for what is out of range, TypeError for what is no number."""
+    for name, value, least in (("rows", rows, 2), ("memory", memory, 1)):
+        if name == "rows" and value is None:
+            continue
+        try:
+            number = -1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = -1
+        if number < least:
+            unit = "rows kept of a layer, or None for all" if name == "rows" else "bytes"
+            raise ValueError(f"{name}: expected an integer >= {least} ({unit}), got {value!r}")
+    if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
+        raise TypeError(f"quantiles: expected numbers between 0 and 1, got {quantiles!r}")
+    for quantile in quantiles:
+        if not isinstance(quantile, (int, float)) or not 0.0 <= quantile <= 1.0:
+            raise ValueError(f"quantiles: expected numbers between 0 and 1, got {quantile!r}")
+
+
+def check_select(select: Any) -> None:
+    """Raises TypeError if it is no function."""
+    if not callable(select) or isinstance(select, type):
+        raise TypeError(f"select: expected a function from a layer's output to a tensor in it, got {select!r:.100}")
+
+
+def check_compiled(model: nn.Module, mode: str) -> None:
+    """Raises ValueError if the model's own forward hooks would be called inside of a compiled graph only."""
+    if mode != "probe" and getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "model: was compiled in place by model.compile(), so that its inputs can only be seen from inside the "
+            'graph. Attach to compiled = torch.compile(model) instead and call that, or use mode="probe"'
+        )
+
+
+def check_state(state: Mapping[str, Any], layers: Sequence[str], step: int) -> None:
+    """Raises ValueError if a monitor with these layers cannot go on from that state; names the entry."""
+    if not isinstance(state, Mapping) or not {"step", "recorder", "engine"} <= set(state):
+        got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        raise ValueError(f"load_state_dict: expected a dictionary of step, recorder and engine, got {got}")
+    if isinstance(state["step"], bool) or not isinstance(state["step"], int) or state["step"] < 0:
+        raise ValueError(f"load_state_dict: step: expected an integer >= 0, got {state['step']!r:.100}")
+    check_recorder_state(state["recorder"])
+    if not isinstance(state["engine"], Mapping) or not isinstance(state["engine"].get("layers"), (list, tuple)):
+        raise ValueError("load_state_dict: engine: expected a dictionary with a list of layers")
+    if step:
+        raise ValueError(f"load_state_dict: expected a monitor that has seen no step, this one has seen {step}")
+    theirs = state["engine"]["layers"]
+    if list(theirs) != list(layers):
+        raise ValueError(f"load_state_dict: expected a state of the layers {list(layers)}, got {list(theirs)}")
+
+
+def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: Any) -> Recorder:
+    """A recorder into ``path`` and ``sinks``; into ``record.jsonl`` if neither is given.
+
+    If it fails, no thread, no open file, and no file or folder is left that was not there before.
+    """
+    targets = as_sinks(sinks)
+    if path is not None or not targets:
+        targets.insert(0, "record.jsonl" if path is None else path)
+    with ExitStack() as undo:
+        opened = []
+        for target in targets:
+            sink = as_sink(target)
+            opened.append(sink)
+            if sink is not target:  # made here: nobody else could close it
+                undo.callback(getattr(sink, "discard", sink.close))
+        recorder = Recorder(opened, header, **options)
+        undo.pop_all()
+    return recorder
+
+
+def shown(schedule: Any) -> Any:
+    """A schedule for the header."""
+    return schedule.steps if isinstance(schedule, Every) else None if schedule is None else repr(schedule)
+
+
+def speaks() -> bool:
+    """In a group of processes, the first one does."""
+    distributed = torch.distributed
+    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def momentary_bytes(parameters: Sequence[Tensor], mode: str, amplify: bool) -> int:
+    """Memory for copies of parameters that a measured step needs for a moment, besides the values before the step."""
+    own = sum(p.numel() * p.element_size() for p in parameters)
+    single = sum(p.numel() * 4 for p in parameters)
+    if mode == "probe":
+        return 2 * single  # gradients and updates; casts to float32 come one at a time beside them
+    if mode == "jvp":
+        return own  # a direction
+    return 2 * own if amplify else 0  # both sides of the probe
+
+
+def aligned_work(parameters: Sequence[Tensor], layers: int) -> str:
+    """What an aligned step does besides the training's own work, in words."""
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    amount = f"{size / _MIB:.1f} MiB" if size >= _MIB // 10 else f"{size / 1024:.1f} KiB"
+    work = (
+        f"one pass over gradients, parameters and optimizer state ({len(parameters)} parameters, {amount} each), the "
+        f"norm of {layers} backward vectors and some {_OPERATIONS + _OF_LAYERS * layers} small operations"
+    )
+    if size <= _TINY:
+        work += "; for so small a model these take longer than the pass, and may take as long as the step itself"
+    return work
+
+
+def describe(
+    header: Mapping[str, Any], snapshot_bytes: int, momentary: int, ring_bytes: int, aligned_step: str = ""
+) -> str:
+    """One line for a person."""
+    every = header["every"]
+    often = f"every {every} steps" if isinstance(every, int) else every
+    aligned = ""
+    if header["aligned_every"] is not None:
+        how = header["aligned_every"]
+        steps = ("every step" if how == 1 else f"every {how} steps") if isinstance(how, int) else f"every {how}"
+        aligned = f", aligned decrease {steps}" + (f" ({aligned_step})" if aligned_step else "")
+    rows = "all rows" if header["rows"] is None else f"{header['rows']} rows a layer"
+    snapshot = f", {snapshot_bytes / _MIB:.1f} MiB for parameters before the step" if snapshot_bytes else ""
+    snapshot += f" and {momentary / _MIB:.1f} MiB for a moment after it" if momentary else ""
+    budget = f"at most {header['memory_bytes'] / _MIB:.1f} MiB for inputs and {rows}"
+    return (
+        f"fastfs.Monitor: {len(header['layers'])} layers of {header['model']}, {header['mode']} mode, {often}{aligned}"
+        f"; memory at a measured step: {budget}{snapshot}, {ring_bytes / _MIB:.1f} MiB for the record"
+    )

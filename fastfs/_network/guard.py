@@ -1,0 +1,336 @@
+"""Looks at every operation of a forward of fastfs's own: no write to anything that training owns gets through.
+
+A dispatch mode sees each operation before it runs, with a schema that says what it writes to. A write is let through
+only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an
+operation - assignments to attributes, ``.data`` and ``.grad``, flags - is put back by
+:mod:`fastfs._network.module_contents`.
+
+On the way the guard notes whether a forward in forward mode cuts off first-order changes, in which precision it
+computes, whoever switched it on, which integer choices it makes (top-k, argmax), and the states of generators that are
+not known from elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch as python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastfs._network.journal import Journal
+from fastfs._network.precision import SINGLE, coarseness, product_coarseness
+
+__all__ = ["Guard", "HostCopies", "Plans", "WriteError", "pop_ended", "storages"]
+
+_CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
+_ORDINARY = (Tensor, torch.nn.Parameter)
+_HALVES = (torch.float16, torch.bfloat16)
+# Their schemas do not say that training mode writes to the running statistics.
+_STATISTICS = frozenset({"running_mean", "running_var"})
+_PRODUCTS = (
+    "mm addmm bmm baddbmm addbmm mv addmv dot linear matmul _scaled_mm _grouped_mm _scaled_dot_product_attention_math "
+    "_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention _scaled_dot_product_cudnn_attention"
+).split()
+_CONVOLUTIONS = "convolution _convolution convolution_overrideable cudnn_convolution conv2d conv1d conv3d".split()
+_RECURRENT = "_cudnn_rnn _thnn_fused_lstm_cell mkldnn_rnn_layer".split()
+_MEMORY = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.untyped_storage)
+_GET_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_CUTTING = (Tensor.detach, Tensor.detach_, torch.detach, torch.detach_, _GET_DATA, F.gumbel_softmax)
+_SETTERS = {getattr(Tensor, name).__set__: name for name in ("data", "grad", "requires_grad")}
+_PAST_DISPATCH = frozenset((*_MEMORY, *_SETTERS, *_CUTTING))
+_KINDS = {
+    **dict.fromkeys((f"aten::{name}" for name in _PRODUCTS), "matmul"),
+    **dict.fromkeys((f"aten::{name}" for name in _CONVOLUTIONS), "conv"),
+    **dict.fromkeys((f"aten::{name}" for name in _RECURRENT), "rnn"),
+}
+
+
+class WriteError(RuntimeError):
+    """A forward wants to write to memory that it may not change.
+
+    Args:
+        operation: by which it would.
+        inputs: to a copy of its inputs, which can be renewed.
+    """
+
+    def __init__(self, operation: str, inputs: bool) -> None:
+        super().__init__(f"the forward writes to a tensor that is not its own ({operation})")
+        self.inputs = inputs
+
+
+class _Plan(NamedTuple):
+    """What there is to do at an operation."""
+
+    writes: tuple[tuple[int, str], ...]  # positions and names of arguments that are written to
+    fresh: bool  # whether its outputs may be memory of their own
+    choice: bool
+    kind: str | None  # of a product, whose precision has a setting of its own
+
+
+Plans = dict[Any, _Plan]
+"""By operation."""
+
+
+class Guard(TorchDispatchMode):
+    """The mode; for one forward.
+
+    Args:
+        journal: where states of generators are noted that the forward takes numbers from.
+        allowed: tensors that may be written to.
+        inputs: copies of the forward's inputs.
+        protected: gives the tensors that training owns; asked only about writes by code that manages memory of its own
+            (compiled graphs, sharding).
+        plans: for operations of earlier guards, to be used again.
+        single: compute in float32 what the model would compute in 16 bits.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        journal: Journal,
+        allowed: Iterable[Tensor],
+        inputs: Iterable[Tensor] = (),
+        protected: Callable[[], Iterable[Tensor]] = tuple,
+        *,
+        plans: Plans | None = None,
+        single: bool = False,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.coarsest = 0.0  # spacing at 1 of the coarsest numbers so far
+        self.choices: list[Tensor] = []
+        self.cut = False  # a first-order change was cut off by detach()
+        self.ended = False  # the forward is over
+        self._journal = journal
+        self._made = {storage for tensor in allowed for storage in storages(tensor)}
+        self._inputs = {storage for tensor in inputs for storage in storages(tensor)}
+        self._protected = protected
+        self._single = single
+        self._plans: Plans = {} if plans is None else plans
+        self._generators: set[int] = set()
+
+    def end(self) -> None:
+        """The forward is over: this mode and the :class:`HostCopies` with it let everything through."""
+        self.ended = True
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether the forward may write to that tensor."""
+        return self._made.issuperset(storages(tensor))
+
+    def keep_data(self, tensor: Tensor) -> None:
+        """Put the memory of a tensor back afterwards."""
+        with torch._C.DisableTorchFunction():
+            data = tensor.data
+
+        def restore() -> None:
+            tensor.data = data
+
+        self._journal.note(restore)
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Whether it is a copy of one of the forward's inputs."""
+        return self._inputs.issuperset(storages(tensor))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if self.ended:
+            return func(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunction():  # also what is asked of tensors here
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        plan = self._plans.get(func)
+        if plan is None:
+            plan = self._plans[func] = _plan(func)
+        for position, name in plan.writes:
+            target = args[position] if position < len(args) else kwargs.get(name)
+            self._check(func, target)
+        if kwargs:
+            self._note_generator(kwargs.get("generator"))
+        if self._single and plan.fresh:  # views stay what they are views of
+            args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
+        output = func(*args, **kwargs) if kwargs else func(*args)
+        if plan.fresh:
+            if type(output) is Tensor and output.layout is torch.strided:  # nearly always
+                self._made.add(output.untyped_storage()._cdata)
+                self._note_precision(plan, output)
+            else:
+                for tensor in _tensors(output):
+                    self._made.update(storages(tensor))
+                    self._note_precision(plan, tensor)
+        if plan.choice:
+            self.choices += [x for x in _tensors(output) if not x.is_floating_point()]
+        return output
+
+    def _check(self, func: Any, target: Any) -> None:
+        for tensor in _tensors(target):
+            for storage in storages(tensor):
+                if storage in self._made:
+                    continue
+                if storage in self._inputs:
+                    raise WriteError(str(func), inputs=True)
+                if self._is_scratch(storage):
+                    self._made.add(storage)
+                    continue
+                raise WriteError(str(func), inputs=False)
+
+    def _is_scratch(self, storage: int) -> bool:
+        """Memory of code that manages its own, and not of training."""
+        if not _managed():
+            return False
+        return not any(storage in storages(tensor) for tensor in self._protected())
+
+    def _note_generator(self, generator: Any) -> None:
+        if isinstance(generator, torch.Generator) and id(generator) not in self._generators:
+            self._generators.add(id(generator))
+            state = generator.get_state()
+            self._journal.note(lambda: generator.set_state(state))
+
+    def _note_precision(self, plan: _Plan, tensor: Tensor) -> None:
+        dtype = tensor.dtype
+        if dtype is torch.float32:
+            spacing = SINGLE if plan.kind is None else product_coarseness(plan.kind, tensor.device.type)
+        else:
+            spacing = coarseness(dtype)
+        if spacing > self.coarsest:
+            self.coarsest = spacing
+
+
+class HostCopies(TorchFunctionMode):
+    """For what goes past all dispatch: copies where a forward asks for a tensor's memory, and notes of assignments.
+
+    Assignments to ``.data``, ``.grad`` and ``.requires_grad`` of any tensor are put back by the journal.
+
+    Args:
+        guard: of the forward.
+        journal: takes what is to be put back.
+        strict: raise instead, since a compiled forward will not be given copies.
+    """
+
+    def __init__(self, guard: Guard, journal: Journal, *, strict: bool = False) -> None:
+        super().__init__()
+        self.guard = guard
+        self._journal = journal
+        self._strict = strict
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _PAST_DISPATCH or self.guard.ended:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if func in _SETTERS:
+            if self._strict and not self._is_own(args[0]):
+                raise WriteError(f"Tensor.{_SETTERS[func]} =", inputs=False)
+            self._note(args[0], _SETTERS[func])
+        elif func in _CUTTING:
+            self.guard.cut = self.guard.cut or _carries(args[0])
+        elif not self._is_own(args[0]) and not _managed():
+            if self._strict:
+                raise WriteError(f"Tensor.{func.__name__}, through whose result it may write", inputs=False)
+            with torch._C.DisableTorchFunction():
+                args = (args[0].detach().clone(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        with torch._C.DisableTorchFunction():
+            return self.guard.owns(tensor) or self.guard.is_input(tensor)
+
+    def _note(self, tensor: Tensor, name: str) -> None:
+        with torch._C.DisableTorchFunction():
+            before = getattr(tensor, name)
+
+        def undo() -> None:
+            with torch._C.DisableTorchFunction():  # the mode may still be on
+                if getattr(tensor, name) is not before:
+                    setattr(tensor, name, before)
+
+        self._journal.note(undo)
+
+
+def pop_ended() -> None:
+    """Take modes of forwards that are over off the stack.
+
+    Torch takes a mode off while it runs a function, in a generator that puts it back. An interrupt may leave that
+    generator suspended, and it then puts the mode back when it is freed: after everything else was put back.
+    """
+    while (number := torch._C._len_torch_function_stack()) and _is_ended(torch._C._get_function_stack_at(number - 1)):
+        torch.overrides._pop_mode()
+    while (number := torch._C._len_torch_dispatch_stack()) and _is_ended(torch._C._get_dispatch_stack_at(number - 1)):
+        python_dispatch._pop_mode()
+
+
+def _is_ended(mode: Any) -> bool:
+    guard = mode.guard if isinstance(mode, HostCopies) else mode
+    return isinstance(guard, Guard) and guard.ended
+
+
+def _carries(tensor: Tensor) -> bool:
+    """Whether a tensor carries a first-order change in forward mode."""
+    if forward_ad._current_level < 0:
+        return False
+    with torch._C.DisableTorchFunction():
+        return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def storages(tensor: Tensor) -> tuple[int, ...]:
+    """What identifies the memory of a tensor; nothing for tensors without memory that can be told apart."""
+    if type(tensor) not in _ORDINARY and hasattr(type(tensor), "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        return tuple(storage for name in names for storage in storages(getattr(tensor, name)))
+    try:
+        return (tensor.untyped_storage()._cdata,)
+    except (RuntimeError, NotImplementedError):  # sparse tensors, for instance
+        return ()
+
+
+def _plan(func: Any) -> _Plan:
+    schema = getattr(func, "_schema", None)
+    if schema is None:  # a higher-order operator: its parts come by themselves
+        return _Plan((), True, False, None)
+    norm = "batch_norm" in schema.name
+    writes = tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write) or (norm and argument.name in _STATISTICS)
+    )
+    # A tensor made of Python numbers comes in as an alias of memory that no operation has made.
+    fresh = schema.name == "aten::lift_fresh" or all(result.alias_info is None for result in schema.returns)
+    return _Plan(writes, fresh, schema.name in _CHOICES, _KINDS.get(schema.name))
+
+
+def _managed() -> bool:
+    """Whether the operation comes from generated code of torch.compile, or from torch.distributed."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if "torchinductor" in name or "/torch/distributed/" in name or "/torch/_inductor/" in name:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _tensors(value: Any) -> Sequence[Tensor]:
+    if isinstance(value, Tensor):
+        return (value,)
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return ()
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in _HALVES else value
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in _HALVES else value
+    if isinstance(value, (list, tuple)) and any(isinstance(part, Tensor) for part in value):
+        return type(value)(_wide(part) for part in value)
+    return value

@@ -1,0 +1,184 @@
+"""From the rows of a run to layer x step grids, thinned for display so that nothing that matters goes unsaid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastfs._monitor.record.schema import BOOLEANS, INTEGERS, KEYS, MORE_SCALARS, SCALARS, STRINGS
+from fastfs._report.quantities import QUANTITIES, Quantity
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["Grid", "Thinned", "make_grid", "predicted_before", "quantities_of", "thin", "thin_series"]
+
+Array = np.ndarray[Any, Any]
+
+
+_NOT_SHOWN = frozenset((*KEYS, *BOOLEANS, *STRINGS, *INTEGERS, *SCALARS, *MORE_SCALARS, "measure_seconds"))
+_MOST_OTHERS = 12
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All records of one kind: a column per step, a row per layer or group.
+
+    ``columns[name]`` is (rows, steps) float32, NaN where absent. ``invalid`` is (rows, steps): measured, and flagged as
+    not valid. ``why`` holds indices into ``reasons`` of the same shape. ``steps``, ``times``, ``loss``: (steps,).
+    """
+
+    steps: Array
+    times: Array
+    loss: Array
+    overhead: Array
+    columns: dict[str, Array]
+    invalid: Array
+    why: Array
+    reasons: list[str]
+
+
+def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Quantity]:
+    """What of the table can be shown: the known columns that hold a number, then up to 12 unknown ones.
+
+    ``where``: the rows that count; all of them if None.
+    """
+    errors = {quantity.error for quantity in QUANTITIES}
+    known = {quantity.key: quantity for quantity in QUANTITIES}
+    others = [c for c in table.columns if c not in _NOT_SHOWN and c not in known and c not in errors]
+    found = [q for q in QUANTITIES if q.key in table.columns and _some(table, q.key, where)]
+    numeric = [c for c in others if _some(table, c, where)]
+    return found + [Quantity(c, c, "see record", "Column of the record.", guarded=True) for c in numeric[:_MOST_OTHERS]]
+
+
+def _some(table: pandas.DataFrame, column: str, where: Array | None) -> bool:
+    given = ~np.isnan(_numbers(table, column))
+    return bool((given if where is None else given & where).any())
+
+
+def _numbers(table: pandas.DataFrame, column: str) -> Array:
+    import pandas
+
+    values = pandas.to_numeric(table[column], "coerce")
+    if values.dtype == np.float32:
+        return np.asarray(values)
+    return np.asarray(values.to_numpy(dtype=np.float64, na_value=np.nan))
+
+
+def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where: Array | None = None) -> Grid:
+    """Rows of one kind as grids. A step that is there twice, as after a resume, counts as it came last.
+
+    Args:
+        table: columns ``step``, ``layer`` and what is asked for; others may be absent.
+        rows: number of layers and groups.
+        columns: to be made grids of.
+        where: the rows of that kind, as a mask, so that a large table need not be copied; all of them if None.
+    """
+    import pandas
+
+    every = where is None or bool(where.all())
+
+    def chosen(values: Array) -> Array:
+        return values if every else values[where]
+
+    steps, at = np.unique(chosen(table["step"].to_numpy(dtype=np.int64)), return_inverse=True)
+    layer = chosen(table["layer"].to_numpy(dtype=np.int64))
+    shape = (rows, len(steps))
+
+    def per_step(name: str) -> Array:
+        values = np.full(len(steps), np.nan)
+        if name in table.columns:
+            values[at] = chosen(_numbers(table, name))
+        return values
+
+    grids = {}
+    for name in columns:
+        cells = np.full(shape, np.nan, dtype=np.float32)
+        if name in table.columns:
+            with np.errstate(over="ignore"):
+                cells[layer, at] = chosen(_numbers(table, name))
+        cells[~np.isfinite(cells)] = np.nan
+        grids[name] = cells
+    invalid = np.zeros(shape, dtype=bool)
+    why = np.zeros(shape, dtype=np.uint8)
+    reasons = ["no reason given"]
+    if "valid" in table.columns:
+        flagged = (table["valid"] == False).to_numpy(dtype=bool, na_value=False)  # noqa: E712 - None is not False
+        invalid[layer, at] = chosen(flagged)
+    if "why" in table.columns:
+        codes, found = pandas.factorize(chosen(np.asarray(table["why"], dtype=object)))
+        reasons += [str(reason)[:200] for reason in found[:254]]
+        why[layer, at] = np.where(codes < 254, codes + 1, 0)
+    return Grid(steps, per_step("time"), per_step("loss"), per_step("overhead_seconds"), grids, invalid, why, reasons)
+
+
+def predicted_before(measured: Grid, predicted: Grid) -> tuple[Array, Array]:
+    """The speed that was predicted last before each measured step, since the measured step before.
+
+    Returns:
+        (rows, measured steps) float32, NaN where there is none; (measured steps,) the steps they are from, -1 for none.
+    """
+    speed = predicted.columns["update_rms"]
+    at = np.searchsorted(predicted.steps, measured.steps) - 1
+    before = np.concatenate([[-1], measured.steps[:-1]])
+    found = np.zeros(len(at), dtype=bool)
+    if len(predicted.steps):
+        found = (at >= 0) & (predicted.steps[at] > before)
+    values = np.full((len(measured.invalid), len(at)), np.nan, dtype=np.float32)
+    values[:, found] = speed[:, at[found]]
+    origin = np.full(len(at), -1, dtype=np.int64)
+    origin[found] = predicted.steps[at[found]]
+    return values, origin
+
+
+@dataclass(frozen=True)
+class Thinned:
+    """Which steps of a grid are shown, and what each of them stands for.
+
+    ``index``: (columns,) into the grid's steps. ``merged``: (columns,) steps that it stands for. ``invalid``: (rows,
+    columns) how many of those were not valid in that row.
+    """
+
+    index: Array
+    merged: Array
+    invalid: Array
+
+
+def thin(grid: Grid, most: int, alert_steps: Sequence[int] = ()) -> Thinned:
+    """Choose at most ``most`` steps: one of every group of neighbours, whole and as measured; nothing is averaged.
+
+    Of a group it is the step with the most alerts, then the one with the most cells that are not valid, then the last.
+    How many cells of the group were not valid is kept for each row.
+    """
+    total = len(grid.steps)
+    edges = np.unique(np.linspace(0, total, min(total, most) + 1).round().astype(np.int64))
+    alerts = np.zeros(total)
+    if total and len(alert_steps):
+        # An alert between two measured steps belongs to the one before it.
+        at = np.searchsorted(grid.steps, np.asarray(alert_steps), side="right") - 1
+        np.add.at(alerts, np.clip(at, 0, None), 1)
+    score = alerts * (grid.invalid.shape[0] + 1) + grid.invalid.sum(axis=0)
+    starts, ends = edges[:-1], edges[1:]
+    index = np.array(
+        [e - 1 - int(np.argmax(score[s:e][::-1])) for s, e in zip(starts, ends, strict=True)], dtype=np.int64
+    )
+    counts = np.add.reduceat(grid.invalid.astype(np.int64), starts, axis=1) if len(starts) else grid.invalid[:, :0]
+    return Thinned(index, ends - starts, counts.astype(np.uint16))
+
+
+def thin_series(steps: Array, values: Array, most: int) -> tuple[Array, Array]:
+    """At most ``most`` points of a line: of every group of neighbours the lowest and the highest, where they are."""
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    if len(steps) <= most:
+        return steps, values
+    edges = np.linspace(0, len(steps), max(most // 2, 1) + 1).round().astype(np.int64)
+    keep = {0, len(steps) - 1}
+    for start, end in itertools.pairwise(edges):
+        keep |= {start + int(np.argmin(values[start:end])), start + int(np.argmax(values[start:end]))}
+    chosen = np.array(sorted(keep))
+    return steps[chosen], values[chosen]

@@ -1,0 +1,308 @@
+"""One self-contained HTML page about a run: `fastfs report`. Needs the extra ``report`` (plotly, pandas)."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastfs._report import summary
+from fastfs._report.grids import Array, Grid, Thinned, make_grid, predicted_before, quantities_of, thin, thin_series
+from fastfs._report.quantities import Quantity
+from fastfs._report.read import load_compact
+from fastfs._utils.output_files import check_output, write_whole
+
+try:
+    import pandas
+    from plotly.offline import get_plotlyjs
+except ImportError as missing:
+    raise ImportError(f'a report needs plotly and pandas ({missing}): pip install "fastfs[report]"') from missing
+
+__all__ = ["build_page", "page_data", "render", "write_page"]
+
+# What bounds the page: numbers in grids (5.3 bytes each), alerts and text. With plotly.js (4.8 MB) below 15 MB for up
+# to 5,000 layers; 100 layers with all quantities of the format make about 10 MB however long the run.
+_MEASURED_CELLS = 1_000_000
+_PREDICTED_CELLS = 300_000
+_MOST_COLUMNS = 800
+_LEAST_COLUMNS = 10
+_MOST_ALERTS = 1000
+_MOST_SKIPPED = 200
+_MOST_POINTS = 2000
+_MOST_TEXT = 2000
+
+_PREDICTED = (
+    "aligned_decrease",
+    "update_rms",
+    "backward_rms",
+    "gradient_norm",
+    "parameter_update_norm",
+    "parameter_norm",
+)
+_ASSETS = ("report.css", "data.js", "charts.js", "report.js")
+
+
+def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str], *, run: str | None = None) -> Path:
+    """Make the page of a record and write it in one move, so that a reader never sees half of it.
+
+    Args:
+        path: a record that :func:`fastfs.load` reads.
+        out: the page; its folder is made if missing.
+        run: id of the run; the last one in the record by default.
+
+    Raises:
+        ImportError: plotly or pandas is not installed.
+        OSError: the record cannot be read or the page not be written.
+        ValueError: not a record, or without that run; ``out`` is there and no regular file.
+    """
+    check_output(out)
+    page = build_page(load_compact(Path(path)), run=run, source=Path(path).name)
+    return write_whole(out, page.encode("utf-8"))
+
+
+def build_page(table: pandas.DataFrame, *, run: str | None = None, source: str = "") -> str:
+    """The page of one run as text.
+
+    Args:
+        table: as from :func:`fastfs.load`, with its ``attrs``.
+        run: id of the run; the last one by default.
+        source: name of the record, for the page.
+
+    Raises:
+        ValueError: the table has no such run.
+    """
+    return render(page_data(table, run=run, source=source))
+
+
+def render(data: Mapping[str, Any]) -> str:
+    """The page around its data. All text of the record is in ``data``, as JSON that cannot end its script element."""
+    folder = files("fastfs._report") / "assets"
+    parts = {name: (folder / name).read_text(encoding="utf-8") for name in _ASSETS}
+    parts["plotly.js"] = get_plotlyjs()
+    parts["title"] = html.escape(f"{data['title']} - fastfs report")
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    parts["data.json"] = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    template = (folder / "template.html").read_text(encoding="utf-8")
+    # In one pass, so that nothing in a part is taken for a placeholder.
+    return re.sub(r"@@([a-z.]+)@@", lambda match: parts[match[1]], template)
+
+
+def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = "") -> dict[str, Any]:
+    """Everything that the page shows, ready for JSON. Arguments and errors as of :func:`build_page`."""
+    headers = [dict(header) for header in table.attrs.get("headers", [])]
+    runs = list(dict.fromkeys(str(header["run"]) for header in headers))
+    if not runs:
+        raise ValueError("the record has no header: nothing is known about its run")
+    run = runs[-1] if run is None else run
+    if run not in runs:
+        raise ValueError(f"no run {run!r} in the record; it has: {', '.join(runs[-20:])}")
+    own = [header for header in headers if str(header["run"]) == run]
+    header = {**own[0], **{key: value for key, value in own[-1].items() if key != "started"}}
+    mine = np.asarray(table["run"] == run, dtype=bool)
+    alerts, skipped, structures = (_of_run(table, name, run) for name in ("alerts", "skipped", "structure"))
+
+    layers = [str(name) for name in header.get("layers", [])]
+    names = [*layers, *(str(name) for name in header.get("groups") or {})]
+    rows = max(len(names), int(table["layer"].to_numpy()[mine].max()) + 1 if mine.any() else 0)
+    names += [f"row {i}" for i in range(len(names), rows)]  # a record with more rows than its header names
+    measured, shown = _grid(table, mine, "measured", rows)
+    predicted, shown_predicted = _grid(table, mine, "predicted", rows)
+    before, origin = (
+        predicted_before(measured, predicted)
+        if "update_rms" in predicted.columns
+        else (np.full(measured.invalid.shape, np.nan, np.float32), np.full(len(measured.steps), -1))
+    )
+    measured.columns["predicted_before"] = before
+
+    alert_steps = [int(alert["step"]) for alert in alerts if isinstance(alert.get("step"), int)]
+    kept = thin(measured, _room(_MEASURED_CELLS, rows, len(measured.columns)), alert_steps)
+    kept_predicted = thin(predicted, _room(_PREDICTED_CELLS, rows, len(predicted.columns)), alert_steps)
+    line = _loss_line(measured, predicted)
+    model = str(header.get("model", "run"))
+    return {
+        "title": f"{model} ({run})" if model else run,
+        "source": source,
+        "run": run,
+        "cards": summary.cards(header, measured, predicted, len(layers), len(alerts), len(skipped)),
+        "findings": summary.findings(names, len(layers), measured, before, len(predicted.steps) > 0),
+        "rows": _rows(names, len(layers), header, structures),
+        "measured": {**_packed(measured, kept, shown), "origin": origin[kept.index].tolist()},
+        "predicted": _packed(predicted, kept_predicted, shown_predicted),
+        "loss": {"steps": line[0].tolist(), "values": [float(f"{value:.6g}") for value in line[1]]},
+        "alerts": [_alert(alert, names) for alert in _ends(alerts, _MOST_ALERTS)],
+        "alert_rules": Counter(str(alert.get("rule")) for alert in alerts).most_common(50),
+        "skipped": [
+            {"step": one.get("step"), "reason": _text(one.get("reason"))} for one in _ends(skipped, _MOST_SKIPPED)
+        ],
+        "resumed": [head["resumed_at"] for head in own if isinstance(head.get("resumed_at"), int)],
+        "thinned": _thinned(measured, kept, predicted, kept_predicted, line, len(alerts), len(skipped)),
+        "facts": _facts(header, own, runs, run, source),
+    }
+
+
+def _of_run(table: pandas.DataFrame, name: str, run: str) -> list[dict[str, Any]]:
+    found = table.attrs.get(name) or []
+    found = [found] if isinstance(found, Mapping) else found
+    return [dict(record) for record in found if str(record.get("run", run)) == run]
+
+
+def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[Grid, list[Quantity]]:
+    part = mine & np.asarray(table["kind"] == kind, dtype=bool)
+    if not part.any():
+        none: Array = np.empty(0)
+        cells: Array = np.zeros((rows, 0), np.uint8)
+        return Grid(none.astype(np.int64), none, none, none, {}, cells.astype(bool), cells, []), []
+    found = quantities_of(table, part)
+    if kind == "predicted":
+        found = [quantity for quantity in found if quantity.key in _PREDICTED]
+    columns = [q.key for q in found] + [q.error for q in found if q.error and q.error in table.columns]
+    return make_grid(table, rows, columns, part), found
+
+
+def _room(cells: int, rows: int, columns: int) -> int:
+    """How many steps are shown."""
+    return max(_LEAST_COLUMNS, min(_MOST_COLUMNS, cells // max(rows * columns, 1)))
+
+
+def _packed(grid: Grid, kept: Thinned, quantities: Sequence[Quantity]) -> dict[str, Any]:
+    """A thinned grid for the page: arrays as base64 of little-endian numbers, row by row."""
+    fields = ("key", "label", "unit", "about", "log", "guarded", "error")
+    return {
+        "quantities": [{name: getattr(quantity, name) for name in fields} for quantity in quantities],
+        "steps": grid.steps[kept.index].tolist(),
+        "total": len(grid.steps),
+        "merged": kept.merged.tolist(),
+        "columns": {name: _base64(cells[:, kept.index], "<f4") for name, cells in grid.columns.items()},
+        "invalid": _base64(grid.invalid[:, kept.index], "u1"),
+        "invalid_merged": _base64(kept.invalid, "<u2"),
+        "why": _base64(grid.why[:, kept.index], "u1"),
+        "reasons": [_text(reason) for reason in grid.reasons],
+    }
+
+
+def _base64(values: Array, dtype: str) -> str:
+    return base64.b64encode(np.ascontiguousarray(values.astype(dtype)).tobytes()).decode("ascii")
+
+
+def _loss_line(measured: Grid, predicted: Grid) -> tuple[Array, Array, int]:
+    steps = np.concatenate([predicted.steps, measured.steps])
+    loss = np.concatenate([predicted.loss, measured.loss])
+    order = np.argsort(steps, kind="stable")
+    chosen = thin_series(steps[order], loss[order], _MOST_POINTS)
+    return *chosen, int(np.isfinite(loss).sum())
+
+
+def _rows(names: Sequence[str], layers: int, header: Mapping[str, Any], structures: Sequence[Mapping[str, Any]]) -> Any:
+    """One entry per layer, then per group: name, whether it is a cut and why not, parameters."""
+    about = structures[-1].get("layers", {}) if structures else {}
+    groups = header.get("groups") or {}
+
+    def entry(column: str, i: int) -> Any:
+        values = about.get(column) or []
+        return values[i] if i < min(len(values), layers) else None
+
+    return [
+        {
+            "name": name,
+            "group": i >= layers,
+            "cut": entry("cut", i),
+            "reason": _text(entry("reason", i)),
+            "parameters": entry("parameters", i),
+            "members": len(groups[name]) if i >= layers and name in groups else None,
+        }
+        for i, name in enumerate(names)
+    ]
+
+
+def _alert(alert: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    layer, value = alert.get("layer"), alert.get("value")
+    return {
+        "step": alert.get("step"),
+        "rule": _text(alert.get("rule")),
+        "layer": _text(layer),
+        "row": names.index(layer) if layer in names else None,
+        "value": value if isinstance(value, int | float) and math.isfinite(value) else None,
+        "message": _text(alert.get("message")),
+    }
+
+
+def _ends(records: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """The first and the last of a list that is too long."""
+    return list(records) if len(records) <= most else [*records[: most // 2], *records[-(most // 2) :]]
+
+
+def _text(value: Any) -> str | None:
+    if value is None:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}... ({len(text):,} characters)"
+
+
+def _thinned(
+    measured: Grid,
+    kept: Thinned,
+    predicted: Grid,
+    kept_predicted: Thinned,
+    line: tuple[Array, Array, int],
+    alerts: int,
+    skipped: int,
+) -> list[str]:
+    """What the page leaves out, in sentences; empty where it shows everything."""
+    said = []
+    for name, grid, shown in (("measured", measured, kept), ("predicted", predicted, kept_predicted)):
+        if len(shown.index) < len(grid.steps):
+            invalid = (
+                "then the one with the most cells that are not valid, then the last: the picture looks rather too bad "
+                "than too good. Hovering over a cell tells how many were not valid."
+            )
+            said.append(
+                f"{len(shown.index):,} of {len(grid.steps):,} {name} steps are drawn, one for each "
+                f"{int(shown.merged.max()):,} or so neighbours, as recorded (nothing is averaged). It is the step with "
+                f"the most alerts of those, {invalid if name == 'measured' else 'then the last.'}"
+            )
+    if len(line[0]) < line[2]:
+        said.append(
+            f"Loss: {len(line[0]):,} of {line[2]:,} values; of neighbours the lowest and the highest, so that no spike "
+            "is lost."
+        )
+    if alerts > _MOST_ALERTS:
+        said.append(f"Alerts: the first and the last {_MOST_ALERTS // 2} of {alerts:,}; the counts by rule are of all.")
+    if skipped > _MOST_SKIPPED:
+        said.append(f"Skipped steps: the first and the last {_MOST_SKIPPED // 2} of {skipped:,}.")
+    if said:
+        said.append("The boxes and sentences on top are computed from all rows.")
+    return said
+
+
+def _facts(
+    header: Mapping[str, Any], own: Sequence[Mapping[str, Any]], runs: Sequence[str], run: str, source: str
+) -> list[list[str]]:
+    """The header of the run as names and texts."""
+    facts = [["record", source]] if source else []
+    for key, value in header.items():
+        if key in ("kind", "layers", "metadata", "groups", "resumed_at"):
+            continue
+        facts.append([key, "-" if value is None else str(_text(value))])
+    facts.append(["layers", f"{len(header.get('layers', [])):,}"])
+    for name, members in (header.get("groups") or {}).items():
+        facts.append([f"group {name}", f"{len(members):,} layers"])
+    resumed = [str(head["resumed_at"]) for head in own if head.get("resumed_at") is not None]
+    if resumed:
+        facts.append(["resumed at step", ", ".join(resumed[:50])])
+    metadata = header.get("metadata")
+    for key, value in metadata.items() if isinstance(metadata, Mapping) else []:
+        facts.append([f"metadata: {key}", str(_text(value))])
+    others = [other for other in runs if other != run]
+    if others:
+        facts.append(["other runs in this record", ", ".join(others[-50:])])
+    return facts[:500]

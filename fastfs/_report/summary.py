@@ -1,0 +1,183 @@
+"""What a person reads first: the run in numbers and in sentences, from all of its rows (nothing thinned)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from fastfs._report.grids import Array, Grid
+
+__all__ = ["cards", "duration", "findings", "number", "since"]
+
+_RECENT = 0.2  # share of the measured steps that "at the end" means
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as a person reads it."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if value and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
+def since(seconds: float) -> str:
+    """A duration in the two largest units that it has."""
+    if not math.isfinite(seconds) or seconds < 0:
+        return "-"
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    parts = [(86400, "d"), (3600, "h"), (60, "min"), (1, "s")]
+    rest = round(seconds)
+    said: list[str] = []
+    for size, unit in parts:
+        if rest >= size or (unit == "s" and not said):
+            said.append(f"{rest // size} {unit}")
+            rest %= size
+        elif said:
+            break
+    return " ".join(said[:2])
+
+
+def duration(header: Mapping[str, Any], grids: Sequence[Grid]) -> float:
+    """Seconds from the start of the run, by its header, to its last row; NaN without rows."""
+    times = np.concatenate([grid.times for grid in grids]) if grids else np.array([])
+    times = times[np.isfinite(times)]
+    if not len(times):
+        return math.nan
+    start = float(times.min())
+    with contextlib.suppress(ValueError):  # a header without a readable start: from the first row on
+        start = min(start, datetime.fromisoformat(str(header.get("started"))).timestamp())
+    return float(times.max()) - start
+
+
+def cards(
+    header: Mapping[str, Any], measured: Grid, predicted: Grid, layers: int, alerts: int, skipped: int
+) -> list[dict[str, str]]:
+    """The boxes on top of the page: label, value, note."""
+    steps = np.union1d(measured.steps, predicted.steps)
+    seconds = duration(header, [measured, predicted])
+    angle = measured.columns.get("angle", np.empty((0, 0)))[:layers]
+    present = int((np.isfinite(angle) | measured.invalid[:layers]).sum()) if angle.size else 0
+    valid = int((np.isfinite(angle) & ~measured.invalid[:layers]).sum()) if angle.size else 0
+    spent = float(np.nansum(measured.overhead) + np.nansum(predicted.overhead))
+    loss = _loss(measured, predicted)
+    some = len(steps) > 0
+    boxes = [
+        (
+            "Steps",
+            f"{steps[-1] + 1:,}" if some else "none",
+            f"{steps[0]:,} to {steps[-1]:,} in the record" if some else "the record has no rows yet",
+        ),
+        ("Time", since(seconds), "from the start to the last row"),
+        ("Measured", f"{len(measured.steps):,} steps", f"and {len(predicted.steps):,} predicted from the formula"),
+        (
+            "Angles valid",
+            f"{100 * valid / present:.3g} %" if present else "-",
+            f"{valid:,} of {present:,} (layers x steps)" if present else "no angle was measured",
+        ),
+        (
+            "Overhead",
+            f"{100 * spent / seconds:.2g} %" if seconds > 0 else "-",
+            f"{since(spent)} spent measuring" if some else "nothing measured yet",
+        ),
+        ("Alerts", f"{alerts:,}", f"{skipped:,} optimizer steps skipped" if skipped else "no optimizer step skipped"),
+        (
+            "Loss",
+            number(loss[1]),
+            f"from {number(loss[0])} at the start" if math.isfinite(loss[0]) else "not recorded",
+        ),
+    ]
+    return [{"label": label, "value": value, "note": note} for label, value, note in boxes]
+
+
+def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, predicted: bool) -> list[str]:
+    """What stands out, in sentences. ``before``: of ``grids.predicted_before``; ``predicted``: are there such rows."""
+    if not len(measured.steps):
+        return (
+            ["No step was measured: what is shown are predictions from gradients and optimizer steps."]
+            if predicted
+            else []
+        )
+    said: list[str] = []
+    recent = max(1, round(_RECENT * len(measured.steps)))
+    when = "at the end of the run" if recent < len(measured.steps) else "in the run"
+    angle = _layer_medians(measured, "angle", layers, recent)
+    if len(angle):
+        first, last, top = min(angle), max(angle), max(angle, key=lambda i: angle[i])
+        highest = f"; highest in {names[top]}, {_rad(angle[top])}" if top not in (first, last) else ""
+        ends = f"{_rad(angle[first])} in {names[first]}" + (
+            f", {_rad(angle[last])} in {names[last]}" if last != first else ""
+        )
+        said.append(
+            f"Angle {when} (median per layer): {ends}{highest}. Near 90° a layer moves without lowering the loss."
+        )
+    relative = _layer_medians(measured, "relative_update", layers, recent)
+    if len(relative) > 1:
+        fast, slow = max(relative, key=lambda i: relative[i]), min(relative, key=lambda i: relative[i])
+        said.append(
+            f"Fastest relative to its features {when}: {names[fast]}, {number(relative[fast], 2)} per step; "
+            f"slowest: {names[slow]}, {number(relative[slow], 2)}."
+        )
+    residual = measured.columns.get("residual")
+    if residual is not None:
+        clean = np.abs(residual[:layers][~measured.invalid[:layers] & np.isfinite(residual[:layers])])
+        if clean.size:
+            said.append(
+                f"Residual: half of the valid cells are within {number(float(np.median(clean)), 2)} of 0, "
+                f"95 % within {number(float(np.percentile(clean, 95)), 2)} (0: the formula holds exactly)."
+            )
+    speed = measured.columns.get("update_rms")
+    if speed is not None:
+        usable = np.isfinite(before) & (before > 0) & (speed > 0) & ~measured.invalid
+        ratio = (before[usable] / speed[usable])[:]
+        if ratio.size:
+            low, mid, high = np.percentile(ratio, (5, 50, 95))
+            said.append(
+                f"Predicted speed over the speed measured next: median {number(float(mid), 3)}, "
+                f"90 % between {number(float(low), 2)} and {number(float(high), 2)} (1: the prediction was right)."
+            )
+    said += _invalid(names, layers, measured)
+    return said
+
+
+def _invalid(names: Sequence[str], layers: int, measured: Grid) -> list[str]:
+    bad = measured.invalid[:layers]
+    if not bad.any():
+        return []
+    reasons = Counter(measured.reasons[code] for code in measured.why[:layers][bad].tolist())
+    reason, count = reasons.most_common(1)[0]
+    said = f"Not valid: {int(bad.sum()):,} of {bad.size:,} cells; most often ({count:,}): {reason}."
+    if bad.all():
+        return [f"No angle of this run is valid. Reason given most often ({count:,} of {bad.size:,}): {reason}."]
+    never = [names[i] for i in np.flatnonzero(bad.all(axis=1)).tolist()]
+    if never:
+        said += f" Never valid: {', '.join(never[:5])}{f' and {len(never) - 5} more' if len(never) > 5 else ''}."
+    return [said]
+
+
+def _layer_medians(grid: Grid, column: str, layers: int, recent: int) -> dict[int, float]:
+    """Median of the valid cells per layer over the last ``recent`` measured steps; layers without one are left out."""
+    values = grid.columns.get(column)
+    if values is None:
+        return {}
+    values = np.where(grid.invalid, np.nan, values)[:layers, -recent:]
+    some = np.flatnonzero(np.isfinite(values).any(axis=1))
+    return {int(i): float(np.nanmedian(values[i])) for i in some}
+
+
+def _loss(measured: Grid, predicted: Grid) -> tuple[float, float]:
+    steps = np.concatenate([measured.steps, predicted.steps])
+    loss = np.concatenate([measured.loss, predicted.loss])[np.argsort(steps, kind="stable")]
+    loss = loss[np.isfinite(loss)]
+    return (float(loss[0]), float(loss[-1])) if len(loss) else (math.nan, math.nan)
+
+
+def _rad(value: float) -> str:
+    return f"{value:.2f} rad ({math.degrees(value):.0f}°)"

@@ -1,0 +1,378 @@
+"""``fastfs demo``: two small real trainings, watched, beside the same trainings without the monitor."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastfs._network.state import RandomState
+from fastfs._reproduce import data
+from fastfs._utils.devices import repeatable_attention
+from fastfs._utils.output_files import write_whole
+from fastfs.models import ResNet, Transformer
+from fastfs.monitor import Monitor
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["TASKS", "OutputError", "Task", "run_demo", "run_task"]
+
+_PICTURES = ("angle.png", "speed.png", "relative_update.png")
+_PAGE = "report.html"
+_MARK = "fastfs demo"
+_SEED = 0
+_CPU = torch.device("cpu")
+
+Batch = tuple[Tensor, Tensor]
+
+
+class OutputError(ValueError):
+    """The output folder cannot be used."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A training: what it is called, and how to make its parts."""
+
+    name: str
+    title: str
+    steps: int
+    model: Callable[[], nn.Module]
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    batches: Callable[[], tuple[Iterator[Batch], dict[str, Any]]]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+def _text() -> tuple[Iterator[Batch], dict[str, Any]]:
+    text = data.stdlib_text()
+    about = {"text": "standard library source", "files": text.files, "bytes": len(text.tokens), "sha256": text.sha256}
+    return data.windows(text, batch=8, length=128, seed=_SEED), about
+
+
+def _digits() -> tuple[Iterator[Batch], dict[str, Any]]:
+    inputs, labels = data.digits()
+    return data.minibatches(inputs, labels, batch=256, seed=_SEED), {"digits": len(inputs)}
+
+
+TASKS = {
+    "transformer": Task(
+        name="transformer",
+        title="decoder-only transformer, bytes of Python's standard library, AdamW",
+        steps=160,
+        model=lambda: Transformer(vocabulary=256, width=128, depth=6, heads=4, context=128, dropout=0.1),
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01),
+        batches=_text,
+        loss=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
+    ),
+    "resnet": Task(
+        name="resnet",
+        title="ReLU ResNet, branch scale 1/sqrt(24), scikit-learn digits, SGD",
+        steps=300,
+        model=lambda: ResNet(in_features=64, width=128, depth=24, out_features=10),
+        optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        batches=_digits,
+        loss=F.cross_entropy,
+    ),
+}
+
+
+@dataclass
+class _Run:
+    """One of the two trainings that go side by side."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    seconds: list[float]
+    losses: list[float]
+
+    @classmethod
+    def start(cls, task: Task, device: torch.device) -> _Run:
+        torch.manual_seed(_SEED)
+        model = task.model().to(device)
+        return cls(model, task.optimizer(model), [], [])
+
+    def step(self, task: Task, batch: Batch, monitor: Monitor | None) -> None:
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = task.loss(self.model(batch[0]), batch[1])
+        loss.backward()
+        if monitor is not None:
+            monitor.log(loss=loss)
+        self.optimizer.step()
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - start)
+
+
+def run_task(
+    task: Task, steps: int, every: int, out: Path, console: Console, device: torch.device = _CPU
+) -> dict[str, Any]:
+    """Train twice, step by step side by side, with and without the monitor; write record and pictures.
+
+    Both trainings start from the same parameters and see the same batches and the same random numbers. Which goes
+    first is drawn for every step, so that neither gains from a warm cache.
+
+    Returns:
+        The task's part of ``summary.json``.
+    """
+    from fastfs._report.plots import plot_record
+    from fastfs._report.read import load
+
+    started = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    record = out / "record.jsonl"
+    record.unlink(missing_ok=True)
+    batches, about = task.batches()
+    plain, watched = _Run.start(task, device), _Run.start(task, device)
+    devices = [device] if device.type == "cuda" else []
+    equal_randomness = True
+    order = random.Random(_SEED)
+    with (
+        Monitor(
+            watched.model,
+            watched.optimizer,
+            every=every,
+            aligned_every=1,
+            path=record,
+            verbose=False,
+            metadata={"task": task.title, **about},
+        ) as monitor,
+        _progress(console) as progress,
+        repeatable_attention(device),
+    ):
+        bar = progress.add_task(task.name, total=steps, loss=float("nan"))
+        for _ in range(steps):
+            inputs, targets = next(batches)
+            batch = inputs.to(device), targets.to(device)
+            before, after = RandomState.take(devices), None
+            for run in (plain, watched) if order.random() < 0.5 else (watched, plain):
+                before.give()
+                run.step(task, batch, monitor if run is watched else None)
+                equal_randomness &= after is None or not after.moved()
+                after = RandomState.take(devices)
+            progress.update(bar, advance=1, loss=watched.losses[-1])
+
+    table = load(record)
+    pictures = plot_record(record, out, title=task.title)
+    if importlib.util.find_spec("plotly") is not None:
+        from fastfs._report.page import write_page
+
+        pictures = [*pictures, write_page(record, out / _PAGE)]
+    return {
+        "title": task.title,
+        "steps": steps,
+        "every": every,
+        "data": about,
+        "parameters": sum(p.numel() for p in watched.model.parameters()),
+        "loss_first": _mean(watched.losses[: max(1, steps // 20)]),
+        "loss_last": _mean(watched.losses[-max(1, steps // 20) :]),
+        "bitwise_equal": equal_randomness
+        and plain.losses == watched.losses
+        and all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True)),
+        "overhead": _overhead(plain.seconds, watched.seconds, every),
+        "layers": _layer_table(table),
+        "files": [str(path.relative_to(out.parent)) for path in (record, *pictures)],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str, float]:
+    """Ratios of median step times, watched to plain, over the same steps.
+
+    ``total`` is what the monitor adds at this ``every``, ``total_at_100`` what it would at 100. ``noise_ratio`` is
+    of plain steps to plain steps (even to odd ones): the other ratios are known no better than it is near 1.
+    """
+    measured = statistics.median(watched[::every]) / statistics.median(plain[::every])
+    idle = 1.0
+    others = [step for step in range(len(plain)) if step % every]
+    if others:
+        idle = statistics.median(watched[i] for i in others) / statistics.median(plain[i] for i in others)
+    return {
+        "plain_step_seconds": statistics.median(plain),
+        "noise_ratio": statistics.median(plain[::2]) / statistics.median(plain[1::2] or plain),
+        "measured_step_ratio": measured,
+        "other_step_ratio": idle,
+        "total": (measured + (every - 1) * idle) / every - 1.0,
+        "total_at_100": (measured + 99 * idle) / 100 - 1.0,
+    }
+
+
+def _layer_table(table: pandas.DataFrame) -> list[dict[str, Any]]:
+    """Medians over the last quarter of the measured steps, and over the predicted ones since; one entry a layer."""
+    measured = table[table["kind"] == "measured"]
+    steps = sorted(measured["step"].unique())
+    first = steps[-max(1, len(steps) // 4)]
+    groups = measured[measured["step"] >= first].groupby("layer", sort=True)
+    medians = groups[["angle", "cos_angle", "update_rms", "relative_update", "aligned_decrease"]].median()
+    names, valid = groups["name"].first(), groups["valid"].mean()
+    between = table[(table["kind"] == "predicted") & (table["step"] >= first)]
+    predicted = between.groupby("layer")["update_rms"].median().reindex(medians.index)
+    return [
+        {
+            "layer": int(i),
+            "name": names[i],
+            **{k: float(v) for k, v in row.items()},
+            "predicted_update_rms": None if math.isnan(predicted[i]) else float(predicted[i]),
+            "valid": float(valid[i]),
+        }
+        for i, row in medians.iterrows()
+    ]
+
+
+def run_demo(
+    models: list[str],
+    steps: int | None,
+    every: int,
+    out: Path,
+    *,
+    device: torch.device = _CPU,
+    threads: int = 1,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run the named tasks, print what came out, write ``summary.json``.
+
+    Args:
+        models: names in ``TASKS``.
+        steps: optimizer steps of each; the task's own number by default.
+        every: measure every this many steps.
+        out: folder; in an existing one only files of an earlier demo are overwritten.
+        device: where the models are trained; from the same initial parameters and batches on all.
+        threads: of torch, while this runs. One is fast enough, and steady on a machine that is busy otherwise.
+        console: where to print.
+
+    Returns:
+        What ``summary.json`` holds.
+
+    Raises:
+        OutputError: ``out`` is not a folder, or holds a file of the demo's name that the demo did not write.
+    """
+    console = console or Console()
+    _check_out(out, models)
+    out.mkdir(parents=True, exist_ok=True)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    summary: dict[str, Any] = {
+        "made_by": _MARK,
+        "torch": str(torch.__version__),
+        "device": where,
+        "threads": threads,
+        "tasks": {},
+    }
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in models:
+            task = TASKS[name]
+            console.print(f"\n[bold]{task.name}[/bold]: {task.title}")
+            result = run_task(task, steps or task.steps, every, out / name, console, device)
+            summary["tasks"][name] = result
+            _print_result(console, result)
+    finally:
+        torch.set_num_threads(threads_before)
+    write_whole(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    console.print(_MEANING)
+    pages = [file for task in summary["tasks"].values() for file in task["files"] if file.endswith(_PAGE)]
+    more = f", {_PAGE}" if pages else '; for a page about each run: pip install "fastfs[report]"'
+    console.print(
+        f"\nWritten to {out}: summary.json, and per model record.jsonl, {', '.join(_PICTURES)}{more}", soft_wrap=True
+    )
+    return summary
+
+
+_MEANING = (
+    "\n[bold]What the numbers mean.[/bold] Angle: between the move of a layer's output in one optimizer step and the "
+    "direction in which the loss falls fastest; 0 = straight down, pi/2 = 1.57 = unrelated. Feature speed: rms of that "
+    "move. Decrease: of the loss, to first order, by the parameters up to this layer. At a larger angle a layer moves "
+    "more for it: |move| = decrease / (cos(angle) x |backward vector|). With the last measured angle that predicts the "
+    "speed of every step in between, without a forward."
+)
+
+
+def _print_result(console: Console, result: dict[str, Any]) -> None:
+    grid = Table(
+        title=f"median of the last quarter of the measured steps (every {result['every']})", title_justify="left"
+    )
+    grid.add_column("layer")
+    for column in ("angle (rad)", "cosine", "feature speed", "predicted", "relative update", "decrease"):
+        grid.add_column(column, justify="right")
+    for row in result["layers"]:
+        mark = "" if row["valid"] == 1 else " *"
+        grid.add_row(
+            row["name"],
+            f"{row['angle']:.3f}{mark}",
+            f"{row['cos_angle']:.4f}",
+            f"{row['update_rms']:.2e}",
+            "" if row["predicted_update_rms"] is None else f"{row['predicted_update_rms']:.2e}",
+            f"{row['relative_update']:.2e}",
+            f"{row['aligned_decrease']:.2e}",
+        )
+    console.print(grid)
+    if any(row["valid"] < 1 for row in result["layers"]):
+        console.print("* not valid in every step: rounding noise, or a zero vector")
+    cost = result["overhead"]
+    console.print(f"loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {result['steps']} steps")
+    console.print(
+        f"monitoring, aligned_every=1: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, "
+        f"the predicted ones {cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
+        f"by that {cost['total_at_100']:+.1%} at every=100 (plain to plain steps: {cost['noise_ratio']:.3f}x)"
+    )
+    if result["bitwise_equal"]:
+        console.print("with and without the monitor: losses, final parameters and random state bitwise equal")
+    else:
+        console.print("[red]losses, parameters or random state differ with and without the monitor[/red]")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+# The output folder
+
+
+def _check_out(out: Path, models: list[str]) -> None:
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} exists and is not a folder")
+    for name in models:
+        if (out / name).exists() and not (out / name).is_dir():
+            raise OutputError(f"{out / name} exists and is not a folder")
+    files = [out / "summary.json"]
+    files += [out / name / file for name in models for file in ("record.jsonl", *_PICTURES, _PAGE)]
+    foreign = [str(path) for path in files if path.exists() and not _is_own(path)]
+    if foreign:
+        raise OutputError(f"not written by an earlier fastfs demo, and would be overwritten: {', '.join(foreign)}")
+
+
+def _is_own(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if path.suffix == ".png":
+        return b"fastfs" in path.read_bytes()[:1000]
+    if path.suffix == ".html":
+        return b"fastfs" in path.read_bytes()[:10_000]
+    mark = b'"made_by": "fastfs demo"' if path.name == "summary.json" else b'{"kind":"header","schema":'
+    return mark in path.read_bytes()[:1000]

@@ -1,0 +1,1 @@
+"""Helpers that several packages share: output files, optional dependencies, devices, formatting."""

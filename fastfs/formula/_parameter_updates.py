@@ -1,0 +1,124 @@
+"""The update of the parameters that a step would do, without doing it: plain gradient descent, or any optimizer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastfs._network.learning_rates import LearningRates, resolve
+from fastfs._network.state import RandomState
+
+__all__ = ["gradient_descent", "optimizer_update"]
+
+
+def gradient_descent(lr: LearningRates, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """dw = -lr g of every parameter.
+
+    Args:
+        lr: learning rate, or regular expression -> learning rate, a number or a tensor with one per entry.
+        names: of the parameters.
+        gradients: of the parameters.
+
+    Raises:
+        TypeError, ValueError: a bad learning rate; see :func:`fastfs._network.learning_rates.resolve`.
+    """
+    return [-rate * gradient for rate, gradient in zip(resolve(lr, names, gradients), gradients, strict=True)]
+
+
+def optimizer_update(
+    optimizer: Optimizer,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """What the next step of an optimizer would add to the parameters, given their gradients.
+
+    A copy of the optimizer, with its state, steps on copies of the parameters: neither is touched, and hooks of the
+    optimizers are not called. Momentum, preconditioning, weight decay and the learning rates of groups are all in it.
+
+    Args:
+        optimizer: of any type whose step needs no closure.
+        parameters: whose updates are wanted; zero for those that the optimizer does not have.
+        gradients: of these parameters, in any floating-point dtype.
+        dtype: step on parameters and state cast to this dtype; None for the real step, rounding of the parameters
+            included, in which small updates are lost.
+
+    Returns:
+        w_after - w_before of each parameter, in the dtype of the step or float32, whichever is wider.
+
+    Raises:
+        TypeError: no optimizer, or one whose step needs a closure.
+        ValueError: the optimizer has none of the parameters, or their number is not that of the gradients.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is closure.empty):
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer: {name} evaluates the loss in its step, it has no update of one gradient")
+    if len(parameters) != len(gradients):
+        raise ValueError(f"optimizer_update: got {len(parameters)} parameters and {len(gradients)} gradients")
+    own = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(p) in own for p in parameters):
+        raise ValueError(f"optimizer: this {type(optimizer).__name__} has none of the parameters of the model")
+    clones: dict[int, Tensor] = {
+        key: p.detach().to(dtype or p.dtype, copy=True).requires_grad_(p.requires_grad) for key, p in own.items()
+    }
+    clone = _copied(optimizer, clones)
+    if dtype is not None:
+        _cast(clone, dtype)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if id(parameter) in clones:
+            clones[id(parameter)].grad = gradient.detach().to(dtype or parameter.dtype, copy=True)
+    step: Any = type(clone).step
+    if getattr(step, "hooked", False):  # torch wraps it to call hooks, those for all optimizers as well
+        step = step.__wrapped__
+    randomness = RandomState.take({p.device for p in own.values() if p.device.type != "cpu"})
+    try:
+        with torch.enable_grad():  # optimizers turn it off themselves, for what they do not differentiate
+            step(clone)
+    finally:
+        randomness.give()
+    return [_difference(clones.get(id(p)), p) for p in parameters]
+
+
+def _copied(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
+    """The optimizer with everything in it, for other parameters, and without hooks."""
+    kept = {
+        name: value
+        for name, value in vars(optimizer).items()
+        if "_hooks" not in name and name != "step"  # learning rate schedulers put a step of their own there
+    }
+    clone: Optimizer = object.__new__(type(optimizer))
+    memo = dict(clones)
+    vars(clone).update(copy.deepcopy(kept, memo))
+    for name in vars(optimizer):
+        if "_hooks" in name:
+            setattr(clone, name, OrderedDict())
+    return clone
+
+
+def _cast(optimizer: Optimizer, dtype: torch.dtype) -> None:
+    """Per-entry state to another dtype, that of an optimizer inside as well; counters of steps stay."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:
+                state[name] = value.to(dtype)
+    for value in vars(optimizer).values():
+        if isinstance(value, Optimizer):
+            _cast(value, dtype)
+
+
+def _difference(after: Tensor | None, before: Tensor) -> Tensor:
+    dtype = torch.promote_types(before.dtype if after is None else after.dtype, torch.float32)
+    if after is None:
+        return torch.zeros_like(before, dtype=dtype)
+    return after.detach().to(dtype) - before.detach().to(dtype)

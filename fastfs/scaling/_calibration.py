@@ -1,0 +1,217 @@
+"""What a calibration found: learning rates, the output's scale, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from fastfs._network.layers import parameter_names, unwrapped
+from fastfs._utils.extras import frame
+from fastfs.scaling._rendering import number, render
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["Calibration", "GroupCalibration", "State"]
+
+
+@dataclass(frozen=True)
+class State:
+    """What was measured with one scale of the output, with the learning rates that follow from it.
+
+    Attributes:
+        loss: of the batch.
+        decrease: first-order decrease of the loss in the step.
+        gradient_norms: name of a group -> |g|.
+        contributions: name -> <g, -dw> for the update with lr = 1.
+        rates: name -> learning rate.
+        backward_norm: |b| of the last hidden features.
+        elements: their number over the batch.
+        cos_angle: cosine of the angle between their update and -b.
+        update_rms, feature_rms: rms of their first-order update, and of themselves.
+        sensitivity: S = update_rms / decrease.
+    """
+
+    loss: float
+    decrease: float
+    gradient_norms: Mapping[str, float]
+    contributions: Mapping[str, float]
+    rates: Mapping[str, float]
+    backward_norm: float
+    elements: int
+    cos_angle: float
+    update_rms: float
+    feature_rms: float
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class GroupCalibration:
+    """A group of parameters and its learning rate.
+
+    Attributes:
+        name: ``"input"``, the name of a watched layer, or ``"output"``.
+        parameters: their names.
+        gradient_norm_before: |g| of the group in the model as it was given.
+        gradient_norm: |g| with the output scaled.
+        contribution: c = <g, -dw> of the optimizer's update with lr = 1, with the output scaled.
+        lr: D / (n c).
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    gradient_norm_before: float
+    gradient_norm: float
+    contribution: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Learning rates and output scale from :func:`fastfs.scaling.calibrate`. ``str()`` says where each comes from.
+
+    Attributes:
+        optimizer: name of the optimizer whose updates were measured.
+        members: the groups in the order of the signal.
+        hidden: name of the layer with the last hidden features.
+        output: names of the parameters to multiply by ``output_scale``; empty where none acts on the output alone.
+        output_scale: factor of the output's scale.
+        target_loss_decrease, target_sensitivity: what was asked for.
+        before, after: measured without and with the output scaled.
+        trace: sensitivity in each round of measuring.
+        shared: names of parameters that act both before and after the last hidden features.
+        converged: the sensitivity with the output scaled is the target, within two percent.
+    """
+
+    optimizer: str
+    members: tuple[GroupCalibration, ...]
+    hidden: str
+    output: tuple[str, ...]
+    output_scale: float
+    target_loss_decrease: float
+    target_sensitivity: float
+    before: State
+    after: State
+    trace: tuple[float, ...]
+    shared: tuple[str, ...]
+    converged: bool
+    _parameters: Mapping[str, Tensor] = field(repr=False, compare=False)
+    _output_norms: Mapping[str, float] = field(repr=False, compare=False)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups of the measured model for its optimizer: ``params``, ``lr``, ``name``.
+
+        The learning rates are for the model after :meth:`apply`.
+        """
+        return [
+            {"params": [self._parameters[p] for p in group.parameters], "lr": group.lr, "name": group.name}
+            for group in self.members
+        ]
+
+    def apply(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Multiply the output of the model by ``output_scale``; once.
+
+        Args:
+            model: the measured one, or one with the same parameters, such as a copy.
+
+        Returns:
+            Parameter groups of this model, for its optimizer.
+
+        Raises:
+            ValueError: the output is not the one that was measured (scaled already, or trained since), the model lacks
+                a parameter, or the scale was not found. Then nothing is changed.
+        """
+        if not self.output:
+            raise ValueError(
+                f"nothing acts on the output of the model alone (shared: {', '.join(self.shared) or 'none'}), so its "
+                "scale cannot be set; put a factor on the output, or take the learning rates alone with groups()"
+            )
+        if not self.converged:
+            seen = ", ".join(f"{s:.3g}" for s in self.trace)
+            raise ValueError(
+                f"the sensitivity did not reach {self.target_sensitivity:.3g} by scaling {', '.join(self.output)}: "
+                f"measured {seen}. Is there a normalisation after it, or does loss_fn not use the model it is given?"
+            )
+        inner = unwrapped(model)
+        theirs = parameter_names(inner, list(inner.parameters()))
+        missing = [name for name in self._parameters if name not in theirs]
+        if missing:
+            raise ValueError(
+                f"model: it has no parameter {missing[0]!r}; expected the one that was measured, or a copy"
+            )
+        for name, norm in self._output_norms.items():
+            now = float(theirs[name].detach().double().norm())
+            if not math.isclose(now, norm, rel_tol=1e-4):
+                raise ValueError(f"{name}: its norm was {norm:.6g} when measured, now it is {now:.6g}: scaled already?")
+        with torch.no_grad():
+            for name in self.output:
+                theirs[name].mul_(self.output_scale)
+        return [
+            {"params": [theirs[p] for p in group.parameters], "lr": group.lr, "name": group.name}
+            for group in self.members
+        ]
+
+    def to_frame(self) -> DataFrame:
+        """One row a group: name, number of parameters, |g| before and after scaling, contribution, lr.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        rows = [
+            {
+                "group": group.name,
+                "parameters": len(group.parameters),
+                "gradient_norm_before": group.gradient_norm_before,
+                "gradient_norm": group.gradient_norm,
+                "contribution": group.contribution,
+                "lr": group.lr,
+            }
+            for group in self.members
+        ]
+        return frame(rows)
+
+    def __str__(self) -> str:
+        before, after, n = self.before, self.after, len(self.members)
+        d = self.target_loss_decrease
+        unit = "|g|^2" if self.optimizer == "SGD" else "<g, -dw> at lr 1"
+        # Not the table's title, which would be wrapped to its width.
+        title = f"Learning rates of {self.optimizer}: lr = D / (n c), c = {unit}, D = {number(d)}, n = {n} groups"
+        grid = Table()
+        grid.add_column("group", overflow="fold")
+        for column in ("tensors", "|g| as given", "|g| scaled", "c scaled", "lr"):
+            grid.add_column(column, justify="right")
+        for group in self.members:
+            values = (group.gradient_norm_before, group.gradient_norm, group.contribution, group.lr)
+            grid.add_row(group.name, str(len(group.parameters)), *map(number, values))
+        angle = math.acos(max(-1.0, min(1.0, before.cos_angle)))
+        lines = [
+            f"Loss {number(before.loss)}. Wanted per step: decrease D = {number(d)}, S = rms(df)/D = "
+            f"{number(self.target_sensitivity)}, so rms(df) = {number(d * self.target_sensitivity)} at {self.hidden}.",
+            f"Measured there: |b| = {number(before.backward_norm)} over {before.elements} elements, angle "
+            f"{angle:.3f} (cos {before.cos_angle:.3f}), rms(f) = {number(before.feature_rms)}.",
+            f"Measured as rms(df)/D: S = {number(before.sensitivity)}; no cut, so the formula does not give it."
+            if self.shared
+            else f"Feature speed formula: S = (D_{{L-1}}/D) / (sqrt(elements) |b| cos) = {number(before.sensitivity)}.",
+        ]
+        if self.output:
+            rounds = " -> ".join(number(s) for s in self.trace)
+            lines.append(
+                f"Output: multiply {', '.join(self.output)} by {number(self.output_scale)}; S when measured again: "
+                f"{rounds}, |b| = {number(after.backward_norm)}, cos {after.cos_angle:.3f}."
+            )
+            if not self.converged:
+                lines.append("S did NOT reach the target: the output's scale is not what sets it.")
+        else:
+            lines.append("Output: nothing acts on it alone, so its scale stays as it is.")
+        if self.shared:
+            lines.append(
+                f"Shared: {', '.join(self.shared)} acts before and after {self.hidden}; its learning rate balances "
+                "both uses together, in the group where it acts first."
+            )
+        return render("\n".join([*lines, title]), grid)

@@ -1,0 +1,67 @@
+"""``fastfs scaling-check``: the check, with a bar while it runs, its table, its words and its exit status."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fastfs.scaling._check import check
+from fastfs.scaling._factory import load_factory
+from fastfs.scaling._fit import Status
+
+__all__ = ["CANNOT", "run_check"]
+
+CANNOT = 2
+"""Exit status where nothing could be measured."""
+
+_STATUS = {Status.PASS: 0, Status.FAIL: 1, Status.UNCLEAR: 3}
+
+
+def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arguments: Any) -> int:
+    """Run the command.
+
+    Returns:
+        The exit status: 0 all pass, 1 one fails, 3 none fails but not all are clear, 2 it could not be measured.
+    """
+    console = Console(emoji=False)
+    errors = Console(stderr=True, emoji=False)
+    try:
+        sizes = _integers("--widths", widths), _integers("--depths", depths)
+        if out is not None:
+            importlib.import_module("fastfs.scaling._plots")  # if it cannot be, now rather than after the runs
+            if out.exists() and not out.is_dir():
+                raise ValueError(f"{out} exists and is not a folder")
+        made = load_factory(factory)
+        with _bar(errors) as bar:
+            task = bar.add_task("measuring", total=None)
+
+            def progress(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+
+            report = check(made, widths=sizes[0], depths=sizes[1], progress=progress, **arguments)
+        console.print(report.table())
+        console.print(escape(report.words()), highlight=False, soft_wrap=True)
+        if out is not None:
+            written = ", ".join(path.name for path in report.write(out))
+            console.print(escape(f"Written to {out}: {written}"), highlight=False, soft_wrap=True)
+    except (ImportError, OSError, ValueError) as error:
+        errors.print(escape(f"fastfs scaling-check: {error}"), highlight=False, soft_wrap=True)
+        return CANNOT
+    return _STATUS[report.status]
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True)
+
+
+def _integers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: expected integers such as 64,128,256, got {text!r}") from None

@@ -1,0 +1,123 @@
+"""Exponents of power laws, with confidence intervals, and what they say about an exponent that is wanted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from fastfs._utils.extras import load
+
+__all__ = ["Exponent", "Status", "fit_exponent", "judge"]
+
+
+def stats() -> Any:
+    """The module scipy.stats.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    return load("scipy.stats", "scaling", "a fit of exponents")
+
+
+class Status(str, Enum):
+    """What an interval says about an exponent that is wanted."""
+
+    PASS = "PASS"
+    UNCLEAR = "UNCLEAR"
+    FAIL = "FAIL"
+
+
+@dataclass(frozen=True)
+class Exponent:
+    """The fit ``value = constant * size^exponent``.
+
+    Attributes:
+        exponent: the slope in the logarithms.
+        low, high: its confidence interval.
+        constant: value at size 1.
+        points: number of measurements.
+        sizes: number of different sizes.
+        confidence: level of the interval, such as 0.95.
+    """
+
+    exponent: float
+    low: float
+    high: float
+    constant: float
+    points: int
+    sizes: int
+    confidence: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the length of the interval."""
+        return (self.high - self.low) / 2
+
+    def at(self, confidence: float) -> Exponent:
+        """The same fit with an interval of another level."""
+        quantiles = stats().t.ppf([(1 + confidence) / 2, (1 + self.confidence) / 2], self.points - 2)
+        half = self.half_width * float(quantiles[0] / quantiles[1])
+        low, high = self.exponent - half, self.exponent + half
+        return dataclasses.replace(self, low=low, high=high, confidence=confidence)
+
+    def __str__(self) -> str:
+        return f"{self.exponent:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def fit_exponent(sizes: Sequence[float], values: Sequence[float], *, confidence: float = 0.95) -> Exponent:
+    """Least squares of log(value) on log(size), every measurement a point, with Student's t for the interval.
+
+    Seeds at one size scatter the points, and so does a law that is no power law: both widen the interval.
+
+    Args:
+        sizes: widths or depths, positive; one for each measurement.
+        values: what was measured, positive.
+        confidence: level of the interval, in (0, 1).
+
+    Raises:
+        ImportError: scipy is not installed.
+        ValueError: fewer than three different sizes, lists of unequal length, or a number that is not positive and
+            finite: it has no logarithm.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    if len(sizes) != len(values):
+        raise ValueError(f"expected a value for every size, got {len(values)} values and {len(sizes)} sizes")
+    different = len(set(sizes))
+    if different < 3:
+        raise ValueError(f"an exponent with an interval takes at least 3 different sizes, got {sorted(set(sizes))}")
+    for what, numbers in (("size", sizes), ("value", values)):
+        wrong = [x for x in numbers if not (math.isfinite(x) and x > 0)]
+        if wrong:
+            raise ValueError(f"expected positive finite {what}s, got {wrong[0]}")
+    fit = stats().linregress([math.log(s) for s in sizes], [math.log(v) for v in values])
+    half = float(stats().t.ppf((1 + confidence) / 2, len(sizes) - 2) * fit.stderr)
+    slope = float(fit.slope)
+    constant = math.exp(float(fit.intercept))
+    return Exponent(slope, slope - half, slope + half, constant, len(sizes), different, confidence)
+
+
+def judge(fit: Exponent, wanted: float = 0.0, tolerance: float = 0.15) -> tuple[Status, float | None]:
+    """Whether the interval lies within the tolerance of the exponent that is wanted, outside of it, or neither.
+
+    A check looks at a dozen intervals, of which one misses the truth now and then. So for a FAIL the interval has to
+    lie outside at a twentieth of the error too: at 99.75% if the level is 95%.
+
+    Returns:
+        The status, and if it is unclear by which factor there should be more measurements: the interval shrinks with
+        the root of their number, until it lies on one side of the nearest end of the tolerance. None if it is clear.
+    """
+    low, high = wanted - tolerance, wanted + tolerance
+    if low <= fit.low and fit.high <= high:
+        return Status.PASS, None
+    sure = fit.at(1 - (1 - fit.confidence) / 20)
+    if sure.high < low or sure.low > high:
+        return Status.FAIL, None
+    inside = low < fit.exponent < high
+    half = fit.half_width if inside else sure.half_width
+    room = min(abs(fit.exponent - low), abs(fit.exponent - high))
+    return Status.UNCLEAR, (half / room) ** 2 if room > 0 else math.inf

@@ -1,0 +1,179 @@
+"""The Jacobian between two layers as an operator, and its singular values: how well that part is conditioned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse.linalg import LinearOperator, svds
+from torch import Tensor, nn
+
+from fastfs._network.linearization import Linearization, LossFunction
+from fastfs._network.perturbed import load_forward_mode
+from fastfs.spectrum._extremes import condition_of, extremes
+from fastfs.spectrum._operator import TorchOperator, pullback
+from fastfs.spectrum._products import count
+
+__all__ = ["LayerJacobian", "SingularValues", "singular_values"]
+
+_DENSE = 1024
+
+
+class LayerJacobian(TorchOperator):
+    """``J = df_end/df_start``: (N_end, N_start), one jvp per product and one vjp per product with the transpose.
+
+    N is the number of elements of a layer's features, batch included: for networks that treat rows independently J is
+    block diagonal. Products go through ``torch.func.vmap``, at most ``chunk`` vectors at once.
+
+    Args:
+        model: any network; it is not changed, and may not be while the operator is used.
+        loss_fn: function of the model and the batch that gives the loss: how the model is run.
+        batch: what ``loss_fn`` takes.
+        start, end: exact names of modules that run once, ``end`` after ``start``.
+        dtype: torch.float64 to compute in double precision.
+        chunk: how many vectors are multiplied at once.
+
+    Raises:
+        TypeError: features that are not float32 or float64.
+        ValueError: no such layer, or one that does not run once; ``end`` does not depend on ``start``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        batch: Any,
+        start: str,
+        end: str,
+        *,
+        dtype: torch.dtype | None = None,
+        chunk: int = 16,
+    ) -> None:
+        for name, layer in (("start", start), ("end", end)):
+            if not isinstance(layer, str):
+                raise TypeError(f"{name}: expected the name of a module, got {layer!r}")
+        linearization = Linearization(model, loss_fn, batch, layers=list(dict.fromkeys((start, end))), dtype=dtype)
+        places = {layer.name: layer.index for layer in linearization.layers}
+        self._set_up(linearization, places[start], places[end], chunk)
+
+    @classmethod
+    def of(cls, linearization: Linearization, start: int, end: int, *, chunk: int = 16) -> LayerJacobian:
+        """The Jacobian between two layers, given by index, of a network that has been linearised already."""
+        jacobian = cls.__new__(cls)
+        jacobian._set_up(linearization, start, end, chunk)
+        return jacobian
+
+    def _set_up(self, lin: Linearization, start: int, end: int, chunk: int) -> None:
+        self._function = lin.from_layer(start, end)
+        (source,), (target,) = lin.features[start], lin.features[end]
+        if source.dtype != target.dtype:
+            raise TypeError(
+                f"expected features of one dtype, got {source.dtype} and {target.dtype}: give dtype=torch.float64"
+            )
+        super().__init__(target.shape, source.shape, target, chunk)
+        self.start, self.end = lin.layers[start].name, lin.layers[end].name
+        load_forward_mode()
+        self._zero = torch.zeros_like(source)
+        with torch.enable_grad():
+            if not self._function(self._zero.clone().requires_grad_()).requires_grad:
+                raise ValueError(f"end: layer {self.end!r} does not depend on layer {self.start!r}")
+        self._pull = pullback(self._function, self._zero)
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """J v for v of the shape of the features at the start, or for a batch (n, *shape)."""
+        return self._products(vectors)
+
+    def apply_transpose(self, vectors: Tensor) -> Tensor:
+        """J^T u for u of the shape of the features at the end, or for a batch (n, *shape)."""
+        return self._products(vectors, adjoint=True)
+
+    def _multiply(self, vectors: Tensor, *, adjoint: bool) -> Tensor:
+        one = self._pulled if adjoint else self._pushed
+        products: Tensor = torch.func.vmap(one, randomness="same")(vectors)
+        return products
+
+    def _pushed(self, vector: Tensor) -> Tensor:
+        product: Tensor = torch.func.jvp(self._function, (self._zero,), (vector,))[1]
+        return product
+
+    def _pulled(self, vector: Tensor) -> Tensor:
+        product: Tensor = self._pull(vector)[0]
+        return product
+
+
+class _Gram(TorchOperator):
+    """J J^T or J^T J, whichever is smaller."""
+
+    def __init__(self, jacobian: LayerJacobian) -> None:
+        self._jacobian, self._wide = jacobian, jacobian.shape[0] <= jacobian.shape[1]
+        shape = jacobian.row_shape if self._wide else jacobian.column_shape
+        super().__init__(
+            shape, shape, torch.empty(0, dtype=jacobian.torch_dtype, device=jacobian.device), jacobian.chunk
+        )
+
+    def _multiply(self, vectors: Tensor, *, adjoint: bool) -> Tensor:
+        between = self._jacobian._products(vectors, adjoint=self._wide)
+        return self._jacobian._products(between, adjoint=not self._wide)
+
+
+@dataclass(frozen=True)
+class SingularValues:
+    """The ends of the singular values of a Jacobian, of which there are min(rows, columns).
+
+    Attributes:
+        largest, smallest: smallest is 0 where it is below rounding, nan where it was not found.
+        condition: largest/smallest, inf for a smallest of 0.
+        reason: why the smallest is 0 or nan; None if it was found.
+        method: "dense" (all of them) or "lanczos".
+        values: all, descending, float64 on the CPU, where the method is "dense"; else None.
+    """
+
+    largest: float
+    smallest: float
+    condition: float
+    reason: str | None
+    method: str
+    values: Tensor | None
+
+    def __str__(self) -> str:
+        why = "" if self.reason is None else f" ({self.reason})"
+        return f"singular values {self.smallest:.6g} to {self.largest:.6g}, condition number {self.condition:.6g}{why}"
+
+
+def singular_values(jacobian: LayerJacobian, *, dense_below: int = _DENSE) -> SingularValues:
+    """Singular values: all of them for small Jacobians, the largest and the smallest for others.
+
+    Where both sides are at most ``dense_below`` the matrix is formed. Else scipy's ``svds`` finds the largest. The
+    smallest one is the root of the smallest eigenvalue of J J^T (or J^T J), found by Lanczos on c - J J^T, c the
+    largest eigenvalue: one at or below sqrt(N eps) times the largest singular value is rounding there and given as 0.
+
+    Raises:
+        TypeError: no :class:`LayerJacobian`.
+        ValueError: products that are not finite.
+    """
+    if not isinstance(jacobian, LayerJacobian):
+        raise TypeError(f"jacobian: expected a LayerJacobian, got {type(jacobian).__name__}")
+    count(dense_below, "dense_below", 0)
+    size, eps = min(jacobian.shape), torch.finfo(jacobian.torch_dtype).eps
+    if max(jacobian.shape) <= max(dense_below, 2):
+        matrix = jacobian.dense()
+        if not bool(matrix.isfinite().all()):
+            raise ValueError("jacobian: expected finite products, got NaN or Inf")
+        values = torch.linalg.svdvals(matrix).cpu()
+        largest, smallest = float(values[0]), float(values[-1])
+        noise = max(jacobian.shape) * eps * largest
+        reason = f"below the rounding of the products, {noise:.3g}" if smallest <= noise else None
+        smallest = 0.0 if reason else smallest
+        return SingularValues(largest, smallest, condition_of(largest, smallest), reason, "dense", values)
+    double = LinearOperator(jacobian.shape, jacobian.matvec, jacobian.rmatvec, dtype=np.float64)
+    start = np.random.default_rng(0).standard_normal(size)
+    ends = extremes(_Gram(jacobian), dense_below=0)
+    largest = 0.0
+    if ends.largest > 0:
+        largest = float(svds(double, k=1, which="LM", v0=start, return_singular_vectors=False)[0])
+    smallest = math.sqrt(ends.smallest)
+    reason = None if ends.reason is None else f"its square: {ends.reason}"
+    return SingularValues(largest, smallest, condition_of(largest, smallest), reason, "lanczos", None)

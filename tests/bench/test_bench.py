@@ -1,0 +1,350 @@
+"""`fastfs bench`: what it writes, what it says, and what it does where something is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fastfs import reference
+from fastfs._bench import baselines, ceilings, comparison, machine, quick
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.expected import truth
+from fastfs._bench.inputs import COLD, Turns, bytes_of, copies_for, make_inputs
+from fastfs._bench.verdict import troubles, verdict
+from fastfs._cli.app import app
+from fastfs._core import ops
+
+native = pytest.mark.skipif(not ops.native_available(), reason="no native core")
+CPU = torch.device("cpu")
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+# The command
+
+
+SMALL = """
+import functools
+from fastfs._bench import quick
+from fastfs._cli.app import app
+quick.LEAST = quick.MOST = 3 * 2**20
+quick.Compiler = functools.partial(quick.Compiler, seconds=0.0)  # there is always time to try
+app()
+"""
+
+
+@native
+def test_without_a_compiler_it_measures_the_rest_and_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "bench.json"
+    command = [sys.executable, "-c", SMALL, "bench", "--device", "cpu", "--seconds", "15", "--json", str(path)]
+    env = {**os.environ, "CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(path.read_text())
+    assert [(r["kind"], r["dtype"]) for r in result["results"]] == [
+        (kind, dtype) for kind in quick.KINDS for dtype in ("float32", "bfloat16")
+    ]
+    for measured in result["results"]:
+        rows = {row["contestant"]: row for row in measured["rows"]}
+        assert all(row["GB/s"] > 0 and row["milliseconds"] > 0 for row in rows.values())
+        assert rows[ceilings.READ]["of ceiling"] == 1
+        assert rows[OURS]["fastfs is faster by"] == 1
+        assert rows[OURS]["error"] <= 2e-6
+        assert (ceilings.COPY in rows) == (measured["kind"] != quick.ROWS)
+        assert measured["bytes"] * measured["copies"] >= COLD * result["environment"]["cache_bytes"]
+        assert COMPILE in measured["left out"]
+    assert "compiler" in result["results"][0]["left out"][COMPILE].lower()
+    assert set(result["overhead"]) == {"1", "100"}
+    assert any("torch.compile was left out" in line for line in result["troubles"])
+    for line in result["verdict"] + result["troubles"]:
+        assert line in done.stdout
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of 96 KiB that need no copies, three rounds, and no time to compile."""
+    monkeypatch.setattr(quick, "LEAST", 3 * 2**15)
+    monkeypatch.setattr(quick, "MOST", 3 * 2**15)
+    monkeypatch.setattr(quick, "SMALL", 2**11)
+    monkeypatch.setattr(quick, "WIDTH", 128)
+    monkeypatch.setattr(quick, "ROUNDS", 3)
+    monkeypatch.setattr(quick, "cache_bytes", lambda device: 2**12)
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 2**12)
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    return result.exit_code, " ".join(result.output.split())
+
+
+@native
+def test_it_measures_and_gives_a_verdict(small: None, tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    code, output = run("--device", "cpu", "--seconds", 2, "--json", path)
+    assert code == 0, output
+    result = json.loads(path.read_text())
+    assert "feature_stats reads at" in output
+    assert "A call costs" in output
+    for measured in result["results"]:
+        names = [row["contestant"] for row in measured["rows"]]
+        assert [name for name in (ceilings.READ, OURS, HAND, EAGER) if name not in names] == []
+        assert "more than is left" in measured["left out"][COMPILE]
+        assert measured["layers"] == (8 if measured["dtype"] == "bfloat16" else 4) or measured["kind"] != quick.LIST
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_native_core_it_measures_the_reference(
+    small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ops, "native_available", lambda: False)
+    path = tmp_path / "bench.json"
+    code, output = run("--device", "cpu", "--seconds", 2, "--json", path)
+    assert code == 0, output
+    assert "Only the slow reference could be measured" in output
+    assert "fastfs doctor" in output
+    result = json.loads(path.read_text())
+    assert result["environment"]["core"] is None
+    for measured in result["results"]:
+        assert {row["contestant"] for row in measured["rows"]} >= {ceilings.SUM, HAND, EAGER}
+        assert all(row["fastfs is faster by"] is None for row in measured["rows"])
+
+
+@native
+def test_wrong_sums_cannot_be_measured(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    true_sums = quick.functional.feature_stats
+
+    def off_by_little(*arguments: Any, **options: Any) -> Any:
+        stats = true_sums(*arguments, **options)
+        if options.get("backend") == "native" and not isinstance(stats, list):
+            stats.sums[..., 2] *= 1 + 1e-5
+        return stats
+
+    monkeypatch.setattr(quick.functional, "feature_stats", off_by_little)
+    code, output = run("--device", "cpu", "--seconds", 2, "--json", tmp_path / "bench.json")
+    assert code == 2
+    assert "fastfs is off by 1.0e-05" in output
+    assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "tpu"], "expected cpu or cuda, got 'tpu'"),
+        (["--device", "meta"], "expected cpu or cuda, got 'meta'"),
+        (["--device", "cuda:99"], "CUDA devices"),
+        (["--device", "cpu", "--json", "."], "is a folder"),
+        (["--seconds", "0"], "--seconds"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(arguments: list[str], message: str) -> None:
+    code, output = run(*arguments)
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
+
+
+# Words
+
+
+def invented(*, ours: float = 0.96, no_core: str | None = None, **environment: Any) -> dict[str, Any]:
+    """A result, with a streaming read of 100 GB/s."""
+    rows = [{"contestant": ceilings.READ, "GB/s": 100.0, "of ceiling": 1.0, "fastfs is faster by": ours}]
+    rates = {OURS: (100 * ours, 1.0), EAGER: (2.0, 48.0), HAND: (5.0, 19.2), COMPILE: (60.0, 1.6)}
+    if no_core:
+        del rates[OURS]
+    for name, (rate, faster) in rates.items():
+        rows.append(
+            {
+                "contestant": name,
+                "GB/s": rate,
+                "of ceiling": rate / 100,
+                "fastfs is faster by": None if no_core else faster,
+            }
+        )
+    races = [
+        {"kind": kind, "dtype": dtype, "rows": rows, "left out": {}}
+        for kind in quick.KINDS
+        for dtype in ("float32", "bfloat16")
+    ]
+    core = {
+        "instruction_set": "avx2",
+        "instruction_sets": ["generic", "avx2"],
+        "compiler": "12.2",
+        "openmp": True,
+        "cuda": None,
+    }
+    return {
+        "environment": {"core": None if no_core else core, "threads": 2, "cores": 2, **environment},
+        "load": 0.1,
+        "no core": no_core,
+        "overhead": {} if no_core else {"1": 6.0, "100": 39.66},
+        "results": races,
+    }
+
+
+def test_the_verdict_tells_the_numbers() -> None:
+    result = invented()
+    text = " ".join(verdict(result))
+    assert "reads at 0.96 (float32, 96 GB/s) and 0.96 (bfloat16, 96 GB/s) of what this memory allows" in text
+    assert "Many small layers: 0.96" in text
+    assert "Sums per row: 0.96" in text
+    assert "Against the eager reference: 48.0x as fast." in text
+    assert "Against torch.compile: 1.6x as fast." in text
+    assert "A call costs 6.0 us, and 0.34 us for each further layer." in text
+    assert "avx2 loops, compiler 12.2." in text
+    assert troubles(result) == []
+
+
+def test_a_range_is_told_where_there_is_one() -> None:
+    result = invented()
+    result["results"][0] = {
+        **result["results"][0],
+        "rows": [{**row, "fastfs is faster by": 3.0} for row in result["results"][0]["rows"]],
+    }
+    assert "Against torch.compile: 1.6x to 3.0x as fast." in verdict(result)
+
+
+def test_troubles_have_their_cause() -> None:
+    result = invented(ours=0.5)
+    (text,) = troubles(result)
+    assert text.startswith("Less than 0.85 of what the memory allows (one layer, float32: 0.50;")
+    assert "busy" not in text
+    assert "the machine was busy (load 3.0 on 2 cores" in troubles({**result, "load": 3.0})[0]
+    assert "8 threads on 2 cores" in troubles(invented(ours=0.5, threads=8))[0]
+    core = {**result["environment"]["core"], "openmp": False, "instruction_set": "generic"}
+    found = troubles(invented(core=core))
+    assert any("without OpenMP" in text for text in found)
+    assert any("generic loops" in text for text in found)
+    assert troubles(invented(core=core, device="a GPU")) == []
+
+
+def test_who_was_left_out_is_a_trouble() -> None:
+    result = invented()
+    result["results"][1] = {**result["results"][1], "left out": {COMPILE: "no compiler"}}
+    assert troubles(result) == ["torch.compile was left out: no compiler (one layer, bfloat16)"]
+    for measured in result["results"]:
+        measured["left out"] = {COMPILE: "no compiler"}
+    assert troubles(result) == ["torch.compile was left out: no compiler"]
+
+
+def test_without_core_there_are_only_rates() -> None:
+    result = invented(no_core="it is not there")
+    assert (
+        verdict(result)[0]
+        == "GB/s of one layer, float32: eager (reference) 2.0, eager by hand 5.0, torch.compile 60.0."
+    )
+    assert troubles(result)[0].endswith("no native core: it is not there")
+
+
+# Parts
+
+
+def test_sizes_follow_from_time_and_memory() -> None:
+    many, large = 2**40, 2**25
+    assert quick.size_for(10, 1e12, many, large) == 2**28  # eight caches
+    assert quick.size_for(10, 1e12, many, 2**28) == quick.MOST
+    assert quick.size_for(10, 1e8, many, large) == 50_000_000  # twenty calls in ten seconds
+    assert quick.size_for(10, 1e12, 2**30, large) == 2**27
+    assert quick.size_for(0, 1e8, many, large) == quick.LEAST
+
+
+def test_copies_together_exceed_the_cache() -> None:
+    assert copies_for(COLD * 2**20, 2**20) == 1
+    assert copies_for(COLD * 2**20 - 1, 2**20) == 2
+    assert copies_for(12_000, 2**20) * 12_000 >= COLD * 2**20
+    assert copies_for(2**30, 2**20) == 1
+    copies = make_inputs([(64, 3), (5,)], (BF16, F32), CPU, 3)
+    assert len(copies) == 3
+    assert len({x.data_ptr() for inputs in copies for tensors in inputs for x in tensors}) == 3 * 3 * 2
+    for before, after, backward in copies:
+        assert [x.shape for x in before] == [x.shape for x in backward] == [(64, 3), (5,)]
+        assert {x.dtype for x in before + after} == {BF16}
+        assert {x.dtype for x in backward} == {F32}
+        assert not torch.equal(before[0], after[0])
+    assert bytes_of(copies[0]) == (64 * 3 + 5) * 8
+
+
+def test_contestants_share_the_turns() -> None:
+    turns, seen = Turns(3), []
+    first, second = (turns.over([lambda n=n, i=i: seen.append(f"{n}{i}") for i in range(3)]) for n in "ab")
+    for _ in range(2):
+        first()
+        second()
+        first()
+    second()
+    assert seen == ["a0", "b1", "a2", "a0", "b1", "a2", "b0"]
+    with pytest.raises(ValueError, match="expected 3 calls, one per copy, got 2"):
+        turns.over([lambda: None, lambda: None])
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)])
+def test_contestants_take_the_same_sums(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    (inputs,) = make_inputs([(16, 64), (7, 100)], dtypes, CPU)
+    inputs[1][1][3, 5] = 0.0
+    true = truth(inputs)
+    for sums in (baselines.by_hand, baselines.by_hand_foreach):
+        assert true.error(sums(*inputs)) < 1e-5
+    whole = torch.stack([baselines.layer_sums(*x) for x in zip(*inputs, strict=True)])
+    assert true.error(whole) < 1e-5
+    less = torch.stack([baselines.layer_sums(*x, rounding=False) for x in zip(*inputs, strict=True)])
+    assert true.error(less) < 1e-5
+    whole[1, 2] *= 1.01
+    assert true.error(whole) > 1e-4
+    rows = truth(inputs, per_row=True)
+    assert rows.error(baselines.by_hand_per_row(*inputs)) < 1e-5
+    found = torch.cat([baselines.layer_sums(*x, per_row=True) for x in zip(*inputs, strict=True)])
+    assert rows.error(found) < 1e-5
+    sums = torch.stack([reference.feature_stats(*x).sums for x in zip(*inputs, strict=True)])
+    assert torch.allclose(true.sums, sums[:, :8], rtol=1e-12)
+
+
+def test_first_calls() -> None:
+    assert comparison.attempt(lambda: 3, CPU)[::2] == (3, None)
+
+    def fails() -> None:
+        raise RuntimeError("\nno such thing\nat all")
+
+    assert comparison.attempt(fails, CPU)[2] == "RuntimeError: no such thing"
+    assert comparison.attempt(lambda: 3, CPU, 0.0)[2].startswith("one call takes")
+
+
+def test_ranking_counts_the_bytes_of_each() -> None:
+    times = {ceilings.READ: [1.0, 2.0], OURS: [2.0, 4.0], ceilings.COPY: [1.0, 1.0], EAGER: [8.0, 8.0]}
+    rows = {row["contestant"]: row for row in comparison.ranking(times, 3 * 10**9, {ceilings.COPY: 10**9})}
+    assert rows[ceilings.READ]["GB/s"] == 2.0
+    assert rows[OURS]["of ceiling"] == 0.5
+    assert rows[EAGER]["fastfs is faster by"] == 3.0
+    assert rows[ceilings.COPY]["GB/s"] == 1.0
+    assert rows[ceilings.COPY]["of ceiling"] == 0.5
+    assert rows[ceilings.COPY]["fastfs is faster by"] is None
+
+
+def test_thirds_hold_the_bytes() -> None:
+    tensors = [torch.arange(3 * 64 + 10), torch.arange(5), torch.arange(6 * 64).view(2, 3, 64)]
+    lists = ceilings.thirds(tensors)
+    assert [[x.numel() for x in third] for third in lists] == [[64, 0, 128]] * 3
+    assert [int(third[2][0]) for third in lists] == [0, 128, 256]
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "result.json"
+    machine.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        machine.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_machine_is_known() -> None:
+    assert machine.cache_bytes(CPU) >= 2**18
+    assert machine.free_bytes(CPU) >= 2**26
+    found = machine.environment(CPU)
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()

@@ -1,0 +1,431 @@
+"""The public measurements: native against the truth, over dtypes, shapes, layouts and sizes."""
+
+import itertools
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastfs
+from fastfs import FeatureStats, UpdateStats, _functional, feature_stats, reference, update_stats
+from fastfs._core import ops
+from tests.helpers.cases import DTYPES, LARGE, LAYOUTS, SHAPES, inputs, layers, run_apart
+from tests.helpers.compare import assert_close, assert_same, assert_same_kind, feature_truth, update_truth
+
+
+def check_layer(f, g, b, what=""):
+    """Whole layer, rows and update sums of one layer against the truth."""
+    what = f"{what} {tuple(f.shape)} {f.dtype} {b.dtype} strides {f.stride()} {g.stride()} {b.stride()}"
+    assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b), what=what)
+    rows = feature_stats(f, g, b, per_row=True)
+    assert_close(rows.sums, feature_truth(f, g, b, per_row=True), what=f"rows {what}")
+    assert_close(update_stats(f, b).sums, update_truth(f, b), what=f"update {what}")
+
+
+def test_native_core_is_in_use():
+    """Without the native core these tests would test the reference against itself."""
+    assert ops.native_available(), ops.why_not_native()
+
+
+# Dtypes, shapes, layouts
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_and_shape(dtype, device):
+    for i, shape in enumerate(SHAPES):
+        for backward_dtype in (dtype, DTYPES[i % 4]):
+            check_layer(*inputs(shape, dtype, backward_dtype, device=device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_groups_of_chunks(dtype, device):
+    f, g, b = inputs(LARGE[0], dtype, device=device)
+    assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b))
+    assert_close(update_stats(f, b).sums, update_truth(f, b))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout(layout, device):
+    for i, shape in enumerate(SHAPES):
+        check_layer(*inputs(shape, DTYPES[i % 4], DTYPES[(i + i // 4) % 4], (layout,) * 3, device=device), layout)
+
+
+@pytest.mark.parametrize("shape", [(64, 33), (5, 8200), (2, 8, 6, 7)], ids=str)
+def test_mixed_layouts(shape, device):
+    every = 29 if torch.Size(shape).numel() < 10_000 else 151
+    for i, names in enumerate(itertools.permutations(LAYOUTS, 3)):
+        if i % every == 0:
+            check_layer(*inputs(shape, DTYPES[i % 4], DTYPES[i // every % 4], names, device=device), str(names))
+
+
+def test_all_kinds_of_layers_in_one_call(device):
+    f, g, b = layers(device=device)
+    stats, rows, update = feature_stats(f, g, b), feature_stats(f, g, b, per_row=True), update_stats(f, b)
+    assert stats.shape == update.shape == (len(f),)
+    for i, layer in enumerate(zip(f, g, b, strict=True)):
+        assert_close(stats[i].sums, feature_truth(*layer), what=f"layer {i}")
+        assert_close(rows[i].sums, feature_truth(*layer, per_row=True), what=f"layer {i}")
+        assert_close(update[i].sums, update_truth(layer[0], layer[2]), what=f"layer {i}")
+
+
+def test_many_dimensions(device):
+    f, g, b = inputs((2,) * 16, device=device)
+    check_layer(f, g.permute(*range(15, -1, -1)), b)
+    f, g, b = inputs((2,) * 17, device=device)
+    g = g.permute(*range(16, -1, -1))
+    if device == "cpu":  # more than 16 dimensions that cannot be merged
+        with pytest.raises(ValueError, match=r"^layer 0: expected at most 16 dimensions"):
+            feature_stats(f, g, b)
+    f, g = f.contiguous(), g.contiguous()
+    assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b))
+    g = g.transpose(0, 1).contiguous().transpose(0, 1)  # three dimensions after merging
+    assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b))
+
+
+@st.composite
+def random_layers(draw):
+    shape = tuple(draw(st.lists(st.integers(0, 40), max_size=4)))
+    names = tuple(draw(st.sampled_from(list(LAYOUTS))) for _ in range(3))
+    dtype, backward_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    return inputs(shape, dtype, backward_dtype, names, step=draw(st.sampled_from([1e-3, 0.1, 10.0])))
+
+
+@given(random_layers())
+def test_random_layers(layer):
+    check_layer(*layer)
+
+
+@st.composite
+def random_strides(draw):
+    """Any non-negative strides over a small buffer: permuted, overlapping, expanded."""
+    shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
+    dtype = draw(st.sampled_from(DTYPES))
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor() -> torch.Tensor:
+        strides = tuple(draw(st.integers(0, 30)) for _ in shape)
+        offset = draw(st.integers(0, 7))
+        size = offset + 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        return torch.randn(size).to(dtype).as_strided(shape, strides, offset)
+
+    return tensor(), tensor(), tensor()
+
+
+@given(random_strides())
+def test_random_strides(layer):
+    check_layer(*layer)
+
+
+# Values
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-20, 1e-18, 1e10, 1e18, 1e36])
+def test_any_scale(dtype, scale, device):
+    """Squares far beyond the range of float."""
+    for shape in ((3,), (1001,), (3, 8193)):
+        check_layer(*inputs(shape, dtype, scale=scale, device=device), f"scale {scale}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_largest_and_smallest_numbers(dtype, device):
+    info = torch.finfo(dtype)
+    values = [info.max, info.max / 3, info.tiny, info.tiny * info.eps, info.tiny / 3, 1.0, 0.0, -0.0]
+    if dtype == torch.float64:
+        values[:2] = [1e150, 1e140]
+    f = torch.tensor(values * 20, dtype=dtype, device=device)
+    check_layer(f, f / 2, f.roll(1))
+    check_layer(f, f, f)
+    check_layer(f[f.abs() < 0.5], f[f.abs() < 0.5] * 0, f[f.abs() < 0.5])
+
+
+def test_scales_mixed_within_a_chunk(device):
+    exponents = torch.linspace(-40, 37, 20_011)
+    f, g, b = inputs((20_011,), torch.float32)
+    size = 10.0**exponents
+    check_layer(*(x.to(device) for x in (f * size, g * size, b * size.flip(0))), "products of large and small")
+    check_layer(*(x.to(device) for x in (f * size, g * size, b * size)), "sorted by size")
+
+
+def test_large_layers_are_as_accurate_as_small_ones(device):
+    """A mean far from zero, where a running sum in float loses digits."""
+    n = 3_000_001
+    f = torch.full((n,), 1.0, device=device)
+    g = f + torch.linspace(0.1, 0.3, n, device=device)
+    stats = feature_stats(f, g, f).to("cpu")
+    df = g.double() - 1
+    assert stats.before_sq == n
+    assert stats.update_sq == pytest.approx(df.square().sum().item(), rel=2e-6)
+    assert stats.update_dot_backward == pytest.approx(df.sum().item(), rel=2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nonfinite_entries_are_counted_and_propagate(dtype, device):
+    for shape in ((40,), (5, 8200), (3, 70)):
+        for trial in range(8):
+            f, g, b = inputs(shape, dtype, device=device)
+            for x, bad in zip((f, g, b), (torch.nan, torch.inf, -torch.inf), strict=True):
+                if trial & 4:  # one input only
+                    x = (f, g, b)[trial % 3]
+                at = torch.randint(0, x.numel(), (trial % 4 + (not trial & 4),))
+                x.view(-1)[at.to(device)] = bad
+            what = f"{shape} trial {trial}"
+            count = sum((~x.isfinite()).sum() for x in (f, g, b))
+            stats, expected = feature_stats(f, g, b), reference.feature_stats(f, g, b)
+            assert stats.nonfinite == count, what
+            assert_same_kind(stats.sums, expected.sums, what)
+            rows = feature_stats(f, g, b, per_row=True)
+            assert_same_kind(rows.sums, reference.feature_stats(f, g, b, per_row=True).sums, what)
+            assert_same_kind(update_stats(f, b).sums, reference.update_stats(f, b).sums, what)
+
+
+def test_nonfinite_entries_leave_the_other_sums_and_layers_alone(device):
+    f, g, b = inputs((20_000,), device=device)
+    clean = feature_stats(f, g, b)
+    spoiled = b.clone()
+    spoiled[11_111] = torch.nan
+    stats = feature_stats([f, f], [g, g], [spoiled, b])
+    for name in ("update_sq", "before_sq", "before_dot_update", "rounding_sq"):
+        assert getattr(stats[0], name).item() == pytest.approx(getattr(clean, name).item(), rel=4e-6)
+    assert stats[0].backward_sq.isnan()
+    assert stats[0].update_dot_backward.isnan()
+    assert_same(stats[1].sums, clean.sums)
+
+
+def test_overflow_in_double_is_that_of_the_reference(device):
+    f, g, b = inputs((100,), torch.float64, scale=1e200, device=device)
+    stats, expected = feature_stats(f, g, b), reference.feature_stats(f, g, b)
+    assert_same_kind(stats.sums, expected.sums)
+    assert stats.update_sq == torch.inf
+    assert not stats.valid
+    assert stats.nonfinite == 0
+
+
+# Invariances
+
+
+def test_layers_may_come_in_any_order():
+    f, g, b = layers()
+    stats = feature_stats(f, g, b)
+    order = torch.randperm(len(f)).tolist()
+    shuffled = feature_stats(*([x[i] for i in order] for x in (f, g, b)))
+    assert_same(shuffled.sums, stats.sums[order])
+
+
+def test_scaling_by_a_power_of_two_is_exact():
+    f, g, b = inputs((20_011,))
+    stats, scaled = feature_stats(f, g, b), feature_stats(f * 4, g * 4, b / 8)
+    factors = torch.tensor([0.5, 16, 1 / 64, 16, 16, 0.5, 16, 1, 1], dtype=torch.float64)
+    assert_same(scaled.sums, stats.sums * factors)
+    assert_same(feature_stats(-f, -g, b).sums[1:5], stats.sums[1:5])
+
+
+def test_shifting_the_features_keeps_the_update():
+    f, g = torch.randint(-50, 50, (2, 5000)).float()
+    b = torch.randn(5000)
+    stats, shifted = feature_stats(f, g, b), feature_stats(f + 64, g + 64, b)
+    assert_same(shifted.sums[[0, 1, 2, 5]], stats.sums[[0, 1, 2, 5]])
+    assert shifted.before_sq != stats.before_sq
+
+
+def test_parts_add_up_to_the_whole():
+    f, g, b = inputs((501, 33), torch.float32, torch.bfloat16)
+    truth = feature_truth(f, g, b)
+    parts = zip(f.split(100), g.split(100), b.split(100), strict=True)
+    assert_close(sum(feature_stats(*part) for part in parts).sums, truth)
+    assert_close(feature_stats(f, g, b, per_row=True).total().sums, truth)
+    assert_close(feature_stats(f.split(100), g.split(100), b.split(100)).total().sums, truth)
+
+
+# Size
+
+
+def test_thousands_of_layers(device):
+    f, g, b = inputs((5000, 7), device=device)
+    stats = feature_stats(list(f), list(g), list(b))
+    assert stats.shape == (5000,)
+    assert_close(stats.sums, feature_truth(f, g, b, per_row=True))
+    assert_close(update_stats(list(f), list(b))[4999].sums, update_truth(f[4999], b[4999]))
+
+
+@pytest.mark.parametrize("shape", [(2**31 + 5,), (2**19 + 1, 4096)], ids=str)
+def test_more_than_2_to_the_31_elements(shape):
+    """Stride 0 in every dimension, or in that of the rows: no memory behind it."""
+    n = torch.Size(shape).numel()
+    row = torch.ones(shape[1:], dtype=torch.bfloat16)
+    f, g, b = ((row * value).expand(shape) for value in (1.0, 1.5, -2.0))
+    start = time.perf_counter()
+    stats = feature_stats(f, g, b)
+    assert time.perf_counter() - start < 20
+    assert stats.count == n
+    assert stats.nonfinite == 0
+    assert stats.sums[:6].tolist() == [-1.0 * n, 0.25 * n, 4.0 * n, n, 0.5 * n, n]
+    assert stats.rounding_sq == pytest.approx(n * 2**-14 / 6, rel=1e-6)
+    assert stats.angle == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory the Linux way")
+@pytest.mark.parametrize(
+    "view",
+    ["x[:, :2000]", "x[:, 1:]", "x[::2]", "x[:, ::2]", "x.T", "x[:, None, :].expand(-1, 3, -1)"],
+)
+def test_strided_tensors_are_read_in_place(view):
+    """Three tensors of 64 MB; a copy of one would show in the peak memory. `x.T` lies beside contiguous ones."""
+    output = run_apart(
+        f"""
+        import resource, torch, fastfs
+        def peak():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        def view(x):
+            return {view}
+        small = torch.ones(64, 2048)
+        fastfs.feature_stats(view(small), view(small), view(small))
+        tensors = [torch.full((8192, 2048), float(i)) for i in range(3)]
+        f, g, b = map(view, tensors)
+        if "{view}" == "x.T":
+            g, b = g.reshape(-1)[: g.numel()].view(g.shape), b
+        before = peak()
+        stats = fastfs.feature_stats(f, g, b)
+        assert stats.count == f.numel()
+        assert stats.update_sq == f.numel() and stats.backward_sq == 4 * f.numel()
+        print(peak() - before)
+        """
+    )
+    assert float(output) < 16, f"{view}: {output} MB more"
+
+
+# Arguments and results
+
+
+def test_shapes_of_results():
+    f, g, b = inputs((2, 3, 5))
+    assert feature_stats(f, g, b).shape == ()
+    assert feature_stats([f], [g], [b]).shape == (1,)
+    assert feature_stats(f, g, b, per_row=True).shape == (6,)
+    rows = feature_stats([f, f[0, 0, 0], f[0]], [g, g[0, 0, 0], g[0]], [b, b[0, 0, 0], b[0]], per_row=True)
+    assert isinstance(rows, list)
+    assert [r.shape for r in rows] == [(6,), (1,), (3,)]
+    assert update_stats(f, b).shape == ()
+    assert update_stats([f, g], [b, b]).shape == (2,)
+    assert isinstance(feature_stats(f, g, b), FeatureStats)
+    assert isinstance(update_stats(f, b), UpdateStats)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_no_layers(backend):
+    assert feature_stats([], [], [], backend=backend).shape == (0,)
+    assert feature_stats((), [], (), per_row=True, backend=backend) == []
+    assert update_stats([], (), backend=backend).shape == (0,)
+
+
+class Custom(list):
+    """A sequence that is not a plain list."""
+
+
+def test_any_sequence_is_taken():
+    f, g, b = layers(SHAPES[:5])
+    expected = feature_stats(f, g, b)
+    for kind in (tuple, Custom):
+        assert feature_stats(kind(f), kind(g), kind(b)) == expected
+    assert feature_stats(tuple(f), g, Custom(b)) == expected
+    assert len(feature_stats(Custom(f), g, b, per_row=True)) == 5
+    assert update_stats(Custom(f), tuple(b)) == update_stats(f, b)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_results_are_detached(backend):
+    f, g, b = (x.requires_grad_() for x in inputs((5, 3)))
+    p = torch.nn.Parameter(f.detach().clone())
+    for stats in (
+        feature_stats(f, g, b, backend=backend),
+        feature_stats([f * 2, p], [g, g], [b, b], backend=backend),
+        *feature_stats([f, p], [g, g], [b, b], per_row=True, backend=backend),
+        update_stats(p, b, backend=backend),
+    ):
+        assert not stats.sums.requires_grad
+        assert stats.sums.grad_fn is None
+        assert not stats.angle.requires_grad
+
+
+def test_inputs_are_left_alone():
+    f, g, b = layers()
+    before = [x.clone() for x in (*f, *g, *b)]
+    versions = [x._version for x in (*f, *g, *b)]
+    feature_stats(f, g, b)
+    feature_stats(f, g, b, per_row=True)
+    update_stats(f, b)
+    assert all(torch.equal(x, y) for x, y in zip((*f, *g, *b), before, strict=True))
+    assert [x._version for x in (*f, *g, *b)] == versions
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_random_states_are_left_alone(backend):
+    import random
+
+    import numpy as np
+
+    f, g, b = inputs((100,))
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    feature_stats(f, g, b, backend=backend)
+    update_stats(f, b, backend=backend)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]  # noqa: NPY002
+
+
+# Backends
+
+
+def test_reference_backend_is_the_reference():
+    f, g, b = layers()
+    assert_same(feature_stats(f, g, b, backend="reference").sums, reference.feature_stats(f, g, b).sums)
+    assert_same(update_stats(f, b, backend="reference").sums, reference.update_stats(f, b).sums)
+    for one, twin in zip(
+        feature_stats(f, g, b, per_row=True, backend="reference"),
+        reference.feature_stats(f, g, b, per_row=True),
+        strict=True,
+    ):
+        assert_same(one.sums, twin.sums)
+    assert_same(feature_stats(f, g, b, backend="native").sums, feature_stats(f, g, b).sums)
+
+
+@pytest.fixture
+def no_native(monkeypatch):
+    monkeypatch.setattr(ops, "native_available", lambda: False)
+    monkeypatch.setattr(ops, "why_not_native", lambda: "it was not built; reinstall with a C++ compiler")
+    _functional._warn_once.cache_clear()
+    yield
+    _functional._warn_once.cache_clear()
+
+
+def test_without_native_core_one_warning_with_the_cure(no_native):
+    f, g, b = inputs((10,))
+    with pytest.warns(RuntimeWarning, match=r"slow reference.*reinstall with a C\+\+ compiler") as caught:
+        stats = feature_stats(f, g, b)
+    assert caught[0].filename == __file__
+    assert stats == reference.feature_stats(f, g, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert update_stats(f, b) == reference.update_stats(f, b)
+        assert feature_stats(f, g, b) == stats
+
+
+def test_without_native_core_asking_for_it_is_an_error(no_native):
+    f, g, b = inputs((10,))
+    for call in (lambda: feature_stats(f, g, b, backend="native"), lambda: update_stats(f, b, backend="native")):
+        with pytest.raises(RuntimeError, match=r"native.*reinstall with a C\+\+ compiler"):
+            call()
+
+
+def test_without_native_core_asking_for_the_reference_is_silent(no_native):
+    f, g, b = inputs((10,))
+    assert feature_stats(f, g, b, backend="reference").count == 10
+
+
+def test_public_names():
+    for name in ("feature_stats", "update_stats", "FeatureStats", "UpdateStats", "reference", "__version__"):
+        assert hasattr(fastfs, name)

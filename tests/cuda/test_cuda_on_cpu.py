@@ -1,0 +1,431 @@
+"""The real CUDA kernels and launchers on the host: sums, determinism, sanitizers, and bugs that must be caught."""
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cuda.on_cpu import harness
+from tests.cuda.on_cpu.harness import STREAM_READ, UPDATES, Case, rows, run
+from tests.helpers.cases import DTYPES, LAYOUTS, SHAPES, inputs
+from tests.helpers.compare import assert_close, assert_same, feature_truth, update_truth
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing())),
+]
+
+CHUNK, GROUP = 8192, 64 * 8192
+SIZES = (0, 1, 7, 8, 9, 255, 2047, 2048, 2049, 4095, 4097, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 17)
+BF16 = torch.bfloat16
+# Layouts that a kernel sees (negative bits are resolved before).
+STRIDED = [name for name in LAYOUTS if name not in ("contiguous", "negative", "negative_imaginary")]
+REORDERED = ("transposed", "reversed_dims", "channels_last")  # strides in another order than dimensions
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A change of one place of the kernels that a check must notice."""
+
+    file: str
+    old: str
+    new: str
+    build: str
+    sign: str  # what the sanitizer says; for the plain build, which check fails
+
+
+BUGS = {
+    "no barrier between the warps of a block": Bug(
+        "segment_sums.cuh",
+        "again = __syncthreads_or(again);",
+        "again = __any_sync(kFullWarp, again);",
+        "tsan",
+        "data race",
+    ),
+    "one buffer of partial sums for all chunks": Bug("segment_sums.cuh", "side ^= 1;", "", "tsan", "data race"),
+    "no barrier after the repetition in double": Bug(
+        "segment_sums.cuh", "        __syncthreads();\n", "", "tsan", "data race"
+    ),
+    "no fence before the ticket": Bug(
+        "reduce.cuh", "  __threadfence();\n  __syncwarp();", "  __syncwarp();", "tsan", "data race"
+    ),
+    "no fence after the ticket": Bug("reduce.cuh", "last);\n    __threadfence();", "last);", "tsan", "data race"),
+    "shared array too small": Bug(
+        "segment_sums.cuh", "parts[2][kWarps][N];", "parts[2][kWarps - 1][N];", "asan", "out of bounds for type"
+    ),
+    "tail read past the end": Bug(
+        "load.cuh", "if (at + E <= count) {", "if (at < count) {", "asan", "heap-buffer-overflow"
+    ),
+    "strided tail read past the end": Bug(
+        "load.cuh", "if (step == 1 && valid == E) {", "if (step == 1) {", "asan", "heap-buffer-overflow"
+    ),
+    "wide loads of one input that is not aligned": Bug(
+        "load.cuh",
+        "for (int j = 0; j < kInputs; ++j) all = all && aligned(p[j], 16);",
+        "for (int j = 0; j < 1; ++j) all = all && aligned(p[j], 16);",
+        "asan",
+        "misaligned address",
+    ),
+    "ticket that does not wrap": Bug(
+        "reduce.cuh", "before = atomicInc(ticket, last);", "before = atomicAdd(ticket, 1u);", "plain", "tickets"
+    ),
+    "groups merged in the order of arrival": Bug(
+        "reduce.cuh",
+        "v += __ldcg(partials + i * step * N + lane % N);",
+        "v += __ldcg(partials + (i + blockIdx.x) % count * step * N + lane % N);",
+        "plain",
+        "same bits",
+    ),
+    "groups merged from the wrong places": Bug(
+        "reduce.cuh", "first * N, groups, kGroupChunks, lane", "first * N, groups, 1, lane", "plain", "sums"
+    ),
+    "float chains too long": Bug(
+        "segment_sums.cuh",
+        "kSize == 2 ? kChain / kRun<F> : 1",
+        "kSize == 2 ? 16 : 1",
+        "plain",
+        "long sum",
+    ),
+    "no repetition in double": Bug(
+        "segment_sums.cuh",
+        "int again = skip || must_repeat<Sums, V>(lane / (32 / N), value);",
+        "int again = skip;",
+        "plain",
+        "non-finite",
+    ),
+    "repetition in double with the factor of float": Bug(
+        "segment_sums.cuh", "value *= again ? ", "value *= skip ? ", "plain", "extremes"
+    ),
+    "binary search off by one": Bug(
+        "table.cuh",
+        "if (table.first_item(middle) <= item) {",
+        "if (table.first_item(middle) < item) {",
+        "plain",
+        "sums",
+    ),
+    "last layer of a full table lost": Bug("submit.cuh", "        table->add(layer, 0, row);\n", "", "plain", "sums"),
+}
+
+
+@dataclass
+class Programs:
+    """Drivers, compiled beside one another from the start of the session; ask for one to wait for it."""
+
+    folder: Path
+    pool: ThreadPoolExecutor
+    built: dict[str, Future[Path]] = field(default_factory=dict)
+
+    def start(self, name: str, build: str, sources: Path, *flags: str) -> None:
+        folder = self.folder / name.replace(" ", "_")
+        self.built[name] = self.pool.submit(harness.compile_driver, build, folder, sources, *flags)
+
+    def __getitem__(self, name: str) -> Path:
+        return self.built[name].result()
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("cuda_on_cpu")
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        result = Programs(folder, pool)
+        for build in ("plain", "asan", "tsan"):
+            result.start(build, build, harness.CUDA_SOURCES)
+        for name, bug in BUGS.items():
+            result.start(name, bug.build, with_bug(bug, folder / "sources" / name.replace(" ", "_")), harness.BF16_ONLY)
+        yield result
+        pool.shutdown(cancel_futures=True)
+
+
+def with_bug(bug: Bug, folder: Path) -> Path:
+    """A copy of the sources with the bug."""
+    shutil.copytree(harness.CUDA_SOURCES, folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
+    path = folder / "cuda" / bug.file
+    text = path.read_text()
+    assert text.count(bug.old) == 1, f"{bug.file} has {text.count(bug.old)} places like {bug.old!r}, expected one"
+    path.write_text(text.replace(bug.old, bug.new))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain(programs: Programs) -> Path:
+    return programs["plain"]
+
+
+# sums
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_all_dtypes_and_sizes(plain: Path, dtype: torch.dtype) -> None:
+    cases, truths = [], []
+    for last, size in itertools.product(DTYPES, SIZES):
+        f, g, b = inputs((size,), dtype, last)
+        cases += [Case([(f, g, b)]), Case([(f, b)], op=UPDATES)]
+        truths += [feature_truth(f, g, b), update_truth(f, b)]
+    for result, truth, case in zip(rows(plain, *cases), truths, cases, strict=True):
+        assert_close(result[0], truth, what=f"{case.op} {[(x.dtype, x.shape) for x in case.layers[0]]}")
+
+
+@pytest.mark.parametrize("size", [GROUP - 1, GROUP, GROUP + 1, 2 * GROUP + CHUNK + 3])
+def test_sums_of_several_groups(plain: Path, size: int) -> None:
+    layer = inputs((size,), BF16)
+    assert_close(rows(plain, Case([layer]))[0][0], feature_truth(*layer))
+
+
+def test_long_sums_do_not_drift(plain: Path) -> None:
+    check_long_sum(plain)
+
+
+def check_long_sum(program: Path) -> None:
+    # In float, 2^24 + 1 is 2^24: a long chain loses every one that follows. All is in the hands of one thread.
+    before = torch.zeros(3, CHUNK, dtype=BF16)
+    before.view(3, -1, 256)[..., :8] = 1.0
+    before[:, 0] = 4096.0
+    layer = (before, before * 2, before)
+    truth = feature_truth(*layer, per_row=True)
+    assert_close(rows(program, Case([layer], per_row=True))[0], truth, what="long sum")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows(plain: Path, dtype: torch.dtype) -> None:
+    cases, truths = [], []
+    for shape in [s for s in SHAPES if s != ()] + [(40, 768), (9, CHUNK), (3, CHUNK + 1), (2, 2 * CHUNK)]:
+        layer = inputs(shape, dtype)
+        cases.append(Case([layer], per_row=True))
+        truths.append(feature_truth(*layer, per_row=True))
+    for result, truth, case in zip(rows(plain, *cases), truths, cases, strict=True):
+        assert_close(result, truth, what=str(case.layers[0][0].shape))
+
+
+def mixed_layers(count: int) -> list[tuple[torch.Tensor, ...]]:
+    """Layers of all sizes, dtypes and strides, with empty ones at both ends."""
+    layers = [inputs((0,), BF16)]
+    for i in range(count):
+        shape = (CHUNK + 5 * i,) if i % 5 == 0 else (3, i % 7 + 1, 11)
+        layout = STRIDED[i % len(STRIDED)] if i % 3 == 0 else "contiguous"
+        layers.append(inputs(shape, DTYPES[i % 4], DTYPES[(i + i // 4 % 2) % 4], (layout, "contiguous", layout)))
+    return [*layers, inputs((5, 0), torch.float32)]
+
+
+def test_many_layers_in_one_call(plain: Path) -> None:
+    layers = mixed_layers(60)
+    (result,) = rows(plain, Case(layers))
+    for i, layer in enumerate(layers):
+        assert_close(result[i], feature_truth(*layer), what=f"layer {i}")
+    updates = [(f, b) for f, _, b in layers]
+    (result,) = rows(plain, Case(updates, op=UPDATES))
+    for i, layer in enumerate(updates):
+        assert_close(result[i], update_truth(*layer), what=f"layer {i}")
+
+
+def test_no_layers_no_launch(plain: Path) -> None:
+    for layers in ([], [inputs((0, 5), BF16)]):
+        (result,) = run(plain, [Case(layers, per_row=True)]).results
+        assert (result.launches, result.rows.shape) == (0, (0, 9))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float64], ids=str)
+def test_large_parameters_save_launches(plain: Path, dtype: torch.dtype) -> None:
+    layers = [inputs((1 + i % 13,), dtype) for i in range(700)]
+    small, large = run(plain, [Case(layers), Case(layers, large_parameters=True)]).results
+    assert (small.launches, large.launches) == (9, 2)
+    assert_same(small.rows, large.rows)
+    for i, layer in enumerate(layers):
+        assert_close(small.rows[i], feature_truth(*layer), what=f"layer {i}")
+
+
+# the same bits whatever the circumstances
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_alignment_and_strides_do_not_change_bits(plain: Path, dtype: torch.dtype) -> None:
+    for shape in ((3, CHUNK + 7), (70, 131), (2, 5, 3, 7)):
+        layer = inputs(shape, dtype)
+        cases = [Case([layer])]
+        cases += [Case([layer], misaligned=m) for m in ((1, 0, 0), (0, 2, 4), (3, 3, 1), (4, 4, 4))]
+        reordered = [False] * len(cases)  # a whole layer is summed in the order of its strides
+        for name in STRIDED:
+            if not name.startswith(("expanded", "one_value", "overlapping")):
+                moved = tuple(LAYOUTS[name](x) for x in layer)
+                cases += [Case([moved]), Case([(moved[0], layer[1], moved[2])])]
+                reordered += [name in REORDERED] * 2
+        cases += [Case(c.layers, per_row=True, misaligned=c.misaligned) for c in cases]
+        results = rows(plain, *cases)
+        half = len(cases) // 2
+        for i, result in enumerate(results):
+            what = f"{shape} case {i}"
+            if i < half and reordered[i]:
+                assert_close(result[0], feature_truth(*layer), what=what)
+            else:
+                assert_same(result, results[0 if i < half else half], what=what)
+
+
+def test_expanded_inputs(plain: Path) -> None:
+    for dtype, name in itertools.product(DTYPES, ("expanded_first", "expanded_last", "one_value", "overlapping")):
+        layer = tuple(LAYOUTS[name](x) for x in inputs((9, 1100), dtype))
+        dense = tuple(x.contiguous() for x in layer)
+        whole, by_row, dense_by_row = rows(
+            plain, Case([layer]), Case([layer], per_row=True), Case([dense], per_row=True)
+        )
+        assert_close(whole[0], feature_truth(*layer), what=f"{dtype} {name}")
+        assert_same(by_row, dense_by_row, what=f"rows {dtype} {name}")
+
+
+def test_grid_and_order_do_not_change_bits(plain: Path) -> None:
+    check_same_bits(plain)
+
+
+def check_same_bits(program: Path) -> None:
+    # So wide a range that even sums of double are rounded.
+    layer = tuple(x * torch.exp(10 * torch.randn(x.shape)).to(BF16) for x in inputs((GROUP + 3 * CHUNK + 11,), BF16))
+    expected = rows(program, Case([layer], multiprocessors=1))[0]
+    for seed, multiprocessors in ((1, 1), (2, 2), (3, 40)):
+        (result,) = rows(program, Case([layer], multiprocessors=multiprocessors), seed=seed)
+        assert_same(result, expected, what=f"seed {seed}, {multiprocessors} multiprocessors")
+
+
+def test_neighbours_do_not_change_bits(plain: Path) -> None:
+    layers = mixed_layers(24)
+    together = rows(plain, Case(layers, multiprocessors=3), seed=5)[0]
+    alone = rows(plain, *(Case([layer]) for layer in layers))
+    assert_same(together, torch.cat(alone))
+
+
+def test_tickets_wrap(plain: Path) -> None:
+    check_tickets(plain)
+
+
+def check_tickets(program: Path) -> None:
+    layer = inputs((GROUP + CHUNK,), BF16)
+    once, twice = run(program, [Case([layer]), Case([layer], repeats=2)]).results
+    assert (once.dirty_tickets, twice.dirty_tickets) == (0, 0), "tickets are not zero again"
+    assert_same(once.rows, twice.rows)
+
+
+# extremes
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_non_finite_entries_are_counted(plain: Path, per_row: bool) -> None:
+    for dtype, last in itertools.product(DTYPES, DTYPES):
+        check_non_finite(plain, dtype, last, per_row)
+
+
+def check_non_finite(program: Path, dtype: torch.dtype, last: torch.dtype, per_row: bool) -> None:
+    f, g, b = inputs((2, CHUNK + 9 if not per_row else 300), dtype, last)
+    f[0, 3] = torch.nan
+    g[0, 3], g[1, -1] = torch.inf, -torch.inf
+    b[1, 0], b[1, 7], b[1, 8] = torch.inf, torch.nan, -torch.inf
+    what = f"{dtype} {last}"
+    (result,) = rows(program, Case([(f, g, b)], per_row=per_row))
+    assert result[:, 7].tolist() == ([2.0, 4.0] if per_row else [6.0]), f"{what}: non-finite entries"
+    assert result[:, 8].sum() == f.numel(), what
+    assert not result[:, :6].isfinite().all(), what
+    (result,) = rows(program, Case([(f, b)], op=UPDATES, per_row=per_row))
+    assert result[:, 3].tolist() == ([1.0, 3.0] if per_row else [4.0]), f"{what}: non-finite entries"
+
+
+def check_extremes(program: Path, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+    for dtype, size in itertools.product(dtypes, (100, CHUNK + 100)):
+        scales = (6e-8, 1e-6, 1e4) if dtype == torch.float16 else (1e-20, 1e-35, 1e18)
+        for scale in scales:
+            f, g, b = inputs((size,), dtype, scale=scale if dtype != torch.float16 else 1.0)
+            if dtype == torch.float16:
+                f, g, b = (x * scale for x in (f, g, b))
+            (result,) = rows(program, Case([(f, g, b)]))
+            assert_close(result[0], feature_truth(f, g, b), what=f"{dtype} {scale} extremes")
+        f, g, b = inputs((size,), dtype)
+        b *= 6e-8 if dtype == torch.float16 else 1e-20
+        (result,) = rows(program, Case([(f, g, b)]))
+        assert_close(result[0], feature_truth(f, g, b), what=f"{dtype} extremes of backward alone")
+
+
+def test_extremes(plain: Path) -> None:
+    check_extremes(plain)
+
+
+def test_zeros(plain: Path) -> None:
+    zero = torch.zeros(3, 100, dtype=BF16)
+    expected = torch.tensor([0.0] * 8 + [300.0], dtype=torch.float64)
+    (result,) = rows(plain, Case([(zero, zero, zero)]))
+    assert_same(result[0], expected)
+
+
+# sanitizers
+
+
+def memory_cases(dtypes: tuple[torch.dtype, ...] = DTYPES, *, whole: bool = True) -> list[Case]:
+    """Every way to load, with buffers of exact size."""
+    cases = []
+    for dtype, size in itertools.product(dtypes, (1, 9, 2049, 2 * CHUNK - 5)):
+        layer = inputs((size,), dtype)
+        cases += [Case([layer], misaligned=m) for m in ((0, 0, 0), (0, 1, 0), (1, 2, 3))]
+        if whole:
+            cases += [Case([layer[:2]], op=UPDATES), Case([layer], op=STREAM_READ)]
+            cases.append(Case([inputs((size,), dtype, DTYPES[size % 4])]))
+    for dtype, layout in itertools.product(dtypes, STRIDED):
+        cases.append(Case([inputs((5, 37), dtype, layouts=(layout, "contiguous", layout))]))
+    for dtype in dtypes:
+        cases.append(Case([inputs((9, 301), dtype), inputs((0,), dtype)], per_row=True))
+    return cases
+
+
+def race_cases() -> list[Case]:
+    """Several chunks a block, several groups a segment, chunks that are repeated in double."""
+    f, g, b = inputs((5 * CHUNK + 3,), BF16)
+    g[0] = torch.nan
+    many = [(f, g, b), inputs((3,), BF16), inputs((2 * CHUNK,), BF16)]
+    several = inputs((GROUP + 3,), BF16)
+    return [Case(many, multiprocessors=1), Case([several], repeats=2), Case([several], multiprocessors=40)]
+
+
+def test_address_and_undefined_sanitizers_are_silent(programs: Programs) -> None:
+    layers = [layer for layer in mixed_layers(12) if layer[0].numel() < 3 * CHUNK]
+    run(programs["asan"], [*memory_cases(), Case(layers), race_cases()[0]])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_thread_sanitizer_is_silent(programs: Programs, seed: int) -> None:
+    rows_case = Case([inputs((9, 301), torch.float32), inputs((3, CHUNK), torch.float32)], per_row=True)
+    run(programs["tsan"], [*race_cases(), rows_case], seed=seed)
+
+
+def plain_checks(program: Path) -> dict[str, Callable[[], None]]:
+    layers = [inputs((size,), BF16) for size in (3, CHUNK + 1, 9, GROUP + CHUNK, 5)] + [inputs((2,), BF16)] * 100
+
+    def sums() -> None:
+        (result,) = rows(program, Case(layers))
+        for i, layer in enumerate(layers):
+            assert_close(result[i], feature_truth(*layer), what=f"sums of layer {i}")
+
+    return {
+        "tickets": lambda: check_tickets(program),
+        "same bits": lambda: check_same_bits(program),
+        "sums": sums,
+        "long sum": lambda: check_long_sum(program),
+        "non-finite": lambda: check_non_finite(program, BF16, BF16, False),
+        "extremes": lambda: check_extremes(program, (BF16,)),
+    }
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_seeded_bug_is_caught(programs: Programs, name: str) -> None:
+    bug, program = BUGS[name], programs[name]
+    if bug.build == "plain":
+        with pytest.raises(AssertionError, match=bug.sign):
+            plain_checks(program)[bug.sign]()
+        return
+    cases = memory_cases((BF16,), whole=False) if bug.build == "asan" else race_cases()
+    done = run(program, cases, seed=1, check=False)
+    assert done.code != 0
+    assert bug.sign in done.text
+
+
+def test_unchanged_kernels_pass_the_checks_for_bugs(programs: Programs) -> None:
+    for check in plain_checks(programs["plain"]).values():
+        check()

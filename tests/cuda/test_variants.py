@@ -1,0 +1,288 @@
+"""The variants of the kernel: they fit the sources, they compile, and on the host they compute what they should."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.ops.feature_stats import Workload
+from benchmarks.variants import __main__ as command
+from benchmarks.variants import build, measure, sass, static
+from benchmarks.variants.architectures import ARCHITECTURES
+from benchmarks.variants.catalogue import BASELINE, VARIANTS, Mutation, Variant, variant
+from benchmarks.variants.library import Library
+from tests.cuda.on_cpu import harness
+from tests.cuda.on_cpu.harness import Case, rows, run
+
+BULK = "bulk copies, 3 stages"
+CHUNK, GROUP = measure.CHUNK, measure.GROUP
+BF16 = torch.bfloat16
+on_host = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
+with_nvcc = pytest.mark.skipif(
+    any(sass.find_tool(tool) is None for tool in ("nvcc", "cuobjdump", "nvdisasm")), reason="no nvcc or cuobjdump"
+)
+
+
+# Changes of one place of the bulk copies, each of which must be noticed: by wrong sums or by the runtime.
+# (old, new, build, what the runtime or the sanitizer says)
+BUGS = {
+    "no wait for the copies": (
+        "        barrier_wait(&shared().full[stage_], parity_);\n",
+        "",
+        "plain",
+        "more arrivals at a barrier",
+    ),
+    "the wrong phase": (
+        "barrier_wait(&shared().full[stage_], parity_);",
+        "barrier_wait(&shared().full[stage_], 1);",
+        "plain",
+        "more arrivals at a barrier",
+    ),
+    "no wait for the copies in some warps": (
+        "        barrier_wait(&shared().full[stage_], parity_);\n",
+        "        if (rank < 64) barrier_wait(&shared().full[stage_], parity_);\n",
+        "plain",
+        "sums",
+    ),
+    "no wait for the readers": (
+        "      barrier_wait(&shared().empty[s], ahead.parity);\n",
+        "",
+        "tsan",
+        "data race",
+    ),
+    "the readers do not say that they are done": (
+        "        if (rank % 32 == 0) barrier_arrive(&shared().empty[stage_]);\n",
+        "",
+        "plain",
+        "deadlock",
+    ),
+    "copies beyond the end": (
+        "while (ahead.at + kPiece > ahead.count)",
+        "while (ahead.at >= ahead.count)",
+        "asan",
+        "heap-buffer-overflow",
+    ),
+}
+
+
+# the catalogue
+
+
+@pytest.mark.parametrize("name", [v.name for v in VARIANTS])
+def test_every_change_fits_the_sources_once(name: str, tmp_path: Path) -> None:
+    sources = build.mutated_sources(variant(name), tmp_path / "csrc")
+    changed = {m.file for m in variant(name).mutations}
+    for file in changed:
+        assert (sources / file).read_text() != (build.SOURCES / file).read_text()
+    assert (sources / "cuda" / "segment_sums.cuh").exists()
+
+
+def test_a_change_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    for old, count in (("no such text", 0), ("kChain", "")):
+        bad = Variant("bad", "", "", (Mutation("sums.h", old, "x"),))
+        with pytest.raises(ValueError, match=rf"bad: sums\.h has {count}.* places like"):
+            build.mutated_sources(bad, tmp_path / old)
+
+
+def test_names_and_claims_are_consistent() -> None:
+    assert len({v.slug for v in VARIANTS}) == len(VARIANTS)
+    for v in VARIANTS:
+        assert v.what, v.name
+        assert v.prediction, v.name
+        assert v.same_bits in ("all", "rows", "none"), v.name
+        assert (v.stages > 0) == (int(v.lowest) >= 90), v.name
+        text = " ".join(m.new for m in v.mutations)
+        # What the tables say of a variant is what its text does.
+        assert (f"kThreads = {v.threads};" in text) == (v.threads != 256), v.name
+        assert (f"kChunk = {v.chunk};" in text) == (v.chunk != CHUNK), v.name
+        assert (f"? 2 : {v.blocks})" in text) == (v.blocks != 3), v.name
+    with pytest.raises(ValueError, match="no variant 'x'; there are baseline, chunk 4096"):
+        variant("x")
+
+
+def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments, words in (
+        ([], "sees no CUDA device; --static needs none"),
+        (["--variant", "x"], "no variant 'x'"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["variants", *arguments])
+        with pytest.raises(SystemExit):
+            command.command_line()
+        assert words in capsys.readouterr().err
+    assert [v.name for v in command.chosen([variant(BULK)], quick=True)] == [BASELINE, BULK]
+    assert command.chosen([], quick=False) == list(VARIANTS)
+
+
+# the arithmetic on published figures
+
+
+def test_occupancy_and_bytes_under_way() -> None:
+    h100, rtx = ARCHITECTURES["90"], ARCHITECTURES["120"]
+    assert h100.resident(256, 80, 1024) == 3
+    assert h100.resident(256, 64, 1024) == 4
+    assert h100.resident(256, 32, 74 * 1024) == 3  # with 1 KB of the system's, three in 228 KB
+    assert h100.resident(256, 32, 228 * 1024) == 0
+    assert rtx.resident(512, 32, 0) == 3  # 48 warps
+    assert h100.bytes_per_clock == pytest.approx(3350 / 1.98 / 132)
+    assert h100.needed_bytes() == [round(400 * h100.bytes_per_clock), round(1000 * h100.bytes_per_clock)]
+    shares = h100.shares({"fp32": 10, "alu": 6, "fp64": 0.5, "convert": 0.5, "other": 3}, 6)
+    elements = h100.bytes_per_clock / 6
+    assert shares["issue"] == pytest.approx(20 * elements / 128, abs=1e-3)
+    assert shares["fp64"] == pytest.approx(0.5 * elements / 64, abs=1e-3)
+
+
+def test_loops_and_paths_of_machine_code() -> None:
+    def one(address: int, opcode: str, target: int | None = None, always: bool = False) -> sass.Instruction:
+        return sass.Instruction(address, opcode, target, always)
+
+    code = [one(0, "S2R"), one(16, "LDG.E.128"), one(32, "FFMA"), one(48, "BRA", 16), one(64, "BRA", 96, True)]
+    code += [one(80, "DADD"), one(96, "SHFL"), one(112, "BRA", 0), one(128, "EXIT")]
+    assert [i.address for i in sass.loop_around(code, 1)] == [16, 32, 48]
+    assert sass.shortest_path(code, 64, 16) == 4  # BRA, SHFL, BRA, S2R
+    with pytest.raises(ValueError, match="no path"):
+        sass.shortest_path(code, 64, 80)
+    assert sass.loads_ahead(["LDG.E.NA.128.CONSTANT", "LDG.E.128", "FFMA", "LDG.E.128"]) == 2
+
+
+# on the host
+
+
+@pytest.fixture(scope="module")
+def libraries(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("variants")
+
+    def load(v: Variant) -> Library:
+        here = folder / v.slug
+        sources = build.mutated_sources(v, here / "csrc")
+        return Library(harness.compile_library("variants_driver.cpp", here, sources))
+
+    return {name: load(variant(name)) for name in (BASELINE, BULK, "chunk 16384", "f16 spacing by max")}
+
+
+@on_host
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [BASELINE, BULK, "chunk 16384", "f16 spacing by max"])
+def test_checks_of_the_gpu_run_pass_on_the_host(libraries: dict[str, Library], name: str) -> None:
+    found = measure.check(variant(name), libraries[name], libraries[BASELINE], torch.device("cpu"), 2)
+    assert found["error"] <= measure.ALLOWED
+    assert len(set(found["grids"])) >= 5
+    assert found["cases with the baseline's bits"] == (6 if name == "chunk 16384" else 27)
+
+
+@on_host
+@pytest.mark.slow
+def test_checks_notice_wrong_sums_and_other_bits(libraries: dict[str, Library]) -> None:
+    cpu = torch.device("cpu")
+    other = Variant("other order", "", "", same_bits="all")
+    with pytest.raises(AssertionError, match="not the baseline's bits"):
+        measure.check(other, libraries["chunk 16384"], libraries[BASELINE], cpu, 2)
+
+
+@on_host
+@pytest.mark.slow
+def test_driver_has_the_bits_of_the_launchers(libraries: dict[str, Library], tmp_path: Path) -> None:
+    program = harness.compile_driver("plain", tmp_path, harness.CUDA_SOURCES, harness.BF16_ONLY)
+    for inputs, per_row in measure.check_layers(BF16, torch.device("cpu")):
+        (expected,) = rows(program, Case(list(zip(*inputs, strict=True)), per_row=per_row))
+        for library in (libraries[BASELINE], libraries[BULK]):
+            assert measure.same(library.prepare(inputs, per_row).sums(3), expected)
+
+
+@on_host
+@pytest.mark.slow
+def test_the_run_on_the_host(libraries: dict[str, Library], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = command.Machine(torch.device("cpu"), "90", multiprocessors=1, cache=2**20)
+    chosen = [variant(BASELINE), variant("f16 spacing by max")]
+    command.run(chosen, machine, libraries, rounds=1, quick=True, path=tmp_path / "found.json")
+    results = json.loads((tmp_path / "found.json").read_text())["results"]
+    checks, timed = results[:2], results[2:]
+    assert [r["variant"] for r in checks] == [v.name for v in chosen]
+    assert [(r["workload"], r["dtype"]) for r in timed] == [
+        (name, dtype) for dtype in ("bf16", "f16", "f32") for name in ("3 MiB", "rows of 1024")
+    ]
+    for result in timed:
+        names = [measure.CEILING, BASELINE, *(["f16 spacing by max"] if result["dtype"] == "f16" else [])]
+        assert [row["variant"] for row in result["rows"]] == names
+        assert result["rows"][1]["of baseline"] == 1
+        assert result["input sets"] * result["bytes"] > 4 * machine.cache
+    assert "all workloads, speed relative to the baseline" in capsys.readouterr().out
+
+
+def bulk_cases() -> list[Case]:
+    """Blocks with many chunks and with few, whole pieces and tails."""
+    layers = [Workload("", [(size,)]).make(BF16, torch.device("cpu")) for size in (3 * CHUNK, 20 * CHUNK + 700)]
+    return [Case([tuple(x[0] for x in layer)], multiprocessors=m) for layer in layers for m in (1, 3)]
+
+
+def compile_bulk(build_name: str, v: Variant, folder: Path) -> Path:
+    sources = build.mutated_sources(v, folder / "csrc")
+    return harness.compile_driver(build_name, folder, sources, harness.BF16_ONLY)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+    program = compile_bulk("plain", variant(BASELINE), tmp_path_factory.mktemp("baseline"))
+    return rows(program, *bulk_cases())
+
+
+@on_host
+@pytest.mark.slow
+@pytest.mark.parametrize("build_name", ["asan", "tsan"])
+def test_sanitizers_are_silent_about_bulk_copies(build_name: str, tmp_path: Path) -> None:
+    run(compile_bulk(build_name, variant(BULK), tmp_path), bulk_cases(), seed=1)
+
+
+@on_host
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BUGS)
+def test_seeded_bug_of_bulk_copies_is_caught(expected: list[torch.Tensor], name: str, tmp_path: Path) -> None:
+    old, new, build_name, sign = BUGS[name]
+    bug = Variant("bug", "", "", (*variant(BULK).mutations, Mutation("cuda/bulk_copy.cuh", old, new)))
+    done = run(compile_bulk(build_name, bug, tmp_path), bulk_cases(), seed=1, check=False)
+    if sign == "sums":
+        assert done.code == 0, done.text
+        assert not all(measure.same(r.rows, e) for r, e in zip(done.results, expected, strict=True))
+    else:
+        assert done.code != 0
+        assert sign in done.text
+
+
+@on_host
+@pytest.mark.slow
+def test_bulk_copies_pass_the_checks_for_bugs(expected: list[torch.Tensor], tmp_path: Path) -> None:
+    program = compile_bulk("plain", variant(BULK), tmp_path)
+    for seed in range(4):
+        found = rows(program, *bulk_cases(), seed=seed)
+        assert all(measure.same(r, e) for r, e in zip(found, expected, strict=True))
+
+
+# machine code
+
+
+@with_nvcc
+@pytest.mark.slow
+def test_baseline_and_bulk_copies_compile_without_spills(tmp_path: Path) -> None:
+    at = ARCHITECTURES["90"]
+    for name in (BASELINE, BULK):
+        compiled = build.compile_cubin(variant(name), "90", tmp_path / variant(name).slug)
+        assert compiled.warnings == []
+        assert all(k.spills == k.stack == 0 for k in compiled.kernels.values())
+        code = sass.sass(compiled.cubin)
+        sums = {s: code[s] for s in code if "segment_sums" in s}
+        assert len(sums) == 6  # three dtypes, two tables
+        for symbol, opcodes in sums.items():
+            assert any(op.startswith("UBLKCP") for op in opcodes) == (name == BULK), symbol
+        for row in static.compile_and_describe(variant(name), at, tmp_path / f"{variant(name).slug}-again"):
+            assert row["blocks"] == 3
+            assert row["bytes under way"] > at.needed_bytes()[1]
+            assert 15 < row["instructions per element"] < 40
+
+
+def test_same_bits_know_nan() -> None:
+    nan = torch.tensor([1.0, torch.nan])
+    assert measure.same(nan, nan.clone())
+    assert not measure.same(nan, torch.tensor([1.0, 2.0]))

@@ -1,0 +1,116 @@
+"""Payloads, records and sinks for the tests of recording."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch
+
+from fastfs._monitor.record.recorder import SCHEMA, Record, Recorder
+
+LAYERS = ["blocks.0", "blocks.1", "blocks.2"]
+
+
+def head(run="a", layers=LAYERS, groups=None, **more):
+    return {
+        "kind": "header",
+        "schema": SCHEMA,
+        "run": run,
+        "started": "2026-01-01T00:00:00+00:00",
+        "layers": list(layers),
+        "groups": {"all": list(layers)} if groups is None else groups,
+        "metadata": {},
+        **more,
+    }
+
+
+def measured(step, layers=3, groups=1, loss=0.5, **columns):
+    """A healthy record; columns can be given as a value for all, or a list."""
+    n = layers + groups
+    values = {
+        "angle": [1.0 + 0.1 * i + 0.001 * step for i in range(n)],
+        "cos_angle": [0.5] * n,
+        "update_rms": [0.01] * n,
+        "relative_update": [0.02] * n,
+        "backward_rms": [0.1] * n,
+        "valid": [True] * n,
+        "why": [None] * n,
+        "method": ["plain"] * n,
+        "nonfinite": [0] * n,
+        "count": [64] * n,
+        "residual": [0.1] * n,
+        **{key: value if isinstance(value, list) else [value] * n for key, value in columns.items()},
+    }
+    scalars = {"loss": loss, "micro_batches": 1, "overhead_seconds": 0.25, "loss_scale": None}
+    return Record("measured", step, 100.0 + step, scalars, values)
+
+
+def predicted(step, layers=3, groups=1):
+    n = layers + groups
+    columns = {"aligned_decrease": [0.001 * step] * n, "update_rms": [0.03, *[None] * (n - 1)]}
+    return Record("predicted", step, 100.0 + step, {"loss": 0.5, "overhead_seconds": 0.0}, columns)
+
+
+def alert(step, layer="blocks.1"):
+    scalars = {"rule": "nonfinite", "layer": layer, "value": 2.0, "message": "2 entries are NaN or infinite"}
+    return Record("alert", step, 100.0 + step, scalars)
+
+
+def payload(step, size=4, device="cpu"):
+    return torch.full((size,), float(step), dtype=torch.float64, device=device)
+
+
+def decode(host):
+    """One record from a payload of its step."""
+    assert host.device.type == "cpu"
+    assert (host == host[0]).all(), host
+    return [measured(int(host[0]))]
+
+
+class Collecting:
+    """Keeps the records that it gets; can be made to fail, to hang, and to be slow."""
+
+    def __init__(self):
+        self.headers = []
+        self.records = []
+        self.error = None
+        self.closed = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+
+    def open(self, header):
+        self.headers.append(header)
+
+    def write(self, records):
+        self.entered.set()
+        self.gate.wait(60)
+        if self.error is not None:
+            raise self.error
+        self.records += records
+
+    def close(self):
+        self.closed += 1
+
+    @property
+    def steps(self):
+        return [record.step for record in self.records if record.kind == "measured"]
+
+    def of(self, kind):
+        return [record for record in self.records if record.kind == kind]
+
+
+SOON = 20.0
+
+
+def until(condition, seconds=SOON):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.005)
+
+
+def recorder(*sinks, **options):
+    options = {"alerts": (), "flush_seconds": 60.0, "retry_seconds": 0.02, **options}
+    return Recorder(sinks, head(), **options)

@@ -1,0 +1,415 @@
+"""Training is bitwise the same with a monitor, and the numbers are those computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastfs
+from fastfs._monitor.measure import closed_forms, fingerprints, full_checks, update_verification
+from fastfs.models import ResNet
+from tests.helpers.monitor_cases import (
+    CASES,
+    BatchNormNet,
+    assert_same,
+    measured_into,
+    rows,
+    sgd,
+    small_transformer,
+    tokens,
+    train,
+)
+
+# Not perturbing
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_is_bitwise_the_same(case):
+    seen = []
+
+    def attach(model, optimizer):
+        return fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=2, sinks=[measured_into(seen)])
+
+    assert_same(case.run(6, None), case.run(6, attach))
+    assert {row["step"] for row in seen} == {0, 2, 4}
+    assert {row["micro_batches"] for row in seen} == {case.micro_batches}
+    assert any(row["update_rms"] > 0 for row in seen)
+
+
+def test_training_is_bitwise_the_same_with_two_monitors_and_both_see_it():
+    case = CASES[0]
+    first, second, monitors = [], [], []
+
+    def attach(model, optimizer):
+        monitors.append(fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(first)]))
+        return fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=2, sinks=[measured_into(second)])
+
+    assert_same(case.run(4, None), case.run(4, attach))
+    monitors[0].close()
+    assert len(first) == 4 * 3
+    assert len(second) == 2
+    for row in second:
+        twin = next(r for r in first if r["step"] == row["step"] and r["name"] == "blocks.1")
+        assert all(row[key] == twin[key] for key in ("angle", "update_rms", "backward_rms", "feature_rms"))
+
+
+def test_no_trace_is_left_after_close():
+    model = small_transformer()
+    optimizer = sgd(model)
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+    with fastfs.Monitor(model, optimizer, layers="blocks", every=1, sinks=[lambda rows: None]) as monitor:
+        train(model, optimizer, 2, tokens)
+    monitor.close()
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == hooks
+    assert not optimizer._optimizer_step_post_hooks
+    train(model, optimizer, 1, tokens)
+    assert monitor.step == 2
+
+
+@pytest.mark.parametrize("options", [{}, {"rows": 4, "quantiles": (0.5,)}, {"amplify": True}, {"mode": "jvp"}])
+def test_no_item_in_the_step_path(options, monkeypatch):
+    model = ResNet(8, 16, 3, 3)
+    optimizer = sgd(model)
+    seen = []
+    monitor = fastfs.Monitor(
+        model, optimizer, layers=r"blocks\.\d+$", every=2, aligned_every=1, sinks=[seen.extend], **options
+    )
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("waits for the device")
+
+    x, y = rows(0)
+    train(model, optimizer, 2)  # what is learned once, on the host
+    assert monitor.flush()
+    seen.clear()
+    loss = F.cross_entropy(model(x), y)
+    for module in (
+        closed_forms,
+        fingerprints,
+        update_verification,
+    ):  # as on a device: what the host may read at once is not read
+        if hasattr(module, "known_equal"):
+            monkeypatch.setattr(module, "known_equal", lambda a, b: False)
+        if hasattr(module, "on_host"):
+            monkeypatch.setattr(module, "on_host", lambda tensor: tensor)
+    monkeypatch.setattr(full_checks.Flag, "known", lambda _: None)
+    for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    monitor.log(loss=loss)
+    loss.backward()
+    optimizer.step()
+    model(x).sum().backward()
+    optimizer.step()
+    monkeypatch.undo()
+    monitor.close()
+    assert [row["kind"] for row in seen if row.get("name") == "blocks.2"] == ["measured", "predicted"]
+
+
+# The numbers
+
+
+def by_hand(model, optimizer, x, y, layers):
+    """One training step with explicit autograd: features before, backward vectors, features after."""
+    kept = []
+    handles = [layer.register_forward_hook(lambda _m, _a, out: kept.append(out)) for layer in layers]
+    loss = F.cross_entropy(model(x), y)
+    before = list(kept)
+    backward = torch.autograd.grad(loss, before, retain_graph=True)
+    before = [f.detach().clone() for f in before]
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    kept.clear()
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return fastfs.reference.feature_stats(before, kept, list(backward))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_are_the_statistics_computed_by_hand(dtype):
+    seen = []
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 4, 3).to(dtype)
+    twin = ResNet(8, 16, 4, 3).to(dtype)
+    twin.load_state_dict(model.state_dict())
+    optimizer, other = sgd(model), sgd(twin)
+    x, y = rows(0)
+    expected = by_hand(twin, other, x.to(dtype), y, list(twin.blocks))
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]) as monitor:
+        loss = F.cross_entropy(model(x.to(dtype)), y)
+        loss.backward()
+        monitor.log(loss=loss)
+        optimizer.step()
+    assert [row["name"] for row in seen] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+    assert [row["layer"] for row in seen] == [0, 1, 2, 3]
+    for key in ("angle", "cos_angle", "update_rms", "relative_update", "feature_rms", "backward_rms"):
+        assert [row[key] for row in seen] == pytest.approx(getattr(expected, key).tolist(), rel=1e-5), key
+    assert [row["count"] for row in seen] == [16 * 16] * 4
+    assert all(row["valid"] and row["nonfinite"] == 0 for row in seen)
+    assert {row["loss"] for row in seen} == {loss.item()}
+    assert all(row["overhead_seconds"] > 0 for row in seen)
+
+
+def test_the_identity_of_the_feature_speed_formula_holds():
+    """<b, df> of a layer is the sum of <g, dw> over the parameters up to it, for a small step."""
+    seen = []
+    torch.manual_seed(0)
+    model = ResNet(8, 32, 6, 3).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
+        x, y = rows(0)
+        F.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    decrease = 1e-4 * model.stem.weight.grad.square().sum().item()
+    for row, block in zip(seen, model.blocks, strict=True):
+        decrease += 1e-4 * block.linear.weight.grad.square().sum().item()
+        aligned = row["cos_angle"] * row["update_rms"] * row["backward_rms"] * row["count"]
+        assert aligned == pytest.approx(decrease, rel=1e-3)
+
+
+@pytest.mark.parametrize("make", [small_transformer, BatchNormNet])
+def test_a_step_that_changes_nothing_moves_no_feature(make):
+    """The second forward is the first one again: same dropout masks, same batch statistics."""
+    seen = []
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen)]):
+        train(model, optimizer, 2, tokens if make is small_transformer else rows)
+    assert [row["update_rms"] for row in seen] == [0.0] * 6
+    assert all(math.isnan(row["angle"]) and not row["valid"] and row["backward_rms"] > 0 for row in seen)
+
+
+def test_inplace_relu_after_the_layer_does_not_change_what_is_seen():
+    seen = {}
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
+        optimizer = sgd(model)
+        seen[inplace] = []
+        with fastfs.Monitor(model, optimizer, layers=["0", "2"], every=1, sinks=[measured_into(seen[inplace])]):
+            train(model, optimizer, 2)
+    for plain, changed in zip(seen[False], seen[True], strict=True):
+        for key in ("angle", "update_rms", "feature_rms", "backward_rms"):
+            assert plain[key] == changed[key]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_inplace_relu_can_be_watched_itself(inplace):
+    seen = []
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers=["1"], sinks=[measured_into(seen)]):
+        train(model, optimizer, 1)
+    assert seen[0]["valid"]
+    assert 0.1 < seen[0]["feature_rms"] < 1
+
+
+def test_inputs_changed_after_the_forward_do_not_matter():
+    """By the model itself, or by a loop that reuses one buffer."""
+
+    class Doubling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 3)])
+
+        def forward(self, batch):
+            return self.blocks[0](batch["x"].mul_(2))
+
+    seen = []
+    model = Doubling()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[measured_into(seen)]):
+        x, y = rows(0)
+        F.cross_entropy(model({"x": x}), y).backward()
+        x.fill_(7.0)
+        optimizer.step()
+    assert seen[0]["update_rms"] == 0
+    assert seen[0]["backward_rms"] > 0
+
+
+def test_the_second_forward_has_the_autocast_of_the_first():
+    seen = []
+    model = small_transformer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with fastfs.Monitor(model, optimizer, layers="blocks", every=1, sinks=[measured_into(seen)]):
+        for step in range(2):
+            x, y = tokens(step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=step == 0):
+                loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+            loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=step == 1):
+                optimizer.step()
+    assert {row["update_rms"] for row in seen if row["count"]} == {0.0}
+
+
+def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step():
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList([nn.Linear(8, 8)])
+            self.prompt = nn.Parameter(torch.ones(8))
+
+        def forward(self, prompt, x):
+            return self.blocks[0](x * prompt)
+
+    seen = []
+    model = Prompted()
+    optimizer = torch.optim.SGD([model.prompt], lr=0.1)
+    with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[measured_into(seen)]):
+        x, y = rows(0)
+        F.cross_entropy(model(model.prompt, x), y).backward()
+        optimizer.step()
+    assert seen[0]["update_rms"] > 0
+    assert seen[0]["valid"]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    """The recomputation in the backward is no forward; a reentrant one brings the backward vectors."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self, active):
+            super().__init__()
+            self.stem = nn.Linear(8, 8)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.Tanh()) for _ in range(3))
+            self.active = active
+
+        def forward(self, x):
+            x = self.stem(x)
+            for i, block in enumerate(self.blocks):
+                x = checkpoint(block, x, use_reentrant=reentrant) if self.active and i < 2 else block(x)
+            return x[:, :3]
+
+    seen = {}
+    for active in (False, True):
+        torch.manual_seed(0)
+        model = Checkpointed(active)
+        optimizer = sgd(model)
+        seen[active] = []
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen[active])]):
+            train(model, optimizer, 2)
+    for plain, saved in zip(seen[False], seen[True], strict=True):
+        assert saved["valid"]
+        assert saved["count"] == 16 * 8
+        assert all(saved[key] == plain[key] for key in ("angle", "update_rms", "backward_rms", "feature_rms"))
+
+
+# Several forwards in a step
+
+
+def test_micro_batches_add_up_to_the_batch():
+    seen = {}
+    for parts in (1, 4):
+        torch.manual_seed(0)
+        model = ResNet(8, 16, 3, 3).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        seen[parts] = []
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen[parts])]) as monitor:
+            x, y = rows(0)
+            for some, labels in zip(x.double().chunk(parts), y.chunk(parts), strict=True):
+                loss = F.cross_entropy(model(some), labels) / parts
+                loss.backward()
+                monitor.log(loss=loss)
+            optimizer.step()
+    for whole, pieces in zip(seen[1], seen[4], strict=True):
+        assert pieces["micro_batches"] == 4
+        assert pieces["count"] == whole["count"]
+        for key in ("angle", "update_rms", "feature_rms", "backward_rms", "relative_update", "loss"):
+            assert pieces[key] == pytest.approx(whole[key], rel=1e-9), key
+
+
+def test_two_forwards_before_one_backward_count_both():
+    seen = []
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
+        a, b = model(rows(0)[0]), model(rows(1)[0])
+        (a - b).square().mean().backward()
+        optimizer.step()
+    assert [(row["micro_batches"], row["count"]) for row in seen] == [(2, 2 * 16 * 16)] * 2
+    assert all(row["valid"] for row in seen)
+
+
+@pytest.mark.parametrize("order", ["zero before forward", "zero after forward"])
+def test_a_skipped_optimizer_step_leaves_nothing_behind(order):
+    """As a gradient scaler does on overflow: the next step's measurement is of the next batch only."""
+    rows_of = {}
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = ResNet(8, 16, 3, 3)
+        optimizer = sgd(model)
+        rows_of[skip] = []
+        with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(rows_of[skip])]):
+            for batch in [0, 1] if skip else [1]:
+                x, y = rows(batch)
+                if order == "zero before forward":
+                    optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                if order == "zero after forward":
+                    optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+    for clean, skipped in zip(rows_of[False], rows_of[True], strict=True):
+        assert skipped["micro_batches"] == 1
+        for key in ("angle", "update_rms", "feature_rms", "backward_rms", "count", "step"):
+            assert clean[key] == skipped[key]
+
+
+def test_a_gradient_scaler_that_skips_and_then_steps():
+    seen = []
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen)]) as monitor:
+        for step in range(3):
+            x, y = rows(step)
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y) * (math.inf if step == 1 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert monitor.step == 2
+    assert [(row["step"], row["micro_batches"], row["valid"]) for row in seen] == [(s, 1, True) for s in (0, 0, 1, 1)]
+
+
+def test_a_step_with_a_closure_is_measured():
+    seen = []
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    x, y = rows(0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
+        optimizer.step(closure)
+    assert all(row["valid"] for row in seen)
+
+
+def test_a_layer_that_runs_twice_counts_its_rows_twice():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(torch.tanh(self.layer(x)))[:, :3]
+
+    seen = []
+    model = Twice()
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers="layer", sinks=[measured_into(seen)]):
+        train(model, optimizer, 1)
+    assert seen[0]["count"] == 2 * 16 * 8
+    assert seen[0]["valid"]

@@ -1,0 +1,416 @@
+"""The structure of a step with several forwards, against what autograd computes; traces and signatures of graphs."""
+
+from __future__ import annotations
+
+import gc
+import random
+import weakref
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastfs._network.structure import DID_NOT_RUN, Structure, Trace, edge_of, join, signature, trace
+from tests.helpers.cost import counted
+
+UNUSED = "no output depends on it, or it is a view that was changed in place"
+NESTED = "runs several times, one run using the result of another"
+
+
+class Forward:
+    """One forward: features with their places in the graph, outputs, and those that go into the loss."""
+
+    def __init__(self, layers: int) -> None:
+        self.values: list[list[Tensor]] = [[] for _ in range(layers)]
+        self.edges: list[list[tuple[object, int] | None]] = [[] for _ in range(layers)]
+        self.outputs: list[Tensor] = []
+        self.used: list[int] = []
+
+    def see(self, layer: int, value: Tensor) -> Tensor:
+        self.values[layer].append(value)
+        self.edges[layer].append(edge_of(value))
+        return value
+
+    def trace(self, parameters: Sequence[Tensor]) -> Trace:
+        return trace(self.edges, self.outputs, parameters)
+
+
+class RandomStep:
+    """A step of random forwards over the same layers: residual, repeated, shared, left out, with heads that are unused.
+
+    Layer l has the parameter l, and sometimes that of another one. Forwards draw a plan anew, or keep the last one.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.draw = draw = random.Random(seed)
+        generator = torch.Generator().manual_seed(seed)
+        self.layers = draw.randint(2, 6)
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.parameters = [numbers(3, 3).requires_grad_() for _ in range(self.layers + 1)]
+        self.forwards: list[Forward] = []
+        state: Tensor | None = None
+        plan = self._plan()
+        for _ in range(draw.choice([1, 1, 2, 3])):
+            if draw.random() < 0.5:
+                plan = self._plan()
+            x = numbers(2, 3).requires_grad_(draw.random() < 0.2)
+            if state is not None and draw.random() < 0.25:  # goes on where the forward before has stopped
+                x = x + state
+            self.forwards.append(self._run(plan, x))
+            state = draw.choice(self.forwards[-1].outputs)
+        self.loss = torch.stack(
+            [(f.outputs[i] * numbers(2, 3)).square().sum() for f in self.forwards for i in f.used]
+        ).sum()
+
+    def _plan(self) -> list[tuple[int, list[int], list[int], str]]:
+        """Layer, the values that go in, its parameters, and what is done with the value; then the outputs."""
+        draw, plan = self.draw, []
+        order = [layer for layer in range(self.layers) if draw.random() < 0.9]
+        if draw.random() < 0.5:
+            order.insert(draw.randint(0, len(order)), draw.randrange(self.layers))
+        for number, layer in enumerate(order):
+            sources = sorted({draw.randint(max(0, number - 2), number) for _ in range(draw.choice([1, 1, 2]))})
+            own = [layer] + ([draw.randrange(self.layers + 1)] if draw.random() < 0.15 else [])
+            plan.append((layer, sources, own, draw.choice(["", "", "", "residual", "split", "transposed"])))
+        count = draw.choice([1, 1, 2, 3])
+        plan.append((-1, sorted({draw.randint(max(len(order) - 2, 0), len(order)) for _ in range(count)}), [], ""))
+        return plan
+
+    def _run(self, plan: list[tuple[int, list[int], list[int], str]], x: Tensor) -> Forward:
+        found = Forward(self.layers)
+        values = [x]
+        for layer, sources, own, form in plan[:-1]:
+            total = torch.stack([values[s] for s in sources]).sum(dim=0)
+            value = total
+            for parameter in own:
+                matrix = self.parameters[parameter]
+                value = torch.tanh(value @ (matrix.t() if form == "transposed" else matrix))
+            if form == "split":
+                first, rest = torch.tanh(torch.cat([value, value], dim=1)).split([3, 3], dim=1)
+                value = found.see(layer, first)
+                value = value if self.draw.random() < 0.5 else value * rest
+            else:
+                value = found.see(layer, value)
+            values.append(total + value if form == "residual" else value)
+        found.outputs = [torch.tanh(values[i] @ self.parameters[-1]) if self.draw.random() < 0.3 else values[i]
+                         for i in plan[-1][1]]  # fmt: skip
+        found.used = [i for i, output in enumerate(found.outputs) if self.draw.random() < 0.8 and output.requires_grad]
+        if not found.used:
+            found.outputs.append(values[-1] @ self.parameters[0])
+            found.used = [len(found.outputs) - 1]
+        return found
+
+    def structure(self) -> Structure:
+        steps = [(f.trace(self.parameters), f.used) for f in self.forwards]
+        return join(steps, [str(i) for i in range(len(self.parameters))])
+
+
+@pytest.mark.parametrize("start", range(0, 400, 20))
+def test_a_cut_is_where_the_vector_jacobian_product_is_the_gradient(start):
+    for seed in range(start, start + 20):
+        step = RandomStep(seed)
+        found = step.structure()
+        options = {"retain_graph": True, "allow_unused": True}
+        gradients = torch.autograd.grad(step.loss, step.parameters, **options)
+        earlier = torch.zeros(len(step.parameters), dtype=torch.bool)
+        for layer in range(step.layers):
+            what = f"seed {seed}, layer {layer}: {found.reason[layer]}"
+            visits = [value for f in step.forwards for value in f.values[layer]]
+            inside = [value for value in visits if value.requires_grad]
+            if not inside:
+                assert found.reason[layer] == ("outside the autograd graph" if visits else DID_NOT_RUN), what
+                continue
+            upstream = torch.zeros(len(step.parameters), dtype=torch.bool)
+            through = [torch.zeros(3, 3, dtype=torch.float64) for _ in step.parameters]
+            arrived = 0
+            for value in inside:
+                (backward,) = torch.autograd.grad(step.loss, [value], **options)
+                arrived += backward is not None
+                b = torch.zeros_like(value) if backward is None else backward
+                for i, part in enumerate(torch.autograd.grad([value], step.parameters, [b], **options)):
+                    if part is not None:
+                        upstream[i] = True
+                        through[i] = through[i] + part
+            assert torch.equal(found.upstream[layer], upstream), what
+            wrong = [
+                i
+                for i, (g, t) in enumerate(zip(gradients, through, strict=True))
+                if upstream[i] and not torch.allclose(t, torch.zeros_like(t) if g is None else g, rtol=1e-7, atol=1e-10)
+            ]
+            if not arrived:
+                assert found.reason[layer] == UNUSED, what
+            elif found.reason[layer] == NESTED:
+                assert len(inside) > 1, what
+                assert wrong, what
+            else:
+                assert found.cut[layer] == (not wrong), what
+                assert found.past.count[layer] == len(wrong), what
+                shared = found.shared[layer].nonzero().flatten().tolist()
+                assert set(shared) <= set(wrong), what
+                assert len(shared) == found.past.twice.get(layer, 0), what
+        for row, own in zip(found.upstream, found.own, strict=True):
+            assert not (own & ~row).any()
+            assert not (own & earlier).any()
+            earlier |= own
+        assert torch.equal(earlier, found.upstream.any(dim=0))
+        assert found.counts == found.upstream.sum(dim=1).tolist()
+        assert all(a >= b for a, b in zip(found.products.tolist(), found.counts, strict=True))  # all are matrices
+        assert found.unreached == [str(i) for i, g in enumerate(gradients) if g is None]
+        del step, visits, inside
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, head: str) -> Tensor:
+        return self.get_submodule(head)(torch.tanh(self.trunk(x)))
+
+
+def watched(model: nn.Module, layers: Sequence[str], *args: object) -> Forward:
+    """A forward with hooks; its outputs are in ``outputs``, all of them used."""
+    found = Forward(len(layers))
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _m, _a, out, i=i: void(found.see(i, first(out))))
+        for i, name in enumerate(layers)
+    ]
+    output = model(*args)
+    for handle in handles:
+        handle.remove()
+    found.outputs = [output] if isinstance(output, Tensor) else list(flat(output))
+    found.used = list(range(len(found.outputs)))
+    return found
+
+
+def first(output: object) -> Tensor:
+    return next(iter(flat(output)))
+
+
+def flat(output: object) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    return [tensor for part in output for tensor in flat(part)]  # type: ignore[attr-defined]
+
+
+def void(_value: object) -> None:
+    pass
+
+
+def joined(model: nn.Module, *forwards: Forward) -> Structure:
+    parameters = dict(model.named_parameters())
+    return join([(f.trace(list(parameters.values())), f.used) for f in forwards], list(parameters))
+
+
+def test_two_heads_in_one_step():
+    model, layers = TwoHeads(), ["trunk", "a", "b"]
+    found = joined(
+        model, watched(model, layers, torch.randn(2, 4), "a"), watched(model, layers, torch.randn(2, 4), "b")
+    )
+    assert found.cut == [True, False, False]
+    why = "2 parameters also reach the loss in another forward of the step, where it did not run"
+    assert found.reason == [None, why, why]
+    assert found.counts == [2, 4, 4]
+    assert found.own.sum(dim=1).tolist() == [2, 2, 2]
+    # one head alone
+    found = joined(model, watched(model, layers, torch.randn(2, 4), "a"))
+    assert found.reason == [None, None, DID_NOT_RUN]
+
+
+def test_micro_batches_of_the_same_graph_are_analysed_once():
+    model, layers = TwoHeads(), ["trunk", "a"]
+    single = joined(model, watched(model, layers, torch.randn(2, 4), "a"))
+    several = joined(model, *(watched(model, layers, torch.randn(2, 4), "a") for _ in range(3)))
+    assert several.same_as(single)
+    assert several.cut == [True, True]
+
+
+def test_outputs_that_the_loss_does_not_use():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            y, state = self.rnn(x)
+            return self.out(y), state
+
+    model = Net()
+    forward = watched(model, ["rnn", "out"], torch.randn(5, 2, 4))
+    assert joined(model, forward).cut == [False, False]
+    forward.used = [0]
+    assert joined(model, forward).reason == [None, None]
+    forward.used = [1]
+    found = joined(model, forward)
+    assert found.reason[1] == UNUSED
+    assert found.unreached == ["out.weight", "out.bias"]
+
+
+def test_a_layer_that_is_the_output_and_outputs_that_are_leaves():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.scale, self.frozen = nn.Linear(4, 4), nn.Parameter(torch.ones(4)), torch.zeros(3)
+
+        def forward(self, x: Tensor) -> list[object]:
+            return [(self.lin(x),), [self.frozen, self.scale]]
+
+    model = Net()
+    forward = watched(model, ["lin"], torch.randn(2, 4))
+    assert joined(model, forward).cut == [True]
+    assert joined(model, forward).unreached == []
+    forward.used = [0, 1]
+    assert joined(model, forward).unreached == ["scale"]
+
+
+def test_a_visit_that_the_loss_does_not_use_is_in_nobodys_way():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.lin(x * 2)
+            return self.head(self.lin(x))
+
+    model = Net()
+    assert joined(model, watched(model, ["lin", "head"], torch.randn(2, 4))).cut == [True, True]
+
+
+def test_a_forward_that_goes_on_from_another_one():
+    class Cell(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            state = torch.tanh(self.cell(x))
+            return self.head(state), state
+
+    model, layers = Cell(), ["cell", "head"]
+    one = watched(model, layers, torch.randn(2, 4))
+    two = watched(model, layers, torch.randn(2, 4) + one.outputs[1])
+    one.used = two.used = [0]
+    assert joined(model, one, two).reason == [NESTED, None]
+    apart = watched(model, layers, torch.randn(2, 4) + one.outputs[1].detach())
+    apart.used = [0]
+    assert joined(model, one, apart).reason == [None, None]
+
+
+def test_a_trace_holds_nothing_of_the_graph():
+    model = TwoHeads()
+    middle = torch.randn(2, 4, requires_grad=True) * 1
+    alive = weakref.ref(middle)
+    forward = watched(model, ["trunk", "a"], middle, "a")
+    parameters = dict(model.named_parameters())
+    kept = forward.trace(list(parameters.values()))
+    same = signature(forward.edges, forward.outputs, list(parameters.values()))
+    node = weakref.ref(forward.outputs[0])
+    del forward, middle
+    assert alive() is None  # at once: there is no cycle
+    assert node() is None
+    del model, parameters
+    gc.collect()
+    assert join([(kept, [0])], ["w", "b", "aw", "ab", "bw", "bb"]).cut == [True, True]
+    assert hash(same) == hash(same)
+
+
+def test_products_on_the_way_to_a_layer_that_runs_again():
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.cell, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            for _ in range(5):
+                x = torch.tanh(self.cell(x))
+            return self.head(x)
+
+    model = Recurrent()
+    found = joined(model, watched(model, ["stem", "cell", "head"], torch.randn(2, 3)))
+    assert found.products.tolist() == [1, 6, 7]
+    assert found.counts == [2, 4, 6]
+
+
+def test_signatures():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor, more: bool = False) -> Tensor:
+            x = torch.tanh(self.lin(x))
+            return self.head(torch.tanh(x) if more else x)
+
+    model = Net()
+    parameters = list(model.parameters())
+
+    def of(*args: object) -> tuple[object, ...]:
+        forward = watched(model, ["lin", "head"], *args)
+        return signature(forward.edges, forward.outputs, parameters)
+
+    known = of(torch.randn(2, 4))
+    state = torch.randn(2, 4, requires_grad=True)
+    one = signature([], [], parameters, [state])
+    assert one != signature([], [], parameters, [state * 2])
+    assert one == signature([], [], parameters, [state.detach()])
+    torch.randn(3, requires_grad=True).exp().sum()  # something in between
+    assert of(torch.randn(2, 4)) == known
+    assert of(torch.randn(2, 4), True) != known
+    model.head.bias.requires_grad_(False)
+    assert of(torch.randn(2, 4)) != known
+
+
+def test_bad_arguments():
+    p = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match="2, 1 of them different"):
+        trace([], [p], [p, p])
+    with pytest.raises(ValueError, match="at least, got none"):
+        join([], [])
+    one = trace([[]], [p], [p])
+    with pytest.raises(ValueError, match="traces of 2 parameters, as names, got one of 1"):
+        join([(one, [0])], ["a", "b"])
+    with pytest.raises(ValueError, match="traces of 1 layers, got one of 2"):
+        join([(one, [0]), (trace([[], []], [p], [p]), [0])], ["a"])
+    with pytest.raises(ValueError, match=r"indices of 1 outputs, got \[1\]"):
+        join([(one, [1])], ["a"])
+
+
+class Deep(nn.Module):
+    """Residual blocks, and a first layer whose weight is used at the end again."""
+
+    def __init__(self, depth: int, branches: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(2, 2)
+        self.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = x + block(x) if self.branches else block(x)
+        return x @ self.first.weight if self.branches else x
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_many_layers_take_memory_and_calls_in_proportion(branches):
+    calls, peaks = [], []
+    for depth in (500, 4000):
+        model = Deep(depth, branches)
+        forward = watched(model, ["first", *(f"blocks.{i}" for i in range(depth))], torch.randn(1, 2))
+        parameters = dict(model.named_parameters())
+        with counted() as cost:
+            found = join([(forward.trace(list(parameters.values())), [0])], list(parameters))
+        calls.append(cost.calls)
+        peaks.append(cost.peak)
+        assert len(found.upstream_sets.bounds) <= 3 * (depth + 1)
+        assert len(found.own_sets.bounds) <= 3 * (depth + 1)
+        assert found.cut == [not branches] * (depth + 1)
+    # 8 times the layers. Arrays of layers x layers would be seen as memory.
+    assert calls[1] < 12 * calls[0]
+    assert peaks[1] < 24 * peaks[0]  # per layer up to twice as much, then no more

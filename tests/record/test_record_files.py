@@ -1,0 +1,335 @@
+"""What is on disk: valid JSON whatever the numbers, complete whenever the process dies, readable by report."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastfs
+from fastfs._monitor.record.record import COLUMNS, SCALARS, SCHEMA
+from fastfs._monitor.record.sinks import JsonlSink
+from fastfs._report import read_header
+from fastfs.models import ResNet
+from tests.helpers.monitor_cases import measured_into, rows, sgd, train
+
+QUANTITIES = {"angle", "cos_angle", "update_rms", "relative_update", "feature_rms", "backward_rms", "valid", "count"}
+
+
+def record(path, steps=3, every=1, lr=0.05, **options):
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 2, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=every, path=path, **options):
+        train(model, optimizer, steps)
+    return model
+
+
+def strict(line):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(line, parse_constant=refuse)
+
+
+def test_header_and_rows(tmp_path):
+    path = tmp_path / "new" / "record.jsonl"
+    model = record(path, steps=3, every=2, metadata={"data": "made up", "lr": math.nan})
+    header, *lines = [strict(line) for line in path.read_text().splitlines()]
+    assert header.pop("started").startswith("20")
+    assert header.pop("torch") == torch.__version__
+    assert len(header.pop("run")) == 12
+    assert header.pop("python")
+    assert header.pop("device_name")
+    assert header == {
+        "kind": "header",
+        "schema": SCHEMA,
+        "fastfs": fastfs.__version__,
+        "mode": "batch",
+        "model": "ResNet",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "dtype": "float32",
+        "device": "cpu",
+        "optimizer": "SGD",
+        "layers": ["blocks.0", "blocks.1"],
+        "every": 2,
+        "aligned_every": None,
+        "rows": 1024,
+        "memory_bytes": 2**29,
+        "groups": {},
+        "metadata": {"data": "made up", "lr": None},
+    }
+    assert [(line["kind"], line["step"]) for line in lines] == [("structure", 0), ("measured", 0), ("measured", 2)]
+    structure, *lines = lines
+    assert structure["layers"] == {"cut": [True, True], "reason": [None, None], "parameters": [2, 3]}
+    for line in lines:
+        assert line["layers"].keys() >= QUANTITIES
+        assert all(len(column) == 2 for column in line["layers"].values())
+        assert line["micro_batches"] == 1
+        assert line["overhead_seconds"] > 0
+
+
+def test_the_reader_gives_back_what_sinks_got(tmp_path):
+    path, seen = tmp_path / "record.jsonl", []
+    record(path, sinks=[measured_into(seen)], rows=4, quantiles=(0.5,))
+    table = fastfs.load(path)
+    quantiles = {"cos_angle_q50", "update_rms_q50"}
+    assert (
+        set(table.columns)
+        == {"kind", "run", "step", "time", "layer", "name", "group"} | {*COLUMNS, *SCALARS} | quantiles
+    )
+    for row, (_, line) in zip(seen, table.iterrows(), strict=True):
+        assert row.keys() <= set(table.columns)
+        assert line.drop(list(row)).isna().all()
+        for key in row.keys() - {"loss", "why"}:
+            assert line[key] == row[key], key
+        assert (line["why"], row["why"]) == (None, None)
+    assert table["loss"].isna().all()
+    assert table["valid"].dtype == bool
+    assert table["layer"].dtype == table["count"].dtype == "int64"
+    assert read_header(path)["layers"] == ["blocks.0", "blocks.1"]
+
+
+def test_undefined_numbers_are_null(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=1, lr=0.0)
+    lines = [strict(line) for line in path.read_text().splitlines()]
+    (columns,) = [line["layers"] for line in lines if line["kind"] == "measured"]
+    assert columns["angle"] == columns["cos_angle"] == [None] * 2
+    assert columns["valid"] == [False] * 2
+    table = fastfs.load(path)
+    assert table["angle"].isna().all()
+    assert (table["update_rms"] == 0).all()
+
+
+def test_nan_and_inf_in_the_features_are_counted_and_written(tmp_path):
+    path = tmp_path / "record.jsonl"
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    optimizer = sgd(model)
+    monitor = fastfs.Monitor(model, optimizer, layers="0", path=path)
+    x, y = rows(0)
+    x[0, 0] = math.inf
+    loss = F.cross_entropy(model(x), y)
+    monitor.log(loss=loss)
+    loss.backward()
+    optimizer.step()
+    with pytest.warns(RuntimeWarning, match=r"entries are NaN|the loss is nan"):
+        monitor.close()
+    line, *_alerts = [strict(line) for line in path.read_text().splitlines()][2:]
+    columns = line["layers"]
+    assert columns["nonfinite"][0] > 0
+    assert columns["valid"] == [False]
+    assert (columns["angle"], line["loss"]) == ([None], None)
+    table = fastfs.load(path)
+    assert table["nonfinite"][0] == columns["nonfinite"][0]
+    assert [alert["rule"] for alert in table.attrs["alerts"]] == ["nonfinite", "nonfinite"]
+
+
+def test_a_second_run_is_appended(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=2)
+    first = path.read_bytes()
+    record(path, steps=1)
+    assert path.read_bytes().startswith(first)
+    table = fastfs.load(path)
+    assert table["run"].nunique() == 2
+    assert len(table) == 6
+    assert read_header(path)["run"] == table["run"].iloc[-1]
+    assert read_header(path, run=table["run"].iloc[0])["run"] == table["run"].iloc[0]
+
+
+def test_every_cut_of_a_record_can_be_read(tmp_path):
+    path, cut = tmp_path / "record.jsonl", tmp_path / "cut.jsonl"
+    record(path, steps=2)
+    data = path.read_bytes()
+    header = data.index(b"\n") + 1
+    for size in range(header, len(data), 7):
+        cut.write_bytes(data[:size])
+        complete = max(data[:size].count(b"\n") - 2, 0)  # without header and structure
+        assert len(fastfs.load(cut)) in (2 * complete, 2 * complete + 2)  # + 1: all but the newline was written
+
+
+def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=2)
+    path.write_bytes(path.read_bytes()[:-20])
+    record(path, steps=1)
+    table = fastfs.load(path)
+    assert len(table) == 2 + 2
+    assert table["run"].nunique() == 2
+
+
+def test_a_torn_line_elsewhere_is_left_out_with_one_warning(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=3)
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3][:30]
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.warns(RuntimeWarning, match=r"record\.jsonl, line 4: cannot be read and is left out") as caught:
+        table = fastfs.load(path)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert list(zip(table["step"], table["layer"], strict=True)) == [(0, 0), (0, 1), (2, 0), (2, 1)]
+
+
+def test_a_record_must_start_with_its_header(tmp_path):
+    path = tmp_path / "record.jsonl"
+    record(path, steps=1)
+    first, *others = path.read_text().splitlines()
+    path.write_text("\n".join([*others, first]) + "\n")
+    with pytest.raises(ValueError, match=r"record\.jsonl, line 1: expected the header of a record"):
+        fastfs.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "hello\nworld\n", "[1]\n[2]\n", '{"a": 1}\n{"a": 2}\n'])
+def test_other_files_are_refused(tmp_path, text):
+    path = tmp_path / "other.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"other\.jsonl"):
+        fastfs.load(path)
+
+
+def test_rows_are_on_disk_after_a_flush(tmp_path):
+    path = tmp_path / "record.jsonl"
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, path=path) as monitor:
+        for step in range(3):
+            train(model, optimizer, 1)
+            assert monitor.flush()
+            assert len(fastfs.load(path)) == 2 * (step + 1)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_killed_process_leaves_its_rows(tmp_path):
+    path = tmp_path / "record.jsonl"
+    script = f"""
+        import os, signal, torch, fastfs
+        from fastfs.models import ResNet
+        model = ResNet(8, 16, 2, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = fastfs.Monitor(model, optimizer, layers="blocks.[01]$", every=1, path={str(path)!r})
+        for step in range(6):
+            model(torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+            if step == 4:
+                monitor.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert fastfs.load(path)["step"].tolist()[:10] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_the_default_place_is_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    record(None, steps=1)
+    assert len(fastfs.load("record.jsonl")) == 2
+
+
+def test_two_monitors_can_share_a_file(tmp_path):
+    path = tmp_path / "record.jsonl"
+    model = ResNet(8, 16, 2, 3)
+    optimizer = sgd(model)
+    with (
+        fastfs.Monitor(model, optimizer, layers=["blocks.0"], every=1, path=path),
+        fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=1, path=path),
+    ):
+        train(model, optimizer, 3)
+    table = fastfs.load(path)
+    assert table.groupby("run")["name"].unique().map(list).tolist() in (
+        [["blocks.0"], ["blocks.1"]],
+        [["blocks.1"], ["blocks.0"]],
+    )
+
+
+def test_a_sink_can_be_an_object_and_a_path(tmp_path):
+    calls = []
+
+    class Mine:
+        def open(self, header):
+            calls.append(("open", header["schema"]))
+
+        def write(self, records):
+            calls.append(("write", [(record.kind, record.step) for record in records]))
+
+        def close(self):
+            calls.append(("close",))
+
+    record(None, steps=2, sinks=[Mine(), os.fspath(tmp_path / "a.jsonl"), tmp_path / "b.jsonl"])
+    assert [(name, *steps) for name, *steps in calls if name != "write"] == [("open", SCHEMA), ("close",)]
+    assert [entry for name, *batches in calls[1:-1] for batch in batches for entry in batch] == [
+        ("structure", 0),
+        ("measured", 0),
+        ("measured", 1),
+    ]
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+class Remembering:
+    """A sink that knows what happened to it, and fails where it is told to."""
+
+    def __init__(self, fail=""):
+        self.calls = []
+        self.fail = fail
+
+    def _do(self, what):
+        self.calls.append(what)
+        if what == self.fail:
+            raise OSError(f"no {what}")
+
+    def open(self, header):
+        self._do("open")
+
+    def write(self, records):
+        self._do("write")
+
+    def close(self):
+        self._do("close")
+
+
+def test_sinks_opened_so_far_are_closed_if_one_fails(tmp_path, monkeypatch):
+    closed = []
+    original = JsonlSink.close
+    monkeypatch.setattr(JsonlSink, "close", lambda self: (closed.append(self.path.name), original(self)))
+    first, second, third = Remembering(), Remembering("open"), Remembering()
+    with pytest.raises(OSError, match="no open"):
+        record(tmp_path / "a.jsonl", sinks=[first, second, third])
+    assert [sink.calls for sink in (first, second, third)] == [["open", "close"], ["open"], []]
+    assert set(closed) == {"a.jsonl"}
+    closed.clear()
+    with pytest.raises(TypeError, match="sink: expected a path"):
+        record(tmp_path / "b.jsonl", sinks=[3])
+    assert closed == ["b.jsonl"]
+
+
+def test_a_sink_that_does_not_close_is_a_warning_and_the_others_close():
+    first, second = Remembering("close"), Remembering()
+    with pytest.warns(RuntimeWarning, match=r"could not be closed: Remembering .OSError: no close") as caught:
+        record(None, steps=1, sinks=[first, second])
+    assert len(caught) == 1
+    assert second.calls == ["open", "write", "close"]
+
+
+def test_a_closed_sink_says_so(tmp_path):
+    sink = JsonlSink(tmp_path / "record.jsonl")
+    sink.close()
+    sink.close()
+    with pytest.raises(ValueError, match="closed"):
+        sink.write([])
+
+
+def test_without_pandas_the_reader_says_what_to_install(tmp_path, monkeypatch):
+    record(tmp_path / "record.jsonl", steps=1)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"fastfs.load needs pandas: pip install .fastfs.pandas."):
+        fastfs.load(tmp_path / "record.jsonl")

@@ -1,0 +1,202 @@
+"""The Python blocks of the documentation run: in order, file by file, after a preamble that makes what they take."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastfs
+from fastfs._core import ops
+from fastfs.models import Transformer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = pytest.mark.skipif(not ops.native_available(), reason="no native core")
+
+
+def python_blocks(path: Path) -> list[tuple[int, str]]:
+    """Line number and text of every block that says it is Python."""
+    text = path.read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.branch(x).relu()
+        return result
+
+
+class Net(nn.Module):
+    """Blocks with a branch each, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.blocks(x))
+        return result
+
+
+def preamble() -> dict[str, Any]:
+    """What a reader has: a model, an optimizer, data and a loss."""
+    torch.manual_seed(0)
+    model = Net()
+    data = [(torch.randn(8, 16), torch.randint(0, 3, (8,))) for _ in range(3)]
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for inputs, targets in data:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+
+    return {
+        "torch": torch,
+        "model": model,
+        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-2),
+        "data": data,
+        "micro_batches": [(data[0], data[1]), (data[1], data[2])],
+        "loss_function": F.cross_entropy,
+        "train": train,
+        "device": "cpu",
+        "backend": "aot_eager",  # as inductor, without a compiler
+        "probe_inputs": data[0][0],
+        "probe_targets": data[0][1],
+        "before": torch.randn(4, 8),
+        "after": torch.randn(4, 8),
+        "backward": torch.randn(4, 8),
+        "other_micro_batch": fastfs.feature_stats(*torch.randn(3, 4, 8)),
+        "gradients": [torch.randn(4)],
+        "updates": [torch.randn(4)],
+    }
+
+
+def run_blocks(path: Path, names: dict[str, Any]) -> None:
+    blocks = python_blocks(path)
+    assert blocks, f"{path.name} has no Python"
+    for line, source in blocks:
+        code = compile("\n" * (line - 1) + source, str(path), "exec")  # so that errors tell the line
+        exec(code, names)
+
+
+@pytest.fixture
+def one_process(tmp_path, monkeypatch):
+    """A group of one process, for all_reduce."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_readme(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = preamble()
+    names["model"] = model = Transformer(vocabulary=11, width=8, depth=2, heads=2, context=6)
+    names["optimizer"] = torch.optim.AdamW(model.parameters())
+    names["data"] = [torch.randint(0, 11, (2, 6)) for _ in range(3)]
+    run_blocks(ROOT / "README.md", names)
+    assert fastfs.load("run/record.jsonl").attrs["headers"][0]["layers"] == ["blocks.0", "blocks.1"]
+
+
+@pytest.mark.graphs
+def test_the_monitor(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    names = preamble()
+    run_blocks(ROOT / "docs" / "monitor.md", names)
+    records = sorted(path.stem for path in Path("run").glob("*.jsonl"))
+    tables = {name: fastfs.load(f"run/{name}.jsonl") for name in records}
+    wanted = "accumulated alerts all backward compiled groups jvp probe record scaled several"
+    assert records == wanted.split()
+    for name, table in tables.items():
+        measured = table[table["kind"] == "measured"]
+        assert len(measured), name
+        assert measured["angle"].notna().all(), name
+        assert not table.attrs["skipped"], name
+    assert set(tables["accumulated"]["micro_batches"]) == {2}
+    assert set(tables["scaled"]["loss_scale"]) == {1024.0}
+    assert set(tables["jvp"]["kind"]) == {"measured", "predicted"}
+    assert tables["groups"]["group"].any()
+    assert "cos_angle_q10" in tables["groups"]
+    assert len([row for row in names["rows"] if row["kind"] == "measured"]) == 2  # one step, two layers
+    assert sorted(set(tables["all"]["step"])) == [0]
+    assert [h.get("resumed_at") for h in tables["all"].attrs["headers"]] == [None, 3]
+
+
+def test_the_theory(capsys):
+    pytest.importorskip("pandas")
+    pytest.importorskip("scipy")
+    names: dict[str, Any] = {}
+    run_blocks(ROOT / "docs" / "theory.md", names)
+    said = capsys.readouterr().out
+    assert "inside a residual branch" in said
+    assert "token.weight: acts before and after" in said
+    assert names["calibration"].converged
+
+
+def test_links_of_the_documentation_lead_somewhere():
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text()
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            file = path.parent / target if target else path
+            assert file.exists(), f"{path.name}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor in slugs, f"{path.name}: {target}#{anchor}"
+
+
+def first_column(section: str, table: int = 0) -> list[str]:
+    """The names and sentences in backticks that begin the rows of a table in a section of docs/monitor.md."""
+    text = (ROOT / "docs" / "monitor.md").read_text()
+    found = re.search(rf"^#+ {re.escape(section)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, section
+    tables = re.findall(r"(?:^\|.*\n)+", found[1], re.MULTILINE)
+    rows = [row.split("|")[1] for row in tables[table].splitlines()[2:]]
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+
+
+def test_every_reason_is_explained_and_no_other():
+    from fastfs._monitor.measure import decrease_reasons, row_reasons
+
+    for section, sentences in (
+        ("Why a row is not valid", row_reasons.REASONS),
+        ("Why a decrease is null", decrease_reasons.REASONS),
+    ):
+        assert sorted(first_column(section)) == sorted(sentence for sentence in sentences if sentence)
+
+
+def test_every_column_is_explained_and_no_other():
+    from fastfs._monitor.record import schema
+
+    kinds, columns = first_column("What is recorded"), first_column("What is recorded", table=1)
+    assert kinds == ["header", "structure", "measured", "predicted", "skipped", "alert"]
+    quantiles = {"cos_angle_q10", "update_rms_q10"}
+    assert sorted(set(columns) - quantiles) == sorted(schema.COLUMNS)
+    text = (ROOT / "docs" / "monitor.md").read_text()
+    assert [name for name in (*schema.SCALARS, *schema.MORE_SCALARS) if f"`{name}`" not in text] == []
+
+
+def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code():
+    from fastfs._monitor.measure import decrease_reasons, row_reasons
+
+    text = (ROOT / "docs" / "monitor.md").read_text()
+    start = text.index("## What happens with which loop and model")
+    tables = text[start : text.index("## Alerts")]
+    quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]
+    sentences = [sentence for sentence in (*row_reasons.REASONS, *decrease_reasons.REASONS) if sentence]
+    assert quoted
+    for quote in quoted:
+        assert any(sentence.startswith(quote.removesuffix("...").rstrip()) for sentence in sentences), quote
