@@ -1,8 +1,8 @@
 """Measure how fast the features of each layer move in training, and how that is aligned with the backward pass.
 
-The public interface is what ``fastfs``, ``fastfs.formula``, ``fastfs.models``, ``fastfs.monitor``, ``fastfs.reference``,
-``fastfs.scaling`` and ``fastfs.spectrum`` list in ``__all__``. Modules and packages with a leading underscore are
-internal and change without notice.
+The public interface is what ``fastfs``, ``fastfs.formula``, ``fastfs.models``, ``fastfs.monitor``,
+``fastfs.reference``, ``fastfs.scaling`` and ``fastfs.spectrum`` list in ``__all__``. Modules and packages with a
+leading underscore are internal and change without notice.
 """
 
 from __future__ import annotations
