@@ -1,4 +1,7 @@
-"""The Python blocks of the documentation run: in order, file by file, after a preamble that makes what they take."""
+"""The documentation is executed and checked: Python blocks run, links resolve, and tables agree with the code.
+
+The blocks of a page run in order in one namespace, which :func:`preamble` fills with the names that they use.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,14 @@ from fastfs._core import ops
 from fastfs.models import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
+MONITOR_PAGES = ("monitor.md",)
+"""The pages on the monitor below docs/, in the order in which their blocks run."""
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="no native core")
 
 
 def python_blocks(path: Path) -> list[tuple[int, str]]:
-    """Line number and text of every block that says it is Python."""
+    """Returns line number and text of every block marked as Python."""
     text = path.read_text()
     found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     return [(text.count("\n", 0, match.start(1)) + 1, match[1]) for match in found]
@@ -38,7 +43,7 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Blocks with a branch each, and a head."""
+    """Two residual blocks and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +56,7 @@ class Net(nn.Module):
 
 
 def preamble() -> dict[str, Any]:
-    """What a reader has: a model, an optimizer, data and a loss."""
+    """Returns what the blocks take for granted: a model, an optimizer, data and a loss."""
     torch.manual_seed(0)
     model = Net()
     data = [(torch.randn(8, 16), torch.randint(0, 3, (8,))) for _ in range(3)]
@@ -71,7 +76,7 @@ def preamble() -> dict[str, Any]:
         "loss_function": F.cross_entropy,
         "train": train,
         "device": "cpu",
-        "backend": "aot_eager",  # as inductor, without a compiler
+        "backend": "aot_eager",  # takes the path of inductor without a C++ compiler
         "probe_inputs": data[0][0],
         "probe_targets": data[0][1],
         "before": torch.randn(4, 8),
@@ -87,13 +92,13 @@ def run_blocks(path: Path, names: dict[str, Any]) -> None:
     blocks = python_blocks(path)
     assert blocks, f"{path.name} has no Python"
     for line, source in blocks:
-        code = compile("\n" * (line - 1) + source, str(path), "exec")  # so that errors tell the line
+        code = compile("\n" * (line - 1) + source, str(path), "exec")  # errors show the line of the page
         exec(code, names)
 
 
 @pytest.fixture
 def one_process(tmp_path, monkeypatch):
-    """A group of one process, for all_reduce."""
+    """A process group of size one, for all_reduce."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -115,7 +120,9 @@ def test_the_monitor(tmp_path, monkeypatch, capsys):
     pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
     names = preamble()
-    run_blocks(ROOT / "docs" / "monitor.md", names)
+    for page in MONITOR_PAGES:
+        if python_blocks(ROOT / "docs" / page):
+            run_blocks(ROOT / "docs" / page, names)
     records = sorted(path.stem for path in Path("run").glob("*.jsonl"))
     tables = {name: fastfs.load(f"run/{name}.jsonl") for name in records}
     wanted = "accumulated alerts all backward compiled groups jvp probe record scaled several"
@@ -146,7 +153,7 @@ def test_the_theory(capsys):
     assert names["calibration"].converged
 
 
-def test_links_of_the_documentation_lead_somewhere():
+def test_links_of_the_documentation_resolve():
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
@@ -158,12 +165,22 @@ def test_links_of_the_documentation_lead_somewhere():
                 assert anchor in slugs, f"{path.name}: {target}#{anchor}"
 
 
-def first_column(section: str, table: int = 0) -> list[str]:
-    """The names and sentences in backticks that begin the rows of a table in a section of docs/monitor.md."""
-    text = (ROOT / "docs" / "monitor.md").read_text()
-    found = re.search(rf"^#+ {re.escape(section)}\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
-    assert found, section
-    tables = re.findall(r"(?:^\|.*\n)+", found[1], re.MULTILINE)
+def monitor_text() -> str:
+    return "\n".join((ROOT / "docs" / page).read_text() for page in MONITOR_PAGES)
+
+
+def section(title: str) -> str:
+    """Returns the text below a heading on the monitor's pages, up to the next heading of the same or a higher level."""
+    text = monitor_text()
+    heading = re.search(rf"^(#+) {re.escape(title)}\n", text, re.MULTILINE)
+    assert heading, title
+    following = re.compile(rf"^#{{1,{len(heading[1])}}} ", re.MULTILINE).search(text, heading.end())
+    return text[heading.end() : following.start() if following else len(text)]
+
+
+def first_column(title: str, table: int = 0) -> list[str]:
+    """Returns the texts in backticks in the first column of a table in a section."""
+    tables = re.findall(r"(?:^\|.*\n)+", section(title), re.MULTILINE)
     rows = [row.split("|")[1] for row in tables[table].splitlines()[2:]]
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
@@ -171,30 +188,28 @@ def first_column(section: str, table: int = 0) -> list[str]:
 def test_every_reason_is_explained_and_no_other():
     from fastfs._monitor.measure import decrease_reasons, row_reasons
 
-    for section, sentences in (
+    for title, sentences in (
         ("Why a row is not valid", row_reasons.REASONS),
         ("Why a decrease is null", decrease_reasons.REASONS),
     ):
-        assert sorted(first_column(section)) == sorted(sentence for sentence in sentences if sentence)
+        assert sorted(first_column(title)) == sorted(sentence for sentence in sentences if sentence)
 
 
-def test_every_column_is_explained_and_no_other():
+def test_tables_of_columns_list_those_of_the_schema():
     from fastfs._monitor.record import schema
 
     kinds, columns = first_column("What is recorded"), first_column("What is recorded", table=1)
     assert kinds == ["header", "structure", "measured", "predicted", "skipped", "alert"]
     quantiles = {"cos_angle_q10", "update_rms_q10"}
     assert sorted(set(columns) - quantiles) == sorted(schema.COLUMNS)
-    text = (ROOT / "docs" / "monitor.md").read_text()
+    text = monitor_text()
     assert [name for name in (*schema.SCALARS, *schema.MORE_SCALARS) if f"`{name}`" not in text] == []
 
 
 def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code():
     from fastfs._monitor.measure import decrease_reasons, row_reasons
 
-    text = (ROOT / "docs" / "monitor.md").read_text()
-    start = text.index("## What happens with which loop and model")
-    tables = text[start : text.index("## Alerts")]
+    tables = section("What happens with which loop and model")
     quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]
     sentences = [sentence for sentence in (*row_reasons.REASONS, *decrease_reasons.REASONS) if sentence]
     assert quoted

@@ -1,4 +1,4 @@
-"""The examples run as they are, and what their text says is what comes out."""
+"""The examples run unchanged, and their results agree with their text."""
 
 from __future__ import annotations
 

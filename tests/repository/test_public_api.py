@@ -1,4 +1,4 @@
-"""The public interface: what the public modules list, what `dir` shows, and the signatures of all of it."""
+"""The public interface: what `__all__` of the public modules lists, what `dir` shows, and all signatures."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PINNED = Path(__file__).with_name("public_api.txt")
 
 def signature(thing: Any) -> str:
     try:
-        # Addresses of default values differ between runs.
+        # The addresses of default values differ between runs.
         return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(thing)))
     except (TypeError, ValueError):
         return ""
 
 
 def members(cls: type) -> list[str]:
-    """The public methods and properties that a class of fastfs brings, with their signatures."""
+    """Returns the public methods and properties that classes of fastfs define on `cls`, with their signatures."""
     found = {}
     for base in reversed(cls.__mro__):
         if base.__module__.startswith("fastfs"):
@@ -56,7 +56,7 @@ def public_api() -> str:
 
 
 def test_names_and_signatures_are_the_pinned_ones() -> None:
-    """A change of the public interface is a change of this file: `python -m tests.repository.test_public_api`."""
+    """To change the public interface, write the pinned file anew with `python -m tests.repository.test_public_api`."""
     assert public_api() == PINNED.read_text()
 
 
@@ -75,8 +75,8 @@ def test_everything_else_has_an_underscore() -> None:
         parts = path.relative_to(package).with_suffix("").parts
         if parts == ("__init__",) or any(part.startswith("_") and part != "__init__" for part in parts):
             continue
-        assert parts[0] in PUBLIC, f"{path}: neither public nor internal"
-        assert parts[1:] in ((), ("__init__",)), f"{path}: a module below a public one has to start with an underscore"
+        assert parts[0] in PUBLIC, f"{path}: expected a public module or a name that starts with an underscore"
+        assert parts[1:] in ((), ("__init__",)), f"{path}: a module in a public package must start with an underscore"
 
 
 def test_no_two_public_classes_share_a_name() -> None:
@@ -86,14 +86,14 @@ def test_no_two_public_classes_share_a_name() -> None:
         for exported in module.__all__:
             thing = getattr(module, exported)
             if inspect.isclass(thing):
-                assert seen.setdefault(exported, thing) is thing, f"{exported}: {seen[exported]} and {thing}"
+                assert seen.setdefault(exported, thing) is thing, f"{exported} names both {seen[exported]} and {thing}"
 
 
 def test_no_two_classes_of_the_package_share_a_name() -> None:
     seen: dict[str, Path] = {}
     for path in sorted(Path(fastfs.__file__).parent.rglob("*.py")):
         for found in re.findall(r"(?m)^class ([A-Za-z]\w*)", path.read_text()):
-            assert found not in seen, f"class {found}: in {seen[found]} and in {path}"
+            assert found not in seen, f"class {found} is defined in {seen[found]} and in {path}"
             seen[found] = path
 
 
@@ -103,7 +103,7 @@ DOTTED = re.compile(r"\bfastfs(?:\.\w+)+")
 @pytest.mark.parametrize(
     "name", ["README.md", "CHANGELOG.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
 )
-def test_documents_name_what_is_public(name: str) -> None:
+def test_documents_name_only_what_is_public(name: str) -> None:
     for word in DOTTED.findall((ROOT / name).read_text()):
         parts = word.split(".")
         for part in parts:
@@ -116,7 +116,7 @@ def test_documents_name_what_is_public(name: str) -> None:
             elif inspect.ismodule(thing):
                 raise AssertionError(f"{name}: {word}: {'.'.join(parts[: index + 1])} is not public")
             if not hasattr(thing, part):
-                break  # an attribute of instances, such as a column
+                break  # an attribute of instances only
             thing = getattr(thing, part)
 
 
