@@ -169,7 +169,7 @@ def monitor_text() -> str:
     return "\n".join((ROOT / "docs" / page).read_text() for page in MONITOR_PAGES)
 
 
-def section(title: str) -> str:
+def section_text(title: str) -> str:
     """Returns the text below a heading on the monitor's pages, up to the next heading of the same or a higher level."""
     text = monitor_text()
     heading = re.search(rf"^(#+) {re.escape(title)}\n", text, re.MULTILINE)
@@ -180,7 +180,7 @@ def section(title: str) -> str:
 
 def first_column(title: str, table: int = 0) -> list[str]:
     """Returns the texts in backticks in the first column of a table in a section."""
-    tables = re.findall(r"(?:^\|.*\n)+", section(title), re.MULTILINE)
+    tables = re.findall(r"(?:^\|.*\n)+", section_text(title), re.MULTILINE)
     rows = [row.split("|")[1] for row in tables[table].splitlines()[2:]]
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
@@ -188,11 +188,11 @@ def first_column(title: str, table: int = 0) -> list[str]:
 def test_every_reason_is_explained_and_no_other():
     from fastfs._monitor.measure import decrease_reasons, row_reasons
 
-    for title, sentences in (
+    for section, sentences in (
         ("Why a row is not valid", row_reasons.REASONS),
         ("Why a decrease is null", decrease_reasons.REASONS),
     ):
-        assert sorted(first_column(title)) == sorted(sentence for sentence in sentences if sentence)
+        assert sorted(first_column(section)) == sorted(sentence for sentence in sentences if sentence)
 
 
 def test_tables_of_columns_list_those_of_the_schema():
@@ -209,7 +209,7 @@ def test_tables_of_columns_list_those_of_the_schema():
 def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code():
     from fastfs._monitor.measure import decrease_reasons, row_reasons
 
-    tables = section("What happens with which loop and model")
+    tables = section_text("What happens with which loop and model")
     quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]
     sentences = [sentence for sentence in (*row_reasons.REASONS, *decrease_reasons.REASONS) if sentence]
     assert quoted
