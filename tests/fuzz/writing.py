@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import warnings
 from dataclasses import dataclass, replace
@@ -86,9 +87,24 @@ def shrink(plan: Plan, fails: Any) -> Plan:
     return plan
 
 
+@functools.lru_cache(maxsize=512)
+def _unmonitored(plan: Plan) -> list[Picture]:
+    return train(plan, monitored=False)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _monitored(plan: Plan) -> tuple[list[Picture], list[dict[str, Any]]]:
+    return train(plan, monitored=True)[:2]
+
+
 def altered(plan: Plan) -> list[str]:
-    """What the monitor changed of the training; empty as it should be."""
-    off, on = train(plan, monitored=False)[0], train(plan, monitored=True)[0]
+    """Return what the monitor changed of the training: nothing, as it should be.
+
+    A plan is trained once without a monitor for all settings of the monitor, and once with one for this question and
+    that of :func:`wrong`.
+    """
+    off = _unmonitored(replace(plan, mode="batch", aligned=False, every=1))
+    on, _ = _monitored(plan)
     for number, (a, b) in enumerate(zip(off, on, strict=True)):
         if found := differences(a, b):
             when = f"after step {number}" if number < STEPS else "after close()"
@@ -102,7 +118,7 @@ def wrong(plan: Plan) -> list[str]:
         return []
     hand = WritingHand()
     train(plan, monitored=False, hand=hand)
-    _, rows, _ = train(plan, monitored=True)
+    _, rows = _monitored(plan)
     return hand.faults(rows, 1e-3 if plan.mode == "batch" else 0.02)
 
 
