@@ -149,7 +149,7 @@ def test_a_later_look_finds_what_a_first_one_finds(seed, without):
     for _ in range(12):
         for _ in range(rng.randrange(3)):
             change(rng.choice(modules), rng)
-        later, first = known.look(modules, others), Inventory(without).look(modules, others)
+        later, first = known.scan(modules, others), Inventory(without).scan(modules, others)
         (filled, empty), (wanted, wanted_empty) = found(later), found(first)
         assert wanted.keys() <= filled.keys()
         assert wanted_empty <= empty
@@ -165,11 +165,11 @@ def test_what_has_not_changed_is_not_walked_again():
     model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(5)])
     inventory = Inventory()
     for _ in range(5):
-        inventory.look(list(model.modules()))
+        inventory.scan(list(model.modules()))
     assert inventory.walks == 1
     for count in range(5):
         model[2].count = count
-        inventory.look(list(model.modules()))
+        inventory.scan(list(model.modules()))
     assert inventory.walks <= 3  # and then the counter is looked at each time
 
 
@@ -178,7 +178,7 @@ def test_activations_are_not_kept_alive():
     inventory = Inventory()
     layer.saved = Plain([layer(torch.ones(1, 2))])
     last = weakref.ref(layer.saved.value[0])
-    inventory.look([layer])
+    inventory.scan([layer])
     del layer.saved
     gc.collect()
     assert last() is None
@@ -187,7 +187,7 @@ def test_activations_are_not_kept_alive():
 def test_restore():
     layer = nn.Linear(2, 2)
     layer.cache, layer.pair, layer.slotted = {}, [1, 2], Slotted(1)
-    held = Inventory().look([layer])
+    held = Inventory().scan([layer])
     layer.cache["new"], layer.added, layer.slotted.held = 1, 2, 3
     layer.pair.reverse()
     for _ in range(2):

@@ -148,10 +148,10 @@ def test_a_cut_is_where_the_vector_jacobian_product_is_the_gradient(start):
                 assert wrong, what
             else:
                 assert found.cut[layer] == (not wrong), what
-                assert found.past.count[layer] == len(wrong), what
+                assert found.bypass.count[layer] == len(wrong), what
                 shared = found.shared[layer].nonzero().flatten().tolist()
                 assert set(shared) <= set(wrong), what
-                assert len(shared) == found.past.twice.get(layer, 0), what
+                assert len(shared) == found.bypass.twice.get(layer, 0), what
         for row, own in zip(found.upstream, found.own, strict=True):
             assert not (own & ~row).any()
             assert not (own & earlier).any()

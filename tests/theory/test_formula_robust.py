@@ -65,7 +65,7 @@ def test_batches_of_any_kind_are_copied_and_others_refused():
         found = formula.measure(model, take, kind, lr=0.1, dtype=torch.float64)
         assert torch.equal(found.stats.sums, expected.stats.sums)
     assert torch.equal(batch[0], before)
-    with pytest.raises(TypeError, match="list_iterator, of which no copy can be made"):
+    with pytest.raises(TypeError, match="list_iterator, which cannot be copied"):
         formula.measure(model, lambda m, b: loss_fn(m, next(b)), iter([batch, batch]), lr=0.1)
 
 

@@ -139,7 +139,7 @@ def test_apply_is_for_the_measured_model_and_once():
     found.apply(copy.deepcopy(model))
     found.apply(model)
     before = model.head.weight.clone()
-    with pytest.raises(ValueError, match=r"head\.weight: its norm was .* scaled already"):
+    with pytest.raises(ValueError, match=r"head\.weight: the norm was .* already scaled"):
         found.apply(model)
     assert torch.equal(before, model.head.weight)
 
@@ -188,8 +188,8 @@ def unused():
         (MLP(10, 16, 4, 5), {"target_loss_decrease": -1.0}, ValueError, "target_loss_decrease"),
         (MLP(10, 16, 4, 5), {"target_sensitivity": 0.0}, ValueError, "target_sensitivity"),
         (MLP(10, 16, 4, 5), {"layers": "nothing"}, ValueError, "matches no module"),
-        (nn.Linear(10, 5), {}, ValueError, "only layer and nothing is after it"),
-        (nn.Sequential(nn.Linear(10, 5)), {}, ValueError, "only layer and nothing is after it"),
+        (nn.Linear(10, 5), {}, ValueError, "only layer and nothing follows it"),
+        (nn.Sequential(nn.Linear(10, 5)), {}, ValueError, "only layer and nothing follows it"),
     ],
 )
 def test_errors(model, arguments, error, message):
@@ -201,7 +201,7 @@ def test_errors(model, arguments, error, message):
 
 def test_an_update_that_raises_the_loss_is_said():
     ascent = lambda groups, lr: torch.optim.SGD(groups, lr=lr, maximize=True)  # noqa: E731
-    with pytest.raises(ValueError, match=r"group 'blocks\.0': the loss rises along the update of <lambda>"):
+    with pytest.raises(ValueError, match=r"group 'blocks\.0': the loss increases along the update of <lambda>"):
         scaling.calibrate(MLP(10, 16, 4, 5), cross_entropy, batch_of_vectors(), optimizer=ascent)
 
 
@@ -256,7 +256,7 @@ def test_a_deep_network_trains_after_calibration(kind, lr, bound):
 
 
 def test_an_optimizer_in_use_keeps_its_state():
-    """The update of its next step, momentum included, is what is balanced; the optimizer stays as it is."""
+    """Balance refers to the update of the next step, including momentum; the optimizer is not changed."""
     model, batch = MLP(10, 32, 4, 5), batch_of_vectors()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(3):
@@ -296,7 +296,7 @@ def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused():
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         optimizer.step()
-    with pytest.raises(ValueError, match="expected updates in proportion to the learning rate"):
+    with pytest.raises(ValueError, match="expected updates proportional to the learning rate"):
         scaling.calibrate(model, loss_fn, batch, optimizer=optimizer)
 
 

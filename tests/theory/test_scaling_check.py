@@ -77,7 +77,7 @@ def test_unclear_is_said_with_the_seeds_that_would_tell():
     assert not report.passed
     unclear = [v for v in report.verdicts if v.status is Status.UNCLEAR]
     assert all(v.seeds > 2 for v in unclear)
-    assert "seeds instead of 2 would tell" in str(report)
+    assert "seeds instead of 2 would decide it" in str(report)
 
 
 def test_many_seeds_and_large_widths_pass():
@@ -118,7 +118,7 @@ def test_one_learning_rate_that_grows_with_the_width_is_found():
     failed = [v for v in report.verdicts if v.desideratum == "BC" and v.axis == "width" and v.status is Status.FAIL]
     assert "blocks.2" in failed[0].quantity
     assert failed[0].fit.exponent == pytest.approx(1.0, abs=0.25)
-    assert "'blocks.2' against its neighbours grows like width^+" in failed[0].advice
+    assert "'blocks.2' against its neighbors grows like width^+" in failed[0].advice
     assert "multiply its learning rate by width^-" in failed[0].advice
 
 
@@ -171,7 +171,7 @@ def test_a_group_that_is_not_trained_is_said():
 
     report = scaling.check(head_alone, widths=(16, 24, 32), depths=(3, 4, 5), seeds=2)
     assert report.of("BC") is Status.FAIL
-    assert "the updates of blocks.0 do not lower the loss" in str(report)
+    assert "the updates of blocks.0 do not decrease the loss" in str(report)
 
 
 @pytest.mark.parametrize("span", [1.02, 1.5, 3.0, 6.0, 30.0, 5000.0])
@@ -199,7 +199,7 @@ def test_axes_of_the_picture_have_few_plain_labels(span):
 def test_a_step_beyond_first_order_is_said():
     report = scaling.check(factory("standard", lr=0.1), widths=(32, 64, 128), depths=(3, 4, 5), seeds=4)
     assert report.curvature > 1
-    assert "off its first order" in str(report)
+    assert "deviates from first order" in str(report)
     assert any("loss decrease is not positive in" in v.advice for v in report.verdicts)
 
 
@@ -269,7 +269,7 @@ def zero_head(width, depth):
         (lambda w, d: (3, squared, row(), None), "first item should be a torch.nn.Module, got int"),
         (lambda w, d: (MLP(IN, w, d), 3, row(), None), "second item should be loss_fn"),
         (lambda w, d: (MLP(IN, w, d), squared, row(), torch.optim.SGD), "fourth item should be an optimizer"),
-        (lambda w, d: (MLP(IN, w, d), squared, row(), None), "no learning rate for some parameters: give lr"),
+        (lambda w, d: (MLP(IN, w, d), squared, row(), None), "no learning rate for some parameters: pass lr"),
         (lambda w, d: (MLP(IN, w, d), nan_loss, row(), []), "expected a finite loss, got nan|optimizer got an empty"),
         (lambda w, d: (m := MLP(IN, w, d), nan_loss, row(), torch.optim.SGD(m.parameters())), "width 8.*finite loss"),
         (
@@ -281,7 +281,7 @@ def zero_head(width, depth):
             "do not move in the step",
         ),
         (lambda w, d: (m := MLP(IN, w, d), lambda m, b: m.odd, row(), torch.optim.SGD(m.parameters())), "no attribute"),
-        (zero_head, "do not move in the step; an output initialised to zero"),
+        (zero_head, "do not move in the step; an output initialized to zero"),
     ],
 )
 def test_factories_that_are_wrong(build, message):
@@ -429,7 +429,7 @@ def test_options_that_would_be_ignored_are_refused():
         scaling.check(with_optimizer, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, lr=0.1)
     with pytest.raises(ValueError, match="gives parameter groups with their own learning rates"):
         scaling.check(factory("mup"), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, lr=0.1)
-    with pytest.raises(ValueError, match="gives an optimizer, SGD: give no other, got 'adam'"):
+    with pytest.raises(ValueError, match="returns an optimizer, SGD: do not pass 'adam'"):
         scaling.check(with_optimizer, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, optimizer="adam")
     for build in (factory("mup"), with_optimizer):
         with pytest.raises(ValueError, match="expected one of sgd, adam, adamw, got 'lion'"):
@@ -439,7 +439,7 @@ def test_options_that_would_be_ignored_are_refused():
 def test_command_refuses_options_that_would_be_ignored(file):
     sizes = ("--widths", "8,16,24", "--depths", "3,4,5", "--seeds", 2)
     for option, value, message in (
-        ("--lr", 0.1, "gives parameter groups with their own learning rates: give no lr"),
+        ("--lr", 0.1, "returns parameter groups with their own learning rates: do not pass lr"),
         ("--optimizer", "lion", "expected one of sgd, adam, adamw, got 'lion'"),
     ):
         done = command(f"{file}:fsc", *sizes, option, value)

@@ -134,7 +134,7 @@ def tied():
         (chain(8), scaling.mlp(4, 8, 9, 3), "4 matrices, Sequential has 3"),
         (chain(8), scaling.mlp(3, 8, 9, 2), r"4: the weight has shape \(3, 8\), the rule expects \(2, 8\)"),
         (nn.Sequential(*chain(8), nn.LayerNorm(3)), scaling.mlp(3, 8, 9, 3), "other parameters: 5.weight, 5.bias"),
-        (Transformer(16, 8, 1, 2, 4), scaling.mlp(3, 8, 9, 3), "calibrate takes any model"),
+        (Transformer(16, 8, 1, 2, 4), scaling.mlp(3, 8, 9, 3), "calibrate supports any model"),
         (tied(), scaling.mlp(4, 8, 9, 3), "in more than one layer"),
         (MLP(9, 8, 5, 3), scaling.resnet(3, 8, in_dim=9, out_dim=3), "takes a rule for mlp"),
         (ResNet(9, 8, 3, 3), scaling.mlp(5, 8, 9, 3), "takes a rule for resnet"),

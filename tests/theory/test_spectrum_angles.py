@@ -374,5 +374,6 @@ def test_where_the_bound_says_nothing_it_is_zero() -> None:
 
 def test_the_layers_have_to_be_a_chain_of_cuts() -> None:
     case = transformer()
-    with pytest.raises(ValueError, match=r"chain of cuts, layer 'blocks\.0\.attention' is none: inside a residual"):
+    expected = r"chain of cuts, but layer 'blocks\.0\.attention' is not a cut: inside a residual"
+    with pytest.raises(ValueError, match=expected):
         conditioning(case.model, case.loss_fn, case.batch, layers=["blocks.0.attention", "blocks.0"])

@@ -326,9 +326,9 @@ def test_bad_arguments() -> None:
 
 def test_bad_operators() -> None:
     for estimator in (moments, quadrature, extremes):
-        with pytest.raises(ValueError, match="expected a square one"):
+        with pytest.raises(ValueError, match="expected a square operator"):
             estimator(torch.zeros(3, 4))
-        with pytest.raises(ValueError, match="expected a square one"):
+        with pytest.raises(ValueError, match="expected a square operator"):
             estimator(torch.zeros(0, 0))
         with pytest.raises(ValueError, match="symmetric"):
             estimator(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
