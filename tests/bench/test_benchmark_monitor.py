@@ -45,7 +45,7 @@ MANY = [trainings.MEASURED, trainings.AMPLIFIED, trainings.JVP, trainings.PROBE]
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.graphs)])
 def test_quick(tmp_path: Path, compiled: bool) -> None:
     result, printed = quick("benchmarks.monitor", tmp_path / "result.json", *(["--compile"] if compiled else []))
-    rows = {row["contestant"]: row for row in result["rows"]}
+    rows = {row["implementation"]: row for row in result["rows"]}
     assert list(rows) == [*FEW, *(MANY[:1] if compiled else [*MANY, trainings.NAIVE])]
     assert all(row["milliseconds"] > 0 and row["ratio"] > 0 for row in rows.values())
     assert all(row["overhead percent"] == pytest.approx(100 * row["ratio"] - 100, abs=0.02) for row in rows.values())
@@ -57,7 +57,7 @@ def test_quick(tmp_path: Path, compiled: bool) -> None:
         assert rows[trainings.MEASURED]["peak MiB"] > rows[trainings.PLAIN]["peak MiB"] > 0
     assert result["naive way and monitor differ by"]["angle, all rows"] <= 1e-5
     assert result["parameters"] > 100_000
-    assert [target["contestant"] for target in result["targets"]] == [
+    assert [target["implementation"] for target in result["targets"]] == [
         trainings.EVERY,
         trainings.ALIGNED,
         trainings.MEASURED,
@@ -100,7 +100,7 @@ def test_targets_on_a_gpu() -> None:
     assert len(targets(rows, CUDA)) == 6
     rows[trainings.ALIGNED]["host synchronisations per step"] = 0.75
     failed = [target for target in targets(rows, CUDA) if not target["pass"]]
-    assert [target["contestant"] for target in failed] == [trainings.ALIGNED]
+    assert [target["implementation"] for target in failed] == [trainings.ALIGNED]
     assert failed[0]["more host synchronisations per step"] == 0.25
 
 

@@ -174,7 +174,7 @@ def test_mistakes_are_named():
         Network(0, 0.5)
     with pytest.raises(ValueError, match="2 hidden matrices, but a network is 3 deep"):
         Chains.run(Weights.draw([0], 2, 8, 2), [Network(3, 0.5)])
-    with pytest.raises(ValueError, match="1 read-outs, but a network has number 1"):
+    with pytest.raises(ValueError, match="1 readouts, but a network has number 1"):
         Chains.run(Weights.draw([0], 2, 8, 2), [Network(2, 0.5, readout=1)])
     with pytest.raises(ValueError, match="networks: expected at least one"):
         Chains.run(Weights.draw([0], 2, 8, 2), [])

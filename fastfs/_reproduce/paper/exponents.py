@@ -1,4 +1,4 @@
-"""How fast the angle degenerates: with the branch scale for ResNets, with the layer for MLPs."""
+"""How fast the angle degenerates: with the branch scale in ResNets, with the layer in MLPs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAIL = (2.0, 2.5, 3.2, 4.0, 5.0, 6.3, 8.0, 10.0)
 
 
 def resnet_tail(settings: StudySettings, advance: Advance) -> Outcome:
-    """(f) Output cosine at large c = sqrt(L) beta, L >= 10 c^2; several read-outs a seed smooth the curve."""
+    """Compute (f), the output cosine at large c = sqrt(L) beta, L >= 10 c^2; several readouts per seed smooth it."""
     seeds = settings.seed_list(10, 6)
     depth, width, readouts = settings.pick((1000, 512, 8), (200, 256, 8))
     scales = np.array([c for c in TAIL if 10 * c**2 <= depth])
@@ -45,7 +45,7 @@ def resnet_tail(settings: StudySettings, advance: Advance) -> Outcome:
 
 
 def mlp_layers(settings: StudySettings, advance: Advance) -> Outcome:
-    """(g) Cosine at every layer of an MLP, and its exponent from layer 10 on."""
+    """Compute (g), the cosine at every layer of an MLP, and its exponent from layer 10 on."""
     seeds = settings.seed_list(24, 10)
     depth, width, readouts = settings.pick((100, 1000, 16), (60, 400, 16))
     networks = [Network(depth, 1.0, readout=r) for r in range(readouts)]
