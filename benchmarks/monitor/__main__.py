@@ -76,7 +76,7 @@ def run(
     many = [PLAIN, MEASURED, *([] if load.compiled else [AMPLIFIED, JVP, PROBE, NAIVE])]
     each = [name for name in dict.fromkeys(few + many) if name != AGAIN]
     with tempfile.TemporaryDirectory() as folder:
-        say("checking that nothing changes, and the naive way")
+        say("checking that nothing changes, and the naive implementation")
         found = Found(check(Bench(load.smaller(4) if on_gpu else load, device, Path(folder))))
         torch.compiler.reset()  # what was compiled for other sizes, and without fused attention
         bench = Bench(load, device, Path(folder))
@@ -133,7 +133,7 @@ def table(bench: Bench, found: Found, device: torch.device, rounds: int) -> dict
         "parameters": bench.parameters,
         "threads": None if device.type == "cuda" else torch.get_num_threads(),
         "rounds": rounds,
-        "naive way and monitor differ by": found.errors,
+        "differences of naive implementation and monitor": found.errors,
         "rows": rows,
         "targets": targets(by_name, device),
     }

@@ -70,11 +70,15 @@ def check(bench: Bench) -> dict[str, float]:
     fall = float(naive.naive.decrease)
     most = ROUNDED if compiled else EXACT
     if not max(off, slow) <= most or not errors <= 6:
-        raise AssertionError(f"the naive way has other angles: {off:.1e} rad, {slow:.1e}, {errors:.1f} standard errors")
+        raise AssertionError(
+            f"the naive implementation has other angles: {off:.1e} rad, {slow:.1e}, {errors:.1f} standard errors"
+        )
     # The last block is upstream of all but the final norm and the head: most of the decrease, but not all of it.
     slack = 1e-2 if compiled else 1e-6
     if not 0 < exact[-1]["aligned_decrease"] <= fall * (1 + slack):
-        raise AssertionError(f"aligned decrease {exact[-1]['aligned_decrease']:.3g}, the naive way {fall:.3g} in all")
+        raise AssertionError(
+            f"aligned decrease {exact[-1]['aligned_decrease']:.3g}, naive implementation {fall:.3g} in all"
+        )
     return {
         "angle, all rows": off,
         "speed, all rows": slow,

@@ -22,14 +22,14 @@ from fastfs.models import Transformer
 PLAIN = "plain"
 AGAIN = "plain, again"
 OFF = "every=100: a step that is not measured"
-EVERY = "every=100: amortised"
+EVERY = "every=100: amortized"
 WINDOW = "every=100: a window of 100 steps"
 ALIGNED = "aligned_every=1: a predicted step"
 MEASURED = "measured step"
 AMPLIFIED = "measured step, amplify=True"
 JVP = 'measured step, mode="jvp"'
 PROBE = 'measured step, mode="probe"'
-NAIVE = "measured step, the naive way"
+NAIVE = "measured step, naive implementation"
 
 NEVER = 10**9  # every=NEVER measures step 0 only
 

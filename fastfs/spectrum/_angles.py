@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,16 @@ from fastfs._network.layers import AUTO, Selection
 from fastfs._network.learning_rates import LearningRates, resolve
 from fastfs._network.linearization import Linearization, LossFunction, Visits
 from fastfs._stats import FeatureStats
-from fastfs._utils.extras import frame
-from fastfs._utils.formatting import columns
 from fastfs.formula._measure import over_visits, updates_of
 from fastfs.spectrum._moments import Moments, moments
 from fastfs.spectrum._operator import BFK
-
-if TYPE_CHECKING:
-    import pandas
+from fastfs.spectrum._table import LayerTable
 
 __all__ = ["Angles", "angles"]
 
 
 @dataclass(frozen=True)
-class Angles:
+class Angles(LayerTable):
     """Cosines of the angle between the feature update and -b for L layers, as float64 on the CPU; nan where undefined.
 
     Attributes:
@@ -77,20 +73,6 @@ class Angles:
     def misalignment(self) -> Tensor:
         """(L,) angle in radians that the optimizer adds to that of gradient descent, to first order; 0 without one."""
         return self.first_order.acos() - self.descent.acos()
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return one row per layer: cosines, and ``misalignment`` and ``angle`` (of ``measured``) in radians.
-
-        Returns:
-            A DataFrame. ``angle`` is meaningful only where ``valid``.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return frame(self._columns())
-
-    def __str__(self) -> str:
-        return "\n".join(columns({name: column for name, column in self._columns().items() if name != "reason"}))
 
     def _columns(self) -> dict[str, list[Any]]:
         names = ["predicted", "predicted_error", "exact", "descent", "first_order", "measured", "valid", "noise_floor"]

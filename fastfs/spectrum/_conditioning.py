@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,10 @@ from torch import Tensor, nn
 from fastfs._network.layers import AUTO, Selection
 from fastfs._network.learning_rates import LearningRates, resolve
 from fastfs._network.linearization import Linearization, LossFunction
-from fastfs._utils.extras import frame
-from fastfs._utils.formatting import columns
 from fastfs.spectrum._extremes import condition_of, extremes
 from fastfs.spectrum._jacobians import LayerJacobian, singular_values
 from fastfs.spectrum._operator import BFK
-
-if TYPE_CHECKING:
-    import pandas
+from fastfs.spectrum._table import LayerTable
 
 __all__ = ["Conditioning", "conditioning", "kantorovich"]
 
@@ -46,7 +42,7 @@ def kantorovich(condition: float) -> float:
 
 
 @dataclass(frozen=True)
-class Conditioning:
+class Conditioning(LayerTable):
     """Conditioning of a chain of L layers. Tensors are float64 on the CPU.
 
     Attributes:
@@ -88,20 +84,6 @@ class Conditioning:
     def condition(self) -> Tensor:
         """(L,) condition number of K_l."""
         return _ratios(self.largest, self.smallest)
-
-    def to_frame(self) -> pandas.DataFrame:
-        """Return one row per layer: condition numbers, bounds on the cosine, and its exact value.
-
-        Returns:
-            A DataFrame.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return frame(self._columns())
-
-    def __str__(self) -> str:
-        return "\n".join(columns({name: column for name, column in self._columns().items() if name != "reason"}))
 
     def _columns(self) -> dict[str, list[Any]]:
         names = ("condition_bound", "condition", "cos_bound", "cos_kernel_bound", "cos_exact")

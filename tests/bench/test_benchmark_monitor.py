@@ -55,7 +55,7 @@ def test_quick(tmp_path: Path, compiled: bool) -> None:
     assert rows[trainings.EVERY]["ratio"] == pytest.approx(amortised, abs=2e-4)
     if not compiled:
         assert rows[trainings.MEASURED]["peak MiB"] > rows[trainings.PLAIN]["peak MiB"] > 0
-    assert result["naive way and monitor differ by"]["angle, all rows"] <= 1e-5
+    assert result["differences of naive implementation and monitor"]["angle, all rows"] <= 1e-5
     assert result["parameters"] > 100_000
     assert [target["implementation"] for target in result["targets"]] == [
         trainings.EVERY,

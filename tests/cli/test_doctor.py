@@ -173,7 +173,7 @@ def test_no_gpu(built: dict[str, Any] | None, torch_cuda: str | None, environ: d
     ("built", "status", "why"),
     [
         (CUDA, "ok", ""),
-        (None, "wrong", "install again with nvcc at hand"),
+        (None, "wrong", "reinstall with nvcc available"),
         ({**CUDA, "driver": 12080}, "wrong", "the driver is for CUDA 12.8, the kernels need 13.0"),
         ({**CUDA, "driver": 13020}, "ok", ""),
         ({**CUDA, "architectures": "100,120"}, "wrong", "FASTFS_CUDA_ARCHS=90"),

@@ -1,7 +1,6 @@
 """The structure of a forward: which parameters lie below each watched feature, and is it a cut for them."""
 
 import gc
-import random
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastfs._network.structure import Structure, analyse, edge_of
 from fastfs.models import MLP, ResNet, Transformer
-from tests.helpers.compare import assert_identity
 from tests.helpers.cost import counted
-
-UNUSED = "no output depends on it, or it is a view that was changed in place"
+from tests.helpers.structure_cases import UNUSED
 
 
 def structure_of(
@@ -354,62 +351,6 @@ def test_deep_recurrence_is_fast_and_leaves_nothing_alive():
     gc.collect()
     assert alive() is None
     assert found.upstream.shape == (2, 4)
-
-
-class RandomNet:
-    """A random graph of small layers, for the identity itself: parameters, some shared, feed values into values."""
-
-    def __init__(self, seed: int) -> None:
-        draw = random.Random(seed)
-        generator = torch.Generator().manual_seed(seed)
-        self.size = draw.randint(4, 9)
-        self.parameters = [
-            torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(self.size)
-        ]
-        self.plan: list[tuple[list[int], int]] = []  # the values that go in, the parameter
-        for i in range(self.size):
-            sources = sorted({draw.randint(max(0, i - 2), i) for _ in range(draw.choice([1, 1, 2]))})
-            self.plan.append((sources, draw.randrange(self.size) if draw.random() < 0.15 else i))
-        self.last = sorted({self.size, *(draw.randint(1, self.size) for _ in range(draw.choice([0, 0, 1])))})
-        self.chunk = draw.random() < 0.3
-        self.x = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-
-    def run(self, parameters: list[Tensor], taps: list[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Values of all layers and the loss; ``taps`` are added to the values, to get at their gradients."""
-        values = [self.x]
-        for i, (sources, parameter) in enumerate(self.plan):
-            total = torch.stack([values[s] for s in sources]).sum(dim=0)
-            value = torch.tanh(total @ parameters[parameter])
-            if self.chunk and i == 1:
-                first, rest = value.split([1, 2], dim=1)
-                value = torch.cat([first, rest * first], dim=1)
-            values.append(value if taps is None else value + taps[i])
-        return (*values[1:], torch.stack([values[i].square().sum() for i in self.last]).sum())
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch itself, at the first jvp
-@pytest.mark.parametrize("seed", range(60))
-def test_cut_means_that_the_identity_holds(seed):
-    net = RandomNet(seed)
-    taps = [torch.zeros(2, 3, dtype=torch.float64, requires_grad=True) for _ in net.plan]
-    *values, loss = net.run(net.parameters, taps)
-    names = [str(i) for i in range(net.size)]
-    found = analyse([[edge_of(value)] for value in values], [loss], net.parameters, names)
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    backward = torch.autograd.grad(loss, taps, **options)
-    gradients = torch.autograd.grad(loss, net.parameters, **options)
-
-    generator = torch.Generator().manual_seed(seed)
-    updates = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in net.parameters]
-    plain = [p.detach() for p in net.parameters]
-    _, moves = torch.func.jvp(lambda *w: net.run(list(w)), tuple(plain), tuple(updates))
-    for layer, reason in enumerate(found.reason):
-        if reason == UNUSED:
-            continue
-        below = found.upstream[layer].tolist()
-        decrease = [(g * dw).sum() for g, dw, here in zip(gradients, updates, below, strict=True) if here]
-        actual, expected = (backward[layer] * moves[layer]).sum(), torch.stack(decrease).sum()
-        assert_identity(actual, expected, holds=found.cut[layer], what=f"layer {layer}: {reason}")
 
 
 def test_a_hundred_layers_take_calls_in_proportion():

@@ -24,19 +24,8 @@ def resnet_tail(settings: StudySettings, advance: Advance) -> Outcome:
     networks = [Network(depth, c / math.sqrt(depth), readout=r) for c in scales for r in range(readouts)]
     steps = simulate(networks, width=width, seeds=seeds, advance=lambda n: advance(n / len(seeds)))
     cosine = steps.last(steps.cos_angle).reshape(len(seeds), len(scales), readouts).mean(axis=2)
-    table = pandas.DataFrame(
-        {
-            "sqrt_depth_beta": scales,
-            "depth": depth,
-            "width": width,
-            "cos_angle": cosine.mean(axis=0),
-            "cos_angle_std": cosine.std(axis=0),
-            "seeds": len(seeds),
-            "readouts": readouts,
-        }
-    )
     fitted = slope(scales, cosine)
-    table["exponent"], table["exponent_interval"] = fitted.mean, fitted.error
+    table = _table("sqrt_depth_beta", scales, depth, width, readouts, cosine, fitted)
     largest = over_seeds(cosine[:, -1] * scales[-1])
     return Outcome(
         table,
@@ -53,17 +42,24 @@ def mlp_layers(settings: StudySettings, advance: Advance) -> Outcome:
     cosine = steps.cos_angle.mean(axis=1)[:, 1:]
     layers = np.arange(1, depth + 1)
     fitted = slope(layers[9:], cosine[:, 9:])
-    table = pandas.DataFrame(
+    table = _table("layer", layers, depth, width, readouts, cosine, fitted)
+    return Outcome(table, {"exponent": fitted})
+
+
+def _table(
+    axis: str, positions: np.ndarray, depth: int, width: int, readouts: int, cosine: np.ndarray, fitted: Value
+) -> pandas.DataFrame:
+    """Return one row per position on the axis, for cosines (seeds, positions)."""
+    return pandas.DataFrame(
         {
-            "layer": layers,
+            axis: positions,
             "depth": depth,
             "width": width,
             "cos_angle": cosine.mean(axis=0),
             "cos_angle_std": cosine.std(axis=0),
-            "seeds": len(seeds),
+            "seeds": len(cosine),
             "readouts": readouts,
             "exponent": fitted.mean,
             "exponent_interval": fitted.error,
         }
     )
-    return Outcome(table, {"exponent": fitted})
