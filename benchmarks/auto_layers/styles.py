@@ -136,7 +136,7 @@ def style_entries() -> list[Entry]:
             "backbone.0",
             "right: only trained modules",
         ),
-        Entry("normalising flow of coupling layers", lambda: (small.flow(), on((4, 8))), 3, "0", "2"),
+        Entry("normalizing flow of coupling layers", lambda: (small.flow(), on((4, 8))), 3, "0", "2"),
         Entry(
             "trunk and a list of heads",
             lambda: (small.MultiTask(), on((4, 8))),

@@ -147,7 +147,7 @@ def _memory(peak: int | None, plain: int | None) -> dict[str, float]:
 
 def _flow(flow: Traffic | None) -> dict[str, float | None]:
     return {
-        "host synchronisations per step": None if flow is None else flow.waits,
+        "host synchronizations per step": None if flow is None else flow.waits,
         "copies to the host per step": None if flow is None else flow.copies,
     }
 
@@ -157,7 +157,7 @@ def targets(rows: dict[str, dict[str, Any]], device: torch.device) -> list[dict[
     most = {EVERY: 1.01, ALIGNED: 1.01 if device.type == "cuda" else 1.02, MEASURED: 1.5}
     found = [_target(name, "ratio", rows[name]["ratio"], x) for name, x in most.items() if name in rows]
     if device.type == "cuda":
-        waits = "host synchronisations per step"
+        waits = "host synchronizations per step"
         found += [
             _target(name, "more " + waits, rows[name][waits] - rows[PLAIN][waits], 0)
             for name in (OFF, ALIGNED, MEASURED)
@@ -172,7 +172,7 @@ def _target(implementation: str, what: str, value: float, most: float) -> dict[s
 
 def show(result: dict[str, Any]) -> None:
     columns = ["", "ms a step", "ratio to plain", "peak MiB", "more than plain MiB", "waits", "copies to host"]
-    keys = ["peak MiB", "more than plain MiB", "host synchronisations per step", "copies to the host per step"]
+    keys = ["peak MiB", "more than plain MiB", "host synchronizations per step", "copies to the host per step"]
     rows = [
         [
             row["implementation"],

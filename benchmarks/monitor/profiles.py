@@ -25,7 +25,7 @@ WAITS = (
 TO_HOST = "Memcpy DtoH"
 OURS = "fastfs"  # in the names of kernels, and of operators on a CPU
 LONGEST = 110  # longest name in characters
-STEPS = "the steps that are summarised"
+STEPS = "the steps that are summarized"
 
 
 def record(call: Callable[[], object], device: torch.device, times: int) -> dict[str, Any]:

@@ -191,10 +191,10 @@ def signature(
     signatures, which costs an extra walk.
 
     Args:
-        features: As for :func:`trace`.
-        outputs: As for :func:`trace`.
-        parameters: As for :func:`trace`.
-        inputs: Inputs of the forward. A forward that continues from the result of an earlier one differs from it here.
+        features: as for :func:`trace`.
+        outputs: as for :func:`trace`.
+        parameters: as for :func:`trace`.
+        inputs: inputs of the forward. A forward that continues from the result of an earlier one differs from it here.
 
     Returns:
         A tuple of plain values that can serve as a dictionary key.

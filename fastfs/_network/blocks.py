@@ -52,9 +52,9 @@ def blocks(
     """Return the modules to watch, including wrappers around them, or the model itself if it offers no choice.
 
     Args:
-        model: The network without its outer wrappers.
-        modules: All submodules; those with parameters of their own are selected if no block is repeated.
-        trained: Parameters that are trained; None means those that require a gradient.
+        model: the network without its outer wrappers.
+        modules: all submodules; those with parameters of their own are selected if no block is repeated.
+        trained: parameters that are trained; None means those that require a gradient.
 
     Returns:
         Modules without duplicates, in no particular order.
@@ -160,7 +160,7 @@ class _Search:
     """The search for blocks.
 
     Attributes:
-        lists: Candidates besides the blocks: members with a single weight, from lists in which most are of one class.
+        lists: candidates besides the blocks: members with a single weight, from lists in which most are of one class.
     """
 
     def __init__(self, tree: _Tree) -> None:
@@ -172,8 +172,8 @@ class _Search:
         """Return the blocks below the nodes.
 
         Args:
-            nodes: The members of a family, or a single module.
-            within: Whether the blocks replace the members of a family. Otherwise the nodes are a namespace, and all
+            nodes: the members of a family, or a single module.
+            within: whether the blocks replace the members of a family. Otherwise the nodes are a namespace, and all
                 blocks in it are returned.
 
         Returns:

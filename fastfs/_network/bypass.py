@@ -24,13 +24,13 @@ class LayerNodes:
     """The nodes of one watched layer in the joined graph.
 
     Attributes:
-        index: Index of the layer.
-        calls: Number of times that it ran.
-        nodes: Nodes of its visits, without visits outside of the graph.
-        reached: Those of ``nodes`` that the loss depends on.
-        groups: Bit set of the groups of forwards in which it ran.
-        position: TracedForward and sequence number of the last visit in the first forward in which it ran.
-        upstream: Parameters below any visit.
+        index: index of the layer.
+        calls: number of times that it ran.
+        nodes: nodes of its visits, without visits outside of the graph.
+        reached: those of ``nodes`` that the loss depends on.
+        groups: bit set of the groups of forwards in which it ran.
+        position: tracedForward and sequence number of the last visit in the first forward in which it ran.
+        upstream: parameters below any visit.
     """
 
     index: int
@@ -47,11 +47,11 @@ class Bypass:
     """The parameters that reach the loss without passing through each layer.
 
     Attributes:
-        nested: Layers of which one visit lies below another.
-        count: Per layer, the number of parameters that bypass it in any way.
-        elsewhere: Per layer, how many of these do so in forwards in which the layer did not run.
-        twice: Per layer, how many of the others are also used by functions that the layer does not depend on.
-        shown: Per layer, the first of the parameters that ``twice`` counts.
+        nested: layers of which one visit lies below another.
+        count: per layer, the number of parameters that bypass it in any way.
+        elsewhere: per layer, how many of these do so in forwards in which the layer did not run.
+        twice: per layer, how many of the others are also used by functions that the layer does not depend on.
+        shown: per layer, the first of the parameters that ``twice`` counts.
     """
 
     nested: set[int] = field(default_factory=set)
@@ -109,10 +109,10 @@ def find_bypasses(
     """Find the parameters that bypass each layer.
 
     Args:
-        graph: JoinedGraph graph of the step.
-        layers: LayerNodes layers.
-        reached: Per layer, the number of upstream parameters that the loss depends on.
-        elsewhere: Per layer, the number of upstream parameters used in forwards in which the layer did not run.
+        graph: joinedGraph graph of the step.
+        layers: layerNodes layers.
+        reached: per layer, the number of upstream parameters that the loss depends on.
+        elsewhere: per layer, the number of upstream parameters used in forwards in which the layer did not run.
 
     Returns:
         Counts and names per layer.

@@ -49,15 +49,15 @@ def with_features(output: Any, features: Tensor, new: Tensor) -> Any:
     """Return the output with ``new`` in place of the tensor ``features``.
 
     Args:
-        output: Output of a layer.
-        features: One of the tensors in it.
-        new: Its replacement.
+        output: output of a layer.
+        features: one of the tensors in it.
+        new: its replacement.
 
     Returns:
         A new container of the same structure.
 
     Raises:
-        TypeError: The tensor is in a container that ``torch.utils._pytree`` does not know.
+        TypeError: the tensor is in a container that ``torch.utils._pytree`` does not know.
     """
     replaced = []
 

@@ -31,7 +31,7 @@ class GlobalState:
     """A snapshot of the current settings. :meth:`restore` may be called any number of times.
 
     Args:
-        devices: Device types whose autocast settings are included.
+        devices: device types whose autocast settings are included.
     """
 
     def __init__(self, devices: Iterable[str]) -> None:

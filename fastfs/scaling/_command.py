@@ -41,9 +41,7 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
     try:
         sizes = _integers("--widths", widths), _integers("--depths", depths)
         if out is not None:
-            importlib.import_module("fastfs.scaling._plots")  # report a failing import before the runs
-            if out.exists() and not out.is_dir():
-                raise ValueError(f"{out} exists and is not a folder")
+            _check_output(out)
         made = load_factory(factory)
         with _bar(errors) as bar:
             task = bar.add_task("measuring", total=None)
@@ -61,6 +59,13 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
         errors.print(escape(f"fastfs scaling-check: {error}"), highlight=False, soft_wrap=True)
         return CANNOT
     return _STATUS[report.status]
+
+
+def _check_output(out: Path) -> None:
+    """Report a missing matplotlib or an unusable folder before the runs rather than after."""
+    importlib.import_module("fastfs.scaling._plots")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists and is not a folder")
 
 
 def _bar(console: Console) -> Progress:

@@ -94,5 +94,5 @@ def _output(lin: Linearization, after: list[int]) -> list[int]:
 
 def _owner(parameter: str) -> str:
     """Return the name of the module that a parameter belongs to, whether it is parametrized or not."""
-    module, parametrised, _ = parameter.partition(".parametrizations.")
-    return module if parametrised else parameter.rpartition(".")[0]
+    module, parametrized, _ = parameter.partition(".parametrizations.")
+    return module if parametrized else parameter.rpartition(".")[0]

@@ -28,7 +28,7 @@ class LayerScale:
         role: ``"input"``, ``"hidden"`` or ``"output"``.
         rows: size of the layer's output.
         columns: size of its input.
-        std: standard deviation of the independent Gaussian entries at initialisation.
+        std: standard deviation of the independent Gaussian entries at initialization.
         lr: learning rate of plain gradient descent.
     """
 
@@ -163,7 +163,7 @@ def _matching(model: nn.Module, rule: Rule, generator: torch.Generator | None) -
             got, wanted = tuple(linear.weight.shape), (scale.rows, scale.columns)
             raise ValueError(f"{name or kind}: the weight has shape {got}, the rule expects {wanted}")
         if linear.weight.is_meta:
-            raise ValueError(f"{name or kind}: the weight is on the meta device and has no values to initialise")
+            raise ValueError(f"{name or kind}: the weight is on the meta device and has no values to initialize")
         if generator is not None and generator.device.type != linear.weight.device.type:
             devices = f"{generator.device}, {name or kind} on {linear.weight.device}"
             raise ValueError(f"generator: expected a generator on the device of the weights; it is on {devices}")

@@ -65,7 +65,7 @@ def extremes(operator: Operator, *, dense_below: int = _DENSE, tol: float = 0.0,
     Raises:
         TypeError: ``operator`` is not an operator or matrix.
         ValueError: products are not finite, or an eigenvalue is negative beyond rounding.
-        RuntimeError: Lanczos did not find the largest eigenvalue.
+        RuntimeError: lanczos did not find the largest eigenvalue.
 
     Source: Lehoucq, Sorensen and Yang, ARPACK Users' Guide (1998), for the iterative method.
     """

@@ -1,4 +1,4 @@
-"""`fastfs bench`: what it writes, what it says, and what it does where something is missing."""
+"""`fastfs bench`: files, messages, and behavior without the native core or torch.compile."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ import functools
 from fastfs._bench import quick
 from fastfs._cli.app import app
 quick.LEAST = quick.MOST = 3 * 2**20
-quick.Compiler = functools.partial(quick.Compiler, seconds=0.0)  # there is always time to try
+quick.Compiler = functools.partial(quick.Compiler, seconds=0.0)  # never skip compiling for lack of time
 app()
 """
 
@@ -69,7 +69,7 @@ def test_without_a_compiler_it_measures_the_rest_and_says_why(tmp_path: Path) ->
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs of 96 KiB that need no copies, three rounds, and no time to compile."""
+    """Use inputs of 96 KiB without copies, three rounds, and no time to compile."""
     monkeypatch.setattr(quick, "LEAST", 3 * 2**15)
     monkeypatch.setattr(quick, "MOST", 3 * 2**15)
     monkeypatch.setattr(quick, "SMALL", 2**11)
@@ -118,7 +118,7 @@ def test_without_native_core_it_measures_the_reference(
 
 @native
 def test_wrong_sums_cannot_be_measured(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    true_sums = quick.functional.feature_stats
+    true_sums = quick._functional.feature_stats
 
     def off_by_little(*arguments: Any, **options: Any) -> Any:
         stats = true_sums(*arguments, **options)
@@ -126,7 +126,7 @@ def test_wrong_sums_cannot_be_measured(small: None, monkeypatch: pytest.MonkeyPa
             stats.sums[..., 2] *= 1 + 1e-5
         return stats
 
-    monkeypatch.setattr(quick.functional, "feature_stats", off_by_little)
+    monkeypatch.setattr(quick._functional, "feature_stats", off_by_little)
     code, output = run("--device", "cpu", "--seconds", 2, "--json", tmp_path / "bench.json")
     assert code == 2
     assert "fastfs is off by 1.0e-05" in output
@@ -150,11 +150,11 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], message: str)
     assert "Traceback" not in output
 
 
-# Words
+# Messages
 
 
 def invented(*, ours: float = 0.96, no_core: str | None = None, **environment: Any) -> dict[str, Any]:
-    """A result, with a streaming read of 100 GB/s."""
+    """Return a result with a streaming read of 100 GB/s."""
     rows = [{"implementation": ceilings.READ, "GB/s": 100.0, "of ceiling": 1.0, "fastfs is faster by": ours}]
     rates = {OURS: (100 * ours, 1.0), EAGER: (2.0, 48.0), HAND: (5.0, 19.2), COMPILE: (60.0, 1.6)}
     if no_core:

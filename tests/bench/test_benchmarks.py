@@ -1,4 +1,4 @@
-"""The benchmarks run; turns, budgets and the clock of the GPU."""
+"""The benchmarks run; round robin, budgets and GPU timing."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_full_size_has_what_is_asked_for() -> None:
 
 
 def measured(part: str, workload: str, dtype: str, size: float, layers: int = 1, **rows: float) -> dict[str, Any]:
-    """An invented result: how much faster fastfs is than others, and `ours`, its part of the ceiling."""
+    """Return an invented result with the speedups of fastfs and `ours`, its fraction of the ceiling."""
     names = {
         "compile": COMPILE,
         "less": implementations.LESS,
@@ -152,7 +152,7 @@ def test_targets_are_about_the_worst() -> None:
 
 
 class NoGraphs:
-    """Of torch.cuda, what :func:`graphs.as_graphs` calls, where no graph can be captured."""
+    """The part of torch.cuda that :func:`graphs.as_graphs` calls, with captures that fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.modes: list[int | str] = [0]
@@ -219,7 +219,7 @@ def test_options_are_refused_before_anything_is_measured(
 
 
 def test_what_was_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a benchmark that is killed, or fails, loses the workload under way alone."""
+    """A benchmark that fails or is killed loses only the current workload."""
     path = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--rounds", "3", "--only", "lists", "--json", str(path)])
     bandwidth, done = feature_stats.bandwidth, []
@@ -362,7 +362,7 @@ def test_turns_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpu_waits_until_all_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU that only writes down what it is told."""
+    """Uses a GPU that only records calls."""
     log: list[str] = []
 
     class Event:

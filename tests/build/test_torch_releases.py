@@ -1,4 +1,4 @@
-"""scripts/torch_releases.py without downloads: what it selects, resolves, runs, keeps and writes."""
+"""scripts/torch_releases.py without downloads: selection, resolution, runs, stored results and output."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SUITE = {
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, for a small tree; environments are this interpreter."""
+    """Return the script for a small tree, with this interpreter instead of environments."""
     spec = importlib.util.spec_from_file_location("torch_releases", ROOT / "scripts" / "torch_releases.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "torch_releases", module)  # where dataclasses look for annotations
+    monkeypatch.setitem(sys.modules, "torch_releases", module)  # dataclasses look up annotations there
     spec.loader.exec_module(module)
     tree = tmp_path / "tree"
     (tree / "tests").mkdir(parents=True)
@@ -60,7 +60,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             link.chmod(0o755)
         return link
 
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # half of the time that these small suites take
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins take half of the time of these small suites
     monkeypatch.setattr(module, "ROOT", tree)
     monkeypatch.setattr(module, "environment", environment)
     return module

@@ -1,4 +1,4 @@
-"""What ``layers="auto"`` picks: the styles of public scripts, generated models, and what is trained."""
+"""Layers selected by ``layers="auto"``: styles of public scripts, generated models, and trained modules."""
 
 from __future__ import annotations
 
@@ -173,14 +173,14 @@ def test_generated_models_give_their_blocks(seed):
     assert ran == list(range(len(blocks)))
 
 
-# What is trained
+# Trained modules
 
 
 def test_a_copy_that_the_optimizer_does_not_train_is_left_out():
     class Momentum(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder_k, self.encoder_q = text.Tower(2), text.Tower(2)  # requires_grad is left on
+            self.encoder_k, self.encoder_q = text.Tower(2), text.Tower(2)  # requires_grad stays on
 
         def forward(self, x):
             return self.encoder_q(x)
@@ -204,7 +204,7 @@ def test_frozen_parameters_of_the_optimizer_do_not_count_as_trained():
 
 def test_adapters_count_for_their_blocks():
     class Adapter(nn.Module):
-        """As PEFT's."""
+        """Like the adapters of PEFT."""
 
         adapter_layer_names = ("lora_A", "lora_B")
 
@@ -226,7 +226,7 @@ def test_adapters_count_for_their_blocks():
     assert auto(nn.ModuleDict({"a": Adapter(nn.Linear(8, 8)), "b": nn.LayerNorm(8)}).requires_grad_(True)) == ["a", "b"]
 
 
-# What never runs by itself
+# Modules without a forward
 
 
 def test_parts_of_operations_are_no_layers():
@@ -239,7 +239,7 @@ def test_parts_of_operations_are_no_layers():
 
 def test_modules_without_a_forward_are_looked_through_wherever_they_are():
     class Holder(nn.Module):
-        """No forward: what is in it is called by others."""
+        """Has no forward: other modules call its children."""
 
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""The structure of a forward: which parameters lie below each watched feature, and is it a cut for them."""
+"""The structure of a forward: the parameters below each watched feature, and whether it is a cut for them."""
 
 import gc
 import weakref
@@ -25,7 +25,7 @@ def structure_of(
     parameters: list[str] | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Structure:
-    """Analyses one forward with hooks on the named layers."""
+    """Analyse one forward with hooks on the named layers."""
     features: list[list[Any]] = [[] for _ in layers]
 
     def tap(index: int) -> Callable[..., None]:
@@ -57,7 +57,7 @@ def test_mlp_every_block_is_a_cut():
     assert not found.opaque
     assert names_of(model, found.upstream[1]) == ["blocks.0.weight", "blocks.1.linear.weight"]
     assert names_of(model, found.own[1]) == ["blocks.1.linear.weight"]
-    assert found.own.sum(dim=0).tolist() == [1, 1, 1, 1, 0]  # the head is below no layer
+    assert found.own.sum(dim=0).tolist() == [1, 1, 1, 1, 0]  # no layer depends on the head
 
 
 def test_resnet_branches_are_no_cuts():
@@ -76,7 +76,7 @@ def test_transformer():
     found = structure_of(model, layers, torch.randint(256, (2, 8)))
     assert found.cut == [False, True, False, True, True]
     assert "also reach the output past it" in (found.reason[0] or "")
-    # blocks.0.attention has its own, and the embeddings: nothing watched comes before
+    # blocks.0.attention also owns the embeddings, because no watched layer precedes it
     assert names_of(model, found.own[0])[:2] == ["token.weight", "position.weight"]
     assert "blocks.0.mlp_in.weight" in names_of(model, found.own[1])
     assert "blocks.0.attention.qkv.weight" not in names_of(model, found.own[1])
@@ -132,7 +132,7 @@ def test_several_visits_side_by_side_are_a_cut():
 
         def forward(self, x: Tensor, y: Tensor, past: bool = False) -> Tensor:
             with torch.no_grad():
-                self.encoder(x)  # a target network, say
+                self.encoder(x)  # such as a target network
             output = self.head(self.encoder(x) - self.encoder(y))
             return output + self.encoder.weight.sum() if past else output
 
@@ -168,7 +168,7 @@ def test_conv_net_with_batch_norm_and_in_place_relu():
 
 
 def test_view_changed_in_place():
-    """Its gradient goes past the hooked tensor, so there is no backward vector either."""
+    """Its gradient bypasses the hooked tensor, so there is no backward vector either."""
     model = nn.Sequential(
         nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 1)
     )
@@ -193,7 +193,7 @@ def test_frozen_unused_and_detached():
     outside = "outside the autograd graph"
     assert found.reason == [outside, None, "did not run", UNUSED]
     assert found.unreached == [f"{n}.{p}" for n in ("frozen", "unused", "side") for p in ("weight", "bias")]
-    # a leaf as feature: nothing below it moves
+    # a leaf as feature has nothing below it
     found = structure_of(model, ["frozen", "a"], torch.randn(2, 4, requires_grad=True), parameters=["a.weight"])
     assert found.cut == [True, True]
     assert found.upstream.tolist() == [[False], [True]]
@@ -240,11 +240,11 @@ def test_hidden_parameters_of_a_reentrant_checkpoint():
     found = structure_of(model, ["0", "1"], torch.randn(2, 4))
     assert found.reason == [None, "parameters hidden from the graph (reentrant checkpoint?)"]
     assert found.unreached == ["1.weight", "1.bias"]
-    assert found.counts == [2, 0]  # of the second more than the graph shows
+    assert found.counts == [2, 0]  # the second depends on more than the graph shows
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_parametrisations(norm):
+def test_parametrizations(norm):
     model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Tanh(), norm(nn.Linear(4, 4)), nn.Linear(4, 1))
     found = structure_of(model, ["0", "2"], torch.randn(2, 4))
     assert found.cut == [True, True]
@@ -262,7 +262,7 @@ def test_lstm_and_tuple_outputs():
             return self.head(y + h[-1:] if self.state else y)
 
     assert structure_of(Net(False), ["lstm"], torch.randn(3, 2, 4)).cut == [True]
-    assert structure_of(Net(True), ["lstm"], torch.randn(3, 2, 4)).cut == [False]  # the state goes past
+    assert structure_of(Net(True), ["lstm"], torch.randn(3, 2, 4)).cut == [False]  # the state bypasses the output
 
 
 def test_dictionaries_and_several_outputs():
@@ -305,7 +305,7 @@ def test_compiled_region_is_opaque():
     found = analyse([[edge_of(feature)]], [output], list(parameters.values()), list(parameters))
     assert found.opaque
     assert found.cut == [False]
-    # One result only: what is inside does not matter.
+    # With a single result, the inside of the region is irrelevant.
     output = compiled(torch.randn(2, 4))
     found = analyse([[edge_of(output)]], [output], list(parameters.values()), list(parameters))
     assert not found.opaque
@@ -345,7 +345,7 @@ def test_deep_recurrence_is_fast_and_leaves_nothing_alive():
     with counted() as cost:
         found = analyse([[features[-1]], features], [output], list(named.values()), list(named))
     assert cost.calls < 200 * 8000
-    assert found.cut[0]  # the last visit alone: every use of the parameters is below it
+    assert found.cut[0]  # only the last visit: every use of the parameters is below it
     assert found.reason[1] == "runs several times, one run using the result of another"
     del output, features[:], middle, model, named
     gc.collect()

@@ -1,4 +1,4 @@
-"""The structure of a step with several forwards, against what autograd computes; traces and signatures of graphs."""
+"""The structure of a step with several forwards; traces and signatures of graphs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TwoHeads(nn.Module):
 
 
 def watched(model: nn.Module, layers: Sequence[str], *args: object) -> Forward:
-    """A forward with hooks; its outputs are in ``outputs``, all of them used."""
+    """Run a forward with hooks; the loss uses all of its outputs."""
     found = Forward(len(layers))
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _a, out, i=i: void(found.see(i, first(out))))
@@ -68,7 +68,7 @@ def test_two_heads_in_one_step():
     assert found.reason == [None, why, why]
     assert found.counts == [2, 4, 4]
     assert found.own.sum(dim=1).tolist() == [2, 2, 2]
-    # one head alone
+    # a single head
     found = joined(model, watched(model, layers, torch.randn(2, 4), "a"))
     assert found.reason == [None, None, DID_NOT_RUN]
 
@@ -163,7 +163,7 @@ def test_a_trace_holds_nothing_of_the_graph():
     same = signature(forward.edges, forward.outputs, list(parameters.values()))
     node = weakref.ref(forward.outputs[0])
     del forward, middle
-    assert alive() is None  # at once: there is no cycle
+    assert alive() is None  # immediately, because there is no reference cycle
     assert node() is None
     del model, parameters
     gc.collect()
@@ -211,7 +211,7 @@ def test_signatures():
     one = signature([], [], parameters, [state])
     assert one != signature([], [], parameters, [state * 2])
     assert one == signature([], [], parameters, [state.detach()])
-    torch.randn(3, requires_grad=True).exp().sum()  # something in between
+    torch.randn(3, requires_grad=True).exp().sum()  # functions in between
     assert of(torch.randn(2, 4)) == known
     assert of(torch.randn(2, 4), True) != known
     model.head.bias.requires_grad_(False)
@@ -234,7 +234,7 @@ def test_bad_arguments():
 
 
 class Deep(nn.Module):
-    """Residual blocks, and a first layer whose weight is used at the end again."""
+    """Residual blocks, and a first layer whose weight is used again at the end."""
 
     def __init__(self, depth: int, branches: bool) -> None:
         super().__init__()
@@ -263,6 +263,6 @@ def test_many_layers_take_memory_and_calls_in_proportion(branches):
         assert len(found.upstream_sets.bounds) <= 3 * (depth + 1)
         assert len(found.own_sets.bounds) <= 3 * (depth + 1)
         assert found.cut == [not branches] * (depth + 1)
-    # 8 times the layers. Arrays of layers x layers would be seen as memory.
+    # 8 times as many layers; arrays of layers x layers would show in the memory.
     assert calls[1] < 12 * calls[0]
-    assert peaks[1] < 24 * peaks[0]  # per layer up to twice as much, then no more
+    assert peaks[1] < 24 * peaks[0]  # at most twice as much per layer

@@ -14,7 +14,7 @@ from tests.helpers.structure_cases import NESTED, UNUSED, Forward
 
 
 class RandomNet:
-    """A random graph of small layers, for the identity itself: parameters, some shared, feed values into values."""
+    """A random graph of small layers, some of which share parameters, to check the identity."""
 
     def __init__(self, seed: int) -> None:
         draw = random.Random(seed)
@@ -23,7 +23,7 @@ class RandomNet:
         self.parameters = [
             torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(self.size)
         ]
-        self.plan: list[tuple[list[int], int]] = []  # the values that go in, the parameter
+        self.plan: list[tuple[list[int], int]] = []  # indices of the inputs, and of the parameter
         for i in range(self.size):
             sources = sorted({draw.randint(max(0, i - 2), i) for _ in range(draw.choice([1, 1, 2]))})
             self.plan.append((sources, draw.randrange(self.size) if draw.random() < 0.15 else i))
@@ -32,7 +32,7 @@ class RandomNet:
         self.x = torch.randn(2, 3, generator=generator, dtype=torch.float64)
 
     def run(self, parameters: list[Tensor], taps: list[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Values of all layers and the loss; ``taps`` are added to the values, to get at their gradients."""
+        """Return the values of all layers and the loss; ``taps`` are added to the values to obtain their gradients."""
         values = [self.x]
         for i, (sources, parameter) in enumerate(self.plan):
             total = torch.stack([values[s] for s in sources]).sum(dim=0)
@@ -44,7 +44,7 @@ class RandomNet:
         return (*values[1:], torch.stack([values[i].square().sum() for i in self.last]).sum())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch itself, at the first jvp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # raised by torch at the first jvp
 @pytest.mark.parametrize("seed", range(60))
 def test_cut_means_that_the_identity_holds(seed):
     net = RandomNet(seed)
@@ -70,9 +70,9 @@ def test_cut_means_that_the_identity_holds(seed):
 
 
 class RandomStep:
-    """A step of random forwards over the same layers: residual, repeated, shared, left out, with heads that are unused.
+    """A step of random forwards over the same layers: residual, repeated, shared, skipped, and with unused heads.
 
-    Layer l has the parameter l, and sometimes that of another one. Forwards draw a plan anew, or keep the last one.
+    Layer l uses parameter l, and sometimes that of another layer. Each forward draws a new plan or keeps the last one.
     """
 
     def __init__(self, seed: int) -> None:
@@ -91,7 +91,7 @@ class RandomStep:
             if draw.random() < 0.5:
                 plan = self._plan()
             x = numbers(2, 3).requires_grad_(draw.random() < 0.2)
-            if state is not None and draw.random() < 0.25:  # goes on where the forward before has stopped
+            if state is not None and draw.random() < 0.25:  # continues from the result of the previous forward
                 x = x + state
             self.forwards.append(self._run(plan, x))
             state = draw.choice(self.forwards[-1].outputs)
@@ -100,7 +100,7 @@ class RandomStep:
         ).sum()
 
     def _plan(self) -> list[tuple[int, list[int], list[int], str]]:
-        """Layer, the values that go in, its parameters, and what is done with the value; then the outputs."""
+        """Return layer, inputs, parameters and operation of each call, followed by the outputs."""
         draw, plan = self.draw, []
         order = [layer for layer in range(self.layers) if draw.random() < 0.9]
         if draw.random() < 0.5:

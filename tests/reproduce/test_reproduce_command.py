@@ -1,4 +1,4 @@
-"""``fastfs reproduce``: what it writes, what it refuses, and how it ends."""
+"""``fastfs reproduce``: files, invalid arguments, and exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What loss functions, batches, models and optimizers may do to a measurement of the formula."""
+"""Robustness of measurements against unusual loss functions, batches, models and optimizers."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_an_optimizer_steps_in_the_dtype_of_the_measurement():
     model, loss_fn, batch = case("mlp")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)  # below the rounding of the parameters
     loss_fn(model, batch).backward()
-    optimizer.step()  # a state of its own
+    optimizer.step()  # gives the optimizer a state
     before = leave(model)
     small = formula.measure(model, loss_fn, batch, optimizer=optimizer, dtype=torch.float64)
     assert_left(model, before)

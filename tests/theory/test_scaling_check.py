@@ -18,7 +18,7 @@ WIDTHS, DEPTHS = (64, 128, 256, 512), (4, 8, 16)
 
 @pytest.fixture(scope="module")
 def reports():
-    """Of the four schemes; a step small enough for first order in all of them."""
+    """Return the reports of the four schemes, for a step small enough to be first order in all of them."""
     rates = {"standard": 1e-6, "ntk": 1e-4, "mup": 1e-4, "fsc": 1e-4}
     return {
         scheme: scaling.check(
@@ -37,7 +37,7 @@ def test_schemes_are_told_apart(reports, scheme):
 @pytest.mark.parametrize("axis", ["width", "depth"])
 @pytest.mark.parametrize("scheme", ["standard", "ntk", "mup", "fsc"])
 def test_exponents_are_those_of_the_theory(reports, scheme, axis):
-    """Within the intervals, widened by 0.1 for finite widths."""
+    """Exponents lie within the intervals, widened by 0.1 for finite widths."""
     expected = expected_exponents(scheme, Sizes(WIDTHS, DEPTHS, 512, 4))
     for quantity in ("feature speed", "loss decrease", "sensitivity", "cos(angle)"):
         fit = reports[scheme].exponent(quantity, axis)
@@ -119,7 +119,7 @@ def test_one_learning_rate_that_grows_with_the_width_is_found():
 
 
 def test_a_forgotten_branch_scale_is_found():
-    """Branch scale 1 in place of 1/sqrt(depth), with the learning rates of muP for it: the angle degenerates."""
+    """Branch scale 1 instead of 1/sqrt(depth), with the learning rates of muP for it: the angle degenerates."""
 
     def broken(width, depth):
         model = ResNet(IN, width, depth, branch_scale=1.0)
@@ -199,7 +199,7 @@ def test_a_step_beyond_first_order_is_said():
     assert any("loss decrease is not positive in" in v.advice for v in report.verdicts)
 
 
-# What is measured
+# Measurements
 
 
 def test_a_point_is_what_the_formula_measures():
@@ -263,9 +263,9 @@ def test_small_learning_rates_are_not_lost_in_the_rounding_of_parameters():
 
 
 def test_features_of_constant_size():
-    def normalised(width, depth):
+    def normalized(width, depth):
         model = nn.Sequential(nn.Linear(IN, width), *(nn.RMSNorm(width) for _ in range(depth)), nn.Linear(width, 1))
         return model, squared, row(), torch.optim.SGD(model.parameters(), lr=1e-4)
 
-    report = scaling.check(normalised, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, layers=r"^[1-9]\d*$")
+    report = scaling.check(normalized, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, layers=r"^[1-9]\d*$")
     assert report.exponent("feature size", "depth").exponent == pytest.approx(0, abs=1e-3)

@@ -25,7 +25,7 @@ class KernelPrediction:
     """Cosines of the output angle, each (seeds,) float64.
 
     Attributes:
-        predicted: M_1/sqrt(M_2), from the spectrum alone.
+        predicted: m_1/sqrt(M_2), from the spectrum alone.
         first_order: b^T K b / (|b| |K b|) for the actual b.
         measured: cosine of the actual step.
     """
