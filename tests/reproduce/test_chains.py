@@ -121,8 +121,8 @@ def test_own_part_of_an_update_is_what_the_layers_own_matrix_does():
         assert_near(-chains.own[layer, 0, 0] * chains.backward[layer, 0, 0], made, 1e-12, f"layer {layer}")
 
 
-# Where every ReLU is on the same side in both, float32 is good to 1e-4 even in a deep MLP. Rounding moves one of the
-# 20,000 ReLUs of the last network to the other side: that is a discrete change of b, still below the variation over seeds (0.03).
+# If every ReLU has the same sign in both, float32 is accurate to 1e-4 even in a deep MLP. Rounding flips one of the
+# 20,000 ReLUs of the last network: a discrete change of b, still below the variation over seeds (0.03).
 @pytest.mark.parametrize(
     ("scales", "mlp", "seeds", "cosine", "relative"),
     [
