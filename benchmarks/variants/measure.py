@@ -16,7 +16,7 @@ from benchmarks.harness import median_ratio, side_by_side
 from benchmarks.ops.workloads import Workload
 from benchmarks.variants.catalogue import BASELINE, Variant
 from benchmarks.variants.library import NAMES, Call, Inputs, Library
-from fastfs._bench.expected import truth_and_scale
+from fastfs._bench.expected import sums_and_scale
 
 CEILING = "streaming read"
 ALLOWED = 2e-6  # of the sum of the absolute terms
@@ -69,7 +69,7 @@ def error(sums: Tensor, inputs: Inputs, per_row: bool) -> float:
     for layer in zip(*inputs, strict=True):
         parts = zip(*(x.reshape(-1, x.shape[-1]) for x in layer), strict=True) if per_row else [layer]
         for part in parts:
-            truth, scale = truth_and_scale(*part)
+            truth, scale = sums_and_scale(*part)
             found = sums[row, :8]
             good = truth.isfinite()
             if not torch.equal(good, found.isfinite()):

@@ -32,7 +32,7 @@ from fastfs._monitor.record.sinks import checked_metadata
 from fastfs._monitor.schedule import Schedule, as_schedule
 from fastfs._monitor.steps import OptimizerSteps
 from fastfs._network.feature_tensors import first_floating
-from fastfs._network.global_state import Surroundings
+from fastfs._network.global_state import GlobalState
 from fastfs._network.guard import WriteError
 from fastfs._network.journal import Journal
 from fastfs._network.layers import AUTO, Layer, Selection, parameter_names, select_groups, select_layers
@@ -370,7 +370,7 @@ class Monitor:
         started = time.perf_counter()
         try:
             try:
-                self._journal.note(Surroundings(self._device_types).restore)
+                self._journal.note(GlobalState(self._device_types).restore)
                 self._attempt(part)
             finally:
                 self._restore()
@@ -409,7 +409,7 @@ class Monitor:
     def _complete(self) -> None:
         if self._active and not self._failed:
             started = time.perf_counter()
-            self._journal.note(Surroundings(self._device_types).restore)
+            self._journal.note(GlobalState(self._device_types).restore)
             torch._C._set_grad_enabled(False)
             self._measure(started)
 

@@ -168,10 +168,10 @@ CANDIDATES = r"Candidates: stem, blocks\.0, blocks\.0\.linear"
         (
             ["blocks"],
             ValueError,
-            r"'blocks' is a ModuleList, which never runs itself: .*Candidates: blocks\.0, blocks\.0",
+            r"'blocks' is a ModuleList, which has no forward and so no features\..*Candidates: blocks\.0, blocks\.0",
         ),
-        ("^blocks$", ValueError, r"matches only what has no forward and never runs itself \(blocks\) of ResNet"),
-        (nn.ModuleList, ValueError, r"ModuleList matches only what has no forward .*Candidates: blocks\.0"),
+        ("^blocks$", ValueError, r"matches only modules without a forward \(blocks\) of ResNet"),
+        (nn.ModuleList, ValueError, r"ModuleList matches only modules without a forward .*Candidates: blocks\.0"),
         (["block.0"], ValueError, rf"unknown names \['block\.0'\] of ResNet\. {CANDIDATES}"),
         (int, TypeError, "expected .auto., a regular expression, .* got <class 'int'>"),
         ((), ValueError, "an empty list"),

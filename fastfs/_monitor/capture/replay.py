@@ -17,7 +17,7 @@ from fastfs._monitor.capture import taps
 from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.capture.sampling import Sampler
 from fastfs._network.feature_tensors import strided
-from fastfs._network.guard import Guard, HostCopies, Plans, WriteError, pop_ended
+from fastfs._network.guard import FunctionGuard, Guard, Plans, WriteError, pop_ended
 from fastfs._network.input_copies import copy_arguments, tensors_in
 from fastfs._network.inventory import Inventories
 from fastfs._network.journal import Journal
@@ -271,7 +271,7 @@ class OwnForward:
         guard = Guard(replayer.journal, allowed, protected=replayer._owned, plans=replayer._plans, **self._options)
         replayer.journal.note(guard.end)
         guard.__enter__()  # type: ignore[no-untyped-call]  # it leaves with the settings that the journal restores
-        HostCopies(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
+        FunctionGuard(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
         return guard
 
     def __exit__(
