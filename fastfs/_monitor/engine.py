@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfs._monitor import payload
+from fastfs._monitor import payload, row_reasons
 from fastfs._monitor.capture.capture import Capture
+from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.measure import decrease_reasons as decrease_reasons
-from fastfs._monitor.measure import row_reasons, trust
+from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.aligned_decrease import Aligned, LossScale, aligned
 from fastfs._monitor.measure.assessment import Amplified, Judge
-from fastfs._monitor.measure.fingerprints import Fingerprint
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.learned_structure import Kind, Knowledge
 from fastfs._monitor.measure.modes import BatchMode, JvpMode

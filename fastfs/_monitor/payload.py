@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure import decrease_reasons, row_reasons
+from fastfs._monitor import row_reasons
+from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.record.record import QUANTITIES, Record
 from fastfs._stats import FeatureStats
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfs
-from fastfs._monitor.measure import closed_forms, fingerprints, full_checks, update_verification
+from fastfs._monitor.capture import fingerprints
+from fastfs._monitor.measure import closed_forms, full_checks, update_verification
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import (
     CASES,

@@ -169,7 +169,8 @@ def first_column(section: str, table: int = 0) -> list[str]:
 
 
 def test_every_reason_is_explained_and_no_other():
-    from fastfs._monitor.measure import decrease_reasons, row_reasons
+    from fastfs._monitor import row_reasons
+    from fastfs._monitor.measure import decrease_reasons
 
     for section, sentences in (
         ("Why a row is not valid", row_reasons.REASONS),
@@ -190,7 +191,8 @@ def test_every_column_is_explained_and_no_other():
 
 
 def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code():
-    from fastfs._monitor.measure import decrease_reasons, row_reasons
+    from fastfs._monitor import row_reasons
+    from fastfs._monitor.measure import decrease_reasons
 
     text = (ROOT / "docs" / "monitor.md").read_text()
     start = text.index("## What happens with which loop and model")

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backwards", "current", "stamps"]
+__all__ = ["Backwards", "GradientWatch", "current", "stamps"]
+
+
+class GradientWatch(Protocol):
+    """Compares the gradients at the end of a backward with those that are there later."""
+
+    def note(self) -> None:
+        """Notes that a backward which adds to gradients runs in this thread."""
+
+    def written_since_backward(self) -> bool:
+        """Returns whether a gradient was replaced or written to since the last backward; False inside a backward."""
+
+    def nonzero(self) -> Tensor:
+        """Returns whether any sampled element of the gradients is nonzero now: bool () on a device."""
 
 
 def current() -> int:

@@ -29,8 +29,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfs._monitor.capture import taps
 from fastfs._monitor.capture.backward_norms import Squares
-from fastfs._monitor.capture.backwards import Backwards, current, stamps
+from fastfs._monitor.capture.backwards import Backwards, GradientWatch, current, stamps
 from fastfs._monitor.capture.compiled_graphs import DynamoSettings, drop_unguarded
+from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.capture.forwards import Place, calls_under_way, depends_on, places_of, runs_on_own, sequence_number
 from fastfs._monitor.capture.known_graphs import Traces
 from fastfs._monitor.capture.memory_budget import Budget
@@ -38,8 +39,6 @@ from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.capture.replay import Replayer
 from fastfs._monitor.capture.sampling import Sampler
 from fastfs._monitor.capture.step_capture import Keeping, throw, transformed
-from fastfs._monitor.measure.fingerprints import Fingerprint
-from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._network.feature_tensors import strided
 from fastfs._network.input_copies import UnknownArgumentError, copy_arguments
 from fastfs._network.layers import Layer
@@ -85,7 +84,7 @@ class Capture(Keeping):
         self.seen = 0  # backwards of the model since it was attached, whether measured or not
         self.rewritten: list[Tensor] = []  # device flags: gradients were not zeroed but changed between micro-batches
         self.replayer = Replayer(layers, self.switch, sampler, owned)
-        self.gradients: GradientFactor | None = None
+        self.gradients: GradientWatch | None = None
         self.recover: Callable[[], None] = self.replayer.recover  # called before each forward of the loop's
         self._squares = Squares(len(layers))
         self._task = -1  # the backward that has begun last

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.capture.sampling import Kept
-from fastfs._monitor.measure.fingerprints import Fingerprint
 from fastfs._network.autograd_graph import Edge, Trace
 from fastfs._network.state import ForwardState
 
@@ -21,7 +21,7 @@ class Visit:
     """One call of a watched layer: the rows kept of its features, and of the backward vector once it has come.
 
     ``before`` is None if the features cannot be measured; ``absent`` says why, as a code of
-    :data:`fastfs._monitor.measure.row_reasons.REASONS`. If they were in the graph and no gradient ever comes, the
+    :data:`fastfs._monitor.row_reasons.REASONS`. If they were in the graph and no gradient ever comes, the
     backward vector is zero.
     """
 

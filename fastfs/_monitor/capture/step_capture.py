@@ -17,7 +17,7 @@ from fastfs._monitor.capture.memory_budget import Budget
 from fastfs._monitor.capture.passes import Pass, Visit
 from fastfs._monitor.capture.recomputation import Recomputation, contexts
 from fastfs._monitor.capture.sampling import Kept, Sampler, row_dims
-from fastfs._monitor.measure.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
+from fastfs._monitor.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
 from fastfs._network.autograd_graph import edge_of
 from fastfs._network.feature_tensors import strided
 from fastfs._network.input_copies import UnknownArgumentError

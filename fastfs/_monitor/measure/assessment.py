@@ -10,8 +10,8 @@ from torch import Tensor
 from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.row_reasons import OTHER_MASKS
 from fastfs._monitor.measure.row_sums import LayerSums
+from fastfs._monitor.row_reasons import OTHER_MASKS
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 from fastfs._network.structure import Structure
 from fastfs._stats import FeatureStats, ParameterStats

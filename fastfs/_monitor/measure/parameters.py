@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.measure import decrease_reasons
-from fastfs._monitor.measure.fingerprints import Fingerprint
 from fastfs._monitor.measure.full_checks import both
 from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
 from fastfs._monitor.measure.update_meter import MeasuredUpdate, UpdateMeter
