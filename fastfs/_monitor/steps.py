@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from fastfs._monitor.optimizers import Found, has_hooks
+from fastfs._monitor.optimizers import TrainingOptimizer, has_hooks
 
 __all__ = ["OptimizerSteps", "StepListener"]
 
@@ -54,7 +54,7 @@ class OptimizerSteps:
     optimizer within it has stepped. A step that ended with an exception, an interrupt included, is forgotten.
     """
 
-    def __init__(self, optimizers: Sequence[Found], listener: StepListener) -> None:
+    def __init__(self, optimizers: Sequence[TrainingOptimizer], listener: StepListener) -> None:
         self._count = len(optimizers)
         self._listener = listener
         self._first: int | None = None  # of the optimizers, in the training step under way

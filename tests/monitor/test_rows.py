@@ -14,7 +14,7 @@ from torch import nn
 
 import fastfs
 from fastfs._monitor.capture import capture as capture_module
-from fastfs._monitor.capture.sampling import Sampler
+from fastfs._monitor.capture.sampling import RowSampler
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import measured_into, rows, sgd, small_transformer, tokens, train, watched
 
@@ -109,7 +109,7 @@ def test_the_three_tensors_have_the_same_rows_and_the_subset_is_the_same_in_ever
         batch = rows(step)[0].double(), rows(step)[1]
         train(model, optimizer, 1, lambda _, batch=batch: batch)
         before, backward, after = features_by_hand(twin, other, batch, twin.blocks[1])
-        subset = Sampler(5).subset(16, 5, torch.device("cpu"))
+        subset = RowSampler(5).subset(16, 5, torch.device("cpu"))
         assert len(set(subset.tolist())) == 5
         f, b, df = before[subset], backward[subset], (after - before)[subset]
         monitor.flush()
@@ -221,7 +221,7 @@ def test_what_a_row_is(shape, total, width):
     kept = min(3, total)
     assert (row["rows"], row["count"]) == (kept, total * width)
     before, backward, after = features_by_hand(twin, other, (x, y), twin.inner)
-    subset = Sampler(3).subset(total, kept, torch.device("cpu"))
+    subset = RowSampler(3).subset(total, kept, torch.device("cpu"))
     f, b, df = (t.reshape(total, width)[subset] for t in (before, backward, after - before))
     assert row["feature_rms"] == pytest.approx(f.square().mean().sqrt().item(), rel=1e-10)
     assert row["backward_rms"] == pytest.approx(b.square().mean().sqrt().item(), rel=1e-10)
@@ -242,7 +242,7 @@ def test_quantiles_are_those_of_the_rows(kept):
     monitor.close()
     before, backward, after = features_by_hand(twin, other, tokens(0), twin.blocks[2])
     number = 24 if kept is None else kept
-    subset = Sampler(kept).subset(24, number, torch.device("cpu"))
+    subset = RowSampler(kept).subset(24, number, torch.device("cpu"))
     df, b = ((after - before).reshape(24, 16)[subset], backward.reshape(24, 16)[subset])
     row = next(row for row in seen if row["name"] == "blocks.2")
     for quantile, suffix in zip(wanted, ("q0", "q10", "q50", "q97.5", "q100"), strict=True):
@@ -269,7 +269,7 @@ class Held:
     def __init__(self, monkeypatch):
         self.most = 0
         self._alive = weakref.WeakSet()
-        keep, copy = Sampler.keep, capture_module.copy_arguments
+        keep, copy = RowSampler.keep, capture_module.copy_arguments
 
         def counted_keep(sampler, x, kept):
             found = keep(sampler, x, kept)
@@ -284,7 +284,7 @@ class Held:
 
             return copy(arguments, one)
 
-        monkeypatch.setattr(Sampler, "keep", counted_keep)
+        monkeypatch.setattr(RowSampler, "keep", counted_keep)
         monkeypatch.setattr(capture_module, "copy_arguments", counted_copy)
 
     def _count(self, tensor):
@@ -343,7 +343,7 @@ def test_nothing_of_a_step_outlives_it_without_the_garbage_collector():
             loss.backward(retain_graph=True)
             optimizer.step()
             assert sum(passed.bytes for passed in monitor._capture.budget.live) == 0
-            assert all(passed.args == () and not passed.visits for passed in monitor._capture.budget.live)
+            assert all(passed.args == () and not passed.calls for passed in monitor._capture.budget.live)
         del loss
         assert not monitor._capture.budget.live
     finally:

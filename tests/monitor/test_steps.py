@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastfs
-from fastfs._monitor.optimizers import Found, check_optimizers
+from fastfs._monitor.optimizers import TrainingOptimizer, check_optimizers
 from fastfs._monitor.steps import OptimizerSteps
 
 
@@ -315,7 +315,7 @@ def test_a_copy_of_a_wrapper_is_not_watched(how: Any, make: Any, model: nn.Modul
 # Which optimizer
 
 
-def found(model: nn.Module, optimizer: Any) -> Found:
+def found(model: nn.Module, optimizer: Any) -> TrainingOptimizer:
     return check_optimizers(model, optimizer)[0]
 
 
