@@ -48,7 +48,7 @@ class Engine:
         layout: Entries of the record's columns.
         mode: How the features are seen.
         quantiles: Quantiles of the rows that are recorded.
-        judge: Decides how far to trust the sums.
+        assessor: Decides how far to trust the sums.
         capture: Hooks of the training step.
         parameters: What the optimizers do to the parameters.
         factor: What happens to gradients between backward and step.
@@ -63,7 +63,7 @@ class Engine:
     layout: ColumnLayout
     mode: CaptureMode
     quantiles: Sequence[float]
-    judge: Judge
+    assessor: Judge
     capture: Capture
     parameters: Parameters
     factor: GradientFactor
@@ -76,7 +76,7 @@ class Engine:
         self.learned = LearnedStructure(self.model, len(self.layers), self.device)
         self._perturbed: Perturbed
         self._note_parameters()
-        self.proofs = Proofs(len(self.layers), self.device)
+        self.replay_checks = Proofs(len(self.layers), self.device)
         self._norms = LayerNorms(self.device)
         self._loss_scale: Tensor | None = None  # of the current step
         self._found_inf: Tensor | None = None
@@ -90,7 +90,7 @@ class Engine:
         if first:
             if self._note_parameters():
                 self.factor.watch()
-                self.proofs.clear()
+                self.replay_checks.clear()
             self._loss_scale = self.scale.take(self.device)
             if measured:
                 self._before_measuring()
@@ -123,8 +123,8 @@ class Engine:
         if mode.refusal(forwards) is not None:
             return
         graphs = mode.graphs(forwards)
-        if self.proofs.due(graphs):
-            self.proofs.keep(graphs, mode.check(step))
+        if self.replay_checks.due(graphs):
+            self.replay_checks.keep(graphs, mode.check(step))
 
     def _written_since(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> Tensor | None:
         """Returns whether a parameter was written to since one of the forwards began: bool (), None if unknown."""
@@ -166,7 +166,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the next measurement takes from the last one."""
-        kappa = None if self.judge.kappa is None else self.judge.kappa.cpu()
+        kappa = None if self.assessor.kappa is None else self.assessor.kappa.cpu()
         return {
             "layers": [layer.name for layer in self.layers],
             "kappa": kappa,
@@ -175,7 +175,7 @@ class Engine:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a state."""
-        self.judge.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
+        self.assessor.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
         self.learned.load_state_dict(state["learned_structure"])
 
     # After the optimizers
@@ -221,12 +221,12 @@ class Engine:
             cuts = torch.zeros(len(self.layers), dtype=torch.bool, device=self.device)
         else:
             cuts = structure.cuts
-        depth = self.judge.depth(None if structure is None else structure.structure, len(self.layers))
+        depth = self.assessor.depth(None if structure is None else structure.structure, len(self.layers))
         decrease = torch.where(cuts, done.decrease * scale, torch.nan)
         observed = mode.observe(inputs, UpdateEvidence(update.stats, decrease, depth))
         graphs = mode.graphs(forwards)
-        verdict = self.proofs.judge(graphs, observed.verdict, observed.eps, depth)
-        self.proofs.count(graphs)
+        verdict = self.replay_checks.judge(graphs, observed.verdict, observed.eps, depth)
+        self.replay_checks.count(graphs)
         self._idle -= {i for i, code in enumerate(observed.absent) if code != row_reasons.NOT_RUN}
         verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, forwards, observed.absent)
@@ -248,8 +248,8 @@ class Engine:
             **payload.aligned_fields(done),
             "loss_scale": scale,
         }
-        if self.judge.kappa is not None:
-            fields["kappa"] = self.judge.kappa
+        if self.assessor.kappa is not None:
+            fields["kappa"] = self.assessor.kappa
         codec = MeasuredCodec(step, self.layout, observed.sums.rows, self.quantiles, mode.method)
         codec.scalars["micro_batches"] = max(len(forwards), 1)
         if any(observed.checked_choices):

@@ -180,14 +180,14 @@ class Monitor:
             undo.callback(self._capture.close)
             factor = GradientFactor(parameters.groups, self._capture.switch, always=scale.given, failed=runner.failed)
             undo.callback(factor.close)
-            judge = Judge(parameters.tensors, device)
+            assessor = Judge(parameters.tensors, device)
             resources = ModeResources(
                 model=model,
                 layers=self._layers,
                 replayer=self._capture.replayer,
                 keeper=self._capture.keeper,
                 hidden=self._capture.hidden,
-                judge=judge,
+                assessor=assessor,
                 quantiles=tuple(quantiles),
                 device=device,
                 warn=runner.warn,
@@ -199,7 +199,7 @@ class Monitor:
                 layout=ColumnLayout(len(self._layers), members),
                 mode=mode_class(resources),
                 quantiles=tuple(quantiles),
-                judge=judge,
+                assessor=assessor,
                 capture=self._capture,
                 parameters=parameters,
                 factor=factor,
@@ -298,8 +298,8 @@ class Monitor:
         if self._closed:
             return
         self._runner.recover()
-        if self._capture.seen > 1 and not self.step:  # the optimizer is used in another way than by step()
-            self._runner.notices.unused(self._capture.seen, str(self._header["optimizer"]))
+        if self._capture.backwards_seen > 1 and not self.step:  # the optimizer is used in another way than by step()
+            self._runner.notices.unused(self._capture.backwards_seen, str(self._header["optimizer"]))
         self._closed = True
         self._steps.close()
         self._capture.close()

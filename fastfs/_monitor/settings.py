@@ -36,7 +36,10 @@ _TINY = 2**20  # bytes of parameters up to which host work takes longer than the
 
 
 def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
-    """Checks the arguments of a mode and returns the probe of probe mode.
+    """Checks the arguments of a mode.
+
+    Returns:
+        The probe of probe mode; None in the other modes.
 
     Raises:
         TypeError: The probe or ``amplify`` has a wrong type.
@@ -115,6 +118,9 @@ def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: A
     """Opens a recorder into ``path`` and ``sinks``, or into ``record.jsonl`` if neither is given.
 
     If it fails, it leaves no thread, no open file, and no new file or folder behind.
+
+    Returns:
+        The recorder.
     """
     targets = as_sinks(sinks)
     if path is not None or not targets:

@@ -39,6 +39,7 @@ class BackwardNorms:
         self._lost.add(layer)
 
     def clear(self) -> None:
+        """Forgets all norms."""
         for parts in self._parts:
             parts.clear()
         self._lost.clear()

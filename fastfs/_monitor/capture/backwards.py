@@ -58,6 +58,7 @@ class TrainingBackwards:
         return any(self._known.get(number, False) for number in numbers)
 
     def clear(self) -> None:
+        """Forgets the backwards of the step."""
         self._known.clear()
 
 

@@ -84,7 +84,7 @@ class Capture(StepCapture):
         super().__init__(layers, TrainingBackwards(list(parameters.values())), sampler, budget, listener)
         self.switch = taps.Switch()
         self.transformed = False  # the model was called inside a torch.func transform since clear()
-        self.seen = 0  # backwards of the model since the monitor was attached, measured or not
+        self.backwards_seen = 0  # backwards of the model since the monitor was attached, measured or not
         self.rewritten: list[Tensor] = []  # device flags: gradients were changed, not zeroed, between micro-batches
         self.replayer = Replayer(layers, self.switch, sampler, owned)
         self.gradients: GradientWatch | None = None
@@ -337,7 +337,7 @@ class Capture(StepCapture):
         if self._task == number or not self._backwards.counts(number):
             return
         self._task = number
-        self.seen += 1
+        self.backwards_seen += 1
         self._drop_discarded()
         self._stamps = stamps(self._tensors)
         torch.autograd.Variable._execution_engine.queue_callback(

@@ -12,7 +12,7 @@ from fastfs._network.autograd_graph import Edge, Trace, signature, trace
 
 __all__ = ["CachedGraph", "GraphCache"]
 
-_MOST = 32  # graphs that are remembered
+_CAPACITY = 32  # cached graphs
 
 
 class CachedGraph:
@@ -72,7 +72,7 @@ class GraphCache:
         self.walks += 1
         if cached is None:
             cached = self._cached[key] = CachedGraph(found, uses_older(found, since))
-            if len(self._cached) > _MOST:
+            if len(self._cached) > _CAPACITY:
                 self._cached.popitem(last=False)
         elif not cached.reliable or not found.same_as(cached.trace):
             cached.trace, cached.older, cached.reliable = found, uses_older(found, since), False
@@ -82,6 +82,7 @@ class GraphCache:
         return key, cached
 
     def clear(self) -> None:
+        """Forgets all graphs."""
         self._cached.clear()
 
 

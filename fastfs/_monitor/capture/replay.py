@@ -153,6 +153,9 @@ class Replayer:
             strict: Whether a compiled forward will follow, which is not watched. Writes that could be undone here are
                 then refused.
 
+        Returns:
+            What the second forward has given.
+
         Raises:
             WriteError: The forward would write to what belongs to training. Nothing has been changed.
         """
@@ -173,6 +176,12 @@ class Replayer:
 
         Args:
             attempt: Takes whether to record gradients; may be called twice.
+
+        Returns:
+            The result of ``attempt``.
+
+        Raises:
+            RuntimeError: ``attempt`` fails for another reason than a missing graph.
         """
         if not self._with_graph:
             try:

@@ -33,7 +33,7 @@ class BatchMode(TrainingMode):
     def _assess(
         self, step: StepInputs, evidence: UpdateEvidence, sums: LayerSums, eps: Tensor, coarsest: float
     ) -> tuple[trust.Trusted, LayerSums, Tensor | None]:
-        return self._resources.judge.plain(sums, eps, evidence.depth), sums, None
+        return self._resources.assessor.plain(sums, eps, evidence.depth), sums, None
 
 
 class AmplifiedMode(BatchMode):
@@ -58,7 +58,7 @@ class AmplifiedMode(BatchMode):
         def exact() -> FeatureStats:
             return totals(self._in_float32(step, previous)).stats
 
-        verdict, sums, curvature = self._resources.judge.amplified(
+        verdict, sums, curvature = self._resources.assessor.amplified(
             sums, eps, evidence.depth, coarsest, evidence.stats, evidence.decrease, amplified, exact
         )
         return self._same_function(verdict, step), sums, curvature

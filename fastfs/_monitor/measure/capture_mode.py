@@ -50,7 +50,7 @@ class ModeResources:
         replayer: Runs second forwards.
         keeper: Copies rows of features within the memory budget.
         hidden: Tells by the index of a layer whether it runs in a compiled graph without taps.
-        judge: Decides how far to trust the sums.
+        assessor: Decides how far to trust the sums.
         quantiles: Quantiles of the rows' cosines and speeds that are recorded.
         device: Device of the sums.
         warn: Called with a kind and a message if a layer cannot be measured.
@@ -62,7 +62,7 @@ class ModeResources:
     replayer: Replayer
     keeper: RowKeeper
     hidden: Callable[[int], bool]
-    judge: Judge
+    assessor: Judge
     quantiles: Sequence[float]
     device: torch.device
     warn: Callable[[str, str], None]
@@ -127,7 +127,7 @@ class UpdateEvidence(NamedTuple):
     Attributes:
         stats: Norms of the parameters and of their update, shape (P,).
         decrease: Aligned decrease in the scale of the backward vectors, float64 (L,); nan for layers that are no cuts.
-        depth: Matrix products before each layer, float64 (L,), as :func:`fastfs._monitor.measure.trust.judge` takes it.
+        depth: Matrix products before each layer, float64 (L,), as :class:`fastfs._monitor.measure.assessment.Judge` takes it.
     """
 
     stats: ParameterStats

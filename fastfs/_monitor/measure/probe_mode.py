@@ -140,7 +140,7 @@ class ProbeMode(CaptureMode):
         resources = self._resources
         sums = resources.totals([self._second_forward(step)])
         eps = resources.on_device(self._coarsest)
-        return FeatureObservation(resources.judge.plain(sums, eps, evidence.depth), sums, eps, self._absent())
+        return FeatureObservation(resources.assessor.plain(sums, eps, evidence.depth), sums, eps, self._absent())
 
     def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns copies of the probe's inputs, to which the forward may write."""

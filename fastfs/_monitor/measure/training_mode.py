@@ -100,17 +100,17 @@ class TrainingMode(CaptureMode):
 
     def observe(self, step: StepInputs, evidence: UpdateEvidence) -> FeatureObservation:
         """Runs the second forwards, unless they cannot repeat the first ones."""
-        resources, layers, judge = self._resources, len(self._resources.layers), self._resources.judge
+        resources, layers, assessor = self._resources, len(self._resources.layers), self._resources.assessor
         if self.refusal(step.forwards) is not None:
             sums = resources.totals([self._unmoved(p) for p in step.forwards])
-            eps = resources.on_device(judge.precision(layers, step.forwards, None))
+            eps = resources.on_device(assessor.precision(layers, step.forwards, None))
             sums = dataclasses.replace(sums, stats=without_update(sums.stats))
-            verdict = judge.plain(sums, eps, evidence.depth)
+            verdict = assessor.plain(sums, eps, evidence.depth)
             return FeatureObservation(verdict, sums, eps, self._absent(step.forwards))
         self._rehearse(step)
         result = self._replay(step)
         sums = resources.totals(result.rows)
-        coarsest = judge.precision(layers, step.forwards, result.coarsest or self._eager_coarsest)
+        coarsest = assessor.precision(layers, step.forwards, result.coarsest or self._eager_coarsest)
         eps = resources.on_device(coarsest)
         verdict, sums, curvature = self._assess(step, evidence, sums, eps, max(coarsest, default=0.0))
         absent = self._absent(step.forwards)
@@ -161,7 +161,7 @@ class TrainingMode(CaptureMode):
         if not step.model.compiled:
             return verdict
         result = self._eager(step, step.previous)
-        return self._resources.judge.same_function(verdict, self._resources.totals(result.rows).stats)
+        return self._resources.assessor.same_function(verdict, self._resources.totals(result.rows).stats)
 
     def _run_one(self, captured: ForwardCapture, forward: Callable[..., Any], **options: Any) -> ReplayedForward:
         return self._resources.replayer.replay(captured, forward, **options)
@@ -188,6 +188,9 @@ class TrainingMode(CaptureMode):
             captured: The first forward.
             after: Shape and rows per layer and call of the second forward.
             base: The same of a forward that replaces the first one's features; None for these.
+
+        Returns:
+            The rows of both forwards with the backward vector, per layer and call.
         """
         triples: list[list[Triple]] = []
         for layer, first, second in zip(self._resources.layers, captured.calls, after, strict=True):
