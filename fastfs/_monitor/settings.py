@@ -45,7 +45,7 @@ def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
         TypeError: The probe or ``amplify`` has a wrong type.
         ValueError: The mode is unknown, or arguments exclude each other.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if not isinstance(amplify, bool):
         raise TypeError(f"amplify: expected True or False, got {amplify!r}")

@@ -97,15 +97,14 @@ class Capture(StepCapture):
         self._model = model
         self._parameters: dict[str, Tensor] = {}
         self._tensors: list[Tensor] = []
-        self._places: list[ParameterSlot] = []
+        self._slots: list[ParameterSlot] = []
         self._fingerprint: Fingerprint | None = None  # the last one; the next one reuses its layout
         self._forward_begins = listener.forward_begins
         self._open: ForwardCapture | None = None  # the forward that is running
         self._depth = 0
         self.set_parameters(parameters)
         self._handles: list[RemovableHandle] = []
-        others = [r.dynamo for r in taps.receivers()]
-        self.dynamo = DynamoSettings(others)
+        self.dynamo = DynamoSettings(r.dynamo for r in taps.receivers())
         self._key = taps.register(self)
         self._taps: list[taps.Tap] = []
         try:
@@ -232,7 +231,7 @@ class Capture(StepCapture):
 
     def _begin(self, captured: ForwardCapture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         captured.since = sequence_number()
-        captured.other_weights = not runs_on_own(self._places)
+        captured.other_weights = not runs_on_own(self._slots)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         captured.dependent = depends_on(tensors, self._tensors)
         # Inputs are copied. Parameters are passed by reference: the second forward has to use their new values.
@@ -282,7 +281,7 @@ class Capture(StepCapture):
         """Sets the parameters that the optimizers update, and forgets graphs that were traced for others."""
         self._parameters = parameters
         self._tensors = list(parameters.values())
-        self._places = slots_of(self._model, self._tensors)
+        self._slots = slots_of(self._model, self._tensors)
         self._graphs.clear()
         self._touched = bytearray(len(self._tensors))
         self._backwards.parameters = self._tensors
@@ -371,8 +370,7 @@ class Capture(StepCapture):
     def _forget_discarded(self) -> None:
         """Before a new forward, drops earlier ones whose gradients ``zero_grad`` has discarded.
 
-        For the others it keeps a witness that tells later. A skipped optimizer step differs from gradient accumulation
-        in this way only.
+        Only this tells a skipped optimizer step from accumulation. The others get a witness that tells it later.
         """
         self._drop_discarded()
         held = next((p for p in self._tensors if p.grad is not None), None)
@@ -390,8 +388,7 @@ class Capture(StepCapture):
     def _drop_discarded(self) -> None:
         """Drops the forwards before a write to the gradients.
 
-        Between micro-batches of one step, gradients are only ever set to zero. Whether they were is evaluated on the
-        device, without waiting for it.
+        Between micro-batches, gradients may only be set to zero, which is checked on the device without waiting for it.
         """
         if self.gradients is None or not (self._forwards or self._norms or any(self._touched)):
             return

@@ -127,7 +127,7 @@ class UpdateEvidence(NamedTuple):
     Attributes:
         stats: Norms of the parameters and of their update, shape (P,).
         decrease: Aligned decrease in the scale of the backward vectors, float64 (L,); nan for layers that are no cuts.
-        depth: Matrix products before each layer, float64 (L,), as :class:`fastfs._monitor.measure.assessment.Judge` takes it.
+        depth: Number of matrix products before each layer, float64 (L,), which rounding accumulates over.
     """
 
     stats: ParameterStats
