@@ -31,8 +31,8 @@ from benchmarks.harness import environment, print_table
 from benchmarks.monitor.accuracy_networks import ON_GPU, SETTINGS, Case, Network, Parameters, Setting, loss
 from fastfs import feature_stats
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.row_reasons import REASONS
 from fastfs._monitor.measure.trust import CentralProbe, Trusted, judge
+from fastfs._monitor.row_reasons import REASONS
 from fastfs._network.precision import SINGLE
 from fastfs._reproduce.data import digits, stdlib_text, windows
 from fastfs._stats import FeatureStats

@@ -13,7 +13,8 @@ from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs import ParameterStats
-from fastfs._monitor.measure import closed_forms, fingerprints, update_verification
+from fastfs._monitor.capture import fingerprints
+from fastfs._monitor.measure import closed_forms, update_verification
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from tests.helpers.compare import assert_same, assert_step
 

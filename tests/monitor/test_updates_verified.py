@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 
+from fastfs._monitor.capture import fingerprints
 from fastfs._monitor.capture.taps import EVERYTHING, Switch
-from fastfs._monitor.measure import closed_forms, decrease_reasons, fingerprints, update_verification
+from fastfs._monitor.measure import closed_forms, decrease_reasons, update_verification
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.update_meter import UpdateMeter

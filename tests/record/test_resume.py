@@ -98,7 +98,7 @@ def test_the_state_is_plain_and_small(tmp_path):
     assert loaded["step"] == 3
     assert loaded["recorder"]["run"] == monitor.run
     assert loaded["engine"]["layers"] == list(monitor.layers)
-    (kind,), (expected,) = loaded["engine"]["knowledge"]["kinds"], state["engine"]["knowledge"]["kinds"]
+    (kind,), (expected,) = loaded["engine"]["learned_structure"]["steps"], state["engine"]["learned_structure"]["steps"]
     assert torch.equal(kind["cosine"], expected["cosine"])
     monitor.close()
 
@@ -110,7 +110,7 @@ def test_predictions_go_on_with_the_last_angle(tmp_path):
     train(model, optimizer, 3)
     state = monitor.state_dict()
     monitor.close()
-    (kind,) = state["engine"]["knowledge"]["kinds"]
+    (kind,) = state["engine"]["learned_structure"]["steps"]
     cosines = kind["cosine"].tolist()
     assert all(0.05 < cosine < 1 for cosine in cosines)
     seen = []

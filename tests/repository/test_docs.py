@@ -186,7 +186,8 @@ def first_column(title: str, table: int = 0) -> list[str]:
 
 
 def test_every_reason_is_explained_and_no_other():
-    from fastfs._monitor.measure import decrease_reasons, row_reasons
+    from fastfs._monitor import row_reasons
+    from fastfs._monitor.measure import decrease_reasons
 
     for section, sentences in (
         ("Why a row is not valid", row_reasons.REASONS),
@@ -207,7 +208,8 @@ def test_tables_of_columns_list_those_of_the_schema():
 
 
 def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code():
-    from fastfs._monitor.measure import decrease_reasons, row_reasons
+    from fastfs._monitor import row_reasons
+    from fastfs._monitor.measure import decrease_reasons
 
     tables = section_text("What happens with which loop and model")
     quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastfs._monitor.capture.passes import Pass
+from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.row_reasons import OTHER_MASKS
 from fastfs._monitor.measure.row_sums import LayerSums
+from fastfs._monitor.row_reasons import OTHER_MASKS
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 from fastfs._network.structure import Structure
 from fastfs._stats import FeatureStats, ParameterStats
@@ -115,29 +115,29 @@ class Judge:
         """
         return trust.refuse(verdict, OTHER_MASKS, ~(difference.relative_update <= _OTHER_FUNCTION))
 
-    def precision(self, layers: int, passes: Sequence[Pass], seen: list[float] | None) -> list[float]:
+    def precision(self, layers: int, forwards: Sequence[ForwardCapture], seen: list[float] | None) -> list[float]:
         """Spacing at 1 of the coarsest numbers that each layer's features come from.
 
         Args:
             layers: how many.
-            passes: what was captured.
+            forwards: what was captured.
             seen: what the second forwards computed with; None where compiled graphs hide it. Then parameters and
                 autocast around the model tell.
         """
         if seen is None:
             common = self._parameter_eps
-            for passed in passes:
-                if passed.state is not None:
-                    enabled = [kind for on, kind in passed.state.autocast.values() if on]
+            for captured in forwards:
+                if captured.state is not None:
+                    enabled = [kind for on, kind in captured.state.autocast.values() if on]
                     common = max([common, *map(coarseness, enabled)])
             products = [product_coarseness(kind, self._device.type) for kind in ("matmul", "conv")]
             seen = [max(common, *products) if common > torch.finfo(torch.float64).eps else common] * layers
         found = list(seen)
-        for passed in passes:
-            for index, visits in enumerate(passed.visits):
-                for visit in visits:
-                    if visit.before is not None:
-                        found[index] = max(found[index], coarseness(visit.before.values.dtype))
+        for captured in forwards:
+            for index, calls in enumerate(captured.calls):
+                for call in calls:
+                    if call.before is not None:
+                        found[index] = max(found[index], coarseness(call.before.values.dtype))
         return found
 
     def depth(self, structure: Structure | None, layers: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from fastfs._core.optimizer_rules import OptimizerRule
-from fastfs._monitor.measure.fingerprints import known_equal
+from fastfs._monitor.capture.fingerprints import known_equal
 
 Group = dict[str, Any]
 Number = float | Tensor

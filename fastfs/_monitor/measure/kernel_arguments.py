@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfs._monitor.capture.fingerprints import real
 from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import Group, Settings, coefficients
-from fastfs._monitor.measure.fingerprints import real
 from fastfs._monitor.measure.update_plans import Call, Part
 
 __all__ = ["Arguments", "States", "arguments", "states_of"]

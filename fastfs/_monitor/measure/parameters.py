@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.measure import decrease_reasons
-from fastfs._monitor.measure.fingerprints import Fingerprint
 from fastfs._monitor.measure.full_checks import both
 from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
 from fastfs._monitor.measure.update_meter import MeasuredUpdate, UpdateMeter
-from fastfs._monitor.optimizers import Found
+from fastfs._monitor.optimizers import TrainingOptimizer
 from fastfs._stats import ParameterStats
 
 __all__ = ["Parameters"]
@@ -26,7 +26,7 @@ class Parameters:
         snapshot: in steps that are watched in full, copy the parameters before the step.
     """
 
-    def __init__(self, optimizers: Sequence[Found], *, snapshot: bool) -> None:
+    def __init__(self, optimizers: Sequence[TrainingOptimizer], *, snapshot: bool) -> None:
         self._optimizers = tuple(optimizers)
         self._full = snapshot
         self._meters: list[UpdateMeter] = []

@@ -46,7 +46,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure import row_reasons as reasons
+from fastfs._monitor import row_reasons as reasons
 from fastfs._monitor.measure.kappa import TARGET
 from fastfs._stats import FeatureStats
 
@@ -104,7 +104,7 @@ class Trusted:
         angle_error: estimated relative error of the angle.
         valid: both are at most 0.02, and nothing else speaks against it.
         around: measured around the parameters of the first forward, not as a difference from its features.
-        reason: int64, why not: index into :data:`fastfs._monitor.measure.row_reasons.REASONS`, 0 where valid.
+        reason: int64, why not: index into :data:`fastfs._monitor.row_reasons.REASONS`, 0 where valid.
     """
 
     stats: FeatureStats
@@ -246,7 +246,7 @@ def curvature(probe: CentralProbe) -> Tensor:
 
 
 def refuse(trusted: Trusted, code: int, where: Tensor) -> Trusted:
-    """Not valid where ``where`` holds, for a reason of :data:`fastfs._monitor.measure.row_reasons.REASONS`."""
+    """Not valid where ``where`` holds, for a reason of :data:`fastfs._monitor.row_reasons.REASONS`."""
     return replace(trusted, valid=trusted.valid & ~where, reason=torch.where(where, code, trusted.reason))
 
 

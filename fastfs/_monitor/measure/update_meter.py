@@ -17,9 +17,9 @@ from torch.optim import LBFGS
 
 from fastfs import _functional
 from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._monitor.capture.fingerprints import Samples, Views, real
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.closed_forms import Form, Group, Settings, closed_form, rewrites_gradients
-from fastfs._monitor.measure.fingerprints import Samples, Views, real
 from fastfs._monitor.measure.gradient_snapshots import Gradients, GradientSnapshot
 from fastfs._monitor.measure.kernel_arguments import Arguments, arguments
 from fastfs._monitor.measure.reliance import Reliance, StepSeen

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._monitor.capture.fingerprints import Places, Samples, on_host
 from fastfs._monitor.measure.closed_forms import parts_of
-from fastfs._monitor.measure.fingerprints import Places, Samples, on_host
 
 __all__ = ["same_gradients", "verify"]
 
