@@ -36,9 +36,9 @@ from fastfs._monitor.measure.replay_checks import Proofs
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, totals
 from fastfs._monitor.measure.update_meter import MeasuredUpdate
 from fastfs._monitor.payload import Names
-from fastfs._monitor.record.recorder import Record
 from fastfs._network.guard import WriteError
 from fastfs._network.layers import Layer
+from fastfs._record.record import Record
 from fastfs._stats import FeatureStats, ParameterStats
 from fastfs.formula import _relations
 

@@ -27,8 +27,6 @@ from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.probe import Probe, ProbeMode
 from fastfs._monitor.optimizers import check_optimizers
 from fastfs._monitor.payload import Names
-from fastfs._monitor.record.header import make_header
-from fastfs._monitor.record.sinks import checked_metadata
 from fastfs._monitor.schedule import Schedule, as_schedule
 from fastfs._monitor.steps import OptimizerSteps
 from fastfs._network.feature_tensors import first_floating
@@ -36,6 +34,7 @@ from fastfs._network.global_state import Surroundings
 from fastfs._network.guard import WriteError
 from fastfs._network.journal import Journal
 from fastfs._network.layers import AUTO, Layer, Selection, parameter_names, select_groups, select_layers
+from fastfs._record.header import checked_metadata, make_header
 
 __all__ = ["Monitor"]
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.measure import decrease_reasons, row_reasons
-from fastfs._monitor.record.record import QUANTITIES, Record
+from fastfs._record.columns import FROM_STATS, quantile_name
+from fastfs._record.record import Record
 from fastfs._stats import FeatureStats
 
 __all__ = ["Names", "measured", "pack", "predicted"]
@@ -82,7 +83,7 @@ def measured(
         common: step, time and what else is not per layer.
     """
     stats = FeatureStats(parts["sums"])
-    columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in QUANTITIES}
+    columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in FROM_STATS}
     why = [row_reasons.REASONS[int(code)] for code in parts["reason"].tolist()]
     columns["valid"] = [reason is None for reason in why]
     columns["why"] = why
@@ -105,9 +106,8 @@ def measured(
     for name, values in zip(ALIGNED, parts["aligned"], strict=True):
         columns[name] = names.padded(values.tolist())
     for place, quantile in enumerate(quantiles):
-        suffix = f"q{100 * quantile:g}"
-        columns[f"cos_angle_{suffix}"] = names.padded(parts["quantiles"][:, 0, place].tolist())
-        columns[f"update_rms_{suffix}"] = names.padded(parts["quantiles"][:, 1, place].tolist())
+        columns[quantile_name("cos_angle", quantile)] = names.padded(parts["quantiles"][:, 0, place].tolist())
+        columns[quantile_name("update_rms", quantile)] = names.padded(parts["quantiles"][:, 1, place].tolist())
     return _record("measured", columns, parts, common)
 
 

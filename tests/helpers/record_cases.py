@@ -7,7 +7,9 @@ import time
 
 import torch
 
-from fastfs._monitor.record.recorder import SCHEMA, Record, Recorder
+from fastfs._record.columns import SCHEMA
+from fastfs._record.record import Record
+from fastfs._record.writing.recorder import Recorder
 
 LAYERS = ["blocks.0", "blocks.1", "blocks.2"]
 

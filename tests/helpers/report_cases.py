@@ -170,3 +170,9 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
                 line = {**line, "layers": {key: [short(v) for v in column] for key, column in line["layers"].items()}}
             file.write(json.dumps(line) + "\n")
     return path
+
+
+def append(path: Path, *records: dict[str, Any], end: bytes = b"\n") -> None:
+    """Appends lines to a file, with another end than a newline if asked for."""
+    with path.open("ab") as file:
+        file.write(b"\n".join(json.dumps(record).encode() for record in records) + end)

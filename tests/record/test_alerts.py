@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastfs
-from fastfs._monitor.record.alerts import (
-    Alerts,
+from fastfs._record.writing.alert_rules import (
     AngleCollapse,
     LayerFrozen,
     NonFinite,
@@ -19,7 +18,8 @@ from fastfs._monitor.record.alerts import (
     UpdateAbove,
     default_alerts,
 )
-from fastfs._monitor.record.recorder import Recorder
+from fastfs._record.writing.alerts import Alerts
+from fastfs._record.writing.recorder import Recorder
 from fastfs.models import ResNet, Transformer
 from tests.helpers.record_cases import Collecting, head, measured, predicted
 

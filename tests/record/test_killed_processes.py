@@ -31,10 +31,10 @@ def run(script, *arguments, status=0, timeout=300):
 KILLS = """
     import json, os, random, signal, time
     from tests.helpers.record_cases import *
-    from fastfs._monitor.record.recorder import Recorder
-    from fastfs._monitor.record.parquet_sink import ParquetSink
-    from fastfs._monitor.record.sinks import as_sink
-    from fastfs._monitor.record.tensorboard_sink import TensorBoardSink
+    from fastfs._record.writing.recorder import Recorder
+    from fastfs._record.sinks.parquet_sink import ParquetSink
+    from fastfs._record.sinks.targets import as_sink
+    from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
 
     folder, kills = sys.argv[1], int(sys.argv[2])
 
@@ -104,8 +104,8 @@ def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path):
     script = """
         import os, signal
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
         folder, start, resumed = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resumed"
         header = head(resumed_at=start) if resumed else head()
         sinks = [as_sink(folder + "/a.jsonl"), as_sink(folder + "/a.parquet")]
@@ -129,8 +129,8 @@ def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path):
 def test_what_waits_is_written_when_the_interpreter_exits(tmp_path):
     script = """
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
         folder = sys.argv[1]
         sinks = [as_sink(folder + "/a.jsonl"), as_sink(folder + "/a.parquet"), as_sink("tensorboard:" + folder)]
         one = Recorder(sinks, head(), flush_seconds=600.0)
@@ -150,7 +150,7 @@ def test_what_waits_is_written_when_the_interpreter_exits(tmp_path):
 def test_a_sink_that_hangs_does_not_keep_the_interpreter(tmp_path):
     script = """
         import time
-        import fastfs._monitor.record.recorder as record
+        import fastfs._record.writing.recorder as record
         from tests.helpers.record_cases import *
         record._EXIT_SECONDS = 0.2
         class Hanging(Collecting):
@@ -169,8 +169,8 @@ def test_a_forked_child_neither_writes_nor_hangs(tmp_path):
     script = """
         import os, threading, time, warnings
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
         warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: forks with threads
         one = Recorder([as_sink(sys.argv[1] + "/a.jsonl")], head(), flush_seconds=0.0)
         stop = threading.Event()
@@ -210,8 +210,8 @@ def test_workers_of_a_data_loader_leave_the_record_alone(tmp_path):
     script = """
         import torch, warnings
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
         warnings.simplefilter("ignore", DeprecationWarning)
         one = Recorder([as_sink(sys.argv[1] + "/a.jsonl")], head(), flush_seconds=0.0)
         data = torch.utils.data.TensorDataset(torch.arange(40))

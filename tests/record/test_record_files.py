@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastfs
-from fastfs._monitor.record.record import COLUMNS, SCALARS, SCHEMA
-from fastfs._monitor.record.sinks import JsonlSink
-from fastfs._report import read_header
+from fastfs._record.columns import ALWAYS_PER_STEP, PER_LAYER, SCHEMA
+from fastfs._record.reading.load import read_header
+from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import measured_into, rows, sgd, train
 
@@ -85,7 +85,7 @@ def test_the_reader_gives_back_what_sinks_got(tmp_path):
     quantiles = {"cos_angle_q50", "update_rms_q50"}
     assert (
         set(table.columns)
-        == {"kind", "run", "step", "time", "layer", "name", "group"} | {*COLUMNS, *SCALARS} | quantiles
+        == {"kind", "run", "step", "time", "layer", "name", "group"} | {*PER_LAYER, *ALWAYS_PER_STEP} | quantiles
     )
     for row, (_, line) in zip(seen, table.iterrows(), strict=True):
         assert row.keys() <= set(table.columns)

@@ -14,7 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ops.graphs import nothing_waits
-from fastfs._monitor.record.recorder import Record, Recorder
+from fastfs._record.record import Record
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import Collecting, decode, head, measured, payload, recorder, until
 
 
@@ -255,7 +256,7 @@ class Collectless(Collecting):
 
 
 def _jsonl(path):
-    from fastfs._monitor.record.sinks import JsonlSink
+    from fastfs._record.sinks.jsonl_sink import JsonlSink
 
     return JsonlSink(path)
 

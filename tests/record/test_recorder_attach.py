@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 import fastfs
-from fastfs._monitor.record.alerts import AngleCollapse
-from fastfs._monitor.record.parquet_sink import ParquetSink
-from fastfs._monitor.record.recorder import Recorder
-from fastfs._monitor.record.sinks import JsonlSink, as_sink
 from fastfs._monitor.settings import check_state, open_recorder
+from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.sinks.parquet_sink import ParquetSink
+from fastfs._record.sinks.targets import as_sink
+from fastfs._record.writing.alert_rules import AngleCollapse
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import Collecting, head, measured, recorder
 
 ROOT = str(Path(__file__).parents[2])

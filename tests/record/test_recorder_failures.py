@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastfs
-from fastfs._monitor.record.alerts import Finding
-from fastfs._monitor.record.recorder import Recorder
-from fastfs._monitor.record.sinks import JsonlSink
+from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.writing.alert_rules import Finding
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import SOON, Collecting, decode, head, measured, payload, recorder, until
 
 
@@ -115,8 +115,8 @@ def test_the_backlog_of_a_failing_sink_is_bounded():
         one.put(measured(step))
     with pytest.warns(RuntimeWarning, match="gone"):
         assert not one.flush()
-    (outlet,) = one._writer.outlets
-    assert outlet.report() == {"sink": "Collecting", "waiting": 10, "lost": 40, "values": 10 * size}
+    (queue,) = one._writer.queues
+    assert queue.report() == {"sink": "Collecting", "waiting": 10, "lost": 40, "values": 10 * size}
     bad.error = None
     with pytest.warns(RuntimeWarning, match="40 records could not be written"):
         one.close()
@@ -262,21 +262,21 @@ def test_whatever_decode_or_a_rule_raises_the_rows_go_on(error):
 
 
 class Odd:
-    """A rule whose judgements are of no use."""
+    """A rule with a fixed result."""
 
     name, steps = "odd", 1
 
-    def __init__(self, judgement):
-        self.judgement = judgement
+    def __init__(self, findings):
+        self.findings = findings
 
-    def judge(self, record, header):
-        return self.judgement
+    def check(self, record, header):
+        return self.findings
 
 
-@pytest.mark.parametrize("judgement", [None, 3, {("a",): 1}, {"blocks.0": 5}, {"blocks.0": Finding("x", "text")}])
-def test_a_rule_that_judges_nonsense_is_said_and_costs_nothing(judgement):
+@pytest.mark.parametrize("findings", [None, 3, {("a",): 1}, {"blocks.0": 5}, {"blocks.0": Finding("x", "text")}])
+def test_a_rule_with_an_invalid_result_causes_a_warning_and_loses_nothing(findings):
     sink = Collecting()
-    one = recorder(sink, alerts=[Odd(judgement)])
+    one = recorder(sink, alerts=[Odd(findings)])
     for step in range(3):
         one.put(measured(step))
     with pytest.warns(RuntimeWarning, match="alert rule odd failed"):

@@ -16,10 +16,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastfs
-from fastfs._monitor.record.parquet_sink import ParquetSink
-from fastfs._monitor.record.recorder import Record, Recorder
-from fastfs._monitor.record.sinks import CallableSink, JsonlSink, PartlyWrittenError, as_sink
-from fastfs._monitor.record.tensorboard_sink import TensorBoardSink
+from fastfs._record.record import Record
+from fastfs._record.sinks.callable_sink import CallableSink
+from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.sinks.parquet_sink import ParquetSink
+from fastfs._record.sinks.protocol import PartlyWrittenError
+from fastfs._record.sinks.targets import as_sink
+from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import LAYERS, Collecting, alert, decode, head, measured, payload, predicted
 
 SKIPPED = Record("skipped", 3, 103.0, {"reason": "the gradient scaler found infinities"})
@@ -76,7 +80,7 @@ def test_paths_and_functions_become_sinks(tmp_path):
     [("tensorboard", "tensorboard:x", "tensorboard"), ("pyarrow", "x.parquet", "parquet")],
 )
 def test_a_missing_extra_is_said_when_the_sink_is_made(tmp_path, module, target, extra):
-    make = f"from fastfs._monitor.record.sinks import as_sink; as_sink({target!r})"
+    make = f"from fastfs._record.sinks.targets import as_sink; as_sink({target!r})"
     script = f"import sys; sys.modules[{module!r}] = None; {make}"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
@@ -133,8 +137,8 @@ DISK_FULL = """
     import os, resource, signal, sys, warnings
     sys.path.insert(0, {root!r})
     from tests.helpers.record_cases import *
-    from fastfs._monitor.record.recorder import Recorder
-    from fastfs._monitor.record.sinks import as_sink
+    from fastfs._record.writing.recorder import Recorder
+    from fastfs._record.sinks.targets import as_sink
     warnings.simplefilter("always")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     one = Recorder(

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from fastfs._monitor.record.recorder import SCHEMA, Record
-from fastfs._monitor.record.sinks import JsonlSink
+from fastfs._record.columns import SCHEMA
+from fastfs._record.reading.load import load
+from fastfs._record.record import Record
+from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._report.plots import PLOTS, plot_layers, plot_record
-from fastfs._report.read import load
 
 
 def write(path, layers, steps, angle=lambda step, layer: 1.0 + 0.1 * math.sin(step + layer), run="a", prefix="blocks."):

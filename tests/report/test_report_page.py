@@ -13,11 +13,11 @@ import numpy as np
 import pandas
 import pytest
 
+from fastfs._record.reading.load import load
 from fastfs._report import summary
 from fastfs._report.grids import Grid, make_grid, predicted_before, thin, thin_series
 from fastfs._report.page import build_page, page_data, write_page
 from fastfs._report.quantities import QUANTITIES
-from fastfs._report.read import load
 from tests.helpers import report_cases as cases
 
 MOST_BYTES = 15_000_000

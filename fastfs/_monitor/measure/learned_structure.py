@@ -19,10 +19,10 @@ from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.measure.incidence import Incidence
 from fastfs._monitor.measure.modes import BatchMode
 from fastfs._monitor.measure.probe import ProbeMode
-from fastfs._monitor.record.record import Record
 from fastfs._network.layers import parameter_names
 from fastfs._network.perturbed import Perturbed
 from fastfs._network.structure import Structure, join
+from fastfs._record.record import Record
 
 __all__ = ["Kind", "Knowledge", "StepKey"]
 
