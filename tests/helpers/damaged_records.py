@@ -21,7 +21,7 @@ ROWS = [*NAMES, *GROUPS]
 
 
 def plain_lines():
-    """Two starts of a run with all kinds of lines, and another run."""
+    """Lines of all kinds: a run, its resumption, and another run."""
     lines = [cases.header(NAMES, groups=GROUPS), cases.structure(NAMES)]
     lines += [cases.measured(ROWS, 0), cases.predicted(ROWS, 1), cases.alert(1, layer="head"), cases.measured(ROWS, 2)]
     lines.append({"kind": "skipped", "run": "r1", "step": 3, "time": 1.0, "reason": "infinite gradients"})
@@ -51,7 +51,7 @@ def write(path, raws, end=b"\n"):
 
 
 def rows_of(table):
-    """Rows of every record, as text that tells NaN from a number."""
+    """The rows of each record as text, in which NaN differs from a number."""
     found = {}
     table = table.astype({name: "float64" for name in table if table[name].dtype == "int64"})  # floats where some lack
     for key, part in table.groupby(["run", "kind", "step"], sort=False):
@@ -60,7 +60,7 @@ def rows_of(table):
 
 
 def read_twice(path):
-    """By the native reader and by the other one, which have to agree; the table and the warnings, or the error."""
+    """Reads with and without the native reader, which must agree. Returns the table or the error, and the warnings."""
     results = []
     for native in (True, False):
         with warnings.catch_warnings(record=True) as said:
@@ -116,7 +116,7 @@ def places(value, prefix=()):
 
 @st.composite
 def damaged(draw, line):
-    """A line in which one thing is other than it was, as bytes."""
+    """Damages a line in one place. Returns bytes."""
     line = deepcopy(line)
     how = draw(st.sampled_from(["replace", "delete", "add", "twice", "cut", "bytes", "foreign", "spaces"]))
     raw = encode(line)
@@ -153,7 +153,7 @@ def damaged(draw, line):
 
 @st.composite
 def damaged_records(draw):
-    """All lines, up to two of them damaged; which ones."""
+    """Damages up to two lines. Returns all lines and the indices of the damaged ones."""
     raws = [encode(line) for line in LINES]
     touched = draw(st.lists(st.integers(0, len(LINES) - 1), min_size=1, max_size=2, unique=True))
     for index in touched:

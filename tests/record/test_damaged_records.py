@@ -38,7 +38,7 @@ def whole(folder):
 
 @settings(max_examples=150)
 @given(damaged_records())
-def test_damaged_lines_do_not_touch_the_others(folder, whole, record):
+def test_damaged_lines_do_not_affect_the_others(folder, whole, record):
     raws, touched = record
     path = write(folder / "damaged.jsonl", raws)
     table, told = read_twice(path)
@@ -58,7 +58,7 @@ def test_damaged_lines_do_not_touch_the_others(folder, whole, record):
             assert not part.duplicated(["kind", "step", "layer"]).any() or changed
 
 
-def test_every_cut_of_the_file_reads_as_far_as_it_goes(folder, whole):
+def test_a_truncated_file_is_read_up_to_the_cut(folder, whole):
     data = b"\n".join(map(encode, LINES)) + b"\n"
     first = len(encode(LINES[0]))
     for size in [*range(0, first, 40), *range(first, len(data), 211)]:
@@ -113,7 +113,7 @@ def test_an_unknown_column_is_kept_if_it_is_well_formed(folder):
         {"kind": "alert", "run": "r1", "step": 1, "time": 1.0, "rule": 3, "message": "x"},
     ],
 )  # fmt: skip
-def test_lines_that_are_not_of_the_format_are_left_out(folder, whole, line):
+def test_lines_that_do_not_conform_are_left_out(folder, whole, line):
     lines = [encode(one) for one in LINES]
     lines.insert(3, encode(line))
     path = write(folder / "odd.jsonl", lines)

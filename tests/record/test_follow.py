@@ -33,7 +33,7 @@ def test_only_what_is_new_is_read(record):
     new = follower.poll()
     assert [line.kind for line in new.lines] == ["measured", "predicted", "alert", "predicted"]
     assert not new.restarted
-    # What was read before may change and nobody looks: it is not read again.
+    # Lines that were read before are not read again, even if they change.
     start = follow._START
     content = record.read_bytes()
     with record.open("r+b") as file:
@@ -45,7 +45,7 @@ def test_only_what_is_new_is_read(record):
     assert new.unreadable == 0
 
 
-def test_torn_lines_are_waited_for(record):
+def test_a_torn_line_waits_for_its_rest(record):
     follower = Follower(record)
     follower.poll()
     line = json.dumps(cases.measured(NAMES, 0)).encode()
@@ -66,7 +66,7 @@ def test_lines_that_cannot_be_read_are_counted(record):
     assert new.unreadable == 2
 
 
-def test_a_file_that_goes_and_comes(record):
+def test_a_file_that_is_removed_and_created_again(record):
     follower = Follower(record)
     append(record, cases.measured(NAMES, 0))
     follower.poll()
@@ -79,7 +79,7 @@ def test_a_file_that_goes_and_comes(record):
 
 
 @pytest.mark.parametrize("grown", [False, True])
-def test_a_file_that_is_cut_short_or_written_anew(record, grown):
+def test_a_file_that_is_truncated_or_rewritten(record, grown):
     follower = Follower(record)
     append(record, cases.measured(NAMES, 0), cases.measured(NAMES, 1))
     follower.poll()
@@ -108,7 +108,7 @@ def test_a_file_that_is_replaced(record, tmp_path):
     assert steps(new) == list(range(9))
 
 
-def test_of_a_long_record_the_last_rows_and_all_else_are_parsed(record, monkeypatch):
+def test_only_the_last_rows_of_a_long_record_are_parsed(record, monkeypatch):
     monkeypatch.setattr(follow, "_CHUNK", 1000)  # lines across chunks
     lines = [line for s in range(300) for line in (cases.measured(NAMES, 2 * s), cases.predicted(NAMES, 2 * s + 1))]
     lines[10:10] = [cases.alert(5), cases.structure(NAMES)]
@@ -119,7 +119,7 @@ def test_of_a_long_record_the_last_rows_and_all_else_are_parsed(record, monkeypa
 
 
 @pytest.mark.parametrize("content", [b"PAR1 and then some", b'{"kind": "measured"}\n', b"[]\n", b"{nothing\n"])
-def test_what_is_no_record_is_refused(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a record"):

@@ -1,4 +1,4 @@
-"""What fastfs.load makes of files: the table, resumed runs, first-version files, torn lines."""
+"""The table of fastfs.load: columns and types, resumed runs, files of schema 1, torn lines, memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STRUCTURE = Record("structure", 0, 99.0, {}, {"cut": [True] * 3, "reason": [None
 
 @pytest.fixture(params=["jsonl", "parquet"])
 def write(request, tmp_path):
-    """Writes one start of a run; returns the path."""
+    """Writes a header and records. Returns the path."""
 
     def write(records, header=None):
         sink = (JsonlSink if request.param == "jsonl" else ParquetSink)(tmp_path / f"run.{request.param}")
@@ -66,7 +66,7 @@ def test_one_row_for_each_record_and_layer(write):
     assert [line["layers"]["cut"] for line in table.attrs["structure"]] == [[True] * 3]
 
 
-def test_without_gaps_columns_have_their_own_types(write):
+def test_columns_without_missing_values_have_their_own_types(write):
     table = fastfs.load(write([measured(0, rows=5)]))
     for name in ("step", "layer", "count", "nonfinite", "rows", "micro_batches"):
         assert table[name].dtype == "int64", name
@@ -89,7 +89,7 @@ def test_columns_of_later_versions_are_kept(write):
     assert table["mood"].tolist() == ["calm"] * 4
 
 
-def test_steps_that_a_resumed_run_does_again_count_once(write):
+def test_steps_that_a_resumed_run_repeats_count_once(write):
     write([STRUCTURE, *(measured(step) for step in range(10)), alert(8)])
     write([measured(20, loss=9.0)], head(run="b", started="2026-01-02T00:00:00+00:00"))
     path = write([measured(step, loss=0.25) for step in range(6, 12)], head(resumed_at=6))
@@ -164,7 +164,7 @@ def test_other_schemas_and_other_files_are_refused(tmp_path):
         fastfs.load(tmp_path / "none")
 
 
-def test_a_header_torn_by_a_kill_does_not_spoil_the_file(tmp_path):
+def test_a_torn_header_does_not_make_the_file_unreadable(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(head(), separators=(",", ":")).encode()[:60])
     with pytest.raises(ValueError, match="holds no run"):
@@ -196,7 +196,7 @@ def test_reading_takes_little_more_than_the_table(tmp_path, layers):
         _, peak_compact = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    # Beside the table: a chunk of the file, what the native reader gave last, and room for a tenth more rows.
+    # In addition to the table: a chunk of the file, one drain of the native reader, and a reserve of a tenth.
     chunk = 3 * (1 << 20) + (1 << 15) * 200
     assert peak < 1.25 * size + chunk
     assert compact.memory_usage(index=False, deep=False).sum() < 0.62 * size
@@ -211,8 +211,8 @@ def test_without_the_native_core_the_table_is_the_same(tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(fastfs.load(path), whole)
 
 
-def test_the_native_reader_takes_what_the_sink_writes(tmp_path):
-    """A record that it would not take would be read ten times slower, and nobody would know."""
+def test_the_native_reader_accepts_what_the_sink_writes(tmp_path):
+    """Otherwise records would be read ten times slower, and nothing would show it."""
     path = tmp_path / "a.jsonl"
     sink = JsonlSink(path)
     sink.open(head(groups={"all": ["blocks.0"], "two": []}))

@@ -1,4 +1,4 @@
-"""Which record a folder means: its own, or the only one a level below it."""
+"""Which record a folder stands for: its own, or the only one in its subfolders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def record(path):
     return cases.write(path, cases.run_lines(2, 3))
 
 
-def test_the_only_record_one_level_down_is_taken(tmp_path):
+def test_the_only_record_in_the_subfolders_is_found(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / ".hidden").mkdir()
     record(tmp_path / ".hidden" / "record.jsonl")
@@ -26,7 +26,7 @@ def test_the_only_record_one_level_down_is_taken(tmp_path):
     one = record(tmp_path / "run1" / "record.jsonl")
     (tmp_path / "run1" / "other.jsonl").write_text('{"loss": 1}\n')
     assert find_record(tmp_path) == one
-    (tmp_path / "logs" / "train.jsonl").write_text('{"loss": 1}\n')  # starts as no record does
+    (tmp_path / "logs" / "train.jsonl").write_text('{"loss": 1}\n')  # does not begin like a record
     assert find_record(tmp_path) == one
     for command in (["report", str(tmp_path), "-o", str(tmp_path / "a.html")], ["watch", "--once", str(tmp_path)]):
         assert CliRunner().invoke(app, command).exit_code == 0
@@ -40,7 +40,7 @@ def test_the_only_record_one_level_down_is_taken(tmp_path):
         assert done.exit_code == 1
         assert done.stderr.count("\n") == 1
         assert "run1/record.jsonl" in done.stderr
-    # A record of the folder's own comes before those below it.
+    # The folder's own record takes precedence over those in subfolders.
     own = record(tmp_path / "mine.jsonl")
     assert find_record(tmp_path) == own
 
@@ -52,7 +52,7 @@ def test_many_records_are_listed_in_short(tmp_path):
         find_record(tmp_path)
 
 
-def test_what_is_neither_file_nor_folder_is_refused(tmp_path):
+def test_other_paths_are_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
         with pytest.raises(ValueError, match="is neither a file nor a folder"):

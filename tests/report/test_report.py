@@ -1,4 +1,4 @@
-"""Pictures of records of any size, also of those with nothing to show."""
+"""Pictures of records of any size, including empty ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_many_layers_get_a_color_bar_instead_of_names(tmp_path):
     assert len(heat.get_yticks()) <= 12
 
 
-def test_layers_without_numbers_are_grey_and_said_so(tmp_path):
+def test_layers_without_values_are_gray_and_labelled(tmp_path):
     path = write(tmp_path / "record.jsonl", 3, range(4), angle=lambda step, layer: math.nan if layer == 1 else 1.0)
     figure = plot_layers(measured(path), PLOTS[0])
     assert "grey: not measured" in figure.axes[0].get_xlabel()
@@ -109,7 +109,7 @@ def test_without_matplotlib_plots_say_what_to_install():
     assert 'fastfs._report.plots needs matplotlib: pip install "fastfs[plot]"' in done.stderr
 
 
-def test_fastfs_itself_stays_light():
+def test_importing_fastfs_imports_no_optional_packages():
     script = (
         "import sys, fastfs; fastfs.Monitor, fastfs.feature_stats; import fastfs.models; "
         "names = ('matplotlib', 'pandas', 'pyarrow', 'tensorboard', 'rich', 'typer', 'sklearn', 'scipy'); "

@@ -29,7 +29,7 @@ NOW = cases.START + 1000
 
 
 def checked(lines):
-    """The lines that conform to the schema, as a follower gives them."""
+    """Checks lines as a follower does, and drops those that do not conform."""
     checker, found = Checker(), []
     for line in lines:
         with contextlib.suppress(ValueError):
@@ -84,7 +84,7 @@ def test_a_hundred_layers_fit_and_the_worst_are_shown(width, height):
     assert len(shown) <= height
     assert max(map(len, shown)) <= width
     layers = re.findall(r"blocks\.\d+(?= )", "\n".join(shown[5:]))
-    assert layers[:2] == ["blocks.1", "blocks.42"]  # the alert, then what is not valid
+    assert layers[:2] == ["blocks.1", "blocks.42"]  # first the alert, then the row that is not valid
     assert "worst of 100" in text
     ordered = text_of(lines, width, height, order="layer")
     assert "blocks.0 " in ordered
@@ -94,7 +94,7 @@ def test_a_hundred_layers_fit_and_the_worst_are_shown(width, height):
     assert "blocks.1 " not in found.split("valid")[1]
 
 
-def test_another_run_in_the_same_file_starts_afresh_and_a_resumed_one_goes_on():
+def test_another_run_starts_afresh_and_a_resumed_run_continues():
     lines = cases.run_lines(3, 5, alerts=(2,))
     resumed = [cases.header(cases.names_of(3), resumed_at=3), cases.measured(cases.names_of(3), 3)]
     text = text_of([*lines, *resumed])
@@ -115,7 +115,7 @@ def test_control_characters_do_not_reach_the_terminal():
     assert "[red]markup[/red]" in text
 
 
-def test_lines_with_little_or_nothing_in_them():
+def test_lines_without_values():
     empty = {"kind": "measured", "run": "r1", "step": 1, "time": None, "loss": None, "layers": {"angle": [None]}}
     text = text_of(
         [cases.header(cases.names_of(2)), empty, {"kind": "predicted", "run": "r1"}, {"kind": "new", "run": "r1"}]
@@ -142,7 +142,7 @@ def test_once_prints_one_table_and_ends(tmp_path):
     assert "\x1b" not in done.stdout
 
 
-def test_which_record_a_folder_means(tmp_path):
+def test_which_record_a_folder_stands_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="no record in this folder"):
         find_record(tmp_path)
     parts = tmp_path / "numbers.parquet"
@@ -178,8 +178,8 @@ def test_errors_are_one_line(tmp_path, name, content, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def heed_interrupts():
-    """What runs in the background of a shell without job control ignores them, and so do its children."""
+def reset_interrupts():
+    """Resets SIGINT: background processes of a shell without job control, and their children, ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -190,13 +190,13 @@ class Terminal:
         main, other = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "LINES": "24", "COLUMNS": "100"}
         self.process = subprocess.Popen(
-            command, stdin=other, stdout=other, stderr=other, env=environment, preexec_fn=heed_interrupts
+            command, stdin=other, stdout=other, stderr=other, env=environment, preexec_fn=reset_interrupts
         )
         os.close(other)
         self.main, self.seen = main, ""
 
     def wait_for(self, pattern, seconds=60):
-        """Read until the pattern shows in what is written from now on."""
+        """Reads new output until it matches the pattern."""
         self.seen, end = "", time.monotonic() + seconds
         while not re.search(pattern, self.seen):
             assert time.monotonic() < end, f"{pattern!r} did not show in {self.seen[-3000:]!r}"

@@ -33,8 +33,8 @@ def warn_if_locked(descriptor: int, path: Path) -> None:
     """Locks a file, and warns if another process holds the lock."""
     if not try_lock(descriptor):
         warnings.warn(
-            f"fastfs.Monitor: {path} is being written by another process, too. Both go on, and each line says which "
-            "run it is of; give each process (each rank) a path of its own.",
+            f"fastfs.Monitor: {path} is also being written by another process. Both continue, and every line has the "
+            "id of its run; give each process (rank) its own path.",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -278,7 +278,7 @@ def _report_failures(writer: Writer, ended: bool, timeout: float, warn: Callable
             why = "" if error is None else f" ({exception_text(error)})"
             warn(f"fastfs.Monitor: {queue.name}: {missing or 'some'} records could not be written{why}.")
     if writer.unclosed:
-        warn(f"fastfs.Monitor: could not be closed: {', '.join(writer.unclosed)}. The others are.")
+        warn(f"fastfs.Monitor: could not be closed: {', '.join(writer.unclosed)}. The others were closed.")
 
 
 def _finish(writer: Writer, pid: int) -> None:

@@ -114,7 +114,7 @@ class SinkQueue:
             return None if due is None else float(due)
         except BaseException as error:
             self._due = None
-            self._failed(error, " to say when it is due")
+            self._failed(error, " in due()")
             return None
 
     def _write(self) -> bool:
@@ -156,7 +156,7 @@ class SinkQueue:
             self._warned = True
             self._warn(
                 f"fastfs.Monitor: {self.name} failed{what} ({exception_text(error)}); its rows are "
-                "kept and tried again, training goes on. Said once."
+                "kept and written again later, and training goes on. This warning is shown once."
             )
 
     def report(self) -> dict[str, Any]:

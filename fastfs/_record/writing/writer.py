@@ -30,6 +30,7 @@ __all__ = ["Message", "Writer"]
 Message = str | Record
 """For the training thread: a warning, or an alert."""
 
+_ONCE = "This warning is shown once."
 _LAST_TRIES = 4  # attempts at the end; enough to drop a record that cannot be written
 
 
@@ -129,8 +130,8 @@ class Writer:
             self._unreported += 1
             self._warn(
                 "dropped",
-                "fastfs.Monitor: rows are dropped, since the sinks take them more slowly than they come (one may "
-                "hang). Training goes on; the record will say how many. Said once.",
+                "fastfs.Monitor: rows are dropped because the sinks are too slow (one may hang). Training goes on, and "
+                f"the record will say how many. {_ONCE}",
             )
         if len(self._ring) == 1 or self._ring.half_full:
             self._condition.notify_all()
@@ -143,7 +144,7 @@ class Writer:
             try:
                 going = self._turn()  # a separate call, so that the last batch is released while this thread sleeps
             except BaseException as error:  # for example out of memory
-                self._warn("turn", f"fastfs.Monitor: rows are lost ({exception_text(error)}). Said once.")
+                self._warn("turn", f"fastfs.Monitor: rows are lost ({exception_text(error)}). {_ONCE}")
                 going = not self._stopping
                 time.sleep(0.1)
         self.unclosed = [failure for queue in self.queues if (failure := queue.close()) is not None]
@@ -180,7 +181,7 @@ class Writer:
             for entry in batch.entries:
                 records += self._decoded(entry.decode, host[entry.start : entry.stop], entry.record)
         except BaseException as error:
-            self._warn("fetch", f"fastfs.Monitor: rows are lost ({exception_text(error)}). Said once.")
+            self._warn("fetch", f"fastfs.Monitor: rows are lost ({exception_text(error)}). {_ONCE}")
         with self._lock:
             self._ring.give_back(batch)
         return records
@@ -203,8 +204,7 @@ class Writer:
         except BaseException as error:
             self._warn(
                 "decode",
-                f"fastfs.Monitor: a row could not be made of what was measured and is lost "
-                f"({exception_text(error)}). Said once.",
+                f"fastfs.Monitor: a measured row could not be decoded and is lost ({exception_text(error)}). {_ONCE}",
             )
             return []
 
@@ -218,7 +218,7 @@ class Writer:
             for name, error in failures:
                 self._warn(
                     f"rule {name}",
-                    f"fastfs.Monitor: alert rule {name} failed ({exception_text(error)}). Said once.",
+                    f"fastfs.Monitor: alert rule {name} failed ({exception_text(error)}). {_ONCE}",
                 )
         if records:
             self._last_step = records[-1].step
