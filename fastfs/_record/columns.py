@@ -335,7 +335,7 @@ COLUMNS = (
         name="choices",
         type="integer",
         meaning="discrete choices of the forward: elements that top-k, argmax and argmin returned, at steps where the "
-        "second forward [proves itself](#the-second-forward)",
+        "[replay check](#the-replay-check) runs",
         per="step",
         optional=True,
         tensorboard=False,

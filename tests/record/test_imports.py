@@ -37,7 +37,7 @@ def test_packages_import_only_what_they_may(folder):
     for path in paths:
         for name in imported(path):
             for package in FORBIDDEN[folder]:
-                assert name != package and not name.startswith(f"{package}."), f"{path} imports {name}"
+                assert not f"{name}.".startswith(f"{package}."), f"{path} imports {name}"
 
 
 def test_reading_a_record_does_not_import_the_monitor():
