@@ -15,6 +15,7 @@ from fastfs._monitor.schedule import Every, Schedule
 from fastfs._record.record import Record
 from fastfs._record.sinks.callable_sink import CallableSink
 from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.sinks.logging_sink import LoggingSink
 from fastfs._record.sinks.protocol import Sink
 from fastfs._record.writing.alert_rules import (
     AlertRule,
@@ -39,6 +40,7 @@ __all__ = [
     "Finding",
     "JsonlSink",
     "LayerFrozen",
+    "LoggingSink",
     "Monitor",
     "NonFinite",
     "ParquetSink",
