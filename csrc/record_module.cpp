@@ -1,4 +1,4 @@
-// The reader of record lines for Python: fastfs/_report/jsonl_reader.py alone calls it.
+// Binding of the reader of record lines, for fastfs/_record/reading/jsonl_reader.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import count_option, file_option, print_table, write_json
-from fastfs._monitor.record.schema import COLUMNS, INTEGERS, SCHEMA, STRINGS
+from fastfs._record.columns import PER_LAYER, SCHEMA, type_of
 
 HERE = Path(__file__).resolve().parents[2]
 MOST_BYTES = 1.5e9
@@ -38,7 +38,7 @@ if native != "native":
     from fastfs._core import ops
     ops._C = None
 if what == "load":
-    from fastfs._report.read import load
+    load = fastfs.load
     started, used = time.perf_counter(), time.process_time()
     rows = len(load(path))
 else:
@@ -59,12 +59,12 @@ def write_record(path: Path, layers: int, rows: int) -> None:
     generator = random.Random(0)
     names = [f"blocks.{i}" for i in range(layers)]
     header = {"kind": "header", "schema": SCHEMA, "run": "long", "layers": names, "groups": {}, "metadata": {}}
-    columns = [name for name in COLUMNS if name not in ("linear", "decrease_why")]
+    columns = [name for name in PER_LAYER if name not in ("linear", "decrease_why")]
 
     def value(name: str) -> Any:
-        if name in STRINGS:
+        if type_of(name) == "string":
             return "plain" if name == "method" else generator.choice([None, None, None, "rounding noise"])
-        return True if name == "valid" else 131_072 if name in INTEGERS else generator.random()
+        return True if name == "valid" else 131_072 if type_of(name) == "integer" else generator.random()
 
     bodies = [json.dumps({c: [value(c) for _ in names] for c in columns}, separators=(",", ":")) for _ in range(64)]
     with path.open("w") as file:

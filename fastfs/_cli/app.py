@@ -80,7 +80,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a run: heat maps, lines, predictions, alerts."""
     try:
-        from fastfs._report.locate import find_record
+        from fastfs._record.reading.locate import find_record
         from fastfs._report.page import write_page
 
         with warnings.catch_warnings():

@@ -26,10 +26,10 @@ from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.replay_checks import Proofs
 from fastfs._monitor.measure.update_meter import MeasuredUpdate
 from fastfs._monitor.payload import ColumnLayout, MeasuredCodec, PredictedCodec, StepCodec
-from fastfs._monitor.record.recorder import Record
 from fastfs._network.guard import WriteError
 from fastfs._network.layers import Layer, parameter_names
 from fastfs._network.perturbed import Perturbed
+from fastfs._record.record import Record
 from fastfs._stats import FeatureStats
 from fastfs.formula import _relations
 

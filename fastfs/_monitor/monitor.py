@@ -27,13 +27,12 @@ from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.optimizers import TrainingState, check_optimizers
 from fastfs._monitor.payload import ColumnLayout
-from fastfs._monitor.record.header import make_header
-from fastfs._monitor.record.sinks import checked_metadata
 from fastfs._monitor.schedule import Schedule, as_schedule
 from fastfs._monitor.step_runner import StepRunner
 from fastfs._monitor.steps import OptimizerSteps
 from fastfs._network.feature_tensors import first_floating
 from fastfs._network.layers import AUTO, Selection, parameter_names, select_groups, select_layers
+from fastfs._record.header import checked_metadata, make_header
 
 __all__ = ["Monitor"]
 

@@ -19,7 +19,8 @@ from fastfs._monitor import row_reasons
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.aligned_decrease import Aligned
 from fastfs._monitor.measure.learned_structure import LayerCuts
-from fastfs._monitor.record.record import QUANTITIES, Record
+from fastfs._record.columns import FROM_STATS, quantile_name
+from fastfs._record.record import Record
 from fastfs._stats import FeatureStats
 
 __all__ = [
@@ -153,7 +154,7 @@ class MeasuredCodec(StepCodec):
     def _columns(self, fields: dict[str, Tensor]) -> dict[str, list[Any]]:
         layout = self._layout
         stats = FeatureStats(fields["sums"])
-        columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in QUANTITIES}
+        columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in FROM_STATS}
         why = [row_reasons.REASONS[int(code)] for code in fields["reason"].tolist()]
         columns["valid"] = [reason is None for reason in why]
         columns["why"] = why
@@ -176,9 +177,8 @@ class MeasuredCodec(StepCodec):
         columns["decrease_why"] = aligned.pop("decrease_why")
         columns |= aligned
         for place, quantile in enumerate(self._quantiles):
-            suffix = f"q{100 * quantile:g}"
-            columns[f"cos_angle_{suffix}"] = layout.padded(fields["quantiles"][:, 0, place].tolist())
-            columns[f"update_rms_{suffix}"] = layout.padded(fields["quantiles"][:, 1, place].tolist())
+            columns[quantile_name("cos_angle", quantile)] = layout.padded(fields["quantiles"][:, 0, place].tolist())
+            columns[quantile_name("update_rms", quantile)] = layout.padded(fields["quantiles"][:, 1, place].tolist())
         return columns
 
 

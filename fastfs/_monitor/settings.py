@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastfs._monitor.measure.capture_mode import CaptureMode
 from fastfs._monitor.measure.modes import MODES
 from fastfs._monitor.measure.probe import Probe
-from fastfs._monitor.record.recorder import Recorder, check_recorder_state
-from fastfs._monitor.record.sinks import as_sink, as_sinks
 from fastfs._monitor.schedule import Every
+from fastfs._record.sinks.targets import as_sink, checked_targets
+from fastfs._record.writing.recorder import Recorder, check_recorder_state
 
 __all__ = [
     "aligned_work",
@@ -122,7 +122,7 @@ def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: A
     Returns:
         The recorder.
     """
-    targets = as_sinks(sinks)
+    targets = checked_targets(sinks)
     if path is not None or not targets:
         targets.insert(0, "record.jsonl" if path is None else path)
     with ExitStack() as undo:

@@ -17,12 +17,12 @@ from fastfs._monitor.capture import taps
 from fastfs._monitor.capture.capture import Capture
 from fastfs._monitor.engine import Engine
 from fastfs._monitor.notices import IN_GRAPHS, Notices
-from fastfs._monitor.record.recorder import Recorder
 from fastfs._monitor.schedule import Schedule
 from fastfs._monitor.steps import OptimizerSteps
 from fastfs._network.global_state import GlobalState
 from fastfs._network.guard import WriteError
 from fastfs._network.journal import Journal
+from fastfs._record.writing.recorder import Recorder
 
 __all__ = ["StepRunner"]
 

@@ -137,8 +137,8 @@ def run_task(
     Returns:
         The entry of the task in ``summary.json``.
     """
+    from fastfs._record.reading.load import load
     from fastfs._report.plots import plot_record
-    from fastfs._report.read import load
 
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)

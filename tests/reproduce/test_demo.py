@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastfs._cli.app import app
-from fastfs._report import load, read_header, read_record
+from fastfs._record.reading.load import load, read_header
 from fastfs._reproduce import data
 from fastfs._reproduce.demo import TASKS, OutputError, _overhead, run_demo
 
@@ -117,7 +117,7 @@ def test_both_models_end_to_end(tmp_path, small):
     (out / "mine.txt").write_text("mine")
     run_demo(["resnet"], steps=2, every=1, out=out, console=Console(file=io.StringIO()))
     assert (out / "mine.txt").read_text() == "mine"
-    assert sorted(read_record(out / "resnet" / "record.jsonl")["step"].unique()) == [0, 1]
+    assert sorted(load(out / "resnet" / "record.jsonl")["step"].unique()) == [0, 1]
     assert (out / "transformer" / "record.jsonl").exists()
 
 
