@@ -37,12 +37,13 @@ namespace {
 // kernel launches of one kind follow one another on the stream, and so do kinds: they share partials and tickets.
 template <class Sums>
 int64_t items_with_partials(const std::vector<Layer>& layers) {
+  constexpr int64_t kChunk = Policies::Order::kChunk;
   int64_t items[Kind::kKinds] = {};
   bool needed[Kind::kKinds] = {};
   for (const Layer& layer : layers) {
-    const Kind kind = kind_of(layer, Sums::kInputs);
+    const Kind kind = kind_of(layer, Sums::kInputs, Policies::Order::kWarpRow);
     if (kind.row_mode) continue;
-    items[kind.index()] += layer.segments * items_of(layer.width);
+    items[kind.index()] += layer.segments * items_of<kChunk>(layer.width);
     needed[kind.index()] = needed[kind.index()] || (layer.segments > 0 && layer.width > kChunk);
   }
   int64_t most = 0;
@@ -64,7 +65,7 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
   std::vector<uint8_t> kinds(layers.size());
   bool present[Kind::kKinds] = {};
   for (size_t i = 0; i < layers.size(); ++i) {
-    const int kind = kind_of(layers[i], Sums::kInputs).index();
+    const int kind = kind_of(layers[i], Sums::kInputs, Policies::Order::kWarpRow).index();
     kinds[i] = static_cast<uint8_t>(kind);
     present[kind] = present[kind] || layers[i].segments > 0;
   }
@@ -77,6 +78,7 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
                 static_cast<double*>(partials),
                 tickets,
                 multiprocessors(device),
+                architecture(device),
                 large_parameters(),
                 stream};
   for (int k = 0; k < Kind::kKinds; ++k) {
@@ -117,7 +119,7 @@ void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int
     }
   }
   const DeviceGuard guard(device);
-  submit_reads(layers, inputs, sink, multiprocessors(device), large_parameters(), stream);
+  submit_reads(layers, inputs, sink, multiprocessors(device), architecture(device), large_parameters(), stream);
 }
 
 std::string architectures() { return FASTFS_ARCHITECTURES; }

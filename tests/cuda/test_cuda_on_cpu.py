@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -137,19 +136,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
         for build in ("plain", "asan", "tsan"):
             result.start(build, build, harness.CUDA_SOURCES)
         for name, bug in BUGS.items():
-            result.start(name, bug.build, with_bug(bug, folder / "sources" / name.replace(" ", "_")), harness.BF16_ONLY)
+            sources = folder / "sources" / name.replace(" ", "_")
+            harness.with_change(sources, harness.CUDA_SOURCES / "cuda" / bug.file, bug.old, bug.new)
+            result.start(name, bug.build, sources, harness.BF16_ONLY)
         yield result
         pool.shutdown(cancel_futures=True)
-
-
-def with_bug(bug: Bug, folder: Path) -> Path:
-    """A copy of the sources with the bug."""
-    shutil.copytree(harness.CUDA_SOURCES, folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-    path = folder / "cuda" / bug.file
-    text = path.read_text()
-    assert text.count(bug.old) == 1, f"{bug.file} has {text.count(bug.old)} places like {bug.old!r}, expected one"
-    path.write_text(text.replace(bug.old, bug.new))
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.variants.sass import Compiled, compile_cubin, find_tool, loads_ahead, sass
+from benchmarks.tuning.sass import Compiled, compile_cubin, find_tool, loads_ahead, sass
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = ("f16", "bf16", "f32", "f64")
@@ -48,7 +48,7 @@ def test_no_spills_and_bounded_registers(
     assert result.warnings == []
     for kernel in result.kernels.values():
         assert (kernel.stack, kernel.spills) == (0, 0), kernel.symbol
-        # So many blocks fit on a multiprocessor, and the grid counts on them: kBlocksPerSm, kReadBlocksPerSm.
+        # So many blocks fit on a multiprocessor, and the grid counts on them: see policy.cuh.
         same = re.search(r"NS_\d+(B?F\d\d)E(S\d?_|NS_\d+\1E)", kernel.symbol) is not None
         blocks = 4 if "stream_read" in kernel.symbol else 3 if same and "F64" not in kernel.symbol else 2
         if "OptimizerSums" in kernel.symbol:

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -86,19 +85,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
         for build in ("plain", "asan", "tsan"):
             result.start(build, build, harness.CUDA_SOURCES)
         for name, bug in BUGS.items():
-            result.start(name, bug.build, with_bug(bug, folder / "sources" / name.replace(" ", "_")))
+            sources = folder / "sources" / name.replace(" ", "_")
+            harness.with_change(sources, harness.CUDA_SOURCES / "cuda" / "gather_rows.cuh", bug.old, bug.new)
+            result.start(name, bug.build, sources)
         yield result
         pool.shutdown(cancel_futures=True)
-
-
-def with_bug(bug: Bug, folder: Path) -> Path:
-    """A copy of the sources with the bug."""
-    shutil.copytree(harness.CUDA_SOURCES, folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-    path = folder / "cuda" / "gather_rows.cuh"
-    text = path.read_text()
-    assert text.count(bug.old) == 1, f"{path.name} has {text.count(bug.old)} places like {bug.old!r}, expected one"
-    path.write_text(text.replace(bug.old, bug.new))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,10 @@
 
 #include "shim.h"
 
-namespace {                    // internal linkage: the address sanitizer guards only such shared arrays
+namespace {          // internal linkage: the address sanitizer guards only such shared arrays
+#if TUNE_STAGES > 0  // of benchmarks/tuning
+#include "bulk_copy.cuh"
+#endif
 #if defined(DRIVER_BF16_ONLY)  // a quick build: feature_stats of bfloat16 features
 #include "submit.cuh"
 #define DRIVER_LEAVE_OUT(S, F)                                        \
