@@ -20,7 +20,7 @@ namespace fastfs::cuda {
 template <class Sums, class F, class L, class Table, class Order, class Policy, int kStages>
 class BulkCopies {
  public:
-  static constexpr bool kUsed = !Table::kStrided && same_dtype<F, L>::value && !same_dtype<F, F64>::value;
+  static constexpr bool kUsed = !Table::kStrided && std::is_same_v<F, L> && !std::is_same_v<F, F64>;
   static constexpr int kInputs = Sums::kInputs, kThreads = Order::kThreads, kWarps = kThreads / 32;
   static constexpr int kChains = kTiles<F, Order::kChain>;
   static constexpr int kTile = kThreads * kRun<F>, kPiece = kChains * kTile;        // elements

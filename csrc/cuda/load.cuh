@@ -56,11 +56,11 @@ __device__ __forceinline__ float bf16_value(uint32_t half) { return bits<float>(
 // Element i of a run in its words.
 template <class T>
 __device__ __forceinline__ auto value_of(const uint32_t* w, int i) {
-  if constexpr (same_dtype<T, F16>::value) {
+  if constexpr (std::is_same_v<T, F16>) {
     return f16_value(w[i / 2] >> (i % 2 * 16) & 0xffffu);
-  } else if constexpr (same_dtype<T, BF16>::value) {
+  } else if constexpr (std::is_same_v<T, BF16>) {
     return bits<float>(i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u);
-  } else if constexpr (same_dtype<T, F64>::value) {
+  } else if constexpr (std::is_same_v<T, F64>) {
     return bits<double>(static_cast<uint64_t>(w[2 * i + 1]) << 32 | w[2 * i]);
   } else {
     return bits<float>(w[i]);
@@ -70,13 +70,13 @@ __device__ __forceinline__ auto value_of(const uint32_t* w, int i) {
 // One element on its own.
 template <class T>
 __device__ __forceinline__ double element_at(const char* p, DType any) {
-  if constexpr (same_dtype<T, F16>::value) {
+  if constexpr (std::is_same_v<T, F16>) {
     return f16_value(__ldg(reinterpret_cast<const uint16_t*>(p)));
-  } else if constexpr (same_dtype<T, BF16>::value) {
+  } else if constexpr (std::is_same_v<T, BF16>) {
     return bf16_value(__ldg(reinterpret_cast<const uint16_t*>(p)));
-  } else if constexpr (same_dtype<T, F32>::value) {
+  } else if constexpr (std::is_same_v<T, F32>) {
     return __ldg(reinterpret_cast<const float*>(p));
-  } else if constexpr (same_dtype<T, F64>::value) {
+  } else if constexpr (std::is_same_v<T, F64>) {
     return __ldg(reinterpret_cast<const double*>(p));
   } else {
     switch (any) {
@@ -93,7 +93,7 @@ __device__ __forceinline__ double element_at(const char* p, DType any) {
 }
 template <class T>
 __device__ __forceinline__ int size_of(DType any) {
-  if constexpr (same_dtype<T, Any>::value) {
+  if constexpr (std::is_same_v<T, Any>) {
     return any == DType::f64 ? 8 : any == DType::f32 ? 4 : 2;
   } else {
     return Storage<T>::kSize;
@@ -181,7 +181,7 @@ __device__ __forceinline__ void push_element(const char* p, bool valid, uint32_t
 template <class T, int E, class Load>
 struct Reader {
   static constexpr int kWords = kWordsOf<T, E>, kSize = Storage<T>::kSize;
-  static constexpr bool kAny = same_dtype<T, Any>::value;
+  static constexpr bool kAny = std::is_same_v<T, Any>;
 
   __device__ __forceinline__ static void wide(const char* p, DType any, uint32_t (&w)[kWords]) {
     if constexpr (kAny) {
@@ -230,7 +230,7 @@ struct Reader {
 // Turns what was loaded into words of T: of Any into those of float.
 template <class T, int E>
 __device__ __forceinline__ void widen(DType any, uint32_t (&w)[kWordsOf<T, E>]) {
-  if constexpr (same_dtype<T, Any>::value) {
+  if constexpr (std::is_same_v<T, Any>) {
     if (any == DType::f16) {
 #pragma unroll
       for (int i = E - 1; i >= 0; --i) w[i] = bits<uint32_t>(f16_value(w[i / 2] >> (i % 2 * 16) & 0xffffu));

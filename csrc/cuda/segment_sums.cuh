@@ -44,9 +44,14 @@ struct compute<F64> {
 template <class F, int kChain>
 constexpr int kTiles = Storage<F>::kSize == 2 ? kChain / kRun<F> : 1;
 
-// Values that the threads of a warp add up: the sums, the non-finite entries, and zeros up to a power of two.
+// Values that the threads of a warp add up: the sums, the count of non-finite entries, and zeros up to a power of two.
+constexpr int slots_of(int values) {
+  int slots = 4;
+  while (slots < values) slots *= 2;
+  return slots;
+}
 template <class Sums>
-constexpr int kSlots = Sums::kSums + 1 <= 4 ? 4 : 8;
+constexpr int kSlots = slots_of(Sums::kSums + 1);
 
 // The coefficients of an entry, from the table or from device memory.
 template <class Sums, class V, class Table>
@@ -196,6 +201,10 @@ __global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::template Se
   using Policy = typename Hub::Active::template SegmentSums<Sums, F, L>;
   constexpr int64_t kChunk = Hub::Order::kChunk;
   constexpr int N = kSlots<Sums>, kThreads = Hub::Order::kThreads, kWarps = kThreads / 32;
+  // The warp holds one value per lane at the end, and one lane more writes the count of elements.
+  static_assert(Sums::kSums + 2 <= 32,
+                "a measurement has at most 30 sums: split it in two, or let finish() in "
+                "reduce.cuh write a row in several steps");
   __shared__ double parts[2][kWarps][N];  // two, so that one barrier a chunk does: a slow warp 0 still reads the other
   const Launch& launch = table.launch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -204,7 +213,7 @@ __global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::template Se
   const int64_t step = static_cast<int64_t>(gridDim.x) * (row_mode ? kWarps : 1);
   int64_t number = static_cast<int64_t>(blockIdx.x) * (row_mode ? kWarps : 1) + (row_mode ? warp : 0);
   // A chunk of float with a last input of double is done in double at once.
-  const bool skip = same_dtype<L, Any>::value && is_single<V>::value && launch.last == DType::f64;
+  const bool skip = std::is_same_v<L, Any> && is_single<V>::value && launch.last == DType::f64;
   int entry = 0, side = 0;
   typename Policy::template ChunkReader<Table, typename Hub::Order> reader(table, !row_mode, number, step);
 #pragma unroll 1

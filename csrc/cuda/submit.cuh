@@ -1,7 +1,8 @@
-// From layers to launches: which layers can share one, and the kernel for them.
+// From layers to launches: groups the layers that can share a launch, and selects the kernel.
 #pragma once
 
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "runtime.h"
@@ -9,7 +10,7 @@
 
 namespace fastfs::cuda {
 
-// Layers of one launch have this in common.
+// What the layers of one launch have in common.
 struct Kind {
   DType first, last;
   bool strided, row_mode;
@@ -24,8 +25,8 @@ struct Kind {
   }
 };
 
-// Rows of at most `warp_row` elements are summed by a warp each; a single short segment by a block all the same, which
-// is faster.
+// Rows of at most `warp_row` elements are summed by a warp each. A single short segment is summed by a block, which is
+// faster.
 inline Kind kind_of(const Layer& layer, int inputs, int64_t warp_row) {
   bool strided = false;
   for (int j = 0; j < inputs; ++j) strided = strided || !layer.contiguous[j];
@@ -93,22 +94,26 @@ void submit_tables(const Job& job, Kind kind) {
   flush();
 }
 
+// Whether a measurement takes first inputs of dtype F.
+template <class Sums, class F>
+constexpr bool kTakes = Sums::kSixteenBit || Storage<F>::kSize > 2;
+
 // Launches the layers of one kind whose first dtype is F. To keep the build short, only inputs of one dtype have a
 // kernel for large tables, and double with another last dtype is left to the kernel for strides.
 template <class Sums, class F>
-void submit(const Job& job, Kind kind) {
+void submit_taken(const Job& job, Kind kind) {
   using Small = DenseTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
   using Large = DenseTable<Sums::kInputs, kLargeTable, Sums::kCoefficients>;
   using Strided = StridedTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
   constexpr bool kMixed = !Sums::kOneDtype;
   const bool mixed = kind.first != kind.last;
-  if (kind.strided || (mixed && same_dtype<F, F64>::value)) {
-    if constexpr (!kMixed || same_dtype<F, F64>::value) {  // Any is no double
+  if (kind.strided || (mixed && std::is_same_v<F, F64>)) {
+    if constexpr (!kMixed || std::is_same_v<F, F64>) {  // Any is no double
       if (!mixed) return submit_tables<Sums, F, F, Strided>(job, kind);
     }
     if constexpr (kMixed) return submit_tables<Sums, F, Any, Strided>(job, kind);
   }
-  if constexpr (kMixed && !same_dtype<F, F64>::value) {
+  if constexpr (kMixed && !std::is_same_v<F, F64>) {
     if (mixed) return submit_tables<Sums, F, Any, Small>(job, kind);
   }
 #if defined(FASTFS_CUDA_ON_CPU) || CUDART_VERSION >= 12010
@@ -119,6 +124,14 @@ void submit(const Job& job, Kind kind) {
   }
 #endif
   submit_tables<Sums, F, F, Small>(job, kind);
+}
+template <class Sums, class F>
+void submit(const Job& job, Kind kind) {
+  if constexpr (kTakes<Sums, F>) {
+    submit_taken<Sums, F>(job, kind);
+  } else {
+    throw std::invalid_argument("fastfs: this measurement has no kernels for this dtype");
+  }
 }
 
 }  // namespace fastfs::cuda

@@ -13,8 +13,7 @@
 #include <cstring>
 
 #include "../layers.h"
-#include "../sums.h"
-#include "../updates.h"
+#include "../measurements.h"
 
 namespace fastfs::cuda {
 

@@ -1,18 +1,19 @@
-// Reads every byte of the inputs and does next to nothing with it: what the device's memory allows, for the benchmarks.
-// Same table, same persistent grid, same 16-byte loads as segment_sums.
+// The kernel that reads every byte of its inputs and does next to nothing with it: the ceiling of the benchmarks. It
+// has the table, the persistent grid and the 16-byte loads of segment_sums.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "load.cuh"
-#include "runtime.h"
+#include "../cuda/load.cuh"
+#include "../cuda/runtime.h"
 
 namespace fastfs::cuda {
 
 constexpr int kReadWord = 8;  // bytes of an "element" of the table
 
-// The 16-byte words of one input that lie in a chunk, and the bytes at the ends. Mixed, so that none can be left out.
+// Reads the 16-byte words of one input in a chunk, and the bytes at both ends. Mixes them, so that the compiler cannot
+// drop a load.
 template <int kThreads, int kUnroll>
 __device__ __forceinline__ uint32_t read_bytes(const char* p, int bytes) {
   uint32_t mixed = 0;
@@ -40,8 +41,8 @@ __device__ __forceinline__ uint32_t read_bytes(const char* p, int bytes) {
   return mixed;
 }
 
-// An entry is one input: its bytes are in first_row, its width counts kReadWord bytes. The word that all threads mix is
-// written if it has one value in 2^32, and by thread 0, so that no load can be left out.
+// An entry is one input: first_row holds its bytes, its width counts words of kReadWord bytes. A thread writes its
+// mixed word if that has one value in 2^32, and thread 0 always does, so that the compiler cannot drop a load.
 template <class Table, class Hub>
 __global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::StreamRead::kBlocksPerSm)
     stream_read_kernel(const __grid_constant__ Table table) {
