@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fastfs._core import checks
-from fastfs._core.rules import Rule
+from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._stats import FeatureStats, ParameterStats, Stats, UpdateStats
 
 __all__ = ["MEASUREMENTS", "Input", "Kernel", "Measurement"]
@@ -59,7 +59,7 @@ class Measurement:
         name: Of the op in `torch.ops.fastfs`, of the function in `fastfs.reference` and of the public function.
         result: Names the sums, the columns of the op's result.
         inputs: The lists of tensors that the op takes.
-        kernels: One kernel, or one per rule in the order of `Rule`.
+        kernels: One kernel, or one per rule in the order of `OptimizerRule`.
         check: Raises TypeError or ValueError for arguments that the op does not take.
         per_row: Whether there is also an op `NAME_per_row` with a row of sums per row of a layer.
     """
@@ -99,9 +99,9 @@ class Measurement:
         if not self.ruled:
             return 0, tuple(arguments), None
         rule, *lists, coefficients = arguments
-        kernel = self.kernels[Rule(rule)]
+        kernel = self.kernels[OptimizerRule(rule)]
         if any(lists[kernel.inputs :]):
-            raise ValueError(f"expected no {self.inputs[kernel.inputs].name} state for {Rule(rule).name}")
+            raise ValueError(f"expected no {self.inputs[kernel.inputs].name} state for {OptimizerRule(rule).name}")
         return rule, tuple(lists[: kernel.inputs]), coefficients
 
 
@@ -130,9 +130,9 @@ MEASUREMENTS = (
                 f"{rule.name.lower()}_stats",
                 2 + rule.states,
                 len(rule.coefficients),
-                sixteen_bit=rule is Rule.LINEAR,
+                sixteen_bit=rule is OptimizerRule.LINEAR,
             )
-            for rule in Rule
+            for rule in OptimizerRule
         ),
         checks.check_optimizer_inputs,
     ),
