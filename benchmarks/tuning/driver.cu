@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <exception>
 
-#include "stream_read.cuh"
+#include "../bench/stream_read.cuh"
 #include "submit.cuh"
 #if TUNE_STAGES > 0
 #include "bulk_copy.cuh"

@@ -1,9 +1,9 @@
 """The dispatcher ops: schemas, their CPU and CUDA implementations in `fastfs._C`, and their fakes.
 
-The ops of the measurements follow from `fastfs._core.measurements`; those of the rows are written here. Every call of the
-native core comes through here: the dispatcher materialises negative views, sends fake tensors to the fakes and shows
-the op to torch.compile and the profiler. The raw functions of `_C` do none of that. A call without layers has no device
-to dispatch on: callers answer it themselves.
+The ops of the measurements follow from `fastfs._core.measurements`; those of the rows are written here. Every call of
+the native core comes through here: the dispatcher materialises negative views, sends fake tensors to the fakes and
+shows the op to torch.compile and the profiler. The raw functions of `_C` do none of that. A call without layers has no
+device to dispatch on: callers answer it themselves.
 """
 
 from __future__ import annotations

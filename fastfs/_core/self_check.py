@@ -45,17 +45,19 @@ def examples(
     *,
     shapes: tuple[tuple[int, ...], ...] = SHAPES,
     seed: int = 0,
+    finite: bool = False,
 ) -> Iterator[Example]:
     """Yields arguments for every kernel that takes `dtype`, and every dtype of the last input that it takes.
 
-    The tensors of the last shape are not contiguous, and an entry of the second one is infinite.
+    The tensors of the last shape are not contiguous.
 
     Args:
         measurement: The measurement.
         dtype: Of all inputs but the last.
         device: Of the tensors. Coefficients are on the CPU.
-        shapes: One per layer; the last one has two dimensions.
+        shapes: One per layer, two at least. The last one has two dimensions, the second one at least 8 entries.
         seed: Of the values.
+        finite: Whether all values are finite; else the second layer has an infinite entry.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -79,7 +81,7 @@ def examples(
                 near = None if given.near is None else lists[given.near]
                 used = range(len(shapes)) if place < kernel.inputs else range(0)
                 lists[given.name] = [layer(number, kernel, kind, near) for number in used]
-            if len(shapes) > 1:
+            if not finite:
                 lists[measurement.inputs[1].name][1].view(-1)[7] = torch.inf
             exact = dtype == other == torch.float64
             tolerance = TOLERANCE["float64" if exact else "other"] * (4 if kernel.coefficients else 1)
@@ -114,9 +116,8 @@ def compare(example: Example, *, per_row: bool = False) -> list[str]:
     native = getattr(_functional, name)(*example.arguments, backend="native", **options)
     expected = getattr(reference, name)(*example.arguments, **options)
     label = f"{name}, {example.label}{', per row' if per_row else ''}"
-    if not per_row:
-        return _differing(label, native, expected, example.tolerance)
-    return [found for a, b in zip(native, expected, strict=True) for found in _differing(label, a, b, example.tolerance)]
+    pairs = zip(native, expected, strict=True) if per_row else [(native, expected)]
+    return [found for pair in pairs for found in _differing(label, *pair, example.tolerance)]
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> list[str]:

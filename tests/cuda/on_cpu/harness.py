@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._core.measurements import MEASUREMENTS
 
 HERE = Path(__file__).parent
 CUDA_SOURCES = HERE.parents[2] / "csrc"
 TUNING = HERE.parents[2] / "benchmarks" / "tuning"
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-FEATURES, UPDATES, STREAM_READ, RULES = 0, 1, 2, 3  # RULES + rule: optimizer_stats
-COLUMNS = {FEATURES: 9, UPDATES: 5} | {RULES + rule: 6 for rule in OptimizerRule}
+# The kernels in the order of csrc/measurements.h. RULES + rule: optimizer_stats.
+COLUMNS = [measurement.columns for measurement in MEASUREMENTS for _ in measurement.kernels]
+FEATURES, UPDATES, RULES = range(3)
+STREAM_READ = -1
 
 FLAGS = "-std=c++17 -w -fno-strict-aliasing -ffp-contract=off -pthread -DFASTFS_CUDA_ON_CPU".split()
 SMALL_BLOCKS = '-DFASTFS_POLICIES="shim_policy.h"'
@@ -174,7 +176,7 @@ def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) 
             launches, dirty, size = struct.unpack_from("3q", data, at)
             rows = torch.frombuffer(bytearray(data[at + 24 : at + 24 + 8 * size] or b"\0" * 8), dtype=torch.float64)
             at += 24 + 8 * size
-            columns = COLUMNS.get(case.op, 1)
+            columns = 1 if case.op == STREAM_READ else COLUMNS[case.op]
             outcome.results.append(Result(rows[:size].view(-1, columns), launches, dirty))
         assert at == len(data)
     given.unlink()
