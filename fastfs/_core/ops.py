@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -131,7 +130,7 @@ def _define(measurement: Measurement, per_row: bool) -> None:
     """Defines the op of a measurement, with a row of sums per layer or per row of each layer."""
     columns, select, check = measurement.columns, measurement.select, measurement.check
     names = [kernel.name for kernel in measurement.kernels]
-    cpu_kernels: list[Callable[..., None]] = [getattr(_C, f"{name}_cpu", None) for name in names]
+    cpu_kernels: list[Any] = [getattr(_C, f"{name}_cpu", None) for name in names]
 
     def cpu(*arguments: Any) -> Tensor:
         kernel, lists, coefficients = select(arguments)
