@@ -27,7 +27,7 @@ from fastfs._monitor.measure.update_plans import Call, InOrder, Part, Plan, foll
 from fastfs._monitor.measure.update_verification import same_gradients, verify
 from fastfs._stats import ParameterStats, span
 
-__all__ = ["OF_STEP", "MeasuredUpdate", "UpdateMeter"]
+__all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateMeter"]
 
 # The columns of the sums that an unknown update, or an unknown update or gradient, leaves unknown.
 OF_UPDATE = span(ParameterStats, "update")
