@@ -1,5 +1,5 @@
 // Another way to the spacing of float16 below its normal numbers: a maximum in place of a comparison and a selection.
-// Replaces fastfs::spacing of sums.h for float16, with the same values.
+// Replaces fastfs::spacing of feature_sums.h for float16, with the same values.
 #pragma once
 
 namespace fastfs {

@@ -4,6 +4,7 @@
 
 #include "load_hints.cuh"
 #if defined(TUNE_SPACING_BY_MAX)
+#include "../feature_sums.h"
 #include "spacing_by_max.cuh"
 #endif
 
