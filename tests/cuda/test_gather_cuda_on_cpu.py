@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.core.test_gather import SHAPES, rows_for, table, values
 from tests.cuda.on_cpu import harness
 from tests.cuda.on_cpu.row_cases import RowCase, RowResult, run_rows
 from tests.helpers.cases import DTYPES, LAYOUTS
 from tests.helpers.compare import assert_close_squares, assert_same, assert_same_values
+from tests.helpers.gather_cases import SHAPES, rows_for, table, values
 
 pytestmark = [
     pytest.mark.slow,
