@@ -17,11 +17,11 @@ from fastfs._core import checks
 from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._stats import FeatureStats, ParameterStats, Stats, UpdateStats
 
-__all__ = ["MEASUREMENTS", "Input", "Kernel", "Measurement"]
+__all__ = ["MEASUREMENTS", "InputSpec", "KernelSpec", "MeasurementSpec"]
 
 
 @dataclass(frozen=True)
-class Input:
+class InputSpec:
     """A list of tensors, one per layer.
 
     Attributes:
@@ -34,7 +34,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class KernelSpec:
     """A kernel of the native core: `NAME_cpu` and `NAME_cuda` in `fastfs._C`.
 
     Attributes:
@@ -52,7 +52,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Measurement:
+class MeasurementSpec:
     """An op that reduces the elements of every layer to one row of sums.
 
     Attributes:
@@ -66,8 +66,8 @@ class Measurement:
 
     name: str
     result: type[Stats]
-    inputs: tuple[Input, ...]
-    kernels: tuple[Kernel, ...]
+    inputs: tuple[InputSpec, ...]
+    kernels: tuple[KernelSpec, ...]
     check: Callable[..., object]
     per_row: bool = False
 
@@ -106,27 +106,27 @@ class Measurement:
 
 
 MEASUREMENTS = (
-    Measurement(
+    MeasurementSpec(
         "feature_stats",
         FeatureStats,
-        (Input("before"), Input("after", near="before"), Input("backward")),
-        (Kernel("feature_stats", 3),),
+        (InputSpec("before"), InputSpec("after", near="before"), InputSpec("backward")),
+        (KernelSpec("feature_stats", 3),),
         checks.check_feature_inputs,
         per_row=True,
     ),
-    Measurement(
+    MeasurementSpec(
         "update_stats",
         UpdateStats,
-        (Input("gradients"), Input("updates")),
-        (Kernel("update_stats", 2),),
+        (InputSpec("gradients"), InputSpec("updates")),
+        (KernelSpec("update_stats", 2),),
         checks.check_update_inputs,
     ),
-    Measurement(
+    MeasurementSpec(
         "optimizer_stats",
         ParameterStats,
-        (Input("gradients"), Input("parameters"), Input("first"), Input("second")),
+        (InputSpec("gradients"), InputSpec("parameters"), InputSpec("first"), InputSpec("second")),
         tuple(
-            Kernel(
+            KernelSpec(
                 f"{rule.name.lower()}_stats",
                 2 + rule.states,
                 len(rule.coefficients),

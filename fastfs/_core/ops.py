@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastfs._core import checks
-from fastfs._core.measurements import MEASUREMENTS, Measurement
+from fastfs._core.measurements import MEASUREMENTS, MeasurementSpec
 
 
 def differences(core: Any) -> list[str]:
@@ -126,7 +126,7 @@ def _cuda_core() -> Any:
 # Measurements
 
 
-def _define(measurement: Measurement, per_row: bool) -> None:
+def _define(measurement: MeasurementSpec, per_row: bool) -> None:
     """Defines the op of a measurement, with a row of sums per layer or per row of each layer."""
     columns, select, check = measurement.columns, measurement.select, measurement.check
     names = [kernel.name for kernel in measurement.kernels]

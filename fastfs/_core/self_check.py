@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfs import _functional, reference
 from fastfs._core.checks import DTYPES
-from fastfs._core.measurements import MEASUREMENTS, Kernel, Measurement
+from fastfs._core.measurements import MEASUREMENTS, KernelSpec, MeasurementSpec
 from fastfs._stats import Stats
 
 __all__ = ["Example", "examples", "self_check"]
@@ -32,14 +32,14 @@ class Example:
         tolerance: Largest error of a sum, as a multiple of the sum of its absolute terms.
     """
 
-    measurement: Measurement
+    measurement: MeasurementSpec
     label: str
     arguments: tuple[Any, ...]
     tolerance: float
 
 
 def examples(
-    measurement: Measurement,
+    measurement: MeasurementSpec,
     dtype: torch.dtype,
     device: torch.device,
     *,
@@ -61,7 +61,7 @@ def examples(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def layer(number: int, kernel: Kernel, kind: torch.dtype, near: list[Tensor] | None) -> Tensor:
+    def layer(number: int, kernel: KernelSpec, kind: torch.dtype, near: list[Tensor] | None) -> Tensor:
         x = torch.randn(shapes[number], generator=generator, dtype=torch.float64)
         if kernel.coefficients:  # states of optimizers, some under a root or in a denominator
             x = x.abs() + 0.5

@@ -14,7 +14,7 @@ import fastfs
 from fastfs import reference
 from fastfs._core import ops
 from fastfs._core.checks import DTYPES
-from fastfs._core.measurements import MEASUREMENTS, Measurement
+from fastfs._core.measurements import MEASUREMENTS, MeasurementSpec
 from fastfs._core.self_check import compare, examples
 from fastfs._stats import FeatureStats, ParameterStats, span
 
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 
-def op_names(measurement: Measurement) -> list[str]:
+def op_names(measurement: MeasurementSpec) -> list[str]:
     return [measurement.name, *([f"{measurement.name}_per_row"] if measurement.per_row else [])]
 
 
@@ -61,7 +61,7 @@ def test_a_core_of_other_sources_is_refused() -> None:
 
 
 @EVERY
-def test_there_is_a_public_function_and_a_reference(measurement: Measurement) -> None:
+def test_there_is_a_public_function_and_a_reference(measurement: MeasurementSpec) -> None:
     assert measurement.name in fastfs.__all__
     assert measurement.result.__name__ in fastfs.__all__
     assert callable(getattr(reference, measurement.name))
@@ -72,7 +72,7 @@ def test_there_is_a_public_function_and_a_reference(measurement: Measurement) ->
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_core_agrees_with_the_reference(
-    measurement: Measurement, dtype: torch.dtype, seed: int, device: str
+    measurement: MeasurementSpec, dtype: torch.dtype, seed: int, device: str
 ) -> None:
     shapes = ((3, 8193), (300,), (), (0, 3), (70, 131))
     for example in examples(measurement, dtype, torch.device(device), shapes=shapes, seed=seed):
@@ -84,7 +84,7 @@ def test_the_core_agrees_with_the_reference(
 @needs_core
 @EVERY
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(measurement: Measurement, requires_grad: bool, device: str) -> None:
+def test_opcheck(measurement: MeasurementSpec, requires_grad: bool, device: str) -> None:
     pytest.importorskip("expecttest")
     for name, dtype in itertools.product(op_names(measurement), (torch.bfloat16, torch.float32)):
         op = getattr(torch.ops.fastfs, name).default
@@ -96,7 +96,7 @@ def test_opcheck(measurement: Measurement, requires_grad: bool, device: str) -> 
 
 @needs_core
 @EVERY
-def test_fakes(measurement: Measurement, device: str) -> None:
+def test_fakes(measurement: MeasurementSpec, device: str) -> None:
     for name in op_names(measurement):
         op = getattr(torch.ops.fastfs, name)
         for example in examples(measurement, torch.float32, torch.device(device)):
@@ -109,7 +109,7 @@ def test_fakes(measurement: Measurement, device: str) -> None:
 
 
 @EVERY
-def test_sums_of_products_name_their_vectors(measurement: Measurement) -> None:
+def test_sums_of_products_name_their_vectors(measurement: MeasurementSpec) -> None:
     names, factors = measurement.result.names, measurement.result.factors
     assert names[-2:] == ("nonfinite", "count")
     assert set(factors) <= set(names)
