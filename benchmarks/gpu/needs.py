@@ -17,7 +17,7 @@ TESTS = ("pytest", "hypothesis", "scipy", *DEMO)  # and expecttest for opcheck
 BENCHMARK = ("rich", "triton")
 STEPS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("tests", "training_tests"), TESTS),
-    **dict.fromkeys(("kernels", "lists", "rows", "updates", "variants", "cost"), BENCHMARK),
+    **dict.fromkeys(("kernels", "lists", "rows", "updates", "tuning", "cost"), BENCHMARK),
     **dict.fromkeys(("monitor", "monitor_compiled", "timeline"), BENCHMARK),
     "demo": DEMO,
 }

@@ -86,7 +86,7 @@ def parts(device: torch.device) -> dict[str, float]:
         return {}
     layers = lists(LAYERS, device)
     empty = [[x[:0] for x in tensors] for tensors in layers]
-    out = torch.empty((LAYERS, ops.FEATURES), dtype=torch.float64)
+    out = torch.empty((LAYERS, len(fastfs.FeatureStats.names)), dtype=torch.float64)
     library = torch.library.Library("fastfs_call_cost", "DEF")
     library.define("nothing(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
     library.impl("nothing", lambda before, after, backward: out, "CPU")

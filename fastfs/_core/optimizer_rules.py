@@ -1,7 +1,7 @@
 """The rules of `optimizer_stats`: which state of an optimizer gives its update, and with which coefficients.
 
-`csrc/updates.h` derives them. g, w, s and t are the gradient, the parameter after the step, and the first and second
-state; a quotient with denominator 0 counts with denominator 1.
+`csrc/parameter_sums.h` derives them. g, w, s and t are the gradient, the parameter after the step, and the first and
+second state; a quotient with denominator 0 counts with denominator 1.
 """
 
 from __future__ import annotations

@@ -285,7 +285,7 @@ def test_implementations_share_the_rotation() -> None:
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)])
-def test_contestants_take_the_same_sums(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_implementations_take_the_same_sums(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     (inputs,) = make_inputs([(16, 64), (7, 100)], dtypes, CPU)
     inputs[1][1][3, 5] = 0.0
     expected = expected_sums(inputs)

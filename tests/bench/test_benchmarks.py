@@ -173,7 +173,7 @@ class NoGraphs:
         raise RuntimeError("no graphs here")
 
 
-def test_a_contestant_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = NoGraphs(monkeypatch)
     calls = [lambda: 1, lambda: 2]
     assert graphs.as_graphs(calls) == (
@@ -186,7 +186,7 @@ def test_a_contestant_that_cannot_be_captured_says_so(monkeypatch: pytest.Monkey
     assert graphs.as_graphs(many) == (many, "calls")
 
 
-def test_a_contestant_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = NoGraphs(monkeypatch)
 
     def waits() -> None:

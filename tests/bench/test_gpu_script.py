@@ -37,9 +37,11 @@ def test_every_file_with_gpu_tests_is_run() -> None:
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = set(re.findall(r"^tests/test_(\w+)\.py::", done.stdout, re.MULTILINE))
-    named = re.findall(r"^  tests/test_\{([\w,]+)\}\.py$", SCRIPT.read_text(), re.MULTILINE)
-    assert sorted(",".join(named).split(",")) == sorted(found)
+    found = set(re.findall(r"^(tests/[\w/]+\.py)::", done.stdout, re.MULTILINE))
+    lists = re.findall(r"^(?:training_)?tests=\((.*?)^\)$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    words = " ".join(" ".join(lists).split())
+    named = subprocess.run(["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True).stdout
+    assert sorted(named.split()) == sorted(found)
 
 
 def test_an_unknown_step_is_refused_with_the_list() -> None:

@@ -82,8 +82,8 @@ def test_sdist_has_what_building_and_testing_needs(distributions: tuple[Path, Pa
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
-        "csrc/sums.h",
-        "csrc/module.cpp",
+        "csrc/measurements.h",
+        "csrc/binding/module.cpp",
         "csrc/cuda/launch.cu",
         "build_backend/hooks.py",
         "tests/conftest.py",
@@ -332,7 +332,7 @@ def test_virtual_architectures() -> None:
 
 
 def test_ninja_file(tmp_path: Path) -> None:
-    sources = ["csrc/module.cpp", "csrc/cpu/loops_avx2.cpp", "csrc/cuda/launch.cu"]
+    sources = ["csrc/binding/module.cpp", "csrc/cpu/loops_avx2.cpp", "csrc/cuda/launch.cu"]
     home = Path("build/here")
     nvcc = Nvcc("/cuda/bin/nvcc", "13.0.88", "/cuda/lib", ("80", "90", "100"), True, "g++-13")
     text = ninja_file(sources, home, home / "_C.so", ["g++"], nvcc).replace("$\n    ", "")

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastfs import ParameterStats
 from fastfs._monitor.capture import fingerprints
 from fastfs._monitor.measure import closed_forms, update_verification
-from fastfs._monitor.measure.update_meter import UpdateMeter
+from fastfs._monitor.measure.update_meter import OF_UPDATE, UpdateMeter
 from tests.helpers.compare import assert_same, assert_step
 
 FLOATS = (torch.float32, torch.float64)
@@ -85,12 +85,13 @@ def give_gradients(parameters: list[Tensor], scale: float = 1.0) -> list[Tensor]
 
 
 def truth(gradients: list[Tensor], before: list[Tensor], parameters: list[Tensor]) -> Tensor:
-    """The sums of the real step, from copies: (P, 6)."""
+    """The sums of the real step, from copies, as in `ParameterStats.names`: (P, names)."""
     rows = []
     for g, old, new in zip(gradients, before, parameters, strict=True):
         g, old, new = (x.detach().double().flatten() for x in (g, old, new))
-        dw = new - old
-        rows.append(torch.stack([g @ dw, dw @ dw, g @ g, new @ new, 0 * (g @ g), torch.tensor(float(g.numel()))]))
+        vectors = {"gradient": g, "update": new - old, "parameter": new}
+        products = [vectors[a] @ vectors[b] for a, b in ParameterStats.factors.values()]
+        rows.append(torch.stack([*products, 0 * (g @ g), torch.tensor(float(g.numel()))]))
     return torch.stack(rows)
 
 
@@ -289,7 +290,7 @@ def test_steps_that_a_scaler_skips(kind: type[Optimizer]) -> None:
         assert len(found) == step + 1
         if step in (0, 2):
             assert all(torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
-            assert not stats.sums[:, :2].any()
+            assert not stats.sums[:, OF_UPDATE].any()
             assert stats.nonfinite.tolist() == [0, 1]
         else:
             expected = truth([x, x.view(4, 5)], before, parameters)
@@ -348,7 +349,7 @@ def test_extreme_gradients() -> None:
     p.grad = torch.full_like(p, 1e25)
     meter.before()
     meter.optimizer.step()
-    assert meter.after().stats.sums[0, :2].tolist() == [0.0, 0.0]
+    assert not meter.after().stats.sums[0, OF_UPDATE].any()
     for scale in (1e-15, 1e15):
         for kind in (SGD, Adam, Adamax, RMSprop):
             meter = UpdateMeter(kind(make_parameters(torch.float32), lr=0.01))  # type: ignore[call-arg]

@@ -1,7 +1,8 @@
 """The updates of torch's optimizers from the state that a step leaves behind: rules and coefficients per group.
 
-`csrc/updates.h` derives the formulas. Hyper-parameters may be numbers or tensors; nothing here waits for a device. All
-arithmetic is in float64, but for the bias corrections that torch itself computes in the dtype of the step counters.
+`csrc/parameter_sums.h` derives the formulas. Hyper-parameters may be numbers or tensors; nothing here waits for a
+device. All arithmetic is in float64, but for the bias corrections that torch itself computes in the dtype of the step
+counters.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fastfs._monitor.capture.fingerprints import known_equal
 Group = dict[str, Any]
 Number = float | Tensor
 
-_TINY = 1e-300  # in a denominator: as in `csrc/updates.h` 0 / 0 reads as no update
+_TINY = 1e-300  # in a denominator: as in `csrc/parameter_sums.h` 0 / 0 reads as no update
 DTYPES = (torch.float32, torch.float64)  # in the 16-bit ones a parameter moves by what its rounding leaves
 
 

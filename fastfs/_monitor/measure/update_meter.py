@@ -25,9 +25,13 @@ from fastfs._monitor.measure.kernel_arguments import Arguments, arguments
 from fastfs._monitor.measure.reliance import Reliance, StepSeen
 from fastfs._monitor.measure.update_plans import Call, InOrder, Part, Plan, follows, make_plan
 from fastfs._monitor.measure.update_verification import same_gradients, verify
-from fastfs._stats import ParameterStats
+from fastfs._stats import ParameterStats, span
 
-__all__ = ["MeasuredUpdate", "UpdateMeter"]
+__all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateMeter"]
+
+# The columns of the sums that an unknown update, or an unknown update or gradient, leaves unknown.
+OF_UPDATE = span(ParameterStats, "update")
+OF_STEP = span(ParameterStats, "update", "gradient")
 
 
 @dataclass
@@ -331,7 +335,8 @@ class UpdateMeter:
         ).sums
         made = self._made()
         if made is not None:  # else the step did nothing, and the state is that of the last one
-            sums[:, :2] = torch.where(made.to(sums.device, non_blocking=True), sums[:, :2], 0.0)
+            moved = sums[:, OF_UPDATE]
+            sums[:, OF_UPDATE] = torch.where(made.to(sums.device, non_blocking=True), moved, 0.0)
         return sums
 
     def _made(self) -> Tensor | None:
@@ -414,9 +419,9 @@ class UpdateMeter:
             unknown = bad[:, None]
         else:
             kept = kept.to(total.device, non_blocking=True)
-            unknown = torch.stack([bad | ~kept, bad, ~kept], dim=1)
+            unknown = torch.stack(_unknown(bad, ~kept), dim=1)
             reason = torch.where(bad | kept, reason, decrease_reasons.REWRITTEN)
-        total[:, :3].masked_fill_(unknown, torch.nan)
+        total[:, OF_STEP].masked_fill_(unknown, torch.nan)
         return MeasuredUpdate(ParameterStats(total), reason)
 
 
@@ -424,7 +429,15 @@ def _spoiled(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
     """What is left of a step that was not verified, where something speaks against it."""
     reason = torch.tensor(codes, dtype=torch.int64, device="cpu").to(found.reason.device, non_blocking=True)
     sums = found.stats.sums
-    sums[:, :3].masked_fill_((reason != decrease_reasons.FINE)[:, None], torch.nan)
+    sums[:, OF_STEP].masked_fill_((reason != decrease_reasons.FINE)[:, None], torch.nan)
     return MeasuredUpdate(
         ParameterStats(sums), torch.where(found.reason == decrease_reasons.FINE, reason, found.reason)
     )
+
+
+def _unknown(update: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Which parameters' sums are unknown, per column of `OF_STEP`: those of an unknown update or gradient."""
+    return [
+        update | gradient if {"update", "gradient"} <= {*pair} else update if "update" in pair else gradient
+        for pair in list(ParameterStats.factors.values())[OF_STEP]
+    ]

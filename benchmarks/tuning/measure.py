@@ -14,8 +14,8 @@ from torch import Tensor
 
 from benchmarks.harness import median_ratio, side_by_side
 from benchmarks.ops.workloads import Workload
-from benchmarks.variants.catalogue import BASELINE, Variant
-from benchmarks.variants.library import NAMES, Call, Inputs, Library
+from benchmarks.tuning.catalogue import BASELINE, Variant
+from benchmarks.tuning.library import NAMES, Call, Inputs, Library
 from fastfs._bench.expected import sums_and_scale
 
 CEILING = "streaming read"
@@ -92,7 +92,7 @@ def check(
 ) -> dict[str, Any]:
     """Errors, grids and bits of one variant; raises AssertionError where it breaks a promise."""
     worst, compared = 0.0, 0
-    grids = [1, 2, 3, 7, 2 * multiprocessors + 1, multiprocessors * variant.waves]
+    grids = [1, 2, 3, 7, 2 * multiprocessors + 1, multiprocessors]  # for so many multiprocessors
     for dtype in NAMES:
         for inputs, per_row in check_layers(dtype, device):
             what = f"{variant.name}, {dtype}, {[tuple(x.shape) for x in inputs[0]]}"
@@ -143,17 +143,16 @@ def timed(
         return lambda: run(next(calls))
 
     taking_part = [v for v in variants if v.name == BASELINE or NAMES[dtype] in v.only]
-    contestants = {CEILING: turns(lambda call: call.read(multiprocessors), libraries[BASELINE])}
+    implementations = {CEILING: turns(lambda call: call.read(multiprocessors), libraries[BASELINE])}
     for v in taking_part:
-        grid = multiprocessors * v.waves
-        contestants[v.name] = turns(lambda call, grid=grid: call.sums(grid), libraries[v.name])  # type: ignore[misc]
+        implementations[v.name] = turns(lambda call: call.sums(multiprocessors), libraries[v.name])
     expected = libraries[BASELINE].prepare(sets[0], layers.per_row).sums(multiprocessors)
     for v in taking_part:
         sums = libraries[v.name].prepare(sets[0], layers.per_row).sums(multiprocessors)
         torch.testing.assert_close(sums[:, [1, 2, 3, 5, 8]], expected[:, [1, 2, 3, 5, 8]], rtol=1e-5, atol=0)
 
     repeat = 2 * len(sets)
-    times = side_by_side(contestants, device, rounds, repeat)
+    times = side_by_side(implementations, device, rounds, repeat)
     rows = []
     for name in times:
         seconds = statistics.median(times[name])

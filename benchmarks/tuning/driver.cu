@@ -1,11 +1,15 @@
 // What a variant is called through: feature_stats of contiguous inputs of one dtype, and the streaming read. Plain C,
-// for ctypes; the grid is chosen by `multiprocessors`, the device and its context by the caller.
+// for ctypes. The caller chooses the grid by `multiprocessors`; the device is the first one, whose context the caller
+// has made current.
 #include <algorithm>
 #include <cstdio>
 #include <exception>
 
-#include "stream_read.cuh"
+#include "../bench/stream_read.cuh"
 #include "submit.cuh"
+#if TUNE_STAGES > 0
+#include "bulk_copy.cuh"
+#endif
 
 namespace {
 
@@ -29,7 +33,7 @@ struct Layers {
         layer.data[j] = static_cast<const char*>(data[FeatureSums::kInputs * i + j]);
         layer.contiguous[j] = true;
       }
-      kinds[i] = static_cast<uint8_t>(kind_of(layer, FeatureSums::kInputs).index());
+      kinds[i] = static_cast<uint8_t>(kind_of(layer, FeatureSums::kInputs, Policies::Order::kWarpRow).index());
     }
   }
 };
@@ -54,7 +58,8 @@ int sums(DType dtype, const void* const* data, const int64_t* widths, const int6
     using Small = DenseTable<FeatureSums::kInputs, kSmallTable>;
     using Large = DenseTable<FeatureSums::kInputs, kLargeTable>;
     const Layers given(data, widths, segments, count, dtype);
-    const Job job{given.layers, given.kinds, nullptr, out, partials, tickets, multiprocessors, true, stream};
+    const Job job{given.layers, given.kinds,     nullptr,         out,  partials,
+                  tickets,      multiprocessors, architecture(0), true, stream};
     for (const bool row_mode : {false, true}) {
       const Kind kind{dtype, dtype, false, row_mode};
       if (std::count(given.kinds.begin(), given.kinds.end(), kind.index()) > Small::kCapacity) {
@@ -72,7 +77,7 @@ extern "C" {
 
 // Elements of a chunk, and partial sums of one: what the caller needs to size `partials` (items x slots doubles) and
 // `tickets` (items zeros), where items are those of all layers together.
-int64_t variant_chunk() { return kChunk; }
+int64_t variant_chunk() { return Policies::Order::kChunk; }
 int64_t variant_slots() { return kSlots<FeatureSums>; }
 
 // data: 3 pointers a layer. out: a row of 9 doubles a segment. Returns 0, or 1 with a text in `error`.
@@ -92,7 +97,7 @@ int variant_read(const void* const* data, const int64_t* widths, const int64_t* 
                  double* sink, int multiprocessors, void* stream, char* error, int64_t size) {
   return guarded(error, size, [&] {
     const Layers given(data, widths, segments, count, itemsize == 2 ? DType::bf16 : DType::f32);
-    submit_reads(given.layers, FeatureSums::kInputs, sink, multiprocessors, true, stream);
+    submit_reads(given.layers, FeatureSums::kInputs, sink, multiprocessors, architecture(0), true, stream);
   });
 }
 }

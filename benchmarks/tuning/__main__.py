@@ -1,7 +1,7 @@
 """Which design of the kernel behind `feature_stats` is fastest: chunks, chains, threads, blocks, loads, bulk copies.
 
-    python -m benchmarks.variants --json FILE [--quick] [--variant NAME ...]    on a GPU
-    python -m benchmarks.variants --static --json FILE                          anywhere with nvcc
+    python -m benchmarks.tuning --json FILE [--quick] [--variant NAME ...]    on a GPU
+    python -m benchmarks.tuning --static --json FILE                          anywhere with nvcc
 
 On a GPU every variant is compiled for it (nvcc, all at once), checked against float64 and, where it keeps the order of
 additions, against the baseline's bits, on several grids; then all are timed in turn, beside a streaming read of the
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.harness import count_option, file_option, print_table, write_json
-from benchmarks.variants import build, measure, static
-from benchmarks.variants.catalogue import BASELINE, VARIANTS, Variant, variant
-from benchmarks.variants.library import NAMES, Library
+from benchmarks.tuning import build, measure, static
+from benchmarks.tuning.catalogue import BASELINE, VARIANTS, Variant, variant
+from benchmarks.tuning.library import NAMES, Library
 
 
 def command_line() -> argparse.Namespace:
@@ -53,12 +53,10 @@ def chosen(asked: list[Variant], quick: bool) -> list[Variant]:
 
 
 def compile_all(variants: list[Variant], architecture: str, folder: Path) -> dict[str, Library]:
-    """The libraries by name of the variant; variants with the same sources share one."""
-    sources = {v.mutations: v for v in reversed(variants)}
+    """The libraries by name of the variant."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        paths = pool.map(lambda v: build.compile_library(v, architecture, folder / v.slug), sources.values())
-        libraries = {v.mutations: Library(path) for v, path in zip(sources.values(), paths, strict=True)}
-    return {v.name: libraries[v.mutations] for v in variants}
+        paths = pool.map(lambda v: build.compile_library(v, architecture, folder / v.slug), variants)
+        return {v.name: Library(path) for v, path in zip(variants, paths, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,14 @@
-// The entry points of the row ops: reads the tensors, lets go of the GIL, runs the kernel. Called by fastfs/_core/ops.py
-// alone.
-#include "cpu/gather_rows.h"
+// The entry points of the row ops. Each reads the tensors, releases the GIL and runs the kernel.
+#include "../cpu/gather_rows.h"
 #include "tensors.h"
 #ifdef FASTFS_WITH_CUDA
-#include "cuda/gather_rows.h"
+#include "../cuda/gather_rows.h"
 #endif
 
 namespace fastfs {
 namespace {
 
 char* data_of(const DLTensor& t) { return static_cast<char*>(t.data) + t.byte_offset; }
-
-bool same_device(const DLTensor& a, const DLTensor& b) {
-  return a.device.device_type == b.device.device_type && a.device.device_id == b.device.device_id;
-}
 
 DType dtype_of_rows(const DLTensor& t, const char* name) {
   try {
@@ -48,7 +43,7 @@ struct RowCall {
 
     const DLTensor index = exchange.view(rows.ptr());
     if (index.ndim != 1 || index.dtype.code != kDLInt || index.dtype.bits != 64 || index.dtype.lanes != 1 ||
-        !same_device(index, t)) {
+        !same_device(index.device, t.device)) {
       throw py::value_error("expected rows of int64 with one dimension on the device of x");
     }
     if (is_freed(index)) throw py::value_error("expected rows with their memory");
@@ -58,7 +53,7 @@ struct RowCall {
 
     const DLTensor norms = exchange.view(squares.ptr());
     if (norms.ndim != 1 || norms.shape[0] != request.kept || dtype_of_rows(norms, "squares") != DType::f64 ||
-        !is_contiguous(norms) || !same_device(norms, t)) {
+        !is_contiguous(norms) || !same_device(norms.device, t.device)) {
       throw py::value_error("expected contiguous float64 squares, one for each of rows");
     }
     if (is_freed(norms)) throw py::value_error("expected squares with their memory");
@@ -68,8 +63,8 @@ struct RowCall {
     const DLTensor to = exchange.view(out.ptr());
     request.to_dtype = dtype_of_rows(to, "out");
     const int64_t elements = request.kept * x.row.width;
-    if (to.ndim != 2 || to.shape[0] != request.kept || to.shape[1] != x.row.width || !same_device(to, t) ||
-        (elements > 0 && !is_contiguous(to))) {
+    if (to.ndim != 2 || to.shape[0] != request.kept || to.shape[1] != x.row.width ||
+        !same_device(to.device, t.device) || (elements > 0 && !is_contiguous(to))) {
       throw py::value_error("expected a contiguous output of rows x width on the device of x");
     }
     if (is_freed(to)) throw py::value_error("expected out with its memory");
@@ -97,7 +92,7 @@ void gather_rows_cuda(const py::object& x, const py::object& rows, int64_t row_d
   if (needed > 0) {
     const DLTensor t = exchange.view(partials.ptr());
     if (t.ndim != 1 || t.shape[0] < needed || dtype_of_rows(t, "partials") != DType::f64 ||
-        t.device.device_type != call.device.device_type || t.device.device_id != call.device.device_id || is_freed(t)) {
+        !same_device(t.device, call.device) || is_freed(t)) {
       throw py::value_error("expected float64 partials of row_partials(kept, width) elements on the device of x");
     }
     scratch = reinterpret_cast<double*>(data_of(t));

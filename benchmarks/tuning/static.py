@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import print_table
-from benchmarks.variants import build, sass
-from benchmarks.variants.architectures import ARCHITECTURES, SOURCES, Architecture
-from benchmarks.variants.catalogue import BASELINE, Variant
+from benchmarks.tuning import build, sass
+from benchmarks.tuning.architectures import ARCHITECTURES, SOURCES, Architecture
+from benchmarks.tuning.catalogue import BASELINE, Variant
 
 DTYPES = {"bf16": ("4BF16", 2), "f16": ("3F16", 2), "f32": ("3F32", 4)}  # name in a symbol, bytes
 PIECE_BYTES = 24576  # of one stage: a chain of 256 threads

@@ -8,22 +8,25 @@
 // A piece is what all threads of a block add up in one chain. Thread 0 walks the items of its block ahead of the
 // others and keeps the free stages filled, also across chunks. Every thread takes the same elements in the same order
 // as in sum_chunk, so the bits are the same. What is no whole piece, and chunks that are not aligned, go through
-// sum_chunk itself; so do short rows (a warp each), other dtypes than the first, double and strided layers.
+// sum_chunk itself; so do short rows (a warp each), layers of several dtypes, double and strided layers. It takes the
+// place of DirectLoads as the ChunkReader of a policy.
 #pragma once
 
 #include "bulk_primitives.cuh"
+#include "segment_sums.cuh"
 
 namespace fastfs::cuda {
 
-template <class Sums, class F, class L, class Table, int kThreads, int kStages>
+template <class Sums, class F, class L, class Table, class Order, class Policy, int kStages>
 class BulkCopies {
  public:
-  static constexpr bool kUsed = !Table::kStrided && same_dtype<F, L>::value && !same_dtype<F, F64>::value;
-  static constexpr int kInputs = Sums::kInputs, kWarps = kThreads / 32, kChains = kTiles<F>;
-  static constexpr int kTile = kThreads * kRun<F>, kPiece = kChains * kTile;  // elements
-  static constexpr int kInputBytes = kPiece * Storage<F>::kSize;              // of a piece
-  static constexpr int kBytes = kUsed ? kStages * kInputs * kInputBytes : 0;  // of all stages
-  using Source = DenseSource<Sums, F, L>;
+  static constexpr bool kUsed = !Table::kStrided && std::is_same_v<F, L> && !std::is_same_v<F, F64>;
+  static constexpr int kInputs = Sums::kInputs, kThreads = Order::kThreads, kWarps = kThreads / 32;
+  static constexpr int kChains = kTiles<F, Order::kChain>;
+  static constexpr int kTile = kThreads * kRun<F>, kPiece = kChains * kTile;        // elements
+  static constexpr int kInputBytes = kPiece * Storage<F>::kSize;                    // of a piece
+  static constexpr int kSharedBytes = kUsed ? kStages * kInputs * kInputBytes : 0;  // of all stages
+  using Source = DenseSource<Sums, F, L, typename Policy::Load>;
   static_assert(kStages >= 2, "one stage in use, one under way");
 
   // Called by all threads of the block; `number` is its first item, `step` takes it to the next.
@@ -73,7 +76,7 @@ class BulkCopies {
         rest.count -= kPiece;
       }
     }
-    fastfs::cuda::sum_chunk<Sums, F, L>(rest, c, rank, team, sums);
+    cuda::sum_chunk<Sums, F, L, kChains, Policy::kChainsAhead>(rest, c, rank, team, sums);
   }
 
  private:
@@ -112,7 +115,7 @@ class BulkCopies {
       while (ahead.at + kPiece > ahead.count) {
         if (ahead.number + step_ >= table_.launch.items) return;
         ahead.number += step_;
-        const Item item = locate(table_, ahead.number, ahead.entry);
+        const Item item = locate<Order::kChunk>(table_, ahead.number, ahead.entry);
         const Source source(table_, item);
 #pragma unroll
         for (int j = 0; j < kInputs; ++j) ahead.p[j] = source.p[j];

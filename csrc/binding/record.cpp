@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "record_lines.h"
+#include "../record_lines.h"
 
 namespace fastfs {
 namespace {

@@ -13,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "layers.h"
-#include "strides.h"
+#include "../layers.h"
+#include "../strides.h"
 
 namespace fastfs {
 
@@ -167,6 +167,27 @@ inline LayerList read_layers(Exchange& exchange, const py::list* lists, int inpu
     result.segments += l.segments;
   }
   return result;
+}
+
+// The N lists of a call, on a device of this type.
+template <int N>
+LayerList read_inputs(Exchange& exchange, const py::tuple& inputs, bool per_row, DLDeviceType type) {
+  if (inputs.size() != N) throw py::value_error("expected " + std::to_string(N) + " lists of tensors");
+  py::list lists[N];
+  for (int i = 0; i < N; ++i) lists[i] = py::cast<py::list>(inputs[i]);
+  LayerList list = read_layers(exchange, lists, N, per_row);
+  if (list.device.device_type != type) {
+    throw py::value_error(type == kDLCUDA ? "expected tensors on a CUDA device" : "expected tensors on the CPU");
+  }
+  return list;
+}
+
+// The memory of `out`, which has to be `rows` x `columns` float64 on `device`.
+inline double* output(Exchange& exchange, const py::object& out, int64_t rows, int64_t columns, DLDevice device) {
+  const DLTensor t = exchange.view(out.ptr());
+  double* const p = doubles(t, rows, columns, "an output");
+  if (rows > 0 && !same_device(t.device, device)) throw py::value_error("expected an output on the inputs' device");
+  return p;
 }
 
 }  // namespace fastfs

@@ -1,23 +1,21 @@
-// Reads every byte of the inputs and does next to nothing with it: what the device's memory allows, for the benchmarks.
-// Same table, same persistent grid, same 16-byte loads as segment_sums.
+// The kernel that reads every byte of its inputs and does next to nothing with it: the ceiling of the benchmarks. It
+// has the table, the persistent grid and the 16-byte loads of segment_sums.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "load.cuh"
-#include "runtime.h"
+#include "../cuda/load.cuh"
+#include "../cuda/runtime.h"
 
 namespace fastfs::cuda {
 
-constexpr int kReadBlocksPerSm = 4;
-constexpr int kReadWord = 8;  // bytes of an "element": a chunk of kChunk words is 64 KB
+constexpr int kReadWord = 8;  // bytes of an "element" of the table
 
-// The 16-byte words of one input that lie in a chunk of 64 KB, and the bytes at the ends. Mixed, so that none can be
-// left out.
-template <int kThreads>
+// Reads the 16-byte words of one input in a chunk, and the bytes at both ends. Mixes them, so that the compiler cannot
+// drop a load.
+template <int kThreads, int kUnroll>
 __device__ __forceinline__ uint32_t read_bytes(const char* p, int bytes) {
-  constexpr int kUnroll = 8;
   uint32_t mixed = 0;
   const int start = static_cast<int>(-reinterpret_cast<uintptr_t>(p) & 15);
   const int head = start < bytes ? start : bytes;
@@ -43,33 +41,39 @@ __device__ __forceinline__ uint32_t read_bytes(const char* p, int bytes) {
   return mixed;
 }
 
-// An entry is one input: its bytes are in first_row, its width counts kReadWord bytes. The word that all threads mix is
-// written if it has one value in 2^32, and by thread 0, so that no load can be left out.
-template <class Table, int kThreads>
-__global__ void __launch_bounds__(kThreads, kReadBlocksPerSm) stream_read_kernel(const __grid_constant__ Table table) {
+// An entry is one input: first_row holds its bytes, its width counts words of kReadWord bytes. A thread writes its
+// mixed word if that has one value in 2^32, and thread 0 always does, so that the compiler cannot drop a load.
+template <class Table, class Hub>
+__global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::StreamRead::kBlocksPerSm)
+    stream_read_kernel(const __grid_constant__ Table table) {
+  constexpr int kThreads = Hub::Order::kThreads, kUnroll = Hub::Active::StreamRead::kLoadsAhead;
+  constexpr int64_t kChunk = Hub::Order::kReadBytes / kReadWord;
   uint32_t mixed = 0;
   int entry = 0;
 #pragma unroll 1
   for (int64_t number = blockIdx.x; number < table.launch.items; number += gridDim.x) {
-    const Item item = locate(table, number, entry);
+    const Item item = locate<kChunk>(table, number, entry);
     entry = item.entry;
     const int64_t begin = item.begin * kReadWord;
     const int64_t bytes = min64(kChunk * kReadWord, table.first_row(entry) - begin);
-    mixed ^= read_bytes<kThreads>(table.entry[entry].data[0] + begin, static_cast<int>(bytes));
+    mixed ^= read_bytes<kThreads, kUnroll>(table.entry[entry].data[0] + begin, static_cast<int>(bytes));
   }
   if (mixed == 0x9e3779b9u || (blockIdx.x == 0 && threadIdx.x == 0)) *table.launch.out = mixed;
 }
 
-template <class Table>
-void submit_reads_with(const std::vector<Layer>& layers, int inputs, double* sink, int multiprocessors, void* stream) {
+template <class Table, class Hub>
+void submit_reads_with(const std::vector<Layer>& layers, int inputs, double* sink, int multiprocessors,
+                       int architecture, void* stream) {
   const auto table = std::make_unique<Table>();
   Launch& launch = table->launch;
   launch = Launch{};
   launch.out = sink;
   const auto flush = [&] {
     if (launch.items > 0) {
-      const int64_t blocks = min64(launch.items, static_cast<int64_t>(kReadBlocksPerSm) * multiprocessors);
-      start(stream_read_kernel<Table, kThreads>, *table, static_cast<int>(blocks), kThreads, stream);
+      const int64_t resident =
+          Hub::visit(architecture, [](auto policy) { return int64_t{decltype(policy)::StreamRead::kBlocksPerSm}; });
+      const int blocks = static_cast<int>(min64(launch.items, resident * multiprocessors));
+      start(stream_read_kernel<Table, Hub>, *table, Grid{blocks, Hub::Order::kThreads}, stream);
     }
     launch.items = 0;
     table->clear();
@@ -85,19 +89,22 @@ void submit_reads_with(const std::vector<Layer>& layers, int inputs, double* sin
         flush();
         table->add(one, 0, bytes);
       }
-      launch.items += items_of(one.width);
+      launch.items += items_of<Hub::Order::kReadBytes / kReadWord>(one.width);
     }
   }
   flush();
 }
 
-inline void submit_reads(const std::vector<Layer>& layers, int inputs, double* sink, int multiprocessors,
-                         bool large_parameters, void* stream) {
+template <class Hub = Policies>
+void submit_reads(const std::vector<Layer>& layers, int inputs, double* sink, int multiprocessors, int architecture,
+                  bool large_parameters, void* stream) {
 #if defined(FASTFS_CUDA_ON_CPU) || CUDART_VERSION >= 12010
   using Large = DenseTable<1, kLargeTable>;
-  if (large_parameters) return submit_reads_with<Large>(layers, inputs, sink, multiprocessors, stream);
+  if (large_parameters) {
+    return submit_reads_with<Large, Hub>(layers, inputs, sink, multiprocessors, architecture, stream);
+  }
 #endif
-  submit_reads_with<DenseTable<1, kSmallTable>>(layers, inputs, sink, multiprocessors, stream);
+  submit_reads_with<DenseTable<1, kSmallTable>, Hub>(layers, inputs, sink, multiprocessors, architecture, stream);
 }
 
 }  // namespace fastfs::cuda

@@ -1,5 +1,5 @@
-// The few operations of asynchronous bulk copies (sm_90 and later) that bulk_copy.cuh needs: barriers in shared memory,
-// copies that report to them, and launches with dynamic shared memory. tests/cuda/on_cpu has a version for the host.
+// The few operations of asynchronous bulk copies (sm_90 and later) that bulk_copy.cuh needs: barriers in shared memory
+// and copies that report to them. tests/cuda/on_cpu has a version for the host.
 #pragma once
 
 #include "runtime.h"
@@ -55,19 +55,6 @@ __device__ __forceinline__ void bulk_load(void* to, const void* from, uint32_t b
                    shared_address(to)),
                "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
-}
-
-// As start() of runtime.h, with `shared` bytes of dynamic shared memory.
-template <class Table>
-void start_shared(int shared, void (*kernel)(Table), const Table& table, int blocks, int threads, void* stream) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared > 0) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared), "cudaFuncSetAttribute");
-  }
-  void* arguments[] = {const_cast<Table*>(&table)};
-  check(cudaLaunchKernel(function, dim3(blocks), dim3(threads), arguments, static_cast<size_t>(shared),
-                         static_cast<cudaStream_t>(stream)),
-        "cannot launch a kernel");
 }
 
 }  // namespace fastfs::cuda
