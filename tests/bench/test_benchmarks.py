@@ -178,7 +178,7 @@ def test_an_implementation_that_cannot_be_captured_says_so(monkeypatch: pytest.M
     calls = [lambda: 1, lambda: 2]
     assert graphs.as_graphs(calls) == (
         calls,
-        "calls, for it cannot be captured as a graph: RuntimeError: no graphs here",
+        "calls, because they cannot be captured as a graph: RuntimeError: no graphs here",
     )
     assert cuda.modes == [0, "error", 0]
     assert cuda.streams == ["one", "that of the capture", "one"]
