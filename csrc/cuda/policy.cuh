@@ -62,7 +62,7 @@ struct Sm80 {
 
   template <class F>
   struct GatherRows {
-    // float has more bytes under way in each thread and needs more registers.
+    // float has more bytes in flight in each thread and needs more registers.
     static constexpr int kBlocksPerSm = std::is_same_v<F, F32> ? 5 : 6;
     using Load = ReadOnlyLoad;
   };
