@@ -5,8 +5,8 @@
 //   PolicyHub   an Order and the architectures: the template argument of every kernel
 //
 // Device code uses Hub::Active, the policy of the architecture that it is compiled for. The host picks the same policy
-// with Hub::visit and sizes the grid (and dynamic shared memory, if a ChunkReader needs it) by it. Block sizes belong to
-// Order, so host and device agree on them.
+// with Hub::visit and sizes the grid (and dynamic shared memory, if a ChunkReader needs it) by it. Block sizes belong
+// to Order, so host and device agree on them.
 //
 // An architecture is a value of __CUDA_ARCH__, that is, of the PTX. The default build compiles one PTX per generation:
 // compute_80 for Ampere, Ada and Hopper, compute_100 for Blackwell. A policy for another architecture takes effect once
