@@ -55,7 +55,7 @@ class Architecture:
         return min(by_registers, by_shared, self.warps // warps, self.blocks)
 
     def needed_bytes(self) -> list[int]:
-        """That must be under way on a multiprocessor (Little's law), at the low and the high figure of the latency."""
+        """That must be in flight on a multiprocessor (Little's law), at the low and the high figure of the latency."""
         return [round(self.bytes_per_clock * cycles) for cycles in LATENCY_CYCLES]
 
     def shares(self, per_element: dict[str, float], bytes_of_element: int) -> dict[str, float]:
@@ -68,7 +68,7 @@ class Architecture:
 
     def described(self) -> dict[str, Any]:
         """For the result file."""
-        return {**asdict(self), "bytes needed under way": self.needed_bytes()}
+        return {**asdict(self), "bytes needed in flight": self.needed_bytes()}
 
 
 KB = 1024

@@ -76,7 +76,7 @@ def test_wide_loads_and_no_local_memory(
         assert len(wide) >= inputs, f"{symbol}: {len(wide)} wide loads"
         assert any(op.startswith("ATOMG") and "INC" in op for op in counts), symbol
         if "DenseTable" in symbol:
-            # The fast loop comes first, with two wide loads of every input. All but one are under way before the first
+            # The fast loop comes first, with two wide loads of every input. All but one are in flight before the first
             # arithmetic; on sm_120, with its lower bandwidth, at least those of one tile.
             wanted = inputs if architecture == "120" else 2 * inputs - 1
             ahead = loads_ahead(opcodes)

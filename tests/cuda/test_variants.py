@@ -282,7 +282,7 @@ def test_baseline_and_bulk_copies_compile_without_spills(tmp_path: Path) -> None
             assert any(op.startswith("UBLKCP") for op in opcodes) == (name == BULK), symbol
         for row in static.compile_and_describe(variant(name), at, tmp_path / f"{variant(name).slug}-again"):
             assert row["blocks"] == 3
-            assert row["bytes under way"] > at.needed_bytes()[1]
+            assert row["bytes in flight"] > at.needed_bytes()[1]
             assert 15 < row["instructions per element"] < 40
 
 
