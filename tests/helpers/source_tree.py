@@ -9,6 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 _MADE = {".git", ".venv", ".hypothesis", "build", "dist", "runs", "__pycache__"}
+_OF_DISTRIBUTIONS = {"PKG-INFO", "setup.cfg"}
 
 
 @cache
@@ -21,5 +22,5 @@ def source_files() -> tuple[str, ...]:
     found = []
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in _MADE and not name.endswith(("_cache", ".egg-info"))]
-        found += [(Path(folder) / name).relative_to(ROOT).as_posix() for name in names]
+        found += [(Path(folder) / name).relative_to(ROOT).as_posix() for name in names if name not in _OF_DISTRIBUTIONS]
     return tuple(sorted(found))

@@ -8,7 +8,7 @@ from packaging.requirements import Requirement
 
 from tests.helpers.source_tree import ROOT, source_files
 
-BINARY = {".png"}
+BINARY = {".png", ".so"}
 
 
 def requirements(extra: str) -> list[Requirement]:

@@ -82,5 +82,5 @@ def test_paths_and_modules_of_package_docstrings_exist(name: str) -> None:
 
 
 def test_a_path_that_is_not_there_is_found() -> None:
-    text = "`csrc/nowhere.h`, `fastfs/_core/` and `setup.{py,cfg}`\n\n    scripts/nothing.py --json FILE\n"
-    assert missing(text) == ["csrc/nowhere.h", "scripts/nothing.py", "setup.cfg"]
+    text = "`csrc/nowhere.h`, `fastfs/_core/` and `setup.{py,toml}`\n\n    scripts/nothing.py --json FILE\n"
+    assert missing(text) == ["csrc/nowhere.h", "scripts/nothing.py", "setup.toml"]
