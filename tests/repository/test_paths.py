@@ -50,8 +50,8 @@ def is_there(name: str) -> bool:
 
 def paths_in(text: str) -> list[str]:
     """What looks like a path in the code spans and code blocks of a text, and what its links lead to."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```$|((?:^ {4}.*\n)+)", text, re.MULTILINE | re.DOTALL)
-    spans = re.findall(r"`+([^`]+)`+", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
+    blocks = re.findall(r"^```\w*\n(.*?)^```$|((?:^ {4}[^\n]*\n)+)", text, re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"`+([^`\n]+)`+", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
     words = [word for span in [*spans, *(part for block in blocks for part in block)] for word in span.split()]
     names = [name for word in words for name in alternatives(word.strip("()[]\"',;:"))]
     return [name for name in names if PATH.fullmatch(name) and not GENERATED.fullmatch(name)]
