@@ -1,10 +1,14 @@
 """The native core on a real GPU. What runs on CPU and GPU alike is in the other tests; here is what only CUDA has."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 
 import fastfs
-from benchmarks.ops.graphs import nothing_waits
+from benchmarks.ops.graphs import no_synchronization
 from fastfs import feature_stats, update_stats
 from fastfs._core import ops
 from tests.helpers.cases import DTYPES, LAYOUTS, SHAPES, inputs, layers
@@ -20,7 +24,7 @@ BF16 = torch.bfloat16
 CHUNK = 8192
 
 
-def on_gpu(shape: tuple[int, ...], *arguments, **options) -> tuple[torch.Tensor, ...]:
+def on_gpu(shape: tuple[int, ...], *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
     return inputs(shape, *arguments, device="cuda", **options)
 
 
@@ -148,7 +152,7 @@ def test_no_synchronisation() -> None:
     before, after, backward = layers(SHAPES * 10, device="cuda")
     contiguous = [[x.contiguous() for x in xs] for xs in (before, after, backward)]
     feature_stats(*contiguous)
-    with nothing_waits():
+    with no_synchronization():
         feature_stats(*contiguous)
         feature_stats(*contiguous, per_row=True)
         update_stats(contiguous[0], contiguous[2])

@@ -35,7 +35,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     folder = tmp_path_factory.mktemp("cubins")
     jobs = [(name, architecture) for architecture in ARCHITECTURES for name in FILES]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(jobs, pool.map(lambda job: compile_file(*job, folder), jobs), strict=True))
+        return dict(zip(jobs, pool.map(lambda job: compile_file(job[0], job[1], folder), jobs), strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

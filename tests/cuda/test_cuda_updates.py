@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 
-from benchmarks.ops.graphs import nothing_waits
+from benchmarks.ops.graphs import no_synchronization
 from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._functional import optimizer_stats
 from fastfs._monitor.measure.update_meter import UpdateMeter
@@ -47,7 +47,7 @@ def test_steps(kind: type[Optimizer], options: dict[str, Any], tensor_lr: bool) 
     for step in range(3):
         gradients = give_gradients(meter.parameters)
         before = [p.clone() for p in meter.parameters]
-        watch = nothing_waits if step else nullcontext  # the first step makes what is kept
+        watch = no_synchronization if step else nullcontext  # the first step makes what is kept
         with watch():
             meter.before()
         optimizer.step()
@@ -64,7 +64,7 @@ def test_steps(kind: type[Optimizer], options: dict[str, Any], tensor_lr: bool) 
 def test_coefficients_near_and_far(rule: OptimizerRule) -> None:
     parameters = [step_inputs(rule, (100 * i,), device="cuda") for i in range(60)]
     *tensors, table = step_arguments(rule, parameters)
-    near, far = optimizer_stats(*tensors, table), optimizer_stats(*tensors, table.cuda())
+    near, far = optimizer_stats(*tensors, table), optimizer_stats(*tensors, table.cuda())  # type: ignore[call-arg]
     assert_same(near.sums, far.sums)
 
 

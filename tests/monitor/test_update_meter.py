@@ -283,7 +283,7 @@ def test_steps_that_a_scaler_skips(kind: type[Optimizer]) -> None:
         x = torch.randn(20)
         scaler.scale((parameters[0] * x).sum() + (parameters[1] * x.view(4, 5)).sum()).backward()
         if step in (0, 2):
-            parameters[1].grad[0, 0] = torch.inf  # type: ignore[index]
+            parameters[1].grad[0, 0] = torch.inf
         scaler.step(optimizer)
         scaler.update()
         stats = found[-1]
@@ -352,7 +352,7 @@ def test_extreme_gradients() -> None:
     assert not meter.after().stats.sums[0, OF_UPDATE].any()
     for scale in (1e-15, 1e15):
         for kind in (SGD, Adam, Adamax, RMSprop):
-            meter = UpdateMeter(kind(make_parameters(torch.float32), lr=0.01))  # type: ignore[call-arg]
+            meter = UpdateMeter(kind(make_parameters(torch.float32), lr=0.01))
             for _ in range(2):
                 check_step(meter, torch.float32, f"{kind} {scale}", scale)
 
