@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ops.graphs import no_synchronization
+from benchmarks.ops.graphs import nothing_waits
 from fastfs import reference
 from fastfs._core import ops
 from tests.helpers.cases import DTYPES, LAYOUTS, run_apart
@@ -264,7 +264,7 @@ def test_no_synchronisation_and_captured_in_a_graph() -> None:
     x = values((200, 9000), torch.bfloat16, "cuda")
     rows = rows_for(x, 1, 64)
     gather(x, rows, 1, torch.float32)
-    with no_synchronization():
+    with nothing_waits():
         torch.ops.fastfs.gather_rows(x, rows, 1, torch.float32)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

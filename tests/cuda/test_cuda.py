@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastfs
-from benchmarks.ops.graphs import no_synchronization
+from benchmarks.ops.graphs import nothing_waits
 from fastfs import feature_stats, update_stats
 from fastfs._core import ops
 from tests.helpers.cases import DTYPES, LAYOUTS, SHAPES, inputs, layers
@@ -152,7 +152,7 @@ def test_no_synchronisation() -> None:
     before, after, backward = layers(SHAPES * 10, device="cuda")
     contiguous = [[x.contiguous() for x in xs] for xs in (before, after, backward)]
     feature_stats(*contiguous)
-    with no_synchronization():
+    with nothing_waits():
         feature_stats(*contiguous)
         feature_stats(*contiguous, per_row=True)
         update_stats(contiguous[0], contiguous[2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.ops.graphs import no_synchronization
+from benchmarks.ops.graphs import nothing_waits
 from tests.helpers.compare import assert_same
 from tests.helpers.op_cases import OPS, Call
 
@@ -76,7 +76,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
     call = OPS[name]("cuda")
     expected = call()
     torch.cuda.synchronize()
-    with no_synchronization():
+    with nothing_waits():
         found = call()
     assert_all_same(found, expected)
 

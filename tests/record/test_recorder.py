@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.ops.graphs import no_synchronization
+from benchmarks.ops.graphs import nothing_waits
 from fastfs._record.record import Record
 from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import Collecting, decode, head, measured, payload, recorder, until
@@ -141,7 +141,7 @@ def test_nothing_in_the_step_path_synchronises_the_device() -> None:
     values = [payload(step, 100, "cuda") for step in range(200)]
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
-    with no_synchronization():
+    with nothing_waits():
         for step, value in enumerate(values):
             with torch.cuda.stream(side if step % 3 else torch.cuda.current_stream()):
                 one.push(value, decode)
