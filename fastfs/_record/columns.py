@@ -1,7 +1,7 @@
 """The columns of a record, each declared once.
 
 Everything else that names columns follows from these declarations: the schema check, the sinks, the JSONL reader (also
-the native one), the Parquet reader, the report's quantities and the tables in ``docs/monitor.md``
+the native one), the Parquet reader, the report's quantities and the tables in ``docs/record.md``
 (``scripts/record_columns.py`` writes them).
 """
 

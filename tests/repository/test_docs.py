@@ -20,7 +20,7 @@ from fastfs._core import ops
 from fastfs.models import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
-MONITOR_PAGES = ("monitor.md",)
+MONITOR_PAGES = ("monitor.md", "validity.md", "loops_and_models.md", "record.md")
 """The pages on the monitor below docs/, in the order in which their blocks run."""
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="no native core")
@@ -217,7 +217,7 @@ def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code() -> None:
     from fastfs._monitor import row_reasons
     from fastfs._monitor.measure import decrease_reasons
 
-    tables = section_text("What happens with which loop and model")
+    tables = section_text("Supported models and training loops")
     quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]
     sentences = [sentence for sentence in (*row_reasons.REASONS, *decrease_reasons.REASONS) if sentence]
     assert quoted
