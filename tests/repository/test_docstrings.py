@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 
-from fastfs.monitor import Alert, Schedule, Sink
+from fastfs.monitor import AlertRule, Schedule, Sink
 from tests.repository.test_public_api import MODULES
 
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises):\n((?:[ \t]+.*\n|\n)*)", re.MULTILINE)
-PROTOCOLS = (Alert, Schedule, Sink)
+PROTOCOLS = (AlertRule, Schedule, Sink)
 
 
 def public_objects() -> Iterator[tuple[str, Any]]:
