@@ -93,7 +93,7 @@ def endless(x: Any) -> Iterator[Any]:
     [
         (endless, two_batches, "generator"),
         (lambda x: [iter([x, x, x, x])], lambda given: two_batches(given[0]), "list_iterator"),
-        (Holder, lambda given: given.x, r"test_monitor_inputs\.Holder"),
+        (Holder, lambda given: given.x, r"test_inputs\.Holder"),
         (lambda x: {"x": x, "g": torch.Generator()}, lambda given: given["x"], r"torch\._C\.Generator"),
         (lambda x: Fields(x, [iter([x])]), lambda given: next(given.more[0]) + given.x, "list_iterator"),  # type: ignore[list-item]
         (lambda x: x.numpy().astype(object), lambda given: torch.tensor(given.astype("float32")), r"numpy\.ndarray"),
