@@ -18,6 +18,9 @@ class CallableSink:
     A row is a dictionary with ``kind, run, step, time, layer, name, group``, the record's columns at that layer and its
     values per step. A record without columns (an alert, a skipped step) is one dictionary. Numbers may be NaN. The
     function runs in the writer's thread; if it raises, it gets the same rows again later.
+
+    Args:
+        function: Receives a list of rows; its result is ignored.
     """
 
     def __init__(self, function: Callable[[list[Row]], object]) -> None:

@@ -56,6 +56,9 @@ class JsonlSink:
     def open(self, header: Mapping[str, Any]) -> None:
         """Appends the header.
 
+        Args:
+            header: The header of the run.
+
         Raises:
             ValueError: the sink is closed.
 
@@ -76,6 +79,9 @@ class JsonlSink:
 
     def write(self, records: Sequence[Record]) -> None:
         """Appends the records.
+
+        Args:
+            records: The records, in order.
 
         Raises:
             PartlyWrittenError: the operating system wrote only some of the lines.

@@ -74,7 +74,11 @@ class ParquetSink:
         self._made = make_folders(self.folder)
 
     def open(self, header: Mapping[str, Any]) -> None:
-        """Writes a first part without rows, which keeps the header safe and shows that the folder is writable."""
+        """Writes a first part without rows, which keeps the header safe and shows that the folder is writable.
+
+        Args:
+            header: The header of the run.
+        """
         self._header = dict(header)
         run = re.escape(header["run"])
         for path in self.folder.glob(".*.tmp"):
@@ -100,6 +104,7 @@ class ParquetSink:
         return 0.0 if self._full() else self._since + self._part_seconds
 
     def flush(self) -> None:
+        """Writes the buffered rows as a part."""
         if self._records:
             self._write_part()
 

@@ -33,8 +33,19 @@ class Sink(Protocol):
     ``resumed_at``.
     """
 
-    def open(self, header: Mapping[str, Any]) -> None: ...
+    def open(self, header: Mapping[str, Any]) -> None:
+        """Begins or resumes a run.
 
-    def write(self, records: Sequence[Record]) -> None: ...
+        Args:
+            header: The header of the run.
+        """
 
-    def close(self) -> None: ...
+    def write(self, records: Sequence[Record]) -> None:
+        """Writes a batch of records.
+
+        Args:
+            records: The records, in order.
+        """
+
+    def close(self) -> None:
+        """Writes what is still buffered, and releases files and connections."""

@@ -62,7 +62,15 @@ class AlertRule(Protocol):
         """Number of consecutive records, at least 1."""
 
     def check(self, record: Record, header: Mapping[str, Any]) -> Findings:
-        """Checks a measured or predicted record; ``header`` is that of its run."""
+        """Checks a record.
+
+        Args:
+            record: A measured or predicted record.
+            header: The header of its run.
+
+        Returns:
+            A finding, or None, for each layer that could be checked.
+        """
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,11 @@ class AngleCollapse:
     """The angle is close to or above pi/2: ``cos_angle`` is below ``cosine`` in ``steps`` consecutive valid rows.
 
     The features then move without lowering the loss: by the feature speed formula, far for little decrease.
+
+    Args:
+        cosine: Smallest cosine of a healthy layer.
+        steps: Number of consecutive records.
+        name: Name of the rule in alerts.
     """
 
     cosine: float = 0.01
@@ -91,6 +104,10 @@ class LayerFrozen:
 
     Layers whose upstream parameters get no gradient are not meant to move; they are not checked if the record has
     ``gradient_norm``.
+
+    Args:
+        steps: Number of consecutive records.
+        name: Name of the rule in alerts.
     """
 
     steps: int = 3
@@ -109,7 +126,13 @@ class LayerFrozen:
 
 @dataclass(frozen=True)
 class UpdateAbove:
-    """The features change by more than ``relative`` times their own size in ``steps`` consecutive measured steps."""
+    """The features change by more than ``relative`` times their own size in ``steps`` consecutive measured steps.
+
+    Args:
+        relative: Largest ``relative_update`` of a healthy layer.
+        steps: Number of consecutive records.
+        name: Name of the rule in alerts.
+    """
 
     relative: float = 1.0
     steps: int = 3
@@ -126,7 +149,12 @@ class UpdateAbove:
 
 @dataclass(frozen=True)
 class NonFinite:
-    """Features or backward vectors of a layer, or the loss, are NaN or infinite."""
+    """Features or backward vectors of a layer, or the loss, are NaN or infinite.
+
+    Args:
+        steps: Number of consecutive records.
+        name: Name of the rule in alerts.
+    """
 
     steps: int = 1
     name: str = "nonfinite"
@@ -151,6 +179,12 @@ class ResidualLarge:
     The cause is curvature (the step is too large for first order) or a mistake (a loss scale, rows or masks that
     differ). Only valid rows with a cosine of at least ``cosine`` in size are checked: the residual divides by the
     cosine. Three standard errors of the sample of rows are subtracted.
+
+    Args:
+        residual: Largest size of the residual of a healthy cut.
+        steps: Number of consecutive records.
+        cosine: Smallest size of a cosine at which the residual is checked.
+        name: Name of the rule in alerts.
     """
 
     residual: float = 0.9
