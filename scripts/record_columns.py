@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Writes the tables of columns in docs/ from their declarations in fastfs/_record/columns.py.
 
-    python scripts/record_columns.py [--check]
+    python -m scripts.record_columns [--check]
 
 With --check nothing is written, and the exit status is 1 if a page is not up to date.
 """

@@ -204,7 +204,7 @@ def test_every_kind_of_record_is_explained_and_no_other() -> None:
 
 
 def test_the_tables_of_columns_are_up_to_date() -> None:
-    """`python scripts/record_columns.py` writes them."""
+    """`python -m scripts.record_columns` writes them."""
     from scripts.record_columns import updated
 
     pages = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
