@@ -20,6 +20,7 @@ from fastfs._monitor.measure.assessment import Amplified, Judge
 from fastfs._monitor.measure.fingerprints import Fingerprint
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.learned_structure import Kind, Knowledge
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.modes import BatchMode, JvpMode
 from fastfs._monitor.measure.observation import (
     Look,
@@ -34,7 +35,6 @@ from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.probe import ProbeMode
 from fastfs._monitor.measure.replay_checks import Proofs
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, totals
-from fastfs._monitor.measure.update_meter import MeasuredUpdate
 from fastfs._monitor.payload import Names
 from fastfs._monitor.record.recorder import Record
 from fastfs._network.guard import WriteError

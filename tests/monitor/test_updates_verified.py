@@ -11,14 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adamax, AdamW, NAdam, Optimizer, RMSprop
 
 from fastfs._monitor.capture.taps import EVERYTHING, Switch
-from fastfs._monitor.measure import closed_forms, decrease_reasons, fingerprints, update_verification
+from fastfs._monitor.measure import decrease_reasons
+from fastfs._monitor.measure.closed_forms import CLOSED_FORMS
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import check_optimizers
+from tests.helpers.optimizer_cases import COPIED, OPTIONS, as_on_a_device
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.bfloat16)
 Hook = Callable[[Optimizer, list[Tensor]], None]
@@ -32,10 +34,7 @@ def _raise(error: Exception) -> None:
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without what can be known of tensors on the CPU at once."""
     if request.param == "device":
-        for module in (closed_forms, fingerprints):
-            monkeypatch.setattr(module, "known_equal", lambda a, b: False)
-        for module in (fingerprints, update_verification):
-            monkeypatch.setattr(module, "on_host", lambda tensor: tensor)
+        as_on_a_device(monkeypatch)
 
 
 def _lr(factor: float) -> Hook:
@@ -74,14 +73,12 @@ HOOKS: dict[str, Hook] = {
     "parameters shrunk": _each(lambda p: p.data.mul_(0.99)),
 }
 KINDS: dict[type[Optimizer], list[dict[str, Any]]] = {
-    SGD: [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"weight_decay": 0.1, "maximize": True}],
-    Adam: [{}, {"amsgrad": True}, {"weight_decay": 0.1}],
-    AdamW: [{}, {"amsgrad": True, "maximize": True}, {"differentiable": True}],
-    Adamax: [{}, {"weight_decay": 0.1}],
-    RMSprop: [{}, {"centered": True}, {"momentum": 0.9, "weight_decay": 0.1}],
-    torch.optim.NAdam: [{}],
-    torch.optim.Adagrad: [{}],
+    kind: [options for form in CLOSED_FORMS if form.optimizer is kind for options in OPTIONS[form.name]]
+    for kind in dict.fromkeys(form.optimizer for form in CLOSED_FORMS)
 }
+KINDS[AdamW].append({"differentiable": True})
+KINDS.update({kind: [options] for kind, options in COPIED if kind in (NAdam, Adagrad)})
+FUSED = {form.optimizer for form in CLOSED_FORMS if "fused" in form.implementations}
 SHAPES = ((5, 3), (40, 9), (), (7,), (0, 2), (6,))
 
 
@@ -90,27 +87,22 @@ def loops(draw: st.DrawFn) -> dict[str, Any]:
     kind = draw(st.sampled_from(list(KINDS)))
     options = dict(draw(st.sampled_from(KINDS[kind])))
     dtype = draw(st.sampled_from(DTYPES))
-    if kind is torch.optim.Adagrad and dtype.is_complex:
+    if kind is Adagrad and dtype.is_complex:
         dtype = torch.float32
     how = draw(st.sampled_from(["loop", "foreach", "fused"]))
-    if (
-        how == "fused"
-        and kind in (SGD, Adam, AdamW)
-        and "differentiable" not in options
-        and dtype in (torch.float32, torch.float64)
-    ):
+    if how == "fused" and kind in FUSED and "differentiable" not in options and dtype in (torch.float32, torch.float64):
         options["fused"] = True
     elif not options.get("differentiable"):
         options["foreach"] = how == "foreach"
     lr: Any = 0.01
-    if draw(st.booleans()) and not options.get("foreach") and kind is not torch.optim.NAdam:
+    if draw(st.booleans()) and not options.get("foreach") and kind is not NAdam:
         lr = torch.tensor(0.01, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
     return {
         "kind": kind,
         "options": options | {"lr": lr},
         "dtype": dtype,
         "hooks": draw(st.lists(st.tuples(st.sampled_from(list(HOOKS)), st.sampled_from(["pre", "post"])), max_size=2)),
-        "snapshot": draw(st.booleans()),
+        "copy_all": draw(st.booleans()),
         "seed": draw(st.integers(0, 100)),
     }
 
@@ -128,7 +120,7 @@ def test_right_or_nan_with_a_reason(loop: dict[str, Any]) -> None:
     torch.manual_seed(loop["seed"])
     parameters = [torch.randn(s, dtype=loop["dtype"]) for s in SHAPES]
     optimizer = loop["kind"](parameters, **loop["options"])
-    meter = UpdateMeter(optimizer, snapshot=loop["snapshot"])
+    meter = UpdateMeter(optimizer, copy_all=loop["copy_all"])
     fine = 0
     for step in range(3):
         for i, p in enumerate(parameters):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.incidence import Incidence
-from fastfs._monitor.measure.update_meter import MeasuredUpdate
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._stats import ParameterStats
 
 __all__ = ["Aligned", "Incidence", "LossScale", "aligned"]

@@ -13,9 +13,9 @@ from fastfs._functional import update_stats
 from fastfs._monitor.capture.capture import Capture
 from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.capture.sampling import Kept, Sampler
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.row_reasons import NO_ROOM, NOT_RUN
 from fastfs._monitor.measure.row_sums import RowSums, Triple, from_replay
-from fastfs._monitor.measure.update_meter import MeasuredUpdate
 from fastfs._network.feature_tensors import strided
 from fastfs._network.guard import Guard
 from fastfs._network.input_copies import copy_arguments, tensors_in
