@@ -201,8 +201,7 @@ class UpdateMeter:
                 sums.append(_measure(call.rule, given, made))
                 call_codes.append(None if now is None else step.verify(call, start, now, given, groups, made))
             count = len(gradients.tensors)
-            home = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
-            result = self._assemble(plan.calls, sums, call_codes, preserved, count, home)
+            result = self._assemble(plan.calls, sums, call_codes, preserved, count, plan.device)
             self.verified = step.complete
             if step.complete:
                 # What the checks on the host say of a step that was verified counts for the next ones alone.

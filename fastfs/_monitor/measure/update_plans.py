@@ -75,6 +75,7 @@ class Plan:
         calls: What is measured together.
         copied: Parameters that are copied before the step.
         copies_gradients: Whether the step rewrites 16-bit gradients, which cannot be restored from the result.
+        device: Device of the first parameter.
     """
 
     key: list[object]
@@ -83,6 +84,7 @@ class Plan:
     calls: list[Call]
     copied: list[Tensor]
     copies_gradients: bool
+    device: torch.device
 
 
 def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedForm | None], *, copy_all: bool) -> Plan:
@@ -130,7 +132,8 @@ def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedFor
         if call.closed:
             call.shares_places = call.indices == present and len(present) == len(gradients.tensors)
             call.places = gradients.places if call.shares_places else Places([real(p) for p in call.params])
-    return Plan(gradients.key, forms, settled, list(calls.values()), copied, copies_gradients)
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+    return Plan(gradients.key, forms, settled, list(calls.values()), copied, copies_gradients, device)
 
 
 def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
