@@ -16,7 +16,7 @@ from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.measure import decrease_reasons as decrease_reasons
 from fastfs._monitor.measure import row_reasons, trust
 from fastfs._monitor.measure.aligned_decrease import Aligned, LossScale, aligned
-from fastfs._monitor.measure.assessment import Amplified, Judge
+from fastfs._monitor.measure.assessment import ProbeSums, UpdateAssessor
 from fastfs._monitor.measure.fingerprints import Fingerprint
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.learned_structure import Kind, Knowledge
@@ -33,7 +33,7 @@ from fastfs._monitor.measure.observation import (
 )
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.probe import ProbeMode
-from fastfs._monitor.measure.replay_checks import Proofs
+from fastfs._monitor.measure.replay_checks import ReplayChecks
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, totals
 from fastfs._monitor.payload import Names
 from fastfs._monitor.record.recorder import Record
@@ -78,8 +78,8 @@ class Engine:
     def __post_init__(self) -> None:
         self.knowledge = Knowledge(self.model, len(self.layers), self.capture, self.device)
         self.knowledge.look(self.parameters.tensors)
-        self.judge = Judge(self.parameters.tensors, self.device)
-        self.proofs = Proofs(len(self.layers), self.device)
+        self.assessor = UpdateAssessor(self.parameters.tensors, self.device)
+        self.replay_checks = ReplayChecks(len(self.layers), self.device)
         self._loss_scale: Tensor | None = None  # of the step that is under way
         self._found_inf: Tensor | None = None
         self._written: Tensor | None = None  # a parameter, since the forward: bool () on the device
@@ -95,7 +95,7 @@ class Engine:
         if first:
             if self.knowledge.look(self.parameters.tensors):
                 self.factor.watch()
-                self.proofs.clear()
+                self.replay_checks.clear()
             self._loss_scale = self.scale.take(self.device)
             if measured:
                 self._before_measuring()
@@ -105,8 +105,10 @@ class Engine:
         tensors = self.parameters.tensors
         if isinstance(self.mode, ProbeMode):
             self.mode.before_step(self.knowledge.perturbed, tensors)
-            if self.proofs.due(None):
-                self.proofs.keep(None, self._totals([self.mode.prove(self.knowledge.perturbed, tensors)]).stats)
+            if self.replay_checks.due(None):
+                self.replay_checks.record(
+                    None, self._totals([self.mode.prove(self.knowledge.perturbed, tensors)]).stats
+                )
             return
         passes = self.capture.waiting
         if not passes:
@@ -121,11 +123,11 @@ class Engine:
         if self._refusal(passes) is not None:
             return
         kind = graphs_of(passes)
-        if self.proofs.due(kind):
+        if self.replay_checks.due(kind):
             self._rehearse(passes)
             seen = self.mode.prove(passes, self.knowledge.perturbed, tensors)
             self._proven = seen.choices
-            self.proofs.keep(kind, self._totals(seen.rows).stats)
+            self.replay_checks.record(kind, self._totals(seen.rows).stats)
 
     def _rehearse(self, passes: Sequence[Pass]) -> None:
         """Before compiled graphs run again: an eager forward, whose every operation can be seen.
@@ -167,7 +169,7 @@ class Engine:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next measurement takes from the last one."""
-        kappa = None if self.judge.kappa is None else self.judge.kappa.cpu()
+        kappa = None if self.assessor.kappa is None else self.assessor.kappa.cpu()
         return {
             "layers": [layer.name for layer in self.layers],
             "kappa": kappa,
@@ -175,7 +177,7 @@ class Engine:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.judge.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
+        self.assessor.kappa = None if state["kappa"] is None else state["kappa"].to(self.device)
         self.knowledge.load_state_dict(state["knowledge"])
 
     def clear(self) -> None:
@@ -228,8 +230,8 @@ class Engine:
         look = self._look(passes, kind, found.stats, torch.where(cuts, done.decrease * scale, torch.nan))
         verdict, sums_of = look.verdict, look.sums
         graphs = None if isinstance(mode, ProbeMode) else graphs_of(passes)
-        verdict = self.proofs.judge(graphs, verdict, look.eps, look.depth)
-        self.proofs.count(graphs)
+        verdict = self.replay_checks.refuse_unrepeated(graphs, verdict, look.eps, look.depth)
+        self.replay_checks.count_step(graphs)
         self._idle -= {i for i, code in enumerate(look.absent) if code != row_reasons.NOT_RUN}
         verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, passes, look.absent)
@@ -252,8 +254,8 @@ class Engine:
             "decrease_reason": done.reason,
             "loss_scale": scale,
         }
-        if self.judge.kappa is not None:
-            tensors["kappa"] = self.judge.kappa
+        if self.assessor.kappa is not None:
+            tensors["kappa"] = self.assessor.kappa
         common = {"step": step, "time": time.time(), "loss": None, "micro_batches": max(len(passes), 1)}
         if any(self._proven):
             tensors["choices_changed"], common["choices"] = changed_choices(self._proven, look.choices, self.device)
@@ -364,16 +366,16 @@ class Engine:
     def _look(self, passes: list[Pass], kind: Kind | None, updates: ParameterStats, decrease: Tensor) -> Look:
         """Sums over features with their verdict, and all that comes with them."""
         mode, now, layers = self.mode, self.parameters.tensors, len(self.layers)
-        depth = self.judge.depth(None if kind is None else kind.structure, layers)
+        depth = self.assessor.depth(None if kind is None else kind.structure, layers)
         if isinstance(mode, ProbeMode):
             sums = self._totals([mode.measure(self.knowledge.perturbed, now)])
             eps = self._on_device(mode.coarsest)
-            return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, mode.absent())
+            return Look(self.assessor.assess_replay(sums, eps, depth), sums, eps, depth, mode.absent())
         if self._refusal(passes) is not None:
             sums = self._totals([mode.unmoved(p) for p in passes])
-            eps = self._on_device(self.judge.precision(layers, passes, None))
+            eps = self._on_device(self.assessor.precision(layers, passes, None))
             sums = replace(sums, stats=without_update(sums.stats))
-            return Look(self.judge.plain(sums, eps, depth), sums, eps, depth, self._absent(passes))
+            return Look(self.assessor.assess_replay(sums, eps, depth), sums, eps, depth, self._absent(passes))
         self._rehearse(passes)
         previous = self.parameters.previous
         if isinstance(mode, JvpMode):
@@ -381,34 +383,34 @@ class Engine:
         else:
             seen = mode.measure(passes)
         sums = self._totals(seen.rows)
-        coarsest = self.judge.precision(layers, passes, seen.coarsest or self._eager_precision)
+        coarsest = self.assessor.precision(layers, passes, seen.coarsest or self._eager_precision)
         eps = self._on_device(coarsest)
-        look = Look(self.judge.plain(sums, eps, depth), sums, eps, depth, [], choices=seen.choices)
+        look = Look(self.assessor.assess_replay(sums, eps, depth), sums, eps, depth, [], choices=seen.choices)
         if isinstance(mode, JvpMode):
-            look.verdict = self._same(self.judge.tangent(sums, eps, decrease), passes)
+            look.verdict = self._same(self.assessor.assess_tangent(sums, eps, decrease), passes)
         elif self.amplify:
 
-            def probe(kappa: Tensor) -> Amplified:
+            def probe(kappa: Tensor) -> ProbeSums:
                 rows = mode.amplified(passes, self.knowledge.perturbed, previous, now, kappa)
-                return Amplified(*map(self._totals, rows))
+                return ProbeSums(*map(self._totals, rows))
 
             def exact() -> FeatureStats:
                 return self._totals(mode.in_float32(passes, self.knowledge.perturbed, previous)).stats
 
-            verdict, look.sums, look.curvature = self.judge.amplified(
+            verdict, look.sums, look.curvature = self.assessor.assess_amplified(
                 sums, eps, depth, max(coarsest, default=0.0), updates, decrease, probe, exact
             )
             look.verdict = self._same(verdict, passes)
         look.absent = self._absent(passes)
         return look
 
-    def _same(self, verdict: trust.Trusted, passes: list[Pass]) -> trust.Trusted:
+    def _same(self, verdict: trust.AssessedUpdate, passes: list[Pass]) -> trust.AssessedUpdate:
         """Backward vectors are those of the training step: with torch.compile, of another forward perhaps."""
         if not self.knowledge.perturbed.compiled:
             return verdict
         assert isinstance(self.mode, BatchMode)
         seen = self.mode.eager(passes, self.knowledge.perturbed, self.parameters.previous)
-        return self.judge.same_function(verdict, self._totals(seen.rows).stats)
+        return self.assessor.refuse_other_masks(verdict, self._totals(seen.rows).stats)
 
     def _absent(self, passes: Sequence[Pass]) -> list[int]:
         """Per layer why it has no rows, or not the right ones; 0 where it has."""
@@ -431,8 +433,8 @@ class Engine:
         return codes
 
     def _refused(
-        self, verdict: trust.Trusted, cuts: Tensor, passes: Sequence[Pass], absent: Sequence[int]
-    ) -> tuple[trust.Trusted, Tensor]:
+        self, verdict: trust.AssessedUpdate, cuts: Tensor, passes: Sequence[Pass], absent: Sequence[int]
+    ) -> tuple[trust.AssessedUpdate, Tensor]:
         """What speaks against all rows of a step, and against single ones."""
         everywhere = torch.ones_like(verdict.valid)
         if self.capture.dropped:

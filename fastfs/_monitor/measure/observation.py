@@ -23,13 +23,13 @@ class Look:
     Attributes:
         verdict: per layer.
         sums: that standard errors and quantiles come from.
-        eps, depth: of the layers, as for :func:`fastfs._monitor.measure.trust.judge`.
+        eps, depth: of the layers, as for :func:`fastfs._monitor.measure.trust.assess`.
         absent: per layer why it has no rows, 0 where it has.
         curvature: second-order part of the update relative to the first, at most; None where it was not seen.
         choices: integer results of top-k and argmax in the second forward, of each pass.
     """
 
-    verdict: trust.Trusted
+    verdict: trust.AssessedUpdate
     sums: LayerSums
     eps: Tensor
     depth: Tensor
@@ -81,7 +81,7 @@ def without_update(stats: FeatureStats) -> FeatureStats:
     )
 
 
-def reported(verdict: trust.Trusted, plain: FeatureStats) -> Tensor:
+def reported(verdict: trust.AssessedUpdate, plain: FeatureStats) -> Tensor:
     """The verdict's sums where they come from an enlarged update; else what was seen, with the noise that may be in it.
 
     What the verdict takes out of a plain replay as noise is a guess: half of the most that it can be.
