@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +29,7 @@ from tests.helpers.optimizer_cases import (
 )
 
 FLOATS = (torch.float32, torch.float64)
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "numerics.md"
 IMPLEMENTATIONS = ("foreach", "fused", "capturable", "differentiable")
 
 
@@ -37,6 +40,23 @@ def test_rows() -> None:
         assert form.implementations == tuple(name for name in IMPLEMENTATIONS if name in arguments), form.name
         assert (form.second is None) <= (form.rule.name in ("LINEAR", "RMSPROP")), form.name
         assert form.betas == 0 or form.counted, form.name
+
+
+def with_table(text: str) -> str:
+    """The page with the table of closed forms as it has to be."""
+    rows = [
+        f"| {form.name} | {form.update} | {', '.join(f'`{name}`' for name in form.states)} | "
+        f"{', '.join(form.implementations)} |\n"
+        for form in CLOSED_FORMS
+    ]
+    head = "| optimizer | dw | state | implementations |\n|---|---|---|---|\n"
+    assert head in text
+    return re.sub(re.escape(head) + r"(\|.*\n)*", lambda _: head + "".join(rows), text)
+
+
+def test_the_table_in_the_documentation() -> None:
+    text = DOCS.read_text()
+    assert text == with_table(text), "python -m tests.monitor.test_closed_forms writes it"
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
@@ -152,3 +172,7 @@ def test_uncertainty_only_where_torch_computes_in_single_precision() -> None:
             step = closed_forms.CompletedStep(group | {"differentiable": differentiable}, counters, 1.0, False)
             found = closed_forms.coefficient_uncertainty(form, step, torch.device("cpu"))
             assert (found is not None) == (differentiable and form.betas > 0), form.name
+
+
+if __name__ == "__main__":
+    DOCS.write_text(with_table(DOCS.read_text()))

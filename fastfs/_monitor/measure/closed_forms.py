@@ -46,7 +46,7 @@ class ClosedForm(NamedTuple):
         optimizer: The class itself; subclasses may do anything in their step.
         options: For which options the row holds, in words.
         applies: The same for the hyper-parameters of a group. The first row that applies counts.
-        update: The formula, in the notation of `csrc/parameter_sums.h`.
+        update: The formula of dw, in the notation of `csrc/parameter_sums.h`.
         rule: The rule of `optimizer_stats`.
         coefficients: The coefficients of the rule: numbers, 0-d tensors or tensors (P,).
         implementations: Arguments of the class that select an implementation which the row covers.
@@ -124,7 +124,7 @@ _ADAM, _ADAMW = (
     functools.partial(
         ClosedForm,
         optimizer,
-        update=f"u = -lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps), {update}",
+        update=update,
         rule=OptimizerRule.ADAM,
         coefficients=functools.partial(_adam, decoupled=optimizer is AdamW),
         implementations=("foreach", "fused", "capturable", "differentiable"),
@@ -132,7 +132,10 @@ _ADAM, _ADAMW = (
         counted=True,
         betas=2,
     )
-    for optimizer, update in ((Adam, "dw = u"), (AdamW, "dw = (u - lr wd w) / (1 - lr wd)"))
+    for optimizer, update in (
+        (Adam, "u = -lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)"),
+        (AdamW, "(u - lr wd w) / (1 - lr wd)"),
+    )
 )
 _RMSPROP = functools.partial(ClosedForm, RMSprop, implementations=("foreach", "capturable", "differentiable"))
 
@@ -140,14 +143,14 @@ CLOSED_FORMS: tuple[ClosedForm, ...] = (
     _SGD(
         options="without momentum",
         applies=lambda group: group["momentum"] == 0,
-        update="dw = -lr (s g + wd w) / (1 - lr wd)",
+        update="-lr (s g + wd w) / (1 - lr wd)",
         rule=OptimizerRule.LINEAR,
         coefficients=_sgd,
     ),
     _SGD(
         options="with momentum",
         applies=lambda group: not group["nesterov"],
-        update="dw = -lr buf",
+        update="-lr buf",
         rule=OptimizerRule.LINEAR,
         coefficients=_from_buffer,
         first="momentum_buffer",
@@ -155,7 +158,7 @@ CLOSED_FORMS: tuple[ClosedForm, ...] = (
     _SGD(
         options="with Nesterov momentum",
         applies=_always,
-        update="dw = -lr (s g + mu buf + wd w) / (1 - lr wd)",
+        update="-lr (s g + mu buf + wd w) / (1 - lr wd)",
         rule=OptimizerRule.LINEAR,
         coefficients=_sgd,
         first="momentum_buffer",
@@ -168,7 +171,7 @@ CLOSED_FORMS: tuple[ClosedForm, ...] = (
         Adamax,
         options="",
         applies=_always,
-        update="dw = -lr / (1 - beta1^t) m / u_inf",
+        update="-lr / (1 - beta1^t) m / u_inf",
         rule=OptimizerRule.ADAMAX,
         coefficients=_adamax,
         implementations=("foreach", "capturable", "differentiable"),
@@ -180,7 +183,7 @@ CLOSED_FORMS: tuple[ClosedForm, ...] = (
     _RMSPROP(
         options="with momentum",
         applies=lambda group: group["momentum"] > 0,
-        update="dw = -lr buf",
+        update="-lr buf",
         rule=OptimizerRule.LINEAR,
         coefficients=_from_buffer,
         first="momentum_buffer",
@@ -189,7 +192,7 @@ CLOSED_FORMS: tuple[ClosedForm, ...] = (
     _RMSPROP(
         options="centered, without momentum and weight decay",
         applies=lambda group: group["centered"] and is_zero(group["weight_decay"]),
-        update="dw = -lr s g / (sqrt(square_avg - grad_avg^2) + eps)",
+        update="-lr s g / (sqrt(square_avg - grad_avg^2) + eps)",
         rule=OptimizerRule.RMSPROP,
         coefficients=functools.partial(_rmsprop, centered=1.0),
         first="square_avg",
@@ -198,7 +201,7 @@ CLOSED_FORMS: tuple[ClosedForm, ...] = (
     _RMSPROP(
         options="without momentum and weight decay",
         applies=lambda group: is_zero(group["weight_decay"]),
-        update="dw = -lr s g / (sqrt(square_avg) + eps)",
+        update="-lr s g / (sqrt(square_avg) + eps)",
         rule=OptimizerRule.RMSPROP,
         coefficients=functools.partial(_rmsprop, centered=0.0),
         first="square_avg",
