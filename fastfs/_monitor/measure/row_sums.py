@@ -251,9 +251,8 @@ class _Sample:
         order = np.argsort(owner, kind="stable")
         lengths = np.bincount(owner, minlength=self._layers)
         starts = np.cumsum(lengths) - lengths
-        sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(
-            np.int64
-        )  # layers with similar numbers of rows are sorted together
+        # Layers with similar numbers of rows are sorted together.
+        sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
         for size in np.unique(sizes[lengths > 0]).tolist():
             every = np.flatnonzero((sizes == size) & (lengths > 0))
             width = int(lengths[every].max())
