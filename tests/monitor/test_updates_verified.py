@@ -17,6 +17,7 @@ from fastfs._monitor.capture.taps import EVERYTHING, Switch
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.closed_forms import CLOSED_FORMS
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import check_optimizers
@@ -155,7 +156,7 @@ def test_right_or_nan_with_a_reason(loop: dict[str, Any]) -> None:
             fine += code == decrease_reasons.FINE
             assert code == decrease_reasons.FINE or decrease_reasons.REASONS[code]
     if not loop["hooks"]:
-        assert fine == 15, "nothing happened, and yet something is not known"
+        assert fine == 15, "an update is not known although nothing else changed"
 
 
 def test_what_a_post_hook_does_changes_nothing(where: None) -> None:
@@ -215,10 +216,17 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Optimizer, Para
     return model, optimizer, parameters, GradientFactor(parameters.groups, switch, always=False, failed=_raise)
 
 
+def take_step(optimizer: Optimizer, parameters: Parameters, factor: GradientFactor) -> MeasuredUpdate:
+    parameters.before(0, False, factor)
+    optimizer.step()
+    parameters.after(0, False)
+    return parameters.take(torch.device("cpu"))
+
+
 def step_of(
     between: Callable[[nn.Module], object], backwards: int = 1, seed: int = 0
 ) -> tuple[Any, Tensor, list[float]]:
-    """What is found of a step, and <g, dw> and |g|^2 with the gradients of the backward."""
+    """Returns what is found of a step, and the true <g, dw> and |g|^2 with the gradients of the backward."""
     model, optimizer, parameters, factor = make()
     torch.manual_seed(seed)
     for _ in range(backwards):
@@ -228,10 +236,7 @@ def step_of(
     gradients = [p.grad.clone() for p in own]  # type: ignore[union-attr]
     old = [p.detach().clone() for p in own]
     between(model)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     dots = [float((g * (p.detach() - q)).sum()) for g, p, q in zip(gradients, own, old, strict=True)]
     factor.close()
     return found, torch.tensor([float(g.square().sum()) for g in gradients], dtype=torch.float64), dots
@@ -261,7 +266,7 @@ def test_factors_are_taken_out(how: str, backwards: int, where: None) -> None:
     assert found.stats.gradient_sq.tolist() == pytest.approx(squares.tolist(), rel=1e-9)
 
 
-def test_other_changes_are_told_parameter_by_parameter(where: None) -> None:
+def test_other_changes_are_detected_by_parameter(where: None) -> None:
     def by_value(model: Any) -> None:
         nn.utils.clip_grad_value_([model[0].weight], 1e-3)
 
@@ -284,10 +289,7 @@ def test_gradients_that_are_all_zero_take_the_factor_of_the_others(where: None) 
     model(torch.randn(8, 6, dtype=torch.float64)).sum().backward()
     assert not model[0].weight.grad.any()  # type: ignore[index]
     zero(model)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     assert found.reason.tolist() == [decrease_reasons.FINE] * 4
     assert found.stats.dot.isfinite().all()
 
@@ -296,15 +298,12 @@ def test_gradients_from_elsewhere() -> None:
     model, optimizer, parameters, factor = make()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     assert found.reason.tolist() == [decrease_reasons.UNSEEN] * 4
     assert found.stats.dot.isnan().all()
 
 
-def test_what_is_told_of_gradients_between_backwards() -> None:
+def test_gradients_between_backwards() -> None:
     model, _, _, factor = make()
     assert not factor.waiting
     assert not factor.written_since_backward()
@@ -329,7 +328,7 @@ def test_what_is_told_of_gradients_between_backwards() -> None:
     assert not factor.waiting
 
 
-def test_a_backward_that_fails_is_not_waited_for() -> None:
+def test_a_failed_backward_is_forgotten() -> None:
     model, optimizer, parameters, factor = make()
     out = model(torch.randn(8, 6, dtype=torch.float64))
     handle = model[0].weight.register_hook(lambda g: 1 / 0)  # type: ignore[index,arg-type]
@@ -340,10 +339,7 @@ def test_a_backward_that_fails_is_not_waited_for() -> None:
     optimizer.zero_grad()
     model(torch.randn(8, 6, dtype=torch.float64)).sum().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    assert parameters.take(torch.device("cpu")).reason.tolist() == [decrease_reasons.FINE] * 4
+    assert take_step(optimizer, parameters, factor).reason.tolist() == [decrease_reasons.FINE] * 4
 
 
 def test_a_group_that_is_added_between_backward_and_step_is_no_write() -> None:
@@ -351,9 +347,6 @@ def test_a_group_that_is_added_between_backward_and_step_is_no_write() -> None:
     model(torch.randn(8, 6, dtype=torch.float64)).sum().backward()
     optimizer.add_param_group({"params": [nn.Parameter(torch.randn(5, dtype=torch.float64))]})
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     assert found.reason.tolist() == [decrease_reasons.FINE] * 5
     assert found.stats.dot.isfinite().all()
