@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.fingerprints import Samples, Views, real
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
@@ -132,7 +131,7 @@ class StepInProgress:
         if start is None:
             return None
         gradient = None
-        if call.rule in (OptimizerRule.LINEAR, OptimizerRule.RMSPROP):
+        if "cg" in call.rule.coefficients:  # the rule reads the gradient
             shared = call.shares_places and self.gradient_copies is None and self.gradients.complete
             gradient = now if shared else call.places.read(call.places.views(given.gradients))
         lists = [given.params]
