@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks.<name>`; each prints a table and can write JSON."""
+"""Benchmarks. `python -m benchmarks.<name>` prints a table and can write JSON."""

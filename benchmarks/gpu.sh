@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 
 steps=(
   tests training_tests memcheck racecheck synccheck initcheck
-  kernels lists rows updates variants cost monitor monitor_compiled timeline demo
+  kernels lists rows updates tuning cost monitor monitor_compiled timeline demo
 )
 # The files with tests marked gpu, so that what the other files import need not be there.
 tests=(
@@ -137,7 +137,7 @@ run() {
     ;;
   rows) measure "$1" benchmarks.ops.gather_rows --device cuda "${quick[@]}" ;;
   updates) measure "$1" benchmarks.ops.optimizer_stats --device cuda "${quick[@]}" ;;
-  variants) measure "$1" benchmarks.variants "${quick[@]}" ;;
+  tuning) measure "$1" benchmarks.tuning "${quick[@]}" ;;
   cost) measure "$1" benchmarks.ops.call_cost --device cuda ;;
   monitor) measure "$1" benchmarks.monitor --device cuda "${quick[@]}" ;;
   monitor_compiled) measure "$1" benchmarks.monitor --device cuda --compile "${quick[@]}" ;;

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the command line, tables and result files; timing and environment are those of fastfs."""
+"""Command line, tables and result files of all benchmarks; timing and environment come from fastfs."""
 
 from __future__ import annotations
 
@@ -40,9 +40,16 @@ def command_line(
     flags: dict[str, str] | None = None,
     options: dict[str, dict[str, Any]] | None = None,
 ) -> argparse.Namespace:
-    """The options of every timed benchmark: ``device``, ``json``, ``rounds``, and ``quick`` with its help.
+    """Parse the options of every timed benchmark: ``device``, ``json``, ``rounds`` and ``quick``.
 
-    ``flags`` are further ones without a value, and their help; ``options`` those with one, as argparse describes them.
+    Args:
+        description: text of ``--help``.
+        quick: help of ``--quick``.
+        flags: further options without a value, and their help.
+        options: further options with a value, as argparse describes them.
+
+    Returns:
+        The arguments.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_option, default=torch.device("cpu"))
@@ -56,10 +63,16 @@ def command_line(
 
 
 def device_option(text: str) -> torch.device:
-    """The value of ``--device``.
+    """Parse the value of ``--device``.
+
+    Args:
+        text: the value.
+
+    Returns:
+        The device.
 
     Raises:
-        argparse.ArgumentTypeError: no such device, or torch does not see it.
+        argparse.ArgumentTypeError: there is no such device, or torch does not see it.
     """
     try:
         return named_device(text)
@@ -68,10 +81,16 @@ def device_option(text: str) -> torch.device:
 
 
 def file_option(text: str) -> Path:
-    """The value of ``--json``: a file, told before anything is measured.
+    """Parse the value of ``--json``, so that an unusable path is reported before anything is measured.
+
+    Args:
+        text: the value.
+
+    Returns:
+        The path.
 
     Raises:
-        argparse.ArgumentTypeError: a folder.
+        argparse.ArgumentTypeError: the path is a folder.
     """
     path = Path(text)
     if path.is_dir():
@@ -80,10 +99,16 @@ def file_option(text: str) -> Path:
 
 
 def count_option(text: str) -> int:
-    """The value of ``--rounds``.
+    """Parse the value of ``--rounds``.
+
+    Args:
+        text: the value.
+
+    Returns:
+        The number.
 
     Raises:
-        argparse.ArgumentTypeError: no number, or below 1.
+        argparse.ArgumentTypeError: the value is not a number, or below 1.
     """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
@@ -91,7 +116,7 @@ def count_option(text: str) -> int:
 
 
 def thread_counts(device: torch.device) -> Iterator[int]:
-    """Sets the number of threads to each that is to be measured, one and all; on a GPU it stays as it is."""
+    """Iterate over the numbers of threads to measure, one and all on the CPU, and set each; unchanged on a GPU."""
     every = torch.get_num_threads()
     try:
         for threads in sorted({1, every}) if device.type == "cpu" else [every]:
@@ -102,14 +127,14 @@ def thread_counts(device: torch.device) -> Iterator[int]:
 
 
 def write_json(path: Path | None, device: torch.device, results: list[dict[str, Any]]) -> None:
-    """Writes the environment and the results so far, unless path is None; after each, so that none is lost."""
+    """Write the environment and the results so far, unless path is None. Call it after each result."""
     if path is None:
         return
     machine.write_json(path, {"environment": environment(device), "results": results})
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on the terminal, first column left, the others right."""
+    """Print a table, with the first column left-aligned and the others right-aligned."""
     table = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right")

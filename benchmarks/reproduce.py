@@ -1,13 +1,13 @@
-"""The paper's three figures of angles, against a plain NumPy version of the authors' procedure.
+"""Benchmark the paper's three figures of angles against a plain NumPy version of the authors' procedure.
 
     python -m benchmarks.reproduce [--json FILE] [--quick] [--rounds N]
 
 (a) angle against layer, (b) output angle against depth, (c) output angle against branch scale, at full size: the same
-networks, the same number of seeds, the same statistics. NumPy, float64: one network after the other, each with random
-matrices of its own; forward, backward, the gradient of every matrix as a matrix, its norm, the updated matrices, second
-forward, cosines of the differences. fastfs, float32: `fastfs._reproduce.paper`, all networks at once. Both use all
-threads of the machine. Means over seeds have to agree within their spread; exit status 1 if they do not, or if a ratio
-is below 3.
+networks, numbers of seeds and statistics. NumPy, float64: one network after the other, each with its own random
+matrices; forward, backward, the gradient of every matrix as a matrix, its norm, the updated matrices, second forward,
+cosines of the differences. fastfs, float32: `fastfs._reproduce.paper`, all networks at once. Both use all threads of
+the machine. Means over seeds have to agree within their standard errors; the exit status is 1 if they do not, or if a
+ratio is below 3.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fastfs._reproduce.paper.steps import Steps
 INPUTS, STEP = 10, 1e-3
 REQUIRED = 3.0
 AGREE = 5.0  # standard errors of a difference of means; the networks have different random matrices
-ENOUGH = 60.0  # seconds, after which a contestant is not timed again
+ENOUGH = 60.0  # seconds after which an implementation is not timed again
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure at the size of this run: our computation, and whether every layer's angle counts or the last one's."""
+    """A figure at the size of this run: our computation, and whether to compare every layer's angle or the last."""
 
     name: str
     ours: Callable[[Sequence[int]], Steps]
@@ -46,7 +46,7 @@ class Figure:
 
 
 def figures(quick: bool) -> list[Figure]:
-    """(a), (b) and (c)."""
+    """Return (a), (b) and (c)."""
     if quick:
         return [
             Figure("a", lambda s: angles.run_layer(s, depth=50, width=100), 100, 3, True),
@@ -61,7 +61,7 @@ def figures(quick: bool) -> list[Figure]:
 
 
 def one_network(network: Network, width: int, seed: int) -> np.ndarray:
-    """The authors' procedure for one network: angles of layers 1..L."""
+    """Run the authors' procedure for one network and return the angles of layers 1..L."""
     rng = np.random.default_rng(seed)
     depth, beta = network.depth, network.branch_scale
     skip = math.sqrt(1 - beta**2)
@@ -96,14 +96,14 @@ def one_network(network: Network, width: int, seed: int) -> np.ndarray:
 
 
 def by_numpy(networks: Sequence[Network], width: int, seeds: int) -> list[list[np.ndarray]]:
-    """Angles by network and seed; the random numbers of each pair are its own."""
+    """Return angles by network and seed; each pair has its own random numbers."""
     return [
         [one_network(network, width, 1000 * n + seed) for seed in range(seeds)] for n, network in enumerate(networks)
     ]
 
 
 def gap(ours: Steps, theirs: list[list[np.ndarray]], every_layer: bool) -> dict[str, float]:
-    """How far the means over seeds are apart: in radians, and in standard errors of the difference."""
+    """Return the largest difference of means over seeds, in radians and in standard errors of the difference."""
     ours_last = ours.last(ours.angle)
     apart, spread = [], []
     for n, network in enumerate(ours.networks):
@@ -114,7 +114,7 @@ def gap(ours: Steps, theirs: list[list[np.ndarray]], every_layer: bool) -> dict[
         for a, b in pairs:
             apart.append(abs(float(a.mean() - b.mean())))
             spread.append(math.sqrt(float(a.var(ddof=1)) / len(a) + float(b.var(ddof=1)) / len(b)))
-    # Few seeds make a poor standard error of one mean, and a good one of all: pooled over the figure.
+    # Few seeds give a poor standard error of one mean, so errors are pooled over the figure.
     pooled = math.sqrt(statistics.mean(s**2 for s in spread))
     return {
         "largest_gap": max(apart),
@@ -125,7 +125,7 @@ def gap(ours: Steps, theirs: list[list[np.ndarray]], every_layer: bool) -> dict[
 
 
 def measured(figure: Figure, rounds: int) -> dict[str, Any]:
-    """Times in turn, and the comparison of what came out."""
+    """Time both implementations alternately, and compare their results."""
     cpu = torch.device("cpu")
     seeds = range(figure.seeds)
     steps = figure.ours(seeds)  # also warms up
@@ -154,7 +154,7 @@ def measured(figure: Figure, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    arguments = command_line(__doc__, quick="small networks, and no least ratio")
+    arguments = command_line(__doc__, quick="small networks, without a required ratio")
     if arguments.device.type != "cpu":
         sys.exit("this benchmark is for the CPU")
     results = [measured(figure, 1 if arguments.quick else arguments.rounds) for figure in figures(arguments.quick)]

@@ -97,7 +97,7 @@ class BuildNative(build_ext):
 
 def native_sources(root: Path) -> list[str]:
     """All sources of the core, relative to `root`; which of them are compiled is decided by ninja_file."""
-    patterns = ("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cu")
+    patterns = ("csrc/*/*.cpp", "csrc/*/*.cu")
     return [path.relative_to(root).as_posix() for pattern in patterns for path in sorted(root.glob(pattern))]
 
 

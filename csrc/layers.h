@@ -1,9 +1,9 @@
-// What a kernel is given: layers as pointers, dtypes, shapes and strides, already checked.
+// The input of the kernels: layers as pointers, dtypes, shapes and strides, already checked.
 //
 // A layer is a row-major sequence of `segments * width` elements. Every segment gets one row of sums: a whole layer is
-// one segment, or with per_row each row (last dimension) is one. A segment is cut into chunks of kChunk elements
-// and those into groups of kGroupChunks chunks. The cut depends on the width alone, and partial sums are merged in
-// index order, so the result does not depend on threads, grid, neighbouring layers or alignment.
+// one segment, or with per_row each row (last dimension) is one. A segment is cut into chunks of kChunk elements, and
+// these into groups of kGroupChunks chunks. The cut depends on the width only, and partial sums are merged in index
+// order, so the result does not depend on threads, grid, neighbouring layers or alignment.
 #pragma once
 
 #include <cstdint>
@@ -31,7 +31,7 @@ struct Layer {
   int dims;
   int64_t shape[kMaxDims];
   int64_t stride[kMaxInputs][kMaxDims];
-  double coefficients[kMaxCoefficients];  // of a measurement that has some (updates.h), where they are on the CPU
+  double coefficients[kMaxCoefficients];  // if the measurement has some and they are in CPU memory
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,9 +1,9 @@
-// The measured and predicted lines of a record, read straight into columns of numbers.
+// Reads the measured and predicted lines of a record into typed columns.
 //
-// What is taken here is what the sink writes: plain JSON of known types, one value for each layer and group in every
-// column, strings without escapes. Every other line is left to fastfs/_monitor/record/schema.py, which says what a
-// record is. So a line that is taken here has to be one that is taken there, with the same values; not the other way
-// round.
+// The reader accepts lines as the sink writes them: plain JSON, one value for each layer and group in every column,
+// strings of ASCII without escapes. It leaves every other line to fastfs/_record/schema.py, which defines the format:
+// what is accepted here has to be accepted there, with the same values, but not vice versa. Names and types of columns
+// come from fastfs/_record/columns.py through the constructor.
 #pragma once
 
 #include <charconv>

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
+#include "arithmetic.h"
 #include "layers.h"
 #include "strides.h"
-#include "sums.h"
 
 namespace fastfs {
 

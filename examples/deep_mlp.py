@@ -1,8 +1,8 @@
 # %% [markdown]
 # # My deep MLP does not train
 #
-# From a network that no learning rate trains to the measurement, the cause, and two cures: a scaling out of a table,
-# and one that is measured. Runs in less than a minute on two cores, on the digits that scikit-learn ships.
+# From a network that no learning rate trains to the measurement, the cause, and two remedies: a scaling from a table,
+# and a measured one. Runs in less than a minute on two cores, on the digits that scikit-learn ships.
 #
 #     pip install "fastfs[plot,spectrum]" scikit-learn
 #     python examples/deep_mlp.py
@@ -32,7 +32,7 @@ digits, labels = load_digits(return_X_y=True)
 inputs = torch.tensor(digits, dtype=torch.float32)
 inputs = (inputs - inputs.mean()) / inputs.std()
 targets = torch.tensor(labels)
-batch = inputs[:256], targets[:256]  # to measure on
+batch = inputs[:256], targets[:256]  # for measurements
 
 
 def loss_fn(model, batch):
@@ -42,14 +42,14 @@ def loss_fn(model, batch):
 # %% [markdown]
 # ## 1. The problem
 #
-# A ReLU MLP of 30 matrices, 256 wide, in the maximal update parametrisation (muP): the scaling whose learning rates
-# transfer over widths. `scaling.mlp` gives its initial standard deviations and learning rates, `scaling.apply` puts
-# them into the model and makes the optimizer's parameter groups. One factor on all learning rates is left to sweep.
+# A ReLU MLP of 30 matrices of width 256, in the maximal update parametrization (muP), whose learning rates transfer
+# across widths. `scaling.mlp` returns its initial standard deviations and learning rates, and `scaling.apply`
+# initializes the model and returns the optimizer's parameter groups. One factor on all learning rates remains to sweep.
 
 
 # %%
 def train(model, optimizer, seed=0):
-    """Mean loss and accuracy over the last 20 batches of plain SGD; inf and 0 if it diverged."""
+    """Return mean loss and accuracy over the last 20 batches of plain SGD; inf and 0 if it diverged."""
     generator = torch.Generator().manual_seed(seed)
     results = []
     for _ in range(STEPS):
@@ -66,7 +66,7 @@ def train(model, optimizer, seed=0):
 
 
 def mlp_by(scheme, factor=1.0):
-    """A fresh MLP and its optimizer, by the table."""
+    """Return a new MLP and its optimizer, scaled by the table."""
     model = MLP(64, WIDTH, DEPTH, 10)
     rule = scaling.mlp(DEPTH, WIDTH, 64, 10, scheme=scheme).scaled(lr=factor)
     groups = scaling.apply(model, rule, generator=torch.Generator().manual_seed(0))
@@ -74,7 +74,7 @@ def mlp_by(scheme, factor=1.0):
 
 
 def sweep(scheme, factors):
-    """The best loss, with its accuracy, over factors of the learning rates."""
+    """Return the best loss, with its accuracy, over factors of the learning rates."""
     results = {}
     for factor in factors:
         results[factor] = train(*mlp_by(scheme, factor))
@@ -87,13 +87,13 @@ def sweep(scheme, factors):
 best_mup = sweep("mup", [0.1, 0.3, 1.0])
 
 # %% [markdown]
-# No factor works: smaller ones are slow, larger ones worse. What is wrong is not one number that a sweep would find.
+# No factor works: smaller ones are slow, larger ones worse. The cause is not a single number that a sweep would find.
 #
 # ## 2. The measurement
 #
-# `formula.measure` says what the first step does to the features of each layer, without taking it: how far they move
-# (`update_rms`), at which angle to the direction -b in which the loss falls fastest (the backward-feature angle), and
-# what it is worth. The sensitivity S is the move of the last hidden features per unit of loss.
+# `formula.measure` reports what the first step does to the features of each layer, without taking it: how far they move
+# (`update_rms`), at which angle to the direction -b of steepest descent (the backward-feature angle), and the resulting
+# decrease of the loss. The sensitivity S is the movement of the last hidden features per unit of loss.
 
 # %%
 model, optimizer = mlp_by("mup", 0.1)
@@ -105,19 +105,19 @@ print(f"S = {measured.sensitivity[-1]:.1f}, angle of the last features = {measur
 # ## 3. The cause
 #
 # The angle is 1.4 in the first layer and tends to pi/2: cos(angle) falls like 1/sqrt(l). The features move almost
-# at right angles to the way down, so they must move far for little: by the feature speed formula,
+# orthogonally to the direction of descent, so they have to move far: by the feature speed formula,
 #
 #     |df| = D / (cos(angle) |b|),
 #
-# and muP, made for networks of fixed depth, does not make up for the cosine. S is twenty where it should be one: before
-# the loss has gone down by a tenth, the features are others altogether, and the next gradient is of another network.
-# All layers contribute to the decrease (`contribution`, within a factor of 2 from one layer to the next), so it is
-# not the learning rate of one layer.
+# and muP, derived for networks of fixed depth, does not compensate for the cosine. S is twenty where it should be one:
+# before the loss has decreased by a tenth, the features have changed completely, and the next gradient belongs to
+# another network. All layers contribute to the decrease (`contribution`, within a factor of 2 between adjacent layers),
+# so the cause is not the learning rate of a single layer.
 #
-# ## 4. The cure, by the table
+# ## 4. The remedy from the table
 #
-# The feature speed corrected scaling (FSC) makes the output's initial scale, and so |b|, larger by sqrt(L), and
-# the learning rates smaller to match.
+# The feature speed corrected scaling (FSC) increases the output's initial scale, and with it |b|, by sqrt(L), and
+# decreases the learning rates to match.
 
 # %%
 best_fsc = sweep("fsc", [1.0, 3.0])
@@ -126,11 +126,11 @@ corrected = formula.measure(model, loss_fn, batch, optimizer=optimizer, first_or
 print(f"S = {corrected.sensitivity[-1]:.1f}; best loss {best_fsc[0]:.3f} instead of {best_mup[0]:.3f}")
 
 # %% [markdown]
-# ## 5. The cure, by measurement
+# ## 5. The remedy by measurement
 #
-# The table's constants are for one output and one row. `scaling.calibrate` measures instead: learning rates that make
-# all layers contribute alike, for a decrease of so much per step, and the output scale at which S = 1. It works on any
-# model and for any optimizer, and explains its numbers before anything is changed.
+# The table's constants hold for one output and one row. `scaling.calibrate` measures instead: it finds learning rates
+# with which all layers contribute equally to a given decrease per step, and the output scale at which S = 1. It works
+# for any model and optimizer, and explains its numbers before anything is changed.
 
 # %%
 model, _ = mlp_by("mup")
@@ -143,8 +143,8 @@ print(f"calibrated: loss {best_calibrated[0]:.3f}, accuracy {best_calibrated[1]:
 # %% [markdown]
 # ## 6. Or another architecture
 #
-# The scaling makes the best of an angle that the architecture spoils. A residual network with branch scale 1/sqrt(L)
-# keeps the angle away from pi/2 at any depth, and needs no correction that grows with it.
+# The scaling makes the best of an angle that the architecture degrades. A residual network with branch scale 1/sqrt(L)
+# keeps the angle away from pi/2 at any depth, and needs no correction that grows with depth.
 
 # %%
 torch.manual_seed(0)

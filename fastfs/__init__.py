@@ -18,7 +18,7 @@ from fastfs._version import __version__
 
 if TYPE_CHECKING:
     from fastfs import formula, models, monitor, scaling, spectrum
-    from fastfs._report.read import load
+    from fastfs._record.reading.load import load
     from fastfs.monitor import Monitor
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 # Imported at first use: the stateless measurements need none of them, and `spectrum` needs SciPy.
-_LAZY_OBJECTS = {"Monitor": "fastfs.monitor", "load": "fastfs._report.read"}
+_LAZY_OBJECTS = {"Monitor": "fastfs.monitor", "load": "fastfs._record.reading.load"}
 _LAZY_MODULES = ("formula", "models", "monitor", "scaling", "spectrum")
 
 

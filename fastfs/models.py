@@ -1,9 +1,11 @@
 """Small networks for the demo, the experiments and the tests.
 
 Every network is a chain of blocks in an ``nn.ModuleList`` called ``blocks``. The output of ``blocks.l`` is the feature
-vector f of that depth: the whole signal passes through it, so it is a *cut* and the feature speed formula holds there.
-All matrices start as independent Gaussian entries; the standard deviations are in the docstrings. No matrix of
-:class:`MLP` and :class:`ResNet` has a bias, as in the theory.
+vector f at that depth. The whole signal passes through it, so it is a *cut* and the feature speed formula holds there.
+All matrices are initialized with independent Gaussian entries, whose standard deviations the docstrings state. As in
+the theory, no matrix of :class:`MLP` and :class:`ResNet` has a bias.
+
+Source: "The Feature Speed Formula" (arXiv 2311.18718) for :class:`MLP` and :class:`ResNet`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 def _gaussian_linear(in_features: int, out_features: int, std: float, generator: torch.Generator | None) -> nn.Linear:
-    """A linear map without bias whose entries are independent N(0, std^2)."""
+    """Create a linear map without bias whose entries are independent N(0, std^2)."""
     linear: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, out_features, bias=False)
     nn.init.normal_(linear.weight, std=std, generator=generator)
     return linear
@@ -61,22 +63,24 @@ class _ReluBranch(_ReluLinear):
 
 
 class MLP(nn.Module):
-    """ReLU multi-layer perceptron: ``f_1 = U x``, ``f_l = V_l relu(f_{l-1})``, output ``W relu(f_{L-1})``.
+    """A ReLU multi-layer perceptron: ``f_1 = U x``, ``f_l = V_l relu(f_{l-1})``, output ``W relu(f_{L-1})``.
 
     ``blocks.0`` holds U and ``blocks.l`` holds V_{l+1}; ``head`` holds W. The features are pre-activations.
 
     Args:
-        in_features: size d of the input, shape (rows, d).
+        in_features: size d of the input, of shape (rows, d).
         width: size m of the hidden features.
         depth: number L of weight matrices, at least 2 (input, L - 2 hidden, output).
-        out_features: size of the output, shape (rows, out_features).
-        input_std: std of U; 1/sqrt(d) by default, for inputs with entries of order 1.
-        hidden_std: std of V; sqrt(2/m) by default, which keeps rms(f) constant over depth.
-        output_std: std of W; 1/m by default (mean-field).
-        generator: random numbers for the initialisation; the global generator by default.
+        out_features: size of the output, of shape (rows, out_features).
+        input_std: std of U; None means 1/sqrt(d), for inputs with entries of order 1.
+        hidden_std: std of V; None means sqrt(2/m), which keeps rms(f) constant over depth.
+        output_std: std of W; None means 1/m (mean-field).
+        generator: source of random numbers for the initialization; None uses the global generator.
 
     Raises:
-        ValueError: a size below 1 or a depth below 2.
+        ValueError: a size is below 1 or the depth below 2.
+
+    Source: the ReLU MLP of "The Feature Speed Formula" (arXiv 2311.18718).
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class MLP(nn.Module):
         self.head = _gaussian_linear(width, out_features, output_std, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (rows, in_features) to outputs (rows, out_features)."""
         features = inputs
         for block in self.blocks:
             features = block(features)
@@ -110,25 +115,27 @@ class MLP(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ReLU ResNet with a branch scale: ``f_l = sqrt(1 - beta^2) f_{l-1} + beta V_l relu(f_{l-1})``, l = 1..L.
+    """A ReLU ResNet with a branch scale: ``f_l = sqrt(1 - beta^2) f_{l-1} + beta V_l relu(f_{l-1})``, l = 1..L.
 
-    ``stem`` holds U of ``f_0 = U x``, ``blocks.{l-1}`` holds V_l, ``head`` holds W of the output ``W f_L``.
-    With beta = c/sqrt(L) the backward-feature angle at the last block tends with depth to a limit that depends on c
-    only; beta = 1 is the ReLU MLP, where the angle degenerates; beta of order 1/L gives angles near 0.
+    ``stem`` holds U of ``f_0 = U x``, ``blocks.{l-1}`` holds V_l, and ``head`` holds W of the output ``W f_L``. With
+    beta = c/sqrt(L), the backward-feature angle at the last block tends with depth to a limit that depends only on c.
+    For beta = 1, the ReLU MLP, the angle degenerates; beta of order 1/L gives angles near 0.
 
     Args:
-        in_features: size d of the input, shape (rows, d).
+        in_features: size d of the input, of shape (rows, d).
         width: size m of the features.
         depth: number L of residual blocks, at least 1.
-        out_features: size of the output, shape (rows, out_features).
-        branch_scale: beta, in [0, 1]; 1/sqrt(L) by default.
-        input_std: std of U; 1/sqrt(d) by default.
-        hidden_std: std of V; sqrt(2/m) by default, which keeps rms(f) constant over depth.
-        output_std: std of W; 1/m by default (mean-field).
-        generator: random numbers for the initialisation; the global generator by default.
+        out_features: size of the output, of shape (rows, out_features).
+        branch_scale: beta in [0, 1]; None means 1/sqrt(L).
+        input_std: std of U; None means 1/sqrt(d).
+        hidden_std: std of V; None means sqrt(2/m), which keeps rms(f) constant over depth.
+        output_std: std of W; None means 1/m (mean-field).
+        generator: source of random numbers for the initialization; None uses the global generator.
 
     Raises:
-        ValueError: a size below 1 or a branch scale outside [0, 1].
+        ValueError: a size is below 1 or the branch scale is outside [0, 1].
+
+    Source: the ReLU ResNet of "The Feature Speed Formula" (arXiv 2311.18718).
     """
 
     def __init__(
@@ -157,6 +164,7 @@ class ResNet(nn.Module):
         self.head = _gaussian_linear(width, out_features, output_std, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        """Map inputs (rows, in_features) to outputs (rows, out_features)."""
         features = self.stem(inputs)
         for block in self.blocks:
             features = block(features)
@@ -165,7 +173,7 @@ class ResNet(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Causal multi-head self-attention, (batch, time, width) -> same."""
+    """Causal multi-head self-attention, (batch, time, width) -> (batch, time, width)."""
 
     def __init__(
         self, width: int, heads: int, dropout: float, output_std: float, generator: torch.Generator | None
@@ -187,7 +195,7 @@ class _Attention(nn.Module):
 
 
 class _TransformerBlock(nn.Module):
-    """Pre-norm block; its output is the residual stream: ``h = f + attn(norm(f))``, ``f' = h + mlp(norm(h))``."""
+    """A pre-norm block whose output is the residual stream: ``h = f + attn(norm(f))``, ``f' = h + mlp(norm(h))``."""
 
     def __init__(
         self, width: int, heads: int, dropout: float, branch_gain: float, generator: torch.Generator | None
@@ -209,14 +217,14 @@ class _TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Small decoder-only transformer: tokens (batch, time), int64 -> logits (batch, time, vocabulary).
+    """A small decoder-only transformer: int64 tokens (batch, time) -> logits (batch, time, vocabulary).
 
-    Pre-norm blocks around a residual stream; ``blocks.l`` outputs the stream. Initial standard deviations: token and
+    Pre-norm blocks surround a residual stream, which ``blocks.l`` outputs. Initial standard deviations: token and
     position embeddings 0.5 each (so the stream starts at rms 0.7), matrices 1/sqrt(fan_in), the two matrices that
-    write into the stream a further ``residual_scale``, an untied head 1/width, normalisation weights 1 and biases 0.
-    With ``tied=True`` the head reuses the token embedding, its logits divided by ``width * 0.5`` so that they start
-    as small as untied ones. A tied embedding acts before and after every block: there the sum over parameters in the
-    feature speed formula is ambiguous (angles and speeds are still well defined).
+    write into the stream additionally ``residual_scale``, an untied head 1/width, normalization weights 1 and biases 0.
+    With ``tied=True``, the head reuses the token embedding and divides its logits by ``width * 0.5``, so that they
+    start as small as untied ones. A tied embedding acts before and after every block, where the sum over parameters in
+    the feature speed formula is then ambiguous (angles and speeds are still well defined).
 
     Args:
         vocabulary: number of tokens; 256 for bytes.
@@ -224,14 +232,14 @@ class Transformer(nn.Module):
         depth: number of blocks.
         heads: number of attention heads.
         context: longest sequence.
-        dropout: probability, on the embedding, the attention weights and both branches.
-        tied: share the token embedding with the head.
-        residual_scale: initial size of the 2 depth residual branches; 1/sqrt(2 depth) by default.
-        generator: random numbers for the initialisation; the global generator by default.
+        dropout: dropout probability of the embedding, the attention weights and both branches.
+        tied: whether the head shares the token embedding.
+        residual_scale: initial scale of the 2 depth residual branches; None means 1/sqrt(2 depth).
+        generator: source of random numbers for the initialization; None uses the global generator.
 
     Raises:
-        ValueError: a size below 1, a width that the heads do not divide, a dropout outside [0, 1), a residual scale
-            that is not positive, or (from ``forward``) a sequence longer than ``context``.
+        ValueError: a size is below 1, ``heads`` does not divide ``width``, the dropout is outside [0, 1), the residual
+            scale is not positive, or (from ``forward``) a sequence is longer than ``context``.
     """
 
     def __init__(
@@ -268,6 +276,7 @@ class Transformer(nn.Module):
         self.head = None if tied else _gaussian_linear(width, vocabulary, 1.0 / width, generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (batch, time) to logits (batch, time, vocabulary)."""
         time = tokens.shape[-1]
         if time > self.context:
             raise ValueError(f"Transformer: sequence of {time} tokens is longer than the context of {self.context}")

@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.monitor import Monitor
-from fastfs._monitor.record.alerts import (
-    Alert,
+from fastfs._monitor.schedule import Every, Schedule
+from fastfs._record.record import Record
+from fastfs._record.sinks.callable_sink import CallableSink
+from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.sinks.logging_sink import LoggingSink
+from fastfs._record.sinks.protocol import Sink
+from fastfs._record.writing.alert_rules import (
+    AlertRule,
     AngleCollapse,
     Finding,
     LayerFrozen,
@@ -21,22 +27,20 @@ from fastfs._monitor.record.alerts import (
     UpdateAbove,
     default_alerts,
 )
-from fastfs._monitor.record.record import Record
-from fastfs._monitor.record.sinks import CallableSink, JsonlSink, Sink
-from fastfs._monitor.schedule import Every, Schedule
 
 if TYPE_CHECKING:
-    from fastfs._monitor.record.parquet_sink import ParquetSink
-    from fastfs._monitor.record.tensorboard_sink import TensorBoardSink
+    from fastfs._record.sinks.parquet_sink import ParquetSink
+    from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
 
 __all__ = [
-    "Alert",
+    "AlertRule",
     "AngleCollapse",
     "CallableSink",
     "Every",
     "Finding",
     "JsonlSink",
     "LayerFrozen",
+    "LoggingSink",
     "Monitor",
     "NonFinite",
     "ParquetSink",
@@ -58,11 +62,11 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     # These two need optional dependencies, and say so when they are imported.
     if name == "ParquetSink":
-        from fastfs._monitor.record.parquet_sink import ParquetSink
+        from fastfs._record.sinks.parquet_sink import ParquetSink
 
         return ParquetSink
     if name == "TensorBoardSink":
-        from fastfs._monitor.record.tensorboard_sink import TensorBoardSink
+        from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
 
         return TensorBoardSink
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,7 @@ from fastfs._core.checks import (
     check_update_inputs,
 )
 from fastfs._core.optimizer_rules import OptimizerRule
-from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
+from fastfs._stats import FeatureStats, ParameterStats, Stats, UpdateStats
 
 __all__ = ["feature_stats", "gather_rows", "optimizer_stats", "row_squares", "spacing", "update_stats"]
 
@@ -66,8 +66,8 @@ def gather_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | Non
 
     Raises:
         TypeError, ValueError: see `fastfs._core.checks.check_row_inputs`.
-        IndexError: on the CPU, if `rows` has a number that is not that of a row. On other devices, where this is not
-            known without waiting, such a row and its norm are NaN.
+        IndexError: On the CPU, for an out-of-range index in `rows`. On other devices, where checking would wait for the
+            device, such a row and its norm are NaN.
     """
     check_row_inputs(x, rows, row_dims, dtype)
     kept = _take_rows(x, rows, row_dims)
@@ -112,7 +112,7 @@ def optimizer_stats(
 
 
 def _optimizer_sums(rule: OptimizerRule, c: Tensor, gradient: Tensor, parameter: Tensor, *state: Tensor) -> Tensor:
-    """Sums over the last dimension: (..., n) each to (..., 6), in the order of `ParameterStats.names`."""
+    """Sums over the last dimension, (..., n) to (..., names), in the order of `ParameterStats.names`."""
     g, w, *s = (x.to(torch.float64) for x in (gradient, parameter, *state))
     nonfinite = _nonfinite(g) + _nonfinite(w)
     if rule is OptimizerRule.LINEAR:
@@ -124,8 +124,7 @@ def _optimizer_sums(rule: OptimizerRule, c: Tensor, gradient: Tensor, parameter:
         dw = c[0] * s[0] / _denominator(s[1])
     else:
         dw = (c[0] * w + c[1] * g) / _denominator((s[0] - c[2] * s[1].square()).sqrt() + c[3])
-    terms = [g * dw, dw * dw, g * g, w * w, nonfinite, torch.ones_like(g)]
-    return torch.stack([term.sum(dim=-1) for term in terms], dim=-1)
+    return _products(ParameterStats, {"gradient": g, "update": dw, "parameter": w}, nonfinite)
 
 
 def _denominator(x: Tensor) -> Tensor:
@@ -153,8 +152,13 @@ def _feature_sums(before: Tensor, after: Tensor, backward: Tensor) -> Tensor:
 def _update_sums(gradient: Tensor, update: Tensor) -> Tensor:
     """Sums over the last dimension: (..., n) twice to (..., 5), in the order of `UpdateStats.names`."""
     g, dw = gradient.to(torch.float64), update.to(torch.float64)
-    terms = [g * dw, dw * dw, g * g, _nonfinite(g) + _nonfinite(dw), torch.ones_like(g)]
-    return torch.stack([term.sum(dim=-1) for term in terms], dim=-1)
+    return _products(UpdateStats, {"gradient": g, "update": dw}, _nonfinite(g) + _nonfinite(dw))
+
+
+def _products(kind: type[Stats], vectors: dict[str, Tensor], nonfinite: Tensor) -> Tensor:
+    """Sums over the last dimension of the products that `kind.factors` names, and the counts."""
+    terms = [vectors[a] * vectors[b] for a, b in kind.factors.values()]
+    return torch.stack([term.sum(dim=-1) for term in (*terms, nonfinite, torch.ones_like(nonfinite))], dim=-1)
 
 
 def spacing(x: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Runs the test suite under several torch releases, each in a virtual environment of its own.
+"""Run the test suite under several torch releases, each in its own virtual environment.
 
     scripts/torch_releases.py [--releases oldest newest] [--select tests/core/test_ops.py "compile or jvp"] [--jobs 2]
 
 A release is a version, or `oldest` (the floor in pyproject.toml), `pinned` (the one in constraints.txt) or `newest`
-(what pip would install today). Everything else is installed as constraints.txt pins it, and fastfs itself as editable.
-The core knows nothing of torch: one that is compiled in the tree for the same Python serves every release.
+(the one that pip would install today). Other packages are installed as constraints.txt pins them, and fastfs itself as
+editable. The native core does not depend on torch: one compiled in the tree for the same Python serves every release.
 
-Every test file runs in a process of its own, so a crash or a time-out costs one file. Results are kept below --folder:
-the same command after an interruption runs what is missing, and everything again once a source or a test has changed.
-Durations are compared with those of the pinned release where it ran too. Exit code 1 if a test fails or a release does
-not install.
+Every test file runs in its own process, so that a crash or time-out affects one file. Results are kept below --folder:
+the same command after an interruption runs the missing files, and all files after a source or a test has changed.
+Durations are compared with those of the pinned release if it ran too. The exit code is 1 if a test fails or a release
+cannot be installed.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("fastfs", "tests", "benchmarks", "build_backend", "csrc", "docs", "examples", "scripts")
 SUFFIXES = frozenset(".py .h .cuh .cpp .cu .md .sh .css .js .html .toml .txt".split())
-LINE = 240  # characters of a message
+LINE = 240  # longest message in characters
 
 
 class ReleaseError(Exception):
-    """A release cannot be tried; the message says why in one line."""
+    """A release cannot be tested. The message says why in one line."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What runs: test files relative to the tree, an expression for `pytest -k`, files left out and why."""
+    """The selected test files relative to the tree, an expression for `pytest -k`, and excluded files with reasons."""
 
     files: tuple[str, ...]
     expression: str
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ReleaseError as error:
             reports.append({"release": release, "error": plain(str(error))})
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here")
+            print("interrupted; the same command continues from here")
             return 130
         print(line(reports[-1]), flush=True)
     compare_durations(reports, pinned_release())
@@ -90,9 +90,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--leave-out", nargs="+", default=[], metavar="FILE=WHY", help="test files, with the reason")
     parser.add_argument("--jobs", type=int, default=1, help="test files at a time (default: 1)")
-    parser.add_argument("--timeout", type=float, default=1800, help="seconds for one test file (default: 1800)")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds per test file (default: 1800)")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the environments (default: this one)")
-    parser.add_argument("--unpinned", action="store_true", help="do not install what constraints.txt says")
+    parser.add_argument("--unpinned", action="store_true", help="ignore constraints.txt")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "build" / "torch_releases", help="environments and results"
     )
@@ -100,14 +100,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-# What there is to run
+# Selection
 
 
 def select(what: Iterable[str], leave_out: Iterable[str] = ()) -> Selection:
-    """Test files and an expression out of the words of --select.
+    """Split the words of --select into test files and an expression.
 
     Raises:
-      SystemExit: a file that does not exist, or two expressions.
+        SystemExit: a file does not exist, or there are two expressions.
     """
     words = list(what)
     files = [word for word in words if word.endswith(".py")]
@@ -123,13 +123,13 @@ def select(what: Iterable[str], leave_out: Iterable[str] = ()) -> Selection:
     for name in [*files, *reasons]:
         if not (ROOT / name).is_file():
             raise SystemExit(f"{name}: no such test file; expected a path like tests/core/test_ops.py")
-    found = files or [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").glob("test_*.py"))]
+    found = files or [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*.py"))]
     kept = tuple(name for name in dict.fromkeys(found) if name not in reasons)
     return Selection(kept, expressions[0] if expressions else "", reasons)
 
 
 def fingerprint(root: Path) -> str:
-    """Changes with every source, test and document of the tree."""
+    """Return a hash of all sources, tests and documents of the tree."""
     digest = hashlib.sha256()
     paths = [path for name in SOURCES for path in (root / name).rglob("*") if path.suffix in SUFFIXES]
     for path in sorted([*paths, root / "pyproject.toml", root / "constraints.txt"]):
@@ -141,15 +141,15 @@ def fingerprint(root: Path) -> str:
 
 
 def floor_release() -> str:
-    """The oldest release that pyproject.toml admits."""
+    """Return the oldest release that pyproject.toml admits."""
     found = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
     if found is None:
-        raise ReleaseError("pyproject.toml asks for no torch>=VERSION")
+        raise ReleaseError("pyproject.toml requires no torch>=VERSION")
     return _three_parts(found[1])
 
 
 def pinned_release() -> str:
-    """The release that constraints.txt pins."""
+    """Return the release that constraints.txt pins."""
     found = re.search(r"^torch==([\d.]+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     if found is None:
         raise ReleaseError("constraints.txt pins no torch")
@@ -161,41 +161,29 @@ def _three_parts(version: str) -> str:
 
 
 def resolve(name: str, python: str) -> str:
-    """A version for `oldest`, `pinned`, `newest`; a version stays what it is."""
+    """Return the version for `oldest`, `pinned` or `newest`; return any other name unchanged."""
     if name == "oldest":
         return floor_release()
     if name == "pinned":
         return pinned_release()
     if name != "newest":
         return name
-    command = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--dry-run",
-        "--no-deps",
-        "--ignore-installed",
-        "-q",
-        "--report",
-        "-",
-        "torch",
-    ]
+    command = [python, *"-m pip install --dry-run --no-deps --ignore-installed -q --report - torch".split()]
     (found,) = json.loads(call(command, {}))["install"]
     return str(found["metadata"]["version"]).partition("+")[0]
 
 
 def environment(folder: Path, release: str, python: str, *, pinned: bool) -> Path:
-    """The interpreter of the release's environment, which is made if it is not there yet.
+    """Return the interpreter of the release's environment, which is created if necessary.
 
     Raises:
-      ReleaseError: pip does not install it.
+        ReleaseError: pip cannot install the release.
     """
     version = call([python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], {}).strip()
     home = folder / f"torch-{release}-python-{version}"
     interpreter, ready = home / "bin" / "python", home / "ready.txt"
     constraints = without_torch((ROOT / "constraints.txt").read_text()) if pinned else ""
-    project = (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]  # what is installed, and not how tests run
+    project = (ROOT / "pyproject.toml").read_text().partition("[tool.")[0]  # dependencies, without settings of tools
     state = hashlib.sha256((constraints + project + str(ROOT)).encode()).hexdigest()
     if ready.exists() and ready.read_text() == state:
         return interpreter
@@ -210,15 +198,15 @@ def environment(folder: Path, release: str, python: str, *, pinned: bool) -> Pat
 
 
 def without_torch(constraints: str) -> str:
-    """The pins but that of torch."""
+    """Return the pins without that of torch."""
     return "".join(text for text in constraints.splitlines(keepends=True) if not text.startswith("torch=="))
 
 
 def call(command: Sequence[object], settings: dict[str, str]) -> str:
-    """What a command prints.
+    """Run a command and return its output.
 
     Raises:
-      ReleaseError: it fails, with the last line that says something.
+        ReleaseError: the command fails; the message contains its last line with an error.
     """
     env = {**os.environ, **settings}
     done = subprocess.run(
@@ -227,7 +215,7 @@ def call(command: Sequence[object], settings: dict[str, str]) -> str:
     if done.returncode:
         said = [text for text in (done.stderr + done.stdout).splitlines() if "error" in text.lower()]
         last = said[-1] if said else (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-        raise ReleaseError(f"{Path(str(command[0])).name} {command[2]} ended with {done.returncode}: {last.strip()}")
+        raise ReleaseError(f"{Path(str(command[0])).name} {command[2]} exited with {done.returncode}: {last.strip()}")
     return done.stdout
 
 
@@ -235,7 +223,7 @@ def call(command: Sequence[object], settings: dict[str, str]) -> str:
 
 
 def run_all(python: Path, selection: Selection, tree: str, jobs: int, timeout: float) -> dict[str, dict[str, Any]]:
-    """The result of every file: kept ones of the same tree and expression, the others run now."""
+    """Return the result of every file: stored results of the same tree and expression, and new ones."""
     results = python.parent.parent / "results"
     results.mkdir(exist_ok=True)
     stamp = hashlib.sha256(f"{tree} {selection.expression}".encode()).hexdigest()
@@ -247,7 +235,7 @@ def run_all(python: Path, selection: Selection, tree: str, jobs: int, timeout: f
         if kept.exists() and (before := json.loads(kept.read_text()))["stamp"] == stamp:
             return dict(before)
         result = {"stamp": stamp, **run_file(python, name, selection.expression, jobs, timeout, running)}
-        if ended.is_set():  # its process was ended with the others: no result
+        if ended.is_set():  # its process was killed with the others and has no result
             raise KeyboardInterrupt
         kept.write_text(json.dumps(result, indent=1))
         print(f"  {name}: {tally(result)}, {result['seconds']:.0f} s", flush=True)
@@ -267,7 +255,7 @@ def run_all(python: Path, selection: Selection, tree: str, jobs: int, timeout: f
 def run_file(
     python: Path, name: str, expression: str, jobs: int, timeout: float, running: set[subprocess.Popen[str]]
 ) -> dict[str, Any]:
-    """Runs one test file in a process group of its own, which a time-out ends as a whole."""
+    """Run one test file in its own process group, which a time-out kills as a whole."""
     with tempfile.TemporaryDirectory() as scratch:
         written = Path(scratch) / "junit.xml"
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={written}", name]
@@ -286,7 +274,7 @@ def run_file(
         running.add(process)
         try:
             said, _ = process.communicate(timeout=timeout)
-            ended = f"pytest ended with {process.returncode}: {(said.strip().splitlines() or ['nothing said'])[-1]}"
+            ended = f"pytest exited with {process.returncode}: {(said.strip().splitlines() or ['nothing said'])[-1]}"
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -295,13 +283,13 @@ def run_file(
             running.discard(process)
         result = read_junit(written.read_text() if written.exists() else "")
         result["seconds"] = round(time.monotonic() - began, 2)
-    if process.returncode not in (0, 1, 5) and not result["failures"]:  # 5: nothing was selected
+    if process.returncode not in (0, 1, 5) and not result["failures"]:  # 5: no test was selected
         result["failures"].append({"test": name, "why": plain(ended)})
     return result
 
 
 def read_junit(text: str) -> dict[str, Any]:
-    """Counts, failures with the first line of each, and reasons of skipped tests."""
+    """Return counts, failures with their first line, and reasons of skipped tests."""
     passed = 0
     failures: list[dict[str, str]] = []
     skips: Counter[str] = Counter()
@@ -319,7 +307,7 @@ def read_junit(text: str) -> dict[str, Any]:
 
 
 def plain(message: str) -> str:
-    """The first line of a message, without what is of this machine only: folders and addresses."""
+    """Return the first line of a message, without folders and addresses of this machine."""
     first = next((text.strip() for text in message.splitlines() if text.strip()), "no message")
     first = re.sub(r"\b(https?|file)://\S+", "<address>", first)
     first = first.replace(f"{ROOT}/", "")
@@ -332,8 +320,8 @@ def plain(message: str) -> str:
 
 
 def report(release: str, python: Path, files: dict[str, dict[str, Any]], selection: Selection) -> dict[str, Any]:
-    """One entry of the results."""
-    # Importing torch would take seconds.
+    """Return one entry of the results."""
+    # Reads the metadata, because importing torch would take seconds.
     ask = "import platform; from importlib.metadata import version; print(version('torch'), platform.python_version())"
     torch_version, python_version = call([python, "-c", ask], {}).split()
     skips: Counter[str] = Counter()
@@ -355,7 +343,7 @@ def report(release: str, python: Path, files: dict[str, dict[str, Any]], selecti
 
 
 def compare_durations(reports: Sequence[dict[str, Any]], pinned: str) -> None:
-    """Adds how long each release took relative to the pinned one, where that ran; null elsewhere."""
+    """Add the duration of each release relative to the pinned one, or null if the latter did not run."""
     base = next((one for one in reports if one["release"] == pinned and "error" not in one), None)
     for one in reports:
         if "error" not in one:
@@ -363,14 +351,14 @@ def compare_durations(reports: Sequence[dict[str, Any]], pinned: str) -> None:
 
 
 def ratio(seconds: dict[str, float], base: dict[str, float]) -> float | None:
-    """Of the files that both have."""
+    """Return the ratio of total durations over the files in both."""
     both = seconds.keys() & base.keys()
     below = sum(base[name] for name in both)
     return round(sum(seconds[name] for name in both) / below, 2) if below else None
 
 
 def document(reports: Sequence[dict[str, Any]], selection: Selection, options: argparse.Namespace) -> dict[str, Any]:
-    """What is written to the file."""
+    """Return the content of the JSON file."""
     return {
         "date": date.today().isoformat(),
         "system": platform.system(),
@@ -391,15 +379,15 @@ def tally(result: dict[str, Any]) -> str:
 
 
 def line(one: dict[str, Any]) -> str:
-    """One line for the person who waits."""
+    """Return a one-line summary."""
     if "error" in one:
-        return f"torch {one['release']}: cannot be tried: {one['error']}"
+        return f"torch {one['release']}: cannot be tested: {one['error']}"
     failed = "".join(f"\n  {failure['test']}: {failure['why']}" for failure in one["failures"])
     counts = f"{one['passed']} passed, {one['failed']} failed, {one['skipped']} skipped"
     return f"torch {one['torch']}, Python {one['python']}: {counts} in {one['files']} files{failed}"
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # in the background a shell has Ctrl-C ignored
+    for number in (signal.SIGINT, signal.SIGTERM):  # shells ignore Ctrl-C in background jobs
         signal.signal(number, signal.default_int_handler)
     sys.exit(main())

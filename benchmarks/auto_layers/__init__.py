@@ -1,1 +1,1 @@
-"""What ``layers="auto"`` picks on real architectures; ``python -m benchmarks.auto_layers`` writes the table."""
+"""Layers that ``layers="auto"`` selects on real models; ``python -m benchmarks.auto_layers`` writes the table."""

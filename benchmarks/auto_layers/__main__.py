@@ -1,8 +1,8 @@
-"""Writes docs/auto_layers.md: what ``layers="auto"`` picks on real architectures, and what was found on looking at it.
+"""Write docs/auto_layers.md: the layers that ``layers="auto"`` selects on real architectures, with an assessment.
 
     python -m benchmarks.auto_layers [docs/auto_layers.md]
 
-Needs torchvision, timm, transformers and peft. Stops if something else is picked than what was looked at.
+Requires torchvision, timm, transformers and peft. Stops if a selection differs from the one that was assessed.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from benchmarks.auto_layers.measure import Picked, fresh
 from benchmarks.auto_layers.parts import Entry
 from benchmarks.auto_layers.styles import style_entries
 
-_HEAD = """# What `layers="auto"` picks
+_HEAD = """# Layers selected by `layers="auto"`
 
-`python -m benchmarks.auto_layers` builds each model small and with random weights, picks the layers, and runs one
-forward and one backward with hooks. Every row was looked at; the command stops if something else is picked than what
-was judged. How the blocks are found is in [blocks.py](../fastfs/_network/blocks.py).
+`python -m benchmarks.auto_layers` builds a small version of each model with random weights, selects the layers, and
+runs one forward and one backward with hooks. Every row was assessed by hand; the command stops if a selection has
+changed since. [blocks.py](../fastfs/_network/blocks.py) describes how blocks are found.
 
-- **ran**, **gradient**: how many of the layers ran in the forward, and got a gradient other than zero.
-- **cuts**: how many are [cuts](theory.md) by the graph of that forward; else the reason at the first that is none.
-  Parameters that act in several places (tied embeddings, an encoder whose output all decoder blocks take, skip
-  connections) are of the architecture, and no choice of layers changes them.
+- **ran**, **gradient**: how many of the layers ran in the forward, and how many had a nonzero gradient.
+- **cuts**: how many layers are [cuts](theory.md) in the graph of that forward, and why the first of the others is not.
+  Parameters with uses in several places (tied embeddings, an encoder whose output all decoder blocks read, skip
+  connections) are part of the architecture; no choice of layers changes them.
 """
 
 
 def row(entry: Entry, picked: Picked) -> list[str]:
-    """Cells of the table.
+    """Return the cells of one row.
 
     Raises:
-        ValueError: the layers are not those that were judged.
+        ValueError: the selected layers differ from those that were assessed.
     """
     names = picked.names
     if (len(names), names[0], names[-1]) != (entry.count, entry.first, entry.last):
         raise ValueError(
-            f"{entry.name}: judged {entry.count} layers, {entry.first} to {entry.last}; now there are {len(names)}, "
-            f"{names[0]} to {names[-1]}: look at them again"
+            f"{entry.name}: assessed {entry.count} layers, {entry.first} to {entry.last}; now selected: {len(names)}, "
+            f"{names[0]} to {names[-1]}: assess them again"
         )
     last = "" if len(names) == 1 else f"`{names[-1]}`"
     cuts = f"{picked.cuts}" if picked.reason is None else f"{picked.cuts}; {picked.reason}"
@@ -58,15 +58,15 @@ def row(entry: Entry, picked: Picked) -> list[str]:
 
 
 def table(title: str, entries: Sequence[Entry]) -> list[str]:
-    """A section of the document."""
+    """Return a section of the document."""
     lines = [f"## {title}", "", "| model | layers | first | last | ran | gradient | cuts | verdict |", "|" + "---|" * 8]
     lines += [f"| {' | '.join(row(entry, fresh(entry.build)))} |" for entry in entries]
     return [*lines, ""]
 
 
 def main(path: Path) -> None:
-    """Builds all models and writes the document."""
-    warnings.simplefilter("ignore")  # of the libraries, about their own future
+    """Build all models and write the document."""
+    warnings.simplefilter("ignore")  # deprecation warnings of the libraries
     version = importlib.metadata.version
     torch = version("torch").partition("+")[0]
     lines = [_HEAD, f"torch {torch}.", ""]

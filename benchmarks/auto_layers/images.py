@@ -163,7 +163,7 @@ class UNet(nn.Module):
 
 
 class DiffusionUNet(nn.Module):
-    """Lists of [block, block, attention, resampling] in lists, and two blocks in the middle."""
+    """Nested lists of [block, block, attention, resampling], and two blocks in the middle."""
 
     def __init__(self, depth: int = 2) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class ImageAttention(nn.Module):
 
 
 class Generator(nn.Module):
-    """Operations in one sequence."""
+    """One sequence of operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class DQN(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Dense layers inside of a block inside of a trunk: residuals at two levels."""
+    """Dense layers in a block in a trunk: residuals at two levels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class RRDBNet(nn.Module):
 
 
 class SkipBlock(nn.Module):
-    """A U-Net out of modules in modules: each holds the next deeper one."""
+    """A U-Net of nested modules: each holds the next deeper one."""
 
     def __init__(self, deeper: nn.Module | None) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class Inception(nn.Module):
 
 
 class GoogLeNet(nn.Module):
-    """Blocks in attributes with a number and a letter, branches inside."""
+    """Blocks in attributes with a number and a letter, with branches inside."""
 
     def __init__(self) -> None:
         super().__init__()

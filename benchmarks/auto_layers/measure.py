@@ -1,4 +1,4 @@
-"""One row of the table: what is picked, and what a forward and a backward say of it."""
+"""Measure one row of the table: the selected layers, and how they behave in a forward and a backward."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastfs._network.structure import Edge, analyse, edge_of
 
 @dataclass(frozen=True)
 class Picked:
-    """The layers of one model.
+    """The selected layers of one model.
 
     Attributes:
-        names: of the layers.
+        names: names of the layers.
         ran: how many ran in a forward.
-        reached: how many have a gradient other than zero.
+        reached: how many have a nonzero gradient.
         cuts: how many are cuts.
-        reason: why others are none, of the first.
+        reason: why the first of the others is not a cut, or None.
     """
 
     names: tuple[str, ...]
@@ -35,7 +35,7 @@ class Picked:
 
 
 def pick(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Picked:
-    """What ``layers="auto"`` picks, and what one forward and backward say of it."""
+    """Select layers with ``layers="auto"`` and run one forward and one backward."""
     layers = select_layers(model, AUTO)
     edges: list[list[Edge | None]] = [[] for _ in layers]
     gradients = [0.0 for _ in layers]
@@ -43,7 +43,7 @@ def pick(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Picked:
     def seen(index: int, output: Any) -> None:
         features = first_floating(output)
         if features is None:
-            raise TypeError(f"layer {layers[index].name!r} gives no floating-point tensor")
+            raise TypeError(f"layer {layers[index].name!r} returns no floating-point tensor")
         edges[index].append(edge_of(features))
         if features.requires_grad:
             features.register_hook(lambda g: gradients.__setitem__(index, gradients[index] + float(g.abs().sum())))
@@ -65,11 +65,11 @@ def pick(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Picked:
 
 
 def fresh(build: Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]) -> Picked:
-    """The same of a model that is built here, with fixed random numbers."""
+    """Build a model with fixed random numbers and measure it."""
     torch.manual_seed(0)
     model, call = build()
     with torch.no_grad():
         for p in model.parameters():
             if not is_lazy(p) and p.dim() > 1 and not p.any():
-                p.normal_(std=0.02)  # a head that starts at zero lets no gradient through
+                p.normal_(std=0.02)  # a head initialized to zero would block the gradient
     return pick(model.train(), call)

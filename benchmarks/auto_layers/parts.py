@@ -1,4 +1,4 @@
-"""Parts that the architectures of :mod:`benchmarks.auto_layers.styles` are made of, and the base of their entries."""
+"""Building blocks of the architectures in :mod:`benchmarks.auto_layers.styles`, and the type of their entries."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ TOKENS = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One architecture and what was judged of the layers picked.
+    """One architecture and the assessment of its selected layers.
 
     Attributes:
-        name: of the architecture.
-        build: gives the model and a function that runs it and gives a scalar.
-        count, first, last: the layers that were looked at; the table is not written if others are picked.
-        verdict: what was found on looking at them.
+        name: name of the architecture.
+        build: returns the model and a function that runs it and returns a scalar.
+        count, first, last: the assessed layers; the table is not written if others are selected.
+        verdict: result of the assessment.
     """
 
     name: str
@@ -35,17 +35,17 @@ class Entry:
 
 
 def on(*shapes: tuple[int, ...]) -> Callable[[nn.Module], Tensor]:
-    """Runs a model on random inputs of these shapes."""
+    """Return a function that runs a model on random inputs of these shapes."""
     return lambda model: total(model(*(torch.randn(shape) for shape in shapes)))
 
 
 def on_ids(*shapes: tuple[int, ...]) -> Callable[[nn.Module], Tensor]:
-    """Runs a model on random token ids."""
+    """Return a function that runs a model on random token ids."""
     return lambda model: total(model(*(torch.randint(VOCABULARY, shape) for shape in shapes)))
 
 
 def total(output: Any) -> Tensor:
-    """A scalar that depends on all that is in an output."""
+    """Return a scalar that depends on all parts of an output."""
     if isinstance(output, Tensor):
         return output.float().square().mean() + output.float().sin().mean()
     found = [total(x) for x in (output.values() if hasattr(output, "values") else output) if x is not None]

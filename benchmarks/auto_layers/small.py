@@ -1,4 +1,4 @@
-"""Architectures in the styles of public scripts: sequences, small networks, and what is put around models."""
+"""Architectures in the styles of public scripts: sequences, small networks, and wrappers around models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class LSTMStack(nn.Module):
 
 
 class WaveNet(nn.Module):
-    """Lists side by side: the n-th members of all make up the n-th layer."""
+    """Parallel lists: the n-th members of all form the n-th layer."""
 
     def __init__(self, depth: int = 3) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class WaveNet(nn.Module):
 
 
 class Module(nn.Module):
-    """The model in an attribute, as in training frameworks, beside a frozen copy of it."""
+    """The model in an attribute, as in training frameworks, next to a frozen copy of it."""
 
     def __init__(self, model: nn.Module, ema: bool = False) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def siren() -> nn.Module:
 
 
 class GraphConv(nn.Module):
-    """A linear map, and the mean over neighbours with a bias of its own, as in message passing."""
+    """A linear map and the mean over neighbors with its own bias, as in message passing."""
 
     def __init__(self, inner: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The hand-written architectures, and what was found on looking at what is picked of each."""
+"""Hand-written architectures, with an assessment of the layers selected on each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def style_entries() -> list[Entry]:
             6,
             "transformer.layers.0.0",
             "transformer.layers.2.1",
-            "right: no module holds the stream, these are its branches",
+            "right: no module outputs the residual stream; these are its branches",
         ),
         Entry(
             "ViT of one [attention, MLP] pair",
@@ -47,7 +47,7 @@ def style_entries() -> list[Entry]:
             2,
             "transformer.layers.0.0",
             "transformer.layers.0.1",
-            "right: no module holds the stream, these are its branches",
+            "right: no module outputs the residual stream; these are its branches",
         ),
         Entry("MLP-Mixer in sequences", lambda: (text.mixer(), on((2, TOKENS, 3, 4))), 6, "2.0", "4.1"),
         Entry(
@@ -78,7 +78,7 @@ def style_entries() -> list[Entry]:
             3,
             "layers.0",
             "layers.2",
-            "right: the experts run side by side",
+            "right: the experts run in parallel",
         ),
         Entry(
             "weights shared by all blocks",
@@ -103,7 +103,7 @@ def style_entries() -> list[Entry]:
             12,
             "filter_convs.0",
             "skip_convs.2",
-            "right: no module holds the stream; the last residual convolution is not used",
+            "right: no module outputs the residual stream; the last residual convolution is not used",
         ),
         Entry(
             "self.model of a training framework",
@@ -118,7 +118,7 @@ def style_entries() -> list[Entry]:
             3,
             "model.resblocks.0",
             "model.resblocks.2",
-            "right: only what is trained",
+            "right: only trained modules",
         ),
         Entry(
             "frozen backbone, trained head",
@@ -126,7 +126,7 @@ def style_entries() -> list[Entry]:
             3,
             "head.0",
             "head.3",
-            "right: only what is trained",
+            "right: only trained modules",
         ),
         Entry(
             "backbone with one trained block",
@@ -134,16 +134,16 @@ def style_entries() -> list[Entry]:
             1,
             "backbone.0",
             "backbone.0",
-            "right: only what is trained",
+            "right: only trained modules",
         ),
-        Entry("normalising flow of coupling layers", lambda: (small.flow(), on((4, 8))), 3, "0", "2"),
+        Entry("normalizing flow of coupling layers", lambda: (small.flow(), on((4, 8))), 3, "0", "2"),
         Entry(
             "trunk and a list of heads",
             lambda: (small.MultiTask(), on((4, 8))),
             8,
             "trunk.0",
             "heads.2.net.2",
-            "right: nothing is repeated but heads, so all that has parameters",
+            "right: only heads are repeated, so all modules with parameters",
         ),
         Entry("actor and critic", lambda: (small.ActorCritic(), on((4, 8))), 6, "actor.0", "critic.4"),
         Entry("NeRF", lambda: (small.NeRF(), on((4, 3), (4, 3))), 5, "pts_linears.0", "pts_linears.4"),
@@ -191,7 +191,7 @@ def style_entries() -> list[Entry]:
             4,
             "down1",
             "up2",
-            "right, without the first block, which is alone of its class",
+            "right, without the first block, the only one of its class",
         ),
         Entry(
             "diffusion U-Net of nested lists",
@@ -215,7 +215,7 @@ def style_entries() -> list[Entry]:
             6,
             "model.0",
             "model.3",
-            "right: all convolutions, since each block holds the next",
+            "right: all convolutions, because each block contains the next",
         ),
         Entry("GAN generator", lambda: (images.Generator(), on((4, 8, 1, 1))), 5, "main.0", "main.6"),
         Entry("DQN", lambda: (images.DQN(), on(_IMAGES)), 5, "conv1", "head"),

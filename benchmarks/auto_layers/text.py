@@ -1,4 +1,4 @@
-"""Architectures in the styles of public scripts: transformers, sequences and what is put around models."""
+"""Architectures in the styles of public scripts: transformers, sequences and wrappers around models."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class NanoGPT(nn.Module):
 
 
 class MinGPTBlock(nn.Module):
-    """The feed-forward part is a ModuleDict and runs through a function."""
+    """The feed-forward part is a ModuleDict, called through a function."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class MoEBlock(Block):
 
 
 class MoEOnly(nn.Module):
-    """Nothing but lists of experts behind gates."""
+    """Only lists of experts behind gates."""
 
     def __init__(self, depth: int = 3) -> None:
         super().__init__()

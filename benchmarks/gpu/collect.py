@@ -1,7 +1,7 @@
-"""One file of the results of gpu.sh: `python -m benchmarks.gpu.collect TARGET [FILE...]`.
+"""Collect the results of gpu.sh in one file: `python -m benchmarks.gpu.collect TARGET [FILE...]`.
 
-A FILE is a result by a step (its name is that of the step) or another TARGET of the same machine; without any, TARGET
-gets the facts about the machine alone. What TARGET has stays, but for the steps that are given.
+A FILE is the result of the step that it is named after, or another TARGET of the same machine. Without a FILE, TARGET
+gets only the facts about the machine. Existing content of TARGET is kept, except for the given steps.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ SAME = ("device", "driver", "torch")
 
 
 def machine() -> dict[str, Any]:
-    """The GPU and what drives it.
+    """Return properties of the GPU and of its driver.
 
     Raises:
-        SystemExit: there is none.
+        SystemExit: there is no GPU.
     """
     import torch
 
@@ -46,10 +46,10 @@ def machine() -> dict[str, Any]:
 
 
 def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Two collections of the same machine; steps of the second replace those of the first.
+    """Merge two collections of the same machine; steps of the second replace those of the first.
 
     Raises:
-        ValueError: they are of different machines.
+        ValueError: the machines differ.
     """
     different = {k: (old["machine"].get(k), new["machine"].get(k)) for k in SAME}
     different = {k: v for k, v in different.items() if v[0] != v[1]}
@@ -59,7 +59,7 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 
 def collect(target: Path, files: list[Path], here: dict[str, Any]) -> dict[str, Any]:
-    """Adds files to the target and writes it."""
+    """Add files to the target and write it."""
     collected = {"machine": here, "steps": {}}
     if target.exists():
         collected = merge(json.loads(target.read_text()), collected)
@@ -80,4 +80,4 @@ if __name__ == "__main__":
     try:
         collect(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]], facts)
     except ValueError as error:
-        sys.exit(f"gpu.sh: {sys.argv[1]}: {error}; name another folder by OUT, or move the file away")
+        sys.exit(f"gpu.sh: {sys.argv[1]}: {error}; choose another folder with OUT, or move the file")

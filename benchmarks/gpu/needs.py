@@ -1,6 +1,7 @@
-"""What the steps of gpu.sh need, all that is missing at once: `python benchmarks/gpu/needs.py STEP...`.
+"""List what the steps of gpu.sh need and what is missing: `python benchmarks/gpu/needs.py STEP...`.
 
-Prints the steps that cannot run, one a line; exit status 1 if nothing can be built. Imports the standard library alone.
+Prints the steps that cannot run, one per line; the exit status is 1 if nothing can be built. Imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ TESTS = ("pytest", "hypothesis", "scipy", *DEMO)  # and expecttest for opcheck
 BENCHMARK = ("rich", "triton")
 STEPS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("tests", "training_tests"), TESTS),
-    **dict.fromkeys(("kernels", "lists", "rows", "updates", "variants", "cost"), BENCHMARK),
+    **dict.fromkeys(("kernels", "lists", "rows", "updates", "tuning", "cost"), BENCHMARK),
     **dict.fromkeys(("monitor", "monitor_compiled", "timeline"), BENCHMARK),
     "demo": DEMO,
 }
@@ -24,7 +25,7 @@ SANITIZER = ("memcheck", "racecheck", "synccheck", "initcheck")
 
 
 def main(steps: list[str]) -> int:
-    """Reports to stderr; the steps that cannot run go to stdout."""
+    """Report missing parts to stderr, and print the steps that cannot run."""
     missing: dict[str, list[str]] = {}
     for name, oldest in BUILD.items():
         if found := lacks(name, oldest):
@@ -55,7 +56,7 @@ def main(steps: list[str]) -> int:
 
 
 def lacks(name: str, oldest: tuple[int, ...] = ()) -> str | None:
-    """What is wrong with a distribution, or None."""
+    """Return what is wrong with a distribution, or None."""
     wanted = name + (">=" + ".".join(map(str, oldest)) if oldest else "")
     try:
         found = version(name)

@@ -1,4 +1,4 @@
-"""Small calls of every CUDA kernel, for compute-sanitizer: dtypes, tails, misaligned and strided inputs, rows, NaN."""
+"""Call every CUDA kernel on small inputs under compute-sanitizer: dtypes, tails, misaligned and strided inputs, NaN."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def main() -> None:
-    """Runs the calls and checks them roughly; the sanitizer does the rest."""
+    """Run the calls and check them roughly; the sanitizer detects memory errors."""
     torch.manual_seed(0)
     for dtype, last in itertools.product(DTYPES, DTYPES):
         for size in (1, 9, 8193, 66 * 8192 + 5):
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def steps() -> None:
-    """Every rule of optimizer_stats, with its coefficients on the host and on the device."""
+    """Run every rule of optimizer_stats, with its coefficients on the host and on the device."""
     for rule, dtype in itertools.product(OptimizerRule, DTYPES):
         if rule is not OptimizerRule.LINEAR and dtype.itemsize == 2:
             continue
@@ -58,14 +58,14 @@ def steps() -> None:
 
 
 def check(f: torch.Tensor, g: torch.Tensor, b: torch.Tensor) -> None:
-    """One layer against torch in double."""
+    """Compare one layer with torch in double precision."""
     expected = ((g.double() - f.double()) * b.double()).abs().sum()
     torch.testing.assert_close(feature_stats(f, g, b).sums[5], expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(update_stats(f, b).sums[1], b.double().square().sum(), rtol=1e-5, atol=0)
 
 
 def check_rows(x: torch.Tensor, rows: torch.Tensor, to: torch.dtype) -> None:
-    """The rows of a matrix against torch."""
+    """Compare the rows of a matrix with torch."""
     out, squares = torch.ops.fastfs.gather_rows(x, rows, 1, to)
     torch.testing.assert_close(out, x[rows].to(to), rtol=0, atol=0)
     torch.testing.assert_close(squares, x[rows].double().square().sum(1), rtol=1e-5, atol=0)

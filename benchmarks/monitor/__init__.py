@@ -1,1 +1,1 @@
-"""What does `fastfs.Monitor` cost: `python -m benchmarks.monitor`."""
+"""The overhead of `fastfs.Monitor`: `python -m benchmarks.monitor`."""

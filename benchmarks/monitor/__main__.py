@@ -1,20 +1,21 @@
-"""What does `fastfs.Monitor` cost: the same training loop with the monitor and without, and the naive way beside it.
+"""Measure the overhead of `fastfs.Monitor`: the same training loop with and without it, and a naive implementation.
 
     python -m benchmarks.monitor [--device cuda] [--compile] [--json FILE] [--quick]
 
-Identical models are trained in one process and take turns in blocks of steps, in an order that is drawn anew in every
-round; what is reported are medians, and medians of the ratios to the plain loop within a round. "plain, again" is a
-second plain loop: its ratio says how well the others are known. Before anything is timed it is checked that parameters
-are bitwise equal with the monitor and without, and that the naive way finds the same angles. With --compile all models
-are compiled by torch.compile, the plain one too; the naive way is then in the check alone, in eager torch, and measured
-steps are those of the default mode alone, since each training compiles code of its own.
+Identical models are trained in one process and alternate in blocks of steps, in an order that is drawn anew in every
+round. Reported times are medians, and ratios are medians of the ratios to the plain loop within a round. "plain, again"
+is a second plain loop, whose ratio shows the accuracy of the others. Before timing, the benchmark checks that
+parameters are bitwise equal with and without the monitor, and that the naive implementation finds the same angles. With
+--compile, all models are compiled by torch.compile, including the plain one. The naive implementation then takes part
+only in the check, in eager torch, and measured steps use only the default mode, because each training compiles its own
+code.
 
-Peak memory is that of building the training and its first two steps, outside of the timing. On the CPU every storage
-that an operator of torch returns is counted for as long as it lives (a TorchDispatchMode sees them; what kernels take
-for themselves while they run is not seen), but not those inside compiled code. On CUDA it is what the allocator says.
-There, too, are counted: how often a step waits for the device, and copies from it.
+Peak memory covers building the training and its first two steps, and is measured separately from time. On the CPU,
+every storage that an operator of torch returns counts for its lifetime (a TorchDispatchMode observes them; temporary
+memory inside of kernels is not observed), except those inside of compiled code. On CUDA, the allocator reports it. On
+CUDA, the benchmark also counts how often a step waits for the device, and copies from it.
 
-Targets are printed as PASS or FAIL; exit status 1 if one is missed at full size.
+Targets are printed as PASS or FAIL; the exit status is 1 if one is missed at full size.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def say(what: str) -> None:
 
 @dataclass
 class Found:
-    """What has been measured so far; seconds per step by contestant in `cheap` and `dear`."""
+    """The measurements so far, with the seconds per step of unmeasured (`cheap`) and measured steps (`dear`)."""
 
     errors: dict[str, float]
     peaks: dict[str, int | None] = field(default_factory=dict)
@@ -75,7 +76,7 @@ def run(
     many = [PLAIN, MEASURED, *([] if load.compiled else [AMPLIFIED, JVP, PROBE, NAIVE])]
     each = [name for name in dict.fromkeys(few + many) if name != AGAIN]
     with tempfile.TemporaryDirectory() as folder:
-        say("checking that nothing changes, and the naive way")
+        say("checking that nothing changes, and the naive implementation")
         found = Found(check(Bench(load.smaller(4) if on_gpu else load, device, Path(folder))))
         torch.compiler.reset()  # what was compiled for other sizes, and without fused attention
         bench = Bench(load, device, Path(folder))
@@ -102,12 +103,12 @@ def run(
 
 
 def table(bench: Bench, found: Found, device: torch.device, rounds: int) -> dict[str, Any]:
-    """The rows of what has been measured."""
+    """Return the result with one row per implementation."""
     rows = []
 
     def add(name: str, seconds: float, ratio: float) -> None:
         rows.append({
-            "contestant": name,
+            "implementation": name,
             "milliseconds": round(seconds * 1e3, 4),
             "ratio": round(ratio, 4),
             "overhead percent": round(100 * (ratio - 1), 2),
@@ -126,13 +127,13 @@ def table(bench: Bench, found: Found, device: torch.device, rounds: int) -> dict
     for name, times in found.dear.items():
         if name != PLAIN:
             add(name, statistics.median(times), median_ratio(found.dear, name, PLAIN))
-    by_name = {row["contestant"]: row for row in rows}
+    by_name = {row["implementation"]: row for row in rows}
     return {
         "workload": bench.load.name,
         "parameters": bench.parameters,
         "threads": None if device.type == "cuda" else torch.get_num_threads(),
         "rounds": rounds,
-        "naive way and monitor differ by": found.errors,
+        "differences of naive implementation and monitor": found.errors,
         "rows": rows,
         "targets": targets(by_name, device),
     }
@@ -146,17 +147,17 @@ def _memory(peak: int | None, plain: int | None) -> dict[str, float]:
 
 def _flow(flow: Traffic | None) -> dict[str, float | None]:
     return {
-        "host synchronisations per step": None if flow is None else flow.waits,
+        "host synchronizations per step": None if flow is None else flow.waits,
         "copies to the host per step": None if flow is None else flow.copies,
     }
 
 
 def targets(rows: dict[str, dict[str, Any]], device: torch.device) -> list[dict[str, Any]]:
-    """What the monitor may cost, and whether it keeps to it."""
+    """Return the limits of the overhead, and whether they are met."""
     most = {EVERY: 1.01, ALIGNED: 1.01 if device.type == "cuda" else 1.02, MEASURED: 1.5}
     found = [_target(name, "ratio", rows[name]["ratio"], x) for name, x in most.items() if name in rows]
     if device.type == "cuda":
-        waits = "host synchronisations per step"
+        waits = "host synchronizations per step"
         found += [
             _target(name, "more " + waits, rows[name][waits] - rows[PLAIN][waits], 0)
             for name in (OFF, ALIGNED, MEASURED)
@@ -165,16 +166,16 @@ def targets(rows: dict[str, dict[str, Any]], device: torch.device) -> list[dict[
     return found
 
 
-def _target(contestant: str, what: str, value: float, most: float) -> dict[str, Any]:
-    return {"contestant": contestant, "most": most, what: value, "pass": value <= most}
+def _target(implementation: str, what: str, value: float, most: float) -> dict[str, Any]:
+    return {"implementation": implementation, "most": most, what: value, "pass": value <= most}
 
 
 def show(result: dict[str, Any]) -> None:
     columns = ["", "ms a step", "ratio to plain", "peak MiB", "more than plain MiB", "waits", "copies to host"]
-    keys = ["peak MiB", "more than plain MiB", "host synchronisations per step", "copies to the host per step"]
+    keys = ["peak MiB", "more than plain MiB", "host synchronizations per step", "copies to the host per step"]
     rows = [
         [
-            row["contestant"],
+            row["implementation"],
             f"{row['milliseconds']:.2f}",
             f"{row['ratio']:.4f}",
             *("" if row.get(key) is None else f"{row[key]:.1f}" for key in keys),
@@ -184,15 +185,15 @@ def show(result: dict[str, Any]) -> None:
     threads = f", threads: {result['threads']}" if result["threads"] else ""
     print_table(f"{result['workload']}, {result['parameters'] / 1e6:.1f}M parameters{threads}", columns, rows)
     for target in result["targets"]:
-        (what,) = target.keys() - {"contestant", "most", "pass"}
+        (what,) = target.keys() - {"implementation", "most", "pass"}
         verdict = "PASS" if target["pass"] else "FAIL"
-        print(f"{verdict}  {target['contestant']}: {what} {target[what]:.4g}, at most {target['most']}")
+        print(f"{verdict}  {target['implementation']}: {what} {target[what]:.4g}, at most {target['most']}")
 
 
 def main() -> int:
     arguments = command_line(
         __doc__,
-        quick="a tiny model: does the benchmark run; targets mean nothing",
+        quick="a tiny model, to test the benchmark itself; targets do not apply",
         flags={"--compile": "models compiled by torch.compile"},
     )
     device = arguments.device

@@ -1,17 +1,16 @@
-"""How far off are angle and norm in 16 bits, and is it noticed: `fastfs._monitor.measure.trust` against float64.
+"""Measure the error of angle and norm in 16 bits, and whether it is detected, against float64.
 
     python -m benchmarks.monitor.accuracy [--json FILE] [--quick] [--seed N]
 
-Real data, real optimizer steps, scaled so that the features move by |df|/|f| = 1e-1 ... 1e-5 (geometric mean over the
-layers). The truth is the same function of the same parameters before and after in float64; with parameters in bf16 the
-update is the one that is left after rounding. Wrong means: angle or norm off by more than 2%. Every number is
-deterministic up to the machine's matrix products; timing plays no part. Exit status 1 if anything that is called valid
-is wrong.
+Real data and real optimizer steps, scaled so that the features move by |df|/|f| = 1e-1 ... 1e-5 (geometric mean over
+layers). The reference is the same function of the same parameters before and after the step in float64; with parameters
+in bf16, the update is that which remains after rounding. A result is wrong if angle or norm are off by more than 2%.
+All numbers are deterministic up to the machine's matrix products and independent of timing. The exit status is 1 if a
+result that is reported as valid is wrong.
 
-What is judged is what the monitor would judge by: precision is what :class:`fastfs._network.guard.Guard` sees each
-layer
-compute in, whether the caller, the model or a setting of torch chose it. Models that switch on autocast in their own
-forward, cast by hand or multiply in float8 are settings of the study; TF32 products are one on a GPU.
+The assessment uses the same inputs as the monitor: :class:`fastfs._network.guard.Guard` detects the precision of each
+layer, whether the caller, the model or a setting of torch chose it. The study includes models that enable autocast in
+their own forward, cast by hand or multiply in float8, and on a GPU TF32 products.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ from benchmarks.harness import environment, print_table
 from benchmarks.monitor.accuracy_networks import ON_GPU, SETTINGS, Case, Network, Parameters, Setting, loss
 from fastfs import feature_stats
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.row_reasons import REASONS
 from fastfs._monitor.measure.trust import AssessedUpdate, assess
 from fastfs._monitor.measure.update_estimates import CentralProbe
+from fastfs._monitor.row_reasons import REASONS
 from fastfs._network.precision import SINGLE
 from fastfs._reproduce.data import digits, stdlib_text, windows
 from fastfs._stats import FeatureStats
@@ -43,8 +42,8 @@ from fastfs.models import MLP, ResNet, Transformer
 RATIOS = (1e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
 TOLERANCE = 0.02
 PROBES = 3  # from a cold start; the last one counts as the steady state
-# "cold": the first probe of a run. "no checks": the last one, without aligned decreases and norms in float32, to show
-# what these are for. The jvp is the first-order update: no claim about the step itself.
+# "cold": the first probe of a run. "no checks": the last one without aligned decreases and norms in float32, to show
+# the effect of these. The jvp is the first-order update and makes no statement on the step itself.
 METHODS = ("plain", "cold", "amplified", "no checks", "float32", "jvp")
 CLAIMED = ("plain", "cold", "amplified", "float32")
 
@@ -78,7 +77,7 @@ NAMES = (
 
 
 def real_step(case: Case, optimizer: str) -> tuple[Parameters, Parameters]:
-    """Parameters and what the tenth step of training changes of them, in float32."""
+    """Return the parameters and their change in the tenth step of training, in float32."""
     model = copy.deepcopy(case.model)
     made: torch.optim.Optimizer
     if optimizer == "Adam":
@@ -98,7 +97,7 @@ def moved(parameters: Parameters, step: Parameters, scale: float, dtype: torch.d
 
 
 def scaled_steps(exact: Network, start: Parameters, direction: Parameters, ratios: tuple[float, ...]) -> list[float]:
-    """Factors of the direction for which the features move by the ratios, in the geometric mean."""
+    """Return the factors of the direction for which the features move by the ratios, in the geometric mean."""
     before = exact.features(start)
     scales: list[float] = []
     for ratio in ratios:
@@ -112,7 +111,7 @@ def scaled_steps(exact: Network, start: Parameters, direction: Parameters, ratio
 
 
 def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, ...]) -> Iterator[dict[str, Any]]:
-    """One cell per ratio and method."""
+    """Yield one cell per ratio and method."""
     start, direction = real_step(case, optimizer)
     start = {n: p.to(setting.parameters) for n, p in start.items()}
     exact, single, run = Network(case, Setting(torch.float64)), Network(case, Setting()), Network(case, setting)
@@ -178,7 +177,7 @@ def central_probe(
 def compare(
     truth: FeatureStats, stats: FeatureStats, valid: Tensor | None, judged: AssessedUpdate | None
 ) -> dict[str, Any]:
-    """Errors of a method over the layers that really move; details of the first, the middle and the last of them."""
+    """Return the errors of a method over the layers that move, with details of the first, middle and last of them."""
     moves = truth.update_sq > 0
     norm = (stats.update_norm / truth.update_norm - 1).abs().nan_to_num(nan=torch.inf)
     radians = (stats.angle - truth.angle).abs().nan_to_num(nan=torch.inf)
@@ -213,18 +212,18 @@ def compare(
 
 
 def digits_of(value: Tensor) -> float | None:
-    """Three of them; None for what JSON does not have: no update was left to measure."""
+    """Return three digits, or None for values that JSON cannot represent because no update was left to measure."""
     number = float(value)
     return float(f"{number:.3g}") if math.isfinite(number) else None
 
 
 def available() -> dict[str, Setting]:
-    """Settings that this machine can run."""
+    """Return the settings that this machine can run."""
     return SETTINGS | (ON_GPU if torch.cuda.is_available() else {})
 
 
 def study(quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
-    """All cells."""
+    """Return all cells."""
     cells = []
     for case in cases(quick, seed):
         for name, setting in available().items():
@@ -236,7 +235,7 @@ def study(quick: bool = False, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def report(cells: list[dict[str, Any]]) -> None:
-    """Valid of all layers per setting, model and ratio, for the methods that judge; then the totals."""
+    """Print the valid layers per setting, model and ratio for each assessing method, followed by the totals."""
     totals = []
     for method in METHODS:
         rows = []
@@ -258,7 +257,7 @@ def report(cells: list[dict[str, Any]]) -> None:
 
 
 def write(path: Path, cells: list[dict[str, Any]]) -> None:
-    """One line a cell: the values of ``columns``, the last a list with the values of ``shown`` per layer."""
+    """Write one line per cell: the values of ``columns``, the last a list with the values of ``shown`` per layer."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = list(next(cell["shown"][0] for cell in cells if cell["shown"]))
     head = {"environment": environment(torch.device("cpu")), "columns": list(cells[0]), "shown": shown}
@@ -274,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrix products in one order, whatever the machine
+    torch.set_num_threads(1)  # a fixed order of additions in matrix products on every machine
     try:
         cells = study(options.quick, options.seed)
     finally:

@@ -24,14 +24,14 @@ Parameters = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """Precision of the run that is measured.
+    """Precision of the measured run.
 
     Attributes:
-        parameters: their dtype.
-        autocast: its dtype.
-        inside: the model switches autocast on, in its forward; else its caller does.
+        parameters: dtype of the parameters.
+        autocast: dtype of autocast, or None.
+        inside: whether the model enables autocast in its forward, rather than its caller.
         linear: how the linear layers multiply: "casts" to bfloat16 by hand, in "fp8", or as torch does.
-        tf32: float32 products on the GPU are made of TF32 numbers.
+        tf32: whether float32 products on the GPU use TF32.
     """
 
     parameters: torch.dtype = torch.float32
@@ -69,7 +69,7 @@ def loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 class Float8(torch.autograd.Function):
-    """Rounds to float8, scaled to use its range: e4m3 in the forward, e5m2 for gradients, as in training recipes."""
+    """Round to scaled float8: e4m3 in the forward, e5m2 for gradients, as in training recipes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class Network:
         if setting.inside:
             self.model.forward = self.cast()(self.model.forward)
         self.taps: list[Tensor] = []
-        self.seen: list[float] = []  # coarsest numbers up to each block
+        self.seen: list[float] = []  # largest machine epsilon up to each block
         self.guard: Guard | None = None
         for block in self.model.blocks:  # type: ignore[union-attr]
             block.register_forward_hook(self.tap)
@@ -139,7 +139,7 @@ class Network:
 
     @torch.no_grad()
     def coarsest(self, parameters: Parameters) -> list[float]:
-        """Per block, spacing at 1 of the coarsest numbers that its features come from, as the monitor sees it."""
+        """Return the largest machine epsilon that each block's features depend on, as the monitor detects it."""
         self.seen.clear()
         with Guard(Journal(), ()) as self.guard:
             self.forward(parameters)
@@ -153,7 +153,7 @@ class Network:
         ]
 
     def backward(self, parameters: Parameters, steps: list[Parameters]) -> tuple[list[Tensor], list[Tensor]]:
-        """Backward vectors, and for every step the aligned decrease per layer (nan where it is no cut)."""
+        """Return backward vectors, and for every step the aligned decrease per layer (nan where it is no cut)."""
         leaves = {n: p.detach().to(self.dtype).requires_grad_() for n, p in parameters.items()}
         taps, outputs = self.forward(leaves)
         found = analyse([[edge_of(tap)] for tap in taps], [outputs], list(leaves.values()), list(leaves))
@@ -176,5 +176,5 @@ class Network:
 
         primal = tuple(parameters[n].to(self.dtype) for n in names)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch's own, at the first jvp
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # of torch, at the first jvp
             return list(torch.func.jvp(taps, primal, tuple(step[n].to(self.dtype) for n in names))[1])

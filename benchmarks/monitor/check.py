@@ -1,4 +1,4 @@
-"""Before anything is timed: monitors change nothing, and agree with the naive way."""
+"""Checks before timing: monitors change nothing and agree with the naive implementation."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from benchmarks.monitor.trainings import (
 from fastfs._utils.devices import repeatable_attention
 
 STEPS = 2
-# Of angles in radians and relative speeds to the naive way, which is eager: a compiled forward rounds otherwise.
+# Tolerances of angles in radians and relative speeds to the naive implementation, which is eager.
 EXACT, ROUNDED = 1e-5, 2e-2
 
 
 def check(bench: Bench) -> dict[str, float]:
-    """That monitors change nothing and agree with the naive way.
+    """Check that monitors change nothing and agree with the naive implementation.
 
-    Parameters have to be bitwise those of the plain loop, except after a compiled step that was measured: its graph is
-    another one than that of the plain step, and may round otherwise. How many are equal is reported.
+    Parameters have to be bitwise equal to those of the plain loop, except after a measured compiled step, whose graph
+    differs from that of the plain step and may round differently. The share of equal entries is reported.
 
     Returns:
-        Largest difference of angles (radians) and relative one of speeds with all rows, of angles with the default
-        rows in standard errors; and the largest share of the entries of the parameters that differ.
+        Largest difference of angles (radians) and relative difference of speeds with all rows, of angles with the
+        default rows in standard errors; and the largest share of parameter entries that differ.
 
     Raises:
-        AssertionError: if not.
+        AssertionError: the check failed.
     """
     compiled = bench.load.compiled
     with repeatable_attention(bench.device):
@@ -55,7 +55,7 @@ def check(bench: Bench) -> dict[str, float]:
         for training in watched.values():
             training.close()
     if _different(plain, again):
-        raise AssertionError("two plain trainings have different parameters: nothing can be said about the monitor")
+        raise AssertionError("two plain trainings have different parameters, so the monitor cannot be checked")
     different = {name: _different(plain, training) for name, training in watched.items()}
     if not compiled and any(different.values()):
         raise AssertionError(f"parameters differ from those without the monitor: {different}")
@@ -70,11 +70,15 @@ def check(bench: Bench) -> dict[str, float]:
     fall = float(naive.naive.decrease)
     most = ROUNDED if compiled else EXACT
     if not max(off, slow) <= most or not errors <= 6:
-        raise AssertionError(f"the naive way has other angles: {off:.1e} rad, {slow:.1e}, {errors:.1f} standard errors")
-    # The last block is upstream of all but the final norm and the head: less than the whole decrease, and most of it.
+        raise AssertionError(
+            f"the naive implementation has other angles: {off:.1e} rad, {slow:.1e}, {errors:.1f} standard errors"
+        )
+    # The last block is upstream of all but the final norm and the head: most of the decrease, but not all of it.
     slack = 1e-2 if compiled else 1e-6
     if not 0 < exact[-1]["aligned_decrease"] <= fall * (1 + slack):
-        raise AssertionError(f"aligned decrease {exact[-1]['aligned_decrease']:.3g}, the naive way {fall:.3g} in all")
+        raise AssertionError(
+            f"aligned decrease {exact[-1]['aligned_decrease']:.3g}, naive implementation {fall:.3g} in all"
+        )
     return {
         "angle, all rows": off,
         "speed, all rows": slow,
@@ -84,6 +88,6 @@ def check(bench: Bench) -> dict[str, float]:
 
 
 def _different(a: Training, b: Training) -> float:
-    """The share of the entries of parameters that are not the same bits."""
+    """Return the share of parameter entries whose bits differ."""
     pairs = list(zip(a.parameters, b.parameters, strict=True))
     return sum(int((p != q).sum()) for p, q in pairs) / sum(p.numel() for p, _ in pairs)

@@ -1,4 +1,4 @@
-"""What a training takes: memory, seconds a step, waits for the device and copies from it."""
+"""Cost of a training: memory, seconds per step, waits for the device and copies from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from benchmarks.monitor.trainings import PLAIN, WINDOW, Bench, Training
 
 
 class Storages(TorchDispatchMode):
-    """Counts the bytes of all storages that operators return, as long as they live."""
+    """Counts the bytes of all storages that operators return, for their lifetime."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Storages(TorchDispatchMode):
 
 
 def peak_bytes(make: Callable[[], Training], device: torch.device, steps: int = 2) -> int:
-    """Of making a training and its first steps."""
+    """Return the peak memory of creating a training and of its first steps."""
 
     def run() -> None:
         training = make()
@@ -61,9 +61,9 @@ def peak_bytes(make: Callable[[], Training], device: torch.device, steps: int = 
 
 
 def compare(bench: Bench, names: list[str], rounds: int, repeat: int) -> Times:
-    """Seconds per step of the named trainings, in turn."""
+    """Return the seconds per step of the named trainings, interleaved."""
     trainings = {name: bench.training(name) for name in names}
-    for training in trainings.values():  # the first step has the structure to find, and starts the amplification
+    for training in trainings.values():  # the first step analyses the structure and starts the amplification
         training.step()
         training.step()
     calls: dict[str, Callable[[], object]] = {name: training.step for name, training in trainings.items()}
@@ -74,11 +74,11 @@ def compare(bench: Bench, names: list[str], rounds: int, repeat: int) -> Times:
 
 
 def window(bench: Bench, steps: int, block: int) -> tuple[float, float]:
-    """Mean seconds per step over a window with one measured step in it, and of the plain loop in turn with it."""
+    """Return mean seconds per step over a window with one measured step, and of the plain loop interleaved with it."""
     trainings = {WINDOW: bench.training(WINDOW), PLAIN: bench.training(PLAIN)}
     monitor = trainings[WINDOW].monitor
     assert monitor is not None
-    for training in trainings.values():  # past the first measured step, which has the structure to find
+    for training in trainings.values():  # skip the first measured step, which analyses the structure
         training.step()
         training.step()
     total = dict.fromkeys(trainings, 0.0)
@@ -96,25 +96,25 @@ def window(bench: Bench, steps: int, block: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Between host and device, per step: how often the host waits, and how many copies come from the device."""
+    """Per step, how often the host waits for the device, and the number of copies from the device."""
 
     waits: float
     copies: float
 
 
 def traffic(bench: Bench, names: list[str], steps: int = 10) -> dict[str, Traffic] | None:
-    """Of the named trainings; None on a CPU.
+    """Return the traffic of the named trainings, or None on a CPU.
 
-    Waits are those that torch knows of: its own (copies to the host that block, `item`, `nonzero`), of any thread. The
-    timeline (`benchmarks.monitor.timeline`) has the calls of the driver. Copies are those that the profiler sees; the
-    monitor's thread makes one for many steps.
+    Waits are those that torch reports: its own (blocking copies to the host, `item`, `nonzero`), from any thread.
+    `benchmarks.monitor.timeline` counts the calls of the driver. Copies are those in the profile; the monitor's thread
+    makes one for many steps.
     """
     if bench.device.type != "cuda":
         return None
     found = {}
     for name in names:
         training = bench.training(name)
-        for _ in range(4):  # these find the structure, make what is kept, and compile
+        for _ in range(4):  # warm-up: structure analysis, allocations and compilation
             training.step()
         waits = count_waits(training.step, steps) / steps
         copies = record(training.step, bench.device, steps)["copies"]["by name"]
@@ -124,7 +124,7 @@ def traffic(bench: Bench, names: list[str], steps: int = 10) -> dict[str, Traffi
 
 
 def count_waits(call: Callable[[], object], times: int) -> int:
-    """Of so many calls on CUDA."""
+    """Return the number of waits per call on CUDA."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:

@@ -1,12 +1,12 @@
-"""What a measured step costs over the depth of the model, and what of it goes into the structure of the graph.
+"""Measure the cost of a measured step over the depth of the model, and the share of the structure analysis in it.
 
     python -m benchmarks.monitor.depth [--json FILE] [--rounds N] [--quick]
 
-Chains and residual networks of linear layers, every layer watched, SGD, `every=1`: the dearest case, in which a layer
-does the least work of its own. The first measured step has the structure to find; later ones have the same graph. What
-goes into the structure is the time in `trace`, `join`, `analyse` and `signature`, wherever they are called.
+Chains and residual networks of linear layers, every layer watched, SGD, `every=1`: the most expensive case, in which a
+layer does little work of its own. The first measured step analyses the structure; later ones have the same graph. The
+structure's share is the time in `trace`, `join`, `analyse` and `signature`, wherever they are called.
 
-On one thread, and in seconds of the processor: what else runs on the machine hardly counts.
+Times are processor seconds of one thread, so that other load on the machine has little effect.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Workload:
 
 
 class Network(nn.Module):
-    """Linear layers, one after the other or each in a residual branch, all but orthogonal."""
+    """Linear layers in sequence or each in a residual branch, initialized to the identity."""
 
     def __init__(self, workload: Workload) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Network(nn.Module):
 
 
 class Clock:
-    """Seconds of the processor in the outermost of some functions."""
+    """Measures the processor seconds spent in given functions, without counting nested calls twice."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -84,7 +84,7 @@ class Clock:
 
 @contextmanager
 def time_of_structure() -> Iterator[Clock]:
-    """Counts what the functions of the structure take, under whatever name a module of fastfs has them."""
+    """Time the functions of the structure analysis under every name that modules of fastfs have for them."""
     clock = Clock()
     places = [
         (module, name, value)
@@ -110,7 +110,7 @@ def workloads(quick: bool) -> list[Workload]:
 
 
 def seconds(call: Callable[[], object], times: int) -> float:
-    """The median; the first call is none of them."""
+    """Return the median time of a call, without the first one."""
     call()
     found = []
     for _ in range(times):
@@ -121,7 +121,7 @@ def seconds(call: Callable[[], object], times: int) -> float:
 
 
 def alone(model: Network, x: Tensor, rounds: int) -> dict[str, float]:
-    """Seconds of the steps of the analysis, called by themselves."""
+    """Return the seconds of each step of the analysis, called separately."""
     edges: list[list[structure.Edge | None]] = [[] for _ in model.layers]
     handles = [
         layer.register_forward_hook(lambda _m, _a, out, visits=visits: visits.append(edge_of(out)))
@@ -141,7 +141,7 @@ def alone(model: Network, x: Tensor, rounds: int) -> dict[str, float]:
 
 
 def measure(workload: Workload, rounds: int) -> dict[str, Any]:
-    """Seconds of everything for one network."""
+    """Return all times for one network."""
     torch.manual_seed(0)
     model = Network(workload)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
@@ -199,7 +199,7 @@ def _nothing(_rows: object) -> None:
 
 
 def main() -> int:
-    arguments = command_line(__doc__, quick="two small networks: does it run")
+    arguments = command_line(__doc__, quick="two small networks, to test the benchmark itself")
     torch.set_num_threads(1)
     results: list[dict[str, Any]] = []
     for workload in workloads(arguments.quick):

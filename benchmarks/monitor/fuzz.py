@@ -1,10 +1,10 @@
-"""The monitor against generated training: loops against numbers by hand, writing forwards, failures and interrupts.
+"""Fuzz the monitor: random loops against a reference, writing forwards, failures and interrupts.
 
     python -m benchmarks.monitor.fuzz --loops 2000 --json benchmarks/results/fuzz-cpu.json
-    python -m benchmarks.monitor.fuzz --loops 1 --first 1234       # one seed again, as small as it fails
+    python -m benchmarks.monitor.fuzz --loops 1 --first 1234       # one seed again, shrunk to the smallest failure
 
-Counts by ingredient how many loops there were, how many rows, how many of them valid, and what was wrong. Ends with 1
-if anything was. The tests run the first hundred loops, and some of the calls and bytecodes.
+Counts loops, rows, valid rows and faults by ingredient. The exit status is 1 if there are faults. The tests run the
+first hundred loops, and a sample of the calls and bytecodes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from tests.fuzz.setting import (
 )
 from tests.fuzz.writing import altered, random_plan
 
-SHRUNK = 50  # of the faults: more are told as they came
+SHRUNK = 50  # number of faults that are shrunk; further ones are reported as found
 
 
 def loops(seeds: Iterable[int], say: Callable[[str], None]) -> dict[str, Any]:
-    """Random loops, judged."""
+    """Run random loops and compare them with the reference."""
     total: Counter[str] = Counter()
     by_ingredient: defaultdict[str, Counter[str]] = defaultdict(Counter)
     faults = []
@@ -67,7 +67,7 @@ def _of(kind: str, recipe: Recipe) -> bool:
 
 
 def writes(seeds: Iterable[int], say: Callable[[str], None]) -> dict[str, Any]:
-    """Random forwards that write to what training owns."""
+    """Run random forwards that write to tensors of training."""
     done, faults = 0, []
     for seed in seeds:
         plan = random_plan(seed)
@@ -79,7 +79,7 @@ def writes(seeds: Iterable[int], say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def failures(stride: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """At the first time of every call that the code of the monitor makes."""
+    """Raise an error at the first execution of every call in the monitor's code."""
     result: dict[str, Any] = {"total": Counter(), "faults": []}
     for mode in MODES:
         seen: list[Site] = []
@@ -94,7 +94,7 @@ def failures(stride: int, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def interrupts(stride: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """At every bytecode, the first and the last time that it runs."""
+    """Interrupt at every bytecode, at its first and last execution."""
     result: dict[str, Any] = {"total": Counter(), "faults": []}
     for mode in MODES:
         seen: dict[Place, int] = {}
@@ -115,7 +115,7 @@ def _note(result: dict[str, Any], mode: str, found: list[str], say: Callable[[st
 
 
 def report(part: str, found: dict[str, Any]) -> None:
-    """What there was, and by ingredient."""
+    """Print the counts, in total and by ingredient."""
     print_table(part, ["", "number"], [[name, str(number)] for name, number in found["total"].items()])
     if rows := found.get("by ingredient"):
         columns = ["loops", "measured rows", "valid", "predicted rows", "decreases", "refused", "faulty loops"]
@@ -129,10 +129,10 @@ def report(part: str, found: dict[str, Any]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loops", type=int, default=2000, help="random training loops")
-    parser.add_argument("--writes", type=int, default=0, help="random forwards that write")
+    parser.add_argument("--writes", type=int, default=0, help="number of random forwards that write")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--failures", type=count_option, help="every so many calls of the monitor fail, in turn")
-    parser.add_argument("--interrupts", type=count_option, help="an interrupt at every so many bytecodes, in turn")
+    parser.add_argument("--failures", type=count_option, help="let every N-th call of the monitor fail, one at a time")
+    parser.add_argument("--interrupts", type=count_option, help="interrupt at every N-th bytecode, one at a time")
     parser.add_argument("--json", type=file_option, help="write the results to this file")
     options = parser.parse_args(arguments)
 

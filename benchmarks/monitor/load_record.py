@@ -1,12 +1,12 @@
-"""Reading a long record: time and memory of fastfs.load and of the report, beside those of another version of fastfs.
+"""Measure time and memory of reading a long record with fastfs.load and the report, beside another version of fastfs.
 
     python -m benchmarks.monitor.load_record [--against FOLDER] [--rows N] [--json FILE] [--quick]
 
-FOLDER holds a checkout of another version with its native core built in place. Both versions read the same record, of
-4 million rows in lines of 400 to 500 bytes a row (2 GB), each call in a process of its own. Memory is the peak of the
-whole process (`ru_maxrss`), with what the imports of fastfs, torch, pandas and plotly take. With --against the target
-is a fifth of the time of the processor, which other load on the machine changes less; 1.5 GB in any case. Exit status
-1 if a target is missed. `--python` reads without the native core.
+FOLDER holds a checkout of another version with its native core built in place. Both versions read the same record of
+4 million rows with 400 to 500 bytes per row (2 GB), each call in its own process. Memory is the peak of the whole
+process (`ru_maxrss`), including the imports of fastfs, torch, pandas and plotly. With --against, the target is a fifth
+of the processor time, which other load on the machine affects less than wall time; in any case 1.5 GB. The exit status
+is 1 if a target is missed. `--python` also reads without the native core.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.harness import count_option, file_option, print_table, write_json
-from fastfs._monitor.record.schema import COLUMNS, INTEGERS, SCHEMA, STRINGS
+from fastfs._record.columns import PER_LAYER, SCHEMA, type_of
 
 HERE = Path(__file__).resolve().parents[2]
 MOST_BYTES = 1.5e9
@@ -38,7 +38,7 @@ if native != "native":
     from fastfs._core import ops
     ops._C = None
 if what == "load":
-    from fastfs._report.read import load
+    load = fastfs.load
     started, used = time.perf_counter(), time.process_time()
     rows = len(load(path))
 else:
@@ -52,19 +52,19 @@ print(json.dumps({"seconds": seconds, "cpu_seconds": used, "peak_bytes": peak, "
 
 
 def write_record(path: Path, layers: int, rows: int) -> None:
-    """A record of measured steps with every column that a run of this version 2 of the format may have had at first.
+    """Write a record of measured steps with every column that version 2 of the format had at first.
 
-    Values have all their digits. The lines of 64 steps are taken again and again, with their own step and time.
+    Values have all their digits. The lines of 64 steps are repeated, each with its own step and time.
     """
     generator = random.Random(0)
     names = [f"blocks.{i}" for i in range(layers)]
     header = {"kind": "header", "schema": SCHEMA, "run": "long", "layers": names, "groups": {}, "metadata": {}}
-    columns = [name for name in COLUMNS if name not in ("linear", "decrease_why")]
+    columns = [name for name in PER_LAYER if name not in ("linear", "decrease_why")]
 
     def value(name: str) -> Any:
-        if name in STRINGS:
+        if type_of(name) == "string":
             return "plain" if name == "method" else generator.choice([None, None, None, "rounding noise"])
-        return True if name == "valid" else 131_072 if name in INTEGERS else generator.random()
+        return True if name == "valid" else 131_072 if type_of(name) == "integer" else generator.random()
 
     bodies = [json.dumps({c: [value(c) for _ in names] for c in columns}, separators=(",", ":")) for _ in range(64)]
     with path.open("w") as file:
@@ -78,10 +78,10 @@ def write_record(path: Path, layers: int, rows: int) -> None:
 
 
 def read(folder: Path, what: str, path: Path, native: bool = True) -> dict[str, Any]:
-    """One reading, in a process of its own.
+    """Read a record in a separate process.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: the process failed.
     """
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", READ, what, str(path), "native" if native else "python"]

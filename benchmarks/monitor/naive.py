@@ -1,4 +1,4 @@
-"""The monitor's measurement without a library, to compare with: in numbers and in cost."""
+"""The monitor's measurement without a library, as a reference for numbers and cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Naive:
-    """What one writes without a library: clone everything, run the forward again, float64 reductions in eager torch."""
+    """A naive implementation: clone everything, run the forward again, and reduce in float64 with eager torch."""
 
     def __init__(self, model: nn.Module, layers: list[str]) -> None:
         self.angles: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What torch's profiler saw of some steps, in a few numbers. Times are in microseconds a step."""
+"""Summarize a profile of torch over several steps. Times are in microseconds per step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ WAITS = (
 )
 TO_HOST = "Memcpy DtoH"
 OURS = "fastfs"  # in the names of kernels, and of operators on a CPU
-LONGEST = 110  # characters of a name
-STEPS = "the steps that are summarised"
+LONGEST = 110  # longest name in characters
+STEPS = "the steps that are summarized"
 
 
 def record(call: Callable[[], object], device: torch.device, times: int) -> dict[str, Any]:
-    """The summary of so many calls, which should have been warmed up."""
+    """Profile a warmed-up call several times and return the summary."""
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -46,11 +46,10 @@ def record(call: Callable[[], object], device: torch.device, times: int) -> dict
 
 
 def summary(events: Iterable[Any], times: int, device: torch.device) -> dict[str, Any]:
-    """Of the events of a profile of so many steps, in an annotation named `STEPS`.
+    """Summarize the events of a profile of several steps, inside of an annotation named `STEPS`.
 
-    On CUDA: kernels, fastfs's among them, copies and fills, waits of the host within the annotation by the name of the
-    call, and how long the device did nothing between its first and last work. On a CPU: operators by the time in
-    themselves.
+    On CUDA: kernels in total and of fastfs, copies and fills, waits of the host within the annotation by the name of
+    the call, and idle time of the device between its first and last work. On a CPU: operators by their self time.
     """
     events = list(events)
     (steps,) = (event.time_range for event in events if event.name == STEPS and event.device_type == DeviceType.CPU)
@@ -92,7 +91,7 @@ def _total(spans: list[Span], times: int) -> dict[str, float]:
 
 
 def _by_name(spans: list[Span], times: int, most: int = 20) -> list[dict[str, Any]]:
-    """The names that took longest."""
+    """Return the names with the largest times."""
     groups: dict[str, list[Span]] = {}
     for span in spans:
         groups.setdefault(span[0][:LONGEST], []).append(span)
@@ -101,7 +100,7 @@ def _by_name(spans: list[Span], times: int, most: int = 20) -> list[dict[str, An
 
 
 def _gaps(intervals: list[tuple[float, float]]) -> float:
-    """How much of the time between the first start and the last end none of the intervals covers."""
+    """Return the time between the first start and the last end that no interval covers."""
     total, until = 0.0, None
     for start, end in sorted(intervals):
         if until is not None and start > until:

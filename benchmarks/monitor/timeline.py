@@ -1,10 +1,10 @@
-"""Where the time of a step goes: torch's profiler over plain, predicted and measured steps, as a small summary.
+"""Summarize where the time of a step goes, from torch's profiler over plain, predicted and measured steps.
 
     python -m benchmarks.monitor.timeline [--device cuda] [--compile] [--json FILE] [--quick]
 
-The workload is that of `benchmarks.monitor`. On CUDA: kernels and those of fastfs among them, copies, calls in which
-the host waits for the device, and for how long the device has nothing to do. On a CPU: operators. Times are those under
-the profiler, which takes its share of the host's; `benchmarks.monitor` has the cost. `--rounds` is the number of steps.
+The workload is that of `benchmarks.monitor`. On CUDA: kernels in total and of fastfs, copies, calls in which the host
+waits for the device, and idle time of the device. On a CPU: operators. Times include the overhead of the profiler;
+`benchmarks.monitor` measures the actual cost. `--rounds` is the number of steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ KINDS = (PLAIN, OFF, ALIGNED, MEASURED)
 
 
 def run(load: Workload, device: torch.device, steps: int) -> dict[str, Any]:
-    """One summary by kind of step, each of so many steps (the rounds of the command line)."""
+    """Return one summary per kind of step, each over the given number of steps."""
     result: dict[str, Any] = {"workload": load.name, "steps": steps, "times are": "microseconds per step"}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(load, device, Path(folder))
@@ -52,7 +52,9 @@ def show(result: dict[str, Any], on_gpu: bool) -> None:
 
 def main() -> int:
     arguments = command_line(
-        __doc__, quick="a tiny model: does it run", flags={"--compile": "models compiled by torch.compile"}
+        __doc__,
+        quick="a tiny model, to test the benchmark itself",
+        flags={"--compile": "compile models with torch.compile"},
     )
     device = arguments.device
     result = run(workload(arguments.quick, device, arguments.compile), device, arguments.rounds)

@@ -1,4 +1,4 @@
-"""The trainings that are compared: one model, one stream of batches, and what watches each."""
+"""The compared trainings: one model, one stream of batches, and the monitor of each."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from fastfs.models import Transformer
 PLAIN = "plain"
 AGAIN = "plain, again"
 OFF = "every=100: a step that is not measured"
-EVERY = "every=100: amortised"
+EVERY = "every=100: amortized"
 WINDOW = "every=100: a window of 100 steps"
 ALIGNED = "aligned_every=1: a predicted step"
 MEASURED = "measured step"
 AMPLIFIED = "measured step, amplify=True"
 JVP = 'measured step, mode="jvp"'
 PROBE = 'measured step, mode="probe"'
-NAIVE = "measured step, the naive way"
+NAIVE = "measured step, naive implementation"
 
-NEVER = 10**9  # every=NEVER: step 0 alone is measured
+NEVER = 10**9  # every=NEVER measures step 0 only
 
 Batch = tuple[Tensor, Tensor]
 
@@ -56,12 +56,12 @@ class Workload:
         return f"{name}, torch.compile" if self.compiled else name
 
     def smaller(self, batch: int) -> Workload:
-        """The same with at most so many sequences in a batch."""
+        """Return the same workload with at most the given number of sequences per batch."""
         return replace(self, batch=min(batch, self.batch))
 
 
 def workload(quick: bool, device: torch.device, compiled: bool) -> Workload:
-    """On CUDA a GPT-2 small; its vocabulary is half of GPT-2's, since embedding and head are not tied: 124M in all."""
+    """Return the workload; on CUDA, GPT-2 small with half of its vocabulary, as its head is not tied: 124M in all."""
     if quick:
         return Workload(width=64, depth=2, heads=4, context=64, batch=4, compiled=compiled)
     if device.type == "cuda":
@@ -71,14 +71,14 @@ def workload(quick: bool, device: torch.device, compiled: bool) -> Workload:
 
 
 class Training:
-    """A loop whose steps can be taken one at a time.
+    """A training loop whose steps can be taken one at a time.
 
     Args:
         load: model and data.
-        model: that every training starts from; copied, and the copy compiled where the workload says so.
-        batches: the same for all.
-        watch: attaches something to model and optimizer: a monitor, or None.
-        naive: measure every step the naive way.
+        model: initial model; copied, and the copy compiled if the workload says so.
+        batches: batches, the same for all trainings.
+        watch: attaches a monitor to model and optimizer, or returns None.
+        naive: whether to measure every step with the naive implementation.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Training:
         self.parameters = list(own.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=3e-4)
         self.naive = Naive(own, [f"blocks.{i}" for i in range(load.depth)]) if naive else None
-        # The naive way stays eager: a compiled model would break into pieces at its hooks.
+        # The naive implementation stays eager: its hooks would break a compiled model into many graphs.
         self.model: nn.Module = _compiled(own) if load.compiled and not naive else own
         self.monitor = watch(self.model, self.optimizer)
         self._load = load
@@ -122,7 +122,7 @@ class Training:
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    """With code of its own: torch.compile keeps graphs by it, and a twin's graph knows nothing of this one's hooks."""
+    """Give the model its own code object: torch.compile caches graphs per code object, without regard to hooks."""
     forward = type(model).forward
     parts = forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__
     own = types.FunctionType(forward.__code__.replace(), *parts)
@@ -135,7 +135,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Bench:
-    """Makes trainings of one workload; their records go to a folder."""
+    """Creates trainings of one workload, with records in a folder."""
 
     def __init__(self, load: Workload, device: torch.device, folder: Path) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -149,7 +149,7 @@ class Bench:
         self._number = itertools.count()
 
     def training(self, name: str, **options: Any) -> Training:
-        """A training as the table calls it; ``options`` of the monitor are added."""
+        """Create the training of a given name in the table, with further ``options`` of the monitor."""
         settings: dict[str, dict[str, Any]] = {
             OFF: {"every": NEVER},
             WINDOW: {"every": 100},
@@ -175,7 +175,7 @@ class Bench:
 
 
 def _batches(load: Workload) -> Iterator[Batch]:
-    """Windows of text in bytes; of a larger vocabulary random tokens, since here only their number matters."""
+    """Yield windows of text in bytes, or random tokens for a larger vocabulary, where only their number matters."""
     if load.vocabulary == 256:
         yield from windows(stdlib_text(1_000_000), batch=load.batch, length=load.context, seed=0)
     generator = torch.Generator().manual_seed(0)

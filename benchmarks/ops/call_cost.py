@@ -1,15 +1,15 @@
-"""What a call costs the host: microseconds per call and where they go, beside those of another version of fastfs.
+"""Measure the host time of calls, beside that of another version of fastfs.
 
     python -m benchmarks.ops.call_cost [--device cuda] [--against FOLDER] [--json FILE] [--rounds N] [--predicted]
 
 FOLDER holds a checkout of another version with its native core built in place (`python setup.py build_ext --inplace`).
-Both versions run the same calls (benchmarks/ops/call_cost_cases.py), each in a process of its own, in turn; figures are
-medians over the rounds, and ratios medians of the ratios within a round. Tensors are tiny, one thread: what is
-measured is the way there, not the sums. With --predicted it is what a predicted step (`aligned_every=1`) adds to
-training instead: processor time of the training thread, medians over blocks of steps with and without a monitor, in
-turn.
+Both versions run the same calls (benchmarks/ops/call_cost_cases.py), each in its own process, alternating; figures are
+medians over the rounds, and ratios are medians of the ratios within a round. Tensors are tiny and one thread is used,
+so that the overhead is measured rather than the sums. With --predicted, the benchmark measures what a predicted step
+(`aligned_every=1`) adds to training: processor time of the training thread, medians over alternating blocks of steps
+with and without a monitor.
 
-On a GPU the target of feature_stats on 100 layers is 40 us, launch included; exit status 1 if it is missed.
+On a GPU, the target of feature_stats on 100 layers is 40 us including the launch; exit status 1 if it is missed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ Costs = dict[str, float]
 
 
 def run_cases(folder: Path, device: torch.device, *chosen: str) -> Costs:
-    """One process with the fastfs of a folder.
+    """Run the cases in one process with the fastfs of a folder.
 
     Raises:
-        RuntimeError: if it fails, or takes fastfs from elsewhere.
+        RuntimeError: the process fails, or imports fastfs from elsewhere.
     """
     found = [str(folder), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, found)), "OMP_NUM_THREADS": "1"}
@@ -53,7 +53,7 @@ def run_cases(folder: Path, device: torch.device, *chosen: str) -> Costs:
 
 
 def measure(folders: dict[str, Path], device: torch.device, rounds: int, *chosen: str) -> dict[str, list[Costs]]:
-    """Per version the costs of every round, the versions in turn."""
+    """Return the costs of every round per version, alternating between versions."""
     found: dict[str, list[Costs]] = {name: [] for name in folders}
     for number in range(rounds):
         print(f"round {number + 1} of {rounds} ...", file=sys.stderr, flush=True)
@@ -63,7 +63,7 @@ def measure(folders: dict[str, Path], device: torch.device, rounds: int, *chosen
 
 
 def rows(found: dict[str, list[Costs]]) -> list[dict[str, Any]]:
-    """Per call the median cost of each version, and the ratio of the present one to the other."""
+    """Return the median cost per call and version, and the ratio of this version to the other."""
     table = []
     for case in found["now"][0]:
         row: dict[str, Any] = {"call": case}
@@ -77,18 +77,18 @@ def rows(found: dict[str, list[Costs]]) -> list[dict[str, Any]]:
 
 
 def markdown(table: list[dict[str, Any]]) -> list[str]:
-    """The rows as lines of a table in markdown."""
+    """Format the rows as lines of a Markdown table."""
     return ["| " + " | ".join(str(cell) for cell in row.values()) + " |" for row in table]
 
 
 def main() -> int:
-    """Runs both versions, shows and writes what they cost."""
+    """Run both versions and report their costs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=device_option, default=torch.device("cpu"))
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another version of fastfs, built in place")
     parser.add_argument("--json", type=file_option, help="write the results to this file")
     parser.add_argument("--rounds", type=count_option, default=5)
-    parser.add_argument("--predicted", action="store_true", help="what a predicted step adds, and nothing else")
+    parser.add_argument("--predicted", action="store_true", help="measure only what a predicted step adds")
     arguments = parser.parse_args()
     folders = {"now": HERE}
     if arguments.against is not None:

@@ -1,10 +1,10 @@
-"""Host time of calls, in one process: what `benchmarks.ops.call_cost` runs in each version of fastfs that it compares.
+"""Measure the host time of calls in one process; `benchmarks.ops.call_cost` runs it in each compared version of fastfs.
 
     python benchmarks/ops/call_cost_cases.py DEVICE [predicted]
 
-Imports torch and fastfs alone, so that it runs with any version that has the functions it calls. Prints JSON: by case
-the microseconds of host time per call, the least mean of several blocks of calls - what is left when nothing
-else of the machine is in the way. On CUDA the device is not waited for, within a block.
+Imports only torch and fastfs, so that it runs with any version that has the called functions. Prints JSON: per case,
+the microseconds of host time per call, as the smallest mean over several blocks of calls, which excludes interference
+from the rest of the machine. On CUDA, blocks do not synchronize with the device.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LAYERS = 100
 
 
 def least(call: Callable[[], object], calls: int, blocks: int = BLOCKS) -> float:
-    """Microseconds per call: the least mean of the blocks."""
+    """Return microseconds per call: the smallest mean of the blocks."""
     for _ in range(3):
         call()
     best = float("inf")
@@ -46,12 +46,12 @@ def least(call: Callable[[], object], calls: int, blocks: int = BLOCKS) -> float
 
 
 def lists(layers: int, device: torch.device, shape: tuple[int, ...] = (8, 8)) -> list[list[Tensor]]:
-    """Three lists of tiny tensors, no two the same."""
+    """Return three lists of distinct tiny tensors."""
     return [[torch.randn(shape, device=device) for _ in range(layers)] for _ in range(3)]
 
 
 def calls(device: torch.device) -> dict[str, float]:
-    """The measurements on tiny tensors."""
+    """Measure calls on tiny tensors."""
     found = {}
     for layers in (1, 10, LAYERS, 1000):
         before, after, backward = lists(layers, device)
@@ -59,7 +59,7 @@ def calls(device: torch.device) -> dict[str, float]:
             lambda a=before, b=after, c=backward: fastfs.feature_stats(a, b, c), max(2000 // layers, 4)
         )
     held = lists(LAYERS, device)
-    views = [[x[:0] for x in tensors] for tensors in held]  # a view refers to its base, as autograd to what it saves
+    views = [[x[:0] for x in tensors] for tensors in held]  # views keep references to their base, as autograd does
     found["feature_stats, 100 layers that torch refers to"] = least(lambda: fastfs.feature_stats(*held), 20)
     del views
     one = [x[0] for x in lists(1, device)]
@@ -81,12 +81,12 @@ def calls(device: torch.device) -> dict[str, float]:
 
 
 def parts(device: torch.device) -> dict[str, float]:
-    """Where the time of feature_stats on 100 layers goes. On the CPU, where each part can be called alone."""
+    """Split the time of feature_stats on 100 layers into parts. CPU only, where each part can be called separately."""
     if device.type != "cpu" or not ops.native_available():
         return {}
     layers = lists(LAYERS, device)
     empty = [[x[:0] for x in tensors] for tensors in layers]
-    out = torch.empty((LAYERS, ops.FEATURES), dtype=torch.float64)
+    out = torch.empty((LAYERS, len(fastfs.FeatureStats.names)), dtype=torch.float64)
     library = torch.library.Library("fastfs_call_cost", "DEF")
     library.define("nothing(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
     library.impl("nothing", lambda before, after, backward: out, "CPU")
@@ -101,14 +101,14 @@ def parts(device: torch.device) -> dict[str, float]:
 
 
 def watch(model: nn.Module, optimizer: torch.optim.Optimizer, **options: int) -> fastfs.Monitor:
-    """A monitor that writes nothing."""
+    """Return a monitor that writes nothing."""
     return fastfs.Monitor(
         model, optimizer, sinks=[lambda rows: None], alerts=(), verbose=False, **options
     )  # fmt: skip
 
 
 class Step:
-    """A training step of a deep and very narrow transformer: nearly all of its time is the host's."""
+    """A training step of a deep and very narrow transformer, whose time is nearly all spent on the host."""
 
     def __init__(self, device: torch.device, **options: int) -> None:
         self.model: nn.Module = Transformer(64, 16, 12, 2, 8, generator=torch.Generator().manual_seed(0)).to(device)
@@ -124,7 +124,7 @@ class Step:
 
 
 def training(device: torch.device) -> dict[str, float]:
-    """What a monitor adds to a step of 12 blocks and about 100 parameters, and the meter that it asks."""
+    """Measure what a monitor adds to a step of 12 blocks and about 100 parameters, and what its meter takes."""
     plain = Step(device)
     plain()
     meter = UpdateMeter(plain.optimizer)
@@ -144,7 +144,7 @@ def training(device: torch.device) -> dict[str, float]:
         step()
         step()
     best = dict.fromkeys(steps, float("inf"))
-    for _ in range(2 * BLOCKS):  # in turn, since what is wanted is the difference
+    for _ in range(2 * BLOCKS):  # interleaved, because the difference is measured
         for name, step in steps.items():
             best[name] = min(best[name], least(step, 5, 1))
     for name in list(steps)[1:]:
@@ -156,7 +156,7 @@ def training(device: torch.device) -> dict[str, float]:
 
 
 class Small(Step):
-    """A step of an MLP of three layers, 6 parameters: the monitor's host work is most of what there is."""
+    """A step of an MLP with three layers and 6 parameters, which the monitor's host work dominates."""
 
     def __init__(self, device: torch.device, **options: int) -> None:
         torch.manual_seed(0)
@@ -175,7 +175,7 @@ class Small(Step):
 
 
 def predicted(device: torch.device) -> dict[str, float]:
-    """Processor time of the training thread that predicted steps add, medians over blocks of steps, in turn."""
+    """Measure the processor time that predicted steps add to the training thread: medians over alternating blocks."""
     found = {}
     for name, kind, calls_ in (("MLP, 6 parameters", Small, 20), ("transformer, 12 blocks", Step, 4)):
         plain, watched = kind(device), kind(device, every=10**9, aligned_every=1)

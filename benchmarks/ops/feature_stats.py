@@ -1,16 +1,16 @@
-"""How fast is `fastfs.feature_stats`: against reading the same bytes, eager torch, torch.compile and Triton.
+"""Benchmark `fastfs.feature_stats` against a read of the same bytes, eager torch, torch.compile and Triton.
 
     python -m benchmarks.ops.feature_stats [--device cuda] [--json FILE] [--quick] [--only ladder,lists]
 
 Parts: "ladder", one layer of 4 KiB to 4 GiB in four dtypes; "lists", 1 to 1000 layers; "rows", sums per row over the
-width; "transformers", the layers' outputs of real shapes; "overhead", host time of a call.
+width; "transformers", layer outputs of real shapes; "overhead", host time of a call.
 
 Bandwidth counts the bytes of the three inputs, read once. The ceiling is a streaming read of the same tensors in the
-same run; "copy" copies the features and counts the bytes of both sides. Inputs come from memory, not from the cache:
-where they are small, the calls take so many copies in turn that all of them are four times as large as the cache. Every
-contestant's sums are checked against float64 before it is timed; the error is relative to the sum of the absolute
-terms. On a GPU contestants that launch many kernels are timed as replayed CUDA graphs. Who is left out is in the result
-with the reason. Exit status 1 if a target is missed on a GPU at full size.
+same run; "copy" copies the features and counts the bytes of both sides. Inputs come from memory rather than the cache:
+small inputs are copied until all copies are four times as large as the cache, and calls use the copies round-robin. The
+sums of every implementation are checked against float64 before it is timed; errors are relative to the sum of the
+absolute terms. On a GPU, implementations that launch many kernels are timed as replayed CUDA graphs. The result lists
+excluded implementations with the reason. The exit status is 1 if a target is missed on a GPU at full size.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ import torch
 import fastfs
 from benchmarks.harness import command_line, side_by_side, thread_counts, write_json
 from benchmarks.ops.graphs import as_graphs
-from benchmarks.ops.implementations import Contestant, lineup, triton_kernels
+from benchmarks.ops.implementations import Implementation, select_implementations, triton_kernels
 from benchmarks.ops.show import show
 from benchmarks.ops.targets import show_targets, targets
 from benchmarks.ops.workloads import DTYPES, LADDER, LISTS, PARTS, ROWS, TRANSFORMERS, Workload, size_name, workloads
 from fastfs._bench import ceilings
 from fastfs._bench.comparison import OURS, attempt, ranking
-from fastfs._bench.expected import ALLOWED, Truth, truth
-from fastfs._bench.inputs import Inputs, Turns, copies_for
+from fastfs._bench.expected import ALLOWED, ExpectedSums, expected_sums
+from fastfs._bench.inputs import Inputs, RoundRobin, copies_for
 from fastfs._bench.machine import cache_bytes, free_bytes
 
 OVERHEAD = "overhead"
-MOST_SECONDS = {"cpu": 1.0, "cuda": 0.5}  # of one call; who needs more is left out
-SLOW = 0.02  # seconds of a call on a GPU from which on one at a time is timed
-BUDGET = 0.5  # seconds of a contestant's rounds, after the third
+MOST_SECONDS = {"cpu": 1.0, "cuda": 0.5}  # largest duration of a call; slower implementations are excluded
+SLOW = 0.02  # seconds per call on a GPU above which each call is timed by itself
+BUDGET = 0.5  # seconds for the rounds of an implementation, after the third
 COMPILE_SECONDS, QUICK_SECONDS = 90.0, 12.0
-# Of the seconds to compile, until the end of each part; what one leaves is for the next.
+# Cumulative shares of the time for compiling; a part inherits what an earlier one has not used.
 SHARES = {LADDER: 0.45, LISTS: 0.7, ROWS: 0.85, TRANSFORMERS: 1.0}
 
 
 class Budget:
-    """Seconds for compiling."""
+    """Time budget for compiling."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -56,80 +56,88 @@ class Budget:
         self.spent = 0.0
 
     def why_not(self) -> str | None:
-        """Why nothing more is compiled now, or None."""
+        """Return why nothing more is compiled now, or None."""
         if self.spent < self.allowed:
             return None
-        return f"the {self.allowed:.0f} s for compiling up to here are spent (--compile-seconds)"
+        return f"the {self.allowed:.0f} s for compiling up to here are used up (--compile-seconds)"
 
 
 def prepare(
-    name: str, contestant: Contestant, copies: list[Inputs], true: Truth, device: torch.device, budget: Budget
+    name: str,
+    implementation: Implementation,
+    copies: list[Inputs],
+    expected: ExpectedSums,
+    device: torch.device,
+    budget: Budget,
 ) -> tuple[list[Callable[[], object]], dict[str, Any], str | None]:
-    """A contestant's calls, one per copy; what is to be told of it; and why it is left out, or None.
+    """Prepare and check an implementation.
+
+    Returns:
+        Its calls, one per copy; facts to report; and why it is excluded, or None.
 
     Raises:
-        AssertionError: fastfs is wrong, or cannot be called.
+        AssertionError: fastfs is wrong or cannot be called.
     """
-    if contestant.compiles and (why := budget.why_not()):
+    if implementation.compiles and (why := budget.why_not()):
         return [], {}, why
     began = time.perf_counter()
-    call, _, why = attempt(lambda: contestant.prepare(copies[0]), device)
+    call, _, why = attempt(lambda: implementation.prepare(copies[0]), device)
     first = None
     if why is None:
-        first, _, why = attempt(call, device, MOST_SECONDS[device.type], compiles=contestant.compiles)
+        first, _, why = attempt(call, device, MOST_SECONDS[device.type], compiles=implementation.compiles)
     seconds = time.perf_counter() - began
-    if contestant.compiles:
+    if implementation.compiles:
         budget.spent += seconds
     if why is not None:
         if name == OURS:
             raise AssertionError(f"fastfs: {why}")
         return [], {}, why
-    error = true.error(first) if contestant.checked else None
+    error = expected.error(first) if implementation.checked else None
     if name == OURS and not error <= ALLOWED:
         raise AssertionError(f"fastfs is off by {error:.1e}, allowed is {ALLOWED:.0e}")
-    calls = [call, *(contestant.prepare(inputs) for inputs in copies[1:])]
+    calls = [call, *(implementation.prepare(inputs) for inputs in copies[1:])]
     timed_as = "calls"
-    if device.type == "cuda" and contestant.graph:
+    if device.type == "cuda" and implementation.graph:
         calls, timed_as = as_graphs(calls)
     return calls, {"error": error, "timed as": timed_as, "first call, s": round(seconds, 3)}, None
 
 
 def repeats(workload: Workload, device: torch.device, slowest: float) -> int:
-    """Calls in a row: enough for the clock, few enough for the GPU's queue; `slowest`: seconds of the slowest call."""
+    """Return the calls per measurement: enough for the clock, and few enough for the GPU's queue."""
     if device.type == "cuda":
         return 1 if slowest > SLOW else 10 if workload.bytes < 2**25 else 5
     return max(1, min(100, 2**25 // workload.bytes))
 
 
 def bandwidth(workload: Workload, device: torch.device, rounds: int, budget: Budget, triton: Any) -> dict[str, Any]:
-    """Times one workload: milliseconds, GB/s, ratio to the ceiling and fastfs' gain for every contestant."""
+    """Time one workload: milliseconds, GB/s, fraction of the ceiling and speedup of fastfs for every implementation."""
     copies = workload.inputs(device, copies_for(workload.bytes, cache_bytes(device)))
-    turns = Turns(len(copies))
-    true = truth(copies[0], per_row=workload.per_row)
-    torch._dynamo.reset()  # otherwise the graphs of all workloads count against a limit
+    rotation = RoundRobin(len(copies))
+    expected = expected_sums(copies[0], per_row=workload.per_row)
+    torch._dynamo.reset()  # otherwise the graphs of all workloads count towards one recompilation limit
     calls: dict[str, Callable[[], object]] = {
-        ceilings.READ: turns.over([ceilings.streaming_read(inputs) for inputs in copies])
+        ceilings.READ: rotation.over([ceilings.streaming_read(inputs) for inputs in copies])
     }
     moved, about, slowest = {}, {}, 0.0
     if workload.part == LADDER:
         made = [ceilings.copy(inputs) for inputs in copies]
-        calls[ceilings.COPY], moved[ceilings.COPY] = turns.over([call for call, _ in made]), made[0][1]
-    found, left_out = lineup(workload, device, triton)
-    for name, contestant in found.items():
-        ready, told, why = prepare(name, contestant, copies, true, device, budget)
+        calls[ceilings.COPY], moved[ceilings.COPY] = rotation.over([call for call, _ in made]), made[0][1]
+    found, left_out = select_implementations(workload, device, triton)
+    for name, implementation in found.items():
+        ready, told, why = prepare(name, implementation, copies, expected, device, budget)
         if why is not None:
             left_out[name] = why
         else:
-            calls[name], about[name] = turns.over(ready), told
-            slowest = slowest if contestant.compiles else max(slowest, told["first call, s"])
-    for name in set(calls) & set(found) - {OURS}:  # now that all have taken their memory
+            calls[name], about[name] = rotation.over(ready), told
+            slowest = slowest if implementation.compiles else max(slowest, told["first call, s"])
+    for name in set(calls) & set(found) - {OURS}:  # again, now that all have allocated their memory
         _, _, why = attempt(calls[name], device)
         if why is not None:
             left_out[name] = why
             del calls[name], about[name]
     repeat = repeats(workload, device, slowest)
     times = side_by_side(calls, device, rounds, repeat, BUDGET)
-    rows = [{**row, **about.get(row["contestant"], {})} for row in ranking(times, workload.bytes, moved)]
+    rows = [{**row, **about.get(row["implementation"], {})} for row in ranking(times, workload.bytes, moved)]
     return {
         "part": workload.part,
         "workload": workload.name,
@@ -171,9 +179,9 @@ def measure_part(
     triton: Any,
     keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """All workloads of a part, in the order of dtype and size; on the CPU some with one thread too.
+    """Measure all workloads of a part, sorted by dtype and size; on the CPU some also with one thread.
 
-    `keep` is given what there is after each workload, so that nothing is lost.
+    `keep` receives the results so far after each workload, so that none is lost.
     """
     results: list[dict[str, Any]] = []
     budget.allowed = budget.seconds * SHARES[part]
@@ -192,20 +200,20 @@ def measure_part(
 
 
 def chosen(only: str | None) -> list[str]:
-    """Parts from a list such as "ladder,rows"; all for None.
+    """Parse a list of parts such as "ladder,rows"; None means all.
 
     Raises:
-        argparse.ArgumentTypeError: an unknown part.
+        argparse.ArgumentTypeError: a part is unknown.
     """
     parts = [OVERHEAD, *PARTS]
     wanted = parts if only is None else only.split(",")
     if unknown := [name for name in wanted if name not in parts]:
-        raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; there are {', '.join(parts)}")
+        raise argparse.ArgumentTypeError(f"no part {', '.join(unknown)}; expected {', '.join(parts)}")
     return [name for name in parts if name in wanted]
 
 
 def main() -> int:
-    """Runs the parts that the command line asks for.
+    """Run the parts that the command line requests.
 
     Returns:
         The exit status.
@@ -213,15 +221,15 @@ def main() -> int:
     options: dict[str, dict[str, Any]] = {
         "--only": {"type": chosen, "default": chosen(None), "help": "parts, such as ladder,rows"},
         "--largest": {"type": int, "help": "bytes of the largest inputs; 4 GiB on a GPU, 1 GiB on the CPU"},
-        "--compile-seconds": {"type": float, "help": "about how long to compile in all; 90, or 12 with --quick"},
+        "--compile-seconds": {"type": float, "help": "approximate seconds for compiling; 90, or 12 with --quick"},
     }
-    arguments = command_line(__doc__, quick="tiny workloads: does the benchmark run", options=options)
+    arguments = command_line(__doc__, quick="tiny workloads, to test the benchmark itself", options=options)
     device = arguments.device
     wanted = arguments.largest or (2**32 if device.type == "cuda" else 2**30)
     largest = min(wanted, free_bytes(device) // 10)
     if largest < 2**32 and not arguments.quick:
         why = "a tenth of the free memory" if largest < wanted else "--largest"
-        print(f"inputs of more than {size_name(largest)} are left out ({why})")
+        print(f"inputs of more than {size_name(largest)} are skipped ({why})")
 
     began = time.perf_counter()
     seconds = QUICK_SECONDS if arguments.quick else COMPILE_SECONDS

@@ -1,11 +1,11 @@
-"""How fast is the row gather of the monitor: copy, cast and squared norms of some rows, against eager torch.
+"""Benchmark the monitor's row gather (copy, cast and squared norms of some rows) against eager torch.
 
     python -m benchmarks.ops.gather_rows [--device cuda] [--json FILE] [--quick]
 
 Bandwidth counts the bytes of the kept rows, read once, and those of the copy, written once. The ceiling is torch's copy
-(with the cast) of as many rows that lie side by side: no index, no norms. Copies are checked to be equal and norms
-against float64 before anything is timed. Rows come from memory, not from the cache: the calls take so many different
-sets of rows (of so many copies of the features, where those are small) in turn that they exceed it.
+(with the cast) of as many contiguous rows, without index or norms. Copies are checked for equality and norms against
+float64 before anything is timed. Rows come from memory rather than the cache: calls use different sets of rows (and
+copies of small features) round-robin that together exceed the cache.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from benchmarks.harness import command_line, median_ratio, print_table, side_by_side, thread_counts, write_json
 from fastfs._bench.comparison import OURS
-from fastfs._bench.inputs import Turns, copies_for
+from fastfs._bench.inputs import RoundRobin, copies_for
 from fastfs._bench.machine import cache_bytes
 
-CEILING = "copy of rows side by side"
+CEILING = "copy of contiguous rows"
 SQUARES = "fastfs, squares alone"
 EAGER = "eager"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Features of (batch, tokens, width), of which `kept` rows are taken, cast from `dtype` to `to`."""
+    """Features of shape (batch, tokens, width), of which `kept` rows are gathered and cast from `dtype` to `to`."""
 
     shape: tuple[int, ...]
     kept: int
@@ -41,17 +41,17 @@ class Workload:
 
     @property
     def name(self) -> str:
-        """The workload in words."""
+        """Description of the workload."""
         cast = f"{self.dtype} to {self.to}".replace("torch.", "")
         layout = ", (batch, width, tokens) in memory" if self.transposed else ""
         return f"{self.kept} rows of {' x '.join(map(str, self.shape))}{layout}, {cast}"
 
     def make(self, device: torch.device, cache: int) -> list[tuple[Tensor, Tensor]]:
-        """Features and row numbers, random subsets in order, so many that the rows exceed a cache of so many bytes."""
+        """Create features and sorted random row indices, in so many sets that the rows exceed the cache."""
         generator = torch.Generator(device).manual_seed(0)
         count = self.shape[0] * self.shape[1]
         sets = copies_for(self.kept * self.shape[2] * self.dtype.itemsize, cache)
-        apart = max(1, count // self.kept)  # sets of rows of one tensor that have no row in common
+        apart = max(1, count // self.kept)  # disjoint sets of rows per tensor
         made: list[tuple[Tensor, Tensor]] = []
         while len(made) < sets:
             x = torch.empty(self.shape, device=device).normal_(generator=generator).to(self.dtype)
@@ -63,7 +63,7 @@ class Workload:
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """All workloads, or two tiny ones."""
+    """Return all workloads, or two tiny ones."""
     f32, bf16 = torch.float32, torch.bfloat16
     if quick:
         return [Workload((2, 64, 64), 16, bf16, f32), Workload((2, 64, 64), 16, f32, f32, transposed=True)]
@@ -82,16 +82,16 @@ def workloads(quick: bool) -> list[Workload]:
 
 
 def eager(x: Tensor, rows: Tensor, to: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The same in torch."""
+    """Gather rows in eager torch."""
     kept = x.flatten(0, -2)[rows]
     return kept.to(to), kept.to(torch.float64).square().sum(dim=1)
 
 
 def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], what: str) -> float:
-    """The largest relative error of the norms.
+    """Check a result and return the largest relative error of the norms.
 
     Raises:
-        AssertionError: if the copies differ, or a norm is off by more than 2e-6.
+        AssertionError: the copies differ, or a norm is off by more than 2e-6.
     """
     if not torch.equal(found[0], expected[0]):
         raise AssertionError(f"{what}: the copies differ")
@@ -102,9 +102,9 @@ def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], what: s
 
 
 def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, Any]:
-    """Times one workload: microseconds, GB/s, ratio to the ceiling and fastfs' gain for every contestant."""
+    """Time one workload: microseconds, GB/s, fraction of the ceiling and speedup of fastfs per implementation."""
     sets = workload.make(device, cache_bytes(device))
-    turns = Turns(len(sets))
+    rotation = RoundRobin(len(sets))
     dims = len(workload.shape) - 1
     ours, squares, to = torch.ops.fastfs.gather_rows, torch.ops.fastfs.row_squares, workload.to
     error = check(ours(*sets[0], dims, to), eager(*sets[0], to), workload.name)
@@ -112,10 +112,10 @@ def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, 
     blocks = [block.contiguous().clone() for _ in sets]
 
     def each(call: Callable[[Tensor, Tensor], object]) -> Callable[[], object]:
-        return turns.over([functools.partial(call, x, rows) for x, rows in sets])
+        return rotation.over([functools.partial(call, x, rows) for x, rows in sets])
 
     calls: dict[str, Callable[[], object]] = {
-        CEILING: turns.over([functools.partial(block.to, to, copy=True) for block in blocks]),
+        CEILING: rotation.over([functools.partial(block.to, to, copy=True) for block in blocks]),
         OURS: each(lambda x, rows: ours(x, rows, dims, to)),
         SQUARES: each(lambda x, rows: squares(x, rows, dims)),
         EAGER: each(lambda x, rows: eager(x, rows, to)),
@@ -130,7 +130,7 @@ def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, 
         size = read if name == SQUARES else read + written
         results.append(
             {
-                "contestant": name,
+                "implementation": name,
                 "microseconds": round(seconds * 1e6, 2),
                 "GB/s": round(size / seconds / 1e9, 2),
                 "of ceiling": round(median_ratio(times, CEILING, name), 3),
@@ -150,11 +150,11 @@ def measure(workload: Workload, device: torch.device, rounds: int) -> dict[str, 
 
 
 def show(result: dict[str, Any]) -> None:
-    """One table on the terminal."""
+    """Print one table."""
     threads = f", {result['threads']} thread{'s' * (result['threads'] > 1)}" if result["threads"] else ""
     rows = [
         [
-            row["contestant"],
+            row["implementation"],
             f"{row['microseconds']:.1f}",
             f"{row['GB/s']:.1f}",
             f"{row['of ceiling']:.2f}",
@@ -166,8 +166,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs the workloads that the command line asks for."""
-    arguments = command_line(__doc__, quick="tiny workloads: does the benchmark run")
+    """Run the workloads that the command line requests."""
+    arguments = command_line(__doc__, quick="tiny workloads, to test the benchmark itself")
     device = arguments.device
 
     results = []

@@ -1,4 +1,4 @@
-"""Calls as CUDA graphs, so that what launches many kernels is not charged for the host that launches them."""
+"""Calls as CUDA graphs, so that implementations with many kernels are not charged for launching them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from fastfs._bench.comparison import reason
 
 MOST_COPIES = 64
-"""Graphs of one contestant: where more copies of the inputs are needed a call has few launches, which queue up."""
+"""Largest number of graphs per implementation; calls that need more copies of the inputs have few launches."""
 
 
 @contextmanager
-def nothing_waits() -> Iterator[None]:
-    """A call of torch in the ``with`` block that waits for the GPU raises RuntimeError."""
+def no_synchronization() -> Iterator[None]:
+    """Make calls that wait for the GPU raise RuntimeError inside of the ``with`` block."""
     before = torch.cuda.get_sync_debug_mode()
     _set_mode("error")
     try:
@@ -27,15 +27,18 @@ def nothing_waits() -> Iterator[None]:
 
 def _set_mode(mode: int | str) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once that the mode is a prototype
+        warnings.simplefilter("ignore")  # torch warns once that the mode is a prototype
         torch.cuda.set_sync_debug_mode(mode)
 
 
 def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[[], object]], str]:
-    """Replays of the calls, and "graph"; or the calls themselves, and why.
+    """Capture calls as graphs.
 
-    Each is called once before. One that waits for the device is not captured: a capture that fails leaves torch's
-    allocator in a state that later calls suffer from.
+    Each call runs once before the capture. Calls that wait for the device are not captured: a failed capture would
+    leave torch's allocator in a state that affects later calls.
+
+    Returns:
+        Replays of the calls and "graph"; or the calls themselves, and the reason.
     """
     if len(calls) > MOST_COPIES:
         return calls, "calls"
@@ -45,7 +48,7 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
         for call in calls:
             call()
         torch.cuda.synchronize()
-        with nothing_waits():
+        with no_synchronization():
             calls[0]()
         pool = torch.cuda.graph_pool_handle()
         for call in calls:
@@ -56,16 +59,16 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
         for replay in replays:
             replay()
         torch.cuda.synchronize()
-    except Exception as error:  # whatever cannot be captured is timed as it is, and the result says so
-        torch.cuda.set_stream(stream)  # which a capture that fails leaves as it is
+    except Exception as error:  # calls that cannot be captured are timed as they are, as the result says
+        torch.cuda.set_stream(stream)  # a failed capture does not restore it
         torch.cuda.synchronize()
-        return calls, f"calls, for it cannot be captured as a graph: {reason(error)}"
+        return calls, f"calls, because they cannot be captured as a graph: {reason(error)}"
     return replays, "graph"
 
 
 def _replay(graph: torch.cuda.CUDAGraph, result: object) -> Callable[[], object]:
     def replay() -> object:
         graph.replay()
-        return result  # lives as long as the graph that writes it
+        return result  # keeps the output alive as long as the graph that writes to it
 
     return replay

@@ -1,6 +1,6 @@
-"""Who takes part in `benchmarks.ops.feature_stats`, and who does not and why.
+"""Implementations compared by `benchmarks.ops.feature_stats`, and the reasons for which some are excluded.
 
-Those that the command `fastfs bench` has too are in `fastfs._bench.baselines`.
+Implementations shared with the command `fastfs bench` are in `fastfs._bench.baselines`.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ NORMS = "torch._foreach_norm, 3 sums of 8"
 TRITON = "Triton"
 TRITON_LIST = "Triton, one launch"
 
-MOST_COMBINED = 30  # layers of one graph: it takes seconds to compile for each ten of them
-MOST_EAGER, MOST_ROWS = 2**28, 2**25  # bytes of the eager reference, in all, and on the CPU per row
+MOST_COMBINED = 30  # layers per graph; each ten take several seconds to compile
+MOST_EAGER, MOST_ROWS = 2**28, 2**25  # largest bytes of the eager reference: in general, and per row on the CPU
 WHOLE = (COMPILE, COOPERATIVE, COMBO)
-"""Ways of torch.compile that give all sums."""
+"""Variants of torch.compile that compute all sums."""
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A way to take the sums.
+class Implementation:
+    """An implementation of the sums.
 
     Args:
-        prepare: the call for given inputs; what it does besides is not timed.
-        compiles: the first call takes seconds.
-        checked: its sums are those of `Truth.error`.
-        graph: on a GPU it is timed as a replayed CUDA graph, for it launches many kernels.
+        prepare: returns the call for given inputs; its own time is not measured.
+        compiles: whether the first call compiles, which takes seconds.
+        checked: whether its sums can be compared by `ExpectedSums.error`.
+        graph: whether to time it as a replayed CUDA graph on a GPU, because it launches many kernels.
     """
 
     prepare: Callable[[Inputs], Callable[[], Tensor]]
@@ -51,12 +51,12 @@ class Contestant:
     graph: bool = True
 
 
-def _plain(sums: Sums, *, compiles: bool = False, checked: bool = True) -> Contestant:
-    return Contestant(lambda inputs: functools.partial(sums, *inputs), compiles, checked)
+def _plain(sums: Sums, *, compiles: bool = False, checked: bool = True) -> Implementation:
+    return Implementation(lambda inputs: functools.partial(sums, *inputs), compiles, checked)
 
 
 def whole_list() -> Sums:
-    """torch.compile of all layers as one graph, with kernels that serve several layers."""
+    """Compile all layers as one graph, with kernels that process several layers."""
 
     def function(before: Layers, after: Layers, backward: Layers) -> Tensor:
         return torch.stack([baselines.layer_sums(*x) for x in zip(before, after, backward, strict=True)])
@@ -65,7 +65,7 @@ def whole_list() -> Sums:
 
 
 def norms(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """What torch has ready for lists: the norms of the inputs, in their dtype. A lower bound, with fewer sums."""
+    """Compute norms of the inputs with torch's functions for lists, in their dtype: a lower bound, with fewer sums."""
     return torch.stack(torch._foreach_norm([*before, *after, *backward]))
 
 
@@ -74,18 +74,20 @@ def _ours(per_row: bool, backend: str | None, inputs: Inputs) -> Tensor:
     return torch.cat([x.sums for x in found]) if isinstance(found, list) else found.sums
 
 
-def lineup(workload: Workload, device: torch.device, triton: Any) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """All contestants by name, and those left out with the reason. `triton` is what :func:`triton_kernels` gives."""
+def select_implementations(
+    workload: Workload, device: torch.device, triton: Any
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Return all implementations by name, and the excluded ones with the reason; `triton` is from triton_kernels()."""
     per_row, layers, on_gpu = workload.per_row, len(workload.shapes), device.type == "cuda"
     stats = {None: OURS, "reference": EAGER}
     found = {
-        name: Contestant(lambda inputs, b=backend: functools.partial(_ours, per_row, b, inputs), graph=name != OURS)
+        name: Implementation(lambda inputs, b=backend: functools.partial(_ours, per_row, b, inputs), graph=name != OURS)
         for backend, name in stats.items()
     }
     left_out = {}
     if workload.bytes > (MOST_ROWS if per_row and not on_gpu else MOST_EAGER):
         del found[EAGER]
-        left_out[EAGER] = "it takes too long at this size"
+        left_out[EAGER] = "too slow at this size"
     found[COMPILE] = _plain(baselines.compiled(per_row=per_row), compiles=True)
     if workload.part != LADDER or workload.bytes in range(2**27, 2**29):
         found[LESS] = _plain(baselines.compiled(per_row=per_row, rounding=False), compiles=True)
@@ -100,7 +102,7 @@ def lineup(workload: Workload, device: torch.device, triton: Any) -> tuple[dict[
             if not on_gpu:
                 left_out[COMBO] = "for GPUs only"
             elif layers > MOST_COMBINED:
-                left_out[COMBO] = f"{layers} layers, up to {MOST_COMBINED} can be compiled in the time there is"
+                left_out[COMBO] = f"{layers} layers; at most {MOST_COMBINED} can be compiled in the available time"
             else:
                 found[COMBO] = _plain(whole_list(), compiles=True)
             if on_gpu:
@@ -109,14 +111,14 @@ def lineup(workload: Workload, device: torch.device, triton: Any) -> tuple[dict[
     if isinstance(triton, str):
         left_out[TRITON] = triton
     else:
-        found[TRITON] = Contestant(triton.per_row if per_row else triton.per_layer, compiles=True)
+        found[TRITON] = Implementation(triton.per_row if per_row else triton.per_layer, compiles=True)
         if layers > 1 and not per_row:
-            found[TRITON_LIST] = Contestant(triton.all_layers, compiles=True)
+            found[TRITON_LIST] = Implementation(triton.all_layers, compiles=True)
     return found, left_out
 
 
 def triton_kernels(device: torch.device) -> Any:
-    """The kernels in Triton, or why there are none."""
+    """Return the Triton kernels, or why they are unavailable."""
     if device.type != "cuda":
         return "for GPUs only"
     try:

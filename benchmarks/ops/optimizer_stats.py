@@ -1,12 +1,13 @@
-"""How fast are `optimizer_stats` and `update_stats`, against eager torch and torch.compile.
+"""Benchmark `optimizer_stats` and `update_stats` against eager torch and torch.compile.
 
     python -m benchmarks.ops.optimizer_stats [--device cuda] [--json FILE] [--quick]
 
 `optimizer_stats`: all parameters of a model after a step of Adam; the bytes are those of gradient, parameter and both
-moments, read once. What a training loop calls, UpdateMeter, checks that a step lies between: `benchmarks.ops.call_cost`
-times it. `update_stats`: gradients and updates of the same model. The ceiling is a streaming read of the same tensors.
-All are several times larger than the cache ("cold" says whether). Sums are checked against float64 before anything is
-timed. On a GPU contestants that launch many kernels are timed as replayed CUDA graphs.
+moments, read once. Training loops call it through UpdateMeter, which also verifies that a step has happened:
+`benchmarks.ops.call_cost` times that. `update_stats`: gradients and updates of the same model. The ceiling is a
+streaming read of the same tensors. Inputs are several times larger than the cache ("cold" says whether). Sums are
+checked against float64 before anything is timed. On a GPU, implementations that launch many kernels are timed as
+replayed CUDA graphs.
 """
 
 from __future__ import annotations
@@ -28,16 +29,18 @@ from fastfs._bench.machine import cache_bytes
 from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._functional import optimizer_stats
 from fastfs._monitor.measure.update_meter import UpdateMeter
+from fastfs._stats import Stats
 
+SUMS = ("dot", "update_sq", "gradient_sq", "parameter_sq")
 Tensors = list[Tensor]
 FOREACH = "eager by hand, foreach"
-ALLOWED = 2e-6  # error of a sum, relative to the norms that it is made of
-MOST_SECONDS = 2.0  # of one call; who needs more is left out
+ALLOWED = 2e-6  # permitted error of a sum, relative to the norms of its factors
+MOST_SECONDS = 2.0  # largest duration of a call; slower implementations are excluded
 LR, BETAS, EPS, DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01
 
 
 def transformer_shapes(blocks: int, width: int, vocabulary: int) -> list[tuple[int, ...]]:
-    """Parameters of a decoder: embedding, and for every block four weights with biases and two norms."""
+    """Return the parameter shapes of a decoder: the embedding, and per block four weights with biases and two norms."""
     weights = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
     block: list[tuple[int, ...]] = []
     for shape in weights:
@@ -46,8 +49,8 @@ def transformer_shapes(blocks: int, width: int, vocabulary: int) -> list[tuple[i
 
 
 def by_hand(g: Tensors, w: Tensors, m: Tensors, v: Tensors, c: Tensor) -> Tensor:
-    """Eager torch as one writes it, with the multi-tensor functions that optimizers use: (P, 4), float32."""
-    decay, scale, r, eps = c[0].tolist()  # one group, one step: the same for all
+    """Compute the sums in eager torch with the multi-tensor functions that optimizers use: (P, 4), float32."""
+    decay, scale, r, eps = c[0].tolist()  # one parameter group, one step: the same for all
     denominators = torch._foreach_sqrt(v)
     torch._foreach_mul_(denominators, r)
     torch._foreach_add_(denominators, eps)
@@ -65,7 +68,7 @@ def _one(g: Tensor, w: Tensor, m: Tensor, v: Tensor, c: Tensor) -> Tensor:
 
 
 def compiled() -> Callable[..., Tensor]:
-    """torch.compile of one parameter's sums, called parameter after parameter: one graph per shape."""
+    """Return torch.compile of one parameter's sums, called parameter by parameter: one graph per shape."""
     layer = torch.compile(_one, fullgraph=True, dynamic=False)
 
     def run(g: Tensors, w: Tensors, m: Tensors, v: Tensors, c: Tensor) -> Tensor:
@@ -75,7 +78,7 @@ def compiled() -> Callable[..., Tensor]:
 
 
 def updates_by_hand(g: Tensors, u: Tensors) -> Tensor:
-    """Eager torch for gradients and updates: (P, 3)."""
+    """Compute the sums of gradients and updates in eager torch: (P, 3)."""
     dots = [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(g, u, strict=True)]
     norms = [torch.stack(list(torch._foreach_norm(x))).square() for x in (u, g)]
     return torch.stack([torch.stack(dots), *norms], dim=1)
@@ -86,32 +89,40 @@ def _two(g: Tensor, u: Tensor) -> Tensor:
 
 
 def compiled_updates() -> Callable[..., Tensor]:
-    """torch.compile of one parameter's sums of gradients and updates."""
+    """Return torch.compile of one parameter's sums of gradients and updates."""
     layer = torch.compile(_two, fullgraph=True, dynamic=False)
     return lambda g, u: torch.stack([layer(*x) for x in zip(g, u, strict=True)])
 
 
-def worst_error(sums: Tensor, truth: Tensor, columns: int) -> float:
-    """Largest error of the first columns (a dot product, then squared norms), relative to the norms it is made of."""
-    scale = truth[:, :columns].clone()
-    scale[:, 0] = (truth[:, 1] * truth[:, 2]).sqrt()
-    return float(((sums[:, :columns].double() - truth[:, :columns]).abs() / scale).max())
+def worst_error(sums: Tensor, truth: Stats) -> float:
+    """Return the largest error of what all implementations compute, relative to the norms of their factors.
+
+    Args:
+        sums: Those of `SUMS` that `truth` has, in this order, or all sums of `truth`.
+        truth: The reference.
+    """
+    names = [name for name in SUMS if name in truth.names]
+    if sums.shape[1] == len(truth.names):
+        sums = sums[:, [truth.names.index(name) for name in names]]
+    expected = torch.stack([getattr(truth, name) for name in names], dim=1)
+    scale = expected.clone()
+    scale[:, 0] = (expected[:, 1] * expected[:, 2]).sqrt()
+    return float(((sums.double() - expected).abs() / scale).max())
 
 
-def race(
+def compare(
     what: str,
     name: str,
     lists: Sequence[Tensors],
     measured: dict[str, Callable[[], Tensor]],
-    truth: Tensor,
-    columns: int,
+    truth: Stats,
     device: torch.device,
     rounds: int,
 ) -> dict[str, Any]:
-    """Times the contestants on one list of parameters.
+    """Time the implementations on one list of parameters.
 
     Raises:
-        AssertionError: a sum of fastfs is wrong, or it cannot be called.
+        AssertionError: a sum of fastfs is wrong, or fastfs cannot be called.
     """
     size = bytes_of(lists)
     calls: dict[str, Callable[[], object]] = {
@@ -119,20 +130,20 @@ def race(
     }
     about: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    for contestant, call in measured.items():
-        first, _, why = attempt(call, device, MOST_SECONDS, compiles=contestant == COMPILE)
-        ours = contestant == OURS
+    for implementation, call in measured.items():
+        first, _, why = attempt(call, device, MOST_SECONDS, compiles=implementation == COMPILE)
+        ours = implementation == OURS
         if why is not None:
-            assert not ours, f"{what}, {name}, {contestant}: {why}"
-            left_out[contestant] = why
+            assert not ours, f"{what}, {name}, {implementation}: {why}"
+            left_out[implementation] = why
             continue
-        error = worst_error(first, truth, columns)
+        error = worst_error(first, truth)
         if ours and not error <= ALLOWED:
-            raise AssertionError(f"{what}, {name}: {contestant} is off by {error:.1e}, allowed is {ALLOWED:.0e}")
-        about[contestant] = {"error": error, "timed as": "calls"}
-        calls[contestant] = call
+            raise AssertionError(f"{what}, {name}: {implementation} is off by {error:.1e}, allowed is {ALLOWED:.0e}")
+        about[implementation] = {"error": error, "timed as": "calls"}
+        calls[implementation] = call
         if device.type == "cuda" and not ours:
-            (calls[contestant],), about[contestant]["timed as"] = as_graphs([call])
+            (calls[implementation],), about[implementation]["timed as"] = as_graphs([call])
     repeat = 5 if device.type == "cuda" else 1
     times = side_by_side(calls, device, rounds, repeat, 2.0)
     return {
@@ -144,13 +155,13 @@ def race(
         "cold": size >= COLD * cache_bytes(device),
         "rounds": rounds,
         "calls per round": repeat,
-        "rows": [{"error": None, **row, **about.get(row["contestant"], {})} for row in ranking(times, size)],
+        "rows": [{"error": None, **row, **about.get(row["implementation"], {})} for row in ranking(times, size)],
         "left out": left_out,
     }
 
 
 def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """Times one list of parameters: the state of the optimizer, and gradients with updates."""
+    """Time one list of parameters: the state of the optimizer, and gradients with updates."""
     generator = torch.Generator(device).manual_seed(0)
     parameters = [torch.empty(s, device=device).normal_(generator=generator) for s in shapes]
     for p in parameters:
@@ -170,10 +181,10 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
     torch._dynamo.reset()
     inductor, there = compiled(), table.to(device)  # copied once: a graph cannot
     coefficients = there.float()
-    truth = fastfs.reference.optimizer_stats(OptimizerRule.ADAM, *lists, table).sums
-    if not worst_error(metered, truth, 4) <= ALLOWED:
-        raise AssertionError(f"{name}: UpdateMeter is off by {worst_error(metered, truth, 4):.1e} after a step")
-    state = race(
+    truth = fastfs.reference.optimizer_stats(OptimizerRule.ADAM, *lists, table)
+    if not worst_error(metered, truth) <= ALLOWED:
+        raise AssertionError(f"{name}: UpdateMeter is off by {worst_error(metered, truth):.1e} after a step")
+    state = compare(
         "optimizer_stats",
         name,
         lists,
@@ -184,15 +195,14 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
             EAGER: lambda: optimizer_stats(OptimizerRule.ADAM, *lists, there, backend="reference").sums,
         },
         truth,
-        4,
         device,
         rounds,
     )
-    pair = (gradients, first)  # any tensors as updates
+    pair = (gradients, first)  # any tensors can serve as updates
     torch._dynamo.reset()
     inductor = compiled_updates()
     update = functools.partial(fastfs.update_stats, *pair)
-    updates = race(
+    updates = compare(
         "update_stats",
         name,
         pair,
@@ -202,8 +212,7 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
             FOREACH: lambda: updates_by_hand(*pair),
             EAGER: lambda: update(backend="reference").sums,
         },
-        fastfs.reference.update_stats(*pair).sums,
-        3,
+        fastfs.reference.update_stats(*pair),
         device,
         rounds,
     )
@@ -211,10 +220,10 @@ def measure(name: str, shapes: list[tuple[int, ...]], device: torch.device, roun
 
 
 def show(result: dict[str, Any]) -> None:
-    """One table on the terminal."""
+    """Print one table."""
     rows = [
         [
-            row["contestant"],
+            row["implementation"],
             f"{row['milliseconds']:.3f}",
             f"{row['GB/s']:.1f}",
             f"{row['of ceiling']:.2f}",
@@ -228,12 +237,12 @@ def show(result: dict[str, Any]) -> None:
         f"{result['op']}: {result['workload']}, {result['tensors']} tensors, {result['bytes'] / 1e6:.1f} MB{threads}"
     )
     print_table(title, ["", "ms", "GB/s", "of ceiling", "fastfs is faster by", "error"], rows)
-    for contestant, why in result["left out"].items():
-        print(f"  {contestant}: {why}")
+    for implementation, why in result["left out"].items():
+        print(f"  {implementation}: {why}")
 
 
 def workloads(quick: bool, device: torch.device) -> dict[str, list[tuple[int, ...]]]:
-    """Parameters of each list; the largest on a GPU only."""
+    """Return the parameter shapes of each list; the largest list on a GPU only."""
     if quick:
         return {"decoder, tiny": transformer_shapes(2, 64, 256)}
     lists = {"decoder 12 x 512": transformer_shapes(12, 512, 24_000), "1000 x 16K": [(16, 1024)] * 1000}
@@ -243,8 +252,8 @@ def workloads(quick: bool, device: torch.device) -> dict[str, list[tuple[int, ..
 
 
 def main() -> None:
-    """Runs the workloads that the command line asks for."""
-    arguments = command_line(__doc__, quick="a tiny workload: does the benchmark run")
+    """Run the workloads that the command line requests."""
+    arguments = command_line(__doc__, quick="a tiny workload, to test the benchmark itself")
     device = arguments.device
     results: list[dict[str, Any]] = []
     for name, shapes in workloads(arguments.quick, device).items():

@@ -1,6 +1,8 @@
-"""GB/s over size, from a result of `benchmarks.ops.feature_stats`: `python -m benchmarks.ops.plot RESULT.json OUT.png`.
+"""Plot GB/s over size from a result of `benchmarks.ops.feature_stats`.
 
-RESULT may also be what gpu.sh collects. One panel per dtype, one line per contestant, of the part "ladder".
+    python -m benchmarks.ops.plot RESULT.json OUT.png
+
+RESULT may also be the collection of gpu.sh. One panel per dtype, one line per implementation, from the part "ladder".
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ STYLES: dict[str, dict[str, Any]] = {
 
 
 def ladder(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Environment and results of the ladder, with the most threads where several were used.
+    """Return environment and results of the ladder, with the largest number of threads if there are several.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no results of the ladder.
     """
     if "steps" in content:
         content = content["steps"].get(STEP, {})
@@ -53,18 +55,18 @@ def ladder(content: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]
 
 
 def lines(results: list[dict[str, Any]], dtype: str) -> dict[str, list[tuple[int, float]]]:
-    """Bytes and GB/s by label, in the order of the size; the best of each kind of contestant."""
+    """Return bytes and GB/s by label, sorted by size, for the best implementation of each kind."""
     found: dict[str, list[tuple[int, float]]] = {}
     for result in sorted((r for r in results if r["dtype"] == dtype), key=lambda r: r["bytes"]):
         for column, names in COLUMNS.items():
-            rates = [row["GB/s"] for row in result["rows"] if row["contestant"] in names]
+            rates = [row["GB/s"] for row in result["rows"] if row["implementation"] in names]
             if rates:
                 found.setdefault(column, []).append((result["bytes"], max(rates)))
     return found
 
 
 def draw(content: dict[str, Any], dtypes: list[str], out: Path) -> None:
-    """Writes the picture."""
+    """Write the figure."""
     import matplotlib.pyplot as plt
 
     environment, results = ladder(content)

@@ -1,9 +1,9 @@
-"""`fastfs.feature_stats` as one writes it in Triton: the same eight sums, for the comparison.
+"""`fastfs.feature_stats` implemented in Triton, with the same eight sums, for the comparison.
 
-Three ways: sums of one layer (a persistent grid, partial sums per program, a second kernel that adds them up), of all
-layers in one launch (tables of pointers and chunks in device memory, made once per list), and per row (a program per
-row). float32 terms and chains of bounded length, float64 from the sum over a chunk on. Block size and warps are
-autotuned on a GPU; with TRITON_INTERPRET=1 they run on the CPU.
+Three variants: sums of one layer (a persistent grid, partial sums per program, a second kernel that adds them), of all
+layers in one launch (tables of pointers and chunks in device memory, created once per list), and per row (a program per
+row). Terms are float32 in chains of bounded length; sums over chunks are float64. Block size and number of warps are
+autotuned on a GPU; with TRITON_INTERPRET=1 the kernels run on the CPU.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _load(pointer, i, numel, MASKED: tl.constexpr):
 
 @triton.jit
 def _chunk(f_at, g_at, b_at, start, numel, COUNT: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """The eight sums over COUNT elements from `start` on, in float64; those from `numel` on count as zero."""
+    """Return the eight sums over COUNT elements from `start` on, in float64; elements from `numel` on count as zero."""
     dot = tl.zeros([BLOCK], tl.float32)
     update = tl.zeros([BLOCK], tl.float32)
     backward = tl.zeros([BLOCK], tl.float32)
@@ -80,7 +80,7 @@ def _chunk(f_at, g_at, b_at, start, numel, COUNT: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _sums(f, g, b, start, numel, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    # Without masks where the chunk is full: a mask against an unknown size makes the loads scalar.
+    # Full chunks use no mask, because a mask with an unknown size makes the loads scalar.
     if start + COUNT <= numel:
         s0, s1, s2, s3, s4, s5, s6, s7 = _chunk(f, g, b, start, numel, COUNT, BLOCK, False)
     else:
@@ -102,7 +102,7 @@ def _store(out, s0, s1, s2, s3, s4, s5, s6, s7):
 
 @triton.jit
 def layer_kernel(f, g, b, numel, chunks, partials, size_class, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """One layer: every program takes every so-manieth chunk and writes one row of partial sums."""
+    """Process one layer: every program takes every n-th chunk and writes one row of partial sums."""
     a0 = tl.zeros([], tl.float64)
     a1 = tl.zeros([], tl.float64)
     a2 = tl.zeros([], tl.float64)
@@ -139,7 +139,7 @@ def list_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """All layers: a persistent grid over the chunks of a table; a row of partial sums per chunk."""
+    """Process all layers: a persistent grid over the chunks of a table, with one row of partial sums per chunk."""
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         layer = tl.load(chunk_layer + chunk)
         start = tl.load(chunk_start + chunk)
@@ -154,7 +154,7 @@ def list_kernel(
 
 @triton.jit
 def finish_kernel(partials, first, out, factor, ROWS: tl.constexpr):
-    """A program per layer adds up its rows of partial sums, first[layer] to first[layer + 1], in a fixed order."""
+    """Add up the partial sums of each layer, rows first[layer] to first[layer + 1], in a fixed order."""
     layer = tl.program_id(0)
     begin = tl.load(first + layer)
     end = tl.load(first + layer + 1)
@@ -171,7 +171,7 @@ def finish_kernel(partials, first, out, factor, ROWS: tl.constexpr):
 
 @triton.jit
 def rows_kernel(f, g, b, width, out, factor, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A program per row, whose width is WIDTH."""
+    """Process one row of width WIDTH per program."""
     COUNT: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK * BLOCK
     row = tl.program_id(0).to(tl.int64)
     at = row * width
@@ -188,12 +188,12 @@ def _tuned(kernel: Any, key: Sequence[str]) -> Any:
 
 
 def _size_class(elements: int) -> int:
-    """What is tuned anew: small, middle, large."""
+    """Return the size class (small, middle, large) by which kernels are tuned."""
     return (elements >= 2**20) + (elements >= 2**24)
 
 
 class Kernels:
-    """The three ways, on one device. Holds what autotuning has found."""
+    """The three variants on one device, with the results of autotuning."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda":
@@ -207,7 +207,7 @@ class Kernels:
             self._fixed = {"BLOCK": 1024}
 
     def per_layer(self, inputs: Inputs) -> Callable[[], Tensor]:
-        """A call that gives (L, 8), with two launches per layer."""
+        """Return a call that computes (L, 8) with two launches per layer."""
         device, layers = inputs[0][0].device, len(inputs[0])
         factor = rounding_factor(inputs[0][0].dtype)
         plans = []
@@ -230,14 +230,14 @@ class Kernels:
         return call
 
     def all_layers(self, inputs: Inputs) -> Callable[[], Tensor]:
-        """A call that gives (L, 8) with two launches. The tables are made here, outside of what is timed.
+        """Return a call that computes (L, 8) with two launches. The tables are created here and not timed.
 
         Raises:
-            ValueError: a tensor does not begin at a multiple of 16 bytes.
+            ValueError: a tensor is not aligned to 16 bytes.
         """
         device, layers = inputs[0][0].device, len(inputs[0])
         if any(x.data_ptr() % 16 for tensors in inputs for x in tensors):
-            raise ValueError("expected tensors that begin at multiples of 16 bytes")
+            raise ValueError("expected tensors that are aligned to 16 bytes")
 
         def table(values: list[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -270,7 +270,7 @@ class Kernels:
         return call
 
     def per_row(self, inputs: Inputs) -> Callable[[], Tensor]:
-        """A call that gives (rows of all layers, 8), with one launch per layer."""
+        """Return a call that computes (rows of all layers, 8), with one launch per layer."""
         device = inputs[0][0].device
         factor = rounding_factor(inputs[0][0].dtype)
         layers = [tuple(t.view(-1, t.shape[-1]) for t in layer) for layer in zip(*inputs, strict=True)]

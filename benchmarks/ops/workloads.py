@@ -1,4 +1,4 @@
-"""What `benchmarks.ops.feature_stats` measures: parts, and the layers of every call in them."""
+"""Workloads of `benchmarks.ops.feature_stats`: parts, and the layers of every call in them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ SMALL = 2**16  # elements of a layer in the lists
 LAYERS = (1, 10, 100, 1000)
 WIDTHS = (1024, 2048, 4096, 8192, 16384)
 SIZES = tuple(2**k for k in (12, 15, 18, 20, 22, 24, 25, 26, 28, 30, 32))  # bytes: 4 KiB to 4 GiB
-ORDER = (28, 25, 30, 26, 32, 24, 22, 20, 18, 15, 12)  # what is most asked for first, should the time to compile end
+ORDER = (28, 25, 30, 26, 32, 24, 22, 20, 18, 15, 12)  # most important sizes first, in case compile time runs out
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Layers of one call: their shapes; dtypes by name where they are not those of the call of `make`."""
+    """The layers of one call: shapes, and the name of their dtypes unless `make` overrides it."""
 
     name: str
     shapes: list[tuple[int, ...]]
@@ -40,22 +40,22 @@ class Workload:
 
     @property
     def bytes(self) -> int:
-        """Of all inputs of a call."""
+        """Bytes of all inputs of a call."""
         features, backward = DTYPES[self.dtype]
         return sum(math.prod(shape) for shape in self.shapes) * (2 * features.itemsize + backward.itemsize)
 
     def inputs(self, device: torch.device, copies: int = 1) -> list[Inputs]:
-        """Copies of the inputs, in the workload's own dtype."""
+        """Create copies of the inputs in the workload's dtype."""
         return make_inputs(self.shapes, DTYPES[self.dtype], device, copies)
 
     def make(self, dtype: torch.dtype, device: torch.device) -> Inputs:
-        """The inputs in one dtype."""
+        """Create the inputs in one given dtype."""
         return make_inputs(self.shapes, (dtype, dtype), device)[0]
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A transformer whose layers' outputs are measured: of attention, MLP hidden layer, MLP and block."""
+    """A transformer whose layer outputs are measured: of attention, MLP hidden layer, MLP and block."""
 
     name: str
     depth: int
@@ -64,7 +64,7 @@ class Decoder:
     tokens: int
 
     def shapes(self, depth: int) -> list[tuple[int, ...]]:
-        """Of all layers of the first so many blocks."""
+        """Return the output shapes of all layers in the first blocks."""
         narrow, wide = (self.tokens, self.width), (self.tokens, self.hidden)
         return [narrow, wide, narrow, narrow] * depth
 
@@ -79,13 +79,13 @@ TINY = Decoder("tiny (2 x 64), 32 tokens", 2, 64, 256, 32)
 
 
 def bytes_per_element(dtype: str) -> int:
-    """Of the three inputs together."""
+    """Return the bytes per element of the three inputs together."""
     features, backward = DTYPES[dtype]
     return 2 * features.itemsize + backward.itemsize
 
 
 def size_name(size: int) -> str:
-    """Such as 256 MiB."""
+    """Format a size, such as 256 MiB."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if size >= unit:
             return f"{size / unit:g} {name}"
@@ -98,7 +98,7 @@ def _one(size: int, dtype: str) -> Workload:
 
 
 def ladder(largest: int, quick: bool) -> Iterator[Workload]:
-    """One layer of 4 KiB to 4 GiB, in every dtype; no larger than `largest` bytes."""
+    """Yield one layer of 4 KiB to 4 GiB in every dtype, at most `largest` bytes."""
     sizes = (2**15, 2**20) if quick else tuple(2**k for k in ORDER)
     for size in sizes:
         if size <= largest:
@@ -106,7 +106,7 @@ def ladder(largest: int, quick: bool) -> Iterator[Workload]:
 
 
 def lists(largest: int, quick: bool, dtypes: Sequence[str]) -> Iterator[Workload]:
-    """1 to 1000 layers of 64K elements; as many that have 64M together."""
+    """Yield 1 to 1000 layers of 64K elements, and as many layers with 64M elements in total."""
     for dtype in dtypes:
         for layers in (1, 10) if quick else LAYERS:
             small = Workload(f"{layers} x 64K", [(64, 1024)] * layers, LISTS, dtype)
@@ -117,7 +117,7 @@ def lists(largest: int, quick: bool, dtypes: Sequence[str]) -> Iterator[Workload
 
 
 def rows(largest: int, quick: bool) -> Iterator[Workload]:
-    """Sums per row, over the widths."""
+    """Yield sums per row over the widths."""
     size = 2**20 if quick else min(2**28, largest)
     for dtype in ("float32", "bfloat16"):
         for width in WIDTHS[:2] if quick else WIDTHS:
@@ -126,7 +126,7 @@ def rows(largest: int, quick: bool) -> Iterator[Workload]:
 
 
 def transformers(most: int, quick: bool) -> Iterator[Workload]:
-    """Real shapes, of as many blocks as fit into `most` bytes."""
+    """Yield real shapes of as many blocks as fit into `most` bytes."""
     for decoder in (TINY,) if quick else DECODERS:
         for dtype in ("bfloat16", "mixed"):
             block = sum(math.prod(s) for s in decoder.shapes(1)) * bytes_per_element(dtype)
@@ -138,14 +138,17 @@ def transformers(most: int, quick: bool) -> Iterator[Workload]:
 
 
 def workloads(part: str, device: torch.device, *, largest: int, free: int, quick: bool) -> list[Workload]:
-    """All of a part.
+    """Return all workloads of a part.
 
     Args:
         part: one of PARTS.
-        device: on the CPU there are fewer dtypes, smaller sizes per row, and fewer blocks.
-        largest: bytes of the largest inputs, if not of a transformer.
-        free: bytes of memory; a transformer takes up to half of it on a GPU.
-        quick: small ones.
+        device: device; the CPU has fewer dtypes, smaller sizes per row, and fewer blocks.
+        largest: bytes of the largest inputs, except for transformers.
+        free: bytes of available memory; on a GPU, a transformer takes up to half of it.
+        quick: whether to return small workloads only.
+
+    Returns:
+        The workloads.
     """
     on_gpu = device.type == "cuda"
     if part == LADDER:

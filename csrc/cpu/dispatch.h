@@ -1,15 +1,11 @@
-// Which loops this process uses.
+// The loops that this process uses.
 #pragma once
 
 #include "loops.h"
 
 namespace fastfs::cpu {
 
-const Loops& loops();  // chosen at the first call; throws std::runtime_error for a FASTFS_CPU that cannot be had
-
-template <class Sums>
-const ChunkTable<Sums>& table() {
-  return loops().tables;
-}
+// Chosen at the first call. Throws std::runtime_error if FASTFS_CPU names an instruction set that cannot be used.
+const Loops& loops();
 
 }  // namespace fastfs::cpu

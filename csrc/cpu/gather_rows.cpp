@@ -7,23 +7,11 @@
 
 #include "dispatch.h"
 #include "parallel.h"
-#include "row_loops.h"
 
 namespace fastfs::cpu {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes of the next row that are fetched while this one is taken
-
-const RowLoops& row_loops() {
-#ifdef FASTFS_X86
-  const std::string name = loops().name;
-  if (name == "avx512") return kRowsAvx512;
-  if (name == "avx2") return kRowsAvx2;
-#else
-  loops();  // refuses a FASTFS_CPU that cannot be had
-#endif
-  return kRowsGeneric;
-}
+constexpr int64_t kAhead = 2048;  // bytes of the next row to prefetch
 
 void check_index(const RowTensor& x, const RowRequest& q) {
   for (int64_t i = 0; i < q.kept; ++i) {
@@ -51,9 +39,9 @@ double merged(const double* p, int64_t n) {
 
 void gather_rows(const RowTensor& x, const RowRequest& q, int threads) {
   check_index(x, q);
-  const RowLoops& table = row_loops();
+  const RowLoops& table = loops().rows;
   const int from = static_cast<int>(x.dtype);
-  const CopyFunction take = q.to != nullptr ? table.copy[from][static_cast<int>(q.to_dtype)] : table.squares[from];
+  const RowFunction take = q.to != nullptr ? table.copy[from][static_cast<int>(q.to_dtype)] : table.squares[from];
   const int64_t width = x.row.width, size = item_size(x.dtype), to_size = item_size(q.to_dtype);
   if (width == 0 || q.kept == 0) return std::fill_n(q.squares, q.kept, 0.0), void();
 

@@ -1,42 +1,50 @@
-// The CPU loops over one chunk, once per instruction set (loops_generic.cpp, loops_avx2.cpp, loops_avx512.cpp).
+// The CPU loops over one chunk, compiled once per instruction set: loops_generic.cpp, loops_avx2.cpp, loops_avx512.cpp.
 //
-// Every instruction set computes with the same 16 lanes: lane i takes the elements whose index is i modulo 16. A lane's
-// float accumulator takes kChain elements and is added to a double; the 16 doubles are added as a fixed tree. So all
-// instruction sets give the same bits. One with registers of 8 lanes walks each run twice, half the lanes at a time.
+// Every instruction set computes with the same 16 lanes: lane i takes the elements whose index is i modulo 16. The
+// float accumulator of a lane takes kChain elements and is added to a double; the 16 doubles are added as a fixed tree.
+// So all instruction sets give the same bits. One with registers of 8 lanes walks each run twice, half the lanes at a
+// time.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "../layers.h"
-#include "../sums.h"
-#include "../updates.h"
+#include "../measurements.h"
+#include "../rows.h"
 
 namespace fastfs::cpu {
 
 constexpr int kLanes = 16;
 
-// Sums of one chunk of n <= kChunk elements that are contiguous at inputs[0..Sums::kInputs), of a layer with these
+// Computes the sums of one chunk: n <= kChunk elements, contiguous at inputs[0..Sums::kInputs), of a layer with these
 // coefficients.
 using ChunkFunction = void (*)(const char* const* inputs, int64_t n, const double* coefficients, double* sums);
 
 template <class Sums>
 struct ChunkTable {
-  ChunkFunction single[4][4];  // [first][last] computed in float; null where one of them is float64
+  ChunkFunction single[4][4];  // [first][last] in the order of DType, computed in float; null for float64
   ChunkFunction dbl[4][4];     // computed in double; null for dtypes that the measurement does not take
 };
 
-struct Tables : ChunkTable<FeatureSums>,
-                ChunkTable<UpdateSums>,
-                ChunkTable<LinearSums>,
-                ChunkTable<AdamSums>,
-                ChunkTable<AdamaxSums>,
-                ChunkTable<RmspropSums> {};
+// A ChunkTable of every measurement.
+struct NoLoops {};
+#define FASTFS_TABLE(name, Sums) , ChunkTable<Sums>
+struct SumLoops : NoLoops FASTFS_MEASUREMENTS(FASTFS_TABLE) {};
+#undef FASTFS_TABLE
+
+// Sums the squares of n <= kChunk contiguous elements at `from`, and casts them to `to` in the same pass.
+using RowFunction = double (*)(const char* from, char* to, int64_t n);
+
+struct RowLoops {
+  RowFunction copy[4][4];  // [from][to] in the order of DType
+  RowFunction squares[4];  // does not copy: `to` is not used
+};
 
 struct Loops {
   const char* name;
-  const Tables& tables;
-  uint64_t (*read)(const char* data, int64_t bytes);  // touches every byte: the streaming-read ceiling
+  const SumLoops& sums;
+  const RowLoops& rows;
 };
 
 const Loops& loops_generic();

@@ -1,16 +1,9 @@
-// Body of the loops; included by one file per instruction set, inside that file's namespace, after its vector types
-//   Single, Double   with  kLanes, static zero(), static load<F>(const char*), void add_to(double*) const
-// and the arithmetic that sums.h asks for, and kUnroll, how many steps of the inner loop to unroll.
+// The loops of the measurements. Included by one file per instruction set, inside its namespace, after its vectors
+// (vectors_*.h) and kUnroll, the number of steps of the inner loop to unroll.
 
 // Bytes ahead. Three streams of bfloat16 on one core of a Zen 5 EPYC: 26 GB/s at 1 KB, 36 from 3 KB on; float32: 32
-// and 36. The plain read of one stream, which is the benchmarks' ceiling, is best further ahead.
+// and 36.
 constexpr int64_t kPrefetch = 3072;
-constexpr int64_t kReadPrefetch = 16384;
-
-template <class F>
-constexpr int64_t kItemSize = same_dtype<F, F64>::value   ? 8
-                              : same_dtype<F, F32>::value ? 4
-                                                          : 2;
 
 template <class V, class F>
 FASTFS_HD V load_at(const char* p, int64_t left) {
@@ -20,13 +13,21 @@ FASTFS_HD V load_at(const char* p, int64_t left) {
   return V::template load<F>(padded);
 }
 
+// The sum over the lanes, as a fixed tree.
+FASTFS_HD double lanes_sum(double (&lanes)[kLanes]) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
 // One run of kChain * kLanes elements (fewer if Partial), lanes [half * V::kLanes, (half + 1) * V::kLanes).
 template <class Sums, class F, class B, class V, bool Partial>
 FASTFS_HD void run(const char* const* inputs, int64_t start, int64_t left, int half,
                    const Coefficients<V, Sums::kCoefficients>& coefficients, double (*total)[kLanes]) {
   constexpr int kIn = Sums::kInputs;
   V acc[Sums::kSums];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int k = 0; k < Sums::kSums; ++k) acc[k] = V::zero();
 #pragma GCC unroll kUnroll
   for (int step = 0; step < kChain; ++step) {
@@ -49,7 +50,7 @@ FASTFS_HD void run(const char* const* inputs, int64_t start, int64_t left, int h
     }
     Sums::template add_terms<F>(acc, x, coefficients);
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int k = 0; k < Sums::kSums; ++k) acc[k].add_to(total[k] + half * V::kLanes);
 }
 
@@ -68,12 +69,7 @@ void chunk(const char* const* inputs, int64_t n, const double* coefficients, dou
   for (int half = 0; start < n && half < kLanes / V::kLanes; ++half) {
     run<Sums, F, B, V, true>(inputs, start, n - start, half, c, total);
   }
-  for (int k = 0; k < Sums::kSums; ++k) {
-    for (int width = kLanes / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) total[k][i] += total[k][i + width];
-    }
-    sums[k] = total[k][0] * Sums::template factor<F, V>(k);
-  }
+  for (int k = 0; k < Sums::kSums; ++k) sums[k] = lanes_sum(total[k]) * Sums::template factor<F, V>(k);
 }
 
 template <class Sums, class V>
@@ -111,29 +107,6 @@ constexpr ChunkTable<Sums> make_table() {
   fill<Sums, Double>(t.dbl);
   return t;
 }
-constexpr Tables kTables{make_table<FeatureSums>(), make_table<UpdateSums>(), make_table<LinearSums>(),
-                         make_table<AdamSums>(),    make_table<AdamaxSums>(), make_table<RmspropSums>()};
-
-// Touches every byte: the streaming read that is the benchmarks' ceiling. In the compiler's own vectors, which it maps
-// to the registers of the instruction set.
-inline uint64_t read(const char* data, int64_t bytes) {
-  typedef uint64_t Line __attribute__((vector_size(64)));  // of the cache
-  constexpr int kLines = 8;
-  Line mixed[kLines] = {};
-  int64_t i = 0;
-  for (; i + kLines * 64 <= bytes; i += kLines * 64) {
-#pragma GCC unroll 8
-    for (int k = 0; k < kLines; ++k) {
-      const char* p = data + i + k * 64;
-      __builtin_prefetch(p + kReadPrefetch);
-      Line line;
-      __builtin_memcpy(&line, p, sizeof line);
-      mixed[k] ^= line;
-    }
-  }
-  for (int k = 1; k < kLines; ++k) mixed[0] ^= mixed[k];
-  uint64_t result = 0;
-  for (int k = 0; k < 8; ++k) result += mixed[0][k];
-  for (; i < bytes; ++i) result += static_cast<unsigned char>(data[i]);
-  return result;
-}
+#define FASTFS_TABLE(name, Sums) , make_table<Sums>()
+constexpr SumLoops kSumLoops{{} FASTFS_MEASUREMENTS(FASTFS_TABLE)};
+#undef FASTFS_TABLE

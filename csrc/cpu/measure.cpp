@@ -1,7 +1,6 @@
 #include "measure.h"
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
 
 #include "dispatch.h"
@@ -10,7 +9,7 @@
 namespace fastfs::cpu {
 namespace {
 
-// A range of chunks that one thread takes at a time. Chunks are numbered through all segments of a layer.
+// A range of chunks that one thread computes at a time. Chunks are numbered through all segments of a layer.
 struct Batch {
   size_t layer;
   int64_t begin, end;
@@ -109,7 +108,7 @@ Partial<Sums> merged(const Partial<Sums>* p, int64_t n) {
 
 template <class Sums>
 void measure(const std::vector<Layer>& layers, double* out, int threads) {
-  const ChunkTable<Sums>& chunk_table = table<Sums>();
+  const ChunkTable<Sums>& chunk_table = loops().sums;
   const Plan plan(layers, threads);
   const std::unique_ptr<Partial<Sums>[]> partials(new Partial<Sums>[static_cast<size_t>(plan.chunks)]);
   parallel(plan.task_count(), plan.elements < kSerial ? 1 : threads, [&](Gather& gather, int64_t task) {
@@ -137,33 +136,9 @@ void measure(const std::vector<Layer>& layers, double* out, int threads) {
     }
   }
 }
-template void measure<FeatureSums>(const std::vector<Layer>&, double*, int);
-template void measure<UpdateSums>(const std::vector<Layer>&, double*, int);
-template void measure<LinearSums>(const std::vector<Layer>&, double*, int);
-template void measure<AdamSums>(const std::vector<Layer>&, double*, int);
-template void measure<AdamaxSums>(const std::vector<Layer>&, double*, int);
-template void measure<RmspropSums>(const std::vector<Layer>&, double*, int);
-
-uint64_t stream_read(const std::vector<Layer>& layers, int inputs, int threads) {
-  constexpr int64_t kPiece = 1 << 20;  // bytes
-  struct Piece {
-    const char* data;
-    int64_t bytes;
-  };
-  std::vector<Piece> pieces;
-  int64_t elements = 0;
-  for (const Layer& l : layers) {
-    for (int i = 0; i < inputs; ++i) {
-      elements += l.segments * l.width;
-      const int64_t bytes = l.segments * l.width * item_size(i + 1 < inputs ? l.first : l.last);
-      for (int64_t b = 0; b < bytes; b += kPiece) pieces.push_back({l.data[i] + b, std::min(kPiece, bytes - b)});
-    }
-  }
-  std::atomic<uint64_t> all{0};
-  parallel(static_cast<int64_t>(pieces.size()), elements < kSerial ? 1 : threads,
-           [&](Gather&, int64_t i) { all += loops().read(pieces[i].data, pieces[i].bytes); });
-  return all;
-}
+#define FASTFS_INSTANCE(name, Sums) template void measure<Sums>(const std::vector<Layer>&, double*, int);
+FASTFS_MEASUREMENTS(FASTFS_INSTANCE)
+#undef FASTFS_INSTANCE
 
 bool has_openmp() {
 #ifdef _OPENMP

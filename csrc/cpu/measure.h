@@ -1,4 +1,4 @@
-// The door to the CPU loops: all layers of a call, on threads, with the instruction set chosen once.
+// The entry points of the CPU loops.
 #pragma once
 
 #include <cstdint>
@@ -6,20 +6,16 @@
 #include <vector>
 
 #include "../layers.h"
-#include "../sums.h"
-#include "../updates.h"
 
 namespace fastfs::cpu {
 
-// Writes Sums::kSums + 2 doubles (sums, nonfinite, count) per segment to `out`, segments of all layers in order.
+// Writes Sums::kSums + 2 doubles (sums, nonfinite, count) per segment to `out`, the segments of all layers in order.
+// Uses up to `threads` threads.
 template <class Sums>
 void measure(const std::vector<Layer>& layers, double* out, int threads);
 
-// Reads every byte of the (contiguous) inputs as fast as this machine can: the benchmarks' ceiling.
-uint64_t stream_read(const std::vector<Layer>& layers, int inputs, int threads);
-
-// Instruction sets compiled in, or those of them that this processor has, best last; and the one in use. FASTFS_CPU
-// names another; one that is unknown, not compiled in or not supported by the processor throws std::runtime_error.
+// The instruction sets compiled in, or those of them that the processor has, best last; and the one in use, which
+// FASTFS_CPU may choose. Throws std::runtime_error if that is unknown, not compiled in or not supported.
 std::vector<std::string> instruction_sets(bool usable);
 std::string instruction_set();
 bool has_openmp();

@@ -1,24 +1,24 @@
-// Body of the row loops; included by one file per instruction set, inside that file's namespace, after its types of 16
-// lanes
-//   Floats   with static zero(), static load<F>(const char*), store<To>(char*), add_square(Floats)
-//   Doubles  with static zero(), static load<F>(const char*), add_square(Doubles), add(Floats), add(Doubles),
-//            sum(), a fixed tree
-// Casts round to nearest even. Those between float64 and a 16-bit format go through float, as torch's do. A NaN that
-// is cast to bfloat16 becomes 0x7fc0; to float16 it keeps its sign and upper digits, as in the processor's instruction.
+// The loops of the row ops: cast, copy and squares. Included by one file per instruction set, inside its namespace,
+// after its vectors (vectors_*.h), loops_impl.h and kRowUnroll, the number of steps of the inner loop to unroll.
+//
+// A cast rounds to nearest even. Casts between float64 and a 16-bit format go through float, as in torch.
 
-template <class F>
-constexpr int64_t kItemSize = same_dtype<F, F64>::value   ? 8
-                              : same_dtype<F, F32>::value ? 4
-                                                          : 2;
-
-// One step: kLanes elements. To is `void` for squares alone.
+// One step: kLanes elements, in kLanes / V::kLanes registers. To is `void` if nothing is copied.
 template <class V, class F, class To>
-FASTFS_HD void step(const char* from, char* to, V& sum) {
-  sum.add_square(V::template load<F>(from));
-  if constexpr (same_dtype<F, To>::value) {
+FASTFS_HD void row_step(const char* from, char* to, V (&sum)[kLanes / V::kLanes]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes / V::kLanes; ++i) {
+    const V x = V::template load<F>(from + i * V::kLanes * kItemSize<F>);
+    sum[i] = add(sum[i], mul(x, x));
+  }
+  if constexpr (std::is_same_v<F, To>) {
     __builtin_memcpy(to, from, kLanes * kItemSize<F>);
-  } else if constexpr (!same_dtype<To, void>::value) {
-    Floats::template load<F>(from).template store<To>(to);
+  } else if constexpr (!std::is_void_v<To>) {
+    constexpr int kStep = Single::kLanes;
+#pragma GCC unroll 2
+    for (int i = 0; i < kLanes / kStep; ++i) {
+      Single::template load<F>(from + i * kStep * kItemSize<F>).template store<To>(to + i * kStep * kItemSize<To>);
+    }
   }
 }
 
@@ -27,52 +27,55 @@ constexpr int64_t kStepBytes = kLanes * kItemSize<To>;
 template <>
 constexpr int64_t kStepBytes<void> = 0;
 
+// The squares of n elements, in float accumulators of kChain elements (V = Single) or in double.
 template <class V, class F, class To>
-FASTFS_HD double pass(const char* from, char* to, int64_t n) {
-  Doubles total = Doubles::zero();
-  while (n >= kChain * kLanes) {
-    V sum = V::zero();
+FASTFS_HD double row_pass(const char* from, char* to, int64_t n) {
+  constexpr int kParts = kLanes / V::kLanes;
+  alignas(64) double total[kLanes] = {};
+  while (n > 0) {
+    V sum[kParts];
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) sum[i] = V::zero();
+    if (n >= kChain * kLanes) {
 #pragma GCC unroll kRowUnroll
-    for (int i = 0; i < kChain; ++i) {
-      step<V, F, To>(from, to, sum);
-      from += kStepBytes<F>;
-      to += kStepBytes<To>;
-    }
-    total.add(sum);
-    n -= kChain * kLanes;
-  }
-  if (n > 0) {
-    V sum = V::zero();
-    for (; n >= kLanes; n -= kLanes) {
-      step<V, F, To>(from, to, sum);
-      from += kStepBytes<F>;
-      to += kStepBytes<To>;
-    }
-    if (n > 0) {  // zeros behind the end add nothing
-      alignas(64) char in[kStepBytes<F>] = {};
-      alignas(64) char out[kStepBytes<To> + 1];
-      __builtin_memcpy(in, from, static_cast<size_t>(n * kItemSize<F>));
-      step<V, F, To>(in, out, sum);
-      if constexpr (!same_dtype<To, void>::value) {
-        __builtin_memcpy(to, out, static_cast<size_t>(n * kItemSize<To>));
+      for (int i = 0; i < kChain; ++i) {
+        row_step<V, F, To>(from, to, sum);
+        from += kStepBytes<F>;
+        to += kStepBytes<To>;
+      }
+      n -= kChain * kLanes;
+    } else {
+      for (; n >= kLanes; n -= kLanes) {
+        row_step<V, F, To>(from, to, sum);
+        from += kStepBytes<F>;
+        to += kStepBytes<To>;
+      }
+      if (n > 0) {  // zeros after the end add nothing
+        alignas(64) char in[kStepBytes<F>] = {};
+        alignas(64) char out[kStepBytes<To> + 1];
+        __builtin_memcpy(in, from, static_cast<size_t>(n * kItemSize<F>));
+        row_step<V, F, To>(in, out, sum);
+        if constexpr (!std::is_void_v<To>) __builtin_memcpy(to, out, static_cast<size_t>(n * kItemSize<To>));
+        n = 0;
       }
     }
-    total.add(sum);
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) sum[i].add_to(total + i * V::kLanes);
   }
-  return total.sum();
+  return lanes_sum(total);
 }
 
 template <class F, class To>
-double take(const char* from, char* to, int64_t n) {
-  if constexpr (same_dtype<F, F64>::value) {
-    return one_nan(pass<Doubles, F, To>(from, to, n));
+double take_row(const char* from, char* to, int64_t n) {
+  if constexpr (std::is_same_v<F, F64>) {
+    return one_nan(row_pass<Double, F, To>(from, to, n));
   } else {
-    const double sum = pass<Floats, F, To>(from, to, n);
-    return squares_need_double(sum) ? one_nan(pass<Doubles, F, void>(from, nullptr, n)) : sum;
+    const double sum = row_pass<Single, F, To>(from, to, n);
+    return squares_need_double(sum) ? one_nan(row_pass<Double, F, void>(from, nullptr, n)) : sum;
   }
 }
 
-#define FASTFS_ROW(F) {&take<F, F16>, &take<F, BF16>, &take<F, F32>, &take<F, F64>}
-constexpr RowLoops kRowTable{{FASTFS_ROW(F16), FASTFS_ROW(BF16), FASTFS_ROW(F32), FASTFS_ROW(F64)},
-                             {&take<F16, void>, &take<BF16, void>, &take<F32, void>, &take<F64, void>}};
+#define FASTFS_ROW(F) {&take_row<F, F16>, &take_row<F, BF16>, &take_row<F, F32>, &take_row<F, F64>}
+constexpr RowLoops kRowLoops{{FASTFS_ROW(F16), FASTFS_ROW(BF16), FASTFS_ROW(F32), FASTFS_ROW(F64)},
+                             {&take_row<F16, void>, &take_row<BF16, void>, &take_row<F32, void>, &take_row<F64, void>}};
 #undef FASTFS_ROW

@@ -5,14 +5,29 @@
 namespace fastfs::cuda {
 namespace {
 
-int blocks_for(int64_t teams_needed, int teams_of_block, int blocks_of_device) {
-  return static_cast<int>(min64(ceil_div(teams_needed, teams_of_block), blocks_of_device));
+constexpr int kThreads = Policies::Order::kGatherThreads;
+
+// The device of a call.
+struct Device {
+  int multiprocessors, architecture;
+};
+
+Grid grid_for(int64_t teams, int teams_of_block, int blocks_of_device) {
+  return Grid{static_cast<int>(min64(ceil_div(teams, teams_of_block), blocks_of_device)), kThreads};
 }
 
 template <class F>
-void start_rows(const RowJob& job, int multiprocessors, void* stream) {
-  const int blocks = blocks_for(job.kept * job.chunks, kRowThreads / job.team, kRowBlocks<F> * multiprocessors);
-  start(gather_rows_kernel<F, kRowThreads>, job, blocks, kRowThreads, stream);
+void start_rows(const RowJob& job, const Device& device, void* stream) {
+  const int blocks = Policies::visit(
+      device.architecture, [](auto policy) { return decltype(policy)::template GatherRows<F>::kBlocksPerSm; });
+  const Grid grid = grid_for(job.kept * job.chunks, kThreads / job.team, blocks * device.multiprocessors);
+  start(gather_rows_kernel<F, Policies>, job, grid, stream);
+}
+
+void start_merge(const MergeJob& job, const Device& device, void* stream) {
+  const int blocks =
+      Policies::visit(device.architecture, [](auto policy) { return decltype(policy)::MergeRows::kBlocksPerSm; });
+  start(merge_rows_kernel<Policies>, job, grid_for(job.kept, kThreads / 32, blocks * device.multiprocessors), stream);
 }
 
 }  // namespace
@@ -32,7 +47,7 @@ void gather_rows(const RowTensor& x, const RowRequest& q, double* partials, int 
   job.to = q.to;
   job.to_dtype = q.to_dtype;
   job.squares = job.chunks > 1 ? partials : q.squares;
-  job.team = job.width <= kWarpRow ? 32 : kRowThreads;
+  job.team = job.width <= Policies::Order::kGatherWarpRow ? 32 : kThreads;
   job.contiguous = x.row.contiguous[0];
   job.row.dims = x.dims;
   for (int d = 0; d < x.dims; ++d) job.row.shape[d] = x.shape[d], job.row.stride[d] = x.stride[d];
@@ -43,24 +58,23 @@ void gather_rows(const RowTensor& x, const RowRequest& q, double* partials, int 
   }
 
   const DeviceGuard guard(device);
-  const int sms = multiprocessors(device);
+  const Device at{multiprocessors(device), architecture(device)};
   switch (x.dtype) {
     case DType::f16:
-      start_rows<F16>(job, sms, stream);
+      start_rows<F16>(job, at, stream);
       break;
     case DType::bf16:
-      start_rows<BF16>(job, sms, stream);
+      start_rows<BF16>(job, at, stream);
       break;
     case DType::f32:
-      start_rows<F32>(job, sms, stream);
+      start_rows<F32>(job, at, stream);
       break;
     case DType::f64:
-      start_rows<F64>(job, sms, stream);
+      start_rows<F64>(job, at, stream);
       break;
   }
   if (job.chunks > 1) {
-    const MergeJob merge{partials, q.squares, job.kept, job.chunks};
-    start(merge_rows_kernel<kRowThreads>, merge, blocks_for(job.kept, kRowThreads / 32, 8 * sms), kRowThreads, stream);
+    start_merge(MergeJob{partials, q.squares, job.kept, job.chunks}, at, stream);
   }
 }
 

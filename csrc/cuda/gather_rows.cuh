@@ -1,7 +1,7 @@
 // Copy, cast and squares of rows in one pass.
 //
 //   item      a chunk of a kept row: the whole row, unless it is wider than kChunk
-//   team      a warp for rows of up to kWarpRow elements, else a block: it takes one item after the other
+//   team      a warp for rows of up to Order::kGatherWarpRow elements, else a block: it takes one item after the other
 //   thread    runs of E = 8 consecutive elements (4 of double), the team's threads side by side; two runs of floats
 //             are one chain of additions, which is added to the thread's double
 //
@@ -14,13 +14,6 @@
 #include "runtime.h"
 
 namespace fastfs::cuda {
-
-// Few rows are kept: small blocks spread them over more multiprocessors.
-constexpr int kRowThreads = kThreads < 128 ? kThreads : 128;
-// Of every multiprocessor. Rows of float have more bytes under way in each thread, and need more registers.
-template <class F>
-constexpr int kRowBlocks = same_dtype<F, F32>::value ? 5 : 6;
-constexpr int64_t kWarpRow = 1024;  // elements
 
 // Dimensions that are walked row-major.
 struct Walk {
@@ -152,7 +145,7 @@ struct dtype_tag<F64> {
 };
 
 // One kept row, from element `begin` of it on.
-template <class F>
+template <class F, class Load>
 struct RowSource {
   static constexpr int E = kRun<F>, kSize = Storage<F>::kSize, kWords = kWordsOf<F, E>;
   const RowJob& job;
@@ -166,7 +159,7 @@ struct RowSource {
     if (job.contiguous) {
       const char* const q = p + (begin + at) * kSize;
       if (valid == E) {
-        load_aligned<kWords, kSize>(q, w);
+        load_aligned<kWords, kSize, Load>(q, w);
       } else {
         load_elements<kWords, kSize>(q, kSize, valid, w);
       }
@@ -222,7 +215,7 @@ struct RowSource {
       if (is_single<V>::value && job.contiguous && at + (kTiles - 1) * tile + E <= count) {
         uint32_t w[kTiles][kWords];
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t) load_aligned<kWords, kSize>(p + (begin + at + t * tile) * kSize, w[t]);
+        for (int t = 0; t < kTiles; ++t) load_aligned<kWords, kSize, Load>(p + (begin + at + t * tile) * kSize, w[t]);
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
           add_run(w[t], chain);
@@ -259,9 +252,11 @@ __device__ __forceinline__ double team_sum(double v, int team, double (&parts)[2
   return v;
 }
 
-template <class F, int kThreads>
-__global__ void __launch_bounds__(kThreads, kRowBlocks<F>) gather_rows_kernel(const __grid_constant__ RowJob job) {
-  using Source = RowSource<F>;
+template <class F, class Hub>
+__global__ void __launch_bounds__(Hub::Order::kGatherThreads, Hub::Active::template GatherRows<F>::kBlocksPerSm)
+    gather_rows_kernel(const __grid_constant__ RowJob job) {
+  using Source = RowSource<F, typename Hub::Active::template GatherRows<F>::Load>;
+  constexpr int kThreads = Hub::Order::kGatherThreads;
   using V = decltype(value_of<F>(nullptr, 0));  // float, but double for double
   __shared__ double parts[2][kThreads / 32];
   int side = 0;
@@ -302,8 +297,9 @@ struct MergeJob {
   double* squares;
   int64_t kept, chunks;
 };
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) merge_rows_kernel(const __grid_constant__ MergeJob job) {
+template <class Hub>
+__global__ void __launch_bounds__(Hub::Order::kGatherThreads) merge_rows_kernel(const __grid_constant__ MergeJob job) {
+  constexpr int kThreads = Hub::Order::kGatherThreads;
   const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
   for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32; row < job.kept;

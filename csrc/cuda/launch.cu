@@ -1,10 +1,8 @@
-// The doors of launch.h: sorts layers into kinds and hands each kind to its kernels.
+// The entry points of launch.h: sorts layers into kinds and launches the kernels of each kind.
 #include "launch.h"
 
 #include <algorithm>
-#include <stdexcept>
 
-#include "stream_read.cuh"
 #include "submit.cuh"
 
 #ifndef FASTFS_ARCHITECTURES
@@ -13,36 +11,29 @@
 
 namespace fastfs::cuda {
 
-#if !defined(FASTFS_CUDA_ON_CPU)  // where all is one file
-#define FASTFS_EXTERN(F)                                         \
-  extern template void submit<FeatureSums, F>(const Job&, Kind); \
-  extern template void submit<UpdateSums, F>(const Job&, Kind);  \
-  extern template void submit<LinearSums, F>(const Job&, Kind);
-FASTFS_EXTERN(F16)
-FASTFS_EXTERN(BF16)
-FASTFS_EXTERN(F32)
-FASTFS_EXTERN(F64)
-#undef FASTFS_EXTERN
-#define FASTFS_EXTERN(F)                                        \
-  extern template void submit<AdamSums, F>(const Job&, Kind);   \
-  extern template void submit<AdamaxSums, F>(const Job&, Kind); \
-  extern template void submit<RmspropSums, F>(const Job&, Kind);
-FASTFS_EXTERN(F32)
-FASTFS_EXTERN(F64)
+#if !defined(FASTFS_CUDA_ON_CPU)  // there everything is one file
+#define FASTFS_EXTERN(name, Sums)                            \
+  extern template void submit<Sums, F16>(const Job&, Kind);  \
+  extern template void submit<Sums, BF16>(const Job&, Kind); \
+  extern template void submit<Sums, F32>(const Job&, Kind);  \
+  extern template void submit<Sums, F64>(const Job&, Kind);
+FASTFS_MEASUREMENTS(FASTFS_EXTERN)
 #undef FASTFS_EXTERN
 #endif
 
 namespace {
 
-// kernel launches of one kind follow one another on the stream, and so do kinds: they share partials and tickets.
+// Work items that need partials and tickets, at most. Launches of one kind, and kinds, run one after another on the
+// stream, so they share this memory.
 template <class Sums>
 int64_t items_with_partials(const std::vector<Layer>& layers) {
+  constexpr int64_t kChunk = Policies::Order::kChunk;
   int64_t items[Kind::kKinds] = {};
   bool needed[Kind::kKinds] = {};
   for (const Layer& layer : layers) {
-    const Kind kind = kind_of(layer, Sums::kInputs);
+    const Kind kind = kind_of(layer, Sums::kInputs, Policies::Order::kWarpRow);
     if (kind.row_mode) continue;
-    items[kind.index()] += layer.segments * items_of(layer.width);
+    items[kind.index()] += layer.segments * items_of<kChunk>(layer.width);
     needed[kind.index()] = needed[kind.index()] || (layer.segments > 0 && layer.width > kChunk);
   }
   int64_t most = 0;
@@ -64,7 +55,7 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
   std::vector<uint8_t> kinds(layers.size());
   bool present[Kind::kKinds] = {};
   for (size_t i = 0; i < layers.size(); ++i) {
-    const int kind = kind_of(layers[i], Sums::kInputs).index();
+    const int kind = kind_of(layers[i], Sums::kInputs, Policies::Order::kWarpRow).index();
     kinds[i] = static_cast<uint8_t>(kind);
     present[kind] = present[kind] || layers[i].segments > 0;
   }
@@ -77,6 +68,7 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
                 static_cast<double*>(partials),
                 tickets,
                 multiprocessors(device),
+                architecture(device),
                 large_parameters(),
                 stream};
   for (int k = 0; k < Kind::kKinds; ++k) {
@@ -84,10 +76,10 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
     const Kind kind = Kind::at(k);
     switch (kind.first) {
       case DType::f16:
-        if constexpr (Sums::kSixteenBit) submit<Sums, F16>(job, kind);
+        submit<Sums, F16>(job, kind);
         break;
       case DType::bf16:
-        if constexpr (Sums::kSixteenBit) submit<Sums, BF16>(job, kind);
+        submit<Sums, BF16>(job, kind);
         break;
       case DType::f32:
         submit<Sums, F32>(job, kind);
@@ -99,26 +91,11 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
   }
 }
 
-#define FASTFS_INSTANCE(Sums)                                    \
+#define FASTFS_INSTANCE(name, Sums)                              \
   template Workspace workspace<Sums>(const std::vector<Layer>&); \
   template void launch<Sums>(const std::vector<Layer>&, const double*, double*, void*, uint32_t*, int, void*);
-FASTFS_INSTANCE(FeatureSums)
-FASTFS_INSTANCE(UpdateSums)
-FASTFS_INSTANCE(LinearSums)
-FASTFS_INSTANCE(AdamSums)
-FASTFS_INSTANCE(AdamaxSums)
-FASTFS_INSTANCE(RmspropSums)
+FASTFS_MEASUREMENTS(FASTFS_INSTANCE)
 #undef FASTFS_INSTANCE
-
-void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream) {
-  for (const Layer& layer : layers) {
-    for (int j = 0; j < inputs; ++j) {
-      if (!layer.contiguous[j]) throw std::runtime_error("fastfs: stream_read reads contiguous inputs only");
-    }
-  }
-  const DeviceGuard guard(device);
-  submit_reads(layers, inputs, sink, multiprocessors(device), large_parameters(), stream);
-}
 
 std::string architectures() { return FASTFS_ARCHITECTURES; }
 

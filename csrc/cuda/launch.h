@@ -1,4 +1,5 @@
-// The door to the CUDA kernels. Needs no CUDA header, so that module.cpp is the same with and without CUDA.
+// The entry points of the CUDA kernels of the measurements. Needs no CUDA header, so that binding/ is compiled by the
+// C++ compiler.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +7,6 @@
 #include <vector>
 
 #include "../layers.h"
-#include "../sums.h"
-#include "../updates.h"
 
 namespace fastfs::cuda {
 
@@ -29,10 +28,7 @@ template <class Sums>
 void launch(const std::vector<Layer>& layers, const double* coefficients, double* out, void* partials,
             uint32_t* tickets, int device, void* stream);
 
-// Reads every byte of the inputs as fast as the device can (benchmarks: the ceiling). One double goes to `sink`.
-void stream_read(const std::vector<Layer>& layers, int inputs, double* sink, int device, void* stream);
-
-// Is the stream being captured into a graph?
+// Whether the stream is being captured into a graph.
 bool capturing(int device, void* stream);
 
 // Architectures compiled in, as "80,90,100,120+PTX"; runtime and driver versions as CUDA numbers them (driver 0: none).

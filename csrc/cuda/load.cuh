@@ -3,6 +3,7 @@
 // and adds nothing to any sum.
 #pragma once
 
+#include "policy.cuh"
 #include "table.cuh"
 
 namespace fastfs::cuda {
@@ -55,11 +56,11 @@ __device__ __forceinline__ float bf16_value(uint32_t half) { return bits<float>(
 // Element i of a run in its words.
 template <class T>
 __device__ __forceinline__ auto value_of(const uint32_t* w, int i) {
-  if constexpr (same_dtype<T, F16>::value) {
+  if constexpr (std::is_same_v<T, F16>) {
     return f16_value(w[i / 2] >> (i % 2 * 16) & 0xffffu);
-  } else if constexpr (same_dtype<T, BF16>::value) {
+  } else if constexpr (std::is_same_v<T, BF16>) {
     return bits<float>(i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u);
-  } else if constexpr (same_dtype<T, F64>::value) {
+  } else if constexpr (std::is_same_v<T, F64>) {
     return bits<double>(static_cast<uint64_t>(w[2 * i + 1]) << 32 | w[2 * i]);
   } else {
     return bits<float>(w[i]);
@@ -69,13 +70,13 @@ __device__ __forceinline__ auto value_of(const uint32_t* w, int i) {
 // One element on its own.
 template <class T>
 __device__ __forceinline__ double element_at(const char* p, DType any) {
-  if constexpr (same_dtype<T, F16>::value) {
+  if constexpr (std::is_same_v<T, F16>) {
     return f16_value(__ldg(reinterpret_cast<const uint16_t*>(p)));
-  } else if constexpr (same_dtype<T, BF16>::value) {
+  } else if constexpr (std::is_same_v<T, BF16>) {
     return bf16_value(__ldg(reinterpret_cast<const uint16_t*>(p)));
-  } else if constexpr (same_dtype<T, F32>::value) {
+  } else if constexpr (std::is_same_v<T, F32>) {
     return __ldg(reinterpret_cast<const float*>(p));
-  } else if constexpr (same_dtype<T, F64>::value) {
+  } else if constexpr (std::is_same_v<T, F64>) {
     return __ldg(reinterpret_cast<const double*>(p));
   } else {
     switch (any) {
@@ -92,7 +93,7 @@ __device__ __forceinline__ double element_at(const char* p, DType any) {
 }
 template <class T>
 __device__ __forceinline__ int size_of(DType any) {
-  if constexpr (same_dtype<T, Any>::value) {
+  if constexpr (std::is_same_v<T, Any>) {
     return any == DType::f64 ? 8 : any == DType::f32 ? 4 : 2;
   } else {
     return Storage<T>::kSize;
@@ -103,12 +104,17 @@ __device__ __forceinline__ bool aligned(const char* p, int bytes) {
   return (reinterpret_cast<uintptr_t>(p) & static_cast<uintptr_t>(bytes - 1)) == 0;
 }
 
+// The load of the default policies: through the read-only path, with no cache hint.
+struct ReadOnlyLoad {
+  __device__ __forceinline__ static uint4 words(const uint4* p) { return __ldg(p); }
+};
+
 // kWords words by loads of 16 bytes (of 8 if they are two); p is a multiple of that.
-template <int kWords>
+template <int kWords, class Load>
 __device__ __forceinline__ void load_wide(const char* p, uint32_t* w) {
 #pragma unroll
   for (int i = 0; i < kWords / 4; ++i) {
-    const uint4 q = __ldg(reinterpret_cast<const uint4*>(p) + i);
+    const uint4 q = Load::words(reinterpret_cast<const uint4*>(p) + i);
     w[4 * i] = q.x, w[4 * i + 1] = q.y, w[4 * i + 2] = q.z, w[4 * i + 3] = q.w;
   }
   if constexpr (kWords == 2) {
@@ -117,10 +123,10 @@ __device__ __forceinline__ void load_wide(const char* p, uint32_t* w) {
   }
 }
 // ... by the widest loads that the alignment of p allows.
-template <int kWords, int kSize>
+template <int kWords, int kSize, class Load>
 __device__ __forceinline__ void load_aligned(const char* p, uint32_t* w) {
   if (kWords % 4 == 0 && aligned(p, 16)) {
-    load_wide<kWords>(p, w);
+    load_wide<kWords, Load>(p, w);
   } else if (aligned(p, 8)) {
 #pragma unroll
     for (int i = 0; i < kWords / 2; ++i) {
@@ -172,28 +178,28 @@ __device__ __forceinline__ void push_element(const char* p, bool valid, uint32_t
 
 // The ways to read a run of E elements of one input, with the dtype known now or at run time. Of Any, a 16-bit dtype
 // fills the first half of the words until widen() spreads it.
-template <class T, int E>
+template <class T, int E, class Load>
 struct Reader {
   static constexpr int kWords = kWordsOf<T, E>, kSize = Storage<T>::kSize;
-  static constexpr bool kAny = same_dtype<T, Any>::value;
+  static constexpr bool kAny = std::is_same_v<T, Any>;
 
   __device__ __forceinline__ static void wide(const char* p, DType any, uint32_t (&w)[kWords]) {
     if constexpr (kAny) {
-      load_wide<E / 2>(p, w);
-      if (any == DType::f32) load_wide<E / 2>(p + 2 * E, w + E / 2);
+      load_wide<E / 2, Load>(p, w);
+      if (any == DType::f32) load_wide<E / 2, Load>(p + 2 * E, w + E / 2);
     } else {
-      load_wide<kWords>(p, w);
+      load_wide<kWords, Load>(p, w);
     }
   }
   __device__ __forceinline__ static void run(const char* p, DType any, uint32_t (&w)[kWords]) {
     if constexpr (kAny) {
       if (any == DType::f32) {
-        load_aligned<E, 4>(p, w);
+        load_aligned<E, 4, Load>(p, w);
       } else {
-        load_aligned<E / 2, 2>(p, w);
+        load_aligned<E / 2, 2, Load>(p, w);
       }
     } else {
-      load_aligned<kWords, kSize>(p, w);
+      load_aligned<kWords, kSize, Load>(p, w);
     }
   }
   __device__ __forceinline__ static void elements(const char* p, int64_t step, int valid, DType any,
@@ -219,19 +225,21 @@ struct Reader {
       push_element<kWords, kSize>(p, valid, w);
     }
   }
-  // Turns what was loaded into words of T: of Any into those of float.
-  __device__ __forceinline__ static void widen(DType any, uint32_t (&w)[kWords]) {
-    if constexpr (kAny) {
-      if (any == DType::f16) {
+};
+
+// Turns what was loaded into words of T: of Any into those of float.
+template <class T, int E>
+__device__ __forceinline__ void widen(DType any, uint32_t (&w)[kWordsOf<T, E>]) {
+  if constexpr (std::is_same_v<T, Any>) {
+    if (any == DType::f16) {
 #pragma unroll
-        for (int i = E - 1; i >= 0; --i) w[i] = bits<uint32_t>(f16_value(w[i / 2] >> (i % 2 * 16) & 0xffffu));
-      } else if (any == DType::bf16) {
+      for (int i = E - 1; i >= 0; --i) w[i] = bits<uint32_t>(f16_value(w[i / 2] >> (i % 2 * 16) & 0xffffu));
+    } else if (any == DType::bf16) {
 #pragma unroll
-        for (int i = E - 1; i >= 0; --i) w[i] = i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u;
-      }
+      for (int i = E - 1; i >= 0; --i) w[i] = i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u;
     }
   }
-};
+}
 
 // A run of every input: all of dtype F but the last.
 template <class Sums, class F, class L>
@@ -249,7 +257,7 @@ struct Run {
 };
 
 // The inputs of a chunk whose layer is contiguous: element i of the chunk lies at p[j] + i * size.
-template <class Sums, class F, class L>
+template <class Sums, class F, class L, class Load>
 struct DenseSource {
   static constexpr int kInputs = Sums::kInputs, E = kRun<F>;
   const char* p[kInputs];
@@ -272,8 +280,8 @@ struct DenseSource {
   // Elements at .. at + E - 1, all of them inside, every input a multiple of 16 bytes.
   __device__ __forceinline__ void load(int at, Run<Sums, F, L>& e) const {
 #pragma unroll
-    for (int j = 0; j < kInputs - 1; ++j) Reader<F, E>::wide(p[j] + at * size(j), any, e.first[j]);
-    Reader<L, E>::wide(p[kInputs - 1] + at * size(kInputs - 1), any, e.last);
+    for (int j = 0; j < kInputs - 1; ++j) Reader<F, E, Load>::wide(p[j] + at * size(j), any, e.first[j]);
+    Reader<L, E, Load>::wide(p[kInputs - 1] + at * size(kInputs - 1), any, e.last);
   }
   // ... whatever the alignment, with zeros from element `count` on.
   __device__ __forceinline__ void load_some(int at, Run<Sums, F, L>& e) const {
@@ -290,16 +298,16 @@ struct DenseSource {
   template <class T>
   __device__ __forceinline__ void load_one(const char* q, int step, int at, uint32_t (&w)[kWordsOf<T, E>]) const {
     if (at + E <= count) {
-      Reader<T, E>::run(q, any, w);
+      Reader<T, E, Load>::run(q, any, w);
     } else {
-      Reader<T, E>::elements(q, step, count - at, any, w);
+      Reader<T, E, Load>::elements(q, step, count - at, any, w);
     }
   }
 };
 
 // The inputs of a chunk whose layer has gaps or another order: coordinates by division, once for a run that lies within
 // the last dimension.
-template <class Sums, class F, class L, class Table>
+template <class Sums, class F, class L, class Load, class Table>
 struct StridedSource {
   static constexpr int kInputs = Sums::kInputs, E = kRun<F>;
   const Table& table;
@@ -353,8 +361,8 @@ struct StridedSource {
       for (int i = 0; i < E; ++i) {
         if (i < valid) where(at + i, p);
 #pragma unroll
-        for (int j = 0; j < kInputs - 1; ++j) Reader<F, E>::push(p[j], i < valid, any, e.first[j]);
-        Reader<L, E>::push(p[kInputs - 1], i < valid, any, e.last);
+        for (int j = 0; j < kInputs - 1; ++j) Reader<F, E, Load>::push(p[j], i < valid, any, e.first[j]);
+        Reader<L, E, Load>::push(p[kInputs - 1], i < valid, any, e.last);
       }
     }
   }
@@ -375,9 +383,9 @@ struct StridedSource {
     const int e = item.entry;
     const int64_t step = table.contiguous(e, j) ? 1 : table.stride(e, j, table.dims(e) - 1);
     if (step == 1 && valid == E) {
-      Reader<T, E>::run(p, any, w);
+      Reader<T, E, Load>::run(p, any, w);
     } else {
-      Reader<T, E>::elements(p, step * size(j), valid, any, w);
+      Reader<T, E, Load>::elements(p, step * size(j), valid, any, w);
     }
   }
 };

@@ -1,3 +1,4 @@
 #include "submit.cuh"
 
-template void fastfs::cuda::submit<fastfs::LinearSums, fastfs::BF16>(const Job&, Kind);
+#define FASTFS_INSTANCE(name, Sums) template void fastfs::cuda::submit<fastfs::Sums, fastfs::BF16>(const Job&, Kind);
+FASTFS_OPTIMIZER_MEASUREMENTS(FASTFS_INSTANCE)

@@ -1,6 +1,4 @@
 #include "submit.cuh"
 
-template void fastfs::cuda::submit<fastfs::LinearSums, fastfs::F64>(const Job&, Kind);
-template void fastfs::cuda::submit<fastfs::AdamSums, fastfs::F64>(const Job&, Kind);
-template void fastfs::cuda::submit<fastfs::AdamaxSums, fastfs::F64>(const Job&, Kind);
-template void fastfs::cuda::submit<fastfs::RmspropSums, fastfs::F64>(const Job&, Kind);
+#define FASTFS_INSTANCE(name, Sums) template void fastfs::cuda::submit<fastfs::Sums, fastfs::F64>(const Job&, Kind);
+FASTFS_OPTIMIZER_MEASUREMENTS(FASTFS_INSTANCE)

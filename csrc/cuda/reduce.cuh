@@ -8,11 +8,13 @@ namespace fastfs::cuda {
 
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Sums each of N values (N = 4 or 8) over the 32 lanes of a warp: lane l returns the total of value l / (32 / N). While
+// Sums each of N values over the 32 lanes of a warp: lane l returns the total of value l / (32 / N). While
 // values are left a lane hands half of them to its partner, so N - 1 + 5 - log2(N) exchanges do instead of 5 N.
 template <int N>
 __device__ __forceinline__ double warp_sums(double (&v)[N], int lane) {
-  static_assert(N == 4 || N == 8, "the number of values must be a power of two");
+  static_assert(N >= 2 && N <= 32 && (N & (N - 1)) == 0,
+                "lanes hand over half of their values at a time: N has to be a power of two from 2 to 32; kSlots in "
+                "segment_sums.cuh chooses it");
   int offset = 16;
 #pragma unroll
   for (int half = N / 2; half >= 1; half /= 2, offset /= 2) {

@@ -12,8 +12,6 @@
 
 namespace fastfs::cuda {
 
-constexpr int kThreads = 256;
-
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else meets it
@@ -47,6 +45,18 @@ inline int multiprocessors(int device) {
   return count;
 }
 
+// The architecture that the kernels of a device were compiled for, as a value of __CUDA_ARCH__: the newest one in the
+// build that the device is not older than.
+inline int architecture(int device) {
+  int major = 0, minor = 0, found = 0;
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+  for (const int compiled : {__CUDA_ARCH_LIST__}) {  // ascending
+    if (compiled <= 100 * major + 10 * minor) found = compiled;
+  }
+  return found;
+}
+
 // May a kernel have more than 4 KB of parameters? (The toolkit that this is compiled with must be of CUDA 12.1 too.)
 inline bool large_parameters() {
 #if CUDART_VERSION >= 12010
@@ -58,11 +68,20 @@ inline bool large_parameters() {
 #endif
 }
 
-template <class Table, class... Rest>
-void start(void (*kernel)(Table, Rest...), const Table& table, int blocks, int threads, void* stream, Rest... rest) {
-  void* arguments[] = {const_cast<Table*>(&table), &rest...};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), arguments, 0,
-                         static_cast<cudaStream_t>(stream)),
+struct Grid {
+  int blocks, threads, shared_bytes = 0;  // dynamic shared memory of a block
+};
+
+template <class Table>
+void start(void (*kernel)(Table), const Table& table, const Grid& grid, void* stream) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  if (grid.shared_bytes > 0) {
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes),
+          "cudaFuncSetAttribute");
+  }
+  void* arguments[] = {const_cast<Table*>(&table)};
+  check(cudaLaunchKernel(function, dim3(grid.blocks), dim3(grid.threads), arguments,
+                         static_cast<size_t>(grid.shared_bytes), static_cast<cudaStream_t>(stream)),
         "cannot launch a kernel");
 }
 

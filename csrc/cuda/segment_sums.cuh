@@ -41,12 +41,17 @@ struct compute<F64> {
 };
 
 // Tiles that one chain of additions takes.
-template <class F>
+template <class F, int kChain>
 constexpr int kTiles = Storage<F>::kSize == 2 ? kChain / kRun<F> : 1;
 
-// Values that the threads of a warp add up: the sums, the non-finite entries, and zeros up to a power of two.
+// Values that the threads of a warp add up: the sums, the count of non-finite entries, and zeros up to a power of two.
+constexpr int slots_of(int values) {
+  int slots = 4;
+  while (slots < values) slots *= 2;
+  return slots;
+}
 template <class Sums>
-constexpr int kSlots = Sums::kSums + 1 <= 4 ? 4 : 8;
+constexpr int kSlots = slots_of(Sums::kSums + 1);
 
 // The coefficients of an entry, from the table or from device memory.
 template <class Sums, class V, class Table>
@@ -80,7 +85,7 @@ struct Chain {
     for (int k = 0; k < Sums::kSums; ++k) sum[k] = is_single<V>::value ? V(0) : static_cast<V>(sums[k]);
   }
   __device__ __forceinline__ void add(Run<Sums, F, L>& run, DType any, const Coefficients<V, Sums::kCoefficients>& c) {
-    Reader<L, kRun<F>>::widen(any, run.last);
+    widen<L, kRun<F>>(any, run.last);
 #pragma unroll
     for (int i = 0; i < kRun<F>; ++i) {
       V x[Sums::kInputs];
@@ -94,22 +99,26 @@ struct Chain {
   }
 };
 
-// The sums of one thread, number `rank` of `team`, over its elements of a chunk.
-template <class Sums, class F, class L, class Source, class C, int N>
+// The sums of one thread, number `rank` of `team`, over its elements of a chunk: chains of kStep tiles, of which the
+// loads of kAhead are issued before the first addition.
+template <class Sums, class F, class L, int kStep, int kAhead, class Source, class C, int N>
 __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int rank, int team, double (&sums)[N]) {
-  constexpr int kStep = kTiles<F>;
+  constexpr int kLoads = kAhead * kStep;
   const int tile = team * kRun<F>;
   int at = rank * kRun<F>, begin = 0;
   if (source.wide()) {
 #pragma unroll 1
-    for (; begin + kStep * tile <= source.count; begin += kStep * tile, at += kStep * tile) {
-      Run<Sums, F, L> run[kStep];
+    for (; begin + kLoads * tile <= source.count; begin += kLoads * tile, at += kLoads * tile) {
+      Run<Sums, F, L> run[kLoads];
 #pragma unroll
-      for (int t = 0; t < kStep; ++t) source.load(at + t * tile, run[t]);
-      Chain<Sums, F, L, N> chain(sums);
+      for (int t = 0; t < kLoads; ++t) source.load(at + t * tile, run[t]);
 #pragma unroll
-      for (int t = 0; t < kStep; ++t) chain.add(run[t], source.any, c);
-      chain.flush(sums);
+      for (int first = 0; first < kLoads; first += kStep) {
+        Chain<Sums, F, L, N> chain(sums);
+#pragma unroll
+        for (int t = first; t < first + kStep; ++t) chain.add(run[t], source.any, c);
+        chain.flush(sums);
+      }
     }
   }
 #pragma unroll 1
@@ -124,6 +133,23 @@ __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int 
     chain.flush(sums);
   }
 }
+
+// The ChunkReader of the default policies: every thread loads its elements straight from global memory.
+template <class Sums, class F, class L, class Order, class Policy>
+class DirectLoads {
+ public:
+  static constexpr int kSharedBytes = 0;  // dynamic shared memory of a block
+
+  // `number`: the first item of the block, which takes every `step`-th one.
+  template <class Table>
+  __device__ __forceinline__ DirectLoads(const Table&, bool /*block_mode*/, int64_t /*number*/, int64_t /*step*/) {}
+
+  // Called for the items of the block in turn.
+  template <class Source, class C, int N>
+  __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int rank, int team, double (&sums)[N]) {
+    cuda::sum_chunk<Sums, F, L, kTiles<F, Order::kChain>, Policy::kChainsAhead>(source, c, rank, team, sums);
+  }
+};
 
 // The same in double, one element after the other, with the count of non-finite entries.
 template <class Sums, class F, class Source, class C, int N>
@@ -163,26 +189,22 @@ __device__ __forceinline__ bool must_repeat(int k, double sum) {
   return !(sum - sum == 0.0);
 }
 
-template <class Sums, class F, class L, class Table>
-struct source_of {
-  using type = DenseSource<Sums, F, L>;
-};
-template <class Sums, class F, class L, int kBytes>
-struct source_of<Sums, F, L, StridedTable<Sums::kInputs, kBytes, Sums::kCoefficients>> {
-  using type = StridedSource<Sums, F, L, StridedTable<Sums::kInputs, kBytes, Sums::kCoefficients>>;
-};
+template <class Sums, class F, class L, class Load, class Table>
+using source_of =
+    std::conditional_t<Table::kStrided, StridedSource<Sums, F, L, Load, Table>, DenseSource<Sums, F, L, Load>>;
 
-// Blocks on a multiprocessor that registers allow; the grid is that many blocks on every one.
-template <class Sums, class F, class L>
-constexpr int kBlocksPerSm =
-    (Storage<F>::kSize == 8 || same_dtype<L, Any>::value ? 2 : 3) - (Sums::kCoefficients > 0 ? 1 : 0);
-
-// Sums: the measurement. F: dtype of all inputs but the last. L: dtype of the last, or Any.
-template <class Sums, class F, class L, class Table, int kThreads>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<Sums, F, L>)
+// Sums: the measurement. F: dtype of all inputs but the last. L: dtype of the last, or Any. Hub: the tuning.
+template <class Sums, class F, class L, class Table, class Hub>
+__global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::template SegmentSums<Sums, F, L>::kBlocksPerSm)
     segment_sums(const __grid_constant__ Table table) {
   using V = typename compute<F>::type;
-  constexpr int N = kSlots<Sums>, kWarps = kThreads / 32;
+  using Policy = typename Hub::Active::template SegmentSums<Sums, F, L>;
+  constexpr int64_t kChunk = Hub::Order::kChunk;
+  constexpr int N = kSlots<Sums>, kThreads = Hub::Order::kThreads, kWarps = kThreads / 32;
+  // The warp holds one value per lane at the end, and one lane more writes the count of elements.
+  static_assert(Sums::kSums + 2 <= 32,
+                "a measurement has at most 30 sums: split it in two, or let finish() in "
+                "reduce.cuh write a row in several steps");
   __shared__ double parts[2][kWarps][N];  // two, so that one barrier a chunk does: a slow warp 0 still reads the other
   const Launch& launch = table.launch;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -191,16 +213,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Sums, F, L>)
   const int64_t step = static_cast<int64_t>(gridDim.x) * (row_mode ? kWarps : 1);
   int64_t number = static_cast<int64_t>(blockIdx.x) * (row_mode ? kWarps : 1) + (row_mode ? warp : 0);
   // A chunk of float with a last input of double is done in double at once.
-  const bool skip = same_dtype<L, Any>::value && is_single<V>::value && launch.last == DType::f64;
+  const bool skip = std::is_same_v<L, Any> && is_single<V>::value && launch.last == DType::f64;
   int entry = 0, side = 0;
+  typename Policy::template ChunkReader<Table, typename Hub::Order> reader(table, !row_mode, number, step);
 #pragma unroll 1
   for (; number < launch.items; number += step) {
-    const Item item = locate(table, number, entry);
+    const Item item = locate<kChunk>(table, number, entry);
     entry = item.entry;
-    const typename source_of<Sums, F, L, Table>::type source(table, item);
+    const source_of<Sums, F, L, typename Policy::Load, Table> source(table, item);
     double sums[N];
     clear_sums(sums);
-    if (!skip) sum_chunk<Sums, F, L>(source, coefficients_of<Sums, V>(table, entry), rank, team, sums);
+    if (!skip) reader.sum_chunk(source, coefficients_of<Sums, V>(table, entry), rank, team, sums);
     double value = warp_sums(sums, lane);  // of value lane / (32 / N)
     int again = skip || must_repeat<Sums, V>(lane / (32 / N), value);
     if (row_mode) {
@@ -231,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<Sums, F, L>)
       if (k < Sums::kSums) {
         value *= again ? Sums::template factor<F, double>(k) : Sums::template factor<F, V>(k);
       }
-      const Item done = locate(table, forget(number), entry);
+      const Item done = locate<kChunk>(table, forget(number), entry);
       double* row = launch.out + (table.first_row(entry) + done.segment) * (Sums::kSums + 2);
       finish<N, Sums::kSums + 1>(launch, number, done, table.width(entry), row, value, lane);
     }

@@ -1,4 +1,4 @@
 #include "submit.cuh"
 
-template void fastfs::cuda::submit<fastfs::FeatureSums, fastfs::BF16>(const Job&, Kind);
-template void fastfs::cuda::submit<fastfs::UpdateSums, fastfs::BF16>(const Job&, Kind);
+#define FASTFS_INSTANCE(name, Sums) template void fastfs::cuda::submit<fastfs::Sums, fastfs::BF16>(const Job&, Kind);
+FASTFS_TENSOR_MEASUREMENTS(FASTFS_INSTANCE)

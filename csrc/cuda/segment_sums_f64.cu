@@ -1,4 +1,4 @@
 #include "submit.cuh"
 
-template void fastfs::cuda::submit<fastfs::FeatureSums, fastfs::F64>(const Job&, Kind);
-template void fastfs::cuda::submit<fastfs::UpdateSums, fastfs::F64>(const Job&, Kind);
+#define FASTFS_INSTANCE(name, Sums) template void fastfs::cuda::submit<fastfs::Sums, fastfs::F64>(const Job&, Kind);
+FASTFS_TENSOR_MEASUREMENTS(FASTFS_INSTANCE)

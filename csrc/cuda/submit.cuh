@@ -1,7 +1,8 @@
-// From layers to launches: which layers can share one, and the kernel for them.
+// From layers to launches: groups the layers that can share a launch, and selects the kernel.
 #pragma once
 
 #include <memory>
+#include <stdexcept>
 #include <vector>
 
 #include "runtime.h"
@@ -9,7 +10,7 @@
 
 namespace fastfs::cuda {
 
-// Layers of one launch have this in common.
+// What the layers of one launch have in common.
 struct Kind {
   DType first, last;
   bool strided, row_mode;
@@ -24,11 +25,12 @@ struct Kind {
   }
 };
 
-// Rows of at most a chunk are summed by a warp each; a single short segment by a block all the same, which is faster.
-inline Kind kind_of(const Layer& layer, int inputs) {
+// Rows of at most `warp_row` elements are summed by a warp each. A single short segment is summed by a block, which is
+// faster.
+inline Kind kind_of(const Layer& layer, int inputs, int64_t warp_row) {
   bool strided = false;
   for (int j = 0; j < inputs; ++j) strided = strided || !layer.contiguous[j];
-  return Kind{layer.first, layer.last, strided && layer.width > 0, layer.segments > 1 && layer.width <= kChunk};
+  return Kind{layer.first, layer.last, strided && layer.width > 0, layer.segments > 1 && layer.width <= warp_row};
 }
 
 struct Job {
@@ -39,17 +41,26 @@ struct Job {
   double* partials;
   uint32_t* tickets;
   int multiprocessors;
+  int architecture;  // of the kernels, as a value of __CUDA_ARCH__
   bool large_parameters;
   void* stream;
 };
 
-inline int grid_of(const Launch& launch, int blocks_per_sm, int multiprocessors) {
-  const int64_t blocks = launch.row_mode ? ceil_div(launch.items, kThreads / 32) : launch.items;
-  return static_cast<int>(min64(blocks, static_cast<int64_t>(blocks_per_sm) * multiprocessors));
+// The grid of a launch under one policy: as many blocks as are resident at a time, times the waves.
+template <class Sums, class F, class L, class Table, class Hub>
+Grid grid_of(const Job& job, const Launch& launch) {
+  constexpr int kThreads = Hub::Order::kThreads;
+  return Hub::visit(job.architecture, [&](auto architecture) {
+    using Policy = typename decltype(architecture)::template SegmentSums<Sums, F, L>;
+    using Reader = typename Policy::template ChunkReader<Table, typename Hub::Order>;
+    const int64_t wanted = launch.row_mode ? ceil_div(launch.items, kThreads / 32) : launch.items;
+    const int64_t most = int64_t{Policy::kBlocksPerSm} * Policy::kWaves * job.multiprocessors;
+    return Grid{static_cast<int>(min64(wanted, most)), kThreads, launch.row_mode ? 0 : Reader::kSharedBytes};
+  });
 }
 
 // Launches the layers of one kind, as many in a table as it holds.
-template <class Sums, class F, class L, class Table>
+template <class Sums, class F, class L, class Table, class Hub = Policies>
 void submit_tables(const Job& job, Kind kind) {
   const auto table = std::make_unique<Table>();
   Launch& launch = table->launch;
@@ -63,8 +74,7 @@ void submit_tables(const Job& job, Kind kind) {
   table->clear();
   const auto flush = [&] {
     if (launch.items > 0) {
-      start(segment_sums<Sums, F, L, Table, kThreads>, *table,
-            grid_of(launch, kBlocksPerSm<Sums, F, L>, job.multiprocessors), kThreads, job.stream);
+      start(segment_sums<Sums, F, L, Table, Hub>, *table, grid_of<Sums, F, L, Table, Hub>(job, launch), job.stream);
     }
     launch.items = 0;
     table->clear();
@@ -77,29 +87,33 @@ void submit_tables(const Job& job, Kind kind) {
         flush();
         table->add(layer, 0, row);
       }
-      launch.items += layer.segments * items_of(layer.width);
+      launch.items += layer.segments * items_of<Hub::Order::kChunk>(layer.width);
     }
     row += layer.segments;
   }
   flush();
 }
 
+// Whether a measurement takes first inputs of dtype F.
+template <class Sums, class F>
+constexpr bool kTakes = Sums::kSixteenBit || Storage<F>::kSize > 2;
+
 // Launches the layers of one kind whose first dtype is F. To keep the build short, only inputs of one dtype have a
 // kernel for large tables, and double with another last dtype is left to the kernel for strides.
 template <class Sums, class F>
-void submit(const Job& job, Kind kind) {
+void submit_taken(const Job& job, Kind kind) {
   using Small = DenseTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
   using Large = DenseTable<Sums::kInputs, kLargeTable, Sums::kCoefficients>;
   using Strided = StridedTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
   constexpr bool kMixed = !Sums::kOneDtype;
   const bool mixed = kind.first != kind.last;
-  if (kind.strided || (mixed && same_dtype<F, F64>::value)) {
-    if constexpr (!kMixed || same_dtype<F, F64>::value) {  // Any is no double
+  if (kind.strided || (mixed && std::is_same_v<F, F64>)) {
+    if constexpr (!kMixed || std::is_same_v<F, F64>) {  // Any is no double
       if (!mixed) return submit_tables<Sums, F, F, Strided>(job, kind);
     }
     if constexpr (kMixed) return submit_tables<Sums, F, Any, Strided>(job, kind);
   }
-  if constexpr (kMixed && !same_dtype<F, F64>::value) {
+  if constexpr (kMixed && !std::is_same_v<F, F64>) {
     if (mixed) return submit_tables<Sums, F, Any, Small>(job, kind);
   }
 #if defined(FASTFS_CUDA_ON_CPU) || CUDART_VERSION >= 12010
@@ -110,6 +124,14 @@ void submit(const Job& job, Kind kind) {
   }
 #endif
   submit_tables<Sums, F, F, Small>(job, kind);
+}
+template <class Sums, class F>
+void submit(const Job& job, Kind kind) {
+  if constexpr (kTakes<Sums, F>) {
+    submit_taken<Sums, F>(job, kind);
+  } else {
+    throw std::invalid_argument("fastfs: this measurement has no kernels for this dtype");
+  }
 }
 
 }  // namespace fastfs::cuda

@@ -13,8 +13,7 @@
 #include <cstring>
 
 #include "../layers.h"
-#include "../sums.h"
-#include "../updates.h"
+#include "../measurements.h"
 
 namespace fastfs::cuda {
 
@@ -37,7 +36,10 @@ FASTFS_HD int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTFS_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Items of a segment. An empty one still has an item, which writes its row of zeros.
-FASTFS_HD constexpr int64_t items_of(int64_t width) { return width <= kChunk ? 1 : (width + kChunk - 1) / kChunk; }
+template <int64_t kChunk>
+FASTFS_HD constexpr int64_t items_of(int64_t width) {
+  return width <= kChunk ? 1 : (width + kChunk - 1) / kChunk;
+}
 
 template <int kCount>
 struct EntryCoefficients {
@@ -152,7 +154,7 @@ struct Item {
 };
 
 // Finds the layer of an item. Items of a block only grow, so the search starts at the entry of the one before.
-template <class Table>
+template <int64_t kChunk, class Table>
 FASTFS_HD Item locate(const Table& table, int64_t item, int entry) {
   int low = entry, high = table.launch.entries;  // first_item(low) <= item < first_item(high)
   if (low + 1 < high && item >= table.first_item(low + 1)) {
@@ -170,7 +172,7 @@ FASTFS_HD Item locate(const Table& table, int64_t item, int entry) {
   found.entry = low;
   const int64_t width = table.width(low);
   const int64_t local = item - table.first_item(low);
-  found.chunks = items_of(width);
+  found.chunks = items_of<kChunk>(width);
   found.segment = found.chunks == 1 ? local : local / found.chunks;
   found.chunk = local - found.segment * found.chunks;
   found.begin = found.segment * width + found.chunk * kChunk;

@@ -1,4 +1,4 @@
-"""How fast fastfs is on a machine: timing, inputs, ceilings and contestants, and the command ``fastfs bench``.
+"""Benchmarks: timing, inputs, memory ceilings and baseline implementations, and the command ``fastfs bench``.
 
-The benchmarks of the repository (``benchmarks/``) are built on the same parts.
+The benchmarks of the repository (``benchmarks/``) use the same parts.
 """

@@ -1,7 +1,7 @@
-"""The sums of `fastfs.feature_stats` as one writes them without fastfs: in eager torch, and under torch.compile.
+"""The sums of `fastfs.feature_stats` implemented without fastfs: in eager torch, and under torch.compile.
 
-All return a (L, 8) tensor: the seven sums of FeatureStats in its order, and the count of non-finite entries. With
-`per_row`, (rows of all layers, 8).
+All functions return a (L, 8) tensor: the seven sums of FeatureStats in its order, and the number of non-finite entries.
+With `per_row`, they return (rows of all layers, 8).
 """
 
 from __future__ import annotations
@@ -30,25 +30,35 @@ Layers = Sequence[Tensor]
 Sums = Callable[[Layers, Layers, Layers], Tensor]
 
 COLUMNS = 8
-"""Sums that a contestant returns."""
+"""Number of sums that an implementation returns."""
 
 
 def exponent_part(x: Tensor) -> Tensor:
-    """2^floor(log2|x|) of a float32 tensor: its exponent bits alone."""
+    """Return 2^floor(log2|x|) of a float32 tensor, from its exponent bits."""
     return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
 def rounding_factor(dtype: torch.dtype) -> float:
-    """The variance of rounding, in units of the squared exponent part."""
+    """Return the variance of rounding in units of the squared exponent part."""
     return torch.finfo(dtype).eps ** 2 / 12
 
 
 def layer_sums(
     before: Tensor, after: Tensor, backward: Tensor, *, rounding: bool = True, per_row: bool = False
 ) -> Tensor:
-    """One layer in float32, written for a compiler that fuses it: every sum from one expression.
+    """Return the sums of one layer in float32, written for a compiler that fuses one expression per sum.
 
-    Without `rounding` it leaves out the rounding variance, which Inductor does not vectorise for 16-bit inputs: (7,).
+    Without `rounding`, the rounding variance is omitted, which Inductor does not vectorize for 16-bit inputs.
+
+    Args:
+        before: features before the update.
+        after: features after the update.
+        backward: backward vectors.
+        rounding: whether to include the rounding variance.
+        per_row: whether to sum over the last dimension only.
+
+    Returns:
+        (8,) sums, or (7,) without `rounding`; with `per_row`, (rows, 8).
     """
     f, g, b = before.float(), after.float(), backward.float()
     df = g - f
@@ -64,11 +74,15 @@ def layer_sums(
 
 
 def compiled(*, rounding: bool = True, per_row: bool = False, options: dict[str, Any] | None = None) -> Sums:
-    """torch.compile of one layer's sums, called layer after layer: one graph per shape and dtype.
+    """Return torch.compile of one layer's sums, called layer by layer: one graph per shape and dtype.
 
     Args:
-        rounding, per_row: see :func:`layer_sums`.
-        options: of Inductor.
+        rounding: see :func:`layer_sums`.
+        per_row: see :func:`layer_sums`.
+        options: options of Inductor.
+
+    Returns:
+        The implementation.
     """
     function = functools.partial(layer_sums, rounding=rounding, per_row=per_row)
     layer = torch.compile(function, fullgraph=True, dynamic=False, options=options)
@@ -81,9 +95,17 @@ def compiled(*, rounding: bool = True, per_row: bool = False, options: dict[str,
 
 
 def by_hand(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Eager torch as an expert writes it: float32 once, dot products (no temporaries) wherever one serves.
+    """Compute the sums in eager torch as an expert writes it: one cast to float32, dot products without temporaries.
 
-    On the CPU in slices of 256K elements, which keeps the temporaries in the cache: the fastest of 16K to 1M here.
+    On the CPU, slices of 256K elements keep the temporaries in the cache (the fastest size from 16K to 1M).
+
+    Args:
+        before: features before the update.
+        after: features after the update.
+        backward: backward vectors.
+
+    Returns:
+        (L, 8) sums.
     """
     rows = []
     for layer in zip(before, after, backward, strict=True):
@@ -117,7 +139,7 @@ def _sums_by_hand(before: Layers, after: Layers, backward: Layers) -> Tensor:
 
 
 def by_hand_per_row(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Eager torch by hand, sums per row. On the CPU in slices of rows that stay in the cache."""
+    """Compute sums per row in eager torch. On the CPU, slices of rows stay in the cache."""
     rows = []
     for layer in zip(before, after, backward, strict=True):
         parts = [x.reshape(-1, x.shape[-1]) for x in layer]
@@ -148,7 +170,7 @@ def _rows_by_hand(before: Tensor, after: Tensor, backward: Tensor) -> Tensor:
 
 
 def by_hand_foreach(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Eager torch for many small layers on a GPU: the multi-tensor functions that optimizers use."""
+    """Compute the sums of many small layers on a GPU with the multi-tensor functions that optimizers use."""
     f, g, b = ([x.reshape(-1).float() for x in layers] for layers in (before, after, backward))
     df = torch._foreach_sub(g, f)
     product = torch._foreach_mul(df, b)

@@ -1,4 +1,4 @@
-"""What the memory allows: a streaming read of the same tensors, and a copy."""
+"""Memory-bandwidth ceilings: a streaming read of the same tensors, and a copy."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ SUM = "torch.sum"
 
 
 def streaming_read(inputs: Inputs) -> Callable[[], object]:
-    """A call that reads every byte of the inputs and does nothing with it. Needs the native core.
+    """Return a call that reads every byte of the inputs and discards it. Requires the native core.
 
     Args:
-        inputs: contiguous; the first two of a layer have one dtype.
+        inputs: contiguous tensors; the first two of a layer have the same dtype.
+
+    Returns:
+        The call.
     """
     device = inputs[0][0].device
     if device.type == "cuda":
@@ -31,9 +34,16 @@ def streaming_read(inputs: Inputs) -> Callable[[], object]:
 
 
 def thirds(tensors: Sequence[Tensor]) -> Inputs:
-    """The same bytes as three lists, for the streaming read of any number of tensors: thirds of each, side by side.
+    """Split tensors into three lists of equal size, so that the streaming read accepts any number of tensors.
 
-    What does not fill three times 64 elements is left out: the read is too quick by less than its part of the bytes.
+    Elements that do not fill three blocks of 64 are dropped, so the time of the read is underestimated by less than
+    their share of the bytes.
+
+    Args:
+        tensors: contiguous tensors.
+
+    Returns:
+        Views of the first, second and last third of each tensor.
     """
     lists: Inputs = ([], [], [])
     for x in tensors:
@@ -44,7 +54,7 @@ def thirds(tensors: Sequence[Tensor]) -> Inputs:
 
 
 def copy(inputs: Inputs) -> tuple[Callable[[], object], int]:
-    """A call that copies the features before the update, and the bytes that it moves, reads and writes together."""
+    """Return a call that copies the features before the update, and the bytes it moves, reads and writes together."""
     targets = [torch.empty_like(x) for x in inputs[0]]
     size = 2 * sum(x.numel() * x.element_size() for x in inputs[0])
     if len(targets) == 1:
@@ -53,7 +63,7 @@ def copy(inputs: Inputs) -> tuple[Callable[[], object], int]:
 
 
 def sum_of_all(inputs: Inputs) -> Callable[[], object]:
-    """A call that sums all entries: what reads memory without the native core. The bytes are read as float32."""
+    """Return a call that sums all bytes as float32: the ceiling without the native core."""
     words = [x.view(-1).view(torch.uint8) for tensors in inputs for x in tensors]
     floats = [x[: x.numel() // 4 * 4].view(torch.float32) for x in words]
     return lambda: [x.sum() for x in floats]

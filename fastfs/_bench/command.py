@@ -1,4 +1,4 @@
-"""``fastfs bench``: measures, shows a table and a verdict, writes a file."""
+"""The ``fastfs bench`` command: measure, print a table and a verdict, write a file."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from fastfs._utils.output_files import check_output
 __all__ = ["CANNOT", "run_bench"]
 
 CANNOT = 2
-"""Exit status where nothing could be measured."""
+"""Exit status if the measurement failed."""
 
 
 def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
     """Run the command.
 
     Args:
-        device: such as "cuda:0"; None for the GPU if there is one that torch can use, else the CPU.
+        device: device such as "cuda:0"; None selects a GPU that torch can use, or else the CPU.
         out: file for the result, or None.
-        seconds: about how long to take.
+        seconds: approximate duration.
 
     Returns:
-        The exit status: 0, or 2 if it could not be measured.
+        The exit status: 0, or 2 if the measurement failed.
     """
     console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
     try:
@@ -56,14 +56,14 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     environment = result["environment"]
     cores = f"{environment['processor']}, threads: {environment['threads']}"
     console.print(escape(environment.get("device") or cores), highlight=False, soft_wrap=True)
-    console.print("GB/s, and how many times as fast as the others fastfs is", highlight=False, soft_wrap=True)
+    console.print("GB/s, and speedup of fastfs over the others", highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("inputs", "memory", "copy", "fastfs", "of memory", "eager", "by hand", "compile"):
         table.add_column(column, justify="left" if column == "inputs" else "right", no_wrap=True)
-    for race in result["results"]:
-        rows = {row["contestant"]: row for row in race["rows"]}
-        cells = [f"{race['kind']}, {race['dtype']}"]
-        cells += [_cell(rows, name, "GB/s", ".1f") for name in (race["rows"][0]["contestant"], COPY, OURS)]
+    for case in result["results"]:
+        rows = {row["implementation"]: row for row in case["rows"]}
+        cells = [f"{case['kind']}, {case['dtype']}"]
+        cells += [_cell(rows, name, "GB/s", ".1f") for name in (case["rows"][0]["implementation"], COPY, OURS)]
         cells.append(_cell(rows, OURS, "of ceiling", ".2f"))
         cells += [_cell(rows, name, "fastfs is faster by", ".1f", "x") for name in (EAGER, HAND, COMPILE)]
         table.add_row(*cells)

@@ -1,4 +1,4 @@
-"""A race of contestants: the first call of each, why it cannot take part if so, and the rows of a result."""
+"""Compare implementations: run each for the first time, record why it is excluded, and tabulate the times."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPILE = "torch.compile"
 
 
 def reason(error: BaseException) -> str:
-    """An error as one line."""
+    """Return an error as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 300 else text[:297] + "..."
@@ -33,16 +33,16 @@ def reason(error: BaseException) -> str:
 def attempt(
     call: Callable[[], Any], device: torch.device, most: float = math.inf, *, compiles: bool = False
 ) -> tuple[Any, float, str | None]:
-    """Calls a contestant for the first time.
+    """Call an implementation for the first time.
 
     Args:
-        call: the contestant's.
-        device: to wait for.
-        most: seconds that a later call may take.
-        compiles: the first call takes longer than the later ones.
+        call: the call.
+        device: device to synchronize with.
+        most: largest permitted duration of a later call in seconds.
+        compiles: whether the first call takes longer because it compiles.
 
     Returns:
-        What the call gave, the seconds it took, and why the contestant cannot take part, or None.
+        The result of the call, its duration in seconds, and why the implementation is excluded, or None.
     """
     try:
         begin = time.perf_counter()
@@ -50,12 +50,12 @@ def attempt(
             result = call()
             _wait(device)
         first = last = time.perf_counter() - begin
-        if most < first < 3 * most or (first > most and compiles):  # the first call may have loaded something
+        if most < first < 3 * most or (first > most and compiles):  # the first call may include one-time costs
             begin = time.perf_counter()
             call()
             _wait(device)
             last = time.perf_counter() - begin
-    except Exception as error:  # whatever keeps a contestant from running is what the result has to say
+    except Exception as error:  # any failure of an implementation is a result to report
         return None, 0.0, reason(error)
     if last > most:
         return result, first, f"one call takes more than {most:.1g} s"
@@ -69,19 +69,22 @@ def _wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Compilers warn of what the result shows anyway."""
+    """Suppress warnings of compilers, whose effect the result shows anyway."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def ranking(times: Times, size: int, sizes: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
-    """A row per contestant: milliseconds, GB/s, ratio to the ceiling, how much faster fastfs is.
+    """Tabulate the times: milliseconds, GB/s, fraction of the ceiling, speedup of fastfs.
 
     Args:
-        times: of :func:`fastfs._bench.timing.side_by_side`.
+        times: times from :func:`fastfs._bench.timing.side_by_side`.
         size: bytes that a call reads.
-        sizes: bytes of contestants that read others.
+        sizes: bytes of implementations that read a different amount.
+
+    Returns:
+        One row per implementation.
     """
     ceiling = READ if READ in times else SUM if SUM in times else None
     moved = {**dict.fromkeys(times, size), **(sizes or {})}
@@ -89,7 +92,7 @@ def ranking(times: Times, size: int, sizes: Mapping[str, int] | None = None) -> 
     for name, seconds in times.items():
         median = statistics.median(seconds)
         row: dict[str, Any] = {
-            "contestant": name,
+            "implementation": name,
             "milliseconds": round(median * 1e3, 6),
             "GB/s": round(moved[name] / median / 1e9, 3),
             "of ceiling": None,

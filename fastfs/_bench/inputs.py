@@ -1,7 +1,7 @@
-"""What is measured: features, features after an update, backward vectors; and copies of them that outlast the cache.
+"""Inputs of measurements: features before and after an update and backward vectors, in copies that exceed the cache.
 
-A call on inputs that an earlier call has left in the cache is not limited by the memory. So small inputs come in so
-many copies that all of them together are several times as large as the cache, and the calls take them in turn.
+A call on inputs that an earlier call left in the cache is not limited by memory bandwidth. Small inputs are therefore
+copied until all copies together are several times as large as the cache, and calls use the copies round-robin.
 """
 
 from __future__ import annotations
@@ -13,46 +13,52 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["COLD", "Dtypes", "Inputs", "Turns", "bytes_of", "copies_for", "make_inputs"]
+__all__ = ["COLD", "Dtypes", "Inputs", "RoundRobin", "bytes_of", "copies_for", "make_inputs"]
 
 Inputs = tuple[list[Tensor], list[Tensor], list[Tensor]]
 """Features before, features after, backward vectors: one tensor per layer."""
 
 Dtypes = tuple[torch.dtype, torch.dtype]
-"""That of the features, and that of the backward vectors."""
+"""Dtype of the features and dtype of the backward vectors."""
 
 COLD = 4
-"""All copies together are so many times as large as the cache."""
+"""Ratio of the size of all copies to the size of the cache."""
 
 _TILE = 2**20
-"""Random numbers that large inputs repeat."""
+"""Number of random numbers, which larger inputs repeat."""
 
 T = TypeVar("T")
 
 
 def copies_for(size: int, cache: int) -> int:
-    """How many copies of inputs of `size` bytes are needed, so that each is out of the cache when its turn comes."""
+    """Return how many copies of inputs of `size` bytes are needed so that none is in the cache when it is reused."""
     return max(1, math.ceil(COLD * cache / max(1, size)))
 
 
-class Turns:
-    """Whose turn it is among so many copies. All contestants share one, so none finds what another has just read."""
+class RoundRobin:
+    """Round-robin selection of input copies, shared by all implementations so that none reads a recently used copy."""
 
     def __init__(self, copies: int) -> None:
         self.copies = copies
         self._next = 0
 
     def next(self) -> int:
-        """The copy for the next call."""
+        """Return the index of the copy for the next call."""
         turn = self._next
         self._next = (turn + 1) % self.copies
         return turn
 
     def over(self, calls: Sequence[Callable[[], T]]) -> Callable[[], T]:
-        """One call for those of all copies: each time it is called, that of the next copy.
+        """Combine one call per copy into a call that uses the next copy each time.
+
+        Args:
+            calls: one per copy.
+
+        Returns:
+            The combined call.
 
         Raises:
-            ValueError: there are not as many calls as copies.
+            ValueError: the number of calls differs from the number of copies.
         """
         if len(calls) != self.copies:
             raise ValueError(f"expected {self.copies} calls, one per copy, got {len(calls)}")
@@ -62,13 +68,16 @@ class Turns:
 def make_inputs(
     shapes: Sequence[tuple[int, ...]], dtypes: Dtypes, device: torch.device, copies: int = 1
 ) -> list[Inputs]:
-    """Copies of one call's inputs: normal features, a relative update of 0.1, backward vectors of 1e-3.
+    """Create copies of the inputs of one call: normal features, a relative update of 0.1, backward vectors of 1e-3.
 
     Args:
         shapes: one per layer.
-        dtypes: of features and of backward vectors.
-        device: where to.
-        copies: as many as :func:`copies_for` says.
+        dtypes: dtypes of features and backward vectors.
+        device: device of the inputs.
+        copies: number of copies, as from :func:`copies_for`.
+
+    Returns:
+        One triple of lists per copy.
     """
     generator = torch.Generator(device).manual_seed(0)
     f, change, b = (torch.empty(_TILE, device=device).normal_(generator=generator) for _ in range(3))
@@ -77,7 +86,7 @@ def make_inputs(
     for layer, shape in enumerate(shapes):
         for kind, tile in enumerate(tiles):
             buffer = torch.empty((copies, *shape), dtype=tile.dtype, device=device)
-            _fill(buffer, tile, layer * 7919 % _TILE)  # layers differ, so that mixing them up would show
+            _fill(buffer, tile, layer * 7919 % _TILE)  # layers differ, so that mixing them up would be detected
             for copy, tensor in zip(lists[kind], buffer.unbind(0), strict=True):
                 copy.append(tensor)
     return list(zip(*lists, strict=True))
@@ -92,5 +101,5 @@ def _fill(out: Tensor, tile: Tensor, start: int) -> None:
 
 
 def bytes_of(inputs: Sequence[Sequence[Tensor]]) -> int:
-    """Bytes of all tensors."""
+    """Return the size of all tensors in bytes."""
     return sum(x.numel() * x.element_size() for tensors in inputs for x in tensors)

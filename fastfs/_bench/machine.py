@@ -1,4 +1,4 @@
-"""The machine of a result: what a result depends on, sizes of caches and memory, and the result's file."""
+"""Properties of the machine that a result depends on, sizes of caches and memory, and the result file."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fastfs._version import __version__
 __all__ = ["cache_bytes", "core_trouble", "environment", "free_bytes", "processor", "write_json"]
 
 USUAL_CACHE = 32 * 2**20
-"""Bytes, where a processor does not tell."""
+"""Assumed bytes of the cache if the processor does not report it."""
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result depends on, for the result file. Without native core "core" is None."""
+    """Return what a result depends on, for the result file. Without native core, "core" is None."""
     trouble = core_trouble(torch.device("cpu"))
     info: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -46,12 +46,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def core_trouble(device: torch.device) -> str | None:
-    """What keeps the native core from measuring on the device, or None."""
+    """Return why the native core cannot measure on the device, or None if it can."""
     if not ops.native_available():
         return ops.why_not_native()
     try:
         built = ops.build_info()
-    except RuntimeError as error:  # FASTFS_CPU names what cannot be used
+    except RuntimeError as error:  # FASTFS_CPU names an unavailable instruction set
         return str(error)
     if device.type == "cuda" and built["cuda"] is None:
         return (
@@ -61,7 +61,7 @@ def core_trouble(device: torch.device) -> str | None:
 
 
 def processor() -> str:
-    """The name of the CPU."""
+    """Return the name of the CPU."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -71,7 +71,7 @@ def processor() -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of the last cache before the memory: L2 of a GPU, the largest cache of the processor."""
+    """Return the bytes of the last-level cache: L2 of a GPU, the largest cache of a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -84,7 +84,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of memory that can be had now."""
+    """Return the bytes of available memory."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     with contextlib.suppress(OSError, ValueError, IndexError):
@@ -95,10 +95,14 @@ def free_bytes(device: torch.device) -> int:
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Writes a result: whole, or not at all.
+    """Write a result atomically.
+
+    Args:
+        path: the file.
+        result: content, serializable as JSON.
 
     Raises:
         OSError: the file or its folder cannot be written.
-        ValueError: it is there, and no regular file.
+        ValueError: the path exists and is not a regular file.
     """
     write_whole(path, (json.dumps(result, indent=1) + "\n").encode())

@@ -1,4 +1,4 @@
-"""What ``fastfs bench`` measures in its seconds: sizes follow from the memory and from how fast it goes."""
+"""The measurements of ``fastfs bench``, whose sizes follow from the available time, memory and speed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from fastfs import _functional, reference
 from fastfs._bench import baselines, ceilings
 from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS, attempt, ranking
-from fastfs._bench.expected import ALLOWED, truth
-from fastfs._bench.inputs import Inputs, Turns, bytes_of, copies_for, make_inputs
+from fastfs._bench.expected import ALLOWED, expected_sums
+from fastfs._bench.inputs import Inputs, RoundRobin, bytes_of, copies_for, make_inputs
 from fastfs._bench.machine import cache_bytes, core_trouble, environment, free_bytes
 from fastfs._bench.timing import side_by_side
 
@@ -26,66 +26,69 @@ __all__ = ["KINDS", "LAYER", "LIST", "ROWS", "Clock", "measure", "size_for"]
 
 LAYER, LIST, ROWS = "one layer", "many layers", "per row"
 KINDS = (LAYER, LIST, ROWS)
-SMALL = 2**16  # elements of one of many layers
-WIDTH = 4096  # of a row
-LEAST, MOST = 2**24, 2**30  # bytes of a call's inputs
+SMALL = 2**16  # elements per layer in a list of layers
+WIDTH = 4096  # elements per row
+LEAST, MOST = 2**24, 2**30  # limits of the bytes of a call's inputs
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS = 9
 
 
 class Clock:
-    """What is left of the seconds, and how many steps have to share it."""
+    """Distributes the remaining time over the remaining steps."""
 
     def __init__(self, seconds: float, steps: int) -> None:
         self.end = time.monotonic() + seconds
         self.steps = steps
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds."""
         return max(0.0, self.end - time.monotonic())
 
     def share(self) -> float:
-        """Seconds for the next of the steps."""
+        """Return the seconds available for the next step."""
         return self.left() / max(1, self.steps)
 
 
 @dataclass
 class Compiler:
-    """What is known of torch.compile: why it cannot be used, and how long a graph takes."""
+    """The state of torch.compile: why it cannot be used, and how long it takes to compile a graph."""
 
     trouble: str | None = None
     seconds: float = 4.0
 
     def why_not(self, clock: Clock) -> str | None:
-        """Why torch.compile is left out, or None."""
+        """Return why torch.compile is excluded, or None."""
         if self.trouble is None and clock.left() < self.seconds + clock.steps:
-            return f"compiling takes about {self.seconds:.0f} s, more than is left"
+            return f"compiling takes about {self.seconds:.0f} s, more than the remaining time"
         return self.trouble
 
 
 def size_for(share: float, rate: float, free: int, cache: int) -> int:
-    """Bytes of a call's inputs.
+    """Return the size of a call's inputs in bytes.
 
     Args:
-        share: seconds for all that is done with them.
-        rate: bytes per second of the slowest contestant, which is called about twenty times.
-        free: bytes of memory; all copies and what contestants make of them take an eighth or so.
-        cache: bytes; eight times as much is large enough.
+        share: seconds available for all calls.
+        rate: bytes per second of the slowest implementation, which is called about twenty times.
+        free: bytes of available memory; all copies and temporaries take about an eighth of it.
+        cache: bytes of the cache; eight times as much is sufficient.
+
+    Returns:
+        The size, between ``LEAST`` and ``MOST``.
     """
     size = min(8 * cache, MOST, free // 8, share * rate / 20)
     return max(LEAST, int(size))
 
 
 def measure(device: torch.device, seconds: float, progress: Callable[[str], object]) -> dict[str, Any]:
-    """Measures it all.
+    """Run all measurements.
 
     Args:
-        device: where.
-        seconds: about how long; a step that has begun is finished.
-        progress: told what is measured.
+        device: device to measure on.
+        seconds: approximate duration; a step that has begun is completed.
+        progress: called with a description of each step.
 
     Returns:
-        "environment", "no core" (why, or None), "overhead" in microseconds by number of layers, and "results".
+        "environment", "no core" (the reason, or None), "overhead" in microseconds by number of layers, and "results".
 
     Raises:
         ArithmeticError: sums of the native core are wrong.
@@ -108,7 +111,7 @@ def measure(device: torch.device, seconds: float, progress: Callable[[str], obje
             progress(f"{kind}, {_name(dtype)}")
             rate = rates[dtype] / (2 if kind == ROWS else 1)  # the reference is slower per row
             size = size_for(clock.share(), rate, free_bytes(device), cache_bytes(device))
-            result["results"].append(_race(kind, dtype, device, size, clock, compiler, no_core))
+            result["results"].append(_compare(kind, dtype, device, size, clock, compiler, no_core))
             clock.steps -= 1
             gc.collect()
     result["seconds"] = round(time.monotonic() - begin, 1)
@@ -116,7 +119,7 @@ def measure(device: torch.device, seconds: float, progress: Callable[[str], obje
 
 
 def overhead(device: torch.device, seconds: float) -> dict[str, float]:
-    """Microseconds of host time for a call on tiny tensors, by number of layers."""
+    """Return the microseconds of host time of a call on tiny tensors, by number of layers."""
     found = {}
     for layers in (1, 100):
         x = [torch.ones(8, 8, device=device) for _ in range(layers)]
@@ -127,7 +130,7 @@ def overhead(device: torch.device, seconds: float) -> dict[str, float]:
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
-    """Bytes per second of the reference, the slowest of all."""
+    """Return the bytes per second of the reference, the slowest implementation."""
     (inputs,) = make_inputs([(2**18,)], (dtype, dtype), device)
     call = functools.partial(reference.feature_stats, *inputs)
     times = side_by_side({EAGER: call}, device, 3)[EAGER]
@@ -141,7 +144,7 @@ def _shapes(kind: str, elements: int) -> list[tuple[int, ...]]:
     return [(rows, WIDTH)]
 
 
-def _race(
+def _compare(
     kind: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -154,16 +157,16 @@ def _race(
     shapes = _shapes(kind, size // (3 * dtype.itemsize))
     size = sum(math.prod(shape) for shape in shapes) * 3 * dtype.itemsize
     copies = make_inputs(shapes, (dtype, dtype), device, copies_for(size, cache_bytes(device)))
-    true = truth(copies[0], per_row=per_row)
-    turns = Turns(len(copies))
+    expected = expected_sums(copies[0], per_row=per_row)
+    rotation = RoundRobin(len(copies))
     ceiling, make = (ceilings.SUM, ceilings.sum_of_all) if no_core else (ceilings.READ, ceilings.streaming_read)
-    calls: dict[str, Callable[[], object]] = {ceiling: turns.over([make(inputs) for inputs in copies])}
+    calls: dict[str, Callable[[], object]] = {ceiling: rotation.over([make(inputs) for inputs in copies])}
     moved, left_out = {}, {}
     if not per_row:
         made = [ceilings.copy(inputs) for inputs in copies]
-        calls[ceilings.COPY], moved[ceilings.COPY] = turns.over([call for call, _ in made]), made[0][1]
+        calls[ceilings.COPY], moved[ceilings.COPY] = rotation.over([call for call, _ in made]), made[0][1]
     errors: dict[str, float] = {}
-    for name, sums in _contestants(per_row, device, no_core, len(shapes)).items():
+    for name, sums in _implementations(per_row, device, no_core, len(shapes)).items():
         if name == COMPILE and (why := compiler.why_not(clock)):
             left_out[name] = why
             continue
@@ -177,15 +180,15 @@ def _race(
             if name == OURS:
                 raise ArithmeticError(f"{kind}, {_name(dtype)}: {why}")
             continue
-        errors[name] = true.error(first)
-        calls[name] = turns.over([functools.partial(sums, inputs) for inputs in copies])
+        errors[name] = expected.error(first)
+        calls[name] = rotation.over([functools.partial(sums, inputs) for inputs in copies])
     if errors.get(OURS, 0.0) > ALLOWED or math.isnan(errors.get(OURS, 0.0)):
         raise ArithmeticError(f"{kind}, {_name(dtype)}: fastfs is off by {errors[OURS]:.1e}, allowed is {ALLOWED:.0e}")
     repeat = 5 if device.type == "cuda" else max(1, 2**22 // size)
     times = side_by_side(calls, device, ROUNDS, repeat, clock.share() / 8)
     rows = ranking(times, size, moved)
     for row in rows:
-        row["error"] = errors.get(row["contestant"])
+        row["error"] = errors.get(row["implementation"])
     return {
         "kind": kind,
         "dtype": _name(dtype),
@@ -197,7 +200,7 @@ def _race(
     }
 
 
-def _contestants(
+def _implementations(
     per_row: bool, device: torch.device, no_core: str | None, layers: int
 ) -> dict[str, Callable[[Inputs], torch.Tensor]]:
     def stats(inputs: Inputs, backend: _functional.Backend) -> torch.Tensor:
@@ -208,7 +211,7 @@ def _contestants(
         hand = baselines.by_hand_per_row
     else:
         hand = baselines.by_hand_foreach if device.type == "cuda" and layers > 1 else baselines.by_hand
-    torch._dynamo.reset()  # otherwise the graphs of all workloads count against a limit
+    torch._dynamo.reset()  # otherwise the graphs of all workloads count towards one recompilation limit
     compiled = baselines.compiled(per_row=per_row)
     found: dict[str, Callable[[Inputs], torch.Tensor]] = {
         OURS: lambda inputs: stats(inputs, "native"),

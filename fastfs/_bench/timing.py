@@ -1,6 +1,6 @@
-"""Timing side by side.
+"""Interleaved timing of several implementations.
 
-Contestants take turns inside each round, so a machine that slows down slows them all; what is reported is the median
+Every round calls all implementations, so a machine that slows down affects them equally. Reported times are medians
 over rounds, and ratios are medians of the ratios within a round.
 """
 
@@ -16,19 +16,27 @@ import torch
 __all__ = ["CYCLES_PER_SECOND", "Times", "median_ratio", "side_by_side", "time_call", "wall_time"]
 
 Times = dict[str, list[float]]
-"""Seconds per call in every round, by contestant."""
+"""Seconds per call in every round, by implementation."""
 
 CYCLES_PER_SECOND = 3e9
-"""More than any GPU's clock: a wait of so many cycles per second lasts at least as long as asked for."""
+"""Upper bound of GPU clocks: a wait of this many cycles per second lasts at least the requested time."""
 
 
 def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
-    """Seconds per call, the mean over `repeat` calls in a row: on CUDA the GPU's time, else wall time.
+    """Return the seconds per call, averaged over `repeat` consecutive calls: GPU time on CUDA, else wall time.
 
-    On CUDA the GPU is kept waiting while the calls are queued, for longer than an untimed pass before took to queue
-    them. So the time between the events is that of the kernels and the gaps between them, without the host's. A call
-    that waits for the GPU, or launches more than the queue holds (about a thousand kernels), cannot be queued ahead
-    in full: what the GPU then waits for the host counts.
+    On CUDA, the GPU sleeps while the calls are queued, for longer than an untimed pass took to queue them. The time
+    between the events therefore consists of the kernels and the gaps between them, without the host. A call that
+    synchronizes, or launches more kernels than the queue holds (about a thousand), cannot be queued completely; the
+    time that the GPU then waits for the host is included.
+
+    Args:
+        call: the call.
+        device: device to time.
+        repeat: number of calls.
+
+    Returns:
+        Seconds.
     """
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -52,7 +60,7 @@ def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1)
 
 
 def wall_time(call: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
-    """Seconds per call, the mean over `repeat` calls in a row, host and device together: what a loop takes."""
+    """Return the wall time per call in seconds, averaged over `repeat` calls, with synchronization at both ends."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
@@ -64,7 +72,7 @@ def wall_time(call: Callable[[], object], device: torch.device, repeat: int = 1)
 
 
 def side_by_side(
-    contestants: Mapping[str, Callable[[], object]],
+    implementations: Mapping[str, Callable[[], object]],
     device: torch.device,
     rounds: int,
     repeat: int = 1,
@@ -72,24 +80,35 @@ def side_by_side(
     *,
     timer: Callable[[Callable[[], object], torch.device, int], float] | None = None,
 ) -> Times:
-    """Times the contestants in turn, `rounds` times, after one call each that is not counted.
+    """Time several implementations in `rounds` interleaved rounds, after one untimed call each.
 
-    The order is drawn anew in every round, for a call finds the caches as the one before it left them; it is the same
-    order in every run. One that has used up its `budget` of seconds sits out the later rounds, after three at least.
-    `timer` is :func:`time_call` if not given.
+    The order is shuffled in every round, because a call finds the caches as its predecessor left them; the sequence of
+    orders is the same in every run. An implementation that has used up its `budget` skips the later rounds, after at
+    least three.
+
+    Args:
+        implementations: calls by name.
+        device: device to time.
+        rounds: number of rounds.
+        repeat: calls per round.
+        budget: seconds per implementation.
+        timer: function that times a call; :func:`time_call` if None.
+
+    Returns:
+        Seconds per call in every round, by name.
     """
-    for call in contestants.values():
+    for call in implementations.values():
         call()
-    times: Times = {name: [] for name in contestants}
-    order, draw = list(contestants), random.Random(0)
+    times: Times = {name: [] for name in implementations}
+    order, draw = list(implementations), random.Random(0)
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
             if len(times[name]) < 3 or sum(times[name]) * repeat < budget:
-                times[name].append((timer or time_call)(contestants[name], device, repeat))
+                times[name].append((timer or time_call)(implementations[name], device, repeat))
     return times
 
 
 def median_ratio(times: Times, name: str, to: str) -> float:
-    """Median of time(`name`) / time(`to`) over the rounds in which both took part."""
+    """Return the median of time(`name`) / time(`to`) over the rounds in which both were timed."""
     return statistics.median(a / b for a, b in zip(times[name], times[to], strict=False))

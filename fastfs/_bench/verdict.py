@@ -1,4 +1,4 @@
-"""What the numbers of ``fastfs bench`` say, in words."""
+"""Describe the results of ``fastfs bench`` in words."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastfs._bench.quick import LAYER, LIST, ROWS
 __all__ = ["troubles", "verdict"]
 
 GOOD = 0.85
-"""Of the ceiling: less than that is asked about."""
+"""Fraction of the ceiling below which a result is reported as slow."""
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
-    """Sentences about a result of :func:`fastfs._bench.quick.measure`: how fast it is here, and against what."""
+    """Return sentences on a result of :func:`fastfs._bench.quick.measure`: speed on this machine and ratios."""
     by_kind: dict[str, list[Mapping[str, Any]]] = {LAYER: [], LIST: [], ROWS: []}
-    for race in result["results"]:
-        by_kind[race["kind"]].append(race)
+    for case in result["results"]:
+        by_kind[case["kind"]].append(case)
     said = []
     if not result["no core"]:
         said.append(f"feature_stats reads at {_of_ceiling(by_kind[LAYER])} of what this memory allows.")
@@ -36,24 +36,26 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
         cuda = f", CUDA kernels for {core['cuda']['architectures']}" if core["cuda"] else ""
         said.append(f"Native core: {core['instruction_set']} loops, compiler {core['compiler']}{cuda}.")
         return said
-    for race in by_kind[LAYER]:
+    for case in by_kind[LAYER]:
         rates = [
-            f"{r['contestant']} {r['GB/s']:.1f}" for r in race["rows"] if r["contestant"] in (EAGER, HAND, COMPILE)
+            f"{r['implementation']} {r['GB/s']:.1f}"
+            for r in case["rows"]
+            if r["implementation"] in (EAGER, HAND, COMPILE)
         ]
-        said.append(f"GB/s of one layer, {race['dtype']}: {', '.join(rates) or 'nothing was quick enough'}.")
+        said.append(f"GB/s of one layer, {case['dtype']}: {', '.join(rates) or 'no implementation was fast enough'}.")
     return said
 
 
 def troubles(result: Mapping[str, Any]) -> list[str]:
-    """What is wrong here, with the cause where it is known."""
+    """Return problems of this machine or build, with their causes where known."""
     found = []
     environment = result["environment"]
     if result["no core"]:
-        found.append(f"Only the slow reference could be measured, there is no native core: {result['no core']}")
+        found.append(f"Only the slow reference was measured because there is no native core: {result['no core']}")
     left_out: dict[str, list[str]] = {}
-    for race in result["results"]:
-        for name, why in race["left out"].items():
-            left_out.setdefault(f"{name} was left out: {why}", []).append(f"{race['kind']}, {race['dtype']}")
+    for case in result["results"]:
+        for name, why in case["left out"].items():
+            left_out.setdefault(f"{name} was left out: {why}", []).append(f"{case['kind']}, {case['dtype']}")
     for text, where in left_out.items():
         found.append(text if len(where) == len(result["results"]) else f"{text} ({'; '.join(where)})")
     core, on_cpu = environment["core"], "device" not in environment
@@ -65,10 +67,10 @@ def troubles(result: Mapping[str, Any]) -> list[str]:
                 "The native core uses the generic loops: the processor has no AVX2, or FASTFS_CPU=generic is set."
             )
     slow = [
-        f"{race['kind']}, {race['dtype']}: {row['of ceiling']:.2f}"
-        for race in result["results"]
-        for row in race["rows"]
-        if row["contestant"] == OURS and race["rows"][0]["contestant"] == READ and row["of ceiling"] < GOOD
+        f"{case['kind']}, {case['dtype']}: {row['of ceiling']:.2f}"
+        for case in result["results"]
+        for row in case["rows"]
+        if row["implementation"] == OURS and case["rows"][0]["implementation"] == READ and row["of ceiling"] < GOOD
     ]
     if slow:
         found.append(f"Less than {GOOD} of what the memory allows ({'; '.join(slow)}){_cause(result, on_cpu)}.")
@@ -85,18 +87,18 @@ def _cause(result: Mapping[str, Any], on_cpu: bool) -> str:
     return ""
 
 
-def _of_ceiling(races: Sequence[Mapping[str, Any]]) -> str:
+def _of_ceiling(cases: Sequence[Mapping[str, Any]]) -> str:
     parts = []
-    for race in races:
-        for row in race["rows"]:
-            if row["contestant"] == OURS:
-                parts.append(f"{row['of ceiling']:.2f} ({race['dtype']}, {row['GB/s']:.0f} GB/s)")
+    for case in cases:
+        for row in case["rows"]:
+            if row["implementation"] == OURS:
+                parts.append(f"{row['of ceiling']:.2f} ({case['dtype']}, {row['GB/s']:.0f} GB/s)")
     return " and ".join(parts)
 
 
-def _against(races: Sequence[Mapping[str, Any]], name: str, what: str) -> str:
-    """How many times as fast as another: the least and the most over the races."""
-    ratios = [row["fastfs is faster by"] for race in races for row in race["rows"] if row["contestant"] == name]
+def _against(cases: Sequence[Mapping[str, Any]], name: str, what: str) -> str:
+    """Return the smallest and largest speedup over another implementation."""
+    ratios = [row["fastfs is faster by"] for case in cases for row in case["rows"] if row["implementation"] == name]
     if not ratios:
         return ""
     low, high = min(ratios), max(ratios)

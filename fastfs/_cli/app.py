@@ -1,4 +1,4 @@
-"""The ``fastfs`` command. Each command imports what it needs when it runs."""
+"""The ``fastfs`` command. Each subcommand imports its dependencies when it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ app = typer.Typer(
 
 
 class DemoModel(str, Enum):
-    """What ``fastfs demo`` can train."""
+    """Models that ``fastfs demo`` can train."""
 
     transformer = "transformer"
     resnet = "resnet"
@@ -30,26 +30,26 @@ class DemoModel(str, Enum):
 
 @app.callback()
 def _root() -> None:
-    """Keeps commands named when there is only one."""
+    """Make typer keep the names of subcommands even if there is only one."""
 
 
 @app.command()
 def demo(
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps; 160 (transformer) and 300 (ResNet) if not given.")
+        int | None, typer.Option(min=1, help="Optimizer steps; default 160 (transformer) and 300 (ResNet).")
     ] = None,
     model: Annotated[DemoModel, typer.Option(help="What to train.")] = DemoModel.all,
     every: Annotated[int, typer.Option(min=1, help="Measure every this many steps.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch; one is steady on a busy machine.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Torch threads; one is stable on a busy machine.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for record.jsonl, plots and summary.json.")] = Path("runs/demo"),
 ) -> None:
-    """Train a small transformer and a ResNet with the monitor on; show angles, speeds, pictures and what it costs."""
+    """Train a small transformer and a ResNet with the monitor; show angles, speeds, figures and the overhead."""
     try:
         from fastfs._reproduce import demo as experiment
         from fastfs._utils.devices import named_device
 
-        importlib.import_module("fastfs._report.plots")  # if it cannot be, now rather than after minutes of training
+        importlib.import_module("fastfs._report.plots")  # report a failing import before minutes of training
     except ImportError as error:
         typer.echo(f"fastfs demo: {error}", err=True)
         raise typer.Exit(1) from error
@@ -64,7 +64,7 @@ def demo(
 
 
 class Order(str, Enum):
-    """Which layers ``fastfs watch`` shows where not all fit."""
+    """Order of layers in ``fastfs watch`` if not all fit."""
 
     worst = "worst"
     layer = "layer"
@@ -75,12 +75,12 @@ def report(
     run: Annotated[Path, typer.Argument(help="A record, or the folder of a run.", metavar="RUN")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     run_id: Annotated[
-        str | None, typer.Option("--run", help="Id of the run; the last in the record if not given.")
+        str | None, typer.Option("--run", help="Id of the run; default is the last one in the record.")
     ] = None,
 ) -> None:
-    """Write one HTML page about a run: heat maps, lines, predictions, alerts. It needs no network to be read."""
+    """Write one self-contained HTML page about a run: heat maps, lines, predictions, alerts."""
     try:
-        from fastfs._report.locate import find_record
+        from fastfs._record.reading.locate import find_record
         from fastfs._report.page import write_page
 
         with warnings.catch_warnings():
@@ -95,12 +95,12 @@ def report(
 @app.command()
 def watch(
     run: Annotated[Path, typer.Argument(help="A record that is being written, or the folder of a run.", metavar="RUN")],
-    once: Annotated[bool, typer.Option("--once", help="Print one table with all layers and end.")] = False,
-    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between looks at the record.")] = 1.0,
-    layers: Annotated[str, typer.Option(help="Only layers with this in their name.")] = "",
-    order: Annotated[Order, typer.Option(help="Which layers to show where not all fit.")] = Order.worst,
+    once: Annotated[bool, typer.Option("--once", help="Print one table with all layers and exit.")] = False,
+    interval: Annotated[float, typer.Option(min=0.05, help="Seconds between reads of the record.")] = 1.0,
+    layers: Annotated[str, typer.Option(help="Show only layers whose name contains this.")] = "",
+    order: Annotated[Order, typer.Option(help="Which layers to show if not all fit.")] = Order.worst,
 ) -> None:
-    """Show the latest numbers of a running run in the terminal: angle, speed, loss, alerts. Ctrl-C ends it."""
+    """Show the latest numbers of a running training in the terminal: angle, speed, loss, alerts. Ctrl-C exits."""
     from fastfs._report.watch import watch as follow
 
     try:
@@ -110,22 +110,17 @@ def watch(
         raise typer.Exit(1) from error
 
 
-@app.command()
+@app.command(epilog="Exit status: 0 all numbers are in their bands, 1 some are not, 2 the computation failed.")
 def reproduce(
-    only: Annotated[str | None, typer.Option(help="Figures, such as a,c; all if not given.", metavar="NAMES")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and wider bands: below a minute.")] = False,
+    only: Annotated[str | None, typer.Option(help="Figures, such as a,c; default is all.", metavar="NAMES")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes and wider bands: less than a minute.")] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for figures, tables and the summary.")] = Path(
         "runs/reproduce"
     ),
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    seeds: Annotated[
-        int | None, typer.Option(min=2, help="Number of seeds; each figure has its own if not given.")
-    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, help="Number of seeds; default is that of each figure.")] = None,
 ) -> None:
-    """Compute the figures and numbers of the paper again, beside the published ones.
-
-    Exit status: 0 all numbers are in their bands, 1 some are not, 2 nothing could be computed.
-    """
+    """Recompute the figures and numbers of the paper and compare them with the published ones."""
     try:
         from fastfs._reproduce.paper.run import chosen
         from fastfs._reproduce.paper.run import reproduce as run
@@ -141,57 +136,53 @@ def reproduce(
 
 @app.command()
 def doctor() -> None:
-    """Say what is installed, built and in use, and check the native core against the reference."""
+    """Report what is installed, built and in use, and check the native core against the reference."""
     from fastfs._cli.doctor import run_doctor
 
     raise typer.Exit(run_doctor())
 
 
-@app.command()
+@app.command(epilog="Exit status: 0, or 2 if the measurement failed.")
 def bench(
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:1; the GPU if there is one, else the CPU, if not given.")
+        str | None, typer.Option(help="cpu, cuda or cuda:1; default is a GPU if there is one, else the CPU.")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="A file for all numbers.")] = None,
-    seconds: Annotated[float, typer.Option(min=1, help="About how long to take.")] = 60.0,
+    json: Annotated[Path | None, typer.Option("--json", help="File for all numbers.")] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="Approximate duration.")] = 60.0,
 ) -> None:
-    """Measure this machine in a minute: what its memory allows, the kernels, eager torch, torch.compile; a verdict.
-
-    Exit status: 0, or 2 if it could not be measured.
-    """
+    """Benchmark this machine in a minute: memory bandwidth, the kernels, eager torch, torch.compile, and a verdict."""
     from fastfs._bench.command import run_bench
 
     raise typer.Exit(run_bench(device, out=json, seconds=seconds))
 
 
-@app.command("scaling-check")
+@app.command(
+    "scaling-check",
+    epilog="Exit status: 0 all desiderata pass, 1 one fails, 3 some are unclear, 2 the measurement failed.",
+)
 def scaling_check(
     factory: Annotated[
         str,
         typer.Argument(
-            help="module:attribute or path/to/file.py:attribute of a function of width and depth that gives "
+            help="module:attribute or path/to/file.py:attribute of a function of width and depth that returns "
             "(model, loss_fn, batch, optimizer); optimizer may be a list of parameter groups or None.",
             metavar="FACTORY",
         ),
     ],
     widths: Annotated[str, typer.Option(help="At least three, such as 64,128,256.")],
     depths: Annotated[str, typer.Option(help="At least three, such as 4,8,16.")],
-    seeds: Annotated[int, typer.Option(min=2, help="Initialisations at every size.")] = 8,
+    seeds: Annotated[int, typer.Option(min=2, help="Initializations per size.")] = 8,
     optimizer: Annotated[
-        str | None, typer.Option(help="sgd (if not given), adam or adamw, where the factory gives none.")
+        str | None, typer.Option(help="sgd (default), adam or adamw, if the factory returns none.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate, where the factory gives none.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, if the factory returns none.")] = None,
     layers: Annotated[str, typer.Option(help="Regular expression for the layers to watch, or auto.")] = "auto",
-    at_width: Annotated[int | None, typer.Option(help="Width of the runs over depth; the largest.")] = None,
-    at_depth: Annotated[int | None, typer.Option(help="Depth of the runs over width; the middle one.")] = None,
-    tolerance: Annotated[float, typer.Option(help="How far an exponent may be from the wanted one.")] = 0.15,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for CSV tables and a picture.")] = None,
+    at_width: Annotated[int | None, typer.Option(help="Width of the runs over depth; default is the largest.")] = None,
+    at_depth: Annotated[int | None, typer.Option(help="Depth of the runs over width; default is a middle one.")] = None,
+    tolerance: Annotated[float, typer.Option(help="Permitted deviation of an exponent from 0.")] = 0.15,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for CSV tables and a figure.")] = None,
 ) -> None:
-    """Check how a model scales: measure its first step over widths and depths, and fit the exponents of feature size
-    (SP), feature speed (FL), loss decrease (LD) and balance of the layers (BC).
-
-    Exit status: 0 all pass, 1 one fails, 3 none fails but not all are clear, 2 it could not be measured.
-    """
+    """Fit exponents over width and depth to feature size, feature speed, loss decrease and balance of a first step."""
     from fastfs.scaling._command import run_check
 
     raise typer.Exit(

@@ -1,7 +1,7 @@
-"""`fastfs doctor`: what is installed, what of it is in use and why not the rest, and whether it measures right.
+"""`fastfs doctor`: report what is installed and in use, why other parts are not, and whether results are correct.
 
-`diagnose` finds out and needs torch alone, `run_doctor` shows it. `python -m fastfs._cli.doctor --json` works without
-rich.
+`diagnose` collects the findings and needs only torch; `run_doctor` shows them. `python -m fastfs._cli.doctor --json`
+works without rich.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CPU_FLAGS = {
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One line of the diagnosis. ``why`` says what is not in use and why, or what is wrong and its cure."""
+    """One line of the diagnosis. ``why`` says why something is not in use, or what is wrong and how to fix it."""
 
     section: str
     name: str
@@ -50,13 +50,13 @@ class Diagnosis:
 
 
 def diagnose(environ: Mapping[str, str] | None = None) -> list[Diagnosis]:
-    """Looks at the installation and runs the self-check.
+    """Inspect the installation and run the self-check.
 
     Args:
-        environ: Environment variables to explain with; None for those of the process.
+        environ: environment variables to use in explanations; None means those of the process.
 
     Returns:
-        The findings, in the order to be shown.
+        The findings, in display order.
     """
     env = os.environ if environ is None else environ
     findings = [
@@ -82,7 +82,7 @@ def diagnose(environ: Mapping[str, str] | None = None) -> list[Diagnosis]:
 
 
 def _core() -> tuple[dict[str, Any] | None, list[Diagnosis]]:
-    """build_info() of the native core, or None, and the findings about its presence."""
+    """Return build_info() of the native core, or None, and findings on its presence."""
     section = "native core"
     if not ops.native_available():
         if installed_as_pure_python(importlib.metadata.distributions(name="fastfs")):
@@ -91,13 +91,13 @@ def _core() -> tuple[dict[str, Any] | None, list[Diagnosis]]:
         return None, [Diagnosis(section, "compiled module", "missing", "wrong", ops.why_not_native())]
     try:
         info = ops.build_info()
-    except RuntimeError as error:  # FASTFS_CPU names what cannot be used
+    except RuntimeError as error:  # FASTFS_CPU names an unavailable instruction set
         return None, [Diagnosis(section, "compiled module", "refuses to work", "wrong", str(error))]
     return info, [version_finding(info["version"]), Diagnosis(section, "compiler", info["compiler"])]
 
 
 def version_finding(built: str) -> Diagnosis:
-    """Compares the version that the compiled module was built from with the one of the Python files."""
+    """Compare the version of the compiled module with that of the Python files."""
     if built == __version__:
         return Diagnosis("native core", "compiled module", built)
     why = (
@@ -108,8 +108,8 @@ def version_finding(built: str) -> Diagnosis:
 
 
 def installed_as_pure_python(distributions: Iterable[importlib.metadata.Distribution]) -> bool:
-    """Whether the wheel that was installed was built without native core on purpose, as its metadata says."""
-    wheels = (text for text in (d.read_text("WHEEL") for d in distributions) if text)  # the one in use is first
+    """Whether the metadata of the installed wheel says that it was built without native core on purpose."""
+    wheels = (text for text in (d.read_text("WHEEL") for d in distributions) if text)  # the imported one comes first
     return "Root-Is-Purelib: true" in next(wheels, "")
 
 
@@ -117,7 +117,7 @@ def installed_as_pure_python(distributions: Iterable[importlib.metadata.Distribu
 
 
 def cpu_findings(info: Mapping[str, Any], flags: set[str] | None, environ: Mapping[str, str]) -> list[Diagnosis]:
-    """One finding per instruction set. `flags` are those of the processor, None where they are not known."""
+    """Return one finding per instruction set. `flags` are those of the processor, or None if unknown."""
     used, built = info["instruction_set"], info["instruction_sets"]
     wanted = environ.get("FASTFS_CPU", "")
     findings = []
@@ -143,14 +143,17 @@ def cuda_findings(
     trouble: str,
     environ: Mapping[str, str],
 ) -> list[Diagnosis]:
-    """Findings about CUDA.
+    """Return findings on CUDA.
 
     Args:
         built: `cuda` of build_info().
-        torch_cuda: CUDA version of torch, None for a torch without CUDA.
-        gpus: Name and compute capability (major * 10 + minor) of the GPUs that torch can use.
-        trouble: What torch said when it looked for GPUs.
-        environ: Environment variables.
+        torch_cuda: CUDA version of torch, or None for a torch without CUDA.
+        gpus: name and compute capability (major * 10 + minor) of the GPUs that torch can use.
+        trouble: warnings of torch while it looked for GPUs.
+        environ: environment variables.
+
+    Returns:
+        The findings, in display order.
     """
     findings = []
     if built is None:
@@ -179,7 +182,7 @@ def cuda_findings(
 def _gpu_finding(label: str, name: str, capability: int, built: Mapping[str, Any] | None) -> Diagnosis:
     value = f"{name} (sm_{capability})"
     if built is None:
-        why = "CUDA tensors cannot be measured natively: install again with nvcc at hand, or with FASTFS_CUDA=wheel"
+        why = "CUDA tensors cannot be measured natively: reinstall with nvcc available, or with FASTFS_CUDA=wheel"
         return Diagnosis("cuda", label, value, "wrong", why)
     if 0 < built["driver"] // 1000 < built["runtime"] // 1000:
         why = (
@@ -188,7 +191,7 @@ def _gpu_finding(label: str, name: str, capability: int, built: Mapping[str, Any
         )
         return Diagnosis("cuda", label, value, "wrong", why)
     if not runs_on(built["architectures"], capability):
-        why = f"no kernel for it: install again with FASTFS_CUDA_ARCHS={capability}"
+        why = f"no kernel for this GPU: reinstall with FASTFS_CUDA_ARCHS={capability}"
         return Diagnosis("cuda", label, value, "wrong", why)
     return Diagnosis("cuda", label, value)
 
@@ -204,13 +207,13 @@ def runs_on(architectures: str, capability: int) -> bool:
             return True
     if not architectures.endswith("+PTX") or not names[-1].isdigit():
         return False
-    # The PTX is that of the oldest architecture of the last one's generation (build_backend/command.py).
+    # The PTX is that of the oldest architecture in the generation of the last one (build_backend/command.py).
     generation = [int(name) for name in names if name.isdigit() and (int(name) >= 100) == (int(names[-1]) >= 100)]
     return min(generation) <= capability
 
 
 def thread_findings(info: Mapping[str, Any], libraries: list[str]) -> list[Diagnosis]:
-    """Threads and the OpenMP runtimes that the process has loaded."""
+    """Return findings on threads and on the OpenMP runtimes loaded in the process."""
     threads = Diagnosis("threads", "torch.get_num_threads()", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
     if not info["openmp"]:
         return [threads, Diagnosis("threads", "OpenMP", "not built", "note", "the native core uses one thread")]
@@ -224,13 +227,13 @@ def thread_findings(info: Mapping[str, Any], libraries: list[str]) -> list[Diagn
 
 
 def self_check_findings(device: str) -> list[Diagnosis]:
-    """Native against reference on `device`, one finding per dtype of the features."""
+    """Compare native results with the reference on `device`: one finding per dtype of the features."""
     findings = []
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
         try:
             failures = self_check(torch.device(device), dtype)
-        except Exception as error:  # whatever is wrong is what the doctor is asked for
+        except Exception as error:  # any failure is a finding
             failures = [f"{type(error).__name__}: {error}"]
         if failures:
             findings.append(Diagnosis("self-check", f"{device} {name}", "differs", "wrong", "; ".join(failures)))
@@ -243,7 +246,7 @@ def self_check_findings(device: str) -> list[Diagnosis]:
 
 
 def _gpus() -> tuple[list[tuple[str, int]], str]:
-    """Name and compute capability of the GPUs, and what torch complained about while looking."""
+    """Return name and compute capability of the GPUs, and the warnings of torch while it looked for them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -282,14 +285,18 @@ def _openmp_libraries(files: list[str]) -> list[str]:
     return sorted({file for file in files if Path(file).name.startswith(names)})
 
 
-# Showing it
+# Output
 
 
 def run_doctor(console: Console | None = None, *, as_json: bool = False) -> int:
-    """Shows the diagnosis, on `console` or as JSON on standard output.
+    """Show the diagnosis on `console`, or as JSON on standard output.
+
+    Args:
+        console: where to print; None means standard output.
+        as_json: whether to print JSON.
 
     Returns:
-        Exit code: 1 if something is wrong, else 0.
+        The exit status: 1 if something is wrong, else 0.
     """
     findings = diagnose()
     wrong = sum(f.status == "wrong" for f in findings)
@@ -326,7 +333,7 @@ def _show(console: Console | None, findings: list[Diagnosis], wrong: int) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m fastfs._cli.doctor [--json]`."""
+    """Run `python -m fastfs._cli.doctor [--json]`."""
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m fastfs._cli.doctor", description="What is installed and in use")

@@ -1,8 +1,9 @@
-"""The dispatcher ops: schemas, their CPU and CUDA kernels in `fastfs._C`, and their fakes. Not public.
+"""The dispatcher ops: schemas, their CPU and CUDA implementations in `fastfs._C`, and their fakes.
 
-Every call of the native core comes through here: the dispatcher materialises negative views, sends fake tensors to
-the fakes and shows the op to torch.compile and the profiler. The raw functions of `_C` know none of that. A call
-without layers has no device to dispatch on: callers answer it themselves.
+The ops of the measurements follow from `fastfs._core.measurements`; those of the rows are written here. Every call of
+the native core comes through here: the dispatcher materialises negative views, sends fake tensors to the fakes and
+shows the op to torch.compile and the profiler. The raw functions of `_C` do none of that. A call without layers has no
+device to dispatch on: callers answer it themselves.
 """
 
 from __future__ import annotations
@@ -15,31 +16,38 @@ import torch
 from torch import Tensor
 
 from fastfs._core import checks
-from fastfs._core.optimizer_rules import OptimizerRule
-from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
+from fastfs._core.measurements import MEASUREMENTS, MeasurementSpec
+
+
+def differences(core: Any) -> list[str]:
+    """What a native core declares otherwise than `fastfs._core.measurements`; empty for a core of the same sources."""
+    found = core.measurements() if hasattr(core, "measurements") else {}
+    declared = {
+        kernel.name: (kernel.inputs, m.columns - 2, kernel.coefficients, kernel.sixteen_bit)
+        for m in MEASUREMENTS
+        for kernel in m.kernels
+    }
+    names = [*declared, *(name for name in found if name not in declared)]
+    fields = "(inputs, sums, coefficients, 16-bit dtypes)"
+    return [
+        f"{name}: {fields} are {found.get(name)} in C++ and {declared.get(name)} in Python"
+        for name in names
+        if found.get(name) != declared.get(name)
+    ]
+
 
 _C: Any = None
 _failure: str | None = None
 try:
     from fastfs import _C  # type: ignore[no-redef]
+
+    if _differences := differences(_C):
+        _failure, _C = f"it was compiled from other sources: {'; '.join(_differences)}", None
 except ImportError as error:
     _failure = str(error)
 
-FEATURES = len(FeatureStats.names)
-UPDATES = len(UpdateStats.names)
-PARAMETERS = len(ParameterStats.names)
-
-# One schema each; the functions below it are its kernels. Results are detached: the autograd keys fall through.
+# Results are detached: the autograd keys fall through.
 LIBRARY = torch.library.Library("fastfs", "DEF")
-LIBRARY.define("gather_rows(Tensor x, Tensor rows, int row_dims, ScalarType? dtype=None) -> (Tensor, Tensor)")
-LIBRARY.define("row_squares(Tensor x, Tensor rows, int row_dims) -> Tensor")
-LIBRARY.define("feature_stats(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
-LIBRARY.define("feature_stats_per_row(Tensor[] before, Tensor[] after, Tensor[] backward) -> Tensor")
-LIBRARY.define("update_stats(Tensor[] gradients, Tensor[] updates) -> Tensor")
-LIBRARY.define(
-    "optimizer_stats(int rule, Tensor[] gradients, Tensor[] parameters, Tensor[] first, Tensor[] second, "
-    "Tensor coefficients) -> Tensor"
-)
 
 
 def native_available() -> bool:
@@ -56,7 +64,7 @@ def why_not_native() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What the native core was built with and uses; see module.cpp.
+    """What the native core was built with and uses; see `csrc/binding/module.cpp`.
 
     Raises:
         RuntimeError: if the native core is missing, or FASTFS_CPU names an instruction set that it cannot use.
@@ -76,63 +84,14 @@ def _empty(like: list[Tensor], rows: int, columns: int) -> Tensor:
     return torch.empty((rows, columns), dtype=torch.float64, device=like[0].device if like else None)
 
 
-# CPU
-
-
-def _feature_stats_cpu(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    out = _empty(before, len(before), FEATURES)
-    _C.feature_stats_cpu((before, after, backward), False, out, torch.get_num_threads())
-    return out
-
-
-def _feature_stats_per_row_cpu(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    out = _empty(before, _C.count_rows(before), FEATURES)
-    _C.feature_stats_cpu((before, after, backward), True, out, torch.get_num_threads())
-    return out
-
-
-def _update_stats_cpu(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
-    out = _empty(gradients, len(gradients), UPDATES)
-    _C.update_stats_cpu((gradients, updates), False, out, torch.get_num_threads())
-    return out
-
-
-_OPTIMIZER_CPU = {rule: f"{rule.name.lower()}_stats_cpu" for rule in OptimizerRule}
-_OPTIMIZER_CUDA = {rule: f"{rule.name.capitalize()}StatsCuda" for rule in OptimizerRule}
-
-
-def _optimizer_inputs(
-    rule: int, gradients: list[Tensor], parameters: list[Tensor], first: list[Tensor], second: list[Tensor]
-) -> tuple[list[Tensor], ...]:
-    if rule == OptimizerRule.LINEAR:
-        if second:
-            raise ValueError("expected no second state for LINEAR")
-        return gradients, parameters, first
-    return gradients, parameters, first, second
-
-
-def _optimizer_stats_cpu(
-    rule: int,
-    gradients: list[Tensor],
-    parameters: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    coefficients: Tensor,
-) -> Tensor:
-    out = _empty(gradients, len(gradients), PARAMETERS)
-    inputs = _optimizer_inputs(rule, gradients, parameters, first, second)
-    getattr(_C, _OPTIMIZER_CPU[OptimizerRule(rule)])(inputs, coefficients, out, torch.get_num_threads())
-    return out
-
-
-# CUDA: the call plans its memory, torch allocates it on the current stream, the call launches.
+# CUDA: a call sizes its memory, torch allocates it on the current stream, the call launches.
 
 
 @functools.lru_cache(maxsize=64)
 def _tickets(device: torch.device, stream: int, count: int) -> Tensor:
-    """Counters that say which block of a group finishes last: zero here, and left at zero by every launch.
+    """Counters by which the last block of a group is recognised: zero here, and left at zero by every launch.
 
-    So calls on one stream, which follow one another, share them without a memset each.
+    Calls on one stream run one after another, so they share the counters without a memset each.
     """
     return torch.zeros(count, dtype=torch.int32, device=device)
 
@@ -147,7 +106,7 @@ def _launch(call: Any, like: Tensor, columns: int) -> Tensor:
     partials = torch.empty(call.partial_bytes, dtype=torch.uint8, device=device)
     count = 1 << max(needed - 1, 1023).bit_length()
     if call.capturing:
-        # A graph may be replayed beside eager calls on this stream: it gets counters of its own, zeroed in the graph.
+        # A graph may be replayed while eager calls run on this stream: it gets its own counters, zeroed in the graph.
         tickets = torch.zeros(count, dtype=torch.int32, device=device)
     else:
         tickets = _tickets(device, call.stream, count)
@@ -156,7 +115,7 @@ def _launch(call: Any, like: Tensor, columns: int) -> Tensor:
 
 
 def _cuda_core() -> Any:
-    if not hasattr(_C, "FeatureStatsCuda"):
+    if not hasattr(_C, f"{MEASUREMENTS[0].kernels[0].name}_cuda"):
         raise RuntimeError(
             "fastfs was built without CUDA, but got CUDA tensors: install it with nvcc at hand (FASTFS_CUDA=1 makes "
             "the build fail without), or pass backend='reference'"
@@ -164,53 +123,39 @@ def _cuda_core() -> Any:
     return _C
 
 
-def _feature_stats_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    call = _cuda_core().FeatureStatsCuda((before, after, backward), False)
-    return _launch(call, before[0], FEATURES)
+# Measurements
 
 
-def _feature_stats_per_row_cuda(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    call = _cuda_core().FeatureStatsCuda((before, after, backward), True)
-    return _launch(call, before[0], FEATURES)
+def _define(measurement: MeasurementSpec, per_row: bool) -> None:
+    """Defines the op of a measurement, with a row of sums per layer or per row of each layer."""
+    columns, select, check = measurement.columns, measurement.select, measurement.check
+    names = [kernel.name for kernel in measurement.kernels]
+    cpu_kernels: list[Any] = [getattr(_C, f"{name}_cpu", None) for name in names]
+
+    def cpu(*arguments: Any) -> Tensor:
+        kernel, lists, coefficients = select(arguments)
+        rows = _C.count_rows(lists[0]) if per_row else len(lists[0])
+        out = _empty(lists[0], rows, columns)
+        option = per_row if coefficients is None else coefficients
+        cpu_kernels[kernel](lists, option, out, torch.get_num_threads())
+        return out
+
+    def cuda(*arguments: Any) -> Tensor:
+        kernel, lists, coefficients = select(arguments)
+        option = per_row if coefficients is None else coefficients
+        call = getattr(_cuda_core(), f"{names[kernel]}_cuda")(lists, option)
+        return _launch(call, lists[0][0], columns)
+
+    def fake(*arguments: Any) -> Tensor:
+        check(*arguments)
+        first = arguments[1] if measurement.ruled else arguments[0]
+        return _empty(first, sum(map(rows_of, first)) if per_row else len(first), columns)
+
+    suffix = "_per_row" if per_row else ""
+    _register(f"{measurement.name}{suffix}", f"({measurement.arguments}) -> Tensor", cpu, cuda, fake)
 
 
-def _update_stats_cuda(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
-    call = _cuda_core().UpdateStatsCuda((gradients, updates), False)
-    return _launch(call, gradients[0], UPDATES)
-
-
-def _optimizer_stats_cuda(
-    rule: int,
-    gradients: list[Tensor],
-    parameters: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    coefficients: Tensor,
-) -> Tensor:
-    inputs = _optimizer_inputs(rule, gradients, parameters, first, second)
-    call = getattr(_cuda_core(), _OPTIMIZER_CUDA[OptimizerRule(rule)])(inputs, coefficients)
-    return _launch(call, gradients[0], PARAMETERS)
-
-
-# Fakes: shapes and errors without data.
-
-
-def _feature_stats_fake(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    checks.check_feature_inputs(before, after, backward)
-    return _empty(before, len(before), FEATURES)
-
-
-def _feature_stats_per_row_fake(before: list[Tensor], after: list[Tensor], backward: list[Tensor]) -> Tensor:
-    checks.check_feature_inputs(before, after, backward)
-    return _empty(before, sum(map(rows_of, before)), FEATURES)
-
-
-def _update_stats_fake(gradients: list[Tensor], updates: list[Tensor]) -> Tensor:
-    checks.check_update_inputs(gradients, updates)
-    return _empty(gradients, len(gradients), UPDATES)
-
-
-# Rows. Documented in fastfs.reference; the C++ checks are the guard, those of Python tell what is wrong.
+# Rows, as in fastfs.reference. The C++ code checks its arguments; the Python checks only explain what is wrong.
 
 
 def _empty_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None) -> Tensor:
@@ -259,19 +204,8 @@ def _row_squares_fake(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
     return _empty_squares(x, rows)
 
 
-def _optimizer_stats_fake(
-    rule: int,
-    gradients: list[Tensor],
-    parameters: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    coefficients: Tensor,
-) -> Tensor:
-    checks.check_optimizer_inputs(rule, gradients, parameters, first, second, coefficients)
-    return _empty(gradients, len(gradients), PARAMETERS)
-
-
-def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
+def _register(name: str, schema: str, cpu: Any, cuda: Any, fake: Any) -> None:
+    LIBRARY.define(name + schema)
     if native_available():
         LIBRARY.impl(name, cpu, "CPU")
         LIBRARY.impl(name, cuda, "CUDA")
@@ -279,9 +213,15 @@ def _register(name: str, cpu: Any, cuda: Any, fake: Any) -> None:
     torch.library.register_fake(f"fastfs::{name}", fake, lib=LIBRARY)
 
 
-_register("gather_rows", _gather_rows, _gather_rows, _gather_rows_fake)
-_register("row_squares", _row_squares, _row_squares, _row_squares_fake)
-_register("feature_stats", _feature_stats_cpu, _feature_stats_cuda, _feature_stats_fake)
-_register("feature_stats_per_row", _feature_stats_per_row_cpu, _feature_stats_per_row_cuda, _feature_stats_per_row_fake)
-_register("update_stats", _update_stats_cpu, _update_stats_cuda, _update_stats_fake)
-_register("optimizer_stats", _optimizer_stats_cpu, _optimizer_stats_cuda, _optimizer_stats_fake)
+for _measurement in MEASUREMENTS:
+    for _per_row in (False, True) if _measurement.per_row else (False,):
+        _define(_measurement, _per_row)
+_ROWS = "Tensor x, Tensor rows, int row_dims"
+_register(
+    "gather_rows",
+    f"({_ROWS}, ScalarType? dtype=None) -> (Tensor, Tensor)",
+    _gather_rows,
+    _gather_rows,
+    _gather_rows_fake,
+)
+_register("row_squares", f"({_ROWS}) -> Tensor", _row_squares, _row_squares, _row_squares_fake)

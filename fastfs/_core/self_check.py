@@ -1,57 +1,123 @@
-"""Whether the native core measures right here: every op against its reference, on small tensors."""
+"""Compares the native core with the reference on small tensors: every measurement, and the row ops."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastfs import _functional, reference
 from fastfs._core.checks import DTYPES
-from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._core.measurements import MEASUREMENTS, KernelSpec, MeasurementSpec
+from fastfs._stats import Stats
 
-__all__ = ["self_check"]
+__all__ = ["Example", "examples", "self_check"]
 
 # Largest error of a sum, as a multiple of the sum of its absolute terms.
 TOLERANCE = {"float64": 1e-13, "other": 2e-6}
+SHAPES = ((33, 257), (129,), (), (0, 3), (64, 65))
+
+
+@dataclass(frozen=True)
+class Example:
+    """Arguments of an op.
+
+    Attributes:
+        measurement: The measurement.
+        label: What is special about the arguments.
+        arguments: Of the op, of the reference and of the public function.
+        tolerance: Largest error of a sum, as a multiple of the sum of its absolute terms.
+    """
+
+    measurement: MeasurementSpec
+    label: str
+    arguments: tuple[Any, ...]
+    tolerance: float
+
+
+def examples(
+    measurement: MeasurementSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    shapes: tuple[tuple[int, ...], ...] = SHAPES,
+    seed: int = 0,
+    finite: bool = False,
+) -> Iterator[Example]:
+    """Yields arguments for every kernel that takes `dtype`, and every dtype of the last input that it takes.
+
+    The tensors of the last shape are not contiguous.
+
+    Args:
+        measurement: The measurement.
+        dtype: Of all inputs but the last.
+        device: Of the tensors. Coefficients are on the CPU.
+        shapes: One per layer, two at least. The last one has two dimensions, the second one at least 8 entries.
+        seed: Of the values.
+        finite: Whether all values are finite; else the second layer has an infinite entry.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def layer(number: int, kernel: KernelSpec, kind: torch.dtype, near: list[Tensor] | None) -> Tensor:
+        x = torch.randn(shapes[number], generator=generator, dtype=torch.float64)
+        if kernel.coefficients:  # states of optimizers, some under a root or in a denominator
+            x = x.abs() + 0.5
+        last = number == len(shapes) - 1
+        if near is not None:
+            x = near[number].to(x).t() + 0.1 * x if last else near[number].to(x) + 0.1 * x
+        x = x.to(device, kind)
+        return x.t() if last else x
+
+    for rule, kernel in enumerate(measurement.kernels):
+        if dtype.itemsize == 2 and not kernel.sixteen_bit:
+            continue
+        for other in (dtype,) if kernel.coefficients else DTYPES:
+            lists: dict[str, list[Tensor]] = {}
+            for place, given in enumerate(measurement.inputs):
+                kind = other if place == kernel.inputs - 1 else dtype
+                near = None if given.near is None else lists[given.near]
+                used = range(len(shapes)) if place < kernel.inputs else range(0)
+                lists[given.name] = [layer(number, kernel, kind, near) for number in used]
+            if not finite:
+                lists[measurement.inputs[1].name][1].view(-1)[7] = torch.inf
+            exact = dtype == other == torch.float64
+            tolerance = TOLERANCE["float64" if exact else "other"] * (4 if kernel.coefficients else 1)
+            arguments: tuple[Any, ...] = tuple(lists.values())
+            if measurement.ruled:
+                table = torch.full((len(shapes), kernel.coefficients), 0.01, dtype=torch.float64)
+                arguments = rule, *arguments, table
+            yield Example(measurement, f"{kernel.name} with {_name(other)}", arguments, tolerance)
 
 
 def self_check(device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Measures small layers of `dtype`, with backward vectors of every dtype, natively and with the reference.
+    """Measures small layers of `dtype` natively and with the reference.
 
     Returns:
         What differs by more than the native core promises; empty if nothing does.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def make(shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, kind)
-
-    shapes = [(33, 257), (129,), (), (0, 3), (64, 65)]
     failures: list[str] = []
+    for measurement in MEASUREMENTS:
+        for example in examples(measurement, dtype, device):
+            failures += compare(example)
+            if measurement.per_row:
+                failures += compare(example, per_row=True)
+    x = torch.randn((33, 257), generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device, dtype)
     for other in DTYPES:
-        before = [make(shape, dtype) for shape in shapes]
-        after = [(x.double() + 0.1 * make(tuple(x.shape), torch.float64)).to(dtype) for x in before]
-        backward = [make(shape, other) for shape in shapes]
-        for layers in (before, after, backward):
-            layers[-1] = layers[-1].t()  # not contiguous
-        after[1][7] = float("inf")
-        tolerance = TOLERANCE["float64" if dtype == other == torch.float64 else "other"]
-        label = f"backward {str(other).removeprefix('torch.')}"
-        native = _functional.feature_stats(before, after, backward, backend="native")
-        expected = reference.feature_stats(before, after, backward)
-        assert not isinstance(expected, list)
-        failures += _differing(f"feature_stats, {label}", native.sums, expected.sums, expected.names, tolerance)
-        rows = _functional.feature_stats(before[0], after[0], backward[0], per_row=True, backend="native")
-        expected = reference.feature_stats(before[0], after[0], backward[0], per_row=True)
-        assert not isinstance(expected, list)
-        failures += _differing(f"per_row, {label}", rows.sums, expected.sums, expected.names, tolerance)
-        updates = _functional.update_stats(before, backward, backend="native")
-        wanted = reference.update_stats(before, backward)
-        failures += _differing(f"update_stats, {label}", updates.sums, wanted.sums, wanted.names, tolerance)
-        failures += _rows(before[0], other)
-    for rule in OptimizerRule if dtype in (torch.float32, torch.float64) else (OptimizerRule.LINEAR,):
-        failures += _step(rule, [make(shape, dtype).abs() + 0.5 for shape in ((33, 257), (129,))])
+        failures += _rows(x, other)
     return failures
+
+
+def compare(example: Example, *, per_row: bool = False) -> list[str]:
+    """The sums of an example that are further from the reference than its tolerance."""
+    name, options = example.measurement.name, {"per_row": True} if per_row else {}
+    native = getattr(_functional, name)(*example.arguments, backend="native", **options)
+    expected = getattr(reference, name)(*example.arguments, **options)
+    label = f"{name}, {example.label}{', per row' if per_row else ''}"
+    pairs = zip(native, expected, strict=True) if per_row else [(native, expected)]
+    return [found for pair in pairs for found in _differing(label, *pair, example.tolerance)]
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> list[str]:
@@ -59,40 +125,34 @@ def _rows(x: Tensor, dtype: torch.dtype) -> list[str]:
     rows = torch.tensor([5, 0, 32, 5], device=x.device)
     copies, squares = torch.ops.fastfs.gather_rows(x, rows, 1, dtype)
     wanted, norms = reference.gather_rows(x, rows, 1, dtype)
-    failures = [] if torch.equal(copies, wanted) else [f"gather_rows to {dtype}"]
+    failures = [] if torch.equal(copies, wanted) else [f"gather_rows to {_name(dtype)}"]
     tolerance = TOLERANCE["float64" if x.dtype == torch.float64 else "other"]
-    return failures + _differing("gather_rows", squares[:, None], norms[:, None], ("squares",), tolerance)
+    if not bool(((squares - norms).abs() <= tolerance * norms).all()):
+        failures.append(f"gather_rows to {_name(dtype)}: squares")
+    return failures
 
 
-def _step(rule: OptimizerRule, tensors: list[Tensor]) -> list[str]:
-    """What an optimizer did, by one of its closed forms."""
-    second = [] if rule.states == 1 else [t * 2.0 for t in tensors]
-    states = tensors, [t.flip(0) for t in tensors], [t * 0.5 for t in tensors], second
-    coefficients = torch.full((len(tensors), len(rule.coefficients)), 0.125, dtype=torch.float64)
-    native = _functional.optimizer_stats(rule, *states, coefficients, backend="native")
-    wanted = reference.optimizer_stats(rule, *states, coefficients)
-    tolerance = TOLERANCE["float64" if tensors[0].dtype == torch.float64 else "other"]
-    return _differing(f"optimizer_stats, {rule.name}", native.sums, wanted.sums, wanted.names, 4 * tolerance)
-
-
-def _differing(label: str, got: Tensor, expected: Tensor, names: tuple[str, ...], tolerance: float) -> list[str]:
-    got, expected = got.cpu(), expected.cpu()
-    if got.shape != expected.shape:
-        return [f"{label}: shape {tuple(got.shape)} instead of {tuple(expected.shape)}"]
-    column = {name: expected[..., i] for i, name in enumerate(names)}
+def _differing(label: str, got: Stats, expected: Stats, tolerance: float) -> list[str]:
+    have, want = got.sums.cpu(), expected.sums.cpu()
+    if have.shape != want.shape:
+        return [f"{label}: shape {tuple(have.shape)} instead of {tuple(want.shape)}"]
+    column = dict(zip(expected.names, want.unbind(dim=-1), strict=True))
     failures = []
-    for i, name in enumerate(names):
-        want, have = expected[..., i], got[..., i]
+    for i, (name, value) in enumerate(column.items()):
+        a, b = expected.factors.get(name, ("", ""))
         if name in ("nonfinite", "count"):
-            allowed = torch.zeros_like(want)
-        elif name == "update_dot_backward":
-            allowed = tolerance * column["abs_update_dot_backward"]
-        elif name in ("before_dot_update", "dot"):  # Cauchy-Schwarz: no less than the sum of the absolute terms
-            left = column["before_sq" if name == "before_dot_update" else "gradient_sq"]
-            allowed = tolerance * (left * column["update_sq"]).sqrt()
+            allowed = torch.zeros_like(value)
+        elif f"abs_{name}" in column:
+            allowed = tolerance * column[f"abs_{name}"]
+        elif a != b:  # Cauchy-Schwarz: no less than the sum of the absolute terms
+            allowed = tolerance * (column[f"{a}_sq"] * column[f"{b}_sq"]).sqrt()
         else:
-            allowed = tolerance * want
-        agrees = torch.where(want.isfinite(), (have - want).abs() <= allowed, ~have.isfinite())
+            allowed = tolerance * value
+        agrees = torch.where(value.isfinite(), (have[..., i] - value).abs() <= allowed, ~have[..., i].isfinite())
         if not bool(agrees.all()):
             failures.append(f"{label}: {name}")
     return failures
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,1 +1,21 @@
-"""The monitor: capture of a training step, measurement of what the step did, and the record of it."""
+"""The monitor: captures a training step, measures what the step did, and records it.
+
+A feature takes one way from the hook to the file, and no module imports from a module further down that way::
+
+    capture/taps        hooks on the watched layers, also in graphs of torch.compile
+    capture/capture     ForwardCapture: inputs and state of a forward; LayerCall: rows of features and backward vectors
+        |
+    measure/modes       a CaptureMode runs second forwards (capture/replay) and returns a FeatureObservation:
+        |               rows -> RowSums -> LayerSums (measure/row_sums) -> verdict (measure/assessment)
+        |               beside it: parameter updates (measure/parameters), aligned decrease, learned structure
+    engine              calls these parts in order, and collects the tensors of one step
+        |
+    payload             StepCodec.encode: one vector on the device
+        |
+    record/ring         waits on the device; copies batches to the host
+    record/writer       a thread: StepCodec.decode makes records, sinks write them, alerts examine them
+
+``step_runner`` calls the engine around optimizer steps (``steps``) at the steps that ``schedule`` names, and recovers
+from failures and interrupts. ``monitor`` is what users see: it checks arguments (``settings``, ``optimizers``) and puts
+the parts together. ``row_reasons`` holds the codes that say why a row is not valid, which all rooms share.
+"""

@@ -1,7 +1,7 @@
-"""Which optimizer really updates the parameters, and what the loop calls to make it step.
+"""Finds the optimizers that update the parameters, inside the objects whose ``step`` the training loop calls.
 
-A loop may hold a wrapper: Accelerate's, schedule-free's, a lookahead, a class of its own. What counts is the update
-that the outermost ``step`` makes, of parameters that an optimizer somewhere within it has in its groups.
+A loop may call a wrapper: Accelerate's, schedule-free's, a lookahead, a class of its own. The update that counts is
+that of the outermost ``step``, for the parameters in the groups of an optimizer somewhere within it.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-__all__ = ["Found", "Groups", "check_optimizers", "has_hooks"]
+__all__ = ["CombinedOptimizer", "TrainingOptimizer", "TrainingState", "check_optimizers", "has_hooks"]
 
 _EXPECTED = "a torch.optim.Optimizer, an object with a step() that holds one, or a list of them"
-_DELEGATES = frozenset({("accelerate.optimizer", "AcceleratedOptimizer")})  # whose step is that of what they hold
-_DEPTH = 4  # wrappers in wrappers
+_DELEGATES = frozenset({("accelerate.optimizer", "AcceleratedOptimizer")})  # wrappers whose step only delegates
+_DEPTH = 4  # of nested wrappers
 
 
-class Groups:
-    """What an :class:`UpdateMeter` needs of an optimizer, for one that is no ``torch.optim.Optimizer``, or several.
+class CombinedOptimizer:
+    """Presents several optimizers, or one that is no ``torch.optim.Optimizer``, as one optimizer to measure.
 
     Args:
-        sources: objects with ``param_groups``.
+        sources: Objects with ``param_groups``.
     """
 
     def __init__(self, sources: Sequence[Any]) -> None:
@@ -47,15 +47,15 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Found:
-    """One optimizer of the loop.
+class TrainingOptimizer:
+    """One optimizer of the training loop.
 
     Attributes:
-        outer: its ``step`` is the one that counts; of a wrapper that only hands over, what it holds.
-        real: the innermost optimizers, whose steps tell that something happened. ``outer`` itself if nothing is in it.
-        optimizer: whose groups hold the parameters.
-        copied: whether updates are to be taken from copies, since ``outer`` may do more than ``real``.
-        name: of the class that the loop was seen with.
+        outer: The object whose ``step`` makes the update. For a wrapper that only delegates, what it holds.
+        real: The innermost optimizers, without whose ``step`` no update happens; ``outer`` itself if it holds none.
+        optimizer: The object whose groups hold the parameters.
+        copied: Whether updates have to be computed from copies, because ``outer`` may do more than ``real``.
+        name: Name of the class that the user has given.
     """
 
     outer: Any
@@ -70,19 +70,44 @@ class Found:
 
 
 def has_hooks(optimizer: Any) -> bool:
-    """Whether torch calls step hooks of this object: it was set up by the constructor of ``Optimizer``."""
+    """Returns whether torch calls step hooks of this object: it ran the constructor of ``Optimizer``."""
     if not isinstance(optimizer, Optimizer) or not getattr(type(optimizer).step, "hooked", False):
         return False
     hooks = vars(optimizer)
     return "_optimizer_step_pre_hooks" in hooks and "_optimizer_step_post_hooks" in hooks
 
 
-def check_optimizers(model: Any, optimizer: Any) -> list[Found]:
-    """The optimizers that update the model.
+class TrainingState:
+    """What belongs to training; see :class:`fastfs._monitor.capture.replay.OwnedState`.
+
+    Args:
+        model: The model.
+        optimizers: Its optimizers.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Any]) -> None:
+        self._model = model
+        self._optimizers = optimizers
+
+    def tensors(self) -> list[Tensor]:
+        """Returns parameters, buffers, gradients and the tensors in the optimizers' states."""
+        parameters = [p for o in self._optimizers for group in o.param_groups for p in group["params"]]
+        states = [x for o in self._optimizers for s in o.state.values() for x in s.values() if isinstance(x, Tensor)]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        model = [*self._model.parameters(), *self._model.buffers()]
+        return [*parameters, *states, *gradients, *model]
+
+    def containers(self) -> list[Any]:
+        """Returns groups with learning rates, and states with counters."""
+        return [x for o in self._optimizers for x in (o.param_groups, *o.param_groups, o.state)]
+
+
+def check_optimizers(model: Any, optimizer: Any) -> list[TrainingOptimizer]:
+    """Returns the optimizers that update the model.
 
     Raises:
-        TypeError: the model is no module, or something is no optimizer and holds none.
-        ValueError: LBFGS, a parameter in two of them, none at all, or none that updates a parameter of the model.
+        TypeError: The model is no module, or an object is no optimizer and holds none.
+        ValueError: An optimizer is LBFGS, two optimizers share a parameter, or none updates a parameter of the model.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -98,8 +123,8 @@ def check_optimizers(model: Any, optimizer: Any) -> list[Found]:
     return found
 
 
-def _find(given: Any, own: set[int]) -> Found:
-    """What a user has given as an optimizer of a model with these parameters."""
+def _find(given: Any, own: set[int]) -> TrainingOptimizer:
+    """Looks into what the user has given as an optimizer, for a model with the parameters whose ids are ``own``."""
     name, outer = type(given).__name__, given
     if isinstance(given, LRScheduler) or not callable(getattr(given, "step", None)):
         raise TypeError(f"optimizer: expected {_EXPECTED}, got {name}")
@@ -116,17 +141,17 @@ def _find(given: Any, own: set[int]) -> Found:
         if not _has_groups(outer):
             raise TypeError(f"optimizer: expected {_EXPECTED}, got {name}")
         copied = not has_hooks(outer)
-        optimizer = outer if isinstance(outer, Optimizer) else Groups([outer])
-        return Found(outer, (outer,), optimizer, copied, name)
-    # Of a wrapper with groups of its own (shards, copies in another precision) those with the model's parameters count.
+        optimizer = outer if isinstance(outer, Optimizer) else CombinedOptimizer([outer])
+        return TrainingOptimizer(outer, (outer,), optimizer, copied, name)
+    # A wrapper may have groups of its own (shards, other precision); those with the model's parameters count.
     candidates = [outer, *real] if _has_groups(outer) else list(real)
     holders = [each for each in candidates if own & set(map(id, _parameters(each)))] or candidates
     if len(real) == 1 and set(map(id, _parameters(outer))) == set(map(id, _parameters(real[0]))):
-        holders = [real[0]]  # its class tells what it does to gradients
+        holders = [real[0]]  # its class determines the closed form of the update
     if holders[0] is outer:
         holders = [outer]
-    optimizer = holders[0] if len(holders) == 1 and isinstance(holders[0], Optimizer) else Groups(holders)
-    return Found(outer, real, optimizer, True, name)
+    optimizer = holders[0] if len(holders) == 1 and isinstance(holders[0], Optimizer) else CombinedOptimizer(holders)
+    return TrainingOptimizer(outer, real, optimizer, True, name)
 
 
 def _has_groups(thing: Any) -> bool:
@@ -139,7 +164,7 @@ def _parameters(thing: Any) -> list[Tensor]:
 
 
 def _held(thing: Any) -> list[Any]:
-    """What an object holds, in attributes or in lists and dicts of them, that may be an optimizer."""
+    """Returns possible optimizers in an object's attributes, and in lists and dictionaries there."""
     values: list[Any] = []
     for name, value in getattr(thing, "__dict__", {}).items():
         if isinstance(value, (list, tuple)):
@@ -161,7 +186,7 @@ def _may_step(thing: Any) -> bool:
 
 
 def _innermost(thing: Any, depth: int, seen: set[int]) -> list[Any]:
-    """Optimizers within an object that have none within them."""
+    """Returns optimizers within an object that hold no other optimizer."""
     found: list[Any] = []
     for each in _held(thing) if depth else []:
         if id(each) in seen:

@@ -1,4 +1,4 @@
-"""When to measure: a pure function of the optimizer step's number."""
+"""Which steps are measured: a pure function of the number of the optimizer step."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ __all__ = ["Every", "Schedule", "as_schedule"]
 
 @runtime_checkable
 class Schedule(Protocol):
-    """Anything that says whether the optimizer step with this number (the first is 0) is to be measured."""
+    """Tells which optimizer steps are measured; any object with this method will do."""
 
-    def due(self, step: int) -> bool: ...
+    def due(self, step: int) -> bool:
+        """Returns whether the optimizer step with this number is measured; the first step is 0."""
 
 
 @dataclass(frozen=True)
 class Every:
-    """Steps 0, ``steps``, 2 ``steps``, ...
+    """Measures steps 0, ``steps``, 2 ``steps``, ...
+
+    Args:
+        steps: Number of optimizer steps between measurements.
 
     Raises:
-        ValueError: ``steps`` is not an integer of at least 1.
+        ValueError: If ``steps`` is not an integer of at least 1.
     """
 
     steps: int
 
     def __post_init__(self) -> None:
         try:
-            steps = 0 if isinstance(self.steps, bool) else operator.index(self.steps)  # NumPy's integers, too
+            steps = 0 if isinstance(self.steps, bool) else operator.index(self.steps)  # also accepts integers of NumPy
         except TypeError:
             steps = 0
         if steps < 1:
@@ -38,14 +42,15 @@ class Every:
         object.__setattr__(self, "steps", steps)
 
     def due(self, step: int) -> bool:
+        """Returns whether ``step`` is a multiple of ``steps``."""
         return step % self.steps == 0
 
 
 def as_schedule(every: Any) -> Schedule:
-    """A schedule as it is, an integer as :class:`Every`.
+    """Returns a schedule unchanged, and an integer as :class:`Every`.
 
     Raises:
-        ValueError: neither, or an integer below 1.
+        ValueError: The argument is neither, or an integer below 1.
     """
     if isinstance(every, Schedule) and not isinstance(every, type):
         return every

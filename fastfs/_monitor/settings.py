@@ -1,4 +1,4 @@
-"""The monitor's arguments: checked before anything is opened or hooked, and put into words."""
+"""Checks the monitor's arguments before anything is opened or hooked, and describes them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfs._monitor.measure.capture_mode import CaptureMode
 from fastfs._monitor.measure.modes import MODES
 from fastfs._monitor.measure.probe import Probe
-from fastfs._monitor.record.recorder import Recorder, check_recorder_state
-from fastfs._monitor.record.sinks import as_sink, as_sinks
 from fastfs._monitor.schedule import Every
+from fastfs._record.sinks.targets import as_sink, checked_targets
+from fastfs._record.writing.recorder import Recorder, check_recorder_state
 
 __all__ = [
     "aligned_work",
@@ -24,25 +25,27 @@ __all__ = [
     "check_sizes",
     "check_state",
     "describe",
-    "momentary_bytes",
     "open_recorder",
     "shown",
     "speaks",
 ]
 
 _MIB = 2**20
-_OPERATIONS, _OF_LAYERS = 60, 3  # operations of torch in an aligned step, and for each layer: as a dispatch mode counts
+_OPERATIONS, _OF_LAYERS = 60, 3  # torch operations of an aligned step, and per layer, as a dispatch mode counts them
 _TINY = 2**20  # bytes of parameters up to which host work takes longer than the pass over them
 
 
 def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
-    """The probe of probe mode.
+    """Checks the arguments of a mode.
+
+    Returns:
+        The probe of probe mode; None in the other modes.
 
     Raises:
-        TypeError: a probe that is none.
-        ValueError: an unknown mode, or arguments that do not go together.
+        TypeError: The probe or ``amplify`` has a wrong type.
+        ValueError: The mode is unknown, or arguments exclude each other.
     """
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         raise ValueError(f"mode: expected one of {', '.join(map(repr, MODES))}, got {mode!r}")
     if not isinstance(amplify, bool):
         raise TypeError(f"amplify: expected True or False, got {amplify!r}")
@@ -61,7 +64,7 @@ def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
 
 
 def check_sizes(rows: Any, memory: Any, quantiles: Any) -> None:
-    """Raises ValueError for what is out of range, TypeError for what is no number."""
+    """Raises ValueError for a number out of range, TypeError for what is no number."""
     for name, value, least in (("rows", rows, 2), ("memory", memory, 1)):
         if name == "rows" and value is None:
             continue
@@ -80,14 +83,14 @@ def check_sizes(rows: Any, memory: Any, quantiles: Any) -> None:
 
 
 def check_select(select: Any) -> None:
-    """Raises TypeError if it is no function."""
+    """Raises TypeError if ``select`` is no function."""
     if not callable(select) or isinstance(select, type):
         raise TypeError(f"select: expected a function from a layer's output to a tensor in it, got {select!r:.100}")
 
 
-def check_compiled(model: nn.Module, mode: str) -> None:
-    """Raises ValueError if the model's own forward hooks would be called inside of a compiled graph only."""
-    if mode != "probe" and getattr(model, "_compiled_call_impl", None) is not None:
+def check_compiled(model: nn.Module, mode: type[CaptureMode]) -> None:
+    """Raises ValueError if the model's own forward hooks would run inside a compiled graph only."""
+    if mode.captures_training and getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
             "model: was compiled in place by model.compile(), so that its inputs can only be seen from inside the "
             'graph. Attach to compiled = torch.compile(model) instead and call that, or use mode="probe"'
@@ -95,7 +98,7 @@ def check_compiled(model: nn.Module, mode: str) -> None:
 
 
 def check_state(state: Mapping[str, Any], layers: Sequence[str], step: int) -> None:
-    """Raises ValueError if a monitor with these layers cannot go on from that state; names the entry."""
+    """Raises ValueError, naming the entry, if a monitor with these layers cannot continue from a state."""
     if not isinstance(state, Mapping) or not {"step", "recorder", "engine"} <= set(state):
         got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
         raise ValueError(f"load_state_dict: expected a dictionary of step, recorder and engine, got {got}")
@@ -112,11 +115,14 @@ def check_state(state: Mapping[str, Any], layers: Sequence[str], step: int) -> N
 
 
 def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: Any) -> Recorder:
-    """A recorder into ``path`` and ``sinks``; into ``record.jsonl`` if neither is given.
+    """Opens a recorder into ``path`` and ``sinks``, or into ``record.jsonl`` if neither is given.
 
-    If it fails, no thread, no open file, and no file or folder is left that was not there before.
+    If it fails, it leaves no thread, no open file, and no new file or folder behind.
+
+    Returns:
+        The recorder.
     """
-    targets = as_sinks(sinks)
+    targets = checked_targets(sinks)
     if path is not None or not targets:
         targets.insert(0, "record.jsonl" if path is None else path)
     with ExitStack() as undo:
@@ -124,7 +130,7 @@ def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: A
         for target in targets:
             sink = as_sink(target)
             opened.append(sink)
-            if sink is not target:  # made here: nobody else could close it
+            if sink is not target:  # created here, so nobody else can close it
                 undo.callback(getattr(sink, "discard", sink.close))
         recorder = Recorder(opened, header, **options)
         undo.pop_all()
@@ -132,29 +138,18 @@ def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: A
 
 
 def shown(schedule: Any) -> Any:
-    """A schedule for the header."""
+    """Returns a schedule as the header shows it."""
     return schedule.steps if isinstance(schedule, Every) else None if schedule is None else repr(schedule)
 
 
 def speaks() -> bool:
-    """In a group of processes, the first one does."""
+    """Returns whether this process prints: in a group of processes, the first one does."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def momentary_bytes(parameters: Sequence[Tensor], mode: str, amplify: bool) -> int:
-    """Memory for copies of parameters that a measured step needs for a moment, besides the values before the step."""
-    own = sum(p.numel() * p.element_size() for p in parameters)
-    single = sum(p.numel() * 4 for p in parameters)
-    if mode == "probe":
-        return 2 * single  # gradients and updates; casts to float32 come one at a time beside them
-    if mode == "jvp":
-        return own  # a direction
-    return 2 * own if amplify else 0  # both sides of the probe
-
-
 def aligned_work(parameters: Sequence[Tensor], layers: int) -> str:
-    """What an aligned step does besides the training's own work, in words."""
+    """Describes what an aligned step does besides the training's own work."""
     size = sum(p.numel() * p.element_size() for p in parameters)
     amount = f"{size / _MIB:.1f} MiB" if size >= _MIB // 10 else f"{size / 1024:.1f} KiB"
     work = (
@@ -169,7 +164,7 @@ def aligned_work(parameters: Sequence[Tensor], layers: int) -> str:
 def describe(
     header: Mapping[str, Any], snapshot_bytes: int, momentary: int, ring_bytes: int, aligned_step: str = ""
 ) -> str:
-    """One line for a person."""
+    """Returns one line about what is measured and the memory that it takes."""
     every = header["every"]
     often = f"every {every} steps" if isinstance(every, int) else every
     aligned = ""

@@ -1,4 +1,4 @@
-"""When a training step begins and when it is over, told from the hooks of one or several optimizers."""
+"""Detects the begin and the end of training steps by hooks on one or several optimizers."""
 
 from __future__ import annotations
 
@@ -12,99 +12,116 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from fastfs._monitor.optimizers import Found, has_hooks
+from fastfs._monitor.optimizers import TrainingOptimizer, has_hooks
 
 __all__ = ["OptimizerSteps", "StepListener"]
 
 
 class StepListener(Protocol):
-    """What happens around optimizer steps."""
+    """Is told what happens around optimizer steps. Optimizers are given by their index."""
 
     def enter(self, optimizer: int) -> None:
-        """An optimizer's step that has a closure begins."""
+        """Called when a step with a closure begins."""
 
     def evaluate(self, optimizer: int) -> None:
-        """Its closure is about to be evaluated: has anything moved since ``enter``?"""
+        """Called before the closure of the step is evaluated. Parameters may have moved since ``enter``."""
 
     def before(self, optimizer: int, first: bool) -> None:
-        """Right before an optimizer's step, gradients at hand; ``first`` in this training step.
+        """Called right before an optimizer updates parameters, with gradients in place.
 
-        Again for every evaluation of a closure: the last one counts.
+        With a closure, called after each evaluation; the last call counts.
+
+        Args:
+            optimizer: Index of the optimizer.
+            first: Whether it is the first one in this training step.
         """
 
     def after(self, optimizer: int) -> None:
-        """Right after it."""
+        """Called right after an optimizer has stepped."""
 
     def finish(self) -> None:
-        """All optimizers have stepped, or the next forward begins, or the backward in which they step is over."""
+        """Called at the end of a training step.
+
+        That is when all optimizers have stepped, the next forward begins, or the backward in which they step is over.
+        """
 
     def failed(self, error: Exception) -> None:
-        """Something above has raised an exception, which was caught: this step is not to be measured."""
+        """Called with an exception that a call above has raised. This training step cannot be measured."""
 
 
 class OptimizerSteps:
-    """Turns the steps of optimizers into training steps.
+    """Combines the steps of optimizers to training steps.
 
-    A training step is over when every optimizer has stepped. Optimizers that step within the backward (from hooks on
-    the gradients) make it end with the backward. Those that do not step this time do not hold it up: the next forward
-    of the model ends it, too. A closure that is given to ``step`` computes the gradients within it: the step begins
-    when the closure is over, the last time if it is called several times.
+    A training step ends when every optimizer has stepped. If optimizers step inside the backward, from hooks on the
+    gradients, it ends with the backward. If an optimizer does not step, it ends with the next forward of the model. If
+    ``step`` is given a closure, which computes the gradients, the update begins when the closure returns for the last
+    time.
 
-    Steps within steps (``super().step()``, a wrapper) are one: the outermost counts, and of a wrapper only if an
-    optimizer within it has stepped. A step that ended with an exception, an interrupt included, is forgotten.
+    Nested calls of ``step`` (``super().step()``, a wrapper) are one step, that of the outermost call; the step of a
+    wrapper counts only if an optimizer inside has stepped. A step that ends with an exception or an interrupt does not
+    count.
+
+    Args:
+        optimizers: The optimizers of the training loop.
+        listener: Is told about steps.
     """
 
-    def __init__(self, optimizers: Sequence[Found], listener: StepListener) -> None:
+    def __init__(self, optimizers: Sequence[TrainingOptimizer], listener: StepListener) -> None:
         self._count = len(optimizers)
         self._listener = listener
-        self._first: int | None = None  # of the optimizers, in the training step under way
+        self._first: int | None = None  # optimizer that stepped first in the current training step
         self._stepped: set[int] = set()
-        self._queued = -1  # the backward at whose end the step ends
+        self._queued = -1  # number of the backward with which the step will end
         self._handles: list[RemovableHandle] = []
-        self._levels = [_Levels(self, index) for index in range(len(optimizers))]
-        self._overrides: list[_Override] = []
-        for found, levels in zip(optimizers, self._levels, strict=True):
+        self._calls = [_StepCalls(self, index) for index in range(len(optimizers))]
+        self._patches: list[_PatchedStep] = []
+        for found, calls in zip(optimizers, self._calls, strict=True):
             for each in {id(each): each for each in (found.outer, *found.real)}.values():
                 real = any(each is one for one in found.real)
                 if has_hooks(each):
-                    self._handles.append(each.register_step_pre_hook(_Before(levels)))
-                    self._handles.append(each.register_step_post_hook(_After(levels, real)))
+                    self._handles.append(each.register_step_pre_hook(_Before(calls)))
+                    self._handles.append(each.register_step_post_hook(_After(calls, real)))
                 else:
-                    self._overrides.append(_Override(each, levels, real))
+                    self._patches.append(_PatchedStep(each, calls, real))
 
     def close(self) -> None:
+        """Removes every hook."""
         for handle in self._handles:
             handle.remove()
-        for override in self._overrides:
-            override.remove()
+        for patch in self._patches:
+            patch.remove()
         self._handles.clear()
-        self._overrides.clear()
-        for levels in self._levels:
-            levels.frames.clear()
+        self._patches.clear()
+        for calls in self._calls:
+            calls.frames.clear()
 
     def forward_begins(self) -> None:
-        """The model is called in training."""
+        """Called when the model begins a training forward."""
         if self._in_backward():
             return
-        for levels in self._levels:
-            levels.forget_ended(sys._getframe())
+        for calls in self._calls:
+            calls.forget_ended(sys._getframe())
         if self._stepped:
             self._finish()
-        self._first = None  # nor does a step that raised go on
+        self._first = None  # a step that raised an exception is over, too
 
     def enter(self, index: int) -> None:
-        self._told(lambda: self._listener.enter(index))
+        """Called when a step with a closure begins."""
+        self._tell_listener(lambda: self._listener.enter(index))
 
     def evaluate(self, index: int) -> None:
-        self._told(lambda: self._listener.evaluate(index))
+        """Called before a closure is evaluated."""
+        self._tell_listener(lambda: self._listener.evaluate(index))
 
     def before(self, index: int) -> None:
+        """Called right before an optimizer updates parameters."""
         if self._first is None:
             self._first = index
-        self._told(lambda: self._listener.before(index, self._first == index))
+        self._tell_listener(lambda: self._listener.before(index, self._first == index))
 
     def after(self, index: int) -> None:
-        self._told(lambda: self._listener.after(index))
+        """Called right after an optimizer has stepped; ends the training step if it was the last one."""
+        self._tell_listener(lambda: self._listener.after(index))
         self._stepped.add(index)
         if self._in_backward():
             number = torch._C._current_graph_task_id()
@@ -115,8 +132,8 @@ class OptimizerSteps:
             self._finish()
 
     def failed(self, index: int, error: Exception) -> None:
-        """What was to be told is not known: the next forward ends this step at the latest, for the one after it."""
-        if not isinstance(error, Warning):  # that the user wants to be an error: it ends the call of ``step``
+        """Called with an exception in a hook. The next forward ends this step at the latest."""
+        if not isinstance(error, Warning):  # a warning that a filter turns into an error ends the call of ``step``
             self._stepped.add(index)
         self._listener.failed(error)
 
@@ -128,11 +145,11 @@ class OptimizerSteps:
     def _finish(self) -> None:
         self._first = None
         self._stepped.clear()
-        if not self._told(self._listener.finish):
-            self._told(self._listener.finish)  # it has not begun, and the step has to end
+        if not self._tell_listener(self._listener.finish):
+            self._tell_listener(self._listener.finish)  # the first call failed before it began, and the step has to end
 
-    def _told(self, tell: Callable[[], None]) -> bool:
-        """No exception of the listener's reaches the training loop, but for what it says about it; False after one."""
+    def _tell_listener(self, tell: Callable[[], None]) -> bool:
+        """Calls the listener and returns whether that succeeded. It decides itself which exceptions reach the loop."""
         try:
             tell()
         except Exception as error:
@@ -145,29 +162,34 @@ class OptimizerSteps:
         return torch._C._current_graph_task_id() != -1
 
 
-class _Levels:
-    """The calls of ``step`` of one optimizer that are running, one in another.
+class _StepCalls:
+    """The running calls of ``step`` of one optimizer, the outermost first.
 
-    They are told by their frames: one that is no longer on the stack has ended with an exception. (In what
-    torch.compile makes of ``step`` the end is reached in a frame within that of the beginning.)
+    Calls are identified by their frames. A frame that is no longer on the stack has ended with an exception. (If
+    torch.compile has compiled ``step``, its end is reached in a frame inside that of its begin.)
+
+    Args:
+        steps: Is told about begin and end of the outermost call.
+        index: Index of the optimizer.
     """
 
     def __init__(self, steps: OptimizerSteps, index: int) -> None:
         self.steps = steps
         self.index = index
         self.frames: list[types.FrameType] = []
-        self.happened = False  # an optimizer has stepped
-        self.begun = False  # the listener has been told
+        self.happened = False  # an optimizer, and not only a wrapper, has stepped
+        self.begun = False  # the listener knows of the step
 
     def enter(self, frame: types.FrameType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of ``step`` begins.
+        """Called when a call of ``step`` begins.
 
         Args:
-            frame: that of the call.
-            args, kwargs: its arguments, without the optimizer itself.
+            frame: Frame of the call.
+            args: Its positional arguments, without the optimizer itself.
+            kwargs: Its keyword arguments.
 
         Returns:
-            Others to be used in their place, or None.
+            Arguments to use instead, or None.
         """
         self.forget_ended(frame)
         self.frames.append(frame)
@@ -184,15 +206,15 @@ class _Levels:
         return None
 
     def forget_ended(self, now: types.FrameType) -> None:
-        """Let go of calls that have ended with an exception: their frames hold what was in them."""
+        """Drops calls that have ended with an exception, because their frames keep local variables alive."""
         while self.frames and not _runs(self.frames[-1], now):
             self.frames.pop()
 
     def leave(self, frame: types.FrameType, real: bool) -> None:
-        """A call of ``step`` is over; ``real``: of an optimizer, not only of a wrapper around one."""
+        """Called when a call of ``step`` returns; ``real`` if it is that of an optimizer and not of a wrapper only."""
         self.forget_ended(frame)
         if not self.frames:
-            return  # it has begun before this was set up
+            return  # the call began before the hooks were set
         self.frames.pop()
         self.happened = self.happened or real
         if not self.frames and self.happened:
@@ -207,7 +229,7 @@ class _Levels:
 
     def _then(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            with torch.no_grad():  # the step calls closures with gradients on
+            with torch.no_grad():  # optimizers evaluate closures with gradients enabled
                 self.steps.evaluate(self.index)
             loss = closure(*args, **kwargs)
             with torch.no_grad():
@@ -218,7 +240,7 @@ class _Levels:
 
 
 def _runs(frame: types.FrameType, now: types.FrameType | None) -> bool:
-    """Whether a frame is one of those that have led to the present one."""
+    """Returns whether a frame is on the stack of ``now``."""
     while now is not None:
         if now is frame:
             return True
@@ -227,7 +249,7 @@ def _runs(frame: types.FrameType, now: types.FrameType | None) -> bool:
 
 
 def _caller() -> types.FrameType:
-    """The frame of the ``step`` that calls hooks, with or without torch.compile in between."""
+    """Returns the frame of the ``step`` that calls hooks, with or without torch.compile in between."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((__name__, "torch._dynamo")):
         frame = frame.f_back
@@ -235,10 +257,10 @@ def _caller() -> types.FrameType:
 
 
 class _Hook:
-    """A step hook: not traced by torch.compile, and without exceptions."""
+    """A step hook that torch.compile does not trace and that raises no exception."""
 
-    def __init__(self, levels: _Levels) -> None:
-        self._levels = levels
+    def __init__(self, calls: _StepCalls) -> None:
+        self._calls = calls
         self._outside = torch.compiler.disable(self._run)
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -247,7 +269,7 @@ class _Hook:
                 return self._outside(optimizer, args, kwargs)
             return self._tell(optimizer, args, kwargs)
         except Exception as error:
-            self._levels.steps.failed(self._levels.index, error)
+            self._calls.steps.failed(self._calls.index, error)
             return None
 
     def _run(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -258,40 +280,42 @@ class _Hook:
 
 
 class _Before(_Hook):
-    """New arguments for ``step`` if it has a closure; ``args`` begin with the optimizer itself."""
+    """The step pre-hook. Returns new arguments if ``step`` has a closure; ``args`` begin with the optimizer itself."""
 
     def _tell(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        changed = self._levels.enter(_caller(), args[1:], kwargs)
+        changed = self._calls.enter(_caller(), args[1:], kwargs)
         return changed and ((optimizer, *changed[0]), changed[1])
 
 
 class _After(_Hook):
-    def __init__(self, levels: _Levels, real: bool) -> None:
-        super().__init__(levels)
+    """The step post-hook."""
+
+    def __init__(self, calls: _StepCalls, real: bool) -> None:
+        super().__init__(calls)
         self._real = real
 
     def _tell(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
-        self._levels.leave(_caller(), self._real)
+        self._calls.leave(_caller(), self._real)
 
 
-class _Override:
-    """The ``step`` of one object that has no step hooks, which tells when it begins and ends.
+class _PatchedStep:
+    """Replaces ``step`` of an object without step hooks by a method that reports its begin and end.
 
-    It is set on the object, as a method, so that learning-rate schedulers can wrap it; a copy of the object, deep or
-    pickled, steps as its class says.
+    The method is set on the object, so that learning-rate schedulers can wrap it. Copies of the object, deep or
+    pickled, use the ``step`` of its class.
     """
 
-    def __init__(self, owner: Any, levels: _Levels, real: bool) -> None:
+    def __init__(self, owner: Any, calls: _StepCalls, real: bool) -> None:
         if not hasattr(owner, "__dict__"):
             raise TypeError(f"optimizer: expected an object on which step can be set, got {type(owner).__name__}")
         original = owner.step
-        own, levels_ref = weakref.ref(owner), weakref.ref(levels)
+        own, calls_ref = weakref.ref(owner), weakref.ref(calls)
 
         @functools.wraps(getattr(original, "__func__", original))
         def step(self: Any, *args: Any, **kwargs: Any) -> Any:
             if self is not own():
                 return type(self).step(self, *args, **kwargs)
-            now = levels_ref() if step.__dict__["watched"] else None
+            now = calls_ref() if step.__dict__["watched"] else None
             if now is None:
                 return original(*args, **kwargs)
             frame = sys._getframe()
@@ -315,7 +339,7 @@ class _Override:
     def remove(self) -> None:
         self._function.__dict__["watched"] = False
         if getattr(vars(self._owner).get("step"), "__func__", None) is not self._function:
-            return  # a scheduler has wrapped it: it stays, without effect
+            return  # a scheduler has wrapped the method, which stays without effect
         if self._before is None:
             object.__delattr__(self._owner, "step")
         else:

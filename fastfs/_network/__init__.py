@@ -1,1 +1,1 @@
-"""A model as a function of its parameters: layers, what depends on what, forwards elsewhere, first-order changes."""
+"""Model internals: layer selection, autograd graph structure, isolated forwards and first-order changes."""

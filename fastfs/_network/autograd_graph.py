@@ -1,14 +1,14 @@
-"""The autograd graph of one forward, as numbers: taken right after the forward, kept without the graph.
+"""The autograd graph of one forward as integer arrays, taken right after the forward and kept without the graph.
 
-    edge_of(tensor)                         where a value stands in the graph: asked in the hook that sees the value
-    trace(features, outputs, parameters)    one walk over the graph: a :class:`Trace`
-    signature(features, outputs, ...)       whether a graph is the one that a Trace is known of, without a walk
+    edge_of(tensor)                         position of a value in the graph; call it in the hook that sees the value
+    trace(features, outputs, parameters)    walks the graph once and returns a :class:`Trace`
+    signature(features, outputs, ...)       identifies a graph that already has a Trace, without a walk
 
-A Trace refers to no node, tensor or closure: a node would keep alive the graph and what it has saved, and a cycle
-through the autograd engine is never collected. ``fastfs._network.structure.join`` makes the structure of an optimizer
-step out of the traces of its forwards.
+A Trace holds no node, tensor or closure: a node would keep alive the graph and the tensors saved in it, and a reference
+cycle through the autograd engine is never collected. ``fastfs._network.structure.join`` derives the structure of an
+optimizer step from the traces of its forwards.
 
-    function  ->  its inputs: (function, output_nr)  ->  ...  ->  AccumulateGrad: a leaf, which is a parameter or not
+    function  ->  its inputs: (function, output_nr)  ->  ...  ->  AccumulateGrad: a leaf, which may be a parameter
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from torch.autograd.graph import get_gradient_edge
 __all__ = ["Edge", "Ints", "Trace", "edge_of", "signature", "trace"]
 
 Edge = tuple[Any, int]
-"""A value in the graph: the function that made it (``AccumulateGrad`` for a leaf) and which of its outputs it is."""
+"""A value in the graph: the function that computed it (``AccumulateGrad`` for a leaf) and the index of its output."""
 
 Ints = npt.NDArray[np.int64]
 
 _LEAF = "torch::autograd::AccumulateGrad"
-_UNKNOWN = -1  # for a visit or output outside of the graph, a function that takes no part in the numbering
+_UNKNOWN = -1  # a visit or output outside of the graph, or a function without a sequence number
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One forward's graph: N functions, E edges, L layers. Arrays are int64 unless said otherwise.
+    """The graph of one forward, with N functions, E edges and L layers. Arrays are int64 unless stated otherwise.
 
     Attributes:
-        starts: (N + 1,) where the inputs of each function begin in ``targets``.
-        targets: (E,) the functions that made these inputs.
-        output_nrs: (E,) which of their outputs.
-        names: of the kinds of functions, each once.
-        kinds: (N,) the name of each function, as an index into ``names``.
-        parameters: (N,) which parameter a leaf is; -1 for all else.
-        sequence: (N,) the number that autograd gave the function in the forward, rising within a thread; -1 for leaves.
-        visit_starts: (L + 1,) where the visits of each layer begin.
-        visits: (V, 2) function and output of each visit; -1 for a visit outside of the graph.
-        outputs: (O, 2) the same for the outputs.
-        wide: bool (P,) parameters with two dimensions or more.
+        starts: (N + 1,) offsets into ``targets`` at which the inputs of each function begin.
+        targets: (E,) functions that computed these inputs.
+        output_nrs: (E,) output indices of these functions.
+        names: distinct names of the functions.
+        kinds: (N,) index into ``names`` of each function.
+        parameters: (N,) parameter index of each leaf; -1 for every other node.
+        sequence: (N,) sequence number that autograd assigned in the forward, increasing within a thread; -1 for leaves.
+        visit_starts: (L + 1,) offsets into ``visits`` at which the visits of each layer begin.
+        visits: (V, 2) function and output index of each visit; -1 for a visit outside of the graph.
+        outputs: (O, 2) function and output index of each output of the model.
+        wide: bool (P,) whether a parameter has two dimensions or more.
     """
 
     starts: Ints
@@ -68,11 +68,11 @@ class Trace:
         return len(self.visit_starts) - 1
 
     def same_as(self, other: Trace) -> bool:
-        """Whether two forwards have built the same graph, whenever they have."""
+        """Whether two forwards built the same graph, regardless of when they ran."""
         return all(_same(getattr(self, f.name), getattr(other, f.name)) for f in fields(self) if f.name != "sequence")
 
     def overlaps(self, other: Trace) -> bool:
-        """Whether both may have functions in common: one forward used a result of the other."""
+        """Whether the graphs may share functions because one forward used a result of the other."""
         mine, theirs = self.sequence[self.sequence >= 0], other.sequence[other.sequence >= 0]
         if not len(mine) or not len(theirs) or mine.max() < theirs.min() or theirs.max() < mine.min():
             return False
@@ -84,7 +84,10 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def edge_of(tensor: Tensor) -> Edge | None:
-    """Where a tensor stands in the graph, or None outside of it. To be asked at once: in-place operations move it."""
+    """Return the position of a tensor in the graph, or None outside of it.
+
+    Call it immediately after the value is computed, because in-place operations change the position.
+    """
     if not tensor.requires_grad:
         return None
     function = tensor.grad_fn
@@ -95,15 +98,18 @@ def edge_of(tensor: Tensor) -> Edge | None:
 
 
 def trace(features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], parameters: Sequence[Tensor]) -> Trace:
-    """Walk the graph once, from the outputs and the features. Time and memory are linear in its size.
+    """Walk the graph once, from the outputs and the features, in time and memory linear in its size.
 
     Args:
-        features: for each layer its visits, in order: what :func:`edge_of` gave for the output in a forward hook.
-        outputs: the output tensors of the model, or the loss; any without gradient keep their place.
-        parameters: those that the optimizer updates, or the leaves that stood for them.
+        features: per layer, the visits in order: the result of :func:`edge_of` for each output seen in a forward hook.
+        outputs: output tensors of the model, or the loss. Tensors that require no gradient keep their index.
+        parameters: parameters that the optimizer updates, or the leaves that replaced them.
+
+    Returns:
+        The graph as integer arrays.
 
     Raises:
-        ValueError: a parameter is given twice.
+        ValueError: A parameter is given twice.
     """
     indices = {id(parameter): index for index, parameter in enumerate(parameters)}
     if len(indices) != len(parameters):
@@ -121,9 +127,9 @@ def trace(features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], 
 
     starts, targets, others, kinds, leaves, sequence = [0], list[int](), list[tuple[int, int]](), list[int](), [], []
     names: dict[str, int] = {_LEAF: 0}
-    types: dict[type, int] = {}  # the kind, where the type of a function tells it
+    types: dict[type, int] = {}  # kind by Python type, where the type determines it
     find, found = numbers.get, functions.append
-    for function in functions:  # grows while it is walked
+    for function in functions:  # the list grows during the walk
         kind = types.get(type(function))
         if kind is None:
             name = str(function.name())
@@ -171,23 +177,27 @@ def signature(
     parameters: Sequence[Tensor],
     inputs: Sequence[Tensor] = (),
 ) -> tuple[Any, ...]:
-    """A hashable summary of a forward's graph. Time is linear in what is given here, whatever lies between.
+    """Return a hashable summary of a forward's graph, in time linear in the arguments and not in the graph.
 
-    Two forwards of the same graph have the same signature. It holds the function that made each visit and each output,
-    how many functions the forward had made by then, which parameters require a gradient, and which inputs have a graph
-    of their own. So it changes with every branch of the forward that makes another number of functions before a visit
-    or an output.
+    Two forwards with the same graph have the same signature. The signature holds the function behind each visit and
+    output, the number of functions that the forward had created up to it, which parameters require a gradient, and
+    which inputs have a graph of their own. It therefore changes with every branch of the forward that creates another
+    number of functions before a visit or an output.
 
-    What it can miss: two branches without a watched layer that make as many functions, as of two experts of the same
-    form; values that are combined in another way by as many functions; another graph behind the inputs. Compare the set
-    of parameters that got a gradient as well: it tells the experts apart. Functions made in other threads have numbers
-    of their own; then the signatures of the same graph may differ, which costs a walk and nothing else.
+    Different graphs can share a signature if two branches without a watched layer create equally many functions (two
+    experts of the same architecture), if values are combined differently by equally many functions, or if only the
+    graph behind the inputs differs. Compare the set of parameters that received a gradient as well to tell experts
+    apart. Functions created in other threads are numbered separately, so equal graphs may then have different
+    signatures, which costs an extra walk.
 
     Args:
         features: as for :func:`trace`.
         outputs: as for :func:`trace`.
         parameters: as for :func:`trace`.
-        inputs: of the forward: one that goes on from a result of an earlier forward is not the same as the first one.
+        inputs: inputs of the forward. A forward that continues from the result of an earlier one differs from it here.
+
+    Returns:
+        A tuple of plain values that can serve as a dictionary key.
     """
     edges = [edge for visits in features for edge in visits]
     edges += [edge_of(output) for output in outputs]
@@ -205,17 +215,17 @@ def signature(
 
 
 def _made(function: Any) -> int:
-    """The number of a function in the order of the forward; leaves, which are made before it, have none."""
+    """Return the sequence number of a function; leaves have none, because they exist before the forward."""
     number = int(function._sequence_nr())
     return number if number < 1 << 63 else _UNKNOWN
 
 
 def _where(which: npt.NDArray[np.bool_], numbers: list[int]) -> Ints:
-    """The numbers in these places, -1 elsewhere."""
+    """Return an array with the numbers at the selected positions and -1 elsewhere."""
     found = np.full(len(which), _UNKNOWN, dtype=np.int64)
     try:
         found[which] = _ints(numbers)
-    except OverflowError:  # of a function that was not made by a forward: autograd gives it the highest number there is
+    except OverflowError:  # autograd gives functions that no forward created the largest sequence number
         found[which] = _ints([number if number < 1 << 63 else _UNKNOWN for number in numbers])
     return found
 

@@ -1,20 +1,21 @@
-"""The repeated blocks of a model on its main path, read off the tree of its modules: what ``layers="auto"`` watches.
+"""Find the repeated blocks on the main path of a model from its module tree: the layers of ``layers="auto"``.
 
-The tree does not say how a forward joins its parts. What it shows is where modules of one class are repeated, and that
-happens at several levels: stages of blocks, blocks, heads, experts, convolutions with their normalisation. The search
-goes from the outside to the inside and stops at the last level at which a member still holds the whole of the signal:
+The module tree does not show how a forward combines its parts. It does show where modules of one class are repeated,
+and that happens at several levels: stages of blocks, blocks, heads, experts, convolutions with their normalization. The
+search proceeds from the outside to the inside and stops at the last level at which a member still carries the whole
+signal:
 
-- **Containers are looked through**: lists and dictionaries, which never run, and sequences of composite modules.
+- **Containers are transparent**: lists and dictionaries, which have no forward, and sequences of composite modules.
 - **Blocks** are modules of one class with at least two weights (linear maps, convolutions, ...), in one container or in
   numbered attributes (``layer1``, ``layer2``).
-- A repeated module is a **stage**, and the blocks are inside of it, if a container that it holds itself has blocks
-  again and nearly all of its weights. Where more is left (attention beside a list of experts), the module is the block.
-- Lists that are called heads, experts, branches and the like hold what runs side by side, and are no path.
-- All else (an encoder, a decoder, a tower, a wrapper) is a namespace: blocks are searched for in each.
+- A repeated module is a **stage**, whose blocks are searched for inside of it, if it holds a container of blocks with
+  nearly all of its weights. If more remains (attention beside a list of experts), the module itself is the block.
+- Lists named heads, experts, branches and the like hold parallel modules and are not part of the main path.
+- Every other module (an encoder, a decoder, a tower, a wrapper) is a namespace, searched separately.
 
-Members of lists with one weight each (linear maps, graph convolutions, a norm and a linear map) count if they
-are at least a third of all that is found. Where nothing is repeated, every module with parameters of its own is taken,
-and where there is none, the model itself. Only what is trained counts, as far as anything is.
+Members of lists with one weight each (linear maps, graph convolutions, a norm and a linear map) count if they make up
+at least a third of the result. If nothing is repeated, every module with parameters of its own is selected or,
+if there is none, the model itself. Only trained modules count, provided that the model has any.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from fastfs._network.wrappers import inside, runs
+from fastfs._network.wrappers import has_forward, inner_module
 
 __all__ = ["blocks"]
 
@@ -40,20 +41,23 @@ _NUMBERED = re.compile(r"(.*?)_?\d+([a-z]\d*)?$")
 _PARTS_OF_STAGES = re.compile(r"(.*_)?(b|(res)?(blocks?|layers?|stages?|units?|cells?|nets?|resnets?|attentions?))")
 _CLASSES_OF_BLOCKS = re.compile(r"block|layer|bottleneck|residual|cell", re.IGNORECASE)
 _RESAMPLING = re.compile(r"(^|_)(down|up|resampl|reduc|merg|pool|patch|embed)")
-_GLUE = 1  # weights that a stage may have besides its blocks and what changes the resolution
+_GLUE = 1  # weights that a stage may have besides its blocks and its resampling layers
 _PARAMETRIZATIONS = "parametrizations"
-_ADAPTER = "adapter_layer_names"  # what PEFT's layers have, around the layer that they adapt
+_ADAPTER = "adapter_layer_names"  # attribute of PEFT's layers, which wrap the layer that they adapt
 
 
 def blocks(
     model: nn.Module, modules: Iterable[nn.Module], trained: Collection[Tensor] | None = None
 ) -> list[nn.Module]:
-    """The modules to watch, wrappers around them included; the model itself, unwrapped, where it has nothing to choose.
+    """Return the modules to watch, including wrappers around them, or the model itself if it offers no choice.
 
     Args:
-        model: the network, unwrapped.
-        modules: all its submodules, those that count if there are no repeated blocks.
-        trained: parameters that are trained; those that require a gradient if None.
+        model: the network without its outer wrappers.
+        modules: all submodules; those with parameters of their own are selected if no block is repeated.
+        trained: parameters that are trained; None means those that require a gradient.
+
+    Returns:
+        Modules without duplicates, in no particular order.
     """
     tree = _Tree(model, trained)
     search = _Search(tree)
@@ -61,7 +65,7 @@ def blocks(
     repeated = [m for m in _unique(found) if tree.is_trained(m)]
     lists = [m for m in _unique(search.lists) if tree.is_trained(m)]
     if 2 * sum(map(tree.weights, lists)) >= sum(map(tree.weights, repeated)):
-        repeated += lists  # and are not only the stem of a network of blocks
+        repeated += lists  # the lists are more than the stem of a network of blocks
     return repeated or [m for m in modules if tree.owns(m)] or [model]
 
 
@@ -69,7 +73,7 @@ Kind: TypeAlias = tuple[type[nn.Module], frozenset[type[nn.Module]]]
 
 
 class _Tree:
-    """What the search asks of single modules; each is looked at once."""
+    """Properties of single modules that the search needs, each computed once."""
 
     def __init__(self, model: nn.Module, trained: Collection[Tensor] | None) -> None:
         self._weights: dict[int, int] = {}
@@ -79,52 +83,52 @@ class _Tree:
         wanted = {id(p) for p in named if p.requires_grad} or {id(p) for p in named}
         everything = {id(p) for p in own}
         self._ids = wanted & everything or everything
-        self._look(model)
+        self._visit(model)
 
     def children(self, module: nn.Module) -> list[tuple[str, nn.Module]]:
-        """What is below a module, as often as it is there; nothing below an operation."""
-        inner = inside(module)
+        """Return named children, including repeated ones; an operation has none."""
+        inner = inner_module(module)
         if _is_operation(inner):
             return []
         return [(name, m) for name, m in inner._modules.items() if m is not None and name != _PARAMETRIZATIONS]
 
     def weights(self, module: nn.Module) -> int:
-        """How many linear maps, convolutions and the like are in the module."""
+        """Return the number of linear maps, convolutions and the like in the module."""
         return self._weights[id(module)]
 
     def is_trained(self, module: nn.Module) -> bool:
         return self._trained[id(module)]
 
     def owns(self, module: nn.Module) -> bool:
-        """Whether the module runs and has trained parameters of its own; parts of an operation do not run."""
-        own = _own(module) if id(module) in self._weights and runs(inside(module)) else []
+        """Whether the module has a forward and trained parameters of its own; parts of an operation have no forward."""
+        own = _own(module) if id(module) in self._weights and has_forward(inner_module(module)) else []
         return any(id(p) in self._ids for p in own)
 
     def is_sequence(self, module: nn.Module) -> bool:
-        """Whether the module is a ``Sequential`` that runs its members one after the other and does nothing else."""
-        inner = inside(module)
+        """Whether the module is a ``Sequential`` with the forward of ``nn.Sequential``."""
+        inner = inner_module(module)
         return isinstance(inner, nn.Sequential) and type(inner).forward is nn.Sequential.forward
 
     def is_container(self, module: nn.Module) -> bool:
-        return not runs(inside(module)) or self.is_sequence(module)
+        return not has_forward(inner_module(module)) or self.is_sequence(module)
 
     def is_looked_through(self, module: nn.Module) -> bool:
-        """Lists that never run, and sequences of more than operations."""
-        if not runs(inside(module)):
+        """Whether the module is a list without a forward, or a sequence of more than operations."""
+        if not has_forward(inner_module(module)):
             return True
         members = [m for _, m in self.children(module) if self.weights(m)] if self.is_sequence(module) else []
         composite = [m for m in members if self.children(m)]
         return bool(composite) and (len(composite) == len(members) or any(self.weights(m) > 1 for m in composite))
 
     def kind(self, module: nn.Module) -> Kind:
-        """What modules have in common that are of one family: the class, and for sequences the operations in it."""
-        inner = inside(module)
+        """Return what identifies a family: the class, and for sequences also the classes of the operations in it."""
+        inner = inner_module(module)
         if not self.is_sequence(module):
             return _class(inner), frozenset()
-        return _class(inner), frozenset(_class(inside(m)) for m in inner.children() if self.weights(m))
+        return _class(inner), frozenset(_class(inner_module(m)) for m in inner.children() if self.weights(m))
 
-    def _look(self, model: nn.Module) -> None:
-        """Children first, and without recursion: the stack of Python is short."""
+    def _visit(self, model: nn.Module) -> None:
+        """Visit children first, without recursion, because Python's stack is limited."""
         stack = [(model, False)]
         entered: set[int] = set()
         while stack:
@@ -132,7 +136,7 @@ class _Tree:
             children = [child for _, child in self.children(module)]
             if complete:
                 own = _own(module)
-                self._weights[id(module)] = _weights(inside(module)) + sum(
+                self._weights[id(module)] = _weights(inner_module(module)) + sum(
                     self._weights.get(id(m), 0) for m in children
                 )
                 self._trained[id(module)] = any(id(p) in self._ids for p in own) or any(
@@ -145,17 +149,18 @@ class _Tree:
 
 
 class _Member(NamedTuple):
-    """A member of a container, past the containers that are looked through."""
+    """A member of a container, found through all transparent containers."""
 
     module: nn.Module
     holder: nn.Module
-    single: bool  # counts without another of its class: in a list of lists, or alone in a list
+    single: bool  # eligible without another of its class: in a list of lists, or the only member of a list
 
 
 class _Search:
     """The search for blocks.
 
-    ``lists`` are found beside them: members with a single weight of lists in which most are of one class.
+    Attributes:
+        lists: candidates besides the blocks: members with a single weight, from lists in which most are of one class.
     """
 
     def __init__(self, tree: _Tree) -> None:
@@ -164,11 +169,15 @@ class _Search:
         self._entered: set[int] = set()
 
     def blocks(self, nodes: Sequence[nn.Module], *, within: bool) -> list[nn.Module]:
-        """Blocks below the nodes.
+        """Return the blocks below the nodes.
 
         Args:
             nodes: the members of a family, or a single module.
-            within: of a family: blocks that take the place of its members; else of a namespace: all.
+            within: whether the blocks replace the members of a family. Otherwise the nodes are a namespace, and all
+                blocks in it are returned.
+
+        Returns:
+            The blocks found, possibly with duplicates.
         """
         containers: defaultdict[str, list[list[_Member]]] = defaultdict(list)
         numbered: defaultdict[str, list[nn.Module]] = defaultdict(list)
@@ -180,7 +189,7 @@ class _Search:
                 stem = name if match is None else match[1]
                 parallel = _PARALLEL.search(stem) is not None
                 if self._tree.is_container(child) and (match is None or not self._is_block(child)):
-                    if not parallel or runs(inside(child)):
+                    if not parallel or has_forward(inner_module(child)):
                         held[stem] += self._members(child, in_list=False)
                 elif match is not None and not parallel:
                     numbered[stem].append(child)
@@ -204,12 +213,12 @@ class _Search:
         return self.blocks([namespace], within=False)
 
     def _refined(self, family: Sequence[nn.Module]) -> list[nn.Module]:
-        """The blocks inside of the members of a family, if these are stages; else the members."""
+        """Return the blocks inside of the members of a family if these are stages; otherwise the members."""
         members = _unique(family)
-        if isinstance(inside(members[0]), (nn.ModuleList, nn.ModuleDict)) or (
-            isinstance(inside(members[0]), nn.Sequential) and not self._tree.is_sequence(members[0])
+        if isinstance(inner_module(members[0]), (nn.ModuleList, nn.ModuleDict)) or (
+            isinstance(inner_module(members[0]), nn.Sequential) and not self._tree.is_sequence(members[0])
         ):
-            return members  # it does something of its own with what it holds
+            return members  # its own forward decides how the children are combined
         inner = _unique(self.blocks(members, within=True))
         covered = sum(map(self._tree.weights, inner))
         left = sum(map(self._tree.weights, members)) - covered
@@ -219,7 +228,7 @@ class _Search:
         return inner if left <= max(_GLUE * len(members), covered // 6) and 2 * left <= covered else members
 
     def _of_containers(self, stem: str, held: Sequence[Sequence[_Member]], within: bool) -> list[nn.Module]:
-        """Blocks in containers of the same name, one of each node."""
+        """Return the blocks in containers of the same name, one container per node."""
         members = [member for each in held for member in each]
         composite = [member for member in members if self._tree.weights(member.module) > 1]
         kinds = Counter(self._tree.kind(member.module) for member in composite)
@@ -247,7 +256,7 @@ class _Search:
     def _of_numbered(
         self, stem: str, members: Sequence[nn.Module], nodes: int, within: bool
     ) -> tuple[list[nn.Module], list[nn.Module]]:
-        """Blocks in attributes that differ in their numbers, and what is none."""
+        """Return the blocks among attributes that differ only by their number, and the remaining attributes."""
         composite = [m for m in members if self._tree.weights(m) > 1]
         kinds = Counter(map(self._tree.kind, composite))
         chosen = {kind for kind, times in kinds.items() if times > nodes}
@@ -263,7 +272,7 @@ class _Search:
         return found, rest
 
     def _families(self, modules: Sequence[nn.Module]) -> list[nn.Module]:
-        """Of all classes in turn, the members or the blocks inside of them."""
+        """Return, for each class in turn, its members or the blocks inside of them."""
         families: defaultdict[Kind, list[nn.Module]] = defaultdict(list)
         for module in modules:
             families[self._tree.kind(module)].append(module)
@@ -274,7 +283,10 @@ class _Search:
         return {kind for kind, times in kinds.items() if times > 1}
 
     def _beside(self, members: Sequence[_Member], found: set[int]) -> list[nn.Module]:
-        """Single weights in sequences and lists of which at least half are blocks: the first or last convolution."""
+        """Return single weights in sequences and lists in which at least half of the members are blocks.
+
+        These are, for instance, the first or last convolution.
+        """
         holders: defaultdict[int, list[_Member]] = defaultdict(list)
         for member in members:
             if not isinstance(member.holder, nn.ModuleDict) and self._tree.weights(member.module):
@@ -283,11 +295,11 @@ class _Search:
         return [m.module for each in mixed for m in each if self._tree.weights(m.module) == 1]
 
     def _alike(self, stem: str, members: Sequence[_Member]) -> list[nn.Module]:
-        """Members with one weight each, if at least half of those with weights are of one class.
+        """Return members with one weight each if at least half of the weighted members are of one class.
 
-        Operations in a sequence are none: every module with parameters counts there, in the sequence and beside it.
+        Operations in a sequence do not count: there, every module with parameters is selected anyway.
         """
-        weighted = [m for m in members if self._tree.weights(m.module) and runs(inside(m.module))]
+        weighted = [m for m in members if self._tree.weights(m.module) and has_forward(inner_module(m.module))]
         kinds = Counter(self._tree.kind(m.module) for m in weighted if self._tree.weights(m.module) == 1)
         if not kinds:
             return []
@@ -296,29 +308,29 @@ class _Search:
         composite = bool(self._tree.children(family[0].module))
         if times == 1 and not (composite and (family[0].single or _is_stage(stem, weighted))):
             return []
-        if 2 * times < len(weighted) or not (composite or any(not runs(m.holder) for m in family)):
+        if 2 * times < len(weighted) or not (composite or any(not has_forward(m.holder) for m in family)):
             return []
-        own = [m for m in members if any(True for _ in m.module.parameters()) and runs(inside(m.module))]
+        own = [m for m in members if any(True for _ in m.module.parameters()) and has_forward(inner_module(m.module))]
         return [m.module for m in own if not isinstance(m.holder, nn.ModuleDict) or self._tree.kind(m.module) == usual]
 
     def _members(self, container: nn.Module, in_list: bool) -> Iterator[_Member]:
-        holder = inside(container)
+        holder = inner_module(container)
         children = self._tree.children(container)
         is_list = isinstance(holder, nn.ModuleList)
-        single = not runs(holder) and (in_list or (is_list and len(children) == 1))
+        single = not has_forward(holder) and (in_list or (is_list and len(children) == 1))
         for name, child in children:
             if not self._tree.is_looked_through(child):
                 yield _Member(child, holder, single)
-            elif runs(inside(child)) or not _PARALLEL.search(name):
-                yield from self._members(child, in_list=is_list and not runs(holder))
+            elif has_forward(inner_module(child)) or not _PARALLEL.search(name):
+                yield from self._members(child, in_list=is_list and not has_forward(holder))
 
     def _is_block(self, container: nn.Module) -> bool:
-        """A sequence of operations with several weights: two convolutions, say."""
+        """Whether the container is a sequence of operations with several weights, such as two convolutions."""
         return self._tree.weights(container) > 1 and not self._tree.is_looked_through(container)
 
 
 def _is_stage(stem: str, members: Sequence[_Member]) -> bool:
-    """Whether a container has a single member, and a name that says that it is one of the blocks."""
+    """Whether a container has a single member and a name that marks it as one of the stages or blocks."""
     return len(members) == 1 and _PARTS_OF_STAGES.fullmatch(stem) is not None
 
 
@@ -327,7 +339,7 @@ def _unique(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _class(module: nn.Module) -> type[nn.Module]:
-    """The class as it was written, without those that parametrisations and FSDP derive from it, one for each module."""
+    """Return the class as written, without the per-module subclasses that parametrizations and FSDP create."""
     kind = type(module)
     if parametrize.is_parametrized(module):
         kind = kind.__mro__[1]
@@ -338,12 +350,12 @@ def _class(module: nn.Module) -> type[nn.Module]:
 
 
 def _is_operation(module: nn.Module) -> bool:
-    """Whether the parts of a module are no layers: they do not run by themselves, or adapt its weight."""
+    """Whether the parts of a module are not layers, because they have no forward or only adapt its weight."""
     return isinstance(module, nn.MultiheadAttention) or hasattr(type(module), _ADAPTER)
 
 
 def _weights(module: nn.Module) -> int:
-    """Weights of the module itself, not of those below it."""
+    """Return the number of weights of the module itself, without those of its children."""
     if isinstance(module, _WEIGHTS) or _is_operation(module):
         return 1
     if isinstance(module, _NO_WEIGHTS):
@@ -352,8 +364,8 @@ def _weights(module: nn.Module) -> int:
 
 
 def _own(module: nn.Module) -> list[Tensor]:
-    """Parameters of the module and of the wrappers around it, also those behind parametrisations."""
-    inner = inside(module)
+    """Return the parameters of the module and of the wrappers around it, including those behind parametrizations."""
+    inner = inner_module(module)
     if _is_operation(inner):
         return list(module.parameters())
     own: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Which parameters reach the loss past a watched layer, and how."""
+"""Find the parameters that reach the loss along paths that bypass a watched layer, and say how."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from torch import Tensor
 
 from fastfs._network.autograd_graph import Ints
-from fastfs._network.joined_graph import Joined
+from fastfs._network.joined_graph import JoinedGraph
 from fastfs._network.parameter_sets import Intervals
 
-__all__ = ["Past", "Watched", "look_past"]
+__all__ = ["Bypass", "LayerNodes", "find_bypasses"]
 
 _SHOWN = 3
-_TOGETHER = 4096  # layers of one sweep: so many bits are kept for each node
+_TOGETHER = 4096  # layers per sweep: every node carries that many bits
 
 
 @dataclass(frozen=True)
-class Watched:
-    """One layer in the joined graph.
+class LayerNodes:
+    """The nodes of one watched layer in the joined graph.
 
     Attributes:
-        index: of the layer.
-        calls: how often it ran.
-        nodes: its visits inside of the graph.
-        reached: those of them that the loss depends on.
-        groups: bits of the groups of forwards that it ran in.
-        position: in the order of the forwards: of the last visit in the first one in which it ran.
+        index: index of the layer.
+        calls: number of times that it ran.
+        nodes: nodes of its visits, without visits outside of the graph.
+        reached: those of ``nodes`` that the loss depends on.
+        groups: bit set of the groups of forwards in which it ran.
+        position: tracedForward and sequence number of the last visit in the first forward in which it ran.
         upstream: parameters below any visit.
     """
 
@@ -43,15 +43,15 @@ class Watched:
 
 
 @dataclass
-class Past:
-    """For each layer how many parameters reach the loss past it.
+class Bypass:
+    """The parameters that reach the loss without passing through each layer.
 
     Attributes:
-        nested: layers of which one visit is below another.
-        count: parameters that reach the loss past the layer, in whatever way.
-        elsewhere: of these, in forwards in which the layer did not run.
-        twice: of the others, that are used by functions that the layer does not depend on.
-        shown: the first of these.
+        nested: layers of which one visit lies below another.
+        count: per layer, the number of parameters that bypass it in any way.
+        elsewhere: per layer, how many of these do so in forwards in which the layer did not run.
+        twice: per layer, how many of the others are also used by functions that the layer does not depend on.
+        shown: per layer, the first of the parameters that ``twice`` counts.
     """
 
     nested: set[int] = field(default_factory=set)
@@ -62,13 +62,13 @@ class Past:
     _bits: list[tuple[list[int], list[tuple[int, int]]]] = field(default_factory=list)
 
     def reason(self, layer: int, names: Sequence[str]) -> str | None:
-        """In words; None for a cut."""
-        past = self.count[layer]
-        if not past:
+        """Return why the layer is not a cut, or None if it is one."""
+        count = self.count[layer]
+        if not count:
             return None
         elsewhere, twice = self.elsewhere[layer], self.twice.get(layer, 0)
         reasons = []
-        if branch := past - elsewhere - twice:
+        if branch := count - elsewhere - twice:
             reasons.append(f"inside a residual branch: {_parameters(branch)} the output past it")
         if twice:
             found = ", ".join(names[parameter] for parameter in self.shown[layer])
@@ -79,7 +79,7 @@ class Past:
         return "; ".join(reasons)
 
     def shared(self, layers: int, parameters: int) -> Tensor:
-        """bool (L, P): what ``twice`` counts."""
+        """Return bool (L, P): the parameters that ``twice`` counts."""
         found = torch.zeros((layers, parameters), dtype=torch.bool)
         for indices, rows in self._bits:
             if rows:
@@ -87,14 +87,14 @@ class Past:
                 found[torch.tensor(indices)[:, None], torch.tensor([p for p, _ in rows])] = columns.T
         return found
 
-    def keep(self, chunk: Sequence[Watched], rows: list[tuple[int, int]]) -> None:
-        """Parameters, ascending, each with a bit for every layer that it is used before and after of."""
+    def add_shared(self, chunk: Sequence[LayerNodes], rows: list[tuple[int, int]]) -> None:
+        """Record, for each parameter in ascending order, a bit per layer that it is used both before and after."""
         indices = [layer.index for layer in chunk]
         rows = [row for row in rows if row[1]]
         self._bits.append((indices, rows))
         for index, count in zip(indices, _columns([bits for _, bits in rows], len(chunk)).tolist(), strict=True):
             self.twice[index] = count
-        short = (1 << len(chunk)) - 1  # layers of which more can be shown
+        short = (1 << len(chunk)) - 1  # layers with fewer than _SHOWN parameters so far
         for parameter, bits in rows:
             for bit in _ones(bits & short):
                 shown = self.shown.setdefault(indices[bit], [])
@@ -103,37 +103,42 @@ class Past:
                     short &= ~(1 << bit)
 
 
-def look_past(graph: Joined, layers: Sequence[Watched], reached: Sequence[int], elsewhere: list[int]) -> Past:
-    """What reaches the loss past each layer.
+def find_bypasses(
+    graph: JoinedGraph, layers: Sequence[LayerNodes], reached: Sequence[int], elsewhere: list[int]
+) -> Bypass:
+    """Find the parameters that bypass each layer.
 
     Args:
-        graph: of the step.
-        layers: that are watched.
-        reached: of each layer how many of the parameters upstream the loss depends on.
-        elsewhere: of each layer how many of them in forwards in which it did not run.
+        graph: joinedGraph graph of the step.
+        layers: layerNodes layers.
+        reached: per layer, the number of upstream parameters that the loss depends on.
+        elsewhere: per layer, the number of upstream parameters used in forwards in which the layer did not run.
+
+    Returns:
+        Counts and names per layer.
     """
-    past = Past(elsewhere=elsewhere)
+    bypass = Bypass(elsewhere=elsewhere)
     uses = graph.uses()
     dominated = graph.dominated()
     several, once = [], []
     for layer in layers:
         if len(layer.reached) == 1:
-            count = past.count[layer.index] = reached[layer.index] - dominated[layer.reached[0]]
+            count = bypass.count[layer.index] = reached[layer.index] - dominated[layer.reached[0]]
             if count > elsewhere[layer.index] and uses:
                 once.append(layer)
         elif layer.reached:
             several.append(layer)
     for which in (several, once):
         for start in range(0, len(which), _TOGETHER):
-            _sweep(graph, which[start : start + _TOGETHER], uses, past)
-    return past
+            _sweep(graph, which[start : start + _TOGETHER], uses, bypass)
+    return bypass
 
 
-def _sweep(graph: Joined, chunk: Sequence[Watched], uses: dict[int, list[int]], past: Past) -> None:
-    """One way from the root to the parameters, with a bit of each layer at every node.
+def _sweep(graph: JoinedGraph, chunk: Sequence[LayerNodes], uses: dict[int, list[int]], bypass: Bypass) -> None:
+    """Sweep once from the root to the parameters, with one bit per layer at every node.
 
-    ``below``: a visit of the layer is above the node, or is the node. ``inside``: the same, of visits that the loss
-    depends on. ``avoid``: a path from the root to the node passes through no visit of the layer.
+    ``below``: the node is a visit of the layer or lies below one. ``inside``: the same for visits that the loss depends
+    on. ``avoid``: a path from the root to the node passes through no visit of the layer.
     """
     all_visits, visits = _at([layer.nodes for layer in chunk]), _at([layer.reached for layer in chunk])
     every = (1 << len(chunk)) - 1
@@ -157,24 +162,24 @@ def _sweep(graph: Joined, chunk: Sequence[Watched], uses: dict[int, list[int]], 
                 missed[parameter] = missed.get(parameter, 0) | every & ~below[node]
         under, through, around = below[node], inside[node], avoid[node]
         if node >= graph.root:
-            below[node] = inside[node] = avoid[node] = 0  # only the parameters' are asked for
+            below[node] = inside[node] = avoid[node] = 0  # only the bits of parameters are needed later
         for child in targets[starts[node] : starts[node + 1]]:
             below[child] |= under
             inside[child] |= through
             avoid[child] |= around
     elsewhere = _Elsewhere(graph, chunk)
     rows = [(p, below[p] & avoid[p] & bits & ~elsewhere(p)) for p, bits in sorted(missed.items())]
-    past.keep(chunk, rows)
-    past.nested |= {chunk[bit].index for bit in _ones(nested)}
-    if any(layer.index not in past.count for layer in chunk):
+    bypass.add_shared(chunk, rows)
+    bypass.nested |= {chunk[bit].index for bit in _ones(nested)}
+    if any(layer.index not in bypass.count for layer in chunk):
         counts = _columns([below[p] & avoid[p] for p in range(graph.root)], len(chunk))
-        past.count.update({layer.index: count for layer, count in zip(chunk, counts.tolist(), strict=True)})
+        bypass.count.update({layer.index: count for layer, count in zip(chunk, counts.tolist(), strict=True)})
 
 
 class _Elsewhere:
-    """For a parameter the layers of a chunk that did not run in some forward in which it reaches the loss."""
+    """Maps a parameter to the layers of a chunk that did not run in some forward in which it reaches the loss."""
 
-    def __init__(self, graph: Joined, chunk: Sequence[Watched]) -> None:
+    def __init__(self, graph: JoinedGraph, chunk: Sequence[LayerNodes]) -> None:
         self._reach = graph.reaching
         self._layers: dict[int, int] = {}
         for bit, layer in enumerate(chunk):
@@ -214,6 +219,6 @@ def _unpacked(rows: Sequence[int], width: int) -> np.ndarray[tuple[int, int], np
 
 
 def _columns(rows: Sequence[int], width: int) -> Ints:
-    """How many rows have each bit set."""
+    """Return, per bit, the number of rows that have it set."""
     some = [row for row in rows if row]
     return _unpacked(some, width).sum(axis=0, dtype=np.int64) if some else np.zeros(width, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The features in what a layer gives: a tensor, or the first floating-point one in whatever holds it."""
+"""Find the features in the output of a layer: the output tensor, or the first floating-point tensor in a container."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["first_floating", "floating", "kinds", "strided", "with_features"]
 
 
 def strided(features: Tensor) -> Tensor:
-    """The values of a jagged tensor, one row after the other; other tensors as they are."""
+    """Return the values of a jagged tensor, one row after the other; return other tensors unchanged."""
     return features.values() if features.layout is torch.jagged else features
 
 
 def first_floating(output: Any) -> Any:
-    """The output itself, or the first floating-point tensor in tuples, lists, dictionaries and dataclasses; or None."""
+    """Return the first floating-point tensor in an output, searching tuples, lists, mappings and dataclasses."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     for part in parts(output):
@@ -30,14 +30,14 @@ def first_floating(output: Any) -> Any:
 
 
 def floating(output: Any) -> list[Tensor]:
-    """All floating-point tensors in an output, in whatever holds them."""
+    """Return all floating-point tensors in an output, at any depth of nesting."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     return [tensor for part in parts(output) for tensor in floating(part)]
 
 
 def kinds(value: Any) -> list[str]:
-    """What an output consists of, for a message."""
+    """Return the dtypes and type names in an output, for an error message."""
     if isinstance(value, Tensor):
         return [str(value.dtype)]
     if isinstance(value, (tuple, list, Mapping)) or dataclasses.is_dataclass(value):
@@ -46,10 +46,18 @@ def kinds(value: Any) -> list[str]:
 
 
 def with_features(output: Any, features: Tensor, new: Tensor) -> Any:
-    """The same output with ``new`` in place of ``features``, which is one of the tensors in it.
+    """Return the output with ``new`` in place of the tensor ``features``.
+
+    Args:
+        output: output of a layer.
+        features: one of the tensors in it.
+        new: its replacement.
+
+    Returns:
+        A new container of the same structure.
 
     Raises:
-        TypeError: they are in a container that ``torch.utils._pytree`` does not know.
+        TypeError: the tensor is in a container that ``torch.utils._pytree`` does not know.
     """
     replaced = []
 
@@ -69,7 +77,7 @@ def with_features(output: Any, features: Tensor, new: Tensor) -> Any:
 
 
 def parts(value: Any) -> list[Any]:
-    """What a container holds; nothing for anything else."""
+    """Return the members of a container, or an empty list for anything else."""
     if isinstance(value, (tuple, list)):
         return list(value)
     if isinstance(value, Mapping):

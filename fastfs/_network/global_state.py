@@ -1,7 +1,7 @@
-"""Settings of torch and Python around a forward: thread-local and process-wide state that a forward may find changed.
+"""Snapshot of the thread-local and process-wide settings of torch and Python that a forward may change.
 
-Context managers restore these on their own, unless an interrupt comes between two of their bytecodes. A snapshot taken
-before the first of them is entered puts back all of them at once.
+Context managers restore these settings themselves, unless an interrupt arrives between two of their bytecodes. A
+snapshot taken before the first context manager is entered restores all settings at once.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch.nn.utils.parametrize as parametrize
 import torch.overrides
 import torch.utils._python_dispatch as python_dispatch
 
-__all__ = ["Surroundings"]
+__all__ = ["GlobalState"]
 
 _FLAGS = tuple(name for name in vars(python_dispatch) if name.startswith("_is_in_") and "mode" in name)
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn", "overrideable")
 
 Setting = tuple[Callable[[Any], object], Any]
-"""How to put a value back, and the value."""
+"""The function that restores a value, and the value."""
 
 
-class Surroundings:
-    """A snapshot of the settings of now. :meth:`restore` may be called any number of times.
+class GlobalState:
+    """A snapshot of the current settings. :meth:`restore` may be called any number of times.
 
     Args:
-        devices: device types whose autocast counts.
+        devices: device types whose autocast settings are included.
     """
 
     def __init__(self, devices: Iterable[str]) -> None:
@@ -59,7 +59,7 @@ class Surroundings:
         self._stance = _stance()
 
     def restore(self) -> None:
-        """Put everything back. Modes that were pushed since are popped."""
+        """Restore all settings and pop modes that were pushed since."""
         self._pop_modes()
         self._leave_forward_mode()
         for put, value in self._settings:
@@ -87,19 +87,19 @@ class Surroundings:
             tell(self._flags.get("_is_in_any_mode_without_ignore_compile_internals", False))
 
     def _leave_forward_mode(self) -> None:
-        """Leave dual levels that were entered since."""
+        """Leave dual levels that were entered since the snapshot."""
         while forward_ad._current_level > self._level:
             level = forward_ad._current_level
             forward_ad._current_level = level - 1
             _exit_dual_level(level)
-        if self._level == -1:  # an interrupt may have come after torch entered it and before Python knew
+        if self._level == -1:  # an interrupt may arrive after torch entered the level and before Python recorded it
             _exit_dual_level(0)
 
 
 def _exit_dual_level(level: int) -> None:
     try:
         torch._C._exit_dual_level(level)
-    except RuntimeError as error:  # that it has not been entered
+    except RuntimeError as error:  # the level has not been entered
         if "not" not in str(error):
             raise
 
@@ -126,12 +126,12 @@ def _autocast_dtype(device: str) -> Callable[[torch.dtype], None]:
 
 
 def _autocast_nesting() -> int:
-    # One call of C, in which no interrupt can come between the two.
+    # A single C call, so that no interrupt can arrive between the increment and the decrement.
     _, nesting = map(methodcaller("__call__"), (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))
     return int(nesting)
 
 
 def _stance() -> Any:
-    """How torch.compile's regions run, if Dynamo is loaded."""
+    """Return the current stance of torch.compile, or None if Dynamo is not loaded."""
     eval_frame = sys.modules.get("torch._dynamo.eval_frame")
     return None if eval_frame is None else eval_frame._stance

@@ -1,13 +1,13 @@
-"""Looks at every operation of a forward of fastfs's own: no write to anything that training owns gets through.
+"""Dispatch and function modes that keep an extra forward from writing to tensors that belong to training.
 
-A dispatch mode sees each operation before it runs, with a schema that says what it writes to. A write is let through
-only to memory that the forward itself has allocated, or that it was given for it (copies of buffers). What is not an
-operation - assignments to attributes, ``.data`` and ``.grad``, flags - is put back by
-:mod:`fastfs._network.module_contents`.
+A dispatch mode intercepts each operation before it runs and reads from its schema which arguments it writes to. It
+permits writes only to memory that the forward itself has allocated, or to tensors that were provided for this purpose
+(copies of buffers). Changes that are not operations, such as assignments to attributes, ``.data`` and ``.grad``, are
+undone by :mod:`fastfs._network.module_contents`.
 
-On the way the guard notes whether a forward in forward mode cuts off first-order changes, in which precision it
-computes, whoever switched it on, which integer choices it makes (top-k, argmax), and the states of generators that are
-not known from elsewhere.
+The guard also records whether a forward in forward mode cuts off first-order changes, the precision of its operations
+(whatever setting caused it), its integer choices (top-k, argmax), and the states of generators that are not known from
+elsewhere.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastfs._network.journal import Journal
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 
-__all__ = ["Guard", "HostCopies", "Plans", "WriteError", "pop_ended", "storages"]
+__all__ = ["FunctionGuard", "Guard", "Plans", "WriteError", "pop_ended", "storages"]
 
 _CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
-# Their schemas do not say that training mode writes to the running statistics.
+# The schemas of these arguments do not declare that training mode writes to them.
 _STATISTICS = frozenset({"running_mean", "running_var"})
 _PRODUCTS = (
     "mm addmm bmm baddbmm addbmm mv addmv dot linear matmul _scaled_mm _grouped_mm _scaled_dot_product_attention_math "
@@ -54,11 +54,11 @@ _KINDS = {
 
 
 class WriteError(RuntimeError):
-    """A forward wants to write to memory that it may not change.
+    """A forward tried to write to memory that it must not change.
 
     Args:
-        operation: by which it would.
-        inputs: to a copy of its inputs, which can be renewed.
+        operation: name of the operation.
+        inputs: whether the target is a copy of the forward's inputs, which can be renewed.
     """
 
     def __init__(self, operation: str, inputs: bool) -> None:
@@ -67,29 +67,29 @@ class WriteError(RuntimeError):
 
 
 class _Plan(NamedTuple):
-    """What there is to do at an operation."""
+    """Properties of an operation that decide how the guard treats it."""
 
-    writes: tuple[tuple[int, str], ...]  # positions and names of arguments that are written to
-    fresh: bool  # whether its outputs may be memory of their own
+    writes: tuple[tuple[int, str], ...]  # positions and names of arguments that the operation writes to
+    fresh: bool  # whether its outputs may be newly allocated memory
     choice: bool
-    kind: str | None  # of a product, whose precision has a setting of its own
+    kind: str | None  # kind of product, whose precision has a setting of its own
 
 
 Plans = dict[Any, _Plan]
-"""By operation."""
+"""The plans of operations seen so far."""
 
 
 class Guard(TorchDispatchMode):
-    """The mode; for one forward.
+    """A dispatch mode for one forward.
 
     Args:
-        journal: where states of generators are noted that the forward takes numbers from.
-        allowed: tensors that may be written to.
+        journal: records the states of generators that the forward draws from.
+        allowed: tensors that the forward may write to.
         inputs: copies of the forward's inputs.
-        protected: gives the tensors that training owns; asked only about writes by code that manages memory of its own
-            (compiled graphs, sharding).
-        plans: for operations of earlier guards, to be used again.
-        single: compute in float32 what the model would compute in 16 bits.
+        protected: returns the tensors that belong to training. Called only for writes by code that manages its own
+            memory (compiled graphs, sharding).
+        plans: plans of operations from earlier guards, to be reused.
+        single: whether to compute in float32 what the model would compute in 16 bits.
     """
 
     supports_higher_order_operators = True
@@ -105,10 +105,10 @@ class Guard(TorchDispatchMode):
         single: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.coarsest = 0.0  # spacing at 1 of the coarsest numbers so far
+        self.coarsest = 0.0  # largest machine epsilon so far
         self.choices: list[Tensor] = []
-        self.cut = False  # a first-order change was cut off by detach()
-        self.ended = False  # the forward is over
+        self.cut = False  # detach() has cut off a first-order change
+        self.ended = False
         self._journal = journal
         self._made = {storage for tensor in allowed for storage in storages(tensor)}
         self._inputs = {storage for tensor in inputs for storage in storages(tensor)}
@@ -118,15 +118,15 @@ class Guard(TorchDispatchMode):
         self._generators: set[int] = set()
 
     def end(self) -> None:
-        """The forward is over: this mode and the :class:`HostCopies` with it let everything through."""
+        """Mark the forward as ended, so that this mode and its :class:`FunctionGuard` intercept nothing more."""
         self.ended = True
 
     def owns(self, tensor: Tensor) -> bool:
-        """Whether the forward may write to that tensor."""
+        """Whether the forward may write to the tensor."""
         return self._made.issuperset(storages(tensor))
 
     def keep_data(self, tensor: Tensor) -> None:
-        """Put the memory of a tensor back afterwards."""
+        """Restore the memory of a tensor after the forward."""
         with torch._C.DisableTorchFunction():
             data = tensor.data
 
@@ -136,7 +136,7 @@ class Guard(TorchDispatchMode):
         self._journal.note(restore)
 
     def is_input(self, tensor: Tensor) -> bool:
-        """Whether it is a copy of one of the forward's inputs."""
+        """Whether the tensor is a copy of one of the forward's inputs."""
         return self._inputs.issuperset(storages(tensor))
 
     def __torch_dispatch__(
@@ -144,7 +144,7 @@ class Guard(TorchDispatchMode):
     ) -> Any:
         if self.ended:
             return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():  # also what is asked of tensors here
+        with torch._C.DisableTorchFunction():  # the guard itself also calls functions of tensors
             return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,7 +156,7 @@ class Guard(TorchDispatchMode):
             self._check(func, target)
         if kwargs:
             self._note_generator(kwargs.get("generator"))
-        if self._single and plan.fresh:  # views stay what they are views of
+        if self._single and plan.fresh:  # a view has to remain a view of its base
             args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
         output = func(*args, **kwargs) if kwargs else func(*args)
         if plan.fresh:
@@ -184,7 +184,7 @@ class Guard(TorchDispatchMode):
                 raise WriteError(str(func), inputs=False)
 
     def _is_scratch(self, storage: int) -> bool:
-        """Memory of code that manages its own, and not of training."""
+        """Whether the memory is scratch space of generated code that does not belong to training."""
         if not _managed():
             return False
         return not any(storage in storages(tensor) for tensor in self._protected())
@@ -205,15 +205,16 @@ class Guard(TorchDispatchMode):
             self.coarsest = spacing
 
 
-class HostCopies(TorchFunctionMode):
-    """For what goes past all dispatch: copies where a forward asks for a tensor's memory, and notes of assignments.
+class FunctionGuard(TorchFunctionMode):
+    """A function mode for calls that bypass the dispatcher.
 
-    Assignments to ``.data``, ``.grad`` and ``.requires_grad`` of any tensor are put back by the journal.
+    Calls that expose the memory of a tensor get a copy of it. Assignments to ``.data``, ``.grad`` and
+    ``.requires_grad`` of any tensor are recorded in the journal.
 
     Args:
-        guard: of the forward.
-        journal: takes what is to be put back.
-        strict: raise instead, since a compiled forward will not be given copies.
+        guard: dispatch mode of the same forward.
+        journal: records the assignments to be undone.
+        strict: whether to raise instead of copying, for compiled forwards, in which copies cannot be substituted.
     """
 
     def __init__(self, guard: Guard, journal: Journal, *, strict: bool = False) -> None:
@@ -249,7 +250,7 @@ class HostCopies(TorchFunctionMode):
             before = getattr(tensor, name)
 
         def undo() -> None:
-            with torch._C.DisableTorchFunction():  # the mode may still be on
+            with torch._C.DisableTorchFunction():  # the mode may still be active
                 if getattr(tensor, name) is not before:
                     setattr(tensor, name, before)
 
@@ -257,10 +258,10 @@ class HostCopies(TorchFunctionMode):
 
 
 def pop_ended() -> None:
-    """Take modes of forwards that are over off the stack.
+    """Pop modes of ended forwards off the stack.
 
-    Torch takes a mode off while it runs a function, in a generator that puts it back. An interrupt may leave that
-    generator suspended, and it then puts the mode back when it is freed: after everything else was put back.
+    While torch runs a function of a mode, a generator has popped the mode and pushes it back afterwards. An interrupt
+    may leave that generator suspended. It then pushes the mode when it is freed, after everything else was restored.
     """
     while (number := torch._C._len_torch_function_stack()) and _is_ended(torch._C._get_function_stack_at(number - 1)):
         torch.overrides._pop_mode()
@@ -269,7 +270,7 @@ def pop_ended() -> None:
 
 
 def _is_ended(mode: Any) -> bool:
-    guard = mode.guard if isinstance(mode, HostCopies) else mode
+    guard = mode.guard if isinstance(mode, FunctionGuard) else mode
     return isinstance(guard, Guard) and guard.ended
 
 
@@ -282,7 +283,7 @@ def _carries(tensor: Tensor) -> bool:
 
 
 def storages(tensor: Tensor) -> tuple[int, ...]:
-    """What identifies the memory of a tensor; nothing for tensors without memory that can be told apart."""
+    """Return what identifies the memory of a tensor: nothing for tensors without distinguishable memory."""
     if type(tensor) not in _ORDINARY and hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
         return tuple(storage for name in names for storage in storages(getattr(tensor, name)))
@@ -294,7 +295,7 @@ def storages(tensor: Tensor) -> tuple[int, ...]:
 
 def _plan(func: Any) -> _Plan:
     schema = getattr(func, "_schema", None)
-    if schema is None:  # a higher-order operator: its parts come by themselves
+    if schema is None:  # a higher-order operator: the operations in it are dispatched separately
         return _Plan((), True, False, None)
     norm = "batch_norm" in schema.name
     writes = tuple(
@@ -302,13 +303,13 @@ def _plan(func: Any) -> _Plan:
         for position, argument in enumerate(schema.arguments)
         if (argument.alias_info is not None and argument.alias_info.is_write) or (norm and argument.name in _STATISTICS)
     )
-    # A tensor made of Python numbers comes in as an alias of memory that no operation has made.
+    # A tensor created from Python numbers is returned as an alias of memory that no operation has allocated.
     fresh = schema.name == "aten::lift_fresh" or all(result.alias_info is None for result in schema.returns)
     return _Plan(writes, fresh, schema.name in _CHOICES, _KINDS.get(schema.name))
 
 
 def _managed() -> bool:
-    """Whether the operation comes from generated code of torch.compile, or from torch.distributed."""
+    """Whether generated code of torch.compile or torch.distributed called the operation."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename

@@ -1,7 +1,7 @@
 """Copies of a forward's arguments, for a second forward on the same values.
 
-What is not known to be copied in full is refused: an iterator would be consumed by the second forward and change
-training, an unknown container could be changed between the two and make the numbers wrong.
+Arguments that cannot be copied completely are rejected: a second forward would consume an iterator and so change
+training, and an unknown container could change between the forwards, which would make the result wrong.
 """
 
 from __future__ import annotations
@@ -41,27 +41,29 @@ _IMMUTABLE = (
 
 
 class UnknownArgumentError(TypeError):
-    """An argument holds something of which no copy can be made."""
+    """An argument holds an object that cannot be copied."""
 
 
 def copy_arguments(arguments: Any, copy_tensor: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested containers, new, with copies of what they hold.
+    """Copy nested containers together with their contents.
 
     Args:
-        arguments: tensors, numbers, strings and the like, NumPy arrays, and of these packed sequences, dataclasses
-            without further attributes, and all containers that ``torch.utils._pytree`` knows.
-        copy_tensor: makes the copy of a tensor.
+        arguments: tensors, numbers, strings and the like, NumPy arrays, packed sequences, dataclasses without further
+            attributes, and all containers that ``torch.utils._pytree`` knows.
+        copy_tensor: copies a tensor.
+
+    Returns:
+        New containers of the same structure.
 
     Raises:
-        UnknownArgumentError: anything else is in them; nothing has been consumed.
+        UnknownArgumentError: the arguments hold anything else; nothing has been consumed.
     """
-
-    # No function of its own that calls itself: it would keep what copy_tensor holds until the garbage is collected.
+    # A nested recursive function would be a reference cycle that keeps copy_tensor alive until garbage collection.
     return tree_map(functools.partial(_copy, copy_tensor, {}), arguments)
 
 
 def tensors_in(arguments: Any) -> list[Tensor]:
-    """The tensors that :func:`copy_arguments` would copy, each once."""
+    """Return the tensors that :func:`copy_arguments` would copy, without duplicates."""
     found: list[Tensor] = []
 
     def see(x: Tensor) -> Tensor:
@@ -75,7 +77,7 @@ def tensors_in(arguments: Any) -> list[Tensor]:
 def _copy(copy_tensor: Callable[[Tensor], Tensor], copies: dict[int, Tensor], leaf: Any) -> Any:
     copy = functools.partial(_copy, copy_tensor, copies)
     if isinstance(leaf, Tensor):
-        if id(leaf) not in copies:  # the same tensor twice is one: attention of x to itself asks for identity
+        if id(leaf) not in copies:  # keep the identity of repeated tensors: self-attention compares its inputs
             copies[id(leaf)] = copied = copy_tensor(leaf)
             _copy_attributes(copy, leaf, copied)
         return copies[id(leaf)]
@@ -88,25 +90,25 @@ def _copy(copy_tensor: Callable[[Tensor], Tensor], copies: dict[int, Tensor], le
     numpy = sys.modules.get("numpy")
     if numpy is not None and isinstance(leaf, (numpy.ndarray, numpy.generic)) and not leaf.dtype.hasobject:
         return leaf.copy()
-    if isinstance(leaf, UserDict) and vars(leaf).keys() >= {"data"}:  # what tokenizers give
+    if isinstance(leaf, UserDict) and vars(leaf).keys() >= {"data"}:  # tokenizers return these
         new = copy_module.copy(leaf)
         new.data = tree_map(copy, leaf.data)
         return new
     if _is_plain_dataclass(leaf):
         new = object.__new__(type(leaf))
         for name, value in vars(leaf).items():
-            object.__setattr__(new, name, tree_map(copy, value))  # frozen ones, too
+            object.__setattr__(new, name, tree_map(copy, value))  # also for frozen dataclasses
         return new
     kind = type(leaf)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     raise UnknownArgumentError(
-        f"an argument of type {name}, of which no copy can be made. Pass tensors, or containers of them that are "
+        f"an argument of type {name}, which cannot be copied. Pass tensors, or containers of them that are "
         "registered with torch.utils._pytree"
     )
 
 
 def _copy_attributes(copy: Callable[[Any], Any], tensor: Tensor, new: Tensor) -> None:
-    """What a program has attached to a tensor; what a subclass consists of, its copy has already."""
+    """Copy attributes that a program attached to a tensor, except those that the copy already has."""
     if new is tensor or not vars(tensor):
         return
     for name, value in vars(tensor).items():
@@ -115,7 +117,7 @@ def _copy_attributes(copy: Callable[[Any], Any], tensor: Tensor, new: Tensor) ->
 
 
 def _is_plain_dataclass(value: Any) -> bool:
-    """A dataclass instance that consists of its fields."""
+    """Whether the value is a dataclass instance without other attributes than its fields."""
     return (
         dataclasses.is_dataclass(value)
         and not isinstance(value, type)

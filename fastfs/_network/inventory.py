@@ -1,9 +1,9 @@
-"""What the modules of a model hold, found by walking once: later looks compare with what was found then.
+"""Inventory of what the modules of a model hold: walked once, then compared with the result of that walk.
 
-A walk meets some twenty containers per module, nearly all of them empty or the same as at the last look. Whether that
-is so is asked by identity of every key and value, of all containers, at every look: then what they hold has not to be
-looked into again. A container that was found changed, or that holds what must not be kept alive, is looked into at
-every look.
+A walk meets about twenty containers per module, nearly all of them empty or unchanged since the last scan. Every scan
+therefore compares all containers by the identity of every key and value, and inspects the contents of unchanged
+containers no further. Containers that were found changed, or that hold objects which must not be kept alive, are
+inspected in every scan.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INTERNAL", "ITERATORS", "Content", "Held", "Inventories", "Inventory", "put", "same"]
+__all__ = ["INTERNAL", "ITERATORS", "Content", "Inventories", "Inventory", "ScanResult", "put", "same"]
 
-_DEPTH = 4  # of containers in containers
-_MOST = 1000  # entries of a container that are looked into for more containers
-_KEPT = 2**20  # bytes of a tensor that may be kept alive between looks
+_DEPTH = 4  # levels of nested containers
+_MOST = 1000  # largest number of entries of a container that are searched for further containers
+_KEPT = 2**20  # bytes of the largest tensor that may be kept alive between scans
 _PLAIN = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, torch.Size}
     | {torch.layout, torch.memory_format}
 )
 _CONTAINERS = (dict, list, set, deque)
 INTERNAL = frozenset(vars(nn.Module())) - {"training", "_buffers", "_parameters"}
-"""What torch keeps of a module, hooks say, that is not state of its forwards."""
+"""Attributes that torch keeps per module, such as hooks, and that are not state of its forwards."""
 
 _ITERABLES: tuple[Any, ...] = ([], (), range(1), "", "\u00e9")
 ITERATORS: tuple[type[Any], ...] = (itertools.count, itertools.repeat, *map(type, map(iter, _ITERABLES)))
-"""Iterators of which copies can be made."""
+"""Iterators that can be copied."""
 
 _CODE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-# Objects that other threads or processes have a part in.
+# Modules of objects that other threads or processes may share.
 _SHARED = frozenset(
     "threading queue multiprocessing concurrent logging asyncio socket ssl subprocess _thread fastfs torch.distributed "
     "torch.multiprocessing torch.utils.data".split()
@@ -51,7 +51,7 @@ _dictionary = operator.attrgetter("__dict__")
 
 
 class Slots:
-    """The attributes of an object without a dictionary, as one."""
+    """The attributes of an object without a ``__dict__``, presented as one container."""
 
     def __init__(self, value: Any, names: Sequence[str]) -> None:
         self.value = value
@@ -69,14 +69,14 @@ class Slots:
 
 
 def _content(holder: Any) -> Content:
-    """A shallow copy of what a container holds."""
+    """Return a shallow copy of what a container holds."""
     if isinstance(holder, dict):
         return dict(holder)
     return holder.read() if isinstance(holder, Slots) else list(holder)
 
 
 def same(holder: Any, content: Content) -> bool:
-    """Whether a container holds the very objects of that content, in that order."""
+    """Whether a container holds the same objects as the content, in the same order."""
     if isinstance(holder, Slots):
         holder = holder.read()
     if len(holder) != len(content):
@@ -87,7 +87,7 @@ def same(holder: Any, content: Content) -> bool:
 
 
 def put(holder: Any, content: Content) -> None:
-    """Make a container hold that content again, in its order."""
+    """Make a container hold the content again, in its order."""
     if isinstance(holder, Slots):
         holder.write(content)
     elif isinstance(holder, dict):
@@ -107,18 +107,18 @@ def put(holder: Any, content: Content) -> None:
 
 
 class _Bare:
-    """An object that consists of its dictionary."""
+    """An object whose state is its ``__dict__`` alone."""
 
 
-class Held:
-    """What a look has found.
+class ScanResult:
+    """The result of a scan.
 
     Attributes:
         empty: containers that are empty.
-        contents: containers with what they hold, which nobody may change.
-        with_tensors: those of them that may hold tensors besides parameters, or iterators.
-        generators: of random numbers.
-        streams: iterators that a forward would use up, and of which no copy can be made.
+        contents: containers and their contents, which must not be modified.
+        with_tensors: those entries of ``contents`` that may hold iterators, or tensors besides parameters.
+        generators: random number generators.
+        streams: iterators that a forward would consume and that cannot be copied.
     """
 
     def __init__(self) -> None:
@@ -128,15 +128,15 @@ class Held:
         self.generators: list[Any] = []
         self.streams: list[Iterator[Any]] = []
 
-    def together(self, other: Held) -> Held:
-        """What either has found."""
-        result = Held()
+    def merged(self, other: ScanResult) -> ScanResult:
+        """Return the concatenation of both results."""
+        result = ScanResult()
         for name in vars(result):
             setattr(result, name, [*getattr(self, name), *getattr(other, name)])
         return result
 
     def restore(self, without: Collection[int] = ()) -> None:
-        """Make all containers hold what they held, but for those of some ids; may be called any number of times."""
+        """Restore the contents of all containers except those with the given ids; may be called repeatedly."""
         if any(self.empty):
             for holder in self.empty:
                 if holder:
@@ -147,25 +147,25 @@ class Held:
 
 
 class _Walk:
-    """The containers that modules hold, those in them, and the generators; each once.
+    """A walk over the containers that modules hold, containers nested in them, and generators, without duplicates.
 
-    What is found divides into ``steady``, which may be kept for the next look, and ``fresh``.
+    Results are divided into ``steady``, which may be kept for the next scan, and ``fresh``.
 
     Args:
-        without: attributes of modules that are passed over.
-        restless: ids of containers that are found changed again and again.
-        known: ids of containers that have been seen already.
+        without: attributes of modules that are skipped.
+        volatile: ids of containers that change repeatedly.
+        known: ids of containers that have been visited already.
     """
 
-    def __init__(self, without: frozenset[str], restless: set[int], known: set[int]) -> None:
-        self.steady, self.fresh = Held(), Held()
-        self.owners: list[Any] = []  # objects that may be kept, whose dictionaries are among the containers
-        self.roots: list[tuple[Any, int, bool]] = []  # where the next look begins: container, depth, of a module
+    def __init__(self, without: frozenset[str], volatile: set[int], known: set[int]) -> None:
+        self.steady, self.fresh = ScanResult(), ScanResult()
+        self.owners: list[Any] = []  # objects that may be kept and whose dictionaries are among the containers
+        self.roots: list[tuple[Any, int, bool]] = []  # starts of the next scan: container, depth, whether of a module
         self._without = without
-        self._restless = restless
+        self._volatile = volatile
         self._known = known
-        self._seen: dict[int, bool] = {}  # by id, whether it may be kept
-        self._any_tensor = False  # kept without regard to its size
+        self._seen: dict[int, bool] = {}  # id -> whether it may be kept
+        self._any_tensor = False  # whether tensors of any size may be kept
 
     def begin(self, modules: Iterable[nn.Module], others: Iterable[Any]) -> None:
         for module in modules:
@@ -179,35 +179,35 @@ class _Walk:
             self._seen.update((id(holder[name]), True) for name in self._without & holder.keys())
         self._any_tensor = not of_module
         before = id(holder) in self._seen or id(holder) in self._known
-        if not self._look(holder, depth, of_module) and not before:
+        if not self._inspect(holder, depth, of_module) and not before:
             self.roots.append((holder, depth, of_module))
 
-    def _look(self, holder: Any, depth: int, of_module: bool = False) -> bool:
-        """Look into a container once; whether it may be kept."""
+    def _inspect(self, holder: Any, depth: int, of_module: bool = False) -> bool:
+        """Inspect a container once and return whether it may be kept."""
         key = id(holder)
         if key in self._known:
             return True
         if key in self._seen:
             return self._seen[key]
-        self._seen[key] = False  # while it is looked into, since it may hold itself
-        restless = key in self._restless
+        self._seen[key] = False  # until the inspection ends, because the container may hold itself
+        volatile = key in self._volatile
         if not holder and not isinstance(holder, Slots):
             keep = True
-            (self.fresh if restless else self.steady).empty.append(holder)
+            (self.fresh if volatile else self.steady).empty.append(holder)
         else:
             content = _content(holder)
             values: Any = content.values() if isinstance(content, dict) else content
-            keep = self._look_into(values, len(content), depth) and not isinstance(holder, Slots)
-            held = self.steady if keep and not restless else self.fresh
+            keep = self._inspect_values(values, len(content), depth) and not isinstance(holder, Slots)
+            held = self.steady if keep and not volatile else self.fresh
             held.contents.append((holder, content))
             if not keep or any(isinstance(v, Tensor) and not isinstance(v, nn.Parameter) for v in values):
                 held.with_tensors.append((holder, content))
-        if keep and restless:
+        if keep and volatile:
             self.roots.append((holder, depth, of_module))
         self._seen[key] = keep
         return keep
 
-    def _look_into(self, values: Iterable[Any], count: int, depth: int) -> bool:
+    def _inspect_values(self, values: Iterable[Any], count: int, depth: int) -> bool:
         if not depth or (count > _MOST and depth < _DEPTH):
             return False
         keep = True
@@ -217,17 +217,17 @@ class _Walk:
                 continue
             if isinstance(value, Tensor):
                 if kind is not nn.Parameter and hasattr(kind, "__tensor_flatten__"):
-                    keep = False  # its attributes are what it consists of
-                elif self._look(value.__dict__, depth - 1) and (kind is nn.Parameter or self._may_keep(value)):
+                    keep = False  # the subclass stores its data in attributes
+                elif self._inspect(value.__dict__, depth - 1) and (kind is nn.Parameter or self._may_keep(value)):
                     self.owners.append(value)
                 else:
                     keep = False
             elif isinstance(value, _CONTAINERS):
-                keep &= self._look(value, depth - 1)
+                keep &= self._inspect(value, depth - 1)
             elif isinstance(value, tuple):
-                keep &= self._look_into(value, len(value), depth - 1)
+                keep &= self._inspect_values(value, len(value), depth - 1)
             else:
-                keep &= self._look_at(value, depth)
+                keep &= self._inspect_object(value, depth)
         return keep
 
     def _may_keep(self, tensor: Tensor) -> bool:
@@ -235,8 +235,8 @@ class _Walk:
             return False
         return self._any_tensor or tensor.nbytes <= _KEPT
 
-    def _look_at(self, value: Any, depth: int) -> bool:
-        """An object of another kind."""
+    def _inspect_object(self, value: Any, depth: int) -> bool:
+        """Inspect an object that is neither a tensor nor a container."""
         if isinstance(value, _CODE):
             return True
         key = id(value)
@@ -250,13 +250,13 @@ class _Walk:
                 self.fresh.streams.append(value)
         elif _is_shared(value):
             keep = type(value).__module__.partition(".")[0] == "fastfs"
-        elif depth >= _DEPTH - 1:  # held by a module itself, or in a container of its own
+        elif depth >= _DEPTH - 1:  # held by a module itself or directly in one of its containers
             entries = getattr(value, "__dict__", None)
             names = _slots(type(value))
             if isinstance(entries, dict):
-                keep = self._look(entries, min(depth - 1, 2)) and type(value).__basicsize__ <= _Bare.__basicsize__
+                keep = self._inspect(entries, min(depth - 1, 2)) and type(value).__basicsize__ <= _Bare.__basicsize__
             if names:
-                self._look(Slots(value, names), min(depth - 1, 2))
+                self._inspect(Slots(value, names), min(depth - 1, 2))
             elif keep:
                 self.owners.append(value)
             keep = keep and not names
@@ -280,7 +280,7 @@ def _slots(kind: type) -> list[str]:
 
 
 def _is_shared(value: Any) -> bool:
-    """What is not the model's alone."""
+    """Whether the object may be shared with other threads, processes or models."""
     name = type(value).__module__
     return (
         name.partition(".")[0] in _SHARED
@@ -289,8 +289,8 @@ def _is_shared(value: Any) -> bool:
     )
 
 
-class _Known:
-    """The steady part of a walk, and how it is seen to be as it was."""
+class _Baseline:
+    """The steady part of a walk, and how changes to it are detected."""
 
     def __init__(self, modules: Sequence[nn.Module], others: Sequence[Any], walk: _Walk) -> None:
         self.modules = modules
@@ -306,34 +306,37 @@ class _Known:
         return _identical(self.modules, modules) and _identical(self.others, others)
 
     def changed(self) -> list[int]:
-        """Ids of containers that do not hold what they held."""
+        """Return the ids of containers whose contents have changed."""
         found = [id(holder) for holder in self.held.empty if holder] if any(self.held.empty) else []
         return found + [id(holder) for holder, content in self.held.contents if not same(holder, content)]
 
     def replaced(self) -> bool:
-        """Whether an object has another dictionary than it had."""
+        """Whether the ``__dict__`` of an object was replaced."""
         return not all(map(operator.is_, map(_dictionary, self.owners), self.dictionaries))
 
 
 class Inventory:
-    """Looks at what modules hold, any number of times.
+    """Scans what modules hold, any number of times.
 
     Args:
-        without: attributes of modules that are passed over.
+        without: attributes of modules that are skipped.
     """
 
     def __init__(self, without: frozenset[str] = frozenset()) -> None:
         self.walks = 0
         self._without = without
-        self._known: _Known | None = None
-        self._restless: set[int] = set()
+        self._known: _Baseline | None = None
+        self._volatile: set[int] = set()
 
-    def look(self, modules: Sequence[nn.Module], others: Iterable[Any] = ()) -> Held:
-        """What is held now.
+    def scan(self, modules: Sequence[nn.Module], others: Iterable[Any] = ()) -> ScanResult:
+        """Return the current contents.
 
         Args:
-            modules: of a model.
-            others: more containers.
+            modules: modules of the model.
+            others: additional containers.
+
+        Returns:
+            The contents of all containers, and generators and iterators.
         """
         others, known = list(others), self._known
         if known is not None and known.has_same_roots(modules, others) and not known.replaced():
@@ -344,18 +347,18 @@ class Inventory:
                 walk = _Walk(self._without, set(), known.ids)
                 for holder, depth, of_module in known.roots:
                     walk.root(holder, depth, of_module)
-                return known.held.together(walk.steady.together(walk.fresh))
-            self._restless.update(changed)
+                return known.held.merged(walk.steady.merged(walk.fresh))
+            self._volatile.update(changed)
         self.walks += 1
         self._known = None
-        walk = _Walk(self._without, self._restless, set())
+        walk = _Walk(self._without, self._volatile, set())
         walk.begin(modules, others)
-        self._known = _Known(list(modules), others, walk)
-        return walk.steady.together(walk.fresh)
+        self._known = _Baseline(list(modules), others, walk)
+        return walk.steady.merged(walk.fresh)
 
 
 class Inventories:
-    """Of a model: ``state`` of what a forward may find in its modules, ``everything`` of all that is put back."""
+    """The inventories of a model: ``state`` covers what its forward may read, ``everything`` all that is restored."""
 
     def __init__(self) -> None:
         self.state = Inventory(INTERNAL)

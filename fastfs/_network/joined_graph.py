@@ -1,8 +1,8 @@
-"""The graphs of all forwards of one optimizer step as one graph with numbered nodes.
+"""The graphs of all forwards of one optimizer step, joined into one graph with numbered nodes.
 
-Parameters are nodes that the forwards share. Below one root stands a head for each group of forwards that have nothing
-but parameters in common, below a head the outputs that the loss depends on. A function of which several outputs are
-used has a node of its own for each of them; else one node stands for the function and its value.
+Parameters are nodes that the forwards share. Below a single root there is a head node for each group of forwards that
+have only parameters in common, and below each head the outputs that the loss depends on. A function with several used
+outputs has one node per output; otherwise one node represents both the function and its value.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from fastfs._network.autograd_graph import Ints, Trace
 from fastfs._network.parameter_sets import EMPTY, Intervals, union
 
-__all__ = ["CHECKPOINT", "COMPILED", "TRANSPARENT", "Joined", "Step"]
+__all__ = ["CHECKPOINT", "COMPILED", "TRANSPARENT", "JoinedGraph", "TracedForward"]
 
-Step = tuple[Trace, Sequence[int]]
-"""A forward, and which of its outputs the loss depends on."""
+TracedForward = tuple[Trace, Sequence[int]]
+"""A forward, and the indices of its outputs that the loss depends on."""
 
 TRANSPARENT, CHECKPOINT, COMPILED = 1, 2, 4
-"""What is to be known of a function."""
+"""Bit flags of a function."""
 
-# Functions that only change the form or the type of a parameter: a parameter is used where these end.
+# Functions that only reshape or cast a parameter: the parameter counts as used by the first function after these.
 _FORMS = frozenset(
     f"{name}Backward0"
     for name in (
@@ -38,24 +38,24 @@ def _flags(name: str) -> int:
     )
 
 
-class Joined:
-    """Nodes 0 to P - 1 are the parameters.
+class JoinedGraph:
+    """The joined graph. Nodes 0 to P - 1 are the parameters.
 
     Attributes:
-        root: the node above all outputs.
-        starts, targets: the nodes below node n are ``targets[starts[n]:starts[n + 1]]``.
-        order: every node that is below the root or a visit, after all that are below it.
-        reached: whether the root is above a node.
-        groups: of every node that is no parameter, which forwards it is of.
-        flags: of the function of every node.
-        split: whether the node is one of several outputs of a function.
-        visits: per layer its visits: node, or -1 outside of the graph; group; step; number in the order of the forward.
-        last: int64 (P,) number of the last function that takes a parameter.
-        sets: per node which parameters are below it, in ``numbering``.
-        numbering: int64 (P,) the parameter at each position.
+        root: node above all outputs.
+        starts, targets: the children of node n are ``targets[starts[n]:starts[n + 1]]``.
+        order: post-order of the nodes below the root or a visit: children come before their parents.
+        reached: whether a node lies below the root.
+        groups: group of forwards of each node that is not a parameter.
+        flags: flags of the function of each node.
+        split: whether a node is one of several outputs of a function.
+        visits: per layer, its visits: node (-1 outside of the graph), group, step and sequence number.
+        last: int64 (P,) sequence number of the last function that takes the parameter.
+        sets: per node, the parameters below it as intervals of ``numbering``.
+        numbering: int64 (P,) parameter at each position.
     """
 
-    def __init__(self, steps: Sequence[Step], parameters: int) -> None:
+    def __init__(self, steps: Sequence[TracedForward], parameters: int) -> None:
         self.root = parameters
         self._group(steps)
         groups = max(self._group_of) + 1
@@ -67,7 +67,7 @@ class Joined:
         heads = np.arange(self._head, self._count, dtype=np.int64)
         edges = [np.stack([np.full(groups, self.root), heads, np.zeros(groups, dtype=np.int64)], axis=1)]
         self._common: dict[tuple[int, str], tuple[int, Ints]] = {}
-        visits: list[tuple[Ints, Ints]] = []  # with numbers of their functions
+        visits: list[tuple[Ints, Ints]] = []  # with the sequence numbers of their functions
         for number, (trace, roots) in enumerate(steps):
             at, fresh = self._place(trace, number)
             sources = np.repeat(at, np.diff(trace.starts))
@@ -96,8 +96,8 @@ class Joined:
 
     # From forwards to nodes
 
-    def _group(self, steps: Sequence[Step]) -> None:
-        """Forwards that have functions in common, since one used a result of another, are of one group."""
+    def _group(self, steps: Sequence[TracedForward]) -> None:
+        """Assign forwards to one group if they share functions because one used a result of another."""
         found: list[int] = []
         highest = -1
         self._overlapping = False
@@ -116,7 +116,7 @@ class Joined:
         self._group_of = [dense[group] for group in found]
 
     def _place(self, trace: Trace, step: int) -> tuple[Ints, np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-        """The node of each function, and whether it is new: not of an earlier forward."""
+        """Return the node of each function, and whether the node is new, that is not part of an earlier forward."""
         at = trace.parameters.copy()
         fresh = np.ones(len(at), dtype=np.bool_)
         if self._overlapping:
@@ -132,7 +132,7 @@ class Joined:
         return at, fresh
 
     def _met(self, trace: Trace) -> dict[int, int]:
-        """Functions that an earlier forward has, too: same number, kind and inputs, and so all that is below them."""
+        """Find functions shared with an earlier forward: equal number, kind and inputs, and so an equal subgraph."""
         met: dict[int, int] = {}
         inputs: dict[int, Ints] = {}
         for local in np.flatnonzero(trace.sequence >= 0).tolist():
@@ -156,7 +156,7 @@ class Joined:
         return met
 
     def _sort(self, edges: Ints, flags: Ints, visits: list[Ints]) -> None:
-        """Nodes for the outputs of functions of which several are used; then all edges by the node that they leave."""
+        """Create nodes for functions with several used outputs, then sort all edges by their source node."""
         sequence = np.concatenate(self._sequence)
         self.last = np.full(self.root, -1, dtype=np.int64)
         takes = edges[edges[:, 1] < self.root]
@@ -189,7 +189,7 @@ class Joined:
         self.targets = edges[by_source, 1].tolist()
         self.starts = np.concatenate([[0], np.cumsum(np.bincount(edges[:, 0], minlength=self._count))]).tolist()
 
-    # What lies above and below
+    # Reachability
 
     def _walk(self) -> None:
         first = [self.root, *(node for visits in self.visits for node, *_ in visits if node >= 0)]
@@ -199,7 +199,7 @@ class Joined:
             below = targets[starts[node] : starts[node + 1]]
             if below:
                 depth[node] = 1 + max([depth[child] for child in below])
-        # What is deepest goes first: it holds what the others hold, too, so that these are intervals.
+        # The deepest child comes first: its set contains those of the others, so that the sets become intervals.
         self.order = self._post_order(first, depth.__getitem__)
         entered = [node for node in self.order if node < self.root]
         seen = set(entered)
@@ -247,11 +247,14 @@ class Joined:
         self.sets = sets
 
     def dominated(self) -> list[int]:
-        """For each node how many parameters it dominates: every path from the root to them passes through it.
+        """Count the parameters that each node dominates: those to which every path from the root passes through it.
 
-        On a graph without cycles the dominator of a node is the lowest common ancestor, in the dominator tree, of all
-        that use it: one sweep. ``jump`` holds for each node an ancestor that is far up, so that an ancestor is found in
-        a logarithmic number of steps: a recurrent network uses a parameter thousands of times, at all depths.
+        In an acyclic graph, the dominator of a node is the lowest common ancestor of its users in the dominator tree,
+        so one sweep suffices. ``jump`` holds a distant ancestor of each node, which makes ancestor queries logarithmic:
+        a recurrent network uses a parameter thousands of times at all depths.
+
+        Returns:
+            One count per node.
         """
         starts, targets, root = self.starts, self.targets, self.root
         parent, jump, depth = [-1] * self._count, [0] * self._count, [0] * self._count
@@ -289,7 +292,7 @@ class Joined:
         return counts
 
     def hiding(self) -> bytearray:
-        """Whether a node, or one below it, is a checkpoint that keeps parameters out of the graph."""
+        """Return, per node, whether it or a node below it is a checkpoint that hides parameters from the graph."""
         hidden = bytearray(self._count)
         if any(flag & CHECKPOINT for flag in self.flags):
             starts, targets = self.starts, self.targets
@@ -299,14 +302,17 @@ class Joined:
         return hidden
 
     def chains(self, wide: Sequence[int]) -> list[int]:
-        """For each node how many functions that take a parameter follow one another below it, at most.
+        """Return, per node, the largest number of functions on a path below it that take a wide parameter.
 
         Args:
-            wide: 1 for the parameters that count, else 0.
+            wide: 1 for the parameters that count, 0 for the others.
+
+        Returns:
+            One length per node.
         """
         starts, targets = self.starts, self.targets
         found = [0] * self._count
-        form = [*wide, *([0] * (self._count - self.root))]  # whether the node is such a parameter in another form
+        form = [*wide, *([0] * (self._count - self.root))]  # whether the node is a reshaped or cast wide parameter
         for node in self.order:
             below = targets[starts[node] : starts[node + 1]]
             if not below:
@@ -320,7 +326,7 @@ class Joined:
 
     @functools.cached_property
     def reaching(self) -> list[int]:
-        """For each parameter bits of the groups of forwards in which it reaches the loss."""
+        """Per parameter, the bit set of the groups of forwards in which it reaches the loss."""
         found = [0] * self.root
         starts, targets = self.starts, self.targets
         for node in self.order:
@@ -331,12 +337,15 @@ class Joined:
         return found
 
     def uses(self) -> dict[int, list[int]]:
-        """Where parameters that are used several times are used: per node which.
+        """Return, per node, the parameters used there that are also used elsewhere.
 
-        Only what the root is above counts. Functions that change the form of a parameter do not use it.
+        Only nodes below the root count. Functions that only reshape or cast a parameter do not use it.
+
+        Returns:
+            node -> indices of parameters.
         """
         starts, targets = self.starts, self.targets
-        form = list(range(self.root)) + [-1] * (self._count - self.root)  # which parameter a node is a form of
+        form = list(range(self.root)) + [-1] * (self._count - self.root)  # the parameter that a node reshapes or casts
         taken: dict[int, list[int]] = {}
         for node in self.order:
             if node < self.root or not self.reached[node]:

@@ -1,4 +1,4 @@
-"""Which modules to watch: names as the user knows them, without the prefixes that wrappers add."""
+"""Selection of the modules to watch, and their names without the prefixes that wrappers add."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from fastfs._network.blocks import blocks
-from fastfs._network.wrappers import clean_name, inside, prefixes, runs, unwrapped
+from fastfs._network.wrappers import clean_name, has_forward, inner_module, prefixes, unwrapped
 
 __all__ = ["AUTO", "Layer", "Selection", "clean_name", "parameter_names", "select_groups", "select_layers", "unwrapped"]
 
@@ -21,12 +21,12 @@ _SHOWN = 60
 Selection: TypeAlias = (
     str | Sequence[str] | Callable[[str, nn.Module], bool] | type[nn.Module] | tuple[type[nn.Module], ...]
 )
-"""What ``layers=`` takes."""
+"""The types that ``layers=`` accepts."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A watched module: its position in the record, its name there, and itself."""
+    """A watched module with its position and name in the record."""
 
     index: int
     name: str
@@ -34,13 +34,13 @@ class Layer:
 
 
 def parameter_names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Names of the parameters that the optimizers update, in their order; all different."""
+    """Return the parameters that the optimizers update, in their order, by unique names."""
     wrapped = prefixes(model)
     names: dict[int, str] = {}
     taken: set[str] = set()
     for raw, parameter in model.named_parameters():
         name = clean_name(raw, wrapped)
-        if name in taken:  # a wrapper with a parameter of its own of the same name
+        if name in taken:  # a wrapper has a parameter of the same name
             name = clean_name(raw)
         names[id(parameter)] = name
         taken.add(name)
@@ -48,38 +48,41 @@ def parameter_names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str,
 
 
 def select_layers(model: nn.Module, layers: Selection, trained: Collection[Tensor] | None = None) -> tuple[Layer, ...]:
-    r"""The modules to watch, in the order of ``model.named_modules()``.
+    r"""Return the modules to watch, in the order of ``model.named_modules()``.
 
-    The model itself can be a layer, too. It is called by the name of its class (in parentheses if a submodule is
-    called so), and ``""``, as in ``named_modules()``, stands for it in a list of names. If no submodule can run it is
-    the only candidate; else it is watched if it is asked for by name.
+    The model itself can be a layer too. Its name is that of its class (in parentheses if a submodule has this name),
+    and ``""``, as in ``named_modules()``, denotes it in a list of names. It is the only candidate if no submodule has a
+    forward; otherwise it is selected only by name.
 
     Args:
         model: the network.
         layers: one of
 
-            - ``"auto"``: the repeated blocks on the main path of the model (:mod:`fastfs._network.blocks`), or where
-              there are none, every module with parameters of its own, or the model itself;
-            - a regular expression, searched for in every module's name (``r"blocks\.\d+$"``);
+            - ``"auto"``: the repeated blocks on the main path of the model (:mod:`fastfs._network.blocks`). If there
+              are none, every module with parameters of its own, or else the model itself;
+            - a regular expression, searched for in the name of every module (``r"blocks\.\d+$"``);
             - a list of exact names;
-            - a module type, or a tuple of them;
-            - a function of name and module that says whether to watch it.
+            - a module type, or a tuple of module types;
+            - a function of name and module that returns whether to watch the module.
 
-            Modules without a forward (``ModuleList``, ``ModuleDict``) never run, so they cannot be watched.
-        trained: the parameters that the optimizers update, for ``"auto"``, which leaves out what is not trained; those
-            that require a gradient if None.
+            Modules without a forward (``ModuleList``, ``ModuleDict``) cannot be watched.
+        trained: parameters that the optimizers update, for ``"auto"``, which omits modules that are not trained; None
+            means the parameters that require a gradient.
+
+    Returns:
+        The selected layers, numbered from 0.
 
     Raises:
         TypeError: ``layers`` is none of these.
-        ValueError: no module matches, or a name is unknown or that of a module that never runs; the message lists the
+        ValueError: no module matches, a name is unknown, or a named module has no forward. The message lists the
             candidates.
     """
     modules = _Modules(model)
     chosen = _choose(modules, layers, trained)
-    can_run = [name for name in chosen if runs(inside(chosen[name]))]
+    can_run = [name for name in chosen if has_forward(inner_module(chosen[name]))]
     if not can_run and chosen:
         raise ValueError(
-            f"layers: {_shown(layers)} matches only what has no forward and never runs itself ({_some(chosen)}) of "
+            f"layers: {_shown(layers)} matches only modules without a forward ({_some(chosen)}) of "
             f"{modules.kind}. {modules.candidates(tuple(chosen))}"
         )
     if not can_run:
@@ -88,18 +91,18 @@ def select_layers(model: nn.Module, layers: Selection, trained: Collection[Tenso
 
 
 def select_groups(layers: Sequence[Layer], groups: dict[str, str] | None) -> dict[str, list[int]]:
-    """Groups of watched layers whose totals are recorded beside them.
+    """Return the groups of watched layers whose totals are recorded in addition.
 
     Args:
         layers: the watched layers.
-        groups: name of the group -> regular expression, searched for in the names of the watched layers.
+        groups: group name -> regular expression, searched for in the names of the watched layers.
 
     Returns:
-        name -> indices of the layers in it.
+        Group name -> indices of its layers.
 
     Raises:
-        TypeError: not a dictionary of strings.
-        ValueError: an expression that is none, or that matches no watched layer.
+        TypeError: ``groups`` is not a dictionary of strings.
+        ValueError: an expression is invalid or matches no watched layer.
     """
     if groups is None:
         return {}
@@ -116,12 +119,12 @@ def select_groups(layers: Sequence[Layer], groups: dict[str, str] | None) -> dic
 
 
 class _Modules:
-    """The modules of a model by their names; of a wrapper around a part of it and what it wraps, the wrapper.
+    """The modules of a model by name. Of a wrapper around a part of the model, the wrapper stands for its content.
 
     Attributes:
-        model: without the wrappers around it that torch.compile and data parallelism put there.
+        model: the model without the wrappers that torch.compile and data parallelism add around it.
         below: its submodules.
-        own_name: the name of the model itself.
+        own_name: name of the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -135,7 +138,7 @@ class _Modules:
             wrapper = next(wrapper.children())
         for raw, module in model.named_modules():
             name = clean_name(raw, wrapped)
-            if not name and id(module) not in around:  # what a wrapper of the user's own wraps
+            if not name and id(module) not in around:  # the content of a user-defined wrapper
                 name = clean_name(raw, wrapped - 1)
             if name:
                 self.below.setdefault(name, module)
@@ -145,22 +148,26 @@ class _Modules:
 
     @property
     def kind(self) -> str:
-        return type(inside(self.model)).__name__
+        return type(inner_module(self.model)).__name__
 
     @property
     def searched(self) -> dict[str, nn.Module]:
-        """What selections other than by name look through: the model itself only if nothing below it can run."""
-        return self.below if any(runs(inside(m)) for m in self.below.values()) else {self.own_name: self.model}
+        """The modules that selections other than by name consider: the model itself only if no submodule can run."""
+        return (
+            self.below
+            if any(has_forward(inner_module(m)) for m in self.below.values())
+            else {self.own_name: self.model}
+        )
 
     def candidates(self, inside_of: tuple[str, ...] = ()) -> str:
-        """A sentence for an error; of modules below certain ones, if there are any."""
-        names = [name for name, module in self.searched.items() if runs(inside(module))]
+        """Return a sentence for an error message that lists the candidates, below the given modules if possible."""
+        names = [name for name, module in self.searched.items() if has_forward(inner_module(module))]
         held = [name for name in names if name.startswith(tuple(f"{outer}." for outer in inside_of))]
         return f"Candidates: {_some(held or names)}" if names else "Nothing in it has a forward."
 
 
 def _choose(modules: _Modules, layers: Any, trained: Collection[Tensor] | None) -> dict[str, nn.Module]:
-    """What is selected, in the order of the model; also modules that never run."""
+    """Return the selected modules in the order of the model, including modules without a forward."""
     searched = modules.searched
     if isinstance(layers, str) and layers == AUTO:
         chosen = {id(m) for m in blocks(modules.model, modules.below.values(), trained)}
@@ -172,9 +179,9 @@ def _choose(modules: _Modules, layers: Any, trained: Collection[Tensor] | None) 
     if isinstance(layers, type) and issubclass(layers, nn.Module):
         layers = (layers,)
     if isinstance(layers, tuple) and layers and all(isinstance(t, type) and issubclass(t, nn.Module) for t in layers):
-        return {name: m for name, m in searched.items() if isinstance(inside(m), layers)}
+        return {name: m for name, m in searched.items() if isinstance(inner_module(m), layers)}
     if callable(layers) and not isinstance(layers, type):
-        return {name: m for name, m in searched.items() if layers(name, inside(m))}
+        return {name: m for name, m in searched.items() if layers(name, inner_module(m))}
     if isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers):
         return _by_name(modules, layers)
     raise TypeError(
@@ -190,10 +197,10 @@ def _by_name(modules: _Modules, names: Sequence[str]) -> dict[str, nn.Module]:
     if unknown or not names:
         problem = f"unknown names {unknown}" if unknown else "an empty list"
         raise ValueError(f"layers: {problem} of {modules.kind}. {modules.candidates()}")
-    never = [name for name in known if name in wanted and not runs(inside(known[name]))]
+    never = [name for name in known if name in wanted and not has_forward(inner_module(known[name]))]
     if never:
         raise ValueError(
-            f"layers: {never[0]!r} is a {type(inside(known[never[0]])).__name__}, which never runs itself: it has no "
+            f"layers: {never[0]!r} is a {type(inner_module(known[never[0]])).__name__}, which has no forward and so no "
             f"features. {modules.candidates((never[0],))}"
         )
     return {name: module for name, module in known.items() if name in wanted}

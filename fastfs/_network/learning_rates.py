@@ -1,4 +1,4 @@
-"""Learning rates of every parameter from one number or from patterns of names."""
+"""Resolve the learning rate of every parameter from one number or from patterns of parameter names."""
 
 from __future__ import annotations
 
@@ -13,22 +13,26 @@ from torch import Tensor
 __all__ = ["LearningRates", "resolve"]
 
 LearningRates: TypeAlias = float | Mapping[str, float | Tensor]
-"""One learning rate for all parameters, or regular expression -> learning rate; a tensor holds one per entry."""
+"""One learning rate for all parameters, or regular expression -> learning rate; a tensor has one rate per entry."""
 
 
 def resolve(lr: LearningRates, names: Sequence[str], parameters: Sequence[Tensor]) -> list[float | Tensor]:
-    """The learning rate of each parameter.
+    """Return the learning rate of each parameter.
 
     Args:
-        lr: a number for all, or regular expressions, searched for in the names, with a number or a tensor that
-            broadcasts to the parameter. Each parameter must be found by exactly one, and each expression find one.
-        names: of the parameters.
-        parameters: in the order of the names.
+        lr: a number for all parameters, or a mapping from regular expressions, searched for in the names, to a number
+            or a tensor that broadcasts to the parameter. Each parameter has to match exactly one expression, and each
+            expression at least one parameter.
+        names: names of the parameters.
+        parameters: the parameters, in the order of the names.
+
+    Returns:
+        A number or tensor per parameter.
 
     Raises:
-        TypeError: neither a number nor a mapping of them.
-        ValueError: a parameter that no expression or several find, an expression that finds none or is none, a number
-            that is negative or not finite, or a tensor of another shape.
+        TypeError: ``lr`` is neither a number nor a mapping.
+        ValueError: a parameter matches no or several expressions, an expression is invalid or matches no parameter, a
+            rate is negative or not finite, or a tensor does not broadcast to its parameter.
     """
     if not isinstance(lr, Mapping):
         return [_number(lr, "lr")] * len(parameters)

@@ -1,8 +1,8 @@
-"""A model around one point: features, backward vectors and gradients there, and first-order changes in any direction.
+"""Linearization of a model at one point: features, backward vectors, gradients, and first-order changes.
 
-Everything is a function of the values of the parameters, on one batch, with the same random numbers, buffers and modes
-each time. The model itself is not changed: parameters, gradients, buffers and generators are as before. What hooks and
-forwards of the model's own keep elsewhere they keep of these forwards, too. One thread at a time.
+All results are functions of the parameter values on one batch, with the same random numbers, buffers and modes in each
+call. The model is left unchanged: parameters, gradients, buffers and generators are as before. State that hooks or the
+model's own forward keep elsewhere includes these forwards. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -26,48 +26,51 @@ from fastfs._network.structure import Edge, Structure, analyse, edge_of
 __all__ = ["Evaluation", "Linearization", "LossFunction", "Visits"]
 
 LossFunction = Callable[[Any, Any], Tensor]
-"""Takes the model and the batch, and gives the loss, a scalar tensor."""
+"""A function of the model and the batch that returns the loss as a scalar tensor."""
 
 Visits = tuple[Tensor, ...]
-"""Of a layer: one tensor for each time that it runs in a forward, nearly always one."""
+"""The tensors of one layer: one per time that it runs in a forward, nearly always exactly one."""
 
 
 class Evaluation(NamedTuple):
-    """Features of every layer and the loss, or their first-order changes. Detached."""
+    """Features of every layer and the loss, or the first-order changes of these; detached."""
 
     features: list[Visits]
     loss: Tensor
 
 
-class _ReachedError(BaseException):
-    """Ends a forward at the layer that is wanted; no model catches it."""
+class _StopForward(BaseException):
+    """Ends a forward at the requested layer. A BaseException, so that models do not catch it."""
 
 
 class Linearization:
     """Runs one forward and one backward, and keeps features, backward vectors and gradients.
 
     Args:
-        model: any network; wrappers are looked through and compiled parts run as they were written.
-        loss_fn: function of the model and the batch that gives the loss, a scalar that includes its own mean.
-        batch: what ``loss_fn`` takes; copied for every forward.
-        layers: which layers to watch, as for :class:`fastfs.Monitor`.
-        parameters: regular expression, searched for in the names: which parameters move; all trainable ones if None.
-        dtype: compute in this dtype, such as ``torch.float64``, with parameters, buffers and inputs cast to it.
+        model: any network. Wrappers are removed, and compiled parts run eagerly.
+        loss_fn: function of the model and the batch that returns the loss, a scalar that includes its own mean.
+        batch: second argument of ``loss_fn``, copied for every forward.
+        layers: the layers to watch, as for :class:`fastfs.Monitor`.
+        parameters: regular expression, searched for in the names of the parameters to move; None moves all trainable
+            ones.
+        dtype: dtype to compute in, such as ``torch.float64``; parameters, buffers and inputs are cast to it.
 
     Attributes:
-        layers: the watched layers, L of them.
-        originals: the model's own parameters that move; ``parameters`` are their values in ``dtype``.
-        names, parameters, gradients: of the P parameters that move, the gradients zero where the loss has none.
-        loss: 0-d.
-        features, backward: per layer its visits. Backward vectors dLoss/df; zero where the loss does not depend on f.
-        structure: which parameters are upstream of which layer, and which layers are cuts.
+        layers: the L watched layers.
+        originals: the model's own parameters that move. ``parameters`` holds their values in ``dtype``.
+        names, parameters, gradients: of the P parameters that move. Gradients are zero where the loss has none.
+        loss: 0-d tensor.
+        features, backward: per layer, its visits. Backward vectors are dLoss/df, zero where the loss does not depend on
+            f.
+        structure: the parameters upstream of each layer, and which layers are cuts.
 
     Raises:
-        TypeError: the loss is no scalar tensor, a layer gives no floating-point tensor, or the batch holds something of
-            which no copy can be made, such as an iterator.
-        ValueError: no layer or parameter matches, the loss is not finite, depends on no parameter, or uses parameters
-            past the model that it is given.
-        RuntimeError: in inference mode, or (from the methods) the forward does not repeat or the parameters changed.
+        TypeError: the loss is not a scalar tensor, a layer returns no floating-point tensor, or the batch holds an
+            object that cannot be copied, such as an iterator.
+        ValueError: no layer or parameter matches, the loss is not finite or depends on no parameter, or ``loss_fn``
+            uses parameters from outside of the model that it receives.
+        RuntimeError: in inference mode. From the methods: the forward is not repeatable, or the parameters have
+            changed.
 
     Source: section 1 of "The Feature Speed Formula", arXiv 2311.18718.
     """
@@ -97,7 +100,7 @@ class Linearization:
         moving = _moving(self._inner, parameters)
         self.names = list(moving)
         self.originals = list(moving.values())
-        self._all = list(self._inner.parameters())  # also those that stay: detached, they are in no graph
+        self._all = list(self._inner.parameters())  # including fixed ones, detached so that they are in no graph
         self._versions = [p._version for p in self._all]
         self._perturbed = Perturbed(model, self._all)
         values = [self._cast(p.detach()) for p in self._all]
@@ -120,7 +123,7 @@ class Linearization:
 
         def keep(layer: Layer, output: Tensor) -> None:
             visit = len(features[layer.index])
-            features[layer.index].append(output.detach().clone())  # what follows may work in place
+            features[layer.index].append(output.detach().clone())  # later operations may work in place
             backward[layer.index].append(torch.zeros_like(features[layer.index][-1]))
             edges[layer.index].append(edge_of(output))
             if output.requires_grad:
@@ -143,7 +146,7 @@ class Linearization:
                         raise
                     raise RuntimeError(
                         "reentrant checkpoints hide parameters from the graph: expected checkpoint(..., "
-                        "use_reentrant=False), or none while this is measured"
+                        "use_reentrant=False), or no checkpoint during this measurement"
                     ) from error
                 found, astray = found[: len(leaves)], found[len(leaves) :]
             stray = [name for name, g in zip(self.names, astray, strict=False) if g is not None]
@@ -166,20 +169,32 @@ class Linearization:
         self.gradients = [torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g for g, p in pairs]
 
     def forward(self, values: Sequence[Tensor]) -> Evaluation:
-        """Features and loss at other values of the parameters.
+        """Compute features and loss at other values of the parameters.
+
+        Args:
+            values: P tensors of the shapes and dtype of ``parameters``.
+
+        Returns:
+            Features of every layer, and the loss.
 
         Raises:
-            RuntimeError: the forward at the old values does not give the old loss again.
+            RuntimeError: the forward at the original values does not reproduce the loss.
         """
         self._repeat()
         return self._run([v.detach() for v in values], lambda x: x.detach().clone())
 
     def jvp(self, directions: Sequence[Tensor]) -> Evaluation:
-        """Exact first-order changes of features and loss when the parameters move by ``directions``.
+        """Compute the exact first-order changes of features and loss when the parameters move by ``directions``.
+
+        Args:
+            directions: P tensors of the shapes and dtype of ``parameters``.
+
+        Returns:
+            Changes of the features of every layer, and of the loss.
 
         Raises:
             NotImplementedError: an operation of the model has no forward-mode derivative in torch.
-            RuntimeError: the forward at the old values does not give the old loss again.
+            RuntimeError: the forward at the original values does not reproduce the loss.
         """
         self._repeat()
         load_forward_mode()
@@ -188,13 +203,13 @@ class Linearization:
             return self._run(duals, lambda x: tangents(x).clone())
 
     def _repeat(self) -> None:
-        """Once: does a forward at the same values give the same loss?"""
+        """Check, once, that a forward at the same values reproduces the loss."""
         if self._repeats:
             return
         again = self._run(self.parameters, Tensor.detach)
         coarsest = max(torch.finfo(x.dtype).eps for x in (self.loss, *(v for layer in self.features for v in layer)))
         error = float((again.loss.double() - self.loss.double()).abs())
-        tolerance = min(max(256 * coarsest, 1e-9), 0.05)  # atomic additions and other kernels may differ a little
+        tolerance = min(max(256 * coarsest, 1e-9), 0.05)  # atomic additions and kernel selection cause small changes
         if not error <= tolerance * max(abs(float(self.loss)), 1e-3):
             raise RuntimeError(
                 f"loss_fn: the loss was {self.loss.item():.8g}, and {again.loss.item():.8g} the second time with the "
@@ -204,9 +219,16 @@ class Linearization:
         self._repeats = True
 
     def function(self, layer: int) -> Callable[[Sequence[Tensor]], Tensor]:
-        """The features of a layer as a pure function of the values of the parameters.
+        """Return the features of a layer as a pure function of the parameter values.
 
-        Made for ``torch.func``: vjp, jvp, and vmap with ``randomness="same"``. The forward ends at the layer.
+        The function supports ``torch.func``: vjp, jvp, and vmap with ``randomness="same"``. The forward ends at the
+        layer.
+
+        Args:
+            layer: index of the layer.
+
+        Returns:
+            A function of P tensors.
 
         Raises:
             ValueError: the layer does not run exactly once.
@@ -220,7 +242,14 @@ class Linearization:
         return features
 
     def from_layer(self, start: int, layer: int) -> Callable[[Tensor], Tensor]:
-        """The features of a layer as a pure function of what is added to the features of an earlier one.
+        """Return the features of a layer as a pure function of a change added to the features of an earlier layer.
+
+        Args:
+            start: index of the earlier layer.
+            layer: index of the layer.
+
+        Returns:
+            A function of a tensor of the shape of the earlier features.
 
         Raises:
             ValueError: one of the layers does not run exactly once.
@@ -241,7 +270,7 @@ class Linearization:
         def keep(seen: Layer, output: Tensor) -> None:
             if seen.index == layer:
                 found.append(output)
-                raise _ReachedError
+                raise _StopForward
 
         with ExitStack() as stack:
             stack.enter_context(self._seen(keep, added))
@@ -249,7 +278,7 @@ class Linearization:
             stack.enter_context(differentiable(self._inner))
             try:
                 self._perturbed.within(values, self._loss)
-            except _ReachedError:
+            except _StopForward:
                 return found[0]
         raise RuntimeError(f"layer {self.layers[layer].name!r} did not run this time")
 
@@ -270,13 +299,13 @@ class Linearization:
 
     @contextmanager
     def _applied(self) -> Iterator[None]:
-        """The state of the model, for one forward. With gradients, which a loss may take of its own."""
+        """Apply the saved state of the model for one forward. Gradients are on, since a loss may take its own."""
         with self._state.applied(self._journal, grad=True):
             yield
 
     @contextmanager
     def _seen(self, keep: Callable[[Layer, Tensor], None], added: dict[int, Tensor] | None = None) -> Iterator[None]:
-        """Hooks on the layers, for one forward."""
+        """Register hooks on the layers for one forward."""
 
         def hook(layer: Layer, output: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:  # the recomputation of a checkpoint
@@ -301,7 +330,7 @@ class Linearization:
             yield
 
     def _loss(self, model: nn.Module) -> Tensor:
-        batch = copy_arguments(self._batch, Tensor.clone)  # it may work in place
+        batch = copy_arguments(self._batch, Tensor.clone)  # the loss function may work in place
         loss = self._loss_fn(model, batch)
         if not isinstance(loss, Tensor) or (loss.dim() > 0 and loss.numel() != 1):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -309,7 +338,7 @@ class Linearization:
         return loss.reshape(())
 
     def _placed(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Values of all parameters that are put in place, with these for those that move."""
+        """Return the values of all parameters, with ``values`` for those that move."""
         result = list(self._values)
         for place, value in zip(self._places, values, strict=True):
             result[place] = value
@@ -338,7 +367,7 @@ class Linearization:
     def _unchanged(self) -> None:
         for parameter, version in zip(self._all, self._versions, strict=True):
             if parameter._version != version:
-                raise RuntimeError("the parameters of the model have changed since it was linearised; do it again")
+                raise RuntimeError("the parameters of the model have changed; linearize it again")
 
 
 def _moving(model: nn.Module, expression: str | None) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
-"""Everything that the modules of a model hold: parameters, buffers, attributes, containers and generators in them.
+"""Snapshots of what the modules of a model hold: parameters, buffers, attributes, nested containers and generators.
 
-Two snapshots serve a second forward. :class:`Belongings` says what is where, so that all of it can be put back after
-a forward that assigns, appends or toggles. :class:`Earlier` holds what a forward found when it began, tensors copied,
-and gives it to a second one: a counter has the value that it had then, and a running mean the numbers. Attributes of
-modules are looked through, and containers, objects and tensors in these.
+Two kinds of snapshots serve a second forward. :class:`ModuleContents` holds references, so that everything can be
+restored after a forward that assigns, appends or toggles. :class:`ContentsCopy` holds what a forward found when it
+began, with copies of tensors, and loads it for a second forward: counters and running means have their values of that
+time. Both include the attributes of modules, and containers, objects and tensors nested in them.
 
-Contents of tensors that training owns are not copied to be put back: :mod:`fastfs._network.guard` keeps a forward from
-writing to them.
+The values of tensors that belong to training are not copied: :mod:`fastfs._network.guard` keeps a forward from writing
+to them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from fastfs._network.guard import WriteError
 from fastfs._network.inventory import ITERATORS, Content, Inventories, put, same
 
-__all__ = ["Belongings", "Earlier"]
+__all__ = ["ContentsCopy", "ModuleContents"]
 
-_COPIED = 2**26  # bytes of tensors held by attributes that are copied at a forward
+_COPIED = 2**26  # bytes of tensors in attributes that are copied per forward
 
 Generator = torch.Generator | random.Random | Any
 
 
 def _generator_state(generator: Generator) -> tuple[Callable[[Any], object], Any]:
-    """How to set a generator's state, and the state."""
+    """Return the function that sets a generator's state, and the state."""
     if isinstance(generator, torch.Generator):
         return generator.set_state, generator.get_state()
     if isinstance(generator, random.Random):
@@ -45,14 +45,14 @@ def _generator_state(generator: Generator) -> tuple[Callable[[Any], object], Any
     return generator.set_state, generator.get_state()
 
 
-class Belongings:
-    """What is where in the modules of a model, and what :meth:`restore` puts back: any number of times.
+class ModuleContents:
+    """References to what the modules of a model hold; :meth:`restore` may be called any number of times.
 
     Args:
-        modules: of the model.
-        parameters: whose gradients, flags and memory belong, too; those of the modules in any case.
-        others: more containers: the groups of an optimizer and its state.
-        inventories: of the model, from earlier looks.
+        modules: modules of the model.
+        parameters: further tensors whose gradients, flags and memory are included; those of the modules always are.
+        others: additional containers, such as the groups and the state of an optimizer.
+        inventories: inventories of the model from earlier snapshots.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Belongings:
         others: Iterable[Any] = (),
         inventories: Inventories | None = None,
     ) -> None:
-        self._held = (inventories or Inventories()).everything.look(modules, others)
+        self._held = (inventories or Inventories()).everything.scan(modules, others)
         self._generators = [_generator_state(generator) for generator in self._held.generators]
         tensors = {id(p): p for p in parameters}
         for module in modules:
@@ -73,8 +73,8 @@ class Belongings:
 
     def restore(self) -> None:
         self._held.restore()
-        for give, state in self._generators:
-            give(state)
+        for set_state, state in self._generators:
+            set_state(state)
         for p, data, memory, gradient, flag in self._tensors:
             if p.requires_grad != flag:
                 p.requires_grad_(flag)
@@ -85,36 +85,39 @@ class Belongings:
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor is, and how it is laid out there."""
+    """Return the address and layout of a tensor."""
     try:
         return tensor.data_ptr(), tensor.shape, tensor.stride()
     except RuntimeError:  # a tensor without memory of its own
         return (tensor.shape,)
 
 
-class Earlier:
-    """What the modules of a model held when a forward began, for a second forward.
+class ContentsCopy:
+    """Copies of what the modules of a model held when a forward began, for a second forward.
 
-    Buffers are copied, and so are tensors in attributes and containers, up to 64 MiB of the latter; shared ones once.
-    Tensors that share memory with a parameter are not: they are meant as they are when the second forward runs.
+    Buffers are copied, and so are tensors in attributes and containers, up to 64 MiB of the latter, without duplicates.
+    Tensors that share memory with a parameter are not copied: the second forward uses their current values.
 
     Args:
-        modules: of the model.
-        owned: gives the storages (``untyped_storage()._cdata``) of the parameters.
-        inventories: of the model, from earlier looks.
+        modules: modules of the model.
+        owned: returns the storages (``untyped_storage()._cdata``) of the parameters.
+        inventories: inventories of the model from earlier snapshots.
+
+    Raises:
+        WriteError: the model holds an iterator that cannot be copied.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], owned: Callable[[], set[int]], inventories: Inventories | None = None
     ) -> None:
-        held = (inventories or Inventories()).state.look(modules)
+        held = (inventories or Inventories()).state.scan(modules)
         if held.streams:
             names = ", ".join(sorted({type(stream).__name__ for stream in held.streams}))
-            raise WriteError(f"a {names} that the model holds can be run through once only", inputs=False)
+            raise WriteError(f"a {names} that the model holds can be consumed only once", inputs=False)
         self._held = held
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by id: the tensor, which keeps the id taken, and its copy
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # id -> tensor, kept so that the id stays unique, and copy
         self._iterators: dict[int, tuple[Any, Any]] = {}
-        self._replaced: set[int] = set()  # by torch.func.functional_call, for this forward alone: left as they are
+        self._replaced: set[int] = set()  # dictionaries that torch.func.functional_call fills for this forward alone
         if held.with_tensors:
             self._copy(modules, owned())
         self._generators = [_generator_state(generator) for generator in held.generators]
@@ -137,19 +140,19 @@ class Earlier:
                 left -= 0 if is_buffer else value.nbytes
                 self._copies[id(value)] = value, value.detach().clone()
 
-    def cast(self, cast: Callable[[Tensor], Tensor]) -> Earlier:
-        """The same with the copies cast."""
-        other = object.__new__(Earlier)
+    def cast(self, cast: Callable[[Tensor], Tensor]) -> ContentsCopy:
+        """Return a snapshot with the copies cast."""
+        other = object.__new__(ContentsCopy)
         other._held, other._generators = self._held, self._generators
         other._iterators, other._replaced = self._iterators, self._replaced
         other._copies = {key: (value, cast(kept)) for key, (value, kept) in self._copies.items()}
         return other
 
-    def give(self) -> list[Tensor]:
-        """Put it into the modules, with new copies of the tensors, which the forward may write to.
+    def load(self) -> list[Tensor]:
+        """Load the snapshot into the modules, with new copies of the tensors, which the forward may write to.
 
         Returns:
-            These copies.
+            The new copies.
         """
         fresh: dict[int, Any] = {key: kept.clone() for key, (_, kept) in self._copies.items()}
         copies: list[Tensor] = list(fresh.values())
@@ -164,8 +167,8 @@ class Earlier:
                 new = [fresh.get(id(value), value) for value in content]
             if not same(holder, new):
                 put(holder, new)
-        for give, state in self._generators:
-            give(state)
+        for set_state, state in self._generators:
+            set_state(state)
         return copies
 
 
@@ -174,7 +177,7 @@ def _stands_in(value: Tensor | None) -> bool:
 
 
 def _is_constant(value: Tensor) -> bool:
-    """A plain tensor outside of any graph. Its ``grad_fn`` is not asked for: of some views that raises."""
+    """Whether the value is a plain tensor without a graph; ``grad_fn`` is not read, as it raises for some views."""
     return type(value) is Tensor and value.layout == torch.strided and not value.is_meta and not value.requires_grad
 
 

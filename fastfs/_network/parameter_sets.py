@@ -1,7 +1,7 @@
-"""Many sets of parameters, each as few intervals: what lies below each of thousands of layers.
+"""Sets of parameters as intervals: the parameters below each of thousands of layers.
 
-A matrix of L layers by P parameters grows with the square of the depth. But the parameters can be numbered so that what
-lies below a layer is an interval or a few of them: in the order in which the forward comes by. A set is a row of
+A matrix of L layers by P parameters grows with the square of the depth. If the parameters are numbered in the order in
+which the forward uses them, the parameters below a layer form one interval or a few. Each set is stored as a row of
 intervals of positions in that order.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 __all__ = ["EMPTY", "Intervals", "ParameterSets", "intervals_of", "union"]
 
 Intervals = tuple[int, ...]
-"""Ascending intervals that do not touch: first position, position behind the last, first of the next, ..."""
+"""Ascending intervals that do not touch: start and end (exclusive) of the first, start of the second, ..."""
 
 EMPTY: Intervals = ()
 
@@ -27,7 +27,7 @@ _Ints = npt.NDArray[np.int64]
 
 
 def union(sets: Sequence[Intervals]) -> Intervals:
-    """Of sets that are not empty. Interval by interval: what they hold in common costs nothing more."""
+    """Return the union of non-empty sets, interval by interval, so that common intervals cost nothing extra."""
     if len(sets) == 1:
         return sets[0]
     pairs = sorted({pair for each in sets for pair in zip(each[::2], each[1::2], strict=True)})
@@ -41,7 +41,7 @@ def union(sets: Sequence[Intervals]) -> Intervals:
 
 
 def intervals_of(positions: Sequence[int]) -> Intervals:
-    """Of ascending positions."""
+    """Return ascending positions as intervals."""
     merged: list[int] = []
     for position in positions:
         if merged and position == merged[-1]:
@@ -53,12 +53,12 @@ def intervals_of(positions: Sequence[int]) -> Intervals:
 
 @dataclass(frozen=True, eq=False)
 class ParameterSets:
-    """L sets of P parameters, in memory for the intervals alone.
+    """L sets of P parameters, stored as intervals.
 
     Attributes:
-        numbering: int64 (P,) the parameter at each position.
-        offsets: int64 (L + 1,) where the intervals of each set begin.
-        bounds: int64 (K, 2) first position, and the one behind the last.
+        numbering: int64 (P,) parameter at each position.
+        offsets: int64 (L + 1,) row of ``bounds`` at which the intervals of each set begin.
+        bounds: int64 (K, 2) start and end (exclusive) position of each interval.
     """
 
     numbering: _Ints
@@ -73,7 +73,7 @@ class ParameterSets:
 
     @classmethod
     def from_dense(cls, bits: Tensor) -> ParameterSets:
-        """From bool (L, P), numbered as they come."""
+        """Create sets from bool (L, P), numbered by column."""
         rows = bits.to(device="cpu", dtype=torch.bool).numpy()
         return cls.of(np.arange(rows.shape[1]), [intervals_of(np.flatnonzero(row).tolist()) for row in rows])
 
@@ -85,33 +85,33 @@ class ParameterSets:
         return len(self.offsets) - 1
 
     def counts(self) -> _Ints:
-        """How many parameters each set has: (L,)."""
+        """Return the number of parameters in each set: (L,)."""
         return self.total(np.ones(self.columns, dtype=np.int64))
 
     def total(self, values: npt.NDArray[Any]) -> _Ints:
-        """The sum of integers (P,), of each parameter, over each set: (L,)."""
+        """Return the sum of the integers (P,), one per parameter, over each set: (L,)."""
         upto = np.concatenate([[0], np.cumsum(values[self.numbering], dtype=np.int64)])
         sums = np.concatenate([[0], np.cumsum(upto[self.bounds[:, 1]] - upto[self.bounds[:, 0]])])
         found: _Ints = sums[self.offsets[1:]] - sums[self.offsets[:-1]]
         return found
 
     def row(self, index: int) -> _Ints:
-        """The parameters of one set, ascending."""
+        """Return the parameters of one set in ascending order."""
         bounds = self.bounds[self.offsets[index] : self.offsets[index + 1]]
         return np.sort(np.concatenate([self.numbering[:0], *(self.numbering[a:b] for a, b in bounds)]))
 
     def dense(self) -> Tensor:
-        """bool (L, P) on the CPU."""
+        """Return the sets as bool (L, P) on the CPU."""
         steps = np.zeros((len(self), self.columns + 1), dtype=np.int8)
         rows = np.repeat(np.arange(len(self)), np.diff(self.offsets))
-        steps[rows, self.bounds[:, 0]] += 1  # intervals of a set do not touch, so no place is met twice
+        steps[rows, self.bounds[:, 0]] += 1  # intervals of a set do not touch, so no position is incremented twice
         steps[rows, self.bounds[:, 1]] -= 1
         bits = np.zeros((len(self), self.columns), dtype=np.bool_)
         bits[:, self.numbering] = np.cumsum(steps[:, :-1], axis=1, dtype=np.int8).astype(np.bool_)
         return torch.from_numpy(bits)
 
     def same_as(self, other: ParameterSets) -> bool:
-        """Whether the sets are the same, however they are numbered."""
+        """Whether the sets are equal, regardless of their numbering."""
         if np.array_equal(self.numbering, other.numbering):
             return np.array_equal(self.offsets, other.offsets) and np.array_equal(self.bounds, other.bounds)
         if len(self) != len(other) or self.columns != other.columns:
@@ -121,7 +121,7 @@ class ParameterSets:
         return all(np.array_equal(self.row(index), other.row(index)) for index in range(len(self)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors on the CPU."""
+        """Return the arrays as tensors on the CPU."""
         return {name: torch.from_numpy(getattr(self, name).copy()) for name in ("numbering", "offsets", "bounds")}
 
     @classmethod

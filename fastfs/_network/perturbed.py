@@ -1,8 +1,8 @@
-"""The model as a function of its parameters: forwards at other parameters than those that it has.
+"""Forwards of a model at other parameter values than its current ones.
 
-The parameters themselves are never written to: ``torch.func.functional_call`` puts other tensors in their place for one
-forward. It runs without torch.compile, whose graphs are made for the parameters that it knows, and inside of
-data-parallel wrappers, whose forward is tied to the training step.
+The parameters themselves are never modified: ``torch.func.functional_call`` substitutes other tensors for one forward.
+The forward runs without torch.compile, whose graphs are specialized on the parameters, and inside of data-parallel
+wrappers, whose own forward belongs to the training step.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ __all__ = [
     "has_compiled",
     "interpolate",
     "load_forward_mode",
-    "plain_modules",
     "tangents",
+    "without_fast_path",
 ]
 
 
 def has_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has a part in the model."""
+    """Whether torch.compile wraps the model or a part of it."""
     return any(
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
@@ -41,16 +41,16 @@ def has_compiled(model: nn.Module) -> bool:
 
 
 def eager(model: nn.Module) -> Any:
-    """A context in which compiled parts of the model run as they were written."""
+    """Return a context in which compiled parts of the model run eagerly."""
     return torch.compiler.set_stance("force_eager") if has_compiled(model) else nullcontext()
 
 
 class Perturbed:
-    """Forwards of a model at given values of some of its parameters.
+    """Runs a model at given values of some of its parameters.
 
     Args:
-        model: the model; wrappers are looked through.
-        parameters: those whose values will be given; others stay as they are in the model.
+        model: the model. Its wrappers are removed.
+        parameters: parameters whose values will be given; the others keep their values.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
@@ -61,20 +61,30 @@ class Perturbed:
         self._names = [names.get(id(parameter)) for parameter in parameters]
 
     def __call__(self, values: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
-        """The output of the model; parameters that are not the model's own have no effect."""
+        """Return the output of the model. Values for parameters that the model does not own have no effect."""
         return self.within(values, lambda model: model(*args, **kwargs))
 
     def within(self, values: Sequence[Tensor], run: Callable[[nn.Module], Any]) -> Any:
-        """What ``run`` gives for the model with these values in place: a backward may have to compute parts again."""
+        """Return ``run(model)`` with the values in place.
+
+        A backward that recomputes parts of the forward belongs into ``run``.
+        """
         named = {f"model.{name}": value for name, value in zip(self._names, values, strict=True) if name is not None}
         with eager(self._model):
             return torch.func.functional_call(_Call(self._inner), named, (run,))
 
     @contextmanager
     def duals(self, values: Sequence[Tensor], directions: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-        """Values that carry a direction: forwards on them give exact first-order changes (:func:`tangents`).
+        """Create dual tensors, on which forwards compute exact first-order changes (see :func:`tangents`).
 
-        Inside, everything runs by kernels that have a forward-mode derivative (:func:`differentiable`).
+        Inside of the context, all kernels have a forward-mode derivative (:func:`differentiable`).
+
+        Args:
+            values: values of the parameters.
+            directions: their directions, of the same shapes.
+
+        Yields:
+            One dual tensor per parameter.
         """
         with ExitStack() as stack:
             stack.enter_context(forward_ad.dual_level())
@@ -83,7 +93,7 @@ class Perturbed:
 
 
 class _Call(nn.Module):
-    """Runs a function of a model as its forward, which is what ``functional_call`` puts parameters in place for."""
+    """A module whose forward calls a function of the model, as ``functional_call`` requires."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -94,8 +104,8 @@ class _Call(nn.Module):
 
 
 @contextmanager
-def plain_modules() -> Iterator[None]:
-    """Without the fused inference path of ``nn.MultiheadAttention``: the same arithmetic with and without gradients."""
+def without_fast_path() -> Iterator[None]:
+    """Disable the fused path of ``nn.MultiheadAttention``, so that the arithmetic does not depend on gradients."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -106,15 +116,21 @@ def plain_modules() -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Without kernels that have no forward-mode derivative: fused attention, and recurrent layers of oneDNN.
+    """Disable kernels without a forward-mode derivative: fused attention, and recurrent layers of oneDNN.
+
+    Args:
+        model: the model that runs inside of the context.
+
+    Yields:
+        Nothing.
 
     Raises:
-        NotImplementedError: the model has another operation without one.
+        NotImplementedError: the model has another operation without a forward-mode derivative.
     """
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     onednn = torch._C._get_mkldnn_enabled()
     with ExitStack() as stack:
-        stack.enter_context(plain_modules())
+        stack.enter_context(without_fast_path())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if recurrent and onednn:  # torch.backends.mkldnn.flags would change the precision settings as well
             stack.callback(torch._C._set_mkldnn_enabled, onednn)
@@ -130,9 +146,9 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def load_forward_mode() -> None:
-    """The first dual tensor of a process makes torch load its rules, with deprecation warnings that are its own.
+    """Load torch's forward-mode rules without the deprecation warnings that the first dual tensor of a process causes.
 
-    Checkpoints of older torch releases keep their inputs by an operation without a rule, and get one.
+    In older torch releases, checkpoints save their inputs by an operation without such a rule; this adds one.
     """
     with warnings.catch_warnings(), forward_ad.dual_level():
         for category in (DeprecationWarning, FutureWarning):  # which of them depends on the release
@@ -144,16 +160,16 @@ def load_forward_mode() -> None:
 
 
 def _nothing_saved(_ctx: Any, *_tangents: Tensor | None) -> Tensor:
-    """The change of the empty tensor that such an operation gives."""
+    """Return the tangent of the empty tensor that this operation returns."""
     return torch.empty((0,))
 
 
 def tangents(features: Tensor) -> Tensor:
-    """The first-order change that features computed from duals carry; zero if they depend on none."""
+    """Return the first-order change of features computed from dual tensors; zero if they depend on none."""
     tangent = forward_ad.unpack_dual(features).tangent
     return torch.zeros_like(features) if tangent is None else tangent
 
 
 def interpolate(before: Sequence[Tensor], now: Sequence[Tensor], kappa: Tensor) -> list[Tensor]:
-    """before + kappa (now - before), in the dtype of the parameters; for kappa = 1 the bits of ``now``."""
+    """Return before + kappa (now - before) in the parameters' dtype; kappa = 1 gives the exact bits of ``now``."""
     return [torch.lerp(b, n.detach(), kappa.to(b.dtype)) for b, n in zip(before, now, strict=True)]

@@ -1,4 +1,4 @@
-"""How coarse the numbers are that an operation computes with: by dtype, and torch's settings for float32 products."""
+"""Machine epsilon of an operation, by dtype and by torch's precision settings for float32 products."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ __all__ = ["SINGLE", "coarseness", "product_coarseness"]
 SINGLE = torch.finfo(torch.float32).eps
 
 _TF32 = 2.0**-10
-_COARSEST = 0.5  # of formats that torch does not describe: 4 bits
+_COARSEST = 0.5  # for formats that torch does not describe, such as 4-bit floats
 
 
 def coarseness(dtype: torch.dtype) -> float:
-    """Spacing of the numbers at 1: 2^-23 for float32, 2^-7 for bfloat16; 0 for integers."""
+    """Return the machine epsilon of a dtype: 2^-23 for float32, 2^-7 for bfloat16, 0 for integers."""
     if not dtype.is_floating_point and not dtype.is_complex:
         return 0.0
     try:
@@ -23,11 +23,14 @@ def coarseness(dtype: torch.dtype) -> float:
 
 
 def product_coarseness(kind: str, device: str) -> float:
-    """The same for float32 products, convolutions or recurrent layers on a device, as torch resolves its settings.
+    """Return the effective epsilon of float32 products, convolutions or recurrent layers under torch's settings.
 
     Args:
         kind: ``"matmul"``, ``"conv"`` or ``"rnn"``.
         device: type of the device.
+
+    Returns:
+        2^-23, or the epsilon of TF32 or bfloat16 if torch may use these.
     """
     if device == "cuda":
         settings = torch.backends.cuda.matmul if kind == "matmul" else getattr(torch.backends.cudnn, kind)
@@ -35,7 +38,7 @@ def product_coarseness(kind: str, device: str) -> float:
         settings = getattr(torch.backends.mkldnn, kind, None)
     else:
         return SINGLE
-    chosen = getattr(settings, "fp32_precision", "none")  # "none" where neither it nor what it inherits from is set
+    chosen = getattr(settings, "fp32_precision", "none")  # "none" if neither it nor the setting it inherits from is set
     if chosen == "tf32":
         return _TF32
     return coarseness(torch.bfloat16) if chosen == "bf16" else SINGLE

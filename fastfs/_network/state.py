@@ -1,7 +1,7 @@
-"""Everything besides parameters and inputs that a forward depends on: taken at one forward, given back for a second.
+"""The state besides parameters and inputs that a forward depends on, captured at one forward and applied to a second.
 
-The second forward must see the same random numbers, the same autocast and the same buffers, attributes and modes as the
-first, and leave no trace: all of them are put back, and buffers are swapped for copies and never written.
+The second forward has to see the same random numbers, autocast settings, buffers, attributes and modes as the first and
+must leave no trace: all of them are restored, and buffers are replaced by copies and never written to.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
-from fastfs._network.global_state import Surroundings
+from fastfs._network.global_state import GlobalState
 from fastfs._network.guard import storages
 from fastfs._network.inventory import Inventories
 from fastfs._network.journal import Journal
-from fastfs._network.module_contents import Belongings, Earlier
+from fastfs._network.module_contents import ContentsCopy, ModuleContents
 
 __all__ = ["ForwardState", "RandomState", "own_forward_runs"]
 
@@ -30,13 +30,13 @@ _OWN: ContextVar[bool] = ContextVar("fastfs_own_forward", default=False)
 
 
 def own_forward_runs() -> bool:
-    """Whether a forward that is running is one of fastfs's own, in :meth:`ForwardState.applied`: no training."""
+    """Whether an extra forward is running (:meth:`ForwardState.applied`), as opposed to a forward of training."""
     return _OWN.get()
 
 
 @dataclass(frozen=True)
 class RandomState:
-    """States of the global generators: torch on CPU and devices, Python's ``random``, and NumPy's if it is loaded."""
+    """States of the global generators: torch on CPU and accelerators, Python's ``random``, and NumPy's if loaded."""
 
     cpu: Tensor
     devices: dict[torch.device, Tensor]
@@ -54,13 +54,13 @@ class RandomState:
         )
 
     def moved(self) -> bool:
-        """Whether torch's generators have given numbers since; asked on the host."""
+        """Whether torch's generators have been used since; synchronizes with the device."""
         return not torch.equal(self.cpu, torch.get_rng_state()) or not all(
             torch.equal(state, torch.get_device_module(device).get_rng_state(device))
             for device, state in self.devices.items()
         )
 
-    def give(self) -> None:
+    def restore(self) -> None:
         torch.set_rng_state(self.cpu)
         for device, state in self.devices.items():
             torch.get_device_module(device).set_rng_state(state, device)
@@ -71,24 +71,27 @@ class RandomState:
 
 @dataclass(frozen=True)
 class ForwardState:
-    """State around one forward of a model; see :meth:`applied`."""
+    """The state around one forward of a model; see :meth:`applied`."""
 
     randomness: RandomState
     autocast: dict[str, tuple[bool, torch.dtype]]
     modules: list[nn.Module]
-    earlier: Earlier
+    contents: ContentsCopy
     inventories: Inventories = field(default_factory=Inventories)
 
     @classmethod
     def take(
         cls, model: nn.Module, parameters: Iterable[Tensor] = (), inventories: Inventories | None = None
     ) -> ForwardState:
-        """The state now. Buffers and tensors in attributes are copied.
+        """Capture the current state, with copies of buffers and of tensors in attributes.
 
         Args:
             model: the model.
             parameters: trained tensors besides the model's own parameters; never copied.
-            inventories: of the model, from earlier states: it is quicker with them.
+            inventories: inventories of the model from earlier states, which make this faster.
+
+        Returns:
+            The state.
         """
         modules = list(model.modules())
         devices = _accelerators(modules)
@@ -103,16 +106,16 @@ class ForwardState:
             randomness=RandomState.take(devices),
             autocast={kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds},
             modules=modules,
-            earlier=Earlier(modules, owned, inventories),
+            contents=ContentsCopy(modules, owned, inventories),
             inventories=inventories,
         )
 
     def without_autocast(self, cast: Callable[[Tensor], Tensor]) -> ForwardState:
-        """The same with autocast off and the buffers cast."""
+        """Return the state with autocast off and the buffers cast."""
         return replace(
             self,
             autocast={kind: (False, dtype) for kind, (_, dtype) in self.autocast.items()},
-            earlier=self.earlier.cast(cast),
+            contents=self.contents.cast(cast),
         )
 
     def applied(
@@ -123,26 +126,27 @@ class ForwardState:
         parameters: Iterable[Tensor] = (),
         others: Iterable[Any] = (),
     ) -> AppliedState:
-        """Give this state back for the duration of a ``with`` block, as often as wanted.
+        """Apply this state for the duration of a ``with`` block; may be called any number of times.
 
-        Outside nothing has changed afterwards, also if the block raises; after an interrupt, once the journal has been
-        restored. Inside, caches of casted weights (autocast's) and of parametrisations are off, since they may hold old
-        weights, and fused inference paths of ``nn.MultiheadAttention`` too: the arithmetic is that of training.
+        Nothing outside is changed afterwards, even if the block raises; after an interrupt, once the journal has been
+        restored. Inside, caches of cast weights (autocast) and of parametrizations are off because they may hold old
+        weights, and so are fused inference paths of ``nn.MultiheadAttention``, so that the arithmetic is that of
+        training.
 
         Args:
-            journal: of the caller, who restores it after an interrupt.
-            grad: record gradients inside.
-            parameters: trained tensors besides the model's own, whose gradients and flags are put back, too.
-            others: containers besides those of the model whose content is put back.
+            journal: journal of the caller, who restores it after an interrupt.
+            grad: whether to record gradients.
+            parameters: trained tensors besides the model's own whose gradients and flags are restored too.
+            others: containers besides those of the model whose content is restored.
 
         Returns:
-            A context manager; it gives the copies of buffers and attributes that the forward may write to.
+            A context manager. It yields the copies of buffers and attributes that the forward may write to.
         """
         return AppliedState(self, journal, grad, parameters, others)
 
 
 class AppliedState:
-    """See :meth:`ForwardState.applied`."""
+    """The context manager of :meth:`ForwardState.applied`."""
 
     def __init__(
         self,
@@ -160,15 +164,15 @@ class AppliedState:
 
     def __enter__(self) -> list[Tensor]:
         state, journal = self._state, self._journal
-        journal.restore()  # what an interrupt has left
+        journal.restore()  # changes left by an interrupt
         own = _OWN.get()
         journal.note(lambda: _OWN.set(own))
-        journal.note(RandomState.take(state.randomness.devices).give)
-        journal.note(Belongings(state.modules, self._parameters, self._others, state.inventories).restore)
-        journal.note(Surroundings(state.autocast).restore)  # the first to run: modes see nothing of the others
+        journal.note(RandomState.take(state.randomness.devices).restore)
+        journal.note(ModuleContents(state.modules, self._parameters, self._others, state.inventories).restore)
+        journal.note(GlobalState(state.autocast).restore)  # restored first, so that modes do not see the others
         _OWN.set(True)
-        state.randomness.give()
-        copies = state.earlier.give()
+        state.randomness.restore()
+        copies = state.contents.load()
         parametrize._cache_enabled, parametrize._cache = 0, {}
         torch.backends.mha.set_fastpath_enabled(False)
         torch.set_autocast_cache_enabled(False)
@@ -185,7 +189,7 @@ class AppliedState:
 
 
 def _accelerators(modules: Sequence[nn.Module]) -> list[torch.device]:
-    """The devices besides the CPU that hold parameters or buffers."""
+    """Return the devices other than the CPU that hold parameters or buffers."""
     found = {
         tensor.device: None
         for module in modules

@@ -1,25 +1,25 @@
-"""Which parameters lie below each watched feature, and is the feature a cut for them: read off the autograd graph.
+"""Find the parameters below each watched feature, and whether the feature is a cut for them, from the autograd graph.
 
 The feature speed formula, <b, df> = sum of <g, dw> over the parameters below (section 2 of "The Feature Speed Formula",
-arXiv 2311.18718), holds where the feature is a **cut**: every path from these parameters to the loss passes through
-it, exactly once. The graphs of the forwards answer that, whatever the Python code of the model:
+arXiv 2311.18718), holds if the feature is a **cut**: every path from these parameters to the loss passes through it
+exactly once. The autograd graphs of the forwards show this, independently of the Python code of the model:
 
-    trace(features, outputs, parameters) -> Trace        after each forward: one walk, no graph kept (see graph.py)
+    trace(features, outputs, parameters) -> Trace        after each forward: one walk (see autograd_graph.py)
     join([(trace, outputs), ...], names) -> Structure    of one optimizer step, from all its forwards
     analyse(features, outputs, parameters, names)        both, where a step is one forward
 
-``join`` is told which outputs of each forward the loss depends on: an output that the loop throws away is no way past a
-layer. A layer's visits are those in all forwards, and parameters are shared between them. So, where two heads are
-trained in one step, the trunk is a cut and each head is none: its share of the trunk reaches the loss past it.
+``join`` receives the outputs of each forward that the loss depends on: an output that the training loop discards does
+not bypass a layer. The visits of a layer are those in all forwards, and the forwards share parameters. If a step trains
+two heads, the trunk is therefore a cut and each head is not: the trunk also reaches the loss through the other head.
 
-A feature is a cut for a parameter if its value dominates the parameter, seen from the loss. What is below each feature
-is kept as intervals (:mod:`fastfs._network.parameter_sets`), so that time and memory are linear in the size of the
-graph, but for layers that run several times and for parameters with several uses: these take a bit for each node and
+A feature is a cut for a parameter if its node dominates the parameter, seen from the loss. The parameters below each
+feature are stored as intervals (:mod:`fastfs._network.parameter_sets`), so that time and memory are linear in the size
+of the graph, except for layers that run several times and parameters with several uses, which take one bit per node and
 layer.
 
-What the graph cannot show: parameters that change a feature through ``detach()`` or ``no_grad`` and are trained by
-another loss, losses that use parameters or inner tensors past the outputs (give the loss itself as the output then),
-and functions whose backward is not their derivative. The formula residual shows those.
+The graph does not show parameters that change a feature through ``detach()`` or ``no_grad`` and are trained by another
+loss, losses that use parameters or inner tensors besides the outputs (pass the loss itself as the output), and
+functions whose backward is not their derivative. The residual of the formula reveals these.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ import torch
 from torch import Tensor
 
 from fastfs._network.autograd_graph import Edge, Ints, Trace, edge_of, signature, trace
-from fastfs._network.bypass import Past, Watched, look_past
-from fastfs._network.joined_graph import COMPILED, Joined, Step
+from fastfs._network.bypass import Bypass, LayerNodes, find_bypasses
+from fastfs._network.joined_graph import COMPILED, JoinedGraph, TracedForward
 from fastfs._network.parameter_sets import EMPTY, Intervals, ParameterSets, intervals_of, union
 
 __all__ = ["DID_NOT_RUN", "Edge", "Structure", "Trace", "analyse", "edge_of", "join", "signature", "trace"]
 
 DID_NOT_RUN = "did not run"
-"""Reason of a layer that the forward did not call."""
+"""Reason for a layer that the forward did not call."""
 
 _OUTSIDE = "outside the autograd graph"
 _HIDDEN = "parameters hidden from the graph (reentrant checkpoint?)"
@@ -51,21 +51,21 @@ _NESTED = "runs several times, one run using the result of another"
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """What :func:`join` found, for L layers and P parameters. Holds no part of the graph.
+    """The result of :func:`join` for L layers and P parameters. Holds no part of the graph.
 
     Attributes:
-        upstream_sets: the feature depends on the parameter. Empty where a checkpoint hides parameters from the graph.
-        own_sets: upstream of this layer and of no watched layer that comes earlier in the forward.
-        cut: (L,) the feature speed formula holds with the sum over ``upstream``. True too if nothing is upstream.
-        reason: (L,) why it is no cut, or None.
-        unreached: names of parameters from which no path leads to an output. If such a parameter gets a gradient all
-            the same, the graph hides it.
-        opaque: a watched feature is one of several results of a compiled region, which is a single function in the
-            graph: the answer is on the safe side, that is fewer cuts; an eager forward gives the exact one.
-        products: int64 (L,) on the CPU: how many of the parameters upstream have two dimensions or more, or, if that is
-            more, how many uses of such parameters follow one another on the way to the layer's last visit.
-        order: the parameters in the order in which the forward takes them for the last time, unused ones first.
-        past: how many parameters reach the loss past each layer, and how.
+        upstream_sets: parameters that the feature depends on. Empty if a checkpoint hides parameters from the graph.
+        own_sets: parameters upstream of this layer and of no watched layer that comes earlier in the forward.
+        cut: (L,) whether the feature speed formula holds with the sum over ``upstream``; true if nothing is upstream.
+        reason: (L,) why the layer is not a cut, or None.
+        unreached: names of parameters without a path to an output. If such a parameter nevertheless gets a gradient,
+            the graph hides it.
+        opaque: whether a watched feature is one of several results of a compiled region, which is a single function in
+            the graph. The result is then conservative, with fewer cuts; an eager forward gives the exact one.
+        products: int64 (L,) on the CPU: the number of upstream parameters with two dimensions or more or, if larger,
+            the number of consecutive uses of such parameters on the way to the layer's last visit.
+        order: the parameters in the order in which the forward last uses them, unused ones first.
+        bypass: parameters that reach the loss without passing through each layer.
     """
 
     upstream_sets: ParameterSets
@@ -76,17 +76,17 @@ class Structure:
     opaque: bool
     products: Tensor
     order: list[int]
-    past: Past = field(repr=False)
+    bypass: Bypass = field(repr=False)
 
     @property
     def counts(self) -> list[int]:
-        """(L,) how many parameters are upstream."""
+        """(L,) number of upstream parameters."""
         found: list[int] = self.upstream_sets.counts().tolist()
         return found
 
     @functools.cached_property
     def upstream(self) -> Tensor:
-        """``upstream_sets`` as bool (L, P) on the CPU: made when asked for, since it grows with the depth squared."""
+        """``upstream_sets`` as bool (L, P) on the CPU, computed lazily because its size is quadratic in the depth."""
         return self.upstream_sets.dense()
 
     @functools.cached_property
@@ -96,11 +96,11 @@ class Structure:
 
     @functools.cached_property
     def shared(self) -> Tensor:
-        """bool (L, P) on the CPU: the parameter acts before and after the layer, which is no cut for that reason."""
-        return self.past.shared(len(self.cut), self.upstream_sets.columns)
+        """Whether, as bool (L, P) on the CPU, a parameter is used before and after the layer, which is then no cut."""
+        return self.bypass.shared(len(self.cut), self.upstream_sets.columns)
 
     def same_as(self, other: Structure) -> bool:
-        """Whether the same parameters are upstream, and the same layers cuts for the same reasons."""
+        """Whether upstream parameters, cuts and reasons are equal."""
         return self.reason == other.reason and self.upstream_sets.same_as(other.upstream_sets)
 
 
@@ -110,13 +110,16 @@ def analyse(
     parameters: Sequence[Tensor],
     names: Sequence[str],
 ) -> Structure:
-    """The structure of one forward, every output of which the loss depends on.
+    """Return the structure of one forward if the loss depends on all of its outputs.
 
     Args:
-        features: for each layer its visits, in order: what :func:`edge_of` gave for the output in a forward hook.
-        outputs: the output tensors of the model, or the loss.
-        parameters: those that the optimizer updates.
-        names: of the parameters.
+        features: per layer, the visits in order: the result of :func:`edge_of` for each output seen in a forward hook.
+        outputs: output tensors of the model, or the loss.
+        parameters: parameters that the optimizer updates.
+        names: names of the parameters.
+
+    Returns:
+        The structure.
 
     Raises:
         ValueError: the numbers of parameters and names differ, or a parameter is given twice.
@@ -129,27 +132,30 @@ def analyse(
     return join([(trace(features, outputs, parameters), range(len(outputs)))], names)
 
 
-def join(traces: Sequence[Step], names: Sequence[str]) -> Structure:
-    """The structure of one optimizer step, from all forwards that have a part in its gradients.
+def join(traces: Sequence[TracedForward], names: Sequence[str]) -> Structure:
+    """Return the structure of one optimizer step from all forwards that contribute to its gradients.
 
     Args:
-        traces: of each forward, in order, with the indices of the outputs that the loss depends on.
-        names: of the parameters, in the order that the traces were taken with.
+        traces: per forward, in order, its trace and the indices of the outputs that the loss depends on.
+        names: names of the parameters, in the order used for the traces.
+
+    Returns:
+        The structure.
 
     Raises:
-        ValueError: there is no trace, or they are of different numbers of layers or parameters, or an index is of no
-            output.
+        ValueError: there is no trace, the traces differ in their numbers of layers or parameters, or an output index is
+            out of range.
     """
     _check(traces, names)
     steps = _distinct(traces)
-    graph = Joined(steps, len(names))
+    graph = JoinedGraph(steps, len(names))
     layers = [_watched(graph, index, visits) for index, visits in enumerate(graph.visits)]
     upstream = ParameterSets.of(graph.numbering, [layer.upstream for layer in layers])
     reached = np.frombuffer(graph.reached, dtype=np.uint8, count=len(names)).astype(np.int64)
-    past = look_past(graph, layers, upstream.total(reached).tolist(), _elsewhere(graph, layers, upstream))
+    bypass = find_bypasses(graph, layers, upstream.total(reached).tolist(), _elsewhere(graph, layers, upstream))
     hiding = graph.hiding()
-    reasons = [_reason(layer, graph, hiding, past, names) for layer in layers]
-    if _HIDDEN in reasons:  # not all that is upstream is in the graph: a part of it would pass for the whole
+    reasons = [_reason(layer, graph, hiding, bypass, names) for layer in layers]
+    if _HIDDEN in reasons:  # the graph lacks some upstream parameters, and the rest must not pass for all of them
         shown = [EMPTY if why is _HIDDEN else layer.upstream for layer, why in zip(layers, reasons, strict=True)]
         upstream = ParameterSets.of(graph.numbering, shown)
     return Structure(
@@ -161,11 +167,11 @@ def join(traces: Sequence[Step], names: Sequence[str]) -> Structure:
         opaque=any(graph.split[n] and graph.flags[n] & COMPILED for layer in layers for n in layer.nodes),
         products=torch.from_numpy(_products(graph, layers, upstream, steps[0][0].wide.astype(np.int64))),
         order=np.argsort(graph.last, kind="stable").tolist(),
-        past=past,
+        bypass=bypass,
     )
 
 
-def _check(traces: Sequence[Step], names: Sequence[str]) -> None:
+def _check(traces: Sequence[TracedForward], names: Sequence[str]) -> None:
     if not traces:
         raise ValueError("join: expected the trace of one forward at least, got none")
     for each, outputs in traces:
@@ -177,10 +183,10 @@ def _check(traces: Sequence[Step], names: Sequence[str]) -> None:
             raise ValueError(f"join: expected indices of {len(each.outputs)} outputs, got {list(outputs)}")
 
 
-def _distinct(traces: Sequence[Step]) -> list[Step]:
-    """Without forwards that have the graph of an earlier one, for the same outputs: they say nothing new.
+def _distinct(traces: Sequence[TracedForward]) -> list[TracedForward]:
+    """Return the forwards without those that repeat the graph and outputs of an earlier one, which add no information.
 
-    But those stay that go on from the graph of another one, or that another one goes on from.
+    Forwards that continue from the graph of another one, or are continued by another one, are kept.
     """
     entangled: set[int] = set()
     highest = -1
@@ -190,21 +196,21 @@ def _distinct(traces: Sequence[Step]) -> list[Step]:
             before = {other for other in range(number) if traces[other][0].overlaps(each)}
             entangled |= before | {number} if before else before
         highest = max(highest, int(made.max(initial=-1)))
-    found: list[Step] = []
+    found: list[TracedForward] = []
     for number, (each, outputs) in enumerate(traces):
         if number in entangled or not any(set(outputs) == set(known) and each.same_as(old) for old, known in found):
             found.append((each, outputs))
     return found
 
 
-def _watched(graph: Joined, index: int, visits: Sequence[tuple[int, int, int, int]]) -> Watched:
+def _watched(graph: JoinedGraph, index: int, visits: Sequence[tuple[int, int, int, int]]) -> LayerNodes:
     inside = [visit for visit in visits if visit[0] >= 0]
     first = min((step for _, _, step, _ in inside), default=-1)
     groups = 0
     for _, group, _, _ in inside:
         groups |= 1 << group
     found = [graph.sets[node] for node, *_ in inside if graph.sets[node]]
-    return Watched(
+    return LayerNodes(
         index=index,
         calls=len(visits),
         nodes=[node for node, *_ in inside],
@@ -215,28 +221,31 @@ def _watched(graph: Joined, index: int, visits: Sequence[tuple[int, int, int, in
     )
 
 
-def _products(graph: Joined, layers: Sequence[Watched], upstream: ParameterSets, wide: Ints) -> Ints:
+def _products(graph: JoinedGraph, layers: Sequence[LayerNodes], upstream: ParameterSets, wide: Ints) -> Ints:
     found = upstream.total(wide)
-    if any(len(layer.nodes) > 1 for layer in layers):  # else no parameter of theirs is used twice on the way
+    if any(len(layer.nodes) > 1 for layer in layers):  # otherwise no parameter is used twice on the way to a layer
         chains = graph.chains(wide.tolist())
         for layer in layers:
             found[layer.index] = max(int(found[layer.index]), *(chains[node] for node in layer.nodes), 0)
     return found
 
 
-def _own(layers: Sequence[Watched], count: int, several: bool) -> list[Intervals]:
-    """Each parameter goes to the first layer, in the order of the forward, that it is upstream of.
+def _own(layers: Sequence[LayerNodes], count: int, several: bool) -> list[Intervals]:
+    """Assign each parameter to the first layer, in the order of the forward, that it is upstream of.
 
-    With several forwards, each of which may have left layers out, what has fewer parameters upstream comes first: a
-    layer before those that follow it in any of the forwards.
+    Each of several forwards may have omitted some layers. Layers with fewer upstream parameters then come first, so
+    that a layer precedes those that follow it in any of the forwards.
+
+    Returns:
+        Per layer, the positions of its parameters.
     """
 
-    def order(layer: Watched) -> tuple[int, Any]:
+    def order(layer: LayerNodes) -> tuple[int, Any]:
         size = sum(layer.upstream[1::2]) - sum(layer.upstream[::2])
         return (size if several else 0), layer.position
 
     own = [EMPTY] * len(layers)
-    free = list(range(count + 1))  # of each position the next one that no layer has, or a shorter way to it
+    free = list(range(count + 1))  # union-find: per position the next unassigned one, or a position closer to it
 
     def next_free(position: int) -> int:
         end = position
@@ -258,8 +267,8 @@ def _own(layers: Sequence[Watched], count: int, several: bool) -> list[Intervals
     return own
 
 
-def _elsewhere(graph: Joined, layers: Sequence[Watched], upstream: ParameterSets) -> list[int]:
-    """How many parameters upstream of each layer reach the loss in forwards in which it did not run."""
+def _elsewhere(graph: JoinedGraph, layers: Sequence[LayerNodes], upstream: ParameterSets) -> list[int]:
+    """Count, per layer, the upstream parameters that reach the loss in forwards in which the layer did not run."""
     per_mask: dict[int, Ints] = {}
     found = [0] * len(layers)
     reach = graph.reaching
@@ -272,13 +281,15 @@ def _elsewhere(graph: Joined, layers: Sequence[Watched], upstream: ParameterSets
     return found
 
 
-def _reason(layer: Watched, graph: Joined, hiding: bytearray, past: Past, names: Sequence[str]) -> str | None:
+def _reason(
+    layer: LayerNodes, graph: JoinedGraph, hiding: bytearray, bypass: Bypass, names: Sequence[str]
+) -> str | None:
     if not layer.nodes:
         return _OUTSIDE if layer.calls else DID_NOT_RUN
     if any(hiding[node] for node in layer.nodes):
         return _HIDDEN
     if not layer.reached:
         return _UNUSED
-    if layer.index in past.nested:
+    if layer.index in bypass.nested:
         return _NESTED
-    return past.reason(layer.index, names)
+    return bypass.reason(layer.index, names)

@@ -1,4 +1,4 @@
-"""What is put around a module: known wrappers that run it, names without their prefixes, and modules that never run."""
+"""Known wrappers around modules, module names without their prefixes, and modules without a forward."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["clean_name", "inside", "prefixes", "runs", "unwrapped"]
+__all__ = ["clean_name", "has_forward", "inner_module", "prefixes", "unwrapped"]
 
 _PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-# Classes whose forward is that of their only child. By name, since importing the module of each takes seconds: as long
-# as it has not been imported there is no instance.
+# Classes whose forward is that of their only child. Given by name, because importing their modules takes seconds: no
+# instance exists before the module has been imported.
 _AROUND_MODELS = (
     ("torch._dynamo.eval_frame", "OptimizedModule"),
     ("torch.nn.parallel.distributed", "DistributedDataParallel"),
@@ -22,10 +22,10 @@ _AROUND_MODELS = (
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of torch.compile and of data-parallel wrappers: what a forward of our own runs.
+    """Return the model inside of torch.compile and data-parallel wrappers, which an extra forward runs.
 
-    Goes by class. A wrapper of the user's own is not looked through, since its forward may do something of its own,
-    nor is FSDP, whose forward gathers the parameters.
+    Wrappers are recognized by class. User-defined wrappers are kept because their forward may do more, and so is FSDP,
+    whose forward gathers the parameters.
     """
     while isinstance(model, _known(_AROUND_MODELS)):
         model = next(model.children())
@@ -33,9 +33,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def prefixes(model: nn.Module) -> int:
-    """How many leading parts ``module`` of a name stand for wrappers, for :func:`clean_name`.
+    """Return how many leading ``module`` parts of a name stand for wrappers, for :func:`clean_name`.
 
-    Known wrappers, and one of the user's own: a module whose only child is called ``module``.
+    This counts known wrappers and one user-defined wrapper: a module whose only child is called ``module``.
     """
     count = 0
     own = False
@@ -54,11 +54,14 @@ def prefixes(model: nn.Module) -> int:
 
 
 def clean_name(name: str, wrapped: int = 0) -> str:
-    """The name of a module without wrapper prefixes: ``module.blocks.0._orig_mod.attn`` -> ``blocks.0.attn``.
+    """Return a module name without wrapper prefixes: ``module.blocks.0._orig_mod.attn`` -> ``blocks.0.attn``.
 
     Args:
-        name: as in ``model.named_modules()`` or ``model.named_parameters()``.
-        wrapped: how many wrappers call what they wrap ``module``: strip that as often.
+        name: name as in ``model.named_modules()`` or ``model.named_parameters()``.
+        wrapped: number of leading ``module`` parts to remove.
+
+    Returns:
+        The name as the user knows it.
     """
     parts = [part for part in name.split(".") if part not in _PARTS]
     while wrapped > 0 and parts and parts[0] == "module":
@@ -67,8 +70,8 @@ def clean_name(name: str, wrapped: int = 0) -> str:
     return ".".join(parts)
 
 
-def inside(module: nn.Module) -> nn.Module:
-    """What the wrappers around a part of a model wrap: torch.compile, FSDP, activation checkpoints."""
+def inner_module(module: nn.Module) -> nn.Module:
+    """Return the module inside of the wrappers around a part of a model: torch.compile, FSDP, checkpoint wrappers."""
     while len(module._modules) == 1:
         ((name, child),) = module._modules.items()
         if name not in _PARTS or child is None:
@@ -77,8 +80,8 @@ def inside(module: nn.Module) -> nn.Module:
     return module
 
 
-def runs(module: nn.Module) -> bool:
-    """Whether the module has a forward: ``ModuleList``, ``ModuleDict`` and the like have none and never run."""
+def has_forward(module: nn.Module) -> bool:
+    """Whether the module has a forward, unlike ``ModuleList``, ``ModuleDict`` and the like."""
     if "forward" in vars(module):
         return True
     return inspect.getattr_static(type(module), "forward", None) is not inspect.getattr_static(nn.Module, "forward")

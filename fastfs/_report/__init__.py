@@ -1,5 +1,4 @@
-"""Reading records and drawing them. Works on saved records only; needs the extras pandas and matplotlib."""
+"""Shows saved records: pictures, the report page and the table of ``fastfs watch``.
 
-from fastfs._report.read import load, read_header, read_record
-
-__all__ = ["load", "read_header", "read_record"]
+It reads typed tables of :mod:`fastfs._record.reading` only. Pictures need the extra ``plot``, the page ``report``.
+"""

@@ -1,4 +1,4 @@
-"""From the rows of a run to layer x step grids, thinned for display so that nothing that matters goes unsaid."""
+"""Converts the rows of a run to layer x step grids, and thins these for display."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastfs._monitor.record.schema import BOOLEANS, INTEGERS, KEYS, MORE_SCALARS, SCALARS, STRINGS
-from fastfs._report.quantities import QUANTITIES, Quantity
+from fastfs._record.columns import KEYS
+from fastfs._report.quantities import NOT_QUANTITIES, QUANTITIES, Quantity
 
 if TYPE_CHECKING:
     import pandas
@@ -19,8 +19,7 @@ __all__ = ["Grid", "Thinned", "make_grid", "predicted_before", "quantities_of", 
 
 Array = np.ndarray[Any, Any]
 
-
-_NOT_SHOWN = frozenset((*KEYS, *BOOLEANS, *STRINGS, *INTEGERS, *SCALARS, *MORE_SCALARS, "measure_seconds"))
+_NOT_SHOWN = NOT_QUANTITIES | {"measure_seconds", *(key.name for key in KEYS)}
 _MOST_OTHERS = 12
 
 
@@ -28,8 +27,12 @@ _MOST_OTHERS = 12
 class Grid:
     """All records of one kind: a column per step, a row per layer or group.
 
-    ``columns[name]`` is (rows, steps) float32, NaN where absent. ``invalid`` is (rows, steps): measured, and flagged as
-    not valid. ``why`` holds indices into ``reasons`` of the same shape. ``steps``, ``times``, ``loss``: (steps,).
+    Attributes:
+        steps, times, loss, overhead: (steps,).
+        columns: float32 arrays (rows, steps) by name, NaN where a value is missing.
+        invalid: (rows, steps), whether a row was measured and is not valid.
+        why: (rows, steps), indices into ``reasons``.
+        reasons: texts.
     """
 
     steps: Array
@@ -43,9 +46,11 @@ class Grid:
 
 
 def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Quantity]:
-    """What of the table can be shown: the known columns that hold a number, then up to 12 unknown ones.
+    """Lists the quantities of a table: those with at least one number, then up to 12 others.
 
-    ``where``: the rows that count; all of them if None.
+    Args:
+        table: with a column per quantity.
+        where: mask of the rows to look at; all of them if None.
     """
     errors = {quantity.error for quantity in QUANTITIES}
     known = {quantity.key: quantity for quantity in QUANTITIES}
@@ -70,13 +75,13 @@ def _numbers(table: pandas.DataFrame, column: str) -> Array:
 
 
 def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where: Array | None = None) -> Grid:
-    """Rows of one kind as grids. A step that is there twice, as after a resume, counts as it came last.
+    """Converts rows of one kind to grids. Of a step that occurs twice the last occurrence counts.
 
     Args:
-        table: columns ``step``, ``layer`` and what is asked for; others may be absent.
+        table: with the columns ``step`` and ``layer``.
         rows: number of layers and groups.
-        columns: to be made grids of.
-        where: the rows of that kind, as a mask, so that a large table need not be copied; all of them if None.
+        columns: to convert; those that the table does not have become NaN.
+        where: mask of the rows of that kind, so that a large table need not be copied; all of them if None.
     """
     import pandas
 
@@ -117,10 +122,10 @@ def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where:
 
 
 def predicted_before(measured: Grid, predicted: Grid) -> tuple[Array, Array]:
-    """The speed that was predicted last before each measured step, since the measured step before.
+    """Finds the last predicted speed between each measured step and the previous one.
 
     Returns:
-        (rows, measured steps) float32, NaN where there is none; (measured steps,) the steps they are from, -1 for none.
+        The speeds, float32 (rows, measured steps), NaN where there is none; their steps (measured steps,), -1 for none.
     """
     speed = predicted.columns["update_rms"]
     at = np.searchsorted(predicted.steps, measured.steps) - 1
@@ -137,10 +142,12 @@ def predicted_before(measured: Grid, predicted: Grid) -> tuple[Array, Array]:
 
 @dataclass(frozen=True)
 class Thinned:
-    """Which steps of a grid are shown, and what each of them stands for.
+    """The steps of a grid that are shown.
 
-    ``index``: (columns,) into the grid's steps. ``merged``: (columns,) steps that it stands for. ``invalid``: (rows,
-    columns) how many of those were not valid in that row.
+    Attributes:
+        index: (columns,), into the grid's steps.
+        merged: (columns,), number of steps that each of them represents.
+        invalid: (rows, columns), how many of these were not valid.
     """
 
     index: Array
@@ -149,16 +156,16 @@ class Thinned:
 
 
 def thin(grid: Grid, most: int, alert_steps: Sequence[int] = ()) -> Thinned:
-    """Choose at most ``most`` steps: one of every group of neighbours, whole and as measured; nothing is averaged.
+    """Chooses at most ``most`` steps, one of each group of neighbors. Nothing is averaged.
 
-    Of a group it is the step with the most alerts, then the one with the most cells that are not valid, then the last.
-    How many cells of the group were not valid is kept for each row.
+    It is the step with the most alerts, then the one with the most cells that are not valid, then the last one. The
+    result says how many cells of the group were not valid.
     """
     total = len(grid.steps)
     edges = np.unique(np.linspace(0, total, min(total, most) + 1).round().astype(np.int64))
     alerts = np.zeros(total)
     if total and len(alert_steps):
-        # An alert between two measured steps belongs to the one before it.
+        # An alert between two measured steps counts for the first of them.
         at = np.searchsorted(grid.steps, np.asarray(alert_steps), side="right") - 1
         np.add.at(alerts, np.clip(at, 0, None), 1)
     score = alerts * (grid.invalid.shape[0] + 1) + grid.invalid.sum(axis=0)
@@ -171,7 +178,7 @@ def thin(grid: Grid, most: int, alert_steps: Sequence[int] = ()) -> Thinned:
 
 
 def thin_series(steps: Array, values: Array, most: int) -> tuple[Array, Array]:
-    """At most ``most`` points of a line: of every group of neighbours the lowest and the highest, where they are."""
+    """Thins a line to about ``most`` points: the lowest and the highest of each group of neighbors."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
     if len(steps) <= most:

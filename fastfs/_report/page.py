@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run: `fastfs report`. Needs the extra ``report`` (plotly, pandas)."""
+"""``fastfs report``: a self-contained HTML page about a run. Needs the extra ``report`` (plotly, pandas)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from fastfs._record.reading.load import load_compact
 from fastfs._report import summary
 from fastfs._report.grids import Array, Grid, Thinned, make_grid, predicted_before, quantities_of, thin, thin_series
-from fastfs._report.quantities import Quantity
-from fastfs._report.read import load_compact
+from fastfs._report.quantities import PREDICTED, UNUSED, Quantity
 from fastfs._utils.output_files import check_output, write_whole
 
 try:
@@ -30,8 +30,8 @@ except ImportError as missing:
 
 __all__ = ["build_page", "page_data", "render", "write_page"]
 
-# What bounds the page: numbers in grids (5.3 bytes each), alerts and text. With plotly.js (4.8 MB) below 15 MB for up
-# to 5,000 layers; 100 layers with all quantities of the format make about 10 MB however long the run.
+# Bounds of the page: cells of grids (5.3 bytes each), alerts and text. With plotly.js (4.8 MB) it stays below 15 MB for
+# up to 5,000 layers; 100 layers with all quantities take about 10 MB, however long the run.
 _MEASURED_CELLS = 1_000_000
 _PREDICTED_CELLS = 300_000
 _MOST_COLUMNS = 800
@@ -41,42 +41,34 @@ _MOST_SKIPPED = 200
 _MOST_POINTS = 2000
 _MOST_TEXT = 2000
 
-_PREDICTED = (
-    "aligned_decrease",
-    "update_rms",
-    "backward_rms",
-    "gradient_norm",
-    "parameter_update_norm",
-    "parameter_norm",
-)
 _ASSETS = ("report.css", "data.js", "charts.js", "report.js")
 
 
 def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str], *, run: str | None = None) -> Path:
-    """Make the page of a record and write it in one move, so that a reader never sees half of it.
+    """Builds the page of a record and writes it atomically.
 
     Args:
         path: a record that :func:`fastfs.load` reads.
-        out: the page; its folder is made if missing.
+        out: path of the page; its folder is created if missing.
         run: id of the run; the last one in the record by default.
 
     Raises:
         ImportError: plotly or pandas is not installed.
-        OSError: the record cannot be read or the page not be written.
-        ValueError: not a record, or without that run; ``out`` is there and no regular file.
+        OSError: the record cannot be read, or the page cannot be written.
+        ValueError: not a record, or without that run, or ``out`` exists and is not a regular file.
     """
     check_output(out)
-    page = build_page(load_compact(Path(path)), run=run, source=Path(path).name)
+    page = build_page(load_compact(Path(path), UNUSED), run=run, source=Path(path).name)
     return write_whole(out, page.encode("utf-8"))
 
 
 def build_page(table: pandas.DataFrame, *, run: str | None = None, source: str = "") -> str:
-    """The page of one run as text.
+    """Builds the page of one run.
 
     Args:
-        table: as from :func:`fastfs.load`, with its ``attrs``.
+        table: of :func:`fastfs.load`, with its ``attrs``.
         run: id of the run; the last one by default.
-        source: name of the record, for the page.
+        source: name of the record, shown on the page.
 
     Raises:
         ValueError: the table has no such run.
@@ -85,7 +77,7 @@ def build_page(table: pandas.DataFrame, *, run: str | None = None, source: str =
 
 
 def render(data: Mapping[str, Any]) -> str:
-    """The page around its data. All text of the record is in ``data``, as JSON that cannot end its script element."""
+    """Inserts the data into the template. All text of the record is JSON that cannot end its script element."""
     folder = files("fastfs._report") / "assets"
     parts = {name: (folder / name).read_text(encoding="utf-8") for name in _ASSETS}
     parts["plotly.js"] = get_plotlyjs()
@@ -93,12 +85,12 @@ def render(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     parts["data.json"] = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     template = (folder / "template.html").read_text(encoding="utf-8")
-    # In one pass, so that nothing in a part is taken for a placeholder.
+    # In a single pass, so that nothing inside a part is mistaken for a placeholder.
     return re.sub(r"@@([a-z.]+)@@", lambda match: parts[match[1]], template)
 
 
 def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = "") -> dict[str, Any]:
-    """Everything that the page shows, ready for JSON. Arguments and errors as of :func:`build_page`."""
+    """Collects what the page shows, ready for JSON. For arguments and errors see :func:`build_page`."""
     headers = [dict(header) for header in table.attrs.get("headers", [])]
     runs = list(dict.fromkeys(str(header["run"]) for header in headers))
     if not runs:
@@ -164,18 +156,18 @@ def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[G
         return Grid(none.astype(np.int64), none, none, none, {}, cells.astype(bool), cells, []), []
     found = quantities_of(table, part)
     if kind == "predicted":
-        found = [quantity for quantity in found if quantity.key in _PREDICTED]
+        found = [quantity for quantity in found if quantity.key in PREDICTED]
     columns = [q.key for q in found] + [q.error for q in found if q.error and q.error in table.columns]
     return make_grid(table, rows, columns, part), found
 
 
 def _room(cells: int, rows: int, columns: int) -> int:
-    """How many steps are shown."""
+    """Number of steps to show."""
     return max(_LEAST_COLUMNS, min(_MOST_COLUMNS, cells // max(rows * columns, 1)))
 
 
 def _packed(grid: Grid, kept: Thinned, quantities: Sequence[Quantity]) -> dict[str, Any]:
-    """A thinned grid for the page: arrays as base64 of little-endian numbers, row by row."""
+    """Encodes a thinned grid: arrays as base64 of little-endian numbers, row by row."""
     fields = ("key", "label", "unit", "about", "log", "guarded", "error")
     return {
         "quantities": [{name: getattr(quantity, name) for name in fields} for quantity in quantities],
@@ -203,7 +195,7 @@ def _loss_line(measured: Grid, predicted: Grid) -> tuple[Array, Array, int]:
 
 
 def _rows(names: Sequence[str], layers: int, header: Mapping[str, Any], structures: Sequence[Mapping[str, Any]]) -> Any:
-    """One entry per layer, then per group: name, whether it is a cut and why not, parameters."""
+    """Describes each layer and group: name, whether it is a cut or why not, number of parameters."""
     about = structures[-1].get("layers", {}) if structures else {}
     groups = header.get("groups") or {}
 
@@ -237,7 +229,7 @@ def _alert(alert: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _ends(records: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """The first and the last of a list that is too long."""
+    """Shortens a long list to its first and last entries."""
     return list(records) if len(records) <= most else [*records[: most // 2], *records[-(most // 2) :]]
 
 
@@ -257,7 +249,7 @@ def _thinned(
     alerts: int,
     skipped: int,
 ) -> list[str]:
-    """What the page leaves out, in sentences; empty where it shows everything."""
+    """Says in sentences what the page leaves out; empty if it shows everything."""
     said = []
     for name, grid, shown in (("measured", measured, kept), ("predicted", predicted, kept_predicted)):
         if len(shown.index) < len(grid.steps):
@@ -287,7 +279,7 @@ def _thinned(
 def _facts(
     header: Mapping[str, Any], own: Sequence[Mapping[str, Any]], runs: Sequence[str], run: str, source: str
 ) -> list[list[str]]:
-    """The header of the run as names and texts."""
+    """Lists the header of the run as pairs of name and text."""
     facts = [["record", source]] if source else []
     for key, value in header.items():
         if key in ("kind", "layers", "metadata", "groups", "resumed_at"):

@@ -1,4 +1,4 @@
-"""Pictures of a record: one quantity as a layer x step heat map, with one line per layer beside it."""
+"""Pictures of a record: a layer x step heat map of a quantity, beside one line per layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastfs._report.read import load
+from fastfs._record.reading.load import load
 from fastfs._utils.output_files import write_whole
 
 try:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["PLOTS", "SOFTWARE", "Plot", "plot_layers", "plot_record"]
 
 SOFTWARE = "fastfs._report.plots"
-"""What every picture carries as its ``Software`` entry."""
+"""The ``Software`` entry in the metadata of every picture."""
 
 _MOST_NAMES = 26
 _MOST_LEGEND = 8
@@ -76,13 +76,13 @@ PLOTS = (
 def plot_record(
     path: str | os.PathLike[str], out: str | os.PathLike[str], *, title: str = "", run: str | None = None
 ) -> list[Path]:
-    """Draw every plot of ``PLOTS`` from a record on disk.
+    """Draws all plots of a record.
 
     Args:
-        path: a file written by :class:`fastfs.Monitor`.
-        out: folder for the pictures; made if missing.
-        title: of the run, added to each plot's own.
-        run: id of the run; the last one in the file by default.
+        path: of the record.
+        out: folder for the pictures; created if missing.
+        title: of the run, appended to the title of each plot.
+        run: id of the run; the last one by default.
 
     Returns:
         The files written.
@@ -110,9 +110,9 @@ def plot_record(
 
 
 def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figure:
-    """One figure of one run: heat map over (step, layer), and a line over steps for each layer.
+    """Draws a heat map over steps and layers, and a line over steps for each layer.
 
-    Grey: not measured. Dots: measured, but flagged as not valid (rounding noise, zero vectors).
+    Gray cells were not measured; dots mark rows that are not valid.
 
     Raises:
         ValueError: the table is empty.
@@ -173,7 +173,7 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
 
 
 def _norm(data: np.ndarray[Any, Any], logarithmic: bool) -> Normalize:
-    """Color range from the 1st to the 99th percentile, so that one step that stands out leaves the rest readable."""
+    """Color range from the 1st to the 99th percentile, so that outliers leave the rest readable."""
     finite = data[np.isfinite(data)]
     if not finite.size:
         return Normalize(0.0, 1.0)
@@ -191,7 +191,7 @@ def _extend(data: np.ndarray[Any, Any], norm: Normalize) -> str:
 
 
 def _edges(steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Borders of cells around the measured steps, which need not be evenly spaced."""
+    """Edges of cells around the measured steps, which need not be evenly spaced."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middle = (steps[1:] + steps[:-1]) / 2
@@ -199,7 +199,7 @@ def _edges(steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _name_layers(axes: Any, names: Sequence[str]) -> None:
-    """Names where they can be read, else numbers; a common beginning such as ``blocks.`` goes to the axis label."""
+    """Labels the axis with names if they fit, otherwise with indices. A common prefix goes to the axis label."""
     prefix = _shared_parents(names)
     if len(names) <= _MOST_NAMES:
         axes.set_yticks(range(len(names)), [name[len(prefix) :] for name in names], fontsize=8)
@@ -210,7 +210,7 @@ def _name_layers(axes: Any, names: Sequence[str]) -> None:
 
 
 def _shared_parents(names: Sequence[str]) -> str:
-    """What all names begin with, up to and with a dot; empty for one name."""
+    """The common prefix of all names, up to and including a dot; empty for a single name."""
     parents = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
     for parts in zip(*parents, strict=False):

@@ -1,4 +1,4 @@
-"""What a person reads first: the run in numbers and in sentences, from all of its rows (nothing thinned)."""
+"""The summary of a run in numbers and sentences, computed from all rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RECENT = 0.2  # share of the measured steps that "at the end" means
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number as a person reads it."""
+    """Formats a number for a person."""
     if value is None or not math.isfinite(value):
         return "-"
     if value and not 1e-3 <= abs(value) < 1e6:
@@ -28,7 +28,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def since(seconds: float) -> str:
-    """A duration in the two largest units that it has."""
+    """Formats a duration in its two largest units."""
     if not math.isfinite(seconds) or seconds < 0:
         return "-"
     if seconds < 10:
@@ -46,13 +46,13 @@ def since(seconds: float) -> str:
 
 
 def duration(header: Mapping[str, Any], grids: Sequence[Grid]) -> float:
-    """Seconds from the start of the run, by its header, to its last row; NaN without rows."""
+    """Seconds from the start in the header to the last row; NaN without rows."""
     times = np.concatenate([grid.times for grid in grids]) if grids else np.array([])
     times = times[np.isfinite(times)]
     if not len(times):
         return math.nan
     start = float(times.min())
-    with contextlib.suppress(ValueError):  # a header without a readable start: from the first row on
+    with contextlib.suppress(ValueError):  # without a readable start in the header, the first row counts
         start = min(start, datetime.fromisoformat(str(header.get("started"))).timestamp())
     return float(times.max()) - start
 
@@ -60,7 +60,7 @@ def duration(header: Mapping[str, Any], grids: Sequence[Grid]) -> float:
 def cards(
     header: Mapping[str, Any], measured: Grid, predicted: Grid, layers: int, alerts: int, skipped: int
 ) -> list[dict[str, str]]:
-    """The boxes on top of the page: label, value, note."""
+    """The boxes at the top of the page, each with label, value and note."""
     steps = np.union1d(measured.steps, predicted.steps)
     seconds = duration(header, [measured, predicted])
     angle = measured.columns.get("angle", np.empty((0, 0)))[:layers]
@@ -98,7 +98,15 @@ def cards(
 
 
 def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, predicted: bool) -> list[str]:
-    """What stands out, in sentences. ``before``: of ``grids.predicted_before``; ``predicted``: are there such rows."""
+    """Describes in sentences what stands out.
+
+    Args:
+        names: of layers and groups.
+        layers: number of layers.
+        measured: grid of the measured rows.
+        before: speeds of :func:`fastfs._report.grids.predicted_before`.
+        predicted: whether there are predicted rows.
+    """
     if not len(measured.steps):
         return (
             ["No step was measured: what is shown are predictions from gradients and optimizer steps."]
@@ -163,7 +171,7 @@ def _invalid(names: Sequence[str], layers: int, measured: Grid) -> list[str]:
 
 
 def _layer_medians(grid: Grid, column: str, layers: int, recent: int) -> dict[int, float]:
-    """Median of the valid cells per layer over the last ``recent`` measured steps; layers without one are left out."""
+    """Median per layer over the valid cells of the last ``recent`` measured steps; layers without any are missing."""
     values = grid.columns.get(column)
     if values is None:
         return {}

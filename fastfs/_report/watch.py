@@ -1,12 +1,11 @@
-"""``fastfs watch``: the latest numbers of a running run as a table in the terminal."""
+"""``fastfs watch``: the latest values of a run as a table in the terminal."""
 
 from __future__ import annotations
 
 import math
 import os
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,101 +13,23 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fastfs._report.follow import Follower
-from fastfs._report.locate import find_record
+from fastfs._record.reading.follow import Follower
+from fastfs._record.reading.latest import LatestRun
+from fastfs._record.reading.locate import find_record
 from fastfs._report.summary import number, since
 
-__all__ = ["ORDERS", "RunState", "screen", "watch"]
+__all__ = ["ORDERS", "screen", "watch"]
 
 ORDERS = ("worst", "layer")
 _ALERT_LINES = 3
 _OTHERS = "a larger window, --once or --layers shows others"
 _WIDE = 76
-_QUIET_AT_LEAST = 60.0  # seconds without a row before that is pointed at
-_QUIET_GAPS = 10.0  # ... and this many times the usual gap
-_RECENT_ALERTS = 500  # steps: a layer with a younger alert counts as worst
-
-
-class RunState:
-    """The last known numbers of the last run in a record."""
-
-    def __init__(self) -> None:
-        self.unreadable = 0
-        self._reset({})
-
-    def _reset(self, header: Mapping[str, Any]) -> None:
-        self.header: dict[str, Any] = dict(header)
-        self.names: list[str] = []
-        self.layers = 0
-        self.cut: list[bool | None] = []
-        self.measured: dict[str, Any] | None = None
-        self.predicted: dict[str, Any] | None = None
-        self.times: deque[tuple[int, float]] = deque(maxlen=64)
-        self.alerts: deque[dict[str, Any]] = deque(maxlen=200)
-        self.alert_count: Counter[str] = Counter()
-        self.skipped = 0
-
-    def update(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Take in new records. A header of another run starts afresh; lines of other runs are left out."""
-        for record in records:
-            kind = record["kind"]
-            if kind == "header":
-                if record.get("run") != self.header.get("run"):
-                    self._reset(record)
-                self.header = dict(record)
-                layers, groups = record.get("layers") or [], record.get("groups") or {}
-                self.names, self.layers = [*map(str, layers), *map(str, groups)], len(layers)
-            elif record.get("run") != self.header.get("run"):
-                continue
-            elif kind in ("measured", "predicted"):
-                setattr(self, kind, dict(record))
-                step, when = record.get("step"), record.get("time")
-                if isinstance(step, int) and isinstance(when, int | float):
-                    if self.times and step <= self.times[-1][0]:  # resumed from an earlier step
-                        self.times.clear()
-                    self.times.append((step, float(when)))
-            elif kind == "alert":
-                self.alerts.append(dict(record))
-                self.alert_count[str(record.get("rule"))] += 1
-            elif kind == "skipped":
-                self.skipped += 1
-            elif kind == "structure":
-                about = record.get("layers")
-                self.cut = list(about.get("cut") or []) if isinstance(about, Mapping) else []
-
-    @property
-    def last(self) -> dict[str, Any] | None:
-        """The newest row."""
-        found = [row for row in (self.measured, self.predicted) if row is not None]
-        return max(found, key=lambda row: (row.get("step") or 0, row.get("time") or 0.0), default=None)
-
-    @property
-    def steps_per_second(self) -> float:
-        """Over the last rows; NaN with fewer than two."""
-        if len(self.times) < 2:
-            return math.nan
-        (first, start), (last, end) = self.times[0], self.times[-1]
-        return (last - first) / (end - start) if end > start else math.nan
-
-    def value(self, kind: str, column: str, row: int) -> Any:
-        """The last value of a layer, or None."""
-        record = self.measured if kind == "measured" else self.predicted
-        values = ((record or {}).get("layers") or {}).get(column) or []
-        return values[row] if row < len(values) else None
-
-    def badness(self, row: int) -> tuple[Any, ...]:
-        """Larger is worse: a recent alert, then not valid, then how near the angle is to (or beyond) 90 degrees."""
-        last = self.last
-        step = (last or {}).get("step") or 0
-        alerted = any(
-            a.get("layer") == self.names[row] and step - (a.get("step") or 0) <= _RECENT_ALERTS for a in self.alerts
-        )
-        angle = self.value("measured", "angle", row)
-        return alerted, self.value("measured", "valid", row) is False, angle if _is_number(angle) else -1.0
+_QUIET_AT_LEAST = 60.0  # seconds without a row before the age of the last row turns red
+_QUIET_GAPS = 10.0  # ... and this many times the usual time between rows
 
 
 def screen(
-    state: RunState,
+    state: LatestRun,
     *,
     now: float,
     width: int = 100,
@@ -117,16 +38,16 @@ def screen(
     search: str = "",
     name: str = "",
 ) -> RenderableType:
-    """Everything that is shown, as something that rich can print.
+    """Lays out the table for the terminal.
 
     Args:
-        state: of the run.
+        state: what to show.
         now: seconds since 1970, for the age of the last row.
-        width: characters in a line; below 76 the numbers of the layers are left out, and the degrees.
-        height: lines that there are; None for as many as it takes.
-        order: ``worst``: where not all layers fit, those with a recent alert, then those not valid, then those with the
-            largest angle; ``layer``: in the order of the network.
-        search: shows only layers with this in their name.
+        width: characters per line; below 76, indices of layers and degrees are left out.
+        height: number of lines; None for as many as needed.
+        order: which layers to show if not all fit. ``worst``: those with a recent alert, then those that are not valid,
+            then those with the largest angle; ``layer``: the first ones of the network.
+        search: show only layers whose name contains this.
         name: of the record.
     """
     lines = _heading(state, now, name)
@@ -136,7 +57,7 @@ def screen(
     note = ""
     if len(rows) > room:
         if order == "worst":
-            shown = sorted(rows, key=lambda row: (*(_minus(part) for part in state.badness(row)), row))[:room]
+            shown = sorted(rows, key=lambda row: (*(-float(part) for part in state.badness(row)), row))[:room]
             note = f"the {room} worst of {len(rows)} (recent alert, not valid, largest angle); {_OTHERS}"
         else:
             shown = rows[:room]
@@ -161,7 +82,7 @@ def screen(
     return Group(*lines, table, *caption)
 
 
-def _heading(state: RunState, now: float, name: str) -> list[Text]:
+def _heading(state: LatestRun, now: float, name: str) -> list[Text]:
     last = state.last
     header = state.header
     title = Text(no_wrap=True, overflow="ellipsis")
@@ -171,14 +92,13 @@ def _heading(state: RunState, now: float, name: str) -> list[Text]:
     if last is None:
         return [title, Text(f"no step yet: the first measured one will show here{_unread(state)}", style="yellow")]
     numbers = Text(no_wrap=True, overflow="ellipsis")
-    numbers.append(f"step {last.get('step'):,}", style="bold")
-    numbers.append(f"  loss {number(last['loss'], 5) if _is_number(last.get('loss')) else '-'}")
+    numbers.append(f"step {last.step:,}", style="bold")
+    numbers.append(f"  loss {number(last.loss, 5)}")
     speed = state.steps_per_second
     numbers.append(f"  {number(speed)} steps/s" if math.isfinite(speed) else "  - steps/s")
-    if _is_number(last.get("time")):
-        age = max(0.0, now - last["time"])
-        numbers.append(f"  last row {since(age)} ago", style="bold red" if age > _quiet(state) else "")
-    measured, predicted = ((row or {}).get("step") for row in (state.measured, state.predicted))
+    age = max(0.0, now - last.time)
+    numbers.append(f"  last row {since(age)} ago", style="bold red" if age > _quiet(state) else "")
+    measured, predicted = state.step("measured"), state.step("predicted")
     detail = Text(no_wrap=True, overflow="ellipsis", style="dim")
     detail.append(f"measured at step {measured:,}" if measured is not None else "not measured yet")
     detail.append(f", predicted at step {predicted:,}" if predicted is not None else ", no prediction")
@@ -189,45 +109,42 @@ def _heading(state: RunState, now: float, name: str) -> list[Text]:
         counts = ", ".join(f"{_clean(rule)} ({count:,})" for rule, count in state.alert_count.most_common(5))
         lines.append(Text(f"alerts: {counts}", style="bold red", no_wrap=True, overflow="ellipsis"))
         for alert in list(state.alerts)[-_ALERT_LINES:]:
-            text = f"  step {alert.get('step')}: {_clean(alert.get('message') or alert.get('rule'))}"
+            text = f"  step {alert.step}: {_clean(alert.message or alert.rule)}"
             lines.append(Text(text, style="red", no_wrap=True, overflow="ellipsis"))
     else:
         lines.append(Text("no alerts", style="dim"))
     return lines
 
 
-def _unread(state: RunState) -> str:
+def _unread(state: LatestRun) -> str:
     lines = state.unreadable
     return f"; {lines:,} {'line' if lines == 1 else 'lines'} not readable" if lines else ""
 
 
-def _quiet(state: RunState) -> float:
-    """Seconds after which the absence of rows is remarkable."""
-    if len(state.times) < 2:
-        return _QUIET_AT_LEAST * _QUIET_GAPS
-    gap = (state.times[-1][1] - state.times[0][1]) / (len(state.times) - 1)
-    return max(_QUIET_AT_LEAST, _QUIET_GAPS * gap)
+def _quiet(state: LatestRun) -> float:
+    """Seconds without a row after which something may be wrong."""
+    gap = state.seconds_between_rows
+    return _QUIET_GAPS * _QUIET_AT_LEAST if math.isnan(gap) else max(_QUIET_AT_LEAST, _QUIET_GAPS * gap)
 
 
-def _cells(state: RunState, row: int, degrees: bool) -> list[Text]:
-    angle = state.value("measured", "angle", row)
-    valid = state.value("measured", "valid", row)
+def _cells(state: LatestRun, row: int, degrees: bool) -> list[Text]:
+    valid = state.valid(row)
     style = "yellow" if valid is False else ""
-    predicted = state.value("predicted", "update_rms", row)
+    predicted = state.number("predicted", "update_rms", row)
     if valid is False:
-        verdict = Text(f"no: {_clean(state.value('measured', 'why', row) or 'no reason given')}", style="yellow")
+        verdict = Text(f"no: {_clean(state.why(row) or 'no reason given')}", style="yellow")
     else:
         verdict = Text("yes" if valid else "-")
     no_cut = row < len(state.cut) and state.cut[row] is False
     return [
         Text(str(row) if row < state.layers else "", style="dim"),
         Text(_clean(state.names[row]), style="" if row < state.layers else "italic"),
-        Text(_angle(angle, degrees), style=style),
+        Text(_angle(state.number("measured", "angle", row), degrees), style=style),
         *(
-            Text(_short(state.value("measured", column, row)), style=style)
+            Text(_short(state.number("measured", column, row)), style=style)
             for column in ("update_rms", "relative_update")
         ),
-        Text("no cut" if no_cut and not _is_number(predicted) else _short(predicted), style="dim" if no_cut else ""),
+        Text("no cut" if no_cut and math.isnan(predicted) else _short(predicted), style="dim" if no_cut else ""),
         verdict,
     ]
 
@@ -243,28 +160,28 @@ def watch(
     sleep: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.time,
 ) -> None:
-    """Show the latest numbers of a run until interrupted, or once.
+    """Shows the latest values of a run until interrupted, or once.
 
     Args:
-        path: the record (JSONL), or the folder of the run; unless ``once``, it need not exist yet.
-        console: to print to.
-        once: print one table with all layers and return.
-        interval: seconds between looks at the file.
-        order, search: as of :func:`screen`.
+        path: of the record (JSONL), or of the folder of the run. Unless ``once``, it need not exist yet.
+        console: of rich.
+        once: whether to print one table with all layers and return.
+        interval: seconds between polls of the file.
+        order, search: see :func:`screen`.
         sleep, clock: for tests.
 
     Raises:
-        FileNotFoundError: with ``once``, no such record.
+        FileNotFoundError: no such record, with ``once``.
         OSError: the record cannot be read.
-        ValueError: not a record; not a terminal and not ``once``.
+        ValueError: not a record, or the output is not a terminal, without ``once``.
     """
     console = console or Console()
-    state = RunState()
+    state = LatestRun()
     if once:
         follower = _follower(path)
-        news = follower.poll()
-        state.update(news.records)
-        state.unreadable = news.unreadable
+        new = follower.poll()
+        state.update(new.lines)
+        state.unreadable = new.unreadable
         if not state.header:
             raise ValueError(f"{follower.path}: holds no run of fastfs.Monitor yet")
         console.print(
@@ -284,22 +201,22 @@ def watch(
                         live.update(Text(f"waiting: {error}", style="yellow"), refresh=True)
                         sleep(interval)
                         continue
-                news = found.poll()
-                if news.restarted:
-                    state = RunState()
-                state.update(news.records)
-                state.unreadable += news.unreadable
+                new = found.poll()
+                if new.restarted:
+                    state = LatestRun()
+                state.update(new.lines)
+                state.unreadable += new.unreadable
                 shown: RenderableType = Text(f"waiting: {found.path}: no such file", style="yellow")
-                if news.exists:
+                if new.exists:
                     shown = _fitted(state, console, clock(), order, search, found.path.name)
                 live.update(shown, refresh=True)
                 sleep(interval)
     except KeyboardInterrupt:
-        pass  # how a person ends it
+        pass  # the usual way to end it
     console.print(_fitted(state, console, clock(), order, search, ""))
 
 
-def _fitted(state: RunState, console: Console, now: float, order: str, search: str, name: str) -> RenderableType:
+def _fitted(state: LatestRun, console: Console, now: float, order: str, search: str, name: str) -> RenderableType:
     return screen(state, now=now, width=console.width, height=console.height, order=order, search=search, name=name)
 
 
@@ -311,23 +228,15 @@ def _follower(path: str | os.PathLike[str]) -> Follower:
 
 
 def _clean(value: Any) -> str:
-    """Text of a record without anything that a terminal would obey."""
+    """Replaces characters that a terminal would interpret."""
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _angle(value: Any, degrees: bool) -> str:
-    if not _is_number(value):
+def _angle(value: float, degrees: bool) -> str:
+    if math.isnan(value):
         return "-"
     return f"{value:.3f} {math.degrees(value):4.0f}°" if degrees else f"{value:.3f}"
 
 
-def _short(value: Any) -> str:
-    return f"{value:.2e}" if _is_number(value) else "-"
-
-
-def _minus(value: Any) -> float:
-    return -float(value)
+def _short(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2e}"

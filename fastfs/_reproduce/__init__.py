@@ -1,1 +1,1 @@
-"""The demo and the experiments. They import the rest of fastfs, never the reverse."""
+"""The demo and the reproduction of the paper. They import the rest of fastfs, which never imports them."""

@@ -1,4 +1,4 @@
-"""Real data that every machine has: the standard library's source as text, and scikit-learn's digits."""
+"""Real data available on every machine: the standard library's source as text, and scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Text", "digits", "minibatches", "stdlib_text", "windows"]
 
 @dataclass(frozen=True)
 class Text:
-    """Bytes as a uint8 tensor (bytes,), with what they are: number of files and SHA-256."""
+    """Text as a uint8 tensor (bytes,), with its number of files and SHA-256."""
 
     tokens: Tensor
     files: int
@@ -24,14 +24,17 @@ class Text:
 
 
 def stdlib_text(max_bytes: int = 4_000_000) -> Text:
-    """The modules (``*.py``) of the running Python's standard library in alphabetical order, one after the other.
+    """Read the modules (``*.py``) of the running Python's standard library, concatenated in alphabetical order.
 
     Args:
-        max_bytes: where to stop; the last file may be cut.
+        max_bytes: largest size; the last file may be truncated.
+
+    Returns:
+        The text.
 
     Raises:
-        ValueError: ``max_bytes`` below 1.
-        FileNotFoundError: this Python comes without the source of its standard library.
+        ValueError: ``max_bytes`` is below 1.
+        FileNotFoundError: this Python has no source of its standard library.
     """
     if max_bytes < 1:
         raise ValueError(f"max_bytes: expected at least 1, got {max_bytes}")
@@ -51,7 +54,16 @@ def stdlib_text(max_bytes: int = 4_000_000) -> Text:
 
 
 def windows(text: Text, batch: int, length: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches of random windows: tokens and the tokens that follow, each int64 (batch, length).
+    """Yield endless batches of random windows: tokens and the tokens that follow, each int64 (batch, length).
+
+    Args:
+        text: the text.
+        batch: number of windows per batch.
+        length: tokens per window.
+        seed: seed of the positions.
+
+    Yields:
+        Inputs and targets.
 
     Raises:
         ValueError: the text is not longer than ``length``.
@@ -67,7 +79,10 @@ def windows(text: Text, batch: int, length: int, seed: int) -> Iterator[tuple[Te
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's handwritten digits: float32 (1797, 64), standardised as a whole, and int64 labels (1797,).
+    """Load scikit-learn's handwritten digits, standardized as a whole.
+
+    Returns:
+        Images, float32 (1797, 64), and labels, int64 (1797,).
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -82,7 +97,16 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def minibatches(inputs: Tensor, labels: Tensor, batch: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random batches without replacement within an epoch; the incomplete last batch of an epoch is left out.
+    """Yield endless random batches, without replacement within an epoch and without incomplete batches.
+
+    Args:
+        inputs: (n, ...) data.
+        labels: (n,) labels.
+        batch: rows per batch.
+        seed: seed of the order.
+
+    Yields:
+        Rows of the inputs and of the labels.
 
     Raises:
         ValueError: ``batch`` is below 1 or larger than the data.

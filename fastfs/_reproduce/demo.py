@@ -1,4 +1,4 @@
-"""``fastfs demo``: two small real trainings, watched, beside the same trainings without the monitor."""
+"""``fastfs demo``: two small monitored trainings on real data, side by side with unmonitored ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class OutputError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """A training: what it is called, and how to make its parts."""
+    """A training: its name and the functions that create its parts."""
 
     name: str
     title: str
@@ -93,7 +93,7 @@ TASKS = {
 
 @dataclass
 class _Run:
-    """One of the two trainings that go side by side."""
+    """One of the two trainings that run side by side."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -121,16 +121,24 @@ class _Run:
 def run_task(
     task: Task, steps: int, every: int, out: Path, console: Console, device: torch.device = _CPU
 ) -> dict[str, Any]:
-    """Train twice, step by step side by side, with and without the monitor; write record and pictures.
+    """Train twice in lockstep, with and without the monitor, and write the record and figures.
 
-    Both trainings start from the same parameters and see the same batches and the same random numbers. Which goes
-    first is drawn for every step, so that neither gains from a warm cache.
+    Both trainings start from the same parameters and see the same batches and random numbers. Their order is drawn
+    anew for every step, so that neither benefits from a warm cache.
+
+    Args:
+        task: the training.
+        steps: number of optimizer steps.
+        every: measure every this many steps.
+        out: folder for the files of this task.
+        console: where to show progress.
+        device: device to train on.
 
     Returns:
-        The task's part of ``summary.json``.
+        The entry of the task in ``summary.json``.
     """
+    from fastfs._record.reading.load import load
     from fastfs._report.plots import plot_record
-    from fastfs._report.read import load
 
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
@@ -160,7 +168,7 @@ def run_task(
             batch = inputs.to(device), targets.to(device)
             before, after = RandomState.take(devices), None
             for run in (plain, watched) if order.random() < 0.5 else (watched, plain):
-                before.give()
+                before.restore()
                 run.step(task, batch, monitor if run is watched else None)
                 equal_randomness &= after is None or not after.moved()
                 after = RandomState.take(devices)
@@ -191,10 +199,13 @@ def run_task(
 
 
 def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str, float]:
-    """Ratios of median step times, watched to plain, over the same steps.
+    """Return ratios of median step times, monitored to unmonitored, over the same steps.
 
-    ``total`` is what the monitor adds at this ``every``, ``total_at_100`` what it would at 100. ``noise_ratio`` is
-    of plain steps to plain steps (even to odd ones): the other ratios are known no better than it is near 1.
+    ``total`` is the overhead at this ``every``, and ``total_at_100`` the overhead at 100. ``noise_ratio`` compares even
+    with odd unmonitored steps: it bounds the accuracy of the other ratios.
+
+    Returns:
+        Ratios and seconds by name.
     """
     measured = statistics.median(watched[::every]) / statistics.median(plain[::every])
     idle = 1.0
@@ -212,7 +223,7 @@ def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str,
 
 
 def _layer_table(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Medians over the last quarter of the measured steps, and over the predicted ones since; one entry a layer."""
+    """Return one entry per layer: medians over the last quarter of measured steps and the predicted ones since."""
     measured = table[table["kind"] == "measured"]
     steps = sorted(measured["step"].unique())
     first = steps[-max(1, len(steps) // 4)]
@@ -243,22 +254,22 @@ def run_demo(
     threads: int = 1,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Run the named tasks, print what came out, write ``summary.json``.
+    """Run the given tasks, print the results and write ``summary.json``.
 
     Args:
         models: names in ``TASKS``.
-        steps: optimizer steps of each; the task's own number by default.
+        steps: optimizer steps per task; None uses the number of the task.
         every: measure every this many steps.
-        out: folder; in an existing one only files of an earlier demo are overwritten.
-        device: where the models are trained; from the same initial parameters and batches on all.
-        threads: of torch, while this runs. One is fast enough, and steady on a machine that is busy otherwise.
-        console: where to print.
+        out: output folder. In an existing folder, only files of an earlier demo are overwritten.
+        device: device to train on, from the same initial parameters and batches on all devices.
+        threads: number of torch threads during the run. One is fast enough, and stable on a busy machine.
+        console: where to print; None means standard output.
 
     Returns:
-        What ``summary.json`` holds.
+        The content of ``summary.json``.
 
     Raises:
-        OutputError: ``out`` is not a folder, or holds a file of the demo's name that the demo did not write.
+        OutputError: ``out`` is not a folder, or holds a file of the same name that the demo did not write.
     """
     console = console or Console()
     _check_out(out, models)
@@ -285,7 +296,7 @@ def run_demo(
     write_whole(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     console.print(_MEANING)
     pages = [file for task in summary["tasks"].values() for file in task["files"] if file.endswith(_PAGE)]
-    more = f", {_PAGE}" if pages else '; for a page about each run: pip install "fastfs[report]"'
+    more = f", {_PAGE}" if pages else '; for a report page of each run: pip install "fastfs[report]"'
     console.print(
         f"\nWritten to {out}: summary.json, and per model record.jsonl, {', '.join(_PICTURES)}{more}", soft_wrap=True
     )
@@ -293,17 +304,17 @@ def run_demo(
 
 
 _MEANING = (
-    "\n[bold]What the numbers mean.[/bold] Angle: between the move of a layer's output in one optimizer step and the "
-    "direction in which the loss falls fastest; 0 = straight down, pi/2 = 1.57 = unrelated. Feature speed: rms of that "
-    "move. Decrease: of the loss, to first order, by the parameters up to this layer. At a larger angle a layer moves "
-    "more for it: |move| = decrease / (cos(angle) x |backward vector|). With the last measured angle that predicts the "
-    "speed of every step in between, without a forward."
+    "\n[bold]What the numbers mean.[/bold] Angle: between the change of a layer's output in one optimizer step and the "
+    "direction of steepest descent of the loss; 0 = aligned, pi/2 = 1.57 = orthogonal. Feature speed: rms of that "
+    "change. Decrease: first-order decrease of the loss due to the parameters up to this layer. For the same decrease, "
+    "features move further at a larger angle: |change| = decrease / (cos(angle) x |backward vector|). With the last "
+    "measured angle, this predicts the speed of every step in between without an extra forward."
 )
 
 
 def _print_result(console: Console, result: dict[str, Any]) -> None:
     grid = Table(
-        title=f"median of the last quarter of the measured steps (every {result['every']})", title_justify="left"
+        title=f"median over the last quarter of the measured steps (every {result['every']})", title_justify="left"
     )
     grid.add_column("layer")
     for column in ("angle (rad)", "cosine", "feature speed", "predicted", "relative update", "decrease"):
@@ -321,13 +332,13 @@ def _print_result(console: Console, result: dict[str, Any]) -> None:
         )
     console.print(grid)
     if any(row["valid"] < 1 for row in result["layers"]):
-        console.print("* not valid in every step: rounding noise, or a zero vector")
+        console.print("* not valid in every step: rounding noise or a zero vector")
     cost = result["overhead"]
     console.print(f"loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {result['steps']} steps")
     console.print(
-        f"monitoring, aligned_every=1: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, "
-        f"the predicted ones {cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
-        f"by that {cost['total_at_100']:+.1%} at every=100 (plain to plain steps: {cost['noise_ratio']:.3f}x)"
+        f"monitoring with aligned_every=1: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, a "
+        f"predicted step {cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
+        f"extrapolated {cost['total_at_100']:+.1%} at every=100 (plain to plain steps: {cost['noise_ratio']:.3f}x)"
     )
     if result["bitwise_equal"]:
         console.print("with and without the monitor: losses, final parameters and random state bitwise equal")

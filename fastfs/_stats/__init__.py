@@ -7,8 +7,8 @@ dLoss/df, g the gradient of a parameter, dw its update. Sections are those of "T
 (Chizat and Netrapalli, arXiv 2311.18718) and of the notes in docs.
 """
 
-from fastfs._stats.base import Stats
+from fastfs._stats.base import Stats, span
 from fastfs._stats.features import FeatureStats
 from fastfs._stats.parameters import ParameterStats, UpdateStats
 
-__all__ = ["FeatureStats", "ParameterStats", "Stats", "UpdateStats"]
+__all__ = ["FeatureStats", "ParameterStats", "Stats", "UpdateStats", "span"]

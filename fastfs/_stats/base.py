@@ -27,6 +27,7 @@ class Stats:
     __hash__ = None  # type: ignore[assignment]
 
     names: ClassVar[tuple[str, ...]]
+    factors: ClassVar[dict[str, tuple[str, str]]]  # of the sums of products: which two vectors, by name
     derived: ClassVar[tuple[str, ...]]
     columns: ClassVar[tuple[str, ...]]  # of the table that repr shows
 
@@ -155,3 +156,15 @@ def cosine(dot: Tensor, first_sq: Tensor, second_sq: Tensor) -> Tensor:
     norms = first_sq.sqrt() * second_sq.sqrt()
     defined = (norms > 0) & norms.isfinite()
     return torch.where(defined, dot / norms, torch.nan).clamp(-1.0, 1.0)
+
+
+def span(kind: type[Stats], *vectors: str) -> slice:
+    """The columns of the sums of products that contain any of these vectors, which have to be side by side.
+
+    Raises:
+        ValueError: They are not, or there are none; the order of `factors` decides.
+    """
+    columns = [kind.names.index(name) for name, pair in kind.factors.items() if set(pair) & set(vectors)]
+    if not columns or columns[-1] - columns[0] + 1 != len(columns):
+        raise ValueError(f"{kind.__name__}: expected the sums of {', '.join(vectors)} side by side, got {columns}")
+    return slice(columns[0], columns[-1] + 1)

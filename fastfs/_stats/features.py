@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from fastfs._stats.base import Stats, cosine
@@ -26,6 +28,13 @@ class FeatureStats(Stats):
         "nonfinite",
         "count",
     )
+    factors: ClassVar[dict[str, tuple[str, str]]] = {
+        "update_dot_backward": ("update", "backward"),
+        "update_sq": ("update", "update"),
+        "backward_sq": ("backward", "backward"),
+        "before_sq": ("before", "before"),
+        "before_dot_update": ("before", "update"),
+    }
     derived = (
         "update_norm",
         "backward_norm",

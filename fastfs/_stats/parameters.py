@@ -17,7 +17,12 @@ class UpdateStats(Stats):
     """
 
     __slots__ = ()
-    names: ClassVar[tuple[str, ...]] = ("dot", "update_sq", "gradient_sq", "nonfinite", "count")
+    factors: ClassVar[dict[str, tuple[str, str]]] = {
+        "dot": ("gradient", "update"),
+        "update_sq": ("update", "update"),
+        "gradient_sq": ("gradient", "gradient"),
+    }
+    names: ClassVar[tuple[str, ...]] = (*factors, "nonfinite", "count")
     derived: ClassVar[tuple[str, ...]] = (
         "aligned_decrease",
         "update_norm",
@@ -95,11 +100,17 @@ class ParameterStats(UpdateStats):
     """How one step of an optimizer moved parameters: `UpdateStats` that know the parameters too.
 
     Args:
-        sums: float64 tensor (..., 6), columns as in `names`.
+        sums: float64 tensor (..., len(names)), columns as in `names`.
     """
 
     __slots__ = ()
-    names = ("dot", "update_sq", "gradient_sq", "parameter_sq", "nonfinite", "count")
+    factors: ClassVar[dict[str, tuple[str, str]]] = {
+        "dot": ("gradient", "update"),
+        "update_sq": ("update", "update"),
+        "gradient_sq": ("gradient", "gradient"),
+        "parameter_sq": ("parameter", "parameter"),
+    }
+    names = (*factors, "nonfinite", "count")
     derived = (*UpdateStats.derived, "parameter_norm", "parameter_rms", "relative_update")
     columns = (
         "aligned_decrease",

@@ -1,1 +1,1 @@
-"""Helpers that several packages share: output files, optional dependencies, devices, formatting."""
+"""Helpers shared by several packages: output files, optional dependencies, devices, formatting."""

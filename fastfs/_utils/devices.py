@@ -1,4 +1,4 @@
-"""The devices that commands run on, and what they need there."""
+"""Selection of devices for commands, and settings that they need on them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ __all__ = ["fastest_device", "named_device", "repeatable_attention"]
 
 
 def fastest_device() -> torch.device:
-    """The GPU if there is one that torch can use, else the CPU."""
+    """Return a GPU if torch can use one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def named_device(name: str) -> torch.device:
-    """The device of the option ``--device``, such as "cuda:1".
+    """Return the device given by the option ``--device``, such as "cuda:1".
+
+    Args:
+        name: the value of the option.
+
+    Returns:
+        The device.
 
     Raises:
-        ValueError: no CPU or CUDA device, or one that torch does not see.
+        ValueError: the device is neither CPU nor CUDA, or torch does not see it.
     """
     try:
         device = torch.device(name)
@@ -35,7 +41,7 @@ def named_device(name: str) -> torch.device:
 
 @contextmanager
 def repeatable_attention(device: torch.device) -> Iterator[None]:
-    """In the ``with`` block attention on a GPU adds up its gradients in the same order in every run: not fused."""
+    """Disable fused attention on a GPU, so that gradients are summed in the same order in every run."""
     if device.type == "cuda":
         with sdpa_kernel(SDPBackend.MATH):
             yield

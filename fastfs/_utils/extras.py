@@ -1,4 +1,4 @@
-"""Optional packages, imported where they are used, with a word on how to get them."""
+"""Optional packages, imported on use, with an error that says how to install them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ __all__ = ["frame", "load"]
 
 
 def load(module: str, extra: str, what: str) -> Any:
-    """The module of that name.
+    """Import an optional module.
 
     Args:
-        module: to import.
-        extra: of fastfs that brings it.
-        what: needs it.
+        module: name of the module.
+        extra: extra of fastfs that installs it.
+        what: description of what needs it, for the error message.
+
+    Returns:
+        The module.
 
     Raises:
-        ImportError: it is not installed; says how to install it.
+        ImportError: the module is not installed. The message says how to install it.
     """
     try:
         return importlib.import_module(module)
@@ -31,7 +34,13 @@ def load(module: str, extra: str, what: str) -> Any:
 
 
 def frame(data: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
-    """A pandas table of columns, or of rows.
+    """Create a pandas DataFrame from columns or from rows.
+
+    Args:
+        data: name -> column, or one mapping per row.
+
+    Returns:
+        The DataFrame.
 
     Raises:
         ImportError: pandas is not installed.

@@ -1,4 +1,4 @@
-"""Numbers as aligned text."""
+"""Format numbers as aligned text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def table(
     shape: torch.Size,
     most: int = 40,
 ) -> list[str]:
-    """Lines of an aligned table, one line per layer, with its index; the middle of a long one is left out."""
+    """Return an aligned table with one line per layer and its index; the middle of a long table is omitted."""
     flat = {name: torch.tensor(values[name], device="cpu").reshape(-1).tolist() for name in names}
 
     def label(i: int) -> str:
@@ -30,7 +30,7 @@ def table(
 
 
 def columns(values: Mapping[str, Sequence[Any]], most: int = 40) -> list[str]:
-    """Lines of an aligned table: a head, then one line per entry; the middle of a long one is left out."""
+    """Return an aligned table with a header and one line per entry; the middle of a long table is omitted."""
     rows = [[_cell(value) for value in row] for row in zip(*values.values(), strict=True)]
     if len(rows) > most:
         rows = [*rows[: most // 2], ["..."] * len(values), *rows[-most // 2 :]]

@@ -1,4 +1,4 @@
-"""Files that commands write: whole or not at all, and in the place of regular files only."""
+"""Output files of commands: written atomically, and only in place of regular files."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ _KINDS = (
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """Where a file of this name is to be written: behind symbolic links, so that they stay.
+    """Return the path to write to, with symbolic links resolved so that links are kept.
+
+    Args:
+        path: requested path.
+
+    Returns:
+        The resolved path.
 
     Raises:
-        OSError: it cannot be looked at; a folder above it is none.
-        ValueError: it is there, and no regular file.
+        OSError: the path cannot be inspected, or a parent is not a folder.
+        ValueError: the path exists and is not a regular file.
     """
     path = Path(path)
     try:
         mode = os.stat(path).st_mode
-    except FileNotFoundError:  # also a link to nothing: its file is made
+    except FileNotFoundError:  # includes a dangling link, whose target is created
         mode = stat.S_IFREG
     for is_kind, what in _KINDS:
         if is_kind(mode):
@@ -38,21 +44,21 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes, mark: str = ".") -> Path:
-    """Write a file in one move: a reader sees the old one or all of the new one. Folders above it are made.
+    """Write a file atomically: readers see either the old or the complete new content.
 
-    A file that is replaced keeps its permissions; a new one has those of the umask.
+    Parent folders are created. A replaced file keeps its permissions; a new one has those of the umask.
 
     Args:
-        path: of the file.
-        content: of it.
-        mark: how the name of the file starts while it is written.
+        path: the file.
+        content: its content.
+        mark: prefix of the temporary file.
 
     Returns:
         ``path``.
 
     Raises:
-        OSError: it cannot be written; then nothing is left behind, and an old file is as it was.
-        ValueError: ``path`` is there and no regular file.
+        OSError: the file cannot be written. No temporary file is left, and an old file is unchanged.
+        ValueError: ``path`` exists and is not a regular file.
     """
     target = check_output(path)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The feature speed formula on any model: identity, predicted speed, residual, sensitivity; which layers are cuts.
+"""The feature speed formula on any model: identity, predicted speed, residual, sensitivity, and which layers are cuts.
 
 Source: sections 1 and 2 of "The Feature Speed Formula", arXiv 2311.18718.
 """

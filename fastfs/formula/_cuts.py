@@ -1,4 +1,4 @@
-"""Which layers are cuts, where the feature speed formula holds, and which parameters are shared across layers."""
+"""Find the layers that are cuts, at which the feature speed formula holds, and the parameters shared across layers."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ __all__ = ["Cuts", "cuts"]
 
 @dataclass(frozen=True)
 class Cuts:
-    """What :func:`cuts` found, for L layers.
+    """The result of :func:`cuts` for L layers.
 
     Attributes:
-        layers: names.
-        cut: whether every path from the parameters upstream to the output passes through the layer, exactly once.
-        reason: why not, or None.
-        upstream: names of the parameters that the features depend on.
-        shared: name of a parameter -> where else it acts. It makes all layers in between no cuts.
+        layers: names of the layers.
+        cut: whether every path from the upstream parameters to the output passes through the layer exactly once.
+        reason: why the layer is not a cut, or None.
+        upstream: per layer, the names of the parameters that its features depend on.
+        shared: parameter name -> the layers between its uses, which are not cuts for this reason.
     """
 
     layers: list[str]
@@ -38,7 +38,14 @@ class Cuts:
     shared: dict[str, str]
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per layer: name, cut, reason, number of parameters upstream."""
+        """Return one row per layer: name, cut, reason, number of upstream parameters.
+
+        Returns:
+            A DataFrame with the columns ``layer``, ``cut``, ``reason`` and ``upstream``.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
         counts = [len(names) for names in self.upstream]
         return frame({"layer": self.layers, "cut": self.cut, "reason": self.reason, "upstream": counts})
 
@@ -58,16 +65,19 @@ def cuts(
     layers: Selection = AUTO,
     forward: Callable[[Any, Any], Any] | None = None,
 ) -> Cuts:
-    """Tells which layers of a model are cuts, from the graph of one forward on an example input.
+    """Determine which layers of a model are cuts, from the autograd graph of one forward on an example input.
 
-    The formula needs no loss for that: all floating-point outputs count. Where the loss also uses parameters or inner
-    tensors past the outputs (penalties, auxiliary losses), give ``forward`` that returns the loss.
+    No loss is needed: all floating-point outputs count. If the loss also uses parameters or inner tensors besides the
+    outputs (penalties, auxiliary losses), pass a ``forward`` that returns the loss.
 
     Args:
-        model: any network.
-        batch: an example input: a tensor, a tuple of positional or a dictionary of keyword arguments.
-        layers: which layers to look at, as for :class:`fastfs.Monitor`.
-        forward: function of the model and the batch that gives the outputs; calls the model on the batch if None.
+        model: any network. It is not changed.
+        batch: example input: a tensor, a tuple of positional arguments or a dictionary of keyword arguments.
+        layers: the layers to classify, as for :class:`fastfs.Monitor`.
+        forward: function of the model and the batch that returns the outputs; None calls the model on the batch.
+
+    Returns:
+        Per layer, whether it is a cut, why not, and its upstream parameters.
 
     Raises:
         TypeError: the outputs hold no floating-point tensor.

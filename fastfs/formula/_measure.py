@@ -1,4 +1,4 @@
-"""The feature speed formula measured on a model: what one step of gradient descent or of an optimizer does."""
+"""Measure the feature speed formula on a model for one step of gradient descent or of an optimizer."""
 
 from __future__ import annotations
 
@@ -29,21 +29,23 @@ __all__ = ["Measurement", "measure", "over_visits", "updates_of"]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One step at one point, for L layers, P parameters and G groups of parameters. Tensors are float64.
+    """The measurement of one step, for L layers, P parameters and groups of parameters. Tensors are float64.
 
     Attributes:
         layers: names of the layers, in the order of the model.
-        cut, reason: whether the formula holds at the layer, and why not.
-        stats: (L,) feature update against backward vector: angle, cos_angle, update_rms, relative_update, ...
-        contribution: (L,) -sum <g, dw> over the parameters between this layer and the watched ones before.
-        aligned_decrease: (L,) D_l, the same over all parameters upstream: cumulative.
+        cut: (L,) whether the formula holds at the layer.
+        reason: (L,) why it does not, or None.
+        stats: (L,) feature update against backward vector: ``angle``, ``cos_angle``, ``update_rms``, ...
+        contribution: (L,) -sum <g, dw> over the parameters between the preceding watched layers and this one, in units
+            of the loss.
+        aligned_decrease: (L,) D_l, the same sum over all upstream parameters (cumulative).
         parameters: names of the parameters.
-        parameter_stats: (P,) gradient against update: aligned_decrease, gradient_norm, update_norm, ...
-        groups: name -> -sum <g, dw> of the parameters in it, 0-d.
-        loss: before the step, 0-d.
-        loss_change: of the step, 0-d; negative where it decreases. To first order if ``first_order``.
-        total_decrease: D over all parameters, 0-d: the first-order loss decrease.
-        first_order: whether the changes are derivatives, or differences of forwards at w + dw and at w.
+        parameter_stats: (P,) gradient against update: ``aligned_decrease``, ``gradient_norm``, ``update_norm``, ...
+        groups: group name -> -sum <g, dw> over its parameters, 0-d.
+        loss: loss before the step, 0-d.
+        loss_change: change of the loss by the step, 0-d, negative for a decrease. A derivative if ``first_order``.
+        total_decrease: D over all parameters, 0-d: the first-order decrease of the loss.
+        first_order: whether changes are derivatives along dw, rather than differences of forwards at w + dw and w.
     """
 
     layers: list[str]
@@ -62,7 +64,7 @@ class Measurement:
 
     @property
     def predicted_update_rms(self) -> Tensor:
-        """(L,) rms(df) that the feature speed formula gives, D / (cos(angle) |b|); nan where the layer is no cut."""
+        """(L,) rms(df) predicted by the feature speed formula, D / (cos(angle) |b|); nan where the layer is no cut."""
         norm = _relations.predicted_update_norm(self.aligned_decrease, self.stats.cos_angle, self.stats.backward_norm)
         return self._at_cuts(norm / self.stats.count.double().sqrt())
 
@@ -73,25 +75,32 @@ class Measurement:
 
     @property
     def sensitivity(self) -> Tensor:
-        """(L,) rms(df_l) / |loss change|; that of the last hidden features is the S of the paper.
+        """(L,) rms(df_l) / |loss change|. For the last hidden features, this is S of the paper.
 
-        The published numbers are of features after the ReLU. Before it, as in :mod:`fastfs.models`, S is up to sqrt(2)
-        times as large.
+        The published values are those of features after the ReLU. Before the ReLU, as in :mod:`fastfs.models`, S is up
+        to sqrt(2) times as large.
         """
         return _relations.sensitivity(self.stats.update_rms, self.loss_change)
 
     @property
     def aligned_update_rms(self) -> Tensor:
-        """(L,) rms of the part of df along -b, with its sign: what changes the loss."""
+        """(L,) rms of the component of df along -b, which changes the loss, with its sign."""
         return self.stats.update_rms * self.stats.cos_angle
 
     @property
     def orthogonal_update_rms(self) -> Tensor:
-        """(L,) rms of the part of df orthogonal to b."""
+        """(L,) rms of the component of df orthogonal to b."""
         return self.stats.update_rms * self.stats.angle.sin()
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per layer."""
+        """Return one row per layer.
+
+        Returns:
+            A DataFrame with name, cut, the statistics of the layer and the reason. Angles are in radians.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
         return frame({"layer": self.layers, "cut": self.cut, **self._columns(), "reason": self.reason})
 
     def __str__(self) -> str:
@@ -138,29 +147,37 @@ def measure(
     first_order: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Measurement:
-    """Measures identity, predicted feature speed, residual and sensitivity of one step, which is not taken.
+    """Measure identity, predicted feature speed, residual and sensitivity for one step without taking it.
 
-    Neither the model nor the optimizer is changed. Not for the inside of a training loop: :class:`fastfs.Monitor` is.
+    Neither the model nor the optimizer is changed. Inside of a training loop, use :class:`fastfs.Monitor` instead.
 
     Args:
         model: any network.
-        loss_fn: function of the model and the batch that gives the loss, a scalar that includes its own mean.
-        batch: what ``loss_fn`` takes.
-        layers: which layers, as for :class:`fastfs.Monitor`.
-        lr: gradient descent, dw = -lr g: one rate, or regular expression -> rate over the names of parameters.
-        optimizer: or the next step of this optimizer, with its state.
-        updates: or these updates, name of a parameter -> dw; others do not move.
-        parameters: regular expression, searched for in the names: which parameters move; all trainable ones if None.
-        groups: name -> regular expression over the names of parameters, whose contributions are wanted.
-        first_order: exact derivatives along dw (forward mode) instead of a second forward at w + dw.
-        dtype: compute in this dtype, such as ``torch.float64``, the step of an optimizer and its state included.
+        loss_fn: function of the model and the batch that returns the loss, a scalar that includes its own mean.
+        batch: second argument of ``loss_fn``.
+        layers: the layers to measure, as for :class:`fastfs.Monitor`.
+        lr: learning rate of gradient descent, dw = -lr g: a number, or regular expressions over parameter names ->
+            rate.
+        optimizer: optimizer whose next step, including its state, is measured instead.
+        updates: parameter name -> dw, measured instead; other parameters do not move.
+        parameters: regular expression, searched for in the names of the parameters to move; None moves all trainable
+            ones.
+        groups: group name -> regular expression over parameter names, to sum contributions over.
+        first_order: whether to compute exact derivatives along dw (forward mode) instead of a forward at w + dw.
+        dtype: dtype to compute in, such as ``torch.float64``, including the step and state of an optimizer.
+
+    Returns:
+        Statistics per layer, per parameter and per group.
 
     Raises:
-        TypeError, ValueError: not exactly one of ``lr``, ``optimizer`` and ``updates``; updates of unknown names or of
-            another shape; a group that finds no parameter; and what
-            :class:`fastfs._network.linearization.Linearization` raises.
+        TypeError: not exactly one of ``lr``, ``optimizer`` and ``updates`` is given, an argument has the wrong type,
+            the loss is not a scalar tensor, or a layer returns no floating-point tensor.
+        ValueError: no layer or parameter matches, ``updates`` has an unknown name or a wrong shape, a group matches no
+            parameter, or the loss is not finite or depends on no parameter.
+        RuntimeError: in inference mode, or the forward is not repeatable.
+        NotImplementedError: ``first_order``, and an operation of the model has no forward-mode derivative.
 
-    Source: section 2 of "The Feature Speed Formula", arXiv 2311.18718; D in the form with dw.
+    Source: section 2 of "The Feature Speed Formula", arXiv 2311.18718, with D expressed by dw.
     """
     lin = Linearization(model, loss_fn, batch, layers=layers, parameters=parameters, dtype=dtype)
     members = _members(groups or {}, lin.names)
@@ -200,7 +217,7 @@ def updates_of(
     optimizer: Optimizer | None = None,
     updates: Mapping[str, Tensor] | None = None,
 ) -> list[Tensor]:
-    """dw of every parameter of a linearised model, from exactly one of three sources; see :func:`measure`."""
+    """Return dw of every parameter of a linearized model from exactly one of three sources; see :func:`measure`."""
     given = [name for name, v in (("lr", lr), ("optimizer", optimizer), ("updates", updates)) if v is not None]
     if len(given) != 1:
         raise TypeError(f"expected exactly one of lr, optimizer and updates, got {' and '.join(given) or 'none'}")
@@ -228,12 +245,16 @@ def updates_of(
 def over_visits(
     before: Sequence[Tensor], after: Sequence[Tensor], backward: Sequence[Tensor], *, first_order: bool
 ) -> Tensor:
-    """(9,) sums of a layer over its visits, as in ``FeatureStats.sums``; zero without any.
+    """Return the sums of one layer over its visits, as in ``FeatureStats.sums``; zero if it did not run.
 
     Args:
-        before, backward: features and backward vectors.
-        after: features after the step, or their changes if ``first_order``.
-        first_order: which of the two.
+        before: features before the step.
+        after: features after the step, or their first-order changes.
+        backward: backward vectors.
+        first_order: whether ``after`` holds changes.
+
+    Returns:
+        float64 (9,).
     """
     if not before:
         return torch.zeros(len(FeatureStats.names), dtype=torch.float64)

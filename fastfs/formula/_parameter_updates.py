@@ -1,4 +1,4 @@
-"""The update of the parameters that a step would do, without doing it: plain gradient descent, or any optimizer."""
+"""Parameter updates of a step that is not taken: plain gradient descent, or any optimizer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,22 @@ __all__ = ["gradient_descent", "optimizer_update"]
 
 
 def gradient_descent(lr: LearningRates, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """dw = -lr g of every parameter.
+    """Return dw = -lr g for every parameter.
 
     Args:
-        lr: learning rate, or regular expression -> learning rate, a number or a tensor with one per entry.
-        names: of the parameters.
-        gradients: of the parameters.
+        lr: learning rate, or regular expression -> learning rate: a number, or a tensor with one rate per entry.
+        names: names of the parameters.
+        gradients: gradients of the parameters.
+
+    Returns:
+        Updates of the shapes and dtypes of the gradients.
 
     Raises:
-        TypeError, ValueError: a bad learning rate; see :func:`fastfs._network.learning_rates.resolve`.
+        TypeError: ``lr`` is neither a number nor a mapping.
+        ValueError: a name matches no or several expressions, an expression is invalid or matches no name, or a rate is
+            negative, not finite or of a shape that does not broadcast.
+
+    Source: gradient descent as in section 2 of "The Feature Speed Formula", arXiv 2311.18718.
     """
     return [-rate * gradient for rate, gradient in zip(resolve(lr, names, gradients), gradients, strict=True)]
 
@@ -39,31 +46,32 @@ def optimizer_update(
     *,
     dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """What the next step of an optimizer would add to the parameters, given their gradients.
+    """Return what the next step of an optimizer would add to the parameters, given their gradients.
 
-    A copy of the optimizer, with its state, steps on copies of the parameters: neither is touched, and hooks of the
-    optimizers are not called. Momentum, preconditioning, weight decay and the learning rates of groups are all in it.
+    A copy of the optimizer, with its state, steps on copies of the parameters. The originals are not modified, and
+    hooks of the optimizer are not called. The update includes momentum, preconditioning, weight decay and the learning
+    rates of parameter groups.
 
     Args:
-        optimizer: of any type whose step needs no closure.
-        parameters: whose updates are wanted; zero for those that the optimizer does not have.
-        gradients: of these parameters, in any floating-point dtype.
-        dtype: step on parameters and state cast to this dtype; None for the real step, rounding of the parameters
-            included, in which small updates are lost.
+        optimizer: an optimizer of any type whose step needs no closure.
+        parameters: parameters whose updates are returned; zero for those that the optimizer does not have.
+        gradients: gradients of these parameters, in any floating-point dtype.
+        dtype: dtype to which parameters and state are cast for the step. None takes the actual step, including the
+            rounding of the parameters, in which small updates are lost.
 
     Returns:
         w_after - w_before of each parameter, in the dtype of the step or float32, whichever is wider.
 
     Raises:
-        TypeError: no optimizer, or one whose step needs a closure.
-        ValueError: the optimizer has none of the parameters, or their number is not that of the gradients.
+        TypeError: ``optimizer`` is not an optimizer, or its step needs a closure.
+        ValueError: the optimizer has none of the parameters, or parameters and gradients differ in number.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is closure.empty):
         name = type(optimizer).__name__
-        raise TypeError(f"optimizer: {name} evaluates the loss in its step, it has no update of one gradient")
+        raise TypeError(f"optimizer: {name} evaluates the loss in its step and so has no update for a single gradient")
     if len(parameters) != len(gradients):
         raise ValueError(f"optimizer_update: got {len(parameters)} parameters and {len(gradients)} gradients")
     own = {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -79,23 +87,23 @@ def optimizer_update(
         if id(parameter) in clones:
             clones[id(parameter)].grad = gradient.detach().to(dtype or parameter.dtype, copy=True)
     step: Any = type(clone).step
-    if getattr(step, "hooked", False):  # torch wraps it to call hooks, those for all optimizers as well
+    if getattr(step, "hooked", False):  # torch wraps the step to call hooks, including global ones
         step = step.__wrapped__
     randomness = RandomState.take({p.device for p in own.values() if p.device.type != "cpu"})
     try:
-        with torch.enable_grad():  # optimizers turn it off themselves, for what they do not differentiate
+        with torch.enable_grad():  # optimizers disable gradients themselves where they need none
             step(clone)
     finally:
-        randomness.give()
+        randomness.restore()
     return [_difference(clones.get(id(p)), p) for p in parameters]
 
 
 def _copied(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
-    """The optimizer with everything in it, for other parameters, and without hooks."""
+    """Return a copy of the optimizer with its state, for other parameters and without hooks."""
     kept = {
         name: value
         for name, value in vars(optimizer).items()
-        if "_hooks" not in name and name != "step"  # learning rate schedulers put a step of their own there
+        if "_hooks" not in name and name != "step"  # learning rate schedulers replace the step of the instance
     }
     clone: Optimizer = object.__new__(type(optimizer))
     memo = dict(clones)
@@ -107,7 +115,7 @@ def _copied(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
 
 
 def _cast(optimizer: Optimizer, dtype: torch.dtype) -> None:
-    """Per-entry state to another dtype, that of an optimizer inside as well; counters of steps stay."""
+    """Cast per-entry state to a dtype, also of nested optimizers; step counters keep theirs."""
     for state in optimizer.state.values():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0:

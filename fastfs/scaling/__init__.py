@@ -1,4 +1,4 @@
-"""Scaling rules: by table, by measurement, and a check of the scaling that a model has."""
+"""Scaling rules from tables, calibration by measurement, and a check of a model's scaling over width and depth."""
 
 from __future__ import annotations
 

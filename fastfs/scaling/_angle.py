@@ -11,13 +11,13 @@ __all__ = ["predicted_cos_angle"]
 def predicted_cos_angle(
     depth: int, *, branch_scale: float = 1.0, contributions: Sequence[float] | None = None
 ) -> float:
-    r"""cos(theta) after ``depth`` ReLU blocks of large width at random initialisation.
+    r"""Return cos(theta) after ``depth`` ReLU blocks of large width at random initialization.
 
     ``depth`` counts the blocks V after the first matrix U, which is trained too. Every matrix adds c_k J_k J_k^T to
-    the kernel, J_k the Jacobian from f_k to the last features. For wide random blocks the normalised trace of
-    J_k J_k^T is 1 and that of its square 1 + 2 beta^2 (l - k): a block adds 2 beta^2. (For ``V D`` with half of the
-    diagonal D active, the trace of the square is 3; skip and branch mix to the same sum.) A product of the kernels of
-    two matrices has the trace of the square of the later one. So
+    the kernel, with J_k the Jacobian from f_k to the last features. For wide random blocks, the normalized trace of
+    J_k J_k^T is 1 and that of its square is 1 + 2 beta^2 (l - k): each block adds 2 beta^2. (For ``V D`` with half of
+    the diagonal of D active, the trace of the square is 3; skip connection and branch combine to the same sum.) The
+    product of the kernels of two matrices has the trace of the square of the later one. Therefore
 
         M_1 = sum_k c_k,   M_2 = sum_k c_k (c_k + 2 sum_{j<k} c_j) (1 + 2 beta^2 (l - k)),   cos(theta) = M_1/sqrt(M_2).
 
@@ -27,10 +27,13 @@ def predicted_cos_angle(
     Args:
         depth: number l of ReLU blocks, at least 0.
         branch_scale: beta in [0, 1]; 1 is the MLP.
-        contributions: c_k of the l + 1 matrices, up to a factor: lr_k |g_k|^2. Equal by default.
+        contributions: c_k = lr_k |g_k|^2 of the l + 1 matrices, up to a common factor; None means equal ones.
+
+    Returns:
+        The cosine, in (0, 1].
 
     Raises:
-        ValueError: a depth, scale or number of contributions outside of that, or a contribution that is not positive.
+        ValueError: depth, scale or the number of contributions is out of range, or a contribution is not positive.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), spectral moments of the backward-to-feature kernel.
     """

@@ -1,4 +1,4 @@
-"""Automatic scaling of any model: learning rates and the output's scale from one measurement at initialisation."""
+"""Automatic scaling of any model: learning rates and output scale from one measurement at initialization."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastfs.scaling._rendering import some
 __all__ = ["OptimizerLike", "calibrate"]
 
 OptimizerLike: TypeAlias = str | Optimizer | Callable[..., Optimizer]
-"""``"sgd"``, ``"adam"``, ``"adamw"``, an optimizer, or what makes one of parameter groups and ``lr``."""
+"""``"sgd"``, ``"adam"``, ``"adamw"``, an optimizer, or a function that creates one from parameter groups and ``lr``."""
 
 _ROUNDS = 8
-_CLOSE = 0.02  # of S, relative
-_SMALL, _LINEAR = 1e-3, 0.05  # a learning rate, and how far its update may be from proportional
+_CLOSE = 0.02  # relative tolerance of S
+_SMALL, _LINEAR = 1e-3, 0.05  # a small learning rate, and the permitted deviation of its update from proportionality
 
 
 def calibrate(
@@ -42,40 +42,42 @@ def calibrate(
     target_loss_decrease: float | None = None,
     target_sensitivity: float = 1.0,
 ) -> Calibration:
-    r"""Measure gradients, backward vectors and the angle once; derive learning rates and the scale of the output.
+    r"""Measure gradients, backward vectors and the angle once, and derive learning rates and the output scale.
 
-    The parameters are taken in n groups: before the first watched layer, each watched layer, after the last. Let
-    c_l = <g_l, -dw_l> of a group, dw the update that the optimizer's next step would make with lr = 1: |g_l|^2 for
-    SGD, about the sum of |g| for Adam. Balanced contributions and a loss decrease D to first order give
+    The parameters form n groups: before the first watched layer, one per watched layer, and after the last. Let
+    c_l = <g_l, -dw_l> for a group, where dw is the update that the optimizer's next step would make with lr = 1:
+    |g_l|^2 for SGD, about the sum of |g| for Adam. Balanced contributions and a first-order loss decrease D give
 
         lr_l = D / (n c_l).
 
-    With these, the features of the last hidden layer move by rms(df) = D_{L-1} / (sqrt(elements) |b| cos(theta)) (the
-    feature speed formula), which is S D. The output's last matrix is multiplied by S / target: b grows with it, theta
-    hardly changes, and S becomes what is wanted. As the residual may change a little, this is measured again on a
-    scaled copy, and corrected (secant), until S is within two percent.
+    With these rates, the features of the last hidden layer move by rms(df) = D_{L-1} / (sqrt(elements) |b| cos(theta))
+    (the feature speed formula), which is S D. The last matrix of the output is multiplied by S / target: b grows in
+    proportion, theta hardly changes, and S becomes the target. Because the residual may change a little, S is measured
+    again on a scaled copy and corrected by the secant method until it is within two percent of the target.
 
     The model is not changed until :meth:`Calibration.apply`.
 
     Args:
-        model: at its initialisation, with signal propagation (features of order 1) in order.
-        loss_fn: function of the model and the batch that gives the loss, a scalar. It must use the model it is given.
-        batch: what ``loss_fn`` takes; as large as the ones to train with.
-        optimizer: ``"sgd"`` (plain), ``"adam"``, ``"adamw"``, an optimizer of this model (all but its learning rates
-            is used), or what makes one: ``lambda groups, lr: torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.95))``.
-        layers: which layers, as for :class:`fastfs.Monitor`; the blocks of the model by default.
-        target_loss_decrease: D, in units of the loss; a tenth of the loss by default.
+        model: a model at initialization whose features are of order 1 (signal propagation).
+        loss_fn: function of the model and the batch that returns the loss, a scalar. It must use the model that it
+            receives.
+        batch: second argument of ``loss_fn``, as large as the batches of training.
+        optimizer: ``"sgd"`` (plain), ``"adam"``, ``"adamw"``, an optimizer of this model (whose learning rates are
+            ignored), or a function that creates one, such as
+            ``lambda groups, lr: torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.95))``.
+        layers: the layers, as for :class:`fastfs.Monitor`; the blocks of the model by default.
+        target_loss_decrease: D, in units of the loss; None means a tenth of the loss.
         target_sensitivity: S = rms(df_{L-1}) / D, in feature units per unit of loss.
 
     Returns:
-        The measurement and what follows from it. ``str()`` explains every number.
+        The measurement and the resulting rates and scale. ``str()`` explains every number.
 
     Raises:
-        TypeError: an optimizer that is none of these, or without a plain step.
-        ValueError: a target that is not positive; unused parameters; an optimizer (one that exists, not a name or what
-            makes one) whose update is not in proportion to its learning rate; a group with a gradient of zero, which no
-            learning rate can balance, or along whose update the loss rises; and what
-            :class:`fastfs._network.linearization.Linearization` raises.
+        TypeError: the optimizer is none of these or has no plain step, or the loss is not a scalar tensor.
+        ValueError: a target is not positive, a parameter is unused, the updates of a given optimizer instance are not
+            proportional to its learning rate, or a group has a zero gradient or an update along which the loss
+            increases.
+        RuntimeError: in inference mode, or the forward is not repeatable.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), automatic scaling; section 2 for any optimizer.
     """
@@ -87,7 +89,7 @@ def calibrate(
     parts = partition(lin)
     target = 0.1 * abs(float(lin.loss)) if target_loss_decrease is None else float(target_loss_decrease)
     if target == 0:
-        raise ValueError("target_loss_decrease: the loss is 0, so a tenth of it is no target; give one")
+        raise ValueError("target_loss_decrease: the loss is 0, so there is no default; expected a positive number")
     first = state = _measure(lin, parts, optimizer, label, target)
     output = [lin.names[p] for p in parts.output]
     scale, trace, tried = 1.0, [state.sensitivity], [0.0]
@@ -133,10 +135,10 @@ def calibrate(
 
 
 def _next(tried: list[float], errors: list[float]) -> float | None:
-    """The logarithm of the next scale to try, from those of the scales tried and of S / target at each.
+    """Return the logarithm of the next output scale, from the scales tried so far and the errors log(S / target).
 
-    S goes like 1/scale, but for the residual, which changes with the output: from the second round on by the secant.
-    None where S hardly answers to the scale.
+    S is proportional to 1/scale except for the residual, which changes with the output; from the second round on, the
+    secant accounts for it. The result is None if S hardly depends on the scale.
     """
     slope = -1.0
     if len(tried) > 1 and tried[-1] != tried[-2]:
@@ -159,10 +161,10 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, lab
         if norms[name] == 0:
             raise ValueError(
                 f"group {name!r} ({some([lin.names[p] for p in members])}): the gradient is zero, so no learning rate "
-                "makes it contribute; an output or branch initialised to zero does that to what is before it"
+                "makes it contribute; an output or branch initialized to zero blocks the gradient of preceding layers"
             )
         if not (math.isfinite(c) and c > 0):
-            raise ValueError(f"group {name!r}: the loss rises along the update of {label}, <g, -dw> = {c:.4g}")
+            raise ValueError(f"group {name!r}: the loss increases along the update of {label}, <g, -dw> = {c:.4g}")
         contributions[name] = c
         rates[name] = target / (len(parts.groups) * c)
         for p in members:
@@ -174,7 +176,7 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, lab
     sensitivity = float(stats.update_rms) / decrease if decrease > 0 else math.nan
     if not (math.isfinite(sensitivity) and sensitivity > 0):
         raise ValueError(
-            f"layer {lin.layers[parts.hidden].name!r}: expected features that move while the loss falls, got "
+            f"layer {lin.layers[parts.hidden].name!r}: expected features that move while the loss decreases, got "
             f"rms(df) = {float(stats.update_rms):.4g} and a first-order decrease of {decrease:.4g}"
         )
     return State(
@@ -193,15 +195,15 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, lab
 
 
 def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:
-    """What the optimizer's next step adds to each parameter with lr = 1; in float64 but for plain descent."""
+    """Return what the optimizer's next step adds to each parameter with lr = 1, in float64 except for plain SGD."""
     if optimizer == "sgd":
         return [-g for g in lin.gradients]
     if not isinstance(optimizer, Optimizer):
-        # In float64, as a small update is lost in the rounding of a parameter.
+        # In float64, because small updates are lost in the rounding of a parameter.
         clones = [p.double().clone().requires_grad_() for p in lin.parameters]
         made = _factory(optimizer)([{"params": clones}], lr=1.0)
         if not isinstance(made, Optimizer):
-            raise TypeError(f"optimizer: expected a function that makes an optimizer, it made {type(made).__name__}")
+            raise TypeError(f"optimizer: expected a function that returns an optimizer, got {type(made).__name__}")
         return optimizer_update(made, clones, [g.double() for g in lin.gradients])
     mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in zip(lin.names, lin.originals, strict=True) if id(p) not in mine]
@@ -215,14 +217,14 @@ def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:
         wanted, found = (float((gradient.double() * x).sum()) for x in (_SMALL * dw, part))
         if abs(found - wanted) > _LINEAR * abs(wanted):
             raise ValueError(
-                f"optimizer: expected updates in proportion to the learning rate; with a rate of {_SMALL:g} "
+                f"optimizer: expected updates proportional to the learning rate; with a rate of {_SMALL:g} "
                 f"{type(optimizer).__name__} lowers the loss by {-found:.4g} through {name!r}, instead of {-wanted:.4g}"
             )
     return unit
 
 
 def _with_rate(optimizer: Optimizer, rate: float, replaced: dict[int, Tensor] | None = None) -> Optimizer:
-    """The same optimizer with this lr and, for a copy of the model, the parameters of that copy."""
+    """Return a shallow copy of the optimizer with another lr and, for a copy of the model, its parameters."""
     replaced = replaced or {}
     clone: Optimizer = object.__new__(type(optimizer))
     vars(clone).update(vars(optimizer))
@@ -230,7 +232,7 @@ def _with_rate(optimizer: Optimizer, rate: float, replaced: dict[int, Tensor] | 
         {**group, "lr": rate, "params": [replaced.get(id(p), p) for p in group["params"]]}
         for group in optimizer.param_groups
     ]
-    state = type(optimizer.state)(dict)  # the default of torch's own
+    state = type(optimizer.state)(dict)  # torch's default for missing entries
     state.update({replaced.get(id(p), p): kept for p, kept in optimizer.state.items()})
     clone.state = state
     return clone
@@ -239,7 +241,7 @@ def _with_rate(optimizer: Optimizer, rate: float, replaced: dict[int, Tensor] | 
 def _scaled_copy(
     model: nn.Module, lin: Linearization, parts: Partition, optimizer: OptimizerLike, scale: float
 ) -> tuple[nn.Module, OptimizerLike]:
-    """A copy of the model with its output scaled, and the optimizer for it."""
+    """Return a copy of the model with its output scaled, and the optimizer for it."""
     memo: dict[int, Any] = {}
     scaled = copy.deepcopy(model, memo)
     with torch.no_grad():
@@ -261,4 +263,4 @@ def _label(optimizer: OptimizerLike) -> str:
         return type(optimizer).__name__
     if callable(optimizer):
         return str(getattr(optimizer, "__name__", type(optimizer).__name__))
-    raise TypeError(f"optimizer: expected a name, an optimizer or what makes one, got {optimizer!r}")
+    raise TypeError(f"optimizer: expected a name, an optimizer or a function that returns one, got {optimizer!r}")

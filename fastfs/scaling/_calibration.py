@@ -1,4 +1,4 @@
-"""What a calibration found: learning rates, the output's scale, and why."""
+"""The result of a calibration: learning rates, the output scale, and how they were derived."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ __all__ = ["Calibration", "GroupCalibration", "State"]
 
 @dataclass(frozen=True)
 class State:
-    """What was measured with one scale of the output, with the learning rates that follow from it.
+    """A measurement at one output scale, with the learning rates that follow from it.
 
     Attributes:
-        loss: of the batch.
+        loss: loss of the batch.
         decrease: first-order decrease of the loss in the step.
-        gradient_norms: name of a group -> |g|.
-        contributions: name -> <g, -dw> for the update with lr = 1.
-        rates: name -> learning rate.
+        gradient_norms: group name -> |g|.
+        contributions: group name -> <g, -dw> of the update with lr = 1.
+        rates: group name -> learning rate.
         backward_norm: |b| of the last hidden features.
-        elements: their number over the batch.
+        elements: number of elements of these features over the batch.
         cos_angle: cosine of the angle between their update and -b.
-        update_rms, feature_rms: rms of their first-order update, and of themselves.
+        update_rms: rms of their first-order update.
+        feature_rms: rms of the features.
         sensitivity: S = update_rms / decrease.
     """
 
@@ -57,8 +58,8 @@ class GroupCalibration:
 
     Attributes:
         name: ``"input"``, the name of a watched layer, or ``"output"``.
-        parameters: their names.
-        gradient_norm_before: |g| of the group in the model as it was given.
+        parameters: names of its parameters.
+        gradient_norm_before: |g| of the group in the model as given.
         gradient_norm: |g| with the output scaled.
         contribution: c = <g, -dw> of the optimizer's update with lr = 1, with the output scaled.
         lr: D / (n c).
@@ -74,19 +75,21 @@ class GroupCalibration:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Learning rates and output scale from :func:`fastfs.scaling.calibrate`. ``str()`` says where each comes from.
+    """Learning rates and output scale from :func:`fastfs.scaling.calibrate`. ``str()`` explains where each comes from.
 
     Attributes:
         optimizer: name of the optimizer whose updates were measured.
-        members: the groups in the order of the signal.
+        members: the groups in the order of the forward.
         hidden: name of the layer with the last hidden features.
-        output: names of the parameters to multiply by ``output_scale``; empty where none acts on the output alone.
-        output_scale: factor of the output's scale.
-        target_loss_decrease, target_sensitivity: what was asked for.
-        before, after: measured without and with the output scaled.
-        trace: sensitivity in each round of measuring.
+        output: names of the parameters to multiply by ``output_scale``; empty if none acts on the output alone.
+        output_scale: factor of the output scale.
+        target_loss_decrease: requested D, in units of the loss.
+        target_sensitivity: requested S, in feature units per unit of loss.
+        before: measurement of the model as given.
+        after: measurement with the output scaled.
+        trace: sensitivity in each round of measurement.
         shared: names of parameters that act both before and after the last hidden features.
-        converged: the sensitivity with the output scaled is the target, within two percent.
+        converged: whether the sensitivity with the output scaled is within two percent of the target.
     """
 
     optimizer: str
@@ -105,9 +108,12 @@ class Calibration:
     _output_norms: Mapping[str, float] = field(repr=False, compare=False)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups of the measured model for its optimizer: ``params``, ``lr``, ``name``.
+        """Return parameter groups of the measured model for its optimizer.
 
         The learning rates are for the model after :meth:`apply`.
+
+        Returns:
+            Dictionaries with ``params``, ``lr`` and ``name``.
         """
         return [
             {"params": [self._parameters[p] for p in group.parameters], "lr": group.lr, "name": group.name}
@@ -115,40 +121,38 @@ class Calibration:
         ]
 
     def apply(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Multiply the output of the model by ``output_scale``; once.
+        """Multiply the output of the model by ``output_scale``. Call this once.
 
         Args:
-            model: the measured one, or one with the same parameters, such as a copy.
+            model: the measured model, or one with the same parameters, such as a copy.
 
         Returns:
-            Parameter groups of this model, for its optimizer.
+            Parameter groups of this model for its optimizer.
 
         Raises:
-            ValueError: the output is not the one that was measured (scaled already, or trained since), the model lacks
-                a parameter, or the scale was not found. Then nothing is changed.
+            ValueError: the output differs from the measured one (already scaled, or trained since), the model lacks a
+                parameter, or the scale was not found. The model is not changed then.
         """
         if not self.output:
             raise ValueError(
                 f"nothing acts on the output of the model alone (shared: {', '.join(self.shared) or 'none'}), so its "
-                "scale cannot be set; put a factor on the output, or take the learning rates alone with groups()"
+                "scale cannot be set; multiply the output by a factor, or use only the learning rates, from groups()"
             )
         if not self.converged:
             seen = ", ".join(f"{s:.3g}" for s in self.trace)
             raise ValueError(
                 f"the sensitivity did not reach {self.target_sensitivity:.3g} by scaling {', '.join(self.output)}: "
-                f"measured {seen}. Is there a normalisation after it, or does loss_fn not use the model it is given?"
+                f"measured {seen}. Is there a normalization after it, or does loss_fn not use the model it receives?"
             )
         inner = unwrapped(model)
         theirs = parameter_names(inner, list(inner.parameters()))
         missing = [name for name in self._parameters if name not in theirs]
         if missing:
-            raise ValueError(
-                f"model: it has no parameter {missing[0]!r}; expected the one that was measured, or a copy"
-            )
+            raise ValueError(f"model: it has no parameter {missing[0]!r}; expected the measured model or a copy of it")
         for name, norm in self._output_norms.items():
             now = float(theirs[name].detach().double().norm())
             if not math.isclose(now, norm, rel_tol=1e-4):
-                raise ValueError(f"{name}: its norm was {norm:.6g} when measured, now it is {now:.6g}: scaled already?")
+                raise ValueError(f"{name}: the norm was {norm:.6g} when measured and is {now:.6g}: already scaled?")
         with torch.no_grad():
             for name in self.output:
                 theirs[name].mul_(self.output_scale)
@@ -158,7 +162,10 @@ class Calibration:
         ]
 
     def to_frame(self) -> DataFrame:
-        """One row a group: name, number of parameters, |g| before and after scaling, contribution, lr.
+        """Return one row per group: name, number of parameters, |g| before and after scaling, contribution, lr.
+
+        Returns:
+            A DataFrame.
 
         Raises:
             ImportError: pandas is not installed.
@@ -180,7 +187,7 @@ class Calibration:
         before, after, n = self.before, self.after, len(self.members)
         d = self.target_loss_decrease
         unit = "|g|^2" if self.optimizer == "SGD" else "<g, -dw> at lr 1"
-        # Not the table's title, which would be wrapped to its width.
+        # A table title would be wrapped to the width of the table.
         title = f"Learning rates of {self.optimizer}: lr = D / (n c), c = {unit}, D = {number(d)}, n = {n} groups"
         grid = Table()
         grid.add_column("group", overflow="fold")
@@ -191,7 +198,7 @@ class Calibration:
             grid.add_row(group.name, str(len(group.parameters)), *map(number, values))
         angle = math.acos(max(-1.0, min(1.0, before.cos_angle)))
         lines = [
-            f"Loss {number(before.loss)}. Wanted per step: decrease D = {number(d)}, S = rms(df)/D = "
+            f"Loss {number(before.loss)}. Target per step: decrease D = {number(d)}, S = rms(df)/D = "
             f"{number(self.target_sensitivity)}, so rms(df) = {number(d * self.target_sensitivity)} at {self.hidden}.",
             f"Measured there: |b| = {number(before.backward_norm)} over {before.elements} elements, angle "
             f"{angle:.3f} (cos {before.cos_angle:.3f}), rms(f) = {number(before.feature_rms)}.",
@@ -206,9 +213,9 @@ class Calibration:
                 f"{rounds}, |b| = {number(after.backward_norm)}, cos {after.cos_angle:.3f}."
             )
             if not self.converged:
-                lines.append("S did NOT reach the target: the output's scale is not what sets it.")
+                lines.append("S did NOT reach the target: the output scale does not determine it.")
         else:
-            lines.append("Output: nothing acts on it alone, so its scale stays as it is.")
+            lines.append("Output: no parameter acts on it alone, so its scale is left unchanged.")
         if self.shared:
             lines.append(
                 f"Shared: {', '.join(self.shared)} acts before and after {self.hidden}; its learning rate balances "

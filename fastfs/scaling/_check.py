@@ -1,4 +1,4 @@
-"""Does a model keep its desiderata over width and depth? Measured at the first step, for any model and optimizer."""
+"""Check whether a model keeps its desiderata over width and depth, from the first step of any model and optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastfs.scaling._verdicts import Point, verdicts
 __all__ = ["check", "check_point"]
 
 
-_LOST = 0.5  # of an update, in the rounding of the parameters; at a third the feature speed is off by some percent
+_LOST = 0.5  # permitted share of an update lost in rounding; at a third, the feature speed is off by some percent
 
 
 @dataclass(frozen=True)
@@ -51,51 +51,54 @@ def check(
     dtype: torch.dtype | None = torch.float64,
     progress: Callable[[int, int], None] | None = None,
 ) -> ScalingReport:
-    """Run a model over widths and depths, fit exponents, and say which desiderata hold.
+    """Run a model over widths and depths, fit exponents, and report which desiderata hold.
 
-    At every size one step is measured (not taken further): signal propagation (rms of the features of the last hidden
-    layer and over all layers), feature learning (rms of their update), loss decay, and balanced contributions
-    (<g, -dw> of each group of parameters against its neighbours in the network). Each should go as size^0. An exponent
-    passes if its confidence interval lies within the tolerance, fails if it lies outside, and is unclear otherwise.
+    At every size, one step is measured: signal propagation (rms of the features of the last hidden layer and over all
+    layers), feature learning (rms of their update), loss decay, and balanced contributions (<g, -dw> of each group of
+    parameters against its neighbors in the network). Each should scale as size^0. An exponent passes if its confidence
+    interval lies within the tolerance, fails if it lies outside, and is unclear otherwise.
 
     Args:
-        factory: ``factory(width, depth) -> (model, loss_fn, batch, optimizer)``. ``loss_fn(model, batch)`` gives a
-            scalar. ``optimizer`` is a ``torch.optim.Optimizer`` of the model, a list of parameter groups, or None:
-            then one is made of the name and the rate given here. torch's generator is seeded before every call; the
-            data should not depend on the sizes. Learning rates small enough for first order measure the scaling;
-            larger ones measure curvature too.
-        widths, depths: at least three different ones each. Widths are run at ``at_depth``, depths at ``at_width``.
-        seeds: initialisations at every size, at least 2. Few rows in the batch and deep, narrow networks take many.
-        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, for factories that give parameter groups or None; ``"sgd"``
-            if not given.
-        lr: learning rate for groups that have none.
-        layers: which layers, as for :class:`fastfs.Monitor`.
-        at_width: the largest of the widths by default, where chance plays least.
-        at_depth: the middle one of the depths by default.
-        tolerance: how far an exponent may be from the wanted one.
+        factory: ``factory(width, depth) -> (model, loss_fn, batch, optimizer)``. ``loss_fn(model, batch)`` returns a
+            scalar. ``optimizer`` is a ``torch.optim.Optimizer`` of the model, a list of parameter groups, or None; in
+            the last two cases, an optimizer is created from the ``optimizer`` and ``lr`` arguments of this function.
+            torch's generator is seeded before every call; the data should not depend on the sizes. Learning rates small
+            enough for first order measure the scaling alone; larger ones include curvature.
+        widths: at least three different widths, run at ``at_depth``.
+        depths: at least three different depths, run at ``at_width``.
+        seeds: number of initializations per size, at least 2. Small batches and deep, narrow networks need many.
+        optimizer: ``"sgd"``, ``"adam"`` or ``"adamw"``, for factories that return parameter groups or None; None means
+            ``"sgd"``.
+        lr: learning rate of groups that have none.
+        layers: the layers, as for :class:`fastfs.Monitor`.
+        at_width: None means the largest width, where fluctuations are smallest.
+        at_depth: None means the middle one of the depths.
+        tolerance: permitted deviation of an exponent from 0.
         confidence: level of the intervals.
-        dtype: forwards, gradients and the step are computed in this; None for the model's own, which small updates
-            should not be lost in.
-        progress: called with the number of points measured and their total.
+        dtype: dtype of forwards, gradients and the step; None uses the model's own, in which small updates can be lost.
+        progress: called with the number of measured points and the total.
+
+    Returns:
+        Measurements, exponents and verdicts.
 
     Raises:
         ImportError: scipy is not installed.
-        FactoryError: (a ``ValueError``) the factory fails or gives something else, an optimizer or learning rate is
-            given here and by the factory, or updates are lost in the rounding of parameters.
-        ValueError: fewer than three sizes, a size below 1, fewer than two seeds, an unknown optimizer, a loss or
-            feature that is not finite.
+        FactoryError: (a ``ValueError``) the factory fails or returns something else, both it and the caller give an
+            optimizer or learning rate, updates are lost in the rounding of parameters, or a loss or feature is not
+            finite.
+        ValueError: there are fewer than three sizes or two seeds, a size is below 1, or the optimizer is unknown.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), the desiderata SP, FL, LD and BC.
     """
     widths, depths = _sizes("widths", widths), _sizes("depths", depths)
     if seeds < 2:
-        raise ValueError(f"seeds: expected at least 2, as the scatter between them makes the intervals, got {seeds}")
+        raise ValueError(f"seeds: expected at least 2, because intervals come from their variance, got {seeds}")
     for name, number, least, most in (("tolerance", tolerance, 0.0, 1.0), ("confidence", confidence, 0.0, 1.0)):
         if not least < number < most:
             raise ValueError(f"{name}: expected a number between {least:g} and {most:g}, got {number}")
     if optimizer is not None:
         named(optimizer)
-    stats()  # if scipy is missing, now rather than after the runs
+    stats()  # report a missing scipy before the runs rather than after
     at_width = max(widths) if at_width is None else at_width
     at_depth = depths[len(depths) // 2] if at_depth is None else at_depth
     runs = [_Run("width", width, at_depth, seed) for width in widths for seed in range(seeds)]
@@ -138,8 +141,21 @@ def check_point(
 ) -> Point:
     """Measure the first step of one model. Neither the model nor its optimizer is changed.
 
+    Args:
+        parts: model, loss function, batch and optimizer.
+        width: width of the model, for the result.
+        depth: depth of the model, for the result.
+        seed: index of the initialization, for the result.
+        layers: the layers, as for :class:`fastfs.Monitor`.
+        dtype: dtype to compute in; None uses the model's own.
+
+    Returns:
+        The measurement, in units of the features and of the loss.
+
     Raises:
         FactoryError: the model cannot be measured, or a number is not finite.
+
+    Source: "The Feature Speed Formula" (arXiv 2311.18718), the desiderata SP, FL, LD and BC.
     """
     where = f"width {width}, depth {depth}, seed {seed}"
     try:
@@ -148,13 +164,13 @@ def check_point(
         moves = updates_of(lin, optimizer=parts.optimizer)
         exact = optimizer_update(parts.optimizer, lin.originals, lin.gradients, dtype=torch.float64)
         after = lin.forward([p + d for p, d in zip(lin.parameters, moves, strict=True)])
-    except (Exception, SystemExit) as error:  # loss_fn, model and optimizer are the caller's: whatever they raise
+    except (Exception, SystemExit) as error:  # user code in loss_fn, model or optimizer may raise anything
         raise FactoryError(f"{where}: {type(error).__name__}: {error}") from error
     lost = _lost(moves, exact)
     if lost > _LOST:
         raise FactoryError(
             f"{where}: the updates are lost in the rounding of the parameters, {lost:.0%} of their size: measure in "
-            "float64 (dtype), or with larger learning rates"
+            "float64 (dtype), or use larger learning rates"
         )
     hidden = groups.hidden
     visits = zip(lin.features[hidden], after.features[hidden], lin.backward[hidden], strict=True)
@@ -196,13 +212,13 @@ def _finite(point: Point, where: str) -> None:
             raise FactoryError(f"{where}: {what} is not finite; is the learning rate too large?")
     if point.feature_rms == 0 or point.update_rms == 0:
         what = "features are all zero" if point.feature_rms == 0 else "features do not move in the step"
-        raise FactoryError(f"{where}: the last hidden {what}; an output initialised to zero, or a learning rate of 0?")
+        raise FactoryError(f"{where}: the last hidden {what}; an output initialized to zero, or a learning rate of 0?")
     if point.decrease == 0:
         raise FactoryError(f"{where}: the loss does not change in the step; is the learning rate too small?")
 
 
 def _lost(moves: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:
-    """How far updates are from those of a step in float64, relative to these, in the norm over all parameters."""
+    """Return the relative distance of the updates from those of a step in float64, in the norm over all parameters."""
     error = sum(float((move.double() - wanted).square().sum()) for move, wanted in zip(moves, exact, strict=True))
     total = sum(float(wanted.square().sum()) for wanted in exact)
     return math.sqrt(error / total) if total else 0.0
@@ -218,10 +234,10 @@ def _sizes(what: str, sizes: Sequence[int]) -> list[int]:
     if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in found):
         raise ValueError(f"{what}: expected integers of at least 1, got {list(sizes)}")
     if len(found) < 3:
-        raise ValueError(f"{what}: an exponent with an interval takes at least 3 different {what}, got {found}")
+        raise ValueError(f"{what}: an exponent with an interval requires at least 3 different {what}, got {found}")
     return found
 
 
 def _seed(width: int, depth: int, seed: int) -> int:
-    """Different for every point, so that their chance is independent."""
+    """Return a seed that differs between points, so that their initializations are independent."""
     return (seed * 1_000_003 + depth) * 1_000_003 + width

@@ -1,4 +1,4 @@
-"""``fastfs scaling-check``: the check, with a bar while it runs, its table, its words and its exit status."""
+"""The ``fastfs scaling-check`` command: progress bar, table, text and exit status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastfs.scaling._fit import Status
 __all__ = ["CANNOT", "run_check"]
 
 CANNOT = 2
-"""Exit status where nothing could be measured."""
+"""Exit status if the measurement failed."""
 
 _STATUS = {Status.PASS: 0, Status.FAIL: 1, Status.UNCLEAR: 3}
 
@@ -25,17 +25,23 @@ _STATUS = {Status.PASS: 0, Status.FAIL: 1, Status.UNCLEAR: 3}
 def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arguments: Any) -> int:
     """Run the command.
 
+    Args:
+        factory: ``module:attribute`` or ``path/to/file.py:attribute``.
+        widths: comma-separated widths.
+        depths: comma-separated depths.
+        out: folder for the files, or None.
+        **arguments: further arguments of :func:`fastfs.scaling.check`.
+
     Returns:
-        The exit status: 0 all pass, 1 one fails, 3 none fails but not all are clear, 2 it could not be measured.
+        The exit status: 0 if all desiderata pass, 1 if one fails, 3 if none fails but some are unclear, 2 if the
+        measurement failed.
     """
     console = Console(emoji=False)
     errors = Console(stderr=True, emoji=False)
     try:
         sizes = _integers("--widths", widths), _integers("--depths", depths)
         if out is not None:
-            importlib.import_module("fastfs.scaling._plots")  # if it cannot be, now rather than after the runs
-            if out.exists() and not out.is_dir():
-                raise ValueError(f"{out} exists and is not a folder")
+            _check_output(out)
         made = load_factory(factory)
         with _bar(errors) as bar:
             task = bar.add_task("measuring", total=None)
@@ -53,6 +59,13 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
         errors.print(escape(f"fastfs scaling-check: {error}"), highlight=False, soft_wrap=True)
         return CANNOT
     return _STATUS[report.status]
+
+
+def _check_output(out: Path) -> None:
+    """Report a missing matplotlib or an unusable folder before the runs rather than after."""
+    importlib.import_module("fastfs.scaling._plots")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists and is not a folder")
 
 
 def _bar(console: Console) -> Progress:

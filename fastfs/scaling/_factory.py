@@ -1,4 +1,4 @@
-"""What a scaling check runs: a function of width and depth that makes everything for one training step."""
+"""The input of a scaling check: a function of width and depth that returns everything needed for one step."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Factory: TypeAlias = Callable[[int, int], Any]
 
 
 class FactoryError(ValueError):
-    """The factory cannot be found, fails, or gives something else than it should."""
+    """The factory cannot be found, fails, or returns something unexpected."""
 
 
 class Parts(NamedTuple):
-    """Everything for one step."""
+    """Model, loss function, batch and optimizer for one step."""
 
     model: nn.Module
     loss_fn: LossFunction
@@ -36,12 +36,18 @@ class Parts(NamedTuple):
 
 
 def load_factory(target: str) -> Factory:
-    """The function that ``module:attribute`` or ``path/to/file.py:attribute`` names.
+    """Import the function that ``module:attribute`` or ``path/to/file.py:attribute`` names.
 
-    Modules are looked for in the current folder too.
+    Modules are also searched for in the current folder.
+
+    Args:
+        target: the name.
+
+    Returns:
+        The function.
 
     Raises:
-        FactoryError: there is no such file, module or attribute, importing it fails, or it cannot be called.
+        FactoryError: there is no such file, module or attribute, importing it fails, or it is not callable.
     """
     place, colon, attribute = target.rpartition(":")
     if not (colon and place and attribute):
@@ -53,7 +59,7 @@ def load_factory(target: str) -> Factory:
         sys.path.insert(0, added)
         try:
             module = importlib.import_module(place)
-        except (Exception, SystemExit) as error:  # a script may end itself
+        except (Exception, SystemExit) as error:  # a script may exit
             raise FactoryError(f"importing {place} failed: {type(error).__name__}: {error}") from error
         finally:
             sys.path.remove(added)
@@ -70,23 +76,28 @@ def load_factory(target: str) -> Factory:
 
 
 def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str | None, lr: float | None) -> Parts:
-    """Call the factory with torch's generator seeded, and make the optimizer if it gives none.
+    """Call the factory with torch's generator seeded, and create the optimizer if it returns none.
 
     Args:
-        factory, width, depth: what to call.
-        seed: of torch's generator.
-        optimizer: name of the one to make; ``"sgd"`` if None.
-        lr: its learning rate, for groups that have none.
+        factory: the function.
+        width: its first argument.
+        depth: its second argument.
+        seed: seed of torch's generator.
+        optimizer: name of the optimizer to create; None means ``"sgd"``.
+        lr: learning rate of groups that have none.
+
+    Returns:
+        Model, loss function, batch and optimizer.
 
     Raises:
-        FactoryError: the factory fails, gives something else than model, loss function, batch and optimizer, or gives
-            an optimizer or learning rates that are given here too.
+        FactoryError: the factory fails, returns anything but model, loss function, batch and optimizer, or returns an
+            optimizer or learning rates that are also given here.
     """
     where = f"factory(width={width}, depth={depth})"
     torch.manual_seed(seed)
     try:
         made = factory(width, depth)
-    except (Exception, SystemExit) as error:  # a script may end itself
+    except (Exception, SystemExit) as error:  # a script may exit
         raise FactoryError(f"{where} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, tuple) or len(made) != 4:
         got = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
@@ -98,9 +109,9 @@ def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str | N
         raise FactoryError(f"{where}: the second item should be loss_fn(model, batch), got {type(loss_fn).__name__}")
     if isinstance(last, Optimizer):
         if lr is not None:
-            raise FactoryError(f"{where} gives an optimizer, which has its own learning rates: give no lr")
+            raise FactoryError(f"{where} returns an optimizer, which has its own learning rates: do not pass lr")
         if optimizer is not None:
-            raise FactoryError(f"{where} gives an optimizer, {type(last).__name__}: give no other, got {optimizer!r}")
+            raise FactoryError(f"{where} returns an optimizer, {type(last).__name__}: do not pass {optimizer!r}")
         return Parts(model, loss_fn, batch, last)
     groups = [{"params": list(model.parameters())}] if last is None else last
     if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
@@ -109,14 +120,14 @@ def make(factory: Factory, width: int, depth: int, seed: int, optimizer: str | N
             f"{type(last).__name__}"
         )
     if lr is not None and groups and all("lr" in group for group in groups):
-        raise FactoryError(f"{where} gives parameter groups with their own learning rates: give no lr")
+        raise FactoryError(f"{where} returns parameter groups with their own learning rates: do not pass lr")
     if lr is None and not all("lr" in group for group in groups):
-        raise FactoryError(f"{where} gives no optimizer and no learning rate for some parameters: give lr")
+        raise FactoryError(f"{where} returns no optimizer and no learning rate for some parameters: pass lr")
     try:
         rate: dict[str, Any] = {} if lr is None else {"lr": lr}
         made = named(optimizer or "sgd")(groups, **rate)
     except (TypeError, ValueError) as error:
-        raise FactoryError(f"{where}: no {optimizer or 'sgd'} with its parameter groups: {error}") from error
+        raise FactoryError(f"{where}: cannot create {optimizer or 'sgd'} with its parameter groups: {error}") from error
     return Parts(model, loss_fn, batch, made)
 
 
@@ -128,9 +139,9 @@ def _from_file(path: Path) -> Any:
     if spec is None or spec.loader is None:
         raise FactoryError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles of the file look for it there
+    sys.modules[name] = module  # dataclasses and pickle look up the module there
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a script may end itself
+    except (Exception, SystemExit) as error:  # a script may exit
         raise FactoryError(f"{path}: {type(error).__name__}: {error}") from error
     return module

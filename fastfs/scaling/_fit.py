@@ -1,4 +1,4 @@
-"""Exponents of power laws, with confidence intervals, and what they say about an exponent that is wanted."""
+"""Exponents of power laws with confidence intervals, and their comparison with a target exponent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ __all__ = ["Exponent", "Status", "fit_exponent", "judge"]
 
 
 def stats() -> Any:
-    """The module scipy.stats.
+    """Import ``scipy.stats``.
+
+    Returns:
+        The module.
 
     Raises:
         ImportError: scipy is not installed.
@@ -24,7 +27,7 @@ def stats() -> Any:
 
 
 class Status(str, Enum):
-    """What an interval says about an exponent that is wanted."""
+    """The result of comparing a confidence interval with a target exponent."""
 
     PASS = "PASS"
     UNCLEAR = "UNCLEAR"
@@ -36,8 +39,9 @@ class Exponent:
     """The fit ``value = constant * size^exponent``.
 
     Attributes:
-        exponent: the slope in the logarithms.
-        low, high: its confidence interval.
+        exponent: slope in logarithmic coordinates.
+        low: lower end of the confidence interval.
+        high: upper end of the confidence interval.
         constant: value at size 1.
         points: number of measurements.
         sizes: number of different sizes.
@@ -58,7 +62,17 @@ class Exponent:
         return (self.high - self.low) / 2
 
     def at(self, confidence: float) -> Exponent:
-        """The same fit with an interval of another level."""
+        """Return the same fit with an interval of another level.
+
+        Args:
+            confidence: level, in (0, 1).
+
+        Returns:
+            The fit.
+
+        Raises:
+            ImportError: scipy is not installed.
+        """
         quantiles = stats().t.ppf([(1 + confidence) / 2, (1 + self.confidence) / 2], self.points - 2)
         half = self.half_width * float(quantiles[0] / quantiles[1])
         low, high = self.exponent - half, self.exponent + half
@@ -69,19 +83,24 @@ class Exponent:
 
 
 def fit_exponent(sizes: Sequence[float], values: Sequence[float], *, confidence: float = 0.95) -> Exponent:
-    """Least squares of log(value) on log(size), every measurement a point, with Student's t for the interval.
+    """Fit an exponent by least squares of log(value) on log(size), with Student's t for the interval.
 
-    Seeds at one size scatter the points, and so does a law that is no power law: both widen the interval.
+    Variation over seeds at one size and deviations from a power law both widen the interval.
 
     Args:
-        sizes: widths or depths, positive; one for each measurement.
-        values: what was measured, positive.
+        sizes: widths or depths, positive, one per measurement.
+        values: measured values, positive.
         confidence: level of the interval, in (0, 1).
+
+    Returns:
+        The exponent with its interval.
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: fewer than three different sizes, lists of unequal length, or a number that is not positive and
-            finite: it has no logarithm.
+        ValueError: there are fewer than three different sizes, the lists differ in length, or a number is not positive
+            and finite, so that it has no logarithm.
+
+    Source: ordinary least squares with Student's t interval.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
@@ -89,7 +108,7 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float], *, confidence:
         raise ValueError(f"expected a value for every size, got {len(values)} values and {len(sizes)} sizes")
     different = len(set(sizes))
     if different < 3:
-        raise ValueError(f"an exponent with an interval takes at least 3 different sizes, got {sorted(set(sizes))}")
+        raise ValueError(f"an exponent with an interval requires at least 3 different sizes, got {sorted(set(sizes))}")
     for what, numbers in (("size", sizes), ("value", values)):
         wrong = [x for x in numbers if not (math.isfinite(x) and x > 0)]
         if wrong:
@@ -102,14 +121,20 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float], *, confidence:
 
 
 def judge(fit: Exponent, wanted: float = 0.0, tolerance: float = 0.15) -> tuple[Status, float | None]:
-    """Whether the interval lies within the tolerance of the exponent that is wanted, outside of it, or neither.
+    """Decide whether the interval lies within the tolerance of the target exponent, outside of it, or neither.
 
-    A check looks at a dozen intervals, of which one misses the truth now and then. So for a FAIL the interval has to
-    lie outside at a twentieth of the error too: at 99.75% if the level is 95%.
+    A check evaluates about a dozen intervals, some of which miss the true exponent by chance. For FAIL, the interval
+    therefore has to lie outside at a twentieth of the error probability too: at 99.75% for a level of 95%.
+
+    Args:
+        fit: the fitted exponent.
+        wanted: target exponent.
+        tolerance: permitted deviation.
 
     Returns:
-        The status, and if it is unclear by which factor there should be more measurements: the interval shrinks with
-        the root of their number, until it lies on one side of the nearest end of the tolerance. None if it is clear.
+        The status, and the factor by which the number of measurements has to grow for an unclear result to become
+        clear, or None if it is clear. The interval shrinks with the square root of their number until it lies on one
+        side of the nearest end of the tolerance.
     """
     low, high = wanted - tolerance, wanted + tolerance
     if low <= fit.low and fit.high <= high:

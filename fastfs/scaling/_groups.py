@@ -1,4 +1,4 @@
-"""The parameters of a model in groups along the signal: input, each watched layer, output."""
+"""Partition the parameters of a model into groups along the forward: input, each watched layer, output."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ INPUT, OUTPUT = "input", "output"
 
 @dataclass(frozen=True)
 class Partition:
-    """Groups of parameters, by their indices, in the order of the signal.
+    """Groups of parameters, by index, in the order of the forward.
 
     Attributes:
-        groups: name -> indices of parameters; ``"input"`` before the first watched layer, the name of a layer, or
+        groups: name -> indices of parameters: ``"input"`` before the first watched layer, the name of a layer, or
             ``"output"`` after the last one.
         hidden: index of the layer that holds the last hidden features.
-        output: indices of the parameters whose scale is the output's: its last matrix and that one's bias, or where
-            the output has no matrix, all of it. Empty if all that acts after the hidden features is shared.
+        output: indices of the parameters that set the output scale: its last matrix and the bias of that, or if the
+            output has no matrix, all of its parameters. Empty if all parameters after the hidden features are shared.
         shared: names of parameters that act both before and after the last hidden features.
     """
 
@@ -31,19 +31,25 @@ class Partition:
 
 
 def partition(lin: Linearization) -> Partition:
-    """The groups of a linearised model.
+    """Return the groups of a linearized model.
 
-    Where nothing is after the last watched layer, that one is the output and the layer before has the last hidden
+    If nothing follows the last watched layer, that layer is the output, and the layer before it holds the last hidden
     features.
 
+    Args:
+        lin: the linearized model.
+
+    Returns:
+        The groups.
+
     Raises:
-        ValueError: a parameter without any use, or no hidden layer.
+        ValueError: a parameter is unused, or there is no hidden layer.
     """
     unreached = lin.structure.unreached
     if unreached:
         raise ValueError(
-            f"the loss does not use {', '.join(unreached)}: leave them out with requires_grad_(False), they have no "
-            "learning rate to be found"
+            f"the loss does not use {', '.join(unreached)}: exclude them with requires_grad_(False), because no "
+            "learning rate can be derived for them"
         )
     count = len(lin.names)
     upstream = lin.structure.upstream.tolist()
@@ -53,7 +59,7 @@ def partition(lin: Linearization) -> Partition:
         hidden -= 1
         if hidden < 0:
             raise ValueError(
-                f"layers: {lin.layers[0].name!r} is the only layer and nothing is after it; a hidden one is needed"
+                f"layers: {lin.layers[0].name!r} is the only layer and nothing follows it; a hidden layer is required"
             )
         after = [p for p in range(count) if not upstream[hidden][p]]
     groups: dict[str, list[int]] = {}
@@ -64,7 +70,7 @@ def partition(lin: Linearization) -> Partition:
         taken.update(own)
         before = [p for p in own if id(lin.originals[p]) not in inside]
         here = [p for p in own if id(lin.originals[p]) in inside]
-        if before and not groups:  # of a later layer: what is between two layers belongs to the second
+        if before and not groups:  # parameters between two later layers belong to the second one
             groups[INPUT], before = before, []
         if before or here:
             groups[layer.name] = before + here
@@ -87,6 +93,6 @@ def _output(lin: Linearization, after: list[int]) -> list[int]:
 
 
 def _owner(parameter: str) -> str:
-    """Name of the module that a parameter belongs to, whether it is parametrised or not."""
-    module, parametrised, _ = parameter.partition(".parametrizations.")
-    return module if parametrised else parameter.rpartition(".")[0]
+    """Return the name of the module that a parameter belongs to, whether it is parametrized or not."""
+    module, parametrized, _ = parameter.partition(".parametrizations.")
+    return module if parametrized else parameter.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""The optimizers that have a name here."""
+"""Optimizers that can be given by name."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ _NAMED: dict[str, type[Optimizer]] = {
 
 
 def named(name: str) -> type[Optimizer]:
-    """The type of the optimizer of that name.
+    """Return the optimizer class of the given name.
+
+    Args:
+        name: ``"sgd"``, ``"adam"`` or ``"adamw"``.
+
+    Returns:
+        The class.
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is unknown.
     """
     if name not in _NAMED:
         raise ValueError(f"optimizer: expected one of {', '.join(_NAMED)}, got {name!r}")

@@ -1,25 +1,22 @@
-"""The picture of a scaling check."""
+"""The figure of a scaling check."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastfs.scaling._verdicts import AXES, Point
+from fastfs.scaling._verdicts import AXES, Point, Verdict
 
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 except ImportError as missing:
-    raise ImportError('fastfs.scaling.plots needs matplotlib: pip install "fastfs[plot]"') from missing
+    raise ImportError('the figure of a scaling check needs matplotlib: pip install "fastfs[plot]"') from missing
 
-if TYPE_CHECKING:
-    from fastfs.scaling._report import ScalingReport
-
-__all__ = ["plot_report"]
+__all__ = ["plot_exponents"]
 
 _QUANTITIES: tuple[tuple[str, str, Callable[[Point], float]], ...] = (
     ("feature size", "rms(f), last hidden layer", lambda p: p.feature_rms),
@@ -30,29 +27,35 @@ _QUANTITIES: tuple[tuple[str, str, Callable[[Point], float]], ...] = (
 )
 
 
-def plot_report(report: ScalingReport) -> Figure:
-    """One column a quantity, one row over widths and one over depths: every seed, geometric means and the fit."""
+def plot_exponents(points: Sequence[Point], verdicts: Sequence[Verdict], title: str) -> Figure:
+    """Plot every seed, geometric means and fits: one column per quantity, one row over widths and one over depths.
+
+    Args:
+        points: all measurements.
+        verdicts: all exponents.
+        title: title of the figure.
+
+    Returns:
+        The figure.
+    """
     figure = Figure(figsize=(17.0, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(AXES), len(_QUANTITIES), squeeze=False)
-    fits = {(v.quantity, v.axis): v for v in report.verdicts}
+    fits = {(v.quantity, v.axis): v for v in verdicts}
     for row, axis in zip(grid, AXES, strict=True):
-        points = [p for p in report.points if p.axis == axis]
+        own = [p for p in points if p.axis == axis]
         for axes, (name, label, value) in zip(row, _QUANTITIES, strict=True):
-            _draw(axes, points, value)
+            _draw(axes, own, value)
             verdict = fits.get((name, axis))
             if verdict is not None and verdict.fit is not None:
-                ends = [min(p.size for p in points), max(p.size for p in points)]
+                ends = [min(p.size for p in own), max(p.size for p in own)]
                 line = [verdict.fit.constant * s**verdict.fit.exponent for s in ends]
                 state = f" {verdict.status.value}" if verdict.status else ""
                 axes.plot(ends, line, color="C3", linewidth=1.2, label=f"{verdict.fit}{state}")
                 axes.legend(fontsize=8, framealpha=0.85)
             axes.set_xlabel(axis)
             axes.set_ylabel(label)
-    figure.suptitle(
-        f"Scaling check: {report.optimizer}, {report.seeds} seeds; widths at depth {report.at_depth}, depths at width "
-        f"{report.at_width}; fitted exponents with {report.confidence:.0%} intervals"
-    )
+    figure.suptitle(title)
     return figure
 
 
@@ -74,7 +77,7 @@ def _draw(axes: Any, points: Sequence[Point], value: Callable[[Point], float]) -
 
 
 def _label(axis: Any, values: Sequence[float]) -> None:
-    """Few plain labels where values span little; powers of ten where they span a lot."""
+    """Use a few plain tick labels for values of a small range, and powers of ten for a large range."""
     axis.set_minor_locator(NullLocator())
     span = max(values) / min(values)
     if span >= 100:

@@ -1,4 +1,4 @@
-"""What a rule does at its first step, by theory: for wide networks, one row and a residual of 1."""
+"""The first step of a scaling rule in theory, for wide networks, one row and a residual of 1."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ class Prediction:
     """The first step of plain gradient descent, to first order.
 
     Attributes:
-        contributions: lr_l |g_l|^2 of every matrix.
-        decrease: their sum, the loss decrease.
-        cos_angle: of the angle at the last hidden features, before their ReLU in an MLP; those of a ResNet have none.
+        contributions: lr_l |g_l|^2 of every matrix, in units of the loss.
+        decrease: their sum, the decrease of the loss.
+        cos_angle: cosine of the angle at the last hidden features, before their ReLU in an MLP (a ResNet has no ReLU
+            there).
         update_rms: rms of the update of these features, D_{L-1} / (sqrt(m) |b| cos(theta)).
-        sensitivity: update_rms / decrease. After the ReLU of an MLP, as published, it is 1/sqrt(2) of that, as half of
-            the units are active.
+        sensitivity: update_rms / decrease. After the ReLU of an MLP, as published, it is 1/sqrt(2) of that, because
+            half of the units are active.
     """
 
     contributions: tuple[float, ...]
@@ -37,7 +38,7 @@ class Prediction:
 
 
 class Sizes(NamedTuple):
-    """The sizes of a check."""
+    """The sizes of a scaling check."""
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
@@ -46,16 +47,22 @@ class Sizes(NamedTuple):
 
 
 def predict(rule: Rule) -> Prediction:
-    """The first step by theory, for a rule of :func:`fastfs.scaling.mlp` or :func:`fastfs.scaling.resnet`.
+    """Predict the first step for a rule of :func:`fastfs.scaling.mlp` or :func:`fastfs.scaling.resnet`.
 
-    The sensitivity S of an MLP is that of the features before their ReLU, which is where :mod:`fastfs.models` has them.
+    The sensitivity S of an MLP is that of the features before their ReLU, as in :mod:`fastfs.models`.
 
-    Source: the norms in the documentation of these two, and :func:`fastfs.scaling.predicted_cos_angle`.
+    Args:
+        rule: the rule.
+
+    Returns:
+        Contributions, decrease, angle and feature speed.
+
+    Source: the norms in the documentation of these two functions, and :func:`fastfs.scaling.predicted_cos_angle`.
     """
     first, last, width = rule.layers[0], rule.layers[-1], rule.layers[-1].columns
     beta = 1.0 if rule.branch_scale is None else rule.branch_scale
     norm_sq = 1.0 / first.std**2  # |x|^2
-    active = 0.5 if rule.architecture == "mlp" else 1.0  # of the last hidden features that reach the output
+    active = 0.5 if rule.architecture == "mlp" else 1.0  # share of the last hidden features that reach the output
     backward_sq = last.std**2 * width * active
     inner = [first.lr * backward_sq * norm_sq]
     inner += [layer.lr * beta**2 * backward_sq * width / 2 for layer in rule.layers[1:-1]]
@@ -67,9 +74,16 @@ def predict(rule: Rule) -> Prediction:
 
 
 def expected_exponents(scheme: str, sizes: Sizes) -> dict[tuple[str, str], float]:
-    """The exponents that a scheme of :func:`fastfs.scaling.mlp` has over these sizes: (quantity, axis) -> exponent.
+    """Return the exponents of a scheme of :func:`fastfs.scaling.mlp` over given sizes.
 
-    Fitted to the predictions, as small depths are not yet where the powers of the table are exact.
+    They are fitted to the predictions, because the powers of the table are not yet exact at small depths.
+
+    Args:
+        scheme: name of the scheme.
+        sizes: sizes of the check.
+
+    Returns:
+        (quantity, axis) -> exponent.
     """
     runs = {"width": [(w, sizes.at_depth) for w in sizes.widths], "depth": [(sizes.at_width, d) for d in sizes.depths]}
     found = {}
@@ -87,9 +101,17 @@ def expected_exponents(scheme: str, sizes: Sizes) -> dict[tuple[str, str], float
 
 
 def matching(found: Iterable[Verdict], sizes: Sizes, tolerance: float = 0.2) -> list[str]:
-    """Schemes of :func:`fastfs.scaling.mlp` all of whose exponents fit: within their intervals, or the tolerance.
+    """Return the schemes of :func:`fastfs.scaling.mlp` that match all exponents within interval or tolerance.
 
-    The schemes differ by 0.5, so the tolerance is below half of that. An interval that is wide lets several match.
+    The schemes differ by 0.5, so the tolerance is below half of that. Several may match a wide interval.
+
+    Args:
+        found: verdicts with fitted exponents.
+        sizes: sizes of the check.
+        tolerance: permitted deviation.
+
+    Returns:
+        Names of the schemes.
     """
     fits: Mapping[tuple[str, str], Exponent | None] = {(v.quantity, v.axis): v.fit for v in found}
 

@@ -1,4 +1,4 @@
-"""Tables as text."""
+"""Render numbers, names and tables as text."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["number", "render", "some"]
 
 
 def number(value: float) -> str:
-    """Four digits."""
+    """Format a number with four digits."""
     return f"{value:.4g}"
 
 
 def some(names: Sequence[str], most: int = 4) -> str:
-    """The first of the names, and how many there are if that is not all."""
+    """Return the first names, followed by their total number if some are omitted."""
     return ", ".join(names[:most]) + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def render(*parts: Any, width: int = 120) -> str:
-    """Text and rich tables, one after the other, without colours."""
+    """Render text and rich tables, one after the other, without colors."""
     console = Console(
         file=io.StringIO(), width=width, color_system=None, highlight=False, emoji=False, legacy_windows=False
     )

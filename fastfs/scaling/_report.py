@@ -1,4 +1,4 @@
-"""The result of a scaling check, as text, tables, files and pictures."""
+"""The result of a scaling check as text, tables, files and a figure."""
 
 from __future__ import annotations
 
@@ -26,20 +26,24 @@ if TYPE_CHECKING:
 __all__ = ["ScalingReport"]
 
 _COLORS = {Status.PASS: "green", Status.UNCLEAR: "yellow", Status.FAIL: "red"}
-_MOST_SEEDS = 1000  # beyond that, more seeds are no advice
+_MOST_SEEDS = 1000  # beyond this number, more seeds are not suggested
 
 
 @dataclass(frozen=True)
 class ScalingReport:
-    """What :func:`fastfs.scaling.check` found. ``str()`` is the table.
+    """The result of :func:`fastfs.scaling.check`. ``str()`` is the table.
 
     Attributes:
-        widths, depths: sizes that were run; widths at ``at_depth``, depths at ``at_width``.
-        seeds: initialisations at every size.
-        optimizer: name of the optimizer's type.
-        tolerance, confidence: what the verdicts were made with.
-        points: every measurement.
-        verdicts: every exponent and what it says.
+        widths: widths that were run at ``at_depth``.
+        depths: depths that were run at ``at_width``.
+        at_width: width at which depths were varied.
+        at_depth: depth at which widths were varied.
+        seeds: number of initializations per size.
+        optimizer: name of the optimizer class.
+        tolerance: permitted deviation of an exponent from 0.
+        confidence: level of the intervals.
+        points: all measurements.
+        verdicts: all exponents with their status.
     """
 
     widths: tuple[int, ...]
@@ -55,20 +59,26 @@ class ScalingReport:
 
     @property
     def status(self) -> Status:
-        """FAIL if a desideratum fails, else UNCLEAR if one is unclear, else PASS."""
+        """FAIL if a desideratum fails, otherwise UNCLEAR if one is unclear, otherwise PASS."""
         found = {v.status for v in self.verdicts}
         return next((s for s in (Status.FAIL, Status.UNCLEAR) if s in found), Status.PASS)
 
     @property
     def passed(self) -> bool:
-        """Whether all desiderata pass; an unclear one does not."""
+        """Whether all desiderata pass; an unclear one does not count as passed."""
         return self.status is Status.PASS
 
     def of(self, desideratum: str) -> Status:
-        """The status of ``"SP"``, ``"FL"``, ``"LD"`` or ``"BC"`` over both sizes: the worst one.
+        """Return the worst status of ``"SP"``, ``"FL"``, ``"LD"`` or ``"BC"`` over both axes.
+
+        Args:
+            desideratum: one of these names.
+
+        Returns:
+            The status.
 
         Raises:
-            ValueError: another name.
+            ValueError: the name is unknown.
         """
         found = {v.status for v in self.verdicts if v.desideratum == desideratum}
         if not desideratum or not found:
@@ -76,10 +86,17 @@ class ScalingReport:
         return next((s for s in (Status.FAIL, Status.UNCLEAR) if s in found), Status.PASS)
 
     def exponent(self, quantity: str, axis: str) -> Exponent:
-        """The fitted exponent of a quantity, such as ``("feature speed", "width")``.
+        """Return the fitted exponent of a quantity, such as ``("feature speed", "width")``.
+
+        Args:
+            quantity: name of the quantity.
+            axis: ``"width"`` or ``"depth"``.
+
+        Returns:
+            The exponent with its interval.
 
         Raises:
-            ValueError: there is none of that name, or its values have no logarithm.
+            ValueError: there is no such quantity, or some of its values have no logarithm.
         """
         for verdict in self.verdicts:
             if (verdict.quantity, verdict.axis) == (quantity, axis) and verdict.fit is not None:
@@ -88,22 +105,39 @@ class ScalingReport:
         raise ValueError(f"no exponent of {quantity!r} over {axis!r}; there are: {names}")
 
     def matches(self, tolerance: float = 0.2) -> list[str]:
-        """Schemes of :func:`fastfs.scaling.mlp` whose exponents of speed, decrease, sensitivity and angle fit."""
+        """Return the schemes of :func:`fastfs.scaling.mlp` with the same exponents of speed, decrease, S and angle.
+
+        Args:
+            tolerance: permitted deviation where the interval is narrower.
+
+        Returns:
+            Names of the schemes.
+        """
         sizes = Sizes(self.widths, self.depths, self.at_width, self.at_depth)
         return matching(self.verdicts, sizes, tolerance)
 
     def classify(self, tolerance: float = 0.2) -> str | None:
-        """The only scheme that matches, or None: none does, or the intervals are too wide to tell."""
+        """Return the only scheme that matches, or None if none does or the intervals are too wide to tell.
+
+        Args:
+            tolerance: permitted deviation where the interval is narrower.
+
+        Returns:
+            Name of the scheme, or None.
+        """
         found = self.matches(tolerance)
         return found[0] if len(found) == 1 else None
 
     @property
     def curvature(self) -> float:
-        """Largest distance of the real from the first-order loss decrease, relative to the latter."""
+        """Largest deviation of the actual loss decrease from the first-order one, relative to the latter."""
         return curvature(self.points)
 
     def to_frame(self) -> DataFrame:
-        """One row an exponent: desideratum, quantity, axis, exponent, low, high, status, seeds, advice.
+        """Return one row per exponent: desideratum, quantity, axis, exponent, low, high, status, seeds, advice.
+
+        Returns:
+            A DataFrame.
 
         Raises:
             ImportError: pandas is not installed.
@@ -118,7 +152,10 @@ class ScalingReport:
         return frame(rows)
 
     def points_frame(self) -> DataFrame:
-        """One row a measurement, with the contribution of every group in a column ``contribution:<group>``.
+        """Return one row per measurement, with one column ``contribution:<group>`` per group of parameters.
+
+        Returns:
+            A DataFrame.
 
         Raises:
             ImportError: pandas is not installed.
@@ -131,10 +168,10 @@ class ScalingReport:
         return frame(rows)
 
     def table(self) -> Table:
-        """The exponents as a rich table."""
+        """Return the exponents as a rich table."""
         grid = Table(
             title=f"Exponents over width (at depth {self.at_depth}) and depth (at width {self.at_width}). "
-            f"{self.optimizer}, {self.seeds} seeds, {self.confidence:.0%} intervals, wanted 0 +- {self.tolerance:g}",
+            f"{self.optimizer}, {self.seeds} seeds, {self.confidence:.0%} intervals, target 0 +- {self.tolerance:g}",
             title_justify="left",
         )
         for column in ("", "quantity", "over"):
@@ -148,15 +185,15 @@ class ScalingReport:
         return grid
 
     def words(self) -> str:
-        """What to change, what is unclear, and which scheme this looks like."""
+        """Return text on what to change, what is unclear, and which scheme the exponents match."""
         lines = [f"{v.desideratum} over {v.axis}: {v.advice}." for v in self.verdicts if v.status is Status.FAIL]
         for v in self.verdicts:
             if v.status is Status.UNCLEAR and v.seeds is not None:
                 lines.append(f"{v.desideratum} over {v.axis}: {v.quantity} is unclear; {self._more(v)}.")
         if self.curvature > 0.3:
             lines.append(
-                f"The loss decrease is off its first order by up to {self.curvature:.2g} times it: these are numbers "
-                "of steps that large; with smaller learning rates they would be those of the scaling alone."
+                f"The loss decrease deviates from first order by up to {self.curvature:.2g} times its size: the "
+                "exponents include curvature; smaller learning rates would measure the scaling alone."
             )
         found = self.matches()
         if len(found) == 1:
@@ -174,12 +211,19 @@ class ScalingReport:
     def write(self, out: str | os.PathLike[str]) -> list[Path]:
         """Write ``scaling-check.csv`` (exponents), ``scaling-check-points.csv`` and ``scaling-check.png`` to a folder.
 
+        Args:
+            out: the folder; created if necessary.
+
+        Returns:
+            Paths of the files.
+
         Raises:
             ImportError: pandas or matplotlib is not installed.
-            NotADirectoryError, FileExistsError: the folder is a file.
-            ValueError: one of the files is there, and no regular file.
+            NotADirectoryError: a parent of the folder is a file.
+            FileExistsError: the folder is a file.
+            ValueError: one of the files exists and is not a regular file.
         """
-        from fastfs.scaling._plots import plot_report
+        from fastfs.scaling._plots import plot_exponents
 
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +232,11 @@ class ScalingReport:
             check_output(file)
         write_whole(files[0], self.to_frame().to_csv(index=False).encode())
         write_whole(files[1], self.points_frame().to_csv(index=False).encode())
-        figure: Any = plot_report(self)
+        title = (
+            f"Scaling check: {self.optimizer}, {self.seeds} seeds; widths at depth {self.at_depth}, depths at width "
+            f"{self.at_width}; fitted exponents with {self.confidence:.0%} intervals"
+        )
+        figure: Any = plot_exponents(self.points, self.verdicts, title)
         picture = io.BytesIO()
         figure.savefig(picture, format="png", dpi=120, metadata={"Software": "fastfs.scaling"})
         write_whole(files[2], picture.getvalue())
@@ -197,5 +245,5 @@ class ScalingReport:
     def _more(self, v: Verdict) -> str:
         assert v.seeds is not None
         if v.seeds > _MOST_SEEDS:
-            return f"it would take more than {_MOST_SEEDS} seeds; larger sizes, further apart, or more rows will tell"
-        return f"about {max(math.ceil(v.seeds), self.seeds + 1)} seeds instead of {self.seeds} would tell"
+            return f"this would take more than {_MOST_SEEDS} seeds; use larger sizes, further apart, or more rows"
+        return f"about {max(math.ceil(v.seeds), self.seeds + 1)} seeds instead of {self.seeds} would decide it"

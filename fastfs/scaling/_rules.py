@@ -1,4 +1,4 @@
-"""A scaling as numbers: for every matrix of a chain its initial standard deviation and learning rate."""
+"""A scaling rule: the initial standard deviation and learning rate of every matrix of a chain."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ __all__ = ["LayerScale", "Rule", "apply"]
 
 @dataclass(frozen=True)
 class LayerScale:
-    """What a rule says of one weight matrix.
+    """Scale and learning rate of one weight matrix.
 
     Attributes:
         role: ``"input"``, ``"hidden"`` or ``"output"``.
         rows: size of the layer's output.
         columns: size of its input.
-        std: standard deviation of the independent Gaussian entries at initialisation.
+        std: standard deviation of the independent Gaussian entries at initialization.
         lr: learning rate of plain gradient descent.
     """
 
@@ -46,7 +46,7 @@ class Rule:
     Attributes:
         architecture: ``"mlp"`` or ``"resnet"``.
         scheme: name of the scaling.
-        layers: one entry a matrix.
+        layers: one entry per matrix.
         branch_scale: beta of the residual branches; None for an MLP.
     """
 
@@ -56,15 +56,18 @@ class Rule:
     branch_scale: float | None = None
 
     def scaled(self, *, lr: float = 1.0, output_std: float = 1.0) -> Rule:
-        """The rule with all learning rates, and the output's standard deviation, multiplied.
+        """Return the rule with all learning rates, and the output's standard deviation, multiplied by factors.
 
         Args:
-            lr: factor of all learning rates: the first-order loss decrease of a step is multiplied by it.
-            output_std: factor of the last matrix's standard deviation. The learning rates before it are divided by
-                its square, so that balance and loss decrease stay: the feature speed is divided by it.
+            lr: factor of all learning rates, which multiplies the first-order loss decrease of a step.
+            output_std: factor of the last matrix's standard deviation. The learning rates before it are divided by its
+                square, which keeps balance and loss decrease and divides the feature speed by it.
+
+        Returns:
+            A new rule.
 
         Raises:
-            ValueError: a factor that is not positive and finite.
+            ValueError: a factor is not positive and finite.
         """
         for name, value in (("lr", lr), ("output_std", output_std)):
             if not (math.isfinite(value) and value > 0):
@@ -75,7 +78,10 @@ class Rule:
         return dataclasses.replace(self, layers=tuple(layers))
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row a matrix: role, rows, columns, std, lr.
+        """Return one row per matrix: role, rows, columns, std, lr.
+
+        Returns:
+            A DataFrame.
 
         Raises:
             ImportError: pandas is not installed.
@@ -97,22 +103,24 @@ class Rule:
 
 
 def apply(model: nn.Module, rule: Rule, *, generator: torch.Generator | None = None) -> list[dict[str, Any]]:
-    """Initialise the model by the rule, and return the parameter groups of its optimizer.
+    """Initialize the model according to a rule, and return the parameter groups for its optimizer.
 
-    The model is a chain of ``nn.Linear``, registered in forward order: :class:`fastfs.models.MLP`,
+    The model has to be a chain of ``nn.Linear`` registered in forward order: :class:`fastfs.models.MLP`,
     :class:`fastfs.models.ResNet`, an ``nn.Sequential``. Weights get independent Gaussian entries; biases become zero
-    and have the learning rate of their layer. Nothing is written unless everything fits.
+    and have the learning rate of their layer. Nothing is written unless the whole model fits the rule.
 
     Args:
-        model: what to initialise, in place.
-        rule: from :func:`fastfs.scaling.mlp` or :func:`fastfs.scaling.resnet`.
-        generator: random numbers; the global generator by default.
+        model: the model, initialized in place.
+        rule: rule from :func:`fastfs.scaling.mlp` or :func:`fastfs.scaling.resnet`.
+        generator: source of random numbers; None uses the global generator.
 
     Returns:
-        One group a layer, for ``torch.optim.SGD(apply(model, rule))``: ``params``, ``lr``, and its ``name``.
+        One group per layer, for ``torch.optim.SGD(apply(model, rule))``: ``params``, ``lr`` and ``name``.
 
     Raises:
-        ValueError: the model has other layers, shapes or parameters than the rule.
+        ValueError: the layers, shapes or parameters of the model differ from those of the rule.
+
+    Source: the rules of :func:`fastfs.scaling.mlp` and :func:`fastfs.scaling.resnet`.
     """
     layers = _matching(model, rule, generator)
     groups: list[dict[str, Any]] = []
@@ -128,7 +136,7 @@ def apply(model: nn.Module, rule: Rule, *, generator: torch.Generator | None = N
 
 
 def _matching(model: nn.Module, rule: Rule, generator: torch.Generator | None) -> list[tuple[str, nn.Linear]]:
-    """The layers of the model, one for each of the rule."""
+    """Return the layers of the model, one per matrix of the rule."""
     kind = type(model).__name__
     if isinstance(model, MLP | ResNet) and rule.architecture != (expected := type(model).__name__.lower()):
         raise ValueError(f"model is a {kind}, which takes a rule for {expected}, got one for {rule.architecture}")
@@ -143,7 +151,7 @@ def _matching(model: nn.Module, rule: Rule, generator: torch.Generator | None) -
     if other:
         raise ValueError(
             f"a rule is for a chain of nn.Linear layers; {kind} has other parameters: {some(other, 8)}. "
-            "fastfs.scaling.calibrate takes any model"
+            "fastfs.scaling.calibrate supports any model"
         )
     if len({id(linear.weight) for _, linear in layers}) < len(layers):
         raise ValueError(f"{kind} uses a weight matrix in more than one layer, and a rule needs one for each")
@@ -155,8 +163,8 @@ def _matching(model: nn.Module, rule: Rule, generator: torch.Generator | None) -
             got, wanted = tuple(linear.weight.shape), (scale.rows, scale.columns)
             raise ValueError(f"{name or kind}: the weight has shape {got}, the rule expects {wanted}")
         if linear.weight.is_meta:
-            raise ValueError(f"{name or kind}: the weight is on the meta device and has no values to initialise")
+            raise ValueError(f"{name or kind}: the weight is on the meta device and has no values to initialize")
         if generator is not None and generator.device.type != linear.weight.device.type:
             devices = f"{generator.device}, {name or kind} on {linear.weight.device}"
-            raise ValueError(f"generator: expected one on the device of the weights; it is on {devices}")
+            raise ValueError(f"generator: expected a generator on the device of the weights; it is on {devices}")
     return layers

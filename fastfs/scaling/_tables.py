@@ -1,11 +1,11 @@
-"""Scaling rules of ReLU MLPs and ResNets by table: initial standard deviations and learning rates of SGD.
+"""Tables of scaling rules for ReLU MLPs and ResNets: initial standard deviations and learning rates of SGD.
 
-The learning rates follow from two wishes, balanced contributions and a loss decrease D to first order,
+The learning rates follow from two desiderata, balanced contributions and a first-order loss decrease D,
 
     lr_l = D / (n |g_l|^2)        for each of the n matrices,
 
-with |g_l| as it is at initialisation, for one row and a residual |dLoss/df_L| of 1. The output's standard deviation
-decides how far the features move meanwhile: by the feature speed formula rms(df) = D / (sqrt(m) |b| cos(theta)).
+with |g_l| at initialization, for one row and a residual |dLoss/df_L| of 1. The output's standard deviation determines
+how far the features move: by the feature speed formula rms(df) = D / (sqrt(m) |b| cos(theta)).
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def mlp(
     input: str = "dense",
     decrease: float = 1.0,
 ) -> Rule:
-    r"""The rule for a ReLU MLP ``f_1 = U x``, ``f_l = V_l relu(f_{l-1})``, output ``f_L = W relu(f_{L-1})``.
+    r"""Return the rule for a ReLU MLP ``f_1 = U x``, ``f_l = V_l relu(f_{l-1})``, output ``f_L = W relu(f_{L-1})``.
 
-    Entries of U have std 1/|x|, those of V sqrt(2/m): then rms(f_l) = 1 in every hidden layer. Take one row and the
+    Entries of U have std 1/|x|, those of V sqrt(2/m), so that rms(f_l) = 1 in every hidden layer. Consider one row and
     residual r = dLoss/df_L with |r| = 1. Half of the units are active, so
 
         |b_{L-1}|^2 = std_W^2 m/2,  and |b_l| is the same in all hidden layers (a factor of 2 of V, 1/2 of the ReLU);
@@ -52,9 +52,9 @@ def mlp(
     ========  =============  =====================  ==============  =============
 
     The angle at f_l has cos(theta_l) of about sqrt(3/(2 l)) (:func:`fastfs.scaling.predicted_cos_angle`), so the
-    sensitivity S = rms(df_{L-1})/D = 1/(sqrt(m) |b| cos(theta)) goes like sqrt(L/m) for ``ntk``, sqrt(L) for ``mup``,
-    and 1 for ``fsc``. ``standard`` is the initialisation of ``ntk`` with one learning rate: its loss decrease goes
-    like L m. :func:`fastfs.scaling.predict` gives all of this with constants.
+    sensitivity S = rms(df_{L-1})/D = 1/(sqrt(m) |b| cos(theta)) scales as sqrt(L/m) for ``ntk``, sqrt(L) for ``mup``,
+    and 1 for ``fsc``. ``standard`` is the initialization of ``ntk`` with a single learning rate: its loss decrease
+    scales as L m. :func:`fastfs.scaling.predict` returns all of these with their constants.
 
     Args:
         depth: number L of weight matrices, at least 2.
@@ -62,12 +62,15 @@ def mlp(
         in_dim: size d of the input.
         out_dim: size of the output. The constants hold for a residual vector of norm 1.
         scheme: ``"standard"``, ``"ntk"``, ``"mup"`` or ``"fsc"``.
-        input: ``"dense"``: entries of order 1, |x| = sqrt(d). ``"sparse"``: one-hot or normalised, |x| = 1.
-        decrease: D; multiplies every learning rate. With 1 a real step is far beyond first order.
+        input: ``"dense"``: entries of order 1, |x| = sqrt(d). ``"sparse"``: one-hot or normalized, |x| = 1.
+        decrease: D, which multiplies every learning rate. With 1, an actual step is far beyond first order.
+
+    Returns:
+        The rule, with L matrices.
 
     Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size, scheme or input that is none of these.
+        TypeError: a size is not an integer.
+        ValueError: a size, the scheme, the input or the decrease is invalid.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), the table of scalings of ReLU MLPs, with its constants
     worked out.
@@ -96,11 +99,11 @@ def resnet(
     input: str = "dense",
     decrease: float = 1.0,
 ) -> Rule:
-    r"""The rule for a ReLU ResNet: ``f_0 = U x``, L blocks with branch scale beta, output ``W f_L``.
+    r"""Return the rule for a ReLU ResNet: ``f_0 = U x``, L blocks with branch scale beta, output ``W f_L``.
 
     A block is ``f_l = sqrt(1 - beta^2) f_{l-1} + beta V_l relu(f_{l-1})``, as in :class:`fastfs.models.ResNet`.
 
-    As for the MLP rms(f_l) = 1 and |b_l| is constant; there are n = L + 2 matrices. For one row and |r| = 1
+    As for the MLP, rms(f_l) = 1 and |b_l| is constant; there are n = L + 2 matrices. For one row and |r| = 1
 
         |b|^2 = std_W^2 m,   |g_U|^2 = |b|^2 |x|^2,   |g_V|^2 = beta^2 |b|^2 m/2,   |g_W|^2 = |f_L|^2 = m.
 
@@ -115,24 +118,27 @@ def resnet(
     standard  1/sqrt(m)           1                      1                        1
     ========  ==================  =====================  =======================  =============
 
-    with c = cos(theta_L) predicted (:func:`fastfs.scaling.predicted_cos_angle`): ``fsc`` sets S to about 1. For
-    beta = 1/sqrt(L) the branch learning rate is Theta(1) (depth-muP) and for beta = 1/L it is Theta(L); in both c
-    tends to a limit, so ``mup`` and ``fsc`` differ by a constant only. For beta = 1 c falls like 1/sqrt(L), as in
-    the MLP.
+    with c = cos(theta_L) predicted by :func:`fastfs.scaling.predicted_cos_angle`: ``fsc`` sets S to about 1. For
+    beta = 1/sqrt(L) the branch learning rate is Theta(1) (depth-muP), and for beta = 1/L it is Theta(L). In both cases
+    c tends to a limit, so ``mup`` and ``fsc`` differ only by a constant. For beta = 1, c decreases like 1/sqrt(L), as
+    in the MLP.
 
     Args:
         depth: number L of residual blocks, at least 1.
         width: size m of the features.
-        branch_scale: beta in (0, 1]; 1/sqrt(L) by default.
+        branch_scale: beta in (0, 1]; None means 1/sqrt(L).
         in_dim: size d of the input.
         out_dim: size of the output. The constants hold for a residual vector of norm 1.
         scheme: ``"standard"``, ``"ntk"``, ``"mup"`` or ``"fsc"``.
         input: ``"dense"``: |x| = sqrt(d); ``"sparse"``: |x| = 1.
-        decrease: D; multiplies every learning rate.
+        decrease: D, which multiplies every learning rate.
+
+    Returns:
+        The rule, with L + 2 matrices.
 
     Raises:
-        TypeError: a size that is no integer.
-        ValueError: a size, scale, scheme or input that is none of these.
+        TypeError: a size is not an integer.
+        ValueError: a size, the branch scale, the scheme, the input or the decrease is invalid.
 
     Source: "The Feature Speed Formula" (arXiv 2311.18718), the scalings of ReLU ResNets, with their constants.
     """
@@ -167,7 +173,7 @@ def _checked(
     kind: str,
     decrease: float,
 ) -> float:
-    """The norm of the input, if the arguments can be."""
+    """Validate the arguments and return the norm of the input."""
     for name, size in (("depth", depth), ("width", width), ("in_dim", in_dim), ("out_dim", out_dim)):
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"{name}: expected an integer, got {size!r}")

@@ -1,4 +1,4 @@
-"""From measured points to exponents, and from exponents to desiderata that hold or not, with what to change."""
+"""Fit exponents to measurements, decide which desiderata hold, and suggest what to change."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ AXES = ("width", "depth")
 
 @dataclass(frozen=True)
 class Point:
-    """One model at its first step.
+    """The measurement of one model at its first step.
 
     Attributes:
-        axis: ``"width"`` or ``"depth"``: the sweep it belongs to.
-        width, depth, seed: of the model.
-        loss: before the step.
+        axis: ``"width"`` or ``"depth"``: the axis whose sweep the point belongs to.
+        width: width of the model.
+        depth: depth of the model.
+        seed: index of the initialization.
+        loss: loss before the step.
         decrease: loss before minus loss after the step.
         first_order_decrease: sum of <g, -dw>.
-        feature_rms, mean_feature_rms: of the last hidden features; geometric mean over all watched hidden layers.
+        feature_rms: rms of the last hidden features.
+        mean_feature_rms: geometric mean of the rms over all watched hidden layers.
         update_rms: rms(df) of the last hidden features.
-        cos_angle: of the angle between df and -b there.
+        cos_angle: cosine of the angle between df and -b there.
         sensitivity: update_rms / |decrease|.
-        contributions: group of parameters -> <g, -dw>, in the order of the signal.
+        contributions: group of parameters -> <g, -dw>, in the order of the forward.
     """
 
     axis: str
@@ -48,27 +51,34 @@ class Point:
     contributions: Mapping[str, float]
 
     def on(self, axis: str) -> Point:
-        """The same point in the sweep of this axis."""
+        """Return the same point as part of the sweep over another axis.
+
+        Args:
+            axis: ``"width"`` or ``"depth"``.
+
+        Returns:
+            A new point.
+        """
         return dataclasses.replace(self, axis=axis)
 
     @property
     def size(self) -> int:
-        """Width or depth, whichever the sweep changes."""
+        """The width or depth, whichever the sweep varies."""
         return self.width if self.axis == "width" else self.depth
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One exponent and what it says.
+    """A fitted exponent and its status.
 
     Attributes:
         desideratum: ``"SP"``, ``"FL"``, ``"LD"``, ``"BC"``, or empty for information.
-        quantity: what was measured.
-        axis: over which size.
-        fit: the exponent; None where some values have no logarithm.
-        status: None for information.
-        seeds: about how many seeds would make an unclear one clear; inf if seeds alone will not.
-        advice: what is wrong and what to change; empty where nothing is.
+        quantity: measured quantity.
+        axis: ``"width"`` or ``"depth"``.
+        fit: the exponent; None if some values have no logarithm.
+        status: the status; None for information.
+        seeds: approximate number of seeds that would make an unclear status clear; inf if seeds alone will not.
+        advice: what is wrong and what to change; empty if nothing is.
     """
 
     desideratum: str
@@ -83,10 +93,20 @@ class Verdict:
 def verdicts(
     points: Sequence[Point], seeds: int, optimizer: str, tolerance: float, confidence: float
 ) -> Iterable[Verdict]:
-    """All exponents: the desiderata, then the angle for information.
+    """Return all exponents: the desiderata, then the angle for information.
 
-    Feature learning is asked of the speed itself, and of the sensitivity, the speed per loss decrease. The second is
-    much the less noisy, and a learning rate cannot mend it.
+    Feature learning is checked for the feature speed and for the sensitivity, the speed per loss decrease. The latter
+    is much less noisy, and cannot be corrected by learning rates.
+
+    Args:
+        points: all measurements.
+        seeds: number of initializations per size.
+        optimizer: name of the optimizer class.
+        tolerance: permitted deviation of an exponent from 0.
+        confidence: level of the intervals.
+
+    Yields:
+        Verdicts, in the order of the report.
     """
     for axis in AXES:
         own = [p for p in points if p.axis == axis]
@@ -96,7 +116,7 @@ def verdicts(
             return fit_exponent(sizes, values, confidence=level) if min(values) > 0 else None
 
         sensitivity = fit([p.sensitivity for p in own])
-        assert sensitivity is not None  # positive, as the features move
+        assert sensitivity is not None  # positive, because the features move
         cosine = fit([p.cos_angle for p in own])
 
         def wanted(desideratum: str, quantity: str, values: Sequence[float], advice: str, axis: str = axis) -> Verdict:
@@ -127,7 +147,7 @@ def verdicts(
             decrease = dataclasses.replace(decrease, advice=text)
         speed = wanted("FL", "feature speed", [p.update_rms for p in own], "")
         if speed.status is Status.FAIL and speed.fit is not None:
-            repair = "the step is far beyond first order; repeat with smaller learning rates"
+            repair = "the step is far beyond first order; repeat the check with smaller learning rates"
             if curvature(own) <= 1:
                 right = judge(sensitivity, 0.0, tolerance)[0] is Status.PASS
                 repair = "as the loss decrease (LD) does" if right else "see the sensitivity"
@@ -142,19 +162,19 @@ def verdicts(
 
 
 def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, confidence: float) -> Iterable[Verdict]:
-    """Each group against its neighbours, the worst of them; and the later half of the groups against the earlier.
+    """Yield the verdict on the worst group against its neighbors, and on the later against the earlier half of groups.
 
-    Random matrices of finite width make contributions drift along the network, by chance; neighbours share the drift.
+    Random matrices of finite width let contributions drift along the network by chance; neighbors share this drift.
     """
     sizes = [float(p.size) for p in points]
     rising = sorted({name for p in points for name, c in p.contributions.items() if c <= 0})
     if rising:
-        text = f"the updates of {some(rising)} do not lower the loss to first order: not trained, or not downhill"
+        text = f"the updates of {some(rising)} do not decrease the loss to first order: not trained, or not a descent"
         yield Verdict("BC", "contribution, worst group", axis, None, Status.FAIL, None, text)
         return
     names = _common(points)
     if names:
-        level = 1 - (1 - confidence) / len(names)  # all intervals together at the level that is asked for
+        level = 1 - (1 - confidence) / len(names)  # Bonferroni: all intervals together have the requested level
         fits = {name: fit_exponent(sizes, [_relative(p, name) for p in points], confidence=level) for name in names}
         judged = {name: judge(fit, 0.0, tolerance) for name, fit in fits.items()}
         order = [Status.PASS, Status.UNCLEAR, Status.FAIL]
@@ -166,7 +186,7 @@ def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, c
             failed.sort(key=lambda name: -abs(fits[name].exponent))
             text = "; ".join(
                 _grows(
-                    f"contribution of {name!r} against its neighbours",
+                    f"contribution of {name!r} against its neighbors",
                     axis,
                     fits[name],
                     f"multiply its learning rate by {_power(axis, -fits[name].exponent)}",
@@ -177,7 +197,7 @@ def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, c
         yield Verdict("BC", quantity, axis, fits[worst], status, None if factor is None else seeds * factor, text)
     inner = [list(p.contributions.values())[1:-1] for p in points]
     if min(map(len, inner)) >= 2:
-        halves = [(c[-(len(c) // 2) :], c[: len(c) // 2]) for c in inner]  # medians: one odd group is no trend
+        halves = [(c[-(len(c) // 2) :], c[: len(c) // 2]) for c in inner]  # medians are robust to one odd group
         ratios = [statistics.median(later) / statistics.median(earlier) for later, earlier in halves]
         fit = fit_exponent(sizes, ratios, confidence=confidence)
         status, factor = judge(fit, 0.0, tolerance)
@@ -190,7 +210,7 @@ def _balance(points: Sequence[Point], axis: str, seeds: int, tolerance: float, c
 
 
 def _common(points: Sequence[Point]) -> list[str]:
-    """Names of groups that stand at the same place, counted from the input or from the output, in all points."""
+    """Return the names of groups that have the same position, from the input or from the output, in all points."""
     orders = [list(p.contributions) for p in points]
     shared = [name for name in orders[0] if all(name in order for order in orders)]
 
@@ -206,7 +226,7 @@ def _common(points: Sequence[Point]) -> list[str]:
 
 
 def _relative(point: Point, name: str) -> float:
-    """The contribution of a group over the median of the four nearest in the network."""
+    """Return the contribution of a group relative to the median of the four nearest groups."""
     names = list(point.contributions)
     at = names.index(name)
     others = sorted((i for i in range(len(names)) if i != at), key=lambda i: abs(i - at))[:4]
@@ -216,7 +236,16 @@ def _relative(point: Point, name: str) -> float:
 
 
 def sensitivity_advice(axis: str, sensitivity: Exponent, optimizer: str) -> str:
-    """What to multiply the output's scale and the learning rates by, so that S no longer goes with the size."""
+    """Return the factors of output scale and learning rates that make S independent of the size.
+
+    Args:
+        axis: ``"width"`` or ``"depth"``.
+        sensitivity: fitted exponent of S.
+        optimizer: name of the optimizer class.
+
+    Returns:
+        A clause for the advice.
+    """
     e = sensitivity.exponent
     rates = -2 * e if optimizer == "SGD" else -e  # contributions go like |b|^2 for SGD and |b| for Adam
     name = ""
@@ -227,22 +256,22 @@ def sensitivity_advice(axis: str, sensitivity: Exponent, optimizer: str) -> str:
 
 
 def curvature(points: Sequence[Point]) -> float:
-    """Largest distance of the real from the first-order loss decrease, relative to the latter."""
+    """Return the largest deviation of the actual from the first-order loss decrease, relative to the latter."""
     return max(abs(p.decrease / p.first_order_decrease - 1) if p.first_order_decrease else math.inf for p in points)
 
 
 def _exponential(points: Sequence[Point]) -> str:
-    """A word on features that grow or shrink by a factor a layer."""
+    """Return a clause on features that grow or shrink by a constant factor per layer, or an empty string."""
     if points[0].axis != "depth":
         return ""
     x, y = [float(p.depth) for p in points], [math.log(p.feature_rms) for p in points]
-    if len(set(y)) == 1:  # normalised features
+    if len(set(y)) == 1:  # normalized features
         return ""
     straight, power = statistics.correlation(x, y), statistics.correlation([math.log(v) for v in x], y)
     rate = statistics.linear_regression(x, y).slope
     if abs(straight) <= abs(power) or abs(rate) * (max(x) - min(x)) < 2:
         return ""
-    return f"; it is a factor of {math.exp(rate):.2f} a layer rather than a power"
+    return f"; it changes by a factor of {math.exp(rate):.2f} per layer rather than as a power"
 
 
 def _grows(quantity: str, axis: str, fit: Exponent, advice: str) -> str:

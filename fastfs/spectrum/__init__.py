@@ -1,8 +1,8 @@
-"""The spectrum of the backward-to-feature kernel, and the angle that it predicts.
+"""The spectrum of the backward-to-feature kernel, and the backward-feature angle that it predicts.
 
 Section 3 of "The Feature Speed Formula", arXiv 2311.18718: ``df_l = -K_l b_l`` for gradient descent, so the angle
-between the feature update and -b is a property of the kernel K_l. Everything here multiplies K_l with vectors and
-forms it only where that is asked for.
+between the feature update and -b is a property of the kernel K_l. The functions of this package use products of K_l
+with vectors and form the matrix only on request.
 """
 
 try:

@@ -1,10 +1,10 @@
-"""The backward-feature angle side by side: predicted by the spectrum, exact by the kernel, measured in a real step."""
+"""The backward-feature angle: predicted from the spectrum, computed exactly from the kernel, and measured in a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,45 +14,42 @@ from fastfs._network.layers import AUTO, Selection
 from fastfs._network.learning_rates import LearningRates, resolve
 from fastfs._network.linearization import Linearization, LossFunction, Visits
 from fastfs._stats import FeatureStats
-from fastfs._utils.extras import frame
-from fastfs._utils.formatting import columns
 from fastfs.formula._measure import over_visits, updates_of
 from fastfs.spectrum._moments import Moments, moments
 from fastfs.spectrum._operator import BFK
-
-if TYPE_CHECKING:
-    import pandas
+from fastfs.spectrum._table import LayerTable
 
 __all__ = ["Angles", "angles"]
 
 
 @dataclass(frozen=True)
-class Angles:
-    """Cosines of the angle between the feature update and -b, for L layers: float64 on the CPU, nan where not defined.
+class Angles(LayerTable):
+    """Cosines of the angle between the feature update and -b for L layers, as float64 on the CPU; nan where undefined.
 
     Attributes:
-        layers: names.
-        cut, reason: whether the layer is a cut, and why not. ``exact`` and ``descent`` are equal at cuts.
-        predicted, predicted_error: (L,) ``M_1/sqrt(M_2)`` of the kernel of gradient descent, and its standard error:
-            the cosine for a b that is isotropic and independent of the kernel.
+        layers: names of the layers.
+        cut: (L,) whether the layer is a cut. ``exact`` and ``descent`` are equal at cuts.
+        reason: (L,) why it is not a cut, or None.
+        predicted: (L,) ``M_1/sqrt(M_2)`` of the kernel of gradient descent: the cosine for a b that is isotropic and
+            independent of the kernel.
+        predicted_error: (L,) standard error of ``predicted``.
         exact: (L,) ``b^T K b/(|b| |K b|)`` of that kernel.
-        descent: (L,) of the first-order feature update of gradient descent.
-        measured: (L,) of the real, finite update: of the optimizer if one was given, else of gradient descent. It says
-            something only where ``valid``.
-        valid: (L,) bool: whether the finite update stands out of rounding (:attr:`fastfs.FeatureStats.valid`). Where it
-            does not, a larger step or ``dtype=torch.float64`` helps.
-        noise_floor: (L,) ``|df|/|f|`` that rounding of the features alone makes
+        descent: (L,) cosine of the first-order feature update of gradient descent.
+        measured: (L,) cosine of the actual, finite update: of the optimizer if one was given, otherwise of gradient
+            descent. Meaningful only where ``valid``.
+        valid: (L,) bool: whether the finite update exceeds rounding (:attr:`fastfs.FeatureStats.valid`). If it does
+            not, use a larger step or ``dtype=torch.float64``.
+        noise_floor: (L,) ``|df|/|f|`` caused by rounding of the features alone
             (:attr:`fastfs.FeatureStats.noise_floor`).
-        first_order: (L,) of the first-order feature update of the same step.
-        preconditioned, preconditioned_error: (L,) ``M_1/sqrt(M_2)`` of the kernel with the rates -dw/g of the
-            optimizer's step, and its standard error; None without optimizer. This kernel depends on b: what the
-            prediction assumes does not hold for it.
-        excluded: (L,) share of |dw| upstream where -dw/g is negative or not finite: there the rate is taken as 0, and
-            the step is no preconditioned descent (momentum, weight decay); None without optimizer.
-        undetermined: (L,) share of the parameters' entries upstream with a gradient of 0 and no update: -dw/g says
-            nothing about their rate, which is taken as 0 in ``preconditioned`` (with ReLU, those of units that are off
-            further on); None without optimizer.
-        products: products with kernels that were made.
+        first_order: (L,) cosine of the first-order feature update of the same step.
+        preconditioned: (L,) ``M_1/sqrt(M_2)`` of the kernel with the rates -dw/g of the optimizer's step; None without
+            optimizer. This kernel depends on b, contrary to the assumption of the prediction.
+        preconditioned_error: (L,) standard error of ``preconditioned``; None without optimizer.
+        excluded: (L,) share of |dw| upstream for which -dw/g is negative or not finite. The rate is taken as 0 there,
+            and the step is not preconditioned descent (momentum, weight decay); None without optimizer.
+        undetermined: (L,) share of the upstream parameter entries with zero gradient and zero update. Their rate is
+            unknown and taken as 0 in ``preconditioned`` (with ReLU, entries of inactive units); None without optimizer.
+        products: number of products with kernels.
     """
 
     layers: list[str]
@@ -74,20 +71,8 @@ class Angles:
 
     @property
     def misalignment(self) -> Tensor:
-        """(L,) radians that the optimizer adds to the angle: that of its step minus that of gradient descent, both to
-        first order. Zero if there is no optimizer."""
+        """(L,) angle in radians that the optimizer adds to that of gradient descent, to first order; 0 without one."""
         return self.first_order.acos() - self.descent.acos()
-
-    def to_frame(self) -> pandas.DataFrame:
-        """One row per layer; cosines, ``misalignment`` and ``angle`` (of ``measured``, where ``valid``) in radians.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return frame(self._columns())
-
-    def __str__(self) -> str:
-        return "\n".join(columns({name: column for name, column in self._columns().items() if name != "reason"}))
 
     def _columns(self) -> dict[str, list[Any]]:
         names = ["predicted", "predicted_error", "exact", "descent", "first_order", "measured", "valid", "noise_floor"]
@@ -118,21 +103,34 @@ def angles(
     seed: int = 0,
     chunk: int = 16,
 ) -> Angles:
-    """Predict, compute and measure the angle of every layer, for gradient descent or an optimizer. Nothing is changed.
+    """Predict, compute and measure the angle of every layer, for gradient descent or an optimizer.
+
+    Neither the model nor the optimizer is changed.
 
     Args:
-        model, loss_fn, batch, parameters, dtype, chunk: as for :class:`BFK`.
-        layers: which layers, as for :class:`fastfs.Monitor`; each has to run once.
-        lr: learning rates of gradient descent; 1 for its kernel if only an optimizer is given. Angles to first order
-            depend on their ratios alone, the measured one on their size: too small a step is lost in the rounding of
-            the features, which ``valid`` tells.
-        optimizer: takes the measured step, from its present state.
-        rtol, max_probes, sketch, seed: of :func:`moments`. ``rtol`` is that of M_1 and M_2; of the predicted cosine
-            the error is smaller, since they vary together.
+        model: any network, as for :class:`BFK`.
+        loss_fn: function of the model and the batch that returns the loss.
+        batch: second argument of ``loss_fn``.
+        layers: the layers to measure, as for :class:`fastfs.Monitor`. Each has to run exactly once.
+        lr: learning rates of gradient descent; 1 for its kernel if only an optimizer is given. First-order angles
+            depend only on the ratios of the rates. The measured angle depends on their size: a step that is too small
+            is lost in the rounding of the features, as ``valid`` shows.
+        optimizer: optimizer that takes the measured step from its current state.
+        parameters: regular expression over the names of the parameters to move, as for :class:`BFK`.
+        dtype: dtype to compute in, as for :class:`BFK`.
+        rtol: relative standard error of M_1 and M_2, as for :func:`moments`. The error of the predicted cosine is
+            smaller, because the two are correlated.
+        max_probes: largest number of random vectors, as for :func:`moments`.
+        sketch: columns of the Hutch++ sketch, as for :func:`moments`.
+        seed: seed of the random vectors, as for :func:`moments`.
+        chunk: number of vectors multiplied at once.
+
+    Returns:
+        Cosines per layer with their errors.
 
     Raises:
-        TypeError: neither lr nor optimizer.
-        ValueError: a layer that does not run once, or another bad argument.
+        TypeError: neither ``lr`` nor ``optimizer`` is given.
+        ValueError: a layer does not run exactly once, or another argument is invalid.
 
     Source: sections 2 and 3 of "The Feature Speed Formula", arXiv 2311.18718.
     """
@@ -194,7 +192,7 @@ def angles(
 
 
 def _ratios(step: Sequence[Tensor], gradients: Sequence[Tensor]) -> tuple[list[float | Tensor], Tensor, Tensor]:
-    """-dw/g where that is a rate, else 0; for each parameter |dw|^2 of the rest and how many have neither: (P,)."""
+    """Return -dw/g where it is a rate, else 0; per parameter, |dw|^2 of the rest and the number of undetermined."""
     rates: list[float | Tensor] = []
     rest, unknown = [], []
     for dw, g in zip(step, gradients, strict=True):
@@ -211,6 +209,6 @@ def _squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _stats(lin: Linearization, after: Sequence[Visits], *, first_order: bool) -> FeatureStats:
-    """(L,) on the CPU, of the features after the step or of their changes."""
+    """Return (L,) statistics on the CPU, from the features after the step or from their changes."""
     layers = zip(lin.features, after, lin.backward, strict=True)
     return FeatureStats(torch.stack([over_visits(*layer, first_order=first_order).cpu() for layer in layers]))

@@ -1,10 +1,10 @@
-"""The bound that the conditioning of a network's layers puts on the backward-feature angle."""
+"""A lower bound on the cosine of the backward-feature angle from the conditioning of a network's layers."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +12,29 @@ from torch import Tensor, nn
 from fastfs._network.layers import AUTO, Selection
 from fastfs._network.learning_rates import LearningRates, resolve
 from fastfs._network.linearization import Linearization, LossFunction
-from fastfs._utils.extras import frame
-from fastfs._utils.formatting import columns
 from fastfs.spectrum._extremes import condition_of, extremes
 from fastfs.spectrum._jacobians import LayerJacobian, singular_values
 from fastfs.spectrum._operator import BFK
-
-if TYPE_CHECKING:
-    import pandas
+from fastfs.spectrum._table import LayerTable
 
 __all__ = ["Conditioning", "conditioning", "kantorovich"]
 
 
 def kantorovich(condition: float) -> float:
-    """The least that cos(angle) between b and K b can be, K positive definite: ``2 sqrt(kappa)/(1 + kappa)``.
+    """Return the smallest possible cos(angle) between b and K b for positive definite K: ``2 sqrt(kappa)/(1 + kappa)``.
 
     Args:
-        condition: kappa = largest/smallest eigenvalue of K, at least 1; inf gives 0, nan gives nan.
+        condition: kappa, the ratio of the largest to the smallest eigenvalue of K, at least 1; inf gives 0, nan gives
+            nan.
+
+    Returns:
+        The bound, in [0, 1].
 
     Raises:
-        ValueError: a condition number below 1.
+        ValueError: the condition number is below 1.
 
-    Source: Kantorovich's inequality, in the form of Wielandt: equality for b the sum of the two extreme eigenvectors
-    with weights in the ratio of the roots of the other's eigenvalue.
+    Source: Kantorovich's inequality in the form of Wielandt. Equality holds if b is the sum of the two extreme
+    eigenvectors, each weighted by the square root of the other's eigenvalue.
     """
     if condition < 1:
         raise ValueError(f"condition: expected a condition number >= 1, got {condition!r}")
@@ -42,19 +42,22 @@ def kantorovich(condition: float) -> float:
 
 
 @dataclass(frozen=True)
-class Conditioning:
+class Conditioning(LayerTable):
     """Conditioning of a chain of L layers. Tensors are float64 on the CPU.
 
     Attributes:
         layers: names, in the order of the chain.
-        jacobian_largest, jacobian_smallest: (L, L), at [l, k] of J_kl = df_l/df_k for k <= l, else nan. The smallest is
-            that of |J_kl^T u| over unit vectors u: 0 if f_k has fewer elements than f_l.
-        own_largest, own_smallest: (L,) eigenvalues of O_k, the kernel at f_k of the parameters between f_{k-1} and f_k.
-        largest_bound, smallest_bound: (L,) what they give for the eigenvalues of K_l.
-        largest, smallest: (L,) the eigenvalues of K_l.
-        reason: (L,) why the smallest eigenvalue is 0 or nan.
-        cos_bound: (L,) the least cos(angle) by the bound on the condition number; 0 is no bound.
-        cos_kernel_bound: (L,) the least cos(angle) by the condition number of K_l itself.
+        jacobian_largest: (L, L) largest singular value of J_kl = df_l/df_k at [l, k] for k <= l, else nan.
+        jacobian_smallest: (L, L) smallest |J_kl^T u| over unit vectors u: 0 if f_k has fewer elements than f_l.
+        own_largest: (L,) largest eigenvalue of O_k, the kernel at f_k of the parameters between f_{k-1} and f_k.
+        own_smallest: (L,) smallest eigenvalue of O_k.
+        largest_bound: (L,) upper bound on the eigenvalues of K_l from the above.
+        smallest_bound: (L,) lower bound on the eigenvalues of K_l from the above.
+        largest: (L,) largest eigenvalue of K_l.
+        smallest: (L,) smallest eigenvalue of K_l.
+        reason: (L,) why the smallest eigenvalue is 0 or nan, or None.
+        cos_bound: (L,) lower bound on cos(angle) from the bound on the condition number; 0 is no bound.
+        cos_kernel_bound: (L,) lower bound on cos(angle) from the condition number of K_l itself.
         cos_exact: (L,) ``b^T K b / (|b| |K b|)``.
     """
 
@@ -82,17 +85,6 @@ class Conditioning:
         """(L,) condition number of K_l."""
         return _ratios(self.largest, self.smallest)
 
-    def to_frame(self) -> pandas.DataFrame:
-        """One row per layer.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
-        return frame(self._columns())
-
-    def __str__(self) -> str:
-        return "\n".join(columns({name: column for name, column in self._columns().items() if name != "reason"}))
-
     def _columns(self) -> dict[str, list[Any]]:
         names = ("condition_bound", "condition", "cos_bound", "cos_kernel_bound", "cos_exact")
         columns: dict[str, list[Any]] = {"layer": self.layers}
@@ -116,29 +108,38 @@ def conditioning(
 ) -> Conditioning:
     """Bound the angle of every layer through the singular values of the Jacobians between the layers.
 
-    The layers have to be a chain of cuts: f_l depends on f_{l-1}, and on the parameters before it through f_{l-1} alone
-    (a residual stream, a plain network). Then, with O_k the kernel at f_k of the parameters between f_{k-1} and f_k,
+    The layers have to be a chain of cuts: f_l depends on f_{l-1}, and on the parameters before it only through f_{l-1}
+    (a residual stream, a plain network). With O_k the kernel at f_k of the parameters between f_{k-1} and f_k,
 
         K_l = sum over k <= l of J_kl O_k J_kl^T,        J_kl = df_l/df_k, J_ll = 1,
 
-    and since eigenvalues of a sum lie between the sums of the smallest and of the largest ones,
+    and because the eigenvalues of a sum lie between the sums of the smallest and of the largest ones,
 
         lambda_max(K_l) <= sum smax(J_kl)^2 lambda_max(O_k),    lambda_min(K_l) >= sum smin(J_kl)^2 lambda_min(O_k),
 
-    where smin(J) is the least |J^T u| for |u| = 1. Their ratio bounds the condition number of K_l, and with it the
-    angle: cos >= 2 sqrt(kappa)/(1 + kappa) for any b (:func:`kantorovich`); for the real update to first order, since
-    f_l is a cut. The bound says nothing (0) where each term has a rank below N_l, as with more rows in a batch than the
-    features before have dimensions. It is far from tight for many layers: it allows the worst b.
+    where smin(J) is the minimum of |J^T u| for |u| = 1. Their ratio bounds the condition number of K_l and thereby the
+    angle: cos >= 2 sqrt(kappa)/(1 + kappa) for any b (:func:`kantorovich`), which applies to the actual update to first
+    order because f_l is a cut. The bound is vacuous (0) if each term has a rank below N_l, as with more rows in a batch
+    than dimensions of the preceding features. For many layers it is far from tight, because it admits the worst b.
 
-    For small problems: L^2/2 decompositions of size N, dense up to ``dense_below``, iterative above.
+    Intended for small problems: L^2/2 decompositions of size N, dense up to ``dense_below``, iterative above.
 
     Args:
-        model, loss_fn, batch, lr, parameters, dtype, chunk: as for :class:`BFK`.
-        layers: which layers, as for :class:`fastfs.Monitor`; in the order of the chain.
-        dense_below: matrices up to this size are formed.
+        model: any network, as for :class:`BFK`.
+        loss_fn: function of the model and the batch that returns the loss.
+        batch: second argument of ``loss_fn``.
+        layers: the layers, as for :class:`fastfs.Monitor`, in the order of the chain.
+        lr: learning rates, as for :class:`BFK`.
+        parameters: regular expression over parameter names, as for :class:`BFK`.
+        dtype: dtype to compute in, as for :class:`BFK`.
+        dense_below: largest size of a matrix that is formed.
+        chunk: number of vectors multiplied at once.
+
+    Returns:
+        Singular values, eigenvalues and bounds per layer.
 
     Raises:
-        ValueError: the layers are no chain of cuts; the message says which one and why.
+        ValueError: the layers are not a chain of cuts. The message names the layer and the reason.
 
     Source: section 3 of "The Feature Speed Formula", arXiv 2311.18718, where the angle is bounded by kappa(K_l).
     """
@@ -193,12 +194,12 @@ def _check_chain(lin: Linearization) -> None:
     structure = lin.structure
     for layer, reason in zip(lin.layers, structure.reason, strict=True):
         if reason is not None:
-            raise ValueError(f"layers: expected a chain of cuts, layer {layer.name!r} is none: {reason}")
+            raise ValueError(f"layers: expected a chain of cuts, but layer {layer.name!r} is not a cut: {reason}")
     for before, after in zip(lin.layers, lin.layers[1:], strict=False):
         if bool((structure.upstream[before.index] & ~structure.upstream[after.index]).any()):
             raise ValueError(
-                f"layers: expected a chain, in its order; {after.name!r} does not depend on all parameters "
-                f"that {before.name!r} depends on"
+                f"layers: expected a chain in the order of the forward; {after.name!r} does not depend on all "
+                f"parameters that {before.name!r} depends on"
             )
 
 

@@ -22,15 +22,15 @@ _KRYLOV = 64
 
 @dataclass(frozen=True)
 class Extremes:
-    """The ends of the spectrum of a positive semi-definite operator.
+    """The extreme eigenvalues of a positive semi-definite operator.
 
     Attributes:
         largest: largest eigenvalue.
-        smallest: smallest one; 0 where it is known to be 0 or below rounding, nan where it was not found.
-        condition: largest/smallest; inf for a smallest of 0.
+        smallest: smallest eigenvalue; 0 if it is known to be 0 or below rounding, nan if it was not found.
+        condition: largest/smallest; inf if the smallest is 0.
         reason: why the smallest is 0 or nan; None if it was found.
         method: "dense" (all eigenvalues) or "lanczos" (scipy's eigsh).
-        products: products with the operator that were made.
+        products: number of products with the operator.
     """
 
     largest: float
@@ -46,23 +46,28 @@ class Extremes:
 
 
 def extremes(operator: Operator, *, dense_below: int = _DENSE, tol: float = 0.0, max_iterations: int = 50) -> Extremes:
-    """The largest and the smallest eigenvalue.
+    """Return the largest and the smallest eigenvalue of an operator.
 
-    A kernel has at most the rank of the number of parameters in its sum (:attr:`BFK.rank_bound`); if that is less than
-    N its smallest eigenvalue is 0 and is not looked for. One at or below N eps times the largest, eps of the precision
-    of the products, is rounding and given as 0, as is a negative one of that size.
+    The rank of a kernel is at most the number of parameters in its sum (:attr:`BFK.rank_bound`). If this is less than
+    N, the smallest eigenvalue is 0 and is not computed. An eigenvalue of absolute value at most N eps times the
+    largest, with eps of the precision of the products, is rounding and returned as 0.
 
     Args:
-        operator: symmetric and positive semi-definite.
-        dense_below: operators of at most this size are made dense (N products), which gives the smallest eigenvalue to
-            rounding; Lanczos finds a smallest eigenvalue slowly where many are close to it.
+        operator: symmetric, positive semi-definite operator of size N.
+        dense_below: operators of at most this size are formed as a matrix (N products), which gives the smallest
+            eigenvalue up to rounding. Lanczos converges slowly to a smallest eigenvalue with many others close to it.
         tol: relative accuracy of Lanczos; 0 for that of float64.
-        max_iterations: restarts of Lanczos, of at most 64 products each, for each end.
+        max_iterations: restarts of Lanczos, of at most 64 products each, for each end of the spectrum.
+
+    Returns:
+        The two eigenvalues and the condition number.
 
     Raises:
-        TypeError: the operator is none.
-        ValueError: products that are not finite, or an eigenvalue that is negative beyond rounding.
-        RuntimeError: Lanczos did not find the largest eigenvalue.
+        TypeError: ``operator`` is not an operator or matrix.
+        ValueError: products are not finite, or an eigenvalue is negative beyond rounding.
+        RuntimeError: lanczos did not find the largest eigenvalue.
+
+    Source: Lehoucq, Sorensen and Yang, ARPACK Users' Guide (1998), for the iterative method.
     """
     products = products_of(operator)
     count(dense_below, "dense_below", 0)
@@ -81,41 +86,41 @@ def extremes(operator: Operator, *, dense_below: int = _DENSE, tol: float = 0.0,
     )
     if products.dim <= max(dense_below, 2):
         values = eigvalsh(_matrix(products, multiply))
-        return _judged(products, float(values[-1]), float(values[0]), deficient, "dense", made)
+        return _checked(products, float(values[-1]), float(values[0]), deficient, "dense", made)
     shape = (products.dim, products.dim)
 
     def find(shift: float, sign: float) -> float:
-        """The largest eigenvalue of shift + sign K."""
+        """Return the largest eigenvalue of shift + sign K."""
         counted = LinearOperator(shape, matvec=lambda x: shift * x + sign * multiply(x), dtype=np.float64)
-        start = np.random.default_rng(0).standard_normal(products.dim)  # a new one each time: ARPACK writes to it
+        start = np.random.default_rng(0).standard_normal(products.dim)  # a new array each time, as ARPACK writes to it
         options = {"k": 1, "v0": start, "tol": tol, "maxiter": max_iterations, "ncv": min(products.dim, _KRYLOV)}
         return float(eigsh(counted, which="LA", return_eigenvectors=False, **options)[0])
 
     if not multiply(np.random.default_rng(0).standard_normal(products.dim)).any():
-        return _judged(products, 0.0, 0.0, deficient, "lanczos", made)
+        return _checked(products, 0.0, 0.0, deficient, "lanczos", made)
     try:
         largest = find(0.0, 1.0)
     except ArpackNoConvergence as error:
         raise RuntimeError(f"the largest eigenvalue was not found in {made} products") from error
     if deficient is not None:
-        return _judged(products, largest, 0.0, deficient, "lanczos", made)
+        return _checked(products, largest, 0.0, deficient, "lanczos", made)
     try:
-        # eigsh counts accuracy relative to the eigenvalue that it finds, and misses one that is 0.
+        # eigsh measures accuracy relative to the eigenvalue that it computes, and so misses an eigenvalue of 0.
         smallest = largest - find(largest, -1.0)
     except ArpackNoConvergence:
         reason = f"the smallest eigenvalue was not found in {made} products"
         return Extremes(largest, math.nan, math.nan, reason, "lanczos", made)
-    return _judged(products, largest, smallest, None, "lanczos", made)
+    return _checked(products, largest, smallest, None, "lanczos", made)
 
 
 def condition_of(largest: float, smallest: float) -> float:
-    """largest/smallest; inf if the smallest is 0 and the largest is not, nan if both are."""
+    """Return largest/smallest; inf if only the smallest is 0, nan if both are."""
     if smallest > 0:
         return largest / smallest
     return math.inf if largest > 0 else math.nan
 
 
-def _judged(
+def _checked(
     products: Products, largest: float, smallest: float, deficient: str | None, method: str, made: int
 ) -> Extremes:
     noise = products.dim * torch.finfo(products.dtype).eps * abs(largest)

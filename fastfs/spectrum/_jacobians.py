@@ -1,4 +1,4 @@
-"""The Jacobian between two layers as an operator, and its singular values: how well that part is conditioned."""
+"""The Jacobian between two layers as an operator, and its singular values, which measure its conditioning."""
 
 from __future__ import annotations
 
@@ -23,22 +23,25 @@ _DENSE = 1024
 
 
 class LayerJacobian(TorchOperator):
-    """``J = df_end/df_start``: (N_end, N_start), one jvp per product and one vjp per product with the transpose.
+    """The Jacobian ``J = df_end/df_start``, (N_end, N_start): one jvp per product, one vjp per transposed product.
 
-    N is the number of elements of a layer's features, batch included: for networks that treat rows independently J is
-    block diagonal. Products go through ``torch.func.vmap``, at most ``chunk`` vectors at once.
+    N is the number of elements of a layer's features, including the batch dimension. For networks that treat rows
+    independently, J is block diagonal. Batches of vectors use ``torch.func.vmap``, at most ``chunk`` vectors at once.
 
     Args:
-        model: any network; it is not changed, and may not be while the operator is used.
-        loss_fn: function of the model and the batch that gives the loss: how the model is run.
-        batch: what ``loss_fn`` takes.
-        start, end: exact names of modules that run once, ``end`` after ``start``.
-        dtype: torch.float64 to compute in double precision.
-        chunk: how many vectors are multiplied at once.
+        model: any network. It is not changed, and must not be changed while the operator is in use.
+        loss_fn: function of the model and the batch that returns the loss; it defines how the model is called.
+        batch: second argument of ``loss_fn``.
+        start: exact name of a module that runs once.
+        end: exact name of a module that runs once, after ``start``.
+        dtype: ``torch.float64`` to compute in double precision.
+        chunk: number of vectors multiplied at once.
 
     Raises:
-        TypeError: features that are not float32 or float64.
-        ValueError: no such layer, or one that does not run once; ``end`` does not depend on ``start``.
+        TypeError: the features are neither float32 nor float64.
+        ValueError: a layer does not exist or does not run exactly once, or ``end`` does not depend on ``start``.
+
+    Source: section 3 of "The Feature Speed Formula", arXiv 2311.18718.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class LayerJacobian(TorchOperator):
 
     @classmethod
     def of(cls, linearization: Linearization, start: int, end: int, *, chunk: int = 16) -> LayerJacobian:
-        """The Jacobian between two layers, given by index, of a network that has been linearised already."""
+        """Return the Jacobian between two layers, given by index, of a linearized network."""
         jacobian = cls.__new__(cls)
         jacobian._set_up(linearization, start, end, chunk)
         return jacobian
@@ -83,11 +86,11 @@ class LayerJacobian(TorchOperator):
         self._pull = pullback(self._function, self._zero)
 
     def apply(self, vectors: Tensor) -> Tensor:
-        """J v for v of the shape of the features at the start, or for a batch (n, *shape)."""
+        """Return J v for v of the shape of the features at the start, or for a batch (n, *shape)."""
         return self._products(vectors)
 
     def apply_transpose(self, vectors: Tensor) -> Tensor:
-        """J^T u for u of the shape of the features at the end, or for a batch (n, *shape)."""
+        """Return J^T u for u of the shape of the features at the end, or for a batch (n, *shape)."""
         return self._products(vectors, adjoint=True)
 
     def _multiply(self, vectors: Tensor, *, adjoint: bool) -> Tensor:
@@ -105,7 +108,7 @@ class LayerJacobian(TorchOperator):
 
 
 class _Gram(TorchOperator):
-    """J J^T or J^T J, whichever is smaller."""
+    """The Gram matrix J J^T or J^T J, whichever is smaller."""
 
     def __init__(self, jacobian: LayerJacobian) -> None:
         self._jacobian, self._wide = jacobian, jacobian.shape[0] <= jacobian.shape[1]
@@ -121,14 +124,15 @@ class _Gram(TorchOperator):
 
 @dataclass(frozen=True)
 class SingularValues:
-    """The ends of the singular values of a Jacobian, of which there are min(rows, columns).
+    """The extreme singular values of a Jacobian, which has min(rows, columns) of them.
 
     Attributes:
-        largest, smallest: smallest is 0 where it is below rounding, nan where it was not found.
-        condition: largest/smallest, inf for a smallest of 0.
+        largest: largest singular value.
+        smallest: smallest singular value; 0 if it is below rounding, nan if it was not found.
+        condition: largest/smallest; inf if the smallest is 0.
         reason: why the smallest is 0 or nan; None if it was found.
-        method: "dense" (all of them) or "lanczos".
-        values: all, descending, float64 on the CPU, where the method is "dense"; else None.
+        method: "dense" (all singular values) or "lanczos".
+        values: all singular values in descending order, float64 on the CPU, if the method is "dense"; else None.
     """
 
     largest: float
@@ -144,15 +148,25 @@ class SingularValues:
 
 
 def singular_values(jacobian: LayerJacobian, *, dense_below: int = _DENSE) -> SingularValues:
-    """Singular values: all of them for small Jacobians, the largest and the smallest for others.
+    """Return all singular values of small Jacobians, and the largest and smallest of others.
 
-    Where both sides are at most ``dense_below`` the matrix is formed. Else scipy's ``svds`` finds the largest. The
-    smallest one is the root of the smallest eigenvalue of J J^T (or J^T J), found by Lanczos on c - J J^T, c the
-    largest eigenvalue: one at or below sqrt(N eps) times the largest singular value is rounding there and given as 0.
+    If both dimensions are at most ``dense_below``, the matrix is formed. Otherwise scipy's ``svds`` finds the largest
+    value. The smallest one is the square root of the smallest eigenvalue of J J^T (or J^T J), found by Lanczos on
+    c - J J^T with c the largest eigenvalue. There, values of at most sqrt(N eps) times the largest singular value are
+    rounding and returned as 0.
+
+    Args:
+        jacobian: the Jacobian.
+        dense_below: largest dimension of a matrix that is formed.
+
+    Returns:
+        The singular values and the condition number.
 
     Raises:
-        TypeError: no :class:`LayerJacobian`.
-        ValueError: products that are not finite.
+        TypeError: ``jacobian`` is not a :class:`LayerJacobian`.
+        ValueError: products are not finite, or ``dense_below`` is negative.
+
+    Source: section 3 of "The Feature Speed Formula", arXiv 2311.18718.
     """
     if not isinstance(jacobian, LayerJacobian):
         raise TypeError(f"jacobian: expected a LayerJacobian, got {type(jacobian).__name__}")

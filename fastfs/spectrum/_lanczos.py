@@ -20,23 +20,23 @@ __all__ = ["Quadrature", "quadrature"]
 
 
 _ROUNDING = 100.0
-"""Rounding of a product, in eps of its norm, with room for long sums: less than that ends a Krylov space."""
+"""Rounding error of a product in eps of its norm, with a margin for long sums; smaller residuals end a Krylov space."""
 
 
 @dataclass(frozen=True)
 class Quadrature:
     """Gaussian quadratures of a spectrum: ``tr f(K)/dim`` is about the mean over probes of ``sum of weight f(node)``.
 
-    Nodes are the Ritz values of a probe v, weights the squared first components of their vectors; a probe with s nodes
-    gives ``v^T K^p v / |v|^2`` exactly for p <= 2 s - 1, and for all p where its Krylov space was exhausted.
+    Nodes are the Ritz values of a probe v, weights the squared first components of their vectors. A probe with s nodes
+    gives ``v^T K^p v / |v|^2`` exactly for p <= 2 s - 1, and for all p if its Krylov space was exhausted.
 
     Attributes:
         dim: N, the size of the operator.
-        nodes: for each probe (s,), ascending, float64 on the CPU.
-        weights: for each probe (s,), sum 1.
-        exhausted: for each probe whether its Krylov space ended before the wanted number of steps: then the nodes are
-            eigenvalues, up to rounding.
-        products: products with the operator that were made.
+        nodes: per probe, (s,) in ascending order, float64 on the CPU.
+        weights: per probe, (s,) with sum 1.
+        exhausted: per probe, whether its Krylov space ended before the requested number of steps, so that the nodes are
+            eigenvalues up to rounding.
+        products: number of products with the operator.
     """
 
     dim: int
@@ -47,25 +47,38 @@ class Quadrature:
 
     @property
     def probes(self) -> int:
-        """Random vectors that were used."""
+        """Number of random vectors."""
         return len(self.nodes)
 
     def moment(self, order: int) -> Tensor:
-        """``tr(K^order)/dim`` and its standard error over probes (nan for one probe): (2,)."""
+        """Return ``tr(K^order)/dim`` and its standard error over probes (nan for one probe): (2,).
+
+        Args:
+            order: power of K, at least 0.
+
+        Returns:
+            float64 (2,).
+
+        Raises:
+            ValueError: ``order`` is not a whole number >= 0.
+        """
         count(order, "order", 0)
         each = torch.stack([(w * x**order).sum() for x, w in zip(self.nodes, self.weights, strict=True)])
         error = each.std() / math.sqrt(len(each)) if len(each) > 1 else each.new_tensor(math.nan)
         return torch.stack([each.mean(), error])
 
     def density(self, grid: Tensor, sigma: float) -> Tensor:
-        """Eigenvalues per unit, as a share of all, each node a Gaussian bump: (n,) for a grid (n,); its integral is 1.
+        """Return the density of eigenvalues as a share of all per unit, with each node smoothed to a Gaussian bump.
 
         Args:
-            grid: where.
+            grid: (n,) points.
             sigma: standard deviation of the bumps, in the unit of the eigenvalues.
 
+        Returns:
+            (n,) densities; the integral over all eigenvalues is 1.
+
         Raises:
-            ValueError: sigma is not positive and finite, or the grid is not one-dimensional.
+            ValueError: ``sigma`` is not positive and finite, or ``grid`` is not one-dimensional.
         """
         if isinstance(sigma, bool) or not isinstance(sigma, (int, float)) or not 0 < sigma < math.inf:
             raise ValueError(f"sigma: expected a positive number, got {sigma!r}")
@@ -77,26 +90,35 @@ class Quadrature:
         return result / (sigma * math.sqrt(2 * math.pi))
 
     def cumulative(self, grid: Tensor) -> Tensor:
-        """The share of eigenvalues at or below each point of a grid (n,): (n,)."""
+        """Return the share of eigenvalues at or below each point of a grid (n,): (n,)."""
         nodes, weights = self._merged()
         total = torch.cat([weights.new_zeros(1), weights.cumsum(0)])
         return total[torch.searchsorted(nodes, self._points(grid, "grid"), right=True)].clamp_max(1.0)
 
     def quantile(self, q: float) -> float:
-        """The smallest node that at least the share q of the weight is at or below.
+        """Return the smallest node at or below which at least the share q of the weight lies.
+
+        Args:
+            q: share, in [0, 1].
+
+        Returns:
+            The node, in the unit of the eigenvalues.
 
         Raises:
-            ValueError: q is not in [0, 1].
+            ValueError: ``q`` is not in [0, 1].
         """
         if isinstance(q, bool) or not isinstance(q, (int, float)) or not 0 <= q <= 1:
             raise ValueError(f"q: expected a share in [0, 1], got {q!r}")
         nodes, weights = self._merged()
-        # A share that rounding of the running sum lifts past a node belongs to that node.
+        # If rounding of the running sum exceeds the weight of a node, the share still belongs to that node.
         place = int(torch.searchsorted(weights.cumsum(0), q - 1e-12))
         return float(nodes[min(place, len(nodes) - 1)])
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per node: probe, node, weight.
+        """Return one row per node: probe, node, weight.
+
+        Returns:
+            A DataFrame.
 
         Raises:
             ImportError: pandas is not installed.
@@ -133,21 +155,24 @@ def quadrature(
     distribution: str = "rademacher",
     seed: int | torch.Generator = 0,
 ) -> Quadrature:
-    """Stochastic Lanczos quadrature: the spectral density of a symmetric operator from a few random vectors.
+    """Estimate the spectral density of a symmetric operator by stochastic Lanczos quadrature.
 
-    Every probe is the start of a Lanczos process with full re-orthogonalisation, in float64 whatever the precision of
-    the products. Probes run together, as many as the operator multiplies at once: memory steps x chunk x N x 8 bytes.
+    Every probe starts a Lanczos process with full reorthogonalization, in float64 whatever the precision of the
+    products. As many probes run together as the operator multiplies at once, in steps x chunk x N x 8 bytes of memory.
 
     Args:
-        operator: symmetric; a :class:`BFK`, a scipy ``LinearOperator``, or a matrix of torch or NumPy.
-        probes: random vectors.
-        steps: Lanczos steps, which is the number of nodes of a probe; at most N are made.
-        distribution: of the probes: "rademacher" or "gaussian".
-        seed: of the probes, or a ``torch.Generator``.
+        operator: symmetric operator: a :class:`BFK`, a scipy ``LinearOperator``, or a torch or NumPy matrix.
+        probes: number of random vectors.
+        steps: number of Lanczos steps, which is the number of nodes per probe, at most N.
+        distribution: distribution of the probes: "rademacher" or "gaussian".
+        seed: seed of the probes, or a ``torch.Generator``.
+
+    Returns:
+        Nodes and weights per probe.
 
     Raises:
-        TypeError: the operator is none.
-        ValueError: an argument out of range, or products that are not finite.
+        TypeError: ``operator`` is not an operator or matrix.
+        ValueError: an argument is out of range, or products are not finite.
 
     Source: Ubaru, Chen, Saad, SIAM J. Matrix Anal. Appl. 38 (2017); Golub and Welsch (1969).
     """
@@ -172,7 +197,7 @@ def quadrature(
 
 
 def _lanczos(products: Products, start: Tensor, steps: int) -> tuple[Tensor, Tensor, list[int], int]:
-    """Tridiagonal matrices of several starts at once: diagonals (n, steps), off-diagonals, lengths, products made."""
+    """Return tridiagonal matrices of several starts: diagonals (n, steps), off-diagonals, lengths, product count."""
     rows, dim = start.shape
     basis = start.new_zeros(rows, steps, dim)
     diagonal, off = torch.zeros(rows, steps, dtype=torch.float64), torch.zeros(rows, steps, dtype=torch.float64)
@@ -194,7 +219,7 @@ def _lanczos(products: Products, start: Tensor, steps: int) -> tuple[Tensor, Ten
         for _ in range(2):  # twice is enough
             image = image - torch.einsum("ns,nsd->nd", torch.einsum("nsd,nd->ns", known, image), known)
         size = image.norm(dim=1).cpu()
-        # What is left is rounding of the product: the space is invariant.
+        # The rest is rounding of the product, so the Krylov space is invariant.
         ended = running & (size <= noise * scale)
         for i in ended.nonzero()[:, 0].tolist():
             lengths[i] = step + 1

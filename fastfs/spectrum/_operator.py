@@ -1,4 +1,4 @@
-"""The backward-to-feature kernel as an operator: products by one vjp and one jvp, never a matrix."""
+"""The backward-to-feature kernel as an operator whose products use one vjp and one jvp instead of a matrix."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ _DENSE_BYTES = 2**30
 
 
 class TorchOperator(LinearOperator):  # type: ignore[misc]
-    """A linear map from tensors to tensors that scipy can use: subclasses say how to multiply a batch.
+    """A linear map between tensors as a scipy ``LinearOperator``. Subclasses implement products of a batch.
 
     Args:
-        rows, columns: shapes of what comes out of a product and of what goes in.
-        like: a tensor of the dtype and on the device of both.
-        chunk: how many vectors are multiplied at once.
+        rows: shape of the result of a product.
+        columns: shape of the argument of a product.
+        like: tensor with the dtype and device of both.
+        chunk: number of vectors multiplied at once.
     """
 
     def __init__(self, rows: torch.Size, columns: torch.Size, like: Tensor, chunk: int) -> None:
@@ -39,15 +40,22 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]
         super().__init__(_NUMPY[like.dtype], (rows.numel(), columns.numel()))
 
     def _multiply(self, vectors: Tensor, *, adjoint: bool) -> Tensor:
-        """Products of at most ``chunk`` vectors of shape (n, *column_shape), or of the adjoint with (n, *row_shape)."""
+        """Multiply at most ``chunk`` vectors (n, *column_shape), or (n, *row_shape) for the adjoint."""
         raise NotImplementedError
 
     def _products(self, vectors: Tensor, *, adjoint: bool = False) -> Tensor:
-        """The product of one vector or of a batch, as many at once as ``chunk`` says.
+        """Return the product of one vector or of a batch, ``chunk`` vectors at once.
+
+        Args:
+            vectors: one vector, or a batch with a leading dimension.
+            adjoint: whether to multiply by the adjoint.
+
+        Returns:
+            The products, with a leading dimension if ``vectors`` has one.
 
         Raises:
-            TypeError: another dtype or device.
-            ValueError: another shape.
+            TypeError: the dtype or device differs from that of the operator.
+            ValueError: the shape does not fit.
         """
         shape, out = (self.row_shape, self.column_shape) if adjoint else (self.column_shape, self.row_shape)
         if not isinstance(vectors, Tensor) or vectors.dtype != self.torch_dtype or vectors.device != self.device:
@@ -62,13 +70,13 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]
         batch = vectors.detach()[None] if single else vectors.detach()
         if len(batch) == 0:
             return batch.new_empty((0, *out))
-        with torch.no_grad():  # the graphs that products need are those of torch.func
+        with torch.no_grad():  # torch.func records the graphs that products need
             parts = [self._multiply(part, adjoint=adjoint) for part in batch.split(self.chunk)]
         result = torch.cat(parts).detach()
         return result[0] if single else result
 
     def rows(self, vectors: Tensor) -> Tensor:
-        """Products of the rows of a matrix (n, columns): (n, rows)."""
+        """Return the products of the rows of a matrix (n, columns): (n, rows)."""
         return self._products(vectors.reshape(-1, *self.column_shape)).reshape(len(vectors), -1)
 
     def _from_numpy(self, vectors: Any, *, adjoint: bool) -> Any:
@@ -93,10 +101,16 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]
         return self._from_numpy(X, adjoint=True)
 
     def dense(self, *, max_bytes: int = _DENSE_BYTES) -> Tensor:
-        """The whole matrix in float64, (rows, columns), on the device: rows x columns x 8 bytes.
+        """Return the matrix in float64, (rows, columns), on the device: rows x columns x 8 bytes.
+
+        Args:
+            max_bytes: largest permitted size.
+
+        Returns:
+            The matrix.
 
         Raises:
-            ValueError: it would need more than ``max_bytes``.
+            ValueError: the matrix would need more than ``max_bytes``.
         """
         rows, columns = self.shape
         needed = rows * columns * 8
@@ -115,39 +129,42 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]
 
 
 class BFK(TorchOperator):
-    """Backward-to-feature kernel ``K_l = sum over k <= l of lr_k J_lk J_lk^T``, with ``J_lk = df_l/dw_k``: N x N.
+    """The backward-to-feature kernel ``K_l = sum over k <= l of lr_k J_lk J_lk^T``, N x N, with ``J_lk = df_l/dw_k``.
 
-    N is the number of elements of the features of the layer, batch included; gradient descent with the rates lr moves
-    them by ``-K_l b_l`` to first order if the layer is a cut. Symmetric and positive semi-definite. The sum is over all
-    parameters that the layer depends on.
+    N is the number of elements of the features of the layer, including the batch dimension. Gradient descent with the
+    rates lr changes the features by ``-K_l b_l`` to first order if the layer is a cut. K is symmetric and positive
+    semi-definite. The sum is over all parameters that the layer depends on.
 
-    A product is one vjp, a product with the rates and one jvp, at the same random numbers (dropout masks), buffers and
-    modes as the first forward. Batches go through ``torch.func.vmap``, at most ``chunk`` vectors at once. Memory
-    besides one forward's graph, which is kept: for each vector of a chunk the gradients of all parameters upstream and
-    the tangents of one forward, whatever the number of vectors.
+    A product consists of one vjp, a multiplication by the rates and one jvp, with the same random numbers (dropout
+    masks), buffers and modes as the first forward. Batches use ``torch.func.vmap``, at most ``chunk`` vectors at once.
+    Besides the graph of one forward, which is kept, each vector of a chunk takes the memory of the gradients of all
+    upstream parameters and of the tangents of one forward.
 
-    BatchNorm in training mode is taken as it is: the statistics of the batch move with the parameters.
+    BatchNorm in training mode is included as it is: the statistics of the batch depend on the parameters.
 
     Args:
-        model: any network; it is not changed, and may not be while the operator is used.
-        loss_fn: function of the model and the batch that gives the loss. K does not depend on its value; it says how
-            the model is run, and gives ``backward``.
-        batch: what ``loss_fn`` takes.
+        model: any network. It is not changed, and must not be changed while the operator is in use.
+        loss_fn: function of the model and the batch that returns the loss. K does not depend on its value; it defines
+            how the model is called, and ``backward``.
+        batch: second argument of ``loss_fn``.
         layer: exact name of a module that runs once in a forward.
         lr: learning rate: a number, or regular expression -> number or tensor (one rate per entry of the parameter).
-        parameters: regular expression, searched for in the names: the sum is over these parameters alone.
-        dtype: torch.float64 to compute in double precision: parameters, buffers and inputs are cast for that.
-        chunk: how many vectors are multiplied at once.
+        parameters: regular expression, searched for in the names of the parameters to sum over; None sums over all.
+        dtype: ``torch.float64`` to compute in double precision; parameters, buffers and inputs are cast.
+        chunk: number of vectors multiplied at once.
 
     Attributes:
-        features, backward: f_l and b_l = dLoss/df_l, of the same shape.
-        names: of the parameters in the sum.
-        rank_bound: K has at most this rank: entries of these parameters whose rate is not zero, or N if fewer.
+        features: f_l.
+        backward: b_l = dLoss/df_l, of the shape of the features.
+        names: names of the parameters in the sum.
+        rank_bound: upper bound on the rank of K: the number of entries of these parameters with a nonzero rate, at most
+            N.
 
     Raises:
-        TypeError: features that are not float32 or float64; a loss that is no scalar tensor.
-        ValueError: no such layer, or it does not run once; it depends on none of the parameters; rates that do not fit.
-        RuntimeError: activation checkpointing in the model: torch.func cannot differentiate it.
+        TypeError: the features are neither float32 nor float64, or the loss is not a scalar tensor.
+        ValueError: the layer does not exist, does not run exactly once or depends on none of the parameters, or the
+            rates do not fit.
+        RuntimeError: the model uses activation checkpointing, which torch.func cannot differentiate.
 
     Source: section 2.2 of "The Feature Speed Formula", arXiv 2311.18718.
     """
@@ -182,14 +199,17 @@ class BFK(TorchOperator):
         among: Iterable[bool] | None = None,
         chunk: int = 16,
     ) -> BFK:
-        """The kernel at a layer of a network that has been linearised already.
+        """Return the kernel at a layer of a linearized network.
 
         Args:
             linearization: the network.
-            layer: index into its layers.
-            rates: for each of its parameters, as from :func:`fastfs._network.learning_rates.resolve`.
-            among: for each of its parameters whether it is in the sum; all upstream by default.
-            chunk: how many vectors are multiplied at once.
+            layer: index of the layer.
+            rates: rate of each parameter, as from :func:`fastfs._network.learning_rates.resolve`.
+            among: whether each parameter is in the sum; None includes all upstream ones.
+            chunk: number of vectors multiplied at once.
+
+        Returns:
+            The kernel.
         """
         upstream = linearization.structure.upstream[layer].tolist()
         chosen = [u and a for u, a in zip(upstream, upstream if among is None else among, strict=True)]
@@ -203,7 +223,7 @@ class BFK(TorchOperator):
         function = lin.function(layer)
         reason = lin.structure.reason[layer]
         if reason is not None and "hidden" in reason:
-            raise ValueError(f"layer {lin.layers[layer].name!r}: {reason}; the sum over parameters is not known")
+            raise ValueError(f"layer {lin.layers[layer].name!r}: {reason}; the sum over parameters is unknown")
         (self.features,), (self.backward,) = lin.features[layer], lin.backward[layer]
         super().__init__(self.features.shape, self.features.shape, self.features, chunk)
         load_forward_mode()
@@ -225,11 +245,11 @@ class BFK(TorchOperator):
         self._pull = pullback(features, self._values) if places else None
 
     def apply(self, vectors: Tensor) -> Tensor:
-        """K v for v of the features' shape, or for a batch (n, *shape); the same dtype and device."""
+        """Return K v for v of the features' shape, or for a batch (n, *shape); the same dtype and device."""
         return self._products(vectors)
 
     def cos_angle(self) -> Tensor:
-        """``b^T K b / (|b| |K b|)`` for the backward vector of the layer; float64, 0-d; nan if b or K b is zero."""
+        """Return ``b^T K b / (|b| |K b|)`` for the layer's backward vector; float64, 0-d; nan if b or K b is zero."""
         moved, backward = self.apply(self.backward).double(), self.backward.double()
         cos: Tensor = (moved * backward).sum() / (moved.norm() * backward.norm())
         return cos.clamp_max(1.0)
@@ -254,10 +274,17 @@ class BFK(TorchOperator):
 
 
 def pullback(function: Callable[[Any], Tensor], point: Any) -> Callable[[Tensor], Any]:
-    """Products with the transposed Jacobian of a function at a point.
+    """Return a function that multiplies vectors by the transposed Jacobian of a function at a point.
+
+    Args:
+        function: the function.
+        point: its argument.
+
+    Returns:
+        The vector-Jacobian product.
 
     Raises:
-        RuntimeError: the model does something that torch.func cannot differentiate; for checkpoints with what to do.
+        RuntimeError: torch.func cannot differentiate the model.
     """
     try:
         return torch.func.vjp(function, point)[1]

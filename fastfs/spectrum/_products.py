@@ -1,4 +1,4 @@
-"""What the estimators need of a symmetric operator: products of rows; and the random vectors they multiply it with."""
+"""Products of a symmetric operator with rows of a matrix, and random vectors, as the estimators need them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SYMMETRIC = 1e-5
 
 @dataclass(frozen=True)
 class Products:
-    """Products of a symmetric N x N operator with the rows of (n, N) matrices in float64."""
+    """Multiplies a symmetric N x N operator with the rows of (n, N) matrices in float64."""
 
     dim: int
     device: torch.device
@@ -32,7 +32,13 @@ class Products:
     multiply: Callable[[Tensor], Tensor]
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(n, N) float64 -> (n, N) float64, computed in the precision of the operator.
+        """Multiply (n, N) float64, in the precision of the operator: (n, N) float64.
+
+        Args:
+            rows: the vectors.
+
+        Returns:
+            The products.
 
         Raises:
             ValueError: a product is not finite.
@@ -45,11 +51,17 @@ class Products:
 
 
 def products_of(operator: Operator) -> Products:
-    """Products with whatever stands for a symmetric operator.
+    """Return the products of any supported kind of symmetric operator.
+
+    Args:
+        operator: a :class:`BFK`, a scipy ``LinearOperator``, or a torch or NumPy matrix.
+
+    Returns:
+        A function of rows.
 
     Raises:
-        TypeError: it is none of the known kinds, or not real.
-        ValueError: it is not square, empty, or a matrix that is not symmetric.
+        TypeError: the operator is of another kind or not real.
+        ValueError: the operator is not square, is empty, or is a matrix that is not symmetric.
     """
     if isinstance(operator, np.ndarray):
         operator = torch.from_numpy(np.ascontiguousarray(operator))
@@ -78,14 +90,22 @@ def products_of(operator: Operator) -> Products:
 
 def _square(shape: tuple[int, ...]) -> None:
     if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-        raise ValueError(f"operator: expected a square one, got shape {shape}")
+        raise ValueError(f"operator: expected a square operator, got shape {shape}")
 
 
 def count(value: object, what: str, least: int) -> int:
-    """A whole number that is large enough.
+    """Return the value if it is a whole number and large enough.
+
+    Args:
+        value: the argument.
+        what: its name, for the message.
+        least: smallest permitted value.
+
+    Returns:
+        The value.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is not a whole number, or too small.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{what}: expected a whole number >= {least}, got {value!r}")
@@ -93,7 +113,7 @@ def count(value: object, what: str, least: int) -> int:
 
 
 def generator_of(seed: int | torch.Generator) -> torch.Generator:
-    """The generator, or a new one on the CPU with this seed."""
+    """Return the generator, or a new one on the CPU with the given seed."""
     if isinstance(seed, torch.Generator):
         return seed
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -102,16 +122,21 @@ def generator_of(seed: int | torch.Generator) -> torch.Generator:
 
 
 def random_rows(kind: str, rows: int, products: Products, generator: torch.Generator) -> Tensor:
-    """Random vectors with E v v^T = identity: (rows, N), float64. The same on all devices for a generator on the CPU.
+    """Return random vectors with E v v^T = identity: (rows, N), float64.
+
+    A generator on the CPU gives the same vectors on all devices.
 
     Args:
-        kind: "rademacher", entries +1 and -1, the smaller variance for traces; or "gaussian".
-        rows: how many.
-        products: of the operator.
-        generator: random numbers.
+        kind: "rademacher" (entries +1 and -1, with the smaller variance for traces) or "gaussian".
+        rows: number of vectors.
+        products: the operator's products, for size and device.
+        generator: source of random numbers.
+
+    Returns:
+        The vectors on the device of the operator.
 
     Raises:
-        ValueError: another kind.
+        ValueError: ``kind`` is unknown.
     """
     shape, device = (rows, products.dim), generator.device
     if kind == "rademacher":

@@ -1,4 +1,4 @@
-"""`fastfs bench`: what it writes, what it says, and what it does where something is missing."""
+"""`fastfs bench`: files, messages, and behavior without the native core or torch.compile."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from fastfs import reference
 from fastfs._bench import baselines, ceilings, comparison, machine, quick
 from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
-from fastfs._bench.expected import truth
-from fastfs._bench.inputs import COLD, Turns, bytes_of, copies_for, make_inputs
+from fastfs._bench.expected import expected_sums
+from fastfs._bench.inputs import COLD, RoundRobin, bytes_of, copies_for, make_inputs
 from fastfs._bench.verdict import troubles, verdict
 from fastfs._cli.app import app
 from fastfs._core import ops
@@ -35,7 +35,7 @@ import functools
 from fastfs._bench import quick
 from fastfs._cli.app import app
 quick.LEAST = quick.MOST = 3 * 2**20
-quick.Compiler = functools.partial(quick.Compiler, seconds=0.0)  # there is always time to try
+quick.Compiler = functools.partial(quick.Compiler, seconds=0.0)  # never skip compiling for lack of time
 app()
 """
 
@@ -52,7 +52,7 @@ def test_without_a_compiler_it_measures_the_rest_and_says_why(tmp_path: Path) ->
         (kind, dtype) for kind in quick.KINDS for dtype in ("float32", "bfloat16")
     ]
     for measured in result["results"]:
-        rows = {row["contestant"]: row for row in measured["rows"]}
+        rows = {row["implementation"]: row for row in measured["rows"]}
         assert all(row["GB/s"] > 0 and row["milliseconds"] > 0 for row in rows.values())
         assert rows[ceilings.READ]["of ceiling"] == 1
         assert rows[OURS]["fastfs is faster by"] == 1
@@ -69,7 +69,7 @@ def test_without_a_compiler_it_measures_the_rest_and_says_why(tmp_path: Path) ->
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs of 96 KiB that need no copies, three rounds, and no time to compile."""
+    """Use inputs of 96 KiB without copies, three rounds, and no time to compile."""
     monkeypatch.setattr(quick, "LEAST", 3 * 2**15)
     monkeypatch.setattr(quick, "MOST", 3 * 2**15)
     monkeypatch.setattr(quick, "SMALL", 2**11)
@@ -93,9 +93,9 @@ def test_it_measures_and_gives_a_verdict(small: None, tmp_path: Path) -> None:
     assert "feature_stats reads at" in output
     assert "A call costs" in output
     for measured in result["results"]:
-        names = [row["contestant"] for row in measured["rows"]]
+        names = [row["implementation"] for row in measured["rows"]]
         assert [name for name in (ceilings.READ, OURS, HAND, EAGER) if name not in names] == []
-        assert "more than is left" in measured["left out"][COMPILE]
+        assert "more than the remaining time" in measured["left out"][COMPILE]
         assert measured["layers"] == (8 if measured["dtype"] == "bfloat16" else 4) or measured["kind"] != quick.LIST
     assert list(tmp_path.iterdir()) == [path]
 
@@ -107,18 +107,18 @@ def test_without_native_core_it_measures_the_reference(
     path = tmp_path / "bench.json"
     code, output = run("--device", "cpu", "--seconds", 2, "--json", path)
     assert code == 0, output
-    assert "Only the slow reference could be measured" in output
+    assert "Only the slow reference was measured" in output
     assert "fastfs doctor" in output
     result = json.loads(path.read_text())
     assert result["environment"]["core"] is None
     for measured in result["results"]:
-        assert {row["contestant"] for row in measured["rows"]} >= {ceilings.SUM, HAND, EAGER}
+        assert {row["implementation"] for row in measured["rows"]} >= {ceilings.SUM, HAND, EAGER}
         assert all(row["fastfs is faster by"] is None for row in measured["rows"])
 
 
 @native
 def test_wrong_sums_cannot_be_measured(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    true_sums = quick.functional.feature_stats
+    true_sums = quick._functional.feature_stats
 
     def off_by_little(*arguments: Any, **options: Any) -> Any:
         stats = true_sums(*arguments, **options)
@@ -126,7 +126,7 @@ def test_wrong_sums_cannot_be_measured(small: None, monkeypatch: pytest.MonkeyPa
             stats.sums[..., 2] *= 1 + 1e-5
         return stats
 
-    monkeypatch.setattr(quick.functional, "feature_stats", off_by_little)
+    monkeypatch.setattr(quick._functional, "feature_stats", off_by_little)
     code, output = run("--device", "cpu", "--seconds", 2, "--json", tmp_path / "bench.json")
     assert code == 2
     assert "fastfs is off by 1.0e-05" in output
@@ -150,25 +150,25 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], message: str)
     assert "Traceback" not in output
 
 
-# Words
+# Messages
 
 
 def invented(*, ours: float = 0.96, no_core: str | None = None, **environment: Any) -> dict[str, Any]:
-    """A result, with a streaming read of 100 GB/s."""
-    rows = [{"contestant": ceilings.READ, "GB/s": 100.0, "of ceiling": 1.0, "fastfs is faster by": ours}]
+    """Return a result with a streaming read of 100 GB/s."""
+    rows = [{"implementation": ceilings.READ, "GB/s": 100.0, "of ceiling": 1.0, "fastfs is faster by": ours}]
     rates = {OURS: (100 * ours, 1.0), EAGER: (2.0, 48.0), HAND: (5.0, 19.2), COMPILE: (60.0, 1.6)}
     if no_core:
         del rates[OURS]
     for name, (rate, faster) in rates.items():
         rows.append(
             {
-                "contestant": name,
+                "implementation": name,
                 "GB/s": rate,
                 "of ceiling": rate / 100,
                 "fastfs is faster by": None if no_core else faster,
             }
         )
-    races = [
+    cases = [
         {"kind": kind, "dtype": dtype, "rows": rows, "left out": {}}
         for kind in quick.KINDS
         for dtype in ("float32", "bfloat16")
@@ -185,7 +185,7 @@ def invented(*, ours: float = 0.96, no_core: str | None = None, **environment: A
         "load": 0.1,
         "no core": no_core,
         "overhead": {} if no_core else {"1": 6.0, "100": 39.66},
-        "results": races,
+        "results": cases,
     }
 
 
@@ -271,9 +271,9 @@ def test_copies_together_exceed_the_cache() -> None:
     assert bytes_of(copies[0]) == (64 * 3 + 5) * 8
 
 
-def test_contestants_share_the_turns() -> None:
-    turns, seen = Turns(3), []
-    first, second = (turns.over([lambda n=n, i=i: seen.append(f"{n}{i}") for i in range(3)]) for n in "ab")
+def test_implementations_share_the_rotation() -> None:
+    rotation, seen = RoundRobin(3), []
+    first, second = (rotation.over([lambda n=n, i=i: seen.append(f"{n}{i}") for i in range(3)]) for n in "ab")
     for _ in range(2):
         first()
         second()
@@ -281,28 +281,28 @@ def test_contestants_share_the_turns() -> None:
     second()
     assert seen == ["a0", "b1", "a2", "a0", "b1", "a2", "b0"]
     with pytest.raises(ValueError, match="expected 3 calls, one per copy, got 2"):
-        turns.over([lambda: None, lambda: None])
+        rotation.over([lambda: None, lambda: None])
 
 
 @pytest.mark.parametrize("dtypes", [(F32, F32), (BF16, BF16), (BF16, F32)])
-def test_contestants_take_the_same_sums(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+def test_implementations_take_the_same_sums(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     (inputs,) = make_inputs([(16, 64), (7, 100)], dtypes, CPU)
     inputs[1][1][3, 5] = 0.0
-    true = truth(inputs)
+    expected = expected_sums(inputs)
     for sums in (baselines.by_hand, baselines.by_hand_foreach):
-        assert true.error(sums(*inputs)) < 1e-5
+        assert expected.error(sums(*inputs)) < 1e-5
     whole = torch.stack([baselines.layer_sums(*x) for x in zip(*inputs, strict=True)])
-    assert true.error(whole) < 1e-5
+    assert expected.error(whole) < 1e-5
     less = torch.stack([baselines.layer_sums(*x, rounding=False) for x in zip(*inputs, strict=True)])
-    assert true.error(less) < 1e-5
+    assert expected.error(less) < 1e-5
     whole[1, 2] *= 1.01
-    assert true.error(whole) > 1e-4
-    rows = truth(inputs, per_row=True)
+    assert expected.error(whole) > 1e-4
+    rows = expected_sums(inputs, per_row=True)
     assert rows.error(baselines.by_hand_per_row(*inputs)) < 1e-5
     found = torch.cat([baselines.layer_sums(*x, per_row=True) for x in zip(*inputs, strict=True)])
     assert rows.error(found) < 1e-5
     sums = torch.stack([reference.feature_stats(*x).sums for x in zip(*inputs, strict=True)])
-    assert torch.allclose(true.sums, sums[:, :8], rtol=1e-12)
+    assert torch.allclose(expected.sums, sums[:, :8], rtol=1e-12)
 
 
 def test_first_calls() -> None:
@@ -317,7 +317,7 @@ def test_first_calls() -> None:
 
 def test_ranking_counts_the_bytes_of_each() -> None:
     times = {ceilings.READ: [1.0, 2.0], OURS: [2.0, 4.0], ceilings.COPY: [1.0, 1.0], EAGER: [8.0, 8.0]}
-    rows = {row["contestant"]: row for row in comparison.ranking(times, 3 * 10**9, {ceilings.COPY: 10**9})}
+    rows = {row["implementation"]: row for row in comparison.ranking(times, 3 * 10**9, {ceilings.COPY: 10**9})}
     assert rows[ceilings.READ]["GB/s"] == 2.0
     assert rows[OURS]["of ceiling"] == 0.5
     assert rows[EAGER]["fastfs is faster by"] == 3.0

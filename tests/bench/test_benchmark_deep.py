@@ -1,4 +1,4 @@
-"""The benchmark of deep networks runs, and finds the time that the structure takes wherever it is taken."""
+"""The benchmark of deep networks runs and measures the time of the structure analysis at every call site."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastfs._network import structure
 
 def test_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "result.json"
-    monkeypatch.setattr(torch, "set_num_threads", lambda _threads: None)  # of the other tests
+    monkeypatch.setattr(torch, "set_num_threads", lambda _threads: None)  # keeps the setting of other tests
     monkeypatch.setattr(sys, "argv", ["deep", "--quick", "--rounds", "1", "--json", str(path)])
     assert depth.main() == 0
     chain, residual = json.loads(path.read_text())["results"]

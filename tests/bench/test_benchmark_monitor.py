@@ -1,4 +1,4 @@
-"""The benchmark of the monitor and the timeline run, and count what they say."""
+"""The benchmark of the monitor and the timeline run and count correctly."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not ops.native_available(), reason="no native co
 
 
 def quick(module: str, path: Path, *options: str) -> tuple[dict[str, Any], str]:
-    """The one result of a benchmark, and what it printed."""
+    """Return the single result of a benchmark and its output."""
     command = [sys.executable, "-m", module, "--quick", "--rounds", "2", "--json", str(path), *options]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -45,19 +45,19 @@ MANY = [trainings.MEASURED, trainings.AMPLIFIED, trainings.JVP, trainings.PROBE]
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.graphs)])
 def test_quick(tmp_path: Path, compiled: bool) -> None:
     result, printed = quick("benchmarks.monitor", tmp_path / "result.json", *(["--compile"] if compiled else []))
-    rows = {row["contestant"]: row for row in result["rows"]}
+    rows = {row["implementation"]: row for row in result["rows"]}
     assert list(rows) == [*FEW, *(MANY[:1] if compiled else [*MANY, trainings.NAIVE])]
     assert all(row["milliseconds"] > 0 and row["ratio"] > 0 for row in rows.values())
     assert all(row["overhead percent"] == pytest.approx(100 * row["ratio"] - 100, abs=0.02) for row in rows.values())
-    assert all(row["host synchronisations per step"] is None for row in rows.values())
+    assert all(row["host synchronizations per step"] is None for row in rows.values())
     assert rows[trainings.PLAIN]["ratio"] == 1
-    amortised = 0.99 * rows[trainings.OFF]["ratio"] + 0.01 * rows[trainings.MEASURED]["ratio"]
-    assert rows[trainings.EVERY]["ratio"] == pytest.approx(amortised, abs=2e-4)
+    amortized = 0.99 * rows[trainings.OFF]["ratio"] + 0.01 * rows[trainings.MEASURED]["ratio"]
+    assert rows[trainings.EVERY]["ratio"] == pytest.approx(amortized, abs=2e-4)
     if not compiled:
         assert rows[trainings.MEASURED]["peak MiB"] > rows[trainings.PLAIN]["peak MiB"] > 0
-    assert result["naive way and monitor differ by"]["angle, all rows"] <= 1e-5
+    assert result["differences of naive implementation and monitor"]["angle, all rows"] <= 1e-5
     assert result["parameters"] > 100_000
-    assert [target["contestant"] for target in result["targets"]] == [
+    assert [target["implementation"] for target in result["targets"]] == [
         trainings.EVERY,
         trainings.ALIGNED,
         trainings.MEASURED,
@@ -93,15 +93,15 @@ def test_workloads() -> None:
 
 
 def test_targets_on_a_gpu() -> None:
-    """Waits for the device are a target, however fast the steps are."""
-    row = {"ratio": 1.0, "host synchronisations per step": 0.5}
+    """Waits for the device are a target, regardless of the speed of steps."""
+    row = {"ratio": 1.0, "host synchronizations per step": 0.5}
     rows = {name: dict(row) for name in (*FEW, *MANY)}
     assert all(target["pass"] for target in targets(rows, CUDA))
     assert len(targets(rows, CUDA)) == 6
-    rows[trainings.ALIGNED]["host synchronisations per step"] = 0.75
+    rows[trainings.ALIGNED]["host synchronizations per step"] = 0.75
     failed = [target for target in targets(rows, CUDA) if not target["pass"]]
-    assert [target["contestant"] for target in failed] == [trainings.ALIGNED]
-    assert failed[0]["more host synchronisations per step"] == 0.25
+    assert [target["implementation"] for target in failed] == [trainings.ALIGNED]
+    assert failed[0]["more host synchronizations per step"] == 0.25
 
 
 def test_storages_are_counted_while_they_live() -> None:
@@ -109,7 +109,7 @@ def test_storages_are_counted_while_they_live() -> None:
         x = torch.zeros(1000)
         for _ in range(5):
             y = x.view(10, 100).T + 1
-        assert storages.peak == 3 * 4000  # x, and y while the next one comes
+        assert storages.peak == 3 * 4000  # x, y, and the next y
         del y
         z = torch.zeros(1500)
     assert storages.peak == 3 * 4000
@@ -117,7 +117,7 @@ def test_storages_are_counted_while_they_live() -> None:
 
 
 def test_waits_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a device that only says what it was told."""
+    """Uses a device that only records calls."""
     modes: list[Any] = []
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
@@ -147,7 +147,7 @@ def test_summary_of_a_gpu() -> None:
         event("Optimizer.step#AdamW.step", 12, 90, annotation=True),
         event("cudaStreamSynchronize", 20, 23, DeviceType.CPU),
         event("cudaMemcpyAsync", 24, 25, DeviceType.CPU),
-        event("cudaDeviceSynchronize", 101, 150, DeviceType.CPU),  # that of the profiler
+        event("cudaDeviceSynchronize", 101, 150, DeviceType.CPU),  # of the profiler
         event("gemm", 10, 30),
         event(kernel, 40, 44),
         event(kernel, 42, 46),  # on another stream

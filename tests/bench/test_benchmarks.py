@@ -1,4 +1,4 @@
-"""The benchmarks run; turns, budgets and the clock of the GPU."""
+"""The benchmarks run; round robin, budgets and GPU timing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.ops import optimizer_stats as updates_benchmark
 from fastfs._bench import timing
 from fastfs._bench.ceilings import COPY, READ
 from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
-from fastfs._bench.expected import truth
+from fastfs._bench.expected import expected_sums
 from fastfs._bench.inputs import COLD
 from fastfs._core import ops
 
@@ -53,7 +53,7 @@ def test_quick_benchmark_of_feature_stats(tmp_path: Path) -> None:
     assert {(r["part"], r["workload"], r["dtype"]) for r in measured} == expected
     compiled = 0
     for result in measured:
-        rows = {row["contestant"]: row for row in result["rows"]}
+        rows = {row["implementation"]: row for row in result["rows"]}
         assert rows.keys() >= {READ, OURS, HAND, EAGER}
         assert (COPY in rows) == (result["part"] == workloads.LADDER)
         assert (implementations.NORMS in rows) == (not result["per row"])
@@ -76,7 +76,7 @@ def test_quick_benchmark_of_feature_stats(tmp_path: Path) -> None:
 def test_parts_are_chosen_by_name() -> None:
     assert feature_stats.chosen("rows,ladder") == ["ladder", "rows"]
     assert feature_stats.chosen(None) == ["overhead", *workloads.PARTS]
-    with pytest.raises(argparse.ArgumentTypeError, match="no part stairs; there are overhead, ladder"):
+    with pytest.raises(argparse.ArgumentTypeError, match="no part stairs; expected overhead, ladder"):
         feature_stats.chosen("stairs,rows")
 
 
@@ -105,15 +105,15 @@ def test_full_size_has_what_is_asked_for() -> None:
 
 
 def measured(part: str, workload: str, dtype: str, size: float, layers: int = 1, **rows: float) -> dict[str, Any]:
-    """An invented result: how much faster fastfs is than others, and `ours`, its part of the ceiling."""
+    """Return an invented result with the speedups of fastfs and `ours`, its fraction of the ceiling."""
     names = {
         "compile": COMPILE,
         "less": implementations.LESS,
         "cooperative": implementations.COOPERATIVE,
         "eager": EAGER,
     }
-    found = [{"contestant": OURS, "of ceiling": rows.pop("ours"), "fastfs is faster by": 1.0}]
-    found += [{"contestant": names[k], "of ceiling": 0.1, "fastfs is faster by": v} for k, v in rows.items()]
+    found = [{"implementation": OURS, "of ceiling": rows.pop("ours"), "fastfs is faster by": 1.0}]
+    found += [{"implementation": names[k], "of ceiling": 0.1, "fastfs is faster by": v} for k, v in rows.items()]
     return {
         "part": part,
         "workload": workload,
@@ -152,7 +152,7 @@ def test_targets_are_about_the_worst() -> None:
 
 
 class NoGraphs:
-    """Of torch.cuda, what :func:`graphs.as_graphs` calls, where no graph can be captured."""
+    """The part of torch.cuda that :func:`graphs.as_graphs` calls, with captures that fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.modes: list[int | str] = [0]
@@ -173,7 +173,7 @@ class NoGraphs:
         raise RuntimeError("no graphs here")
 
 
-def test_a_contestant_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = NoGraphs(monkeypatch)
     calls = [lambda: 1, lambda: 2]
     assert graphs.as_graphs(calls) == (
@@ -186,7 +186,7 @@ def test_a_contestant_that_cannot_be_captured_says_so(monkeypatch: pytest.Monkey
     assert graphs.as_graphs(many) == (many, "calls")
 
 
-def test_a_contestant_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = NoGraphs(monkeypatch)
 
     def waits() -> None:
@@ -219,7 +219,7 @@ def test_options_are_refused_before_anything_is_measured(
 
 
 def test_what_was_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a benchmark that is killed, or fails, loses the workload under way alone."""
+    """A benchmark that fails or is killed loses only the current workload."""
     path = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--rounds", "3", "--only", "lists", "--json", str(path)])
     bandwidth, done = feature_stats.bandwidth, []
@@ -245,8 +245,8 @@ def test_the_budget_for_compiling_ends() -> None:
     budget.spent = 10
     assert "10 s for compiling" in str(budget.why_not())
     (inputs,) = workloads.Workload("", [(64,)]).inputs(CPU)
-    never = implementations.Contestant(lambda _: pytest.fail("it was compiled"), compiles=True)
-    calls, _, why = feature_stats.prepare("x", never, [inputs], truth(inputs), CPU, budget)
+    never = implementations.Implementation(lambda _: pytest.fail("it was compiled"), compiles=True)
+    calls, _, why = feature_stats.prepare("x", never, [inputs], expected_sums(inputs), CPU, budget)
     assert (calls, why) == ([], budget.why_not())
 
 
@@ -255,19 +255,19 @@ import torch
 from benchmarks.ops.triton_kernels import Kernels
 from benchmarks.ops.workloads import DTYPES
 from fastfs._bench.inputs import make_inputs
-from fastfs._bench.expected import truth
+from fastfs._bench.expected import expected_sums
 
 cpu = torch.device("cpu")
 kernels = Kernels(cpu)
 for dtypes in DTYPES.values():
     (inputs,) = make_inputs([(70_000,), (16, 1024), (333,), (2**14,)], dtypes, cpu)
     for way in (kernels.per_layer, kernels.all_layers):
-        error = truth(inputs).error(way(inputs)())
+        error = expected_sums(inputs).error(way(inputs)())
         assert error < 1e-6, (dtypes, way, error)
     inputs[1][0][5] = float("inf")
     assert [int(way(inputs)()[0, 7]) for way in (kernels.per_layer, kernels.all_layers)] == [1, 1]
     (rows,) = make_inputs([(5, 1024), (7, 1600), (3, 5000)], dtypes, cpu)
-    error = truth(rows, per_row=True).error(kernels.per_row(rows)())
+    error = expected_sums(rows, per_row=True).error(kernels.per_row(rows)())
     assert error < 1e-6, (dtypes, error)
 """
 
@@ -293,7 +293,7 @@ def test_quick_benchmark_of_gather_rows(tmp_path: Path) -> None:
     assert [r["workload"] for r in results] == [w.name for w in gather_rows.workloads(quick=True)]
     for result in results:
         names = [gather_rows.CEILING, gather_rows.OURS, gather_rows.SQUARES, gather_rows.EAGER]
-        assert [row["contestant"] for row in result["rows"]] == names
+        assert [row["implementation"] for row in result["rows"]] == names
         assert all(row["microseconds"] > 0 for row in result["rows"])
         assert result["rows"][1]["fastfs is faster by"] == 1
         assert result["error"] <= 2e-6
@@ -321,12 +321,12 @@ def test_quick_benchmark_of_updates(tmp_path: Path) -> None:
     state, updates = json.loads(path.read_text())["results"]
     assert (state["op"], updates["op"]) == ("optimizer_stats", "update_stats")
     names = [READ, OURS, COMPILE, updates_benchmark.FOREACH, EAGER]
-    assert [row["contestant"] for row in updates["rows"]] == names
-    assert [row["contestant"] for row in state["rows"]] == names
+    assert [row["implementation"] for row in updates["rows"]] == names
+    assert [row["implementation"] for row in state["rows"]] == names
     for row in state["rows"] + updates["rows"]:
         assert row["milliseconds"] > 0
-        assert row["contestant"] in done.stdout
-        assert row["contestant"] != OURS or row["error"] <= 2e-6
+        assert row["implementation"] in done.stdout
+        assert row["implementation"] != OURS or row["error"] <= 2e-6
 
 
 def test_turns_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def test_turns_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_gpu_waits_until_all_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU that only writes down what it is told."""
+    """Uses a GPU that only records calls."""
     log: list[str] = []
 
     class Event:

@@ -1,4 +1,4 @@
-"""The benchmark of the host time of calls: what it compares, and what it refuses."""
+"""The benchmark of the host time of calls: comparison of versions, and invalid arguments."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh without a GPU: it knows its tests and steps, says all that is missing, and collects results."""
+"""benchmarks/gpu.sh without a GPU: its tests and steps, report of missing parts, and collection of results."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ def test_every_file_with_gpu_tests_is_run() -> None:
     command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = set(re.findall(r"^tests/test_(\w+)\.py::", done.stdout, re.MULTILINE))
-    named = re.findall(r"^  tests/test_\{([\w,]+)\}\.py$", SCRIPT.read_text(), re.MULTILINE)
-    assert sorted(",".join(named).split(",")) == sorted(found)
+    found = set(re.findall(r"^(tests/[\w/]+\.py)::", done.stdout, re.MULTILINE))
+    lists = re.findall(r"^(?:training_)?tests=\((.*?)^\)$", SCRIPT.read_text(), re.MULTILINE | re.DOTALL)
+    words = " ".join(" ".join(lists).split())
+    named = subprocess.run(["bash", "-c", f"printf '%s\\n' {words}"], capture_output=True, text=True, check=True).stdout
+    assert sorted(named.split()) == sorted(found)
 
 
 def test_an_unknown_step_is_refused_with_the_list() -> None:
@@ -59,7 +61,7 @@ def test_every_step_is_run_and_its_needs_are_known() -> None:
 
 
 def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
-    """By a Python that has nothing but the standard library."""
+    """Uses a Python with only the standard library."""
     bare = tmp_path / "python"
     bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n')
     bare.chmod(0o755)
@@ -71,7 +73,7 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
     assert "nvcc: not on PATH" in done.stderr
     assert "compute-sanitizer: not on PATH nor in CUDA_HOME (for memcheck)" in done.stderr
     assert "PYTHONPATH=DIR" in done.stderr
-    assert "expecttest" not in done.stderr  # of a step that was not asked for
+    assert "expecttest" not in done.stderr  # needed only by a step that was not requested
     assert "== machine" not in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""The package as it is built and installed: sdist, wheels, editable, settings, messages. Most of it compiles: slow."""
+"""Builds and installations: sdist, wheels, editable, settings, messages. Most tests compile and are slow."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the nat
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """The environment of a build: nothing of this process's that changes builds, no CUDA unless asked for."""
+    """Return an environment for builds without variables that affect them, and without CUDA unless requested."""
     dropped = ("FASTFS_", "PYTHON", "CUDA_", "NVCC_", "CXX", "CPPFLAGS", "LDFLAGS", "MAX_JOBS")
     env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {**env, "FASTFS_CUDA": "0", **settings}
@@ -51,7 +51,7 @@ def copy_of_source(folder: Path) -> Path:
 
 
 def environment_with_torch(folder: Path) -> Path:
-    """A new virtual environment that sees the packages of this one, but no fastfs. Returns its interpreter."""
+    """Create a virtual environment with the packages of this one except fastfs, and return its interpreter."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "borrowed.pth").write_text("\n".join(SITE_PACKAGES) + "\n")
@@ -59,14 +59,14 @@ def environment_with_torch(folder: Path) -> Path:
 
 
 def install(python: Path, *what: object, cwd: Path, env: dict[str, str] | None = None) -> str:
-    # --ignore-installed: the borrowed packages have a fastfs, which is to stay as it is.
+    # --ignore-installed keeps the fastfs of the borrowed packages unchanged.
     options = ("install", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
     return run(sys.executable, "-m", "pip", "--python", python, *options, *what, cwd=cwd, env=env)
 
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """sdist, and the wheel that is built from it, both with build isolation."""
+    """Build an sdist and a wheel from it, both with build isolation."""
     folder = tmp_path_factory.mktemp("distributions")
     run(sys.executable, "-m", "build", "--outdir", folder / "dist", copy_of_source(folder), cwd=folder)
     (sdist,) = (folder / "dist").glob("*.tar.gz")
@@ -82,8 +82,8 @@ def test_sdist_has_what_building_and_testing_needs(distributions: tuple[Path, Pa
     with tarfile.open(distributions[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in (
-        "csrc/sums.h",
-        "csrc/module.cpp",
+        "csrc/measurements.h",
+        "csrc/binding/module.cpp",
         "csrc/cuda/launch.cu",
         "build_backend/hooks.py",
         "tests/conftest.py",
@@ -174,13 +174,13 @@ def test_editable_install_is_incremental(tmp_path: Path) -> None:
         files = [*source.glob("build/native-*/**/*.o"), *source.glob("build/native-*/*.so")]
         return {file.name: file.stat().st_mtime_ns for file in files}
 
-    # Again: nothing is compiled.
+    # A second build compiles nothing.
     first = objects()
     assert {"module.cpp.o", "dispatch.cpp.o", "_C.so"} <= set(first)
     install(python, "-e", source, cwd=tmp_path)
     assert objects() == first
 
-    # One header: its users are, and nothing else.
+    # A changed header recompiles only the files that include it.
     header = source / "csrc" / "cpu" / "dispatch.h"
     time.sleep(0.01)
     header.touch()
@@ -332,7 +332,7 @@ def test_virtual_architectures() -> None:
 
 
 def test_ninja_file(tmp_path: Path) -> None:
-    sources = ["csrc/module.cpp", "csrc/cpu/loops_avx2.cpp", "csrc/cuda/launch.cu"]
+    sources = ["csrc/binding/module.cpp", "csrc/cpu/loops_avx2.cpp", "csrc/cuda/launch.cu"]
     home = Path("build/here")
     nvcc = Nvcc("/cuda/bin/nvcc", "13.0.88", "/cuda/lib", ("80", "90", "100"), True, "g++-13")
     text = ninja_file(sources, home, home / "_C.so", ["g++"], nvcc).replace("$\n    ", "")

@@ -1,4 +1,4 @@
-"""scripts/torch_releases.py without downloads: what it selects, resolves, runs, keeps and writes."""
+"""scripts/torch_releases.py without downloads: selection, resolution, runs, stored results and output."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SUITE = {
 
 @pytest.fixture
 def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script, for a small tree; environments are this interpreter."""
+    """Return the script for a small tree, with this interpreter instead of environments."""
     spec = importlib.util.spec_from_file_location("torch_releases", ROOT / "scripts" / "torch_releases.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "torch_releases", module)  # where dataclasses look for annotations
+    monkeypatch.setitem(sys.modules, "torch_releases", module)  # dataclasses look up annotations there
     spec.loader.exec_module(module)
     tree = tmp_path / "tree"
     (tree / "tests").mkdir(parents=True)
@@ -49,7 +49,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     def environment(folder: Path, release: str, python: str, *, pinned: bool) -> Path:
         if release == "9.9.9":
             raise module.ReleaseError(
-                "python -m ended with 1: ERROR: No matching distribution at https://a.host/simple"
+                "python -m exited with 1: ERROR: No matching distribution at https://a.host/simple"
             )
         home = folder / f"torch-{release}"
         home.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             link.chmod(0o755)
         return link
 
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # half of the time that these small suites take
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins take half of the time of these small suites
     monkeypatch.setattr(module, "ROOT", tree)
     monkeypatch.setattr(module, "environment", environment)
     return module
@@ -80,7 +80,7 @@ def test_counts_failures_skips_crashes_and_what_does_not_import(script, tmp_path
     assert release["skips"] == {"no GPU": 1}
     why = {failure["test"]: failure["why"] for failure in release["failures"]}
     assert why["tests.test_mixed::test_bad"] == "AssertionError: one is not two"
-    assert why["tests/test_crash.py"].startswith("pytest ended with -6")
+    assert why["tests/test_crash.py"].startswith("pytest exited with -6")
     assert any("test_import" in name for name in why)
     assert str(tmp_path) not in json.dumps(written)
     assert written["selected"] == "all test files"
@@ -128,7 +128,7 @@ def test_a_release_that_does_not_install_is_an_entry_and_the_others_run(script, 
     assert code == 1
     assert written["releases"][0] == {
         "release": "9.9.9",
-        "error": "python -m ended with 1: ERROR: No matching distribution at <address>",
+        "error": "python -m exited with 1: ERROR: No matching distribution at <address>",
     }
     assert written["releases"][1]["passed"] == 2
 
@@ -158,7 +158,7 @@ def test_an_interrupt_keeps_what_has_run_and_nothing_else(script, tmp_path, caps
     assert script.main(["--folder", str(tmp_path / "work"), *words]) == 130
     thread.join()
     assert [path.name for path in kept.iterdir()] == ["test_good.json"]
-    assert "goes on from here" in capsys.readouterr().out
+    assert "continues from here" in capsys.readouterr().out
 
 
 def test_durations_are_ratios_to_the_pinned_release_of_files_that_both_ran(script) -> None:

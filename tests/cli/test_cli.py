@@ -1,4 +1,4 @@
-"""The command line: what it refuses, and how it ends."""
+"""The command line: invalid arguments and exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fastfs doctor: what it finds, and that it says so."""
+"""fastfs doctor: its findings and how it reports them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_gpu_is_checked() -> None:
     assert "cuda:0 float32" in shown(0)
 
 
-# What is wrong
+# Problems
 
 
 def test_versions_have_to_agree() -> None:
@@ -132,7 +132,7 @@ def test_exception_in_the_self_check_is_a_finding(monkeypatch: pytest.MonkeyPatc
     assert "RuntimeError: illegal instruction" in shown(1)
 
 
-# What is in use, and why not the rest
+# Parts in use, and reasons why others are not
 
 
 def test_cpu_lacks_instructions() -> None:
@@ -173,7 +173,7 @@ def test_no_gpu(built: dict[str, Any] | None, torch_cuda: str | None, environ: d
     ("built", "status", "why"),
     [
         (CUDA, "ok", ""),
-        (None, "wrong", "install again with nvcc at hand"),
+        (None, "wrong", "reinstall with nvcc available"),
         ({**CUDA, "driver": 12080}, "wrong", "the driver is for CUDA 12.8, the kernels need 13.0"),
         ({**CUDA, "driver": 13020}, "ok", ""),
         ({**CUDA, "architectures": "100,120"}, "wrong", "FASTFS_CUDA_ARCHS=90"),

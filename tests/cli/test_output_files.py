@@ -1,4 +1,4 @@
-"""Files that commands write: whole or as they were, and never in the place of a device, a pipe or a folder."""
+"""Output files are written atomically, and never replace a device, a pipe or a folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def special(folder, kind):
     elif kind == "socket":
         with socket.socket(socket.AF_UNIX) as server:
             where = os.getcwd()
-            os.chdir(folder)  # the address of a socket is short
+            os.chdir(folder)  # socket addresses have a maximum length
             try:
                 server.bind(kind)
             finally:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastfs._core import ops
+from fastfs._stats import ParameterStats
 
 _C = ops._C
 
@@ -23,6 +24,7 @@ def out(rows=1, columns=9):
 
 
 X = torch.ones(4, 3)
+PARAMETERS = len(ParameterStats.names)
 MEASURE = _C.feature_stats_cpu if _C is not None else None
 F64 = {"dtype": torch.float64}
 
@@ -44,8 +46,8 @@ F64 = {"dtype": torch.float64}
         lambda: MEASURE(([X], [X], [X[:2]]), False, out(), 1),
         lambda: MEASURE(([X], [X], [X]), False, out(), 0),
         lambda: MEASURE(([X], [X], [X]), False, out(), -3),
-        lambda: _C.linear_stats_cpu(([X], [X], [X]), freed(1, 4, **F64), out(1, 6), 1),
-        lambda: _C.linear_stats_cpu(([X], [X], [X]), torch.ones(1, 3, **F64), out(1, 6), 1),
+        lambda: _C.linear_stats_cpu(([X], [X], [X]), freed(1, 4, **F64), out(1, PARAMETERS), 1),
+        lambda: _C.linear_stats_cpu(([X], [X], [X]), torch.ones(1, 3, **F64), out(1, PARAMETERS), 1),
         lambda: _C.stream_read_cpu(([X[:1].expand(1000, 3)],) * 3, 1),
         lambda: _C.stream_read_cpu(([X],) * 3, 0),
         lambda: _C.gather_rows_cpu(freed(4, 3), torch.tensor([0]), 1, None, out(1, 1)[0], 1),

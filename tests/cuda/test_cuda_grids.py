@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.variants import build, sass
-from benchmarks.variants.catalogue import BASELINE, variant
-from benchmarks.variants.library import NAMES, Library
-from benchmarks.variants.measure import check_layers
+from benchmarks.tuning import build, sass
+from benchmarks.tuning.catalogue import BASELINE, variant
+from benchmarks.tuning.library import NAMES, Library
+from benchmarks.tuning.measure import check_layers
 from fastfs import feature_stats
 from tests.helpers.compare import assert_same
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
-from fastfs import feature_stats, update_stats
+from fastfs import ParameterStats, feature_stats, update_stats
 from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._functional import optimizer_stats
 from tests.helpers.compare import assert_same
@@ -140,14 +140,9 @@ def test_elements_of_a_step() -> None:
     n = (ROWS - 1) * WIDTH
     # The update is -0.5 w - 0.25 g + 0.125 s.
     updates = [-0.5 * 1 - 0.25 * 2 + 0.125 * 4, -0.5 * 3 - 0.25 * 0.5 + 0.125 * 8]
-    expected = [
-        updates[0] * 2.0 * n + updates[1] * 0.5 * WIDTH,
-        updates[0] ** 2 * n + updates[1] ** 2 * WIDTH,
-        4.0 * n + 0.25 * WIDTH,
-        1.0 * n + 9.0 * WIDTH,
-        0,
-        n + WIDTH,
-    ]
+    vectors = {"gradient": (2.0, 0.5), "update": updates, "parameter": (1.0, 3.0)}
+    products = [(vectors[a], vectors[b]) for a, b in ParameterStats.factors.values()]
+    expected = [*(x[0] * y[0] * n + x[1] * y[1] * WIDTH for x, y in products), 0, n + WIDTH]
     found = optimizer_stats(OptimizerRule.LINEAR, [gradient], [parameter], [momentum], [], coefficients).sums[0]
     assert found.tolist() == pytest.approx(expected, rel=2e-6)
 

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.variants.sass import Compiled, compile_cubin, find_tool, loads_ahead, sass
+from benchmarks.tuning.sass import Compiled, compile_cubin, find_tool, loads_ahead, sass
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 DTYPES = ("f16", "bf16", "f32", "f64")
-FILES = (*(f"{kind}_sums_{d}" for kind in ("segment", "optimizer") for d in DTYPES), "launch")
+FILES = (*(f"{kind}_sums_{d}" for kind in ("segment", "optimizer") for d in DTYPES), "../bench/stream_read")
 ARCHITECTURES = ("80", "90", "120")
 THREADS, REGISTER_FILE = 256, 65536
 # Of every dtype: equal dtypes with a small and a large table, another last dtype (not for f64), any strides (two for
 # f64); times two measurements; and the streaming read with two tables. Of the four rules of optimizer_stats (one for
 # 16 bits): a small and a large table, and any strides.
-KERNELS = {"launch": 2, **{f"segment_sums_{d}": 8 for d in DTYPES}}
+KERNELS = {"../bench/stream_read": 2, **{f"segment_sums_{d}": 8 for d in DTYPES}}
 KERNELS |= {f"optimizer_sums_{d}": 3 if d.endswith("16") else 12 for d in DTYPES}
 
 
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc
 
 
 def compile_file(name: str, architecture: str, folder: Path) -> Compiled:
-    return compile_cubin(SOURCES / f"{name}.cu", architecture, folder / f"{name}_{architecture}.cubin")
+    return compile_cubin(SOURCES / f"{name}.cu", architecture, folder / f"{Path(name).name}_{architecture}.cubin")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_no_spills_and_bounded_registers(
     assert result.warnings == []
     for kernel in result.kernels.values():
         assert (kernel.stack, kernel.spills) == (0, 0), kernel.symbol
-        # So many blocks fit on a multiprocessor, and the grid counts on them: kBlocksPerSm, kReadBlocksPerSm.
+        # So many blocks fit on a multiprocessor, and the grid counts on them: see policy.cuh.
         same = re.search(r"NS_\d+(B?F\d\d)E(S\d?_|NS_\d+\1E)", kernel.symbol) is not None
         blocks = 4 if "stream_read" in kernel.symbol else 3 if same and "F64" not in kernel.symbol else 2
         if "OptimizerSums" in kernel.symbol:

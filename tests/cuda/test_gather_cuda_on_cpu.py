@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.core.test_gather import SHAPES, rows_for, table, values
 from tests.cuda.on_cpu import harness
 from tests.cuda.on_cpu.row_cases import RowCase, RowResult, run_rows
 from tests.helpers.cases import DTYPES, LAYOUTS
 from tests.helpers.compare import assert_close_squares, assert_same, assert_same_values
+from tests.helpers.gather_cases import SHAPES, rows_for, table, values
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,19 +85,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory):
         for build in ("plain", "asan", "tsan"):
             result.start(build, build, harness.CUDA_SOURCES)
         for name, bug in BUGS.items():
-            result.start(name, bug.build, with_bug(bug, folder / "sources" / name.replace(" ", "_")))
+            sources = folder / "sources" / name.replace(" ", "_")
+            harness.with_change(sources, harness.CUDA_SOURCES / "cuda" / "gather_rows.cuh", bug.old, bug.new)
+            result.start(name, bug.build, sources)
         yield result
         pool.shutdown(cancel_futures=True)
-
-
-def with_bug(bug: Bug, folder: Path) -> Path:
-    """A copy of the sources with the bug."""
-    shutil.copytree(harness.CUDA_SOURCES, folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
-    path = folder / "cuda" / "gather_rows.cuh"
-    text = path.read_text()
-    assert text.count(bug.old) == 1, f"{path.name} has {text.count(bug.old)} places like {bug.old!r}, expected one"
-    path.write_text(text.replace(bug.old, bug.new))
-    return folder
 
 
 @pytest.fixture(scope="module")

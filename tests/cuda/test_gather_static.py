@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from benchmarks.variants.sass import Compiled, sass
+from benchmarks.tuning.sass import Compiled, sass
 from tests.cuda.test_cuda_static import ARCHITECTURES, CUOBJDUMP, NVCC, NVDISASM, compile_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc: set CUDA_HOME or PATH")]

@@ -1,18 +1,20 @@
-"""The variants of the kernel: they fit the sources, they compile, and on the host they compute what they should."""
+"""The variants of the kernel: they have the policies they claim, compile, and on the host compute what they should."""
 
 import json
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.ops.feature_stats import Workload
-from benchmarks.variants import __main__ as command
-from benchmarks.variants import build, measure, sass, static
-from benchmarks.variants.architectures import ARCHITECTURES
-from benchmarks.variants.catalogue import BASELINE, VARIANTS, Mutation, Variant, variant
-from benchmarks.variants.library import Library
+from benchmarks.tuning import __main__ as command
+from benchmarks.tuning import build, measure, sass, static
+from benchmarks.tuning.architectures import ARCHITECTURES
+from benchmarks.tuning.catalogue import BASELINE, VARIANTS, Variant, variant
+from benchmarks.tuning.library import Library
 from tests.cuda.on_cpu import harness
 from tests.cuda.on_cpu.harness import Case, rows, run
 
@@ -70,20 +72,28 @@ BUGS = {
 # the catalogue
 
 
+@on_host
 @pytest.mark.parametrize("name", [v.name for v in VARIANTS])
-def test_every_change_fits_the_sources_once(name: str, tmp_path: Path) -> None:
-    sources = build.mutated_sources(variant(name), tmp_path / "csrc")
-    changed = {m.file for m in variant(name).mutations}
-    for file in changed:
-        assert (sources / file).read_text() != (build.SOURCES / file).read_text()
-    assert (sources / "cuda" / "segment_sums.cuh").exists()
-
-
-def test_a_change_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
-    for old, count in (("no such text", 0), ("kChain", "")):
-        bad = Variant("bad", "", "", (Mutation("sums.h", old, "x"),))
-        with pytest.raises(ValueError, match=rf"bad: sums\.h has {count}.* places like"):
-            build.mutated_sources(bad, tmp_path / old)
+def test_policies_have_the_figures_of_the_catalogue(name: str, tmp_path: Path) -> None:
+    """Compiles assertions. Those on the baseline are that the defaults of the catalogue are the library's figures."""
+    v = variant(name)
+    lines = ['#include "shim.h"', '#include "policy.cuh"', "using namespace fastfs;", "using namespace fastfs::cuda;"]
+    order = {"kChunk": v.chunk, "kWarpRow": v.chunk, "kChain": v.chain, "kThreads": v.threads}
+    lines += [f"static_assert(Policies::Order::{member} == {value});" for member, value in order.items()]
+    lines.append("template <class F> using Policy = Policies::Active::SegmentSums<FeatureSums, F, F>;")
+    figures = {"kBlocksPerSm": v.blocks, "kWaves": v.waves, "kChainsAhead": v.chains_ahead}
+    for dtype in v.only:
+        policy = f"Policy<{dtype.upper()}>"
+        lines += [f"static_assert({policy}::{member} == {value});" for member, value in figures.items()]
+        lines.append(f"static_assert(std::is_same_v<{policy}::Load, {v.load}>);")
+        reader = f"BulkCopies<FeatureSums, {dtype.upper()}, {dtype.upper()}, int, Order, {policy}, {v.stages}>"
+        if v.stages:
+            lines.append(f"static_assert(std::is_same_v<{policy}::ChunkReader<int, Order>, {reader}>);")
+    source = tmp_path / "figures.cpp"
+    source.write_text("\n".join(lines) + "\n")
+    command = ["g++", *harness.FLAGS, *build.flags(v), f"-I{harness.HERE}", f"-isystem{harness.include_folder()}"]
+    done = subprocess.run([*command, "-fsyntax-only", str(source)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_names_and_claims_are_consistent() -> None:
@@ -93,11 +103,6 @@ def test_names_and_claims_are_consistent() -> None:
         assert v.prediction, v.name
         assert v.same_bits in ("all", "rows", "none"), v.name
         assert (v.stages > 0) == (int(v.lowest) >= 90), v.name
-        text = " ".join(m.new for m in v.mutations)
-        # What the tables say of a variant is what its text does.
-        assert (f"kThreads = {v.threads};" in text) == (v.threads != 256), v.name
-        assert (f"kChunk = {v.chunk};" in text) == (v.chunk != CHUNK), v.name
-        assert (f"? 2 : {v.blocks})" in text) == (v.blocks != 3), v.name
     with pytest.raises(ValueError, match="no variant 'x'; there are baseline, chunk 4096"):
         variant("x")
 
@@ -109,7 +114,7 @@ def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
         (["--variant", "x"], "no variant 'x'"),
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
     ):
-        monkeypatch.setattr(sys, "argv", ["variants", *arguments])
+        monkeypatch.setattr(sys, "argv", ["tuning", *arguments])
         with pytest.raises(SystemExit):
             command.command_line()
         assert words in capsys.readouterr().err
@@ -156,9 +161,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("variants")
 
     def load(v: Variant) -> Library:
-        here = folder / v.slug
-        sources = build.mutated_sources(v, here / "csrc")
-        return Library(harness.compile_library("variants_driver.cpp", here, sources))
+        return Library(harness.compile_library("tuning_driver.cpp", folder / v.slug, *build.definitions(v)))
 
     return {name: load(variant(name)) for name in (BASELINE, BULK, "chunk 16384", "f16 spacing by max")}
 
@@ -218,14 +221,15 @@ def bulk_cases() -> list[Case]:
     return [Case([tuple(x[0] for x in layer)], multiprocessors=m) for layer in layers for m in (1, 3)]
 
 
-def compile_bulk(build_name: str, v: Variant, folder: Path) -> Path:
-    sources = build.mutated_sources(v, folder / "csrc")
-    return harness.compile_driver(build_name, folder, sources, harness.BF16_ONLY)
+def compile_bulk(build_name: str, folder: Path, sources: Path = harness.CUDA_SOURCES) -> Path:
+    v = variant(BULK) if build_name == "plain" else replace(variant(BULK), threads=64)  # see on_cpu/README.md
+    return harness.compile_driver(build_name, folder, sources, harness.BF16_ONLY, *build.definitions(v))
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
-    program = compile_bulk("plain", variant(BASELINE), tmp_path_factory.mktemp("baseline"))
+    folder = tmp_path_factory.mktemp("baseline")
+    program = harness.compile_driver("plain", folder, harness.CUDA_SOURCES, harness.BF16_ONLY)
     return rows(program, *bulk_cases())
 
 
@@ -233,7 +237,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("build_name", ["asan", "tsan"])
 def test_sanitizers_are_silent_about_bulk_copies(build_name: str, tmp_path: Path) -> None:
-    run(compile_bulk(build_name, variant(BULK), tmp_path), bulk_cases(), seed=1)
+    run(compile_bulk(build_name, tmp_path), bulk_cases(), seed=1)
 
 
 @on_host
@@ -241,8 +245,8 @@ def test_sanitizers_are_silent_about_bulk_copies(build_name: str, tmp_path: Path
 @pytest.mark.parametrize("name", BUGS)
 def test_seeded_bug_of_bulk_copies_is_caught(expected: list[torch.Tensor], name: str, tmp_path: Path) -> None:
     old, new, build_name, sign = BUGS[name]
-    bug = Variant("bug", "", "", (*variant(BULK).mutations, Mutation("cuda/bulk_copy.cuh", old, new)))
-    done = run(compile_bulk(build_name, bug, tmp_path), bulk_cases(), seed=1, check=False)
+    sources = harness.with_change(tmp_path / "csrc", harness.TUNING / "bulk_copy.cuh", old, new)
+    done = run(compile_bulk(build_name, tmp_path, sources), bulk_cases(), seed=1, check=False)
     if sign == "sums":
         assert done.code == 0, done.text
         assert not all(measure.same(r.rows, e) for r, e in zip(done.results, expected, strict=True))
@@ -254,7 +258,7 @@ def test_seeded_bug_of_bulk_copies_is_caught(expected: list[torch.Tensor], name:
 @on_host
 @pytest.mark.slow
 def test_bulk_copies_pass_the_checks_for_bugs(expected: list[torch.Tensor], tmp_path: Path) -> None:
-    program = compile_bulk("plain", variant(BULK), tmp_path)
+    program = compile_bulk("plain", tmp_path)
     for seed in range(4):
         found = rows(program, *bulk_cases(), seed=seed)
         assert all(measure.same(r, e) for r, e in zip(found, expected, strict=True))

@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from benchmarks.variants import static
-from benchmarks.variants.catalogue import BASELINE, VARIANTS
+from benchmarks.tuning import static
+from benchmarks.tuning.catalogue import BASELINE, VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "kernels.md").read_text().splitlines()

@@ -1,6 +1,7 @@
 """The truth, in numpy's extended precision, and the only tolerances.
 
-Independent of fastfs: nothing here shares code with the reference or the native core.
+Nothing here shares code with the reference or the native core. Which sums there are follows from their declaration in
+`fastfs._stats`.
 """
 
 import dataclasses
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastfs._stats import ParameterStats, Stats, UpdateStats
 
 # |error| <= relative * sum|terms| + absolute * count. The absolute part is what float loses to underflow.
 RELATIVE = {torch.float64: 1e-13}
@@ -41,10 +44,15 @@ def feature_truth(before: Tensor, after: Tensor, backward: Tensor, *, per_row: b
 
 
 def update_truth(gradient: Tensor, update: Tensor) -> Truth:
-    """The five sums of finite inputs: (5,)."""
-    g, dw = _values(gradient, False), _values(update, False)
-    terms = [g * dw, dw * dw, g * g, np.zeros_like(g), np.ones_like(g)]
-    return _truth(terms, gradient.dtype, update.dtype)
+    """The sums of finite inputs, as in `UpdateStats.names`: (names,)."""
+    vectors = {"gradient": _values(gradient, False), "update": _values(update, False)}
+    return _truth(_products(UpdateStats, vectors), gradient.dtype, update.dtype)
+
+
+def _products(kind: type[Stats], vectors: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The terms of the sums of products, of the non-finite entries (there are none) and of the count."""
+    like = next(iter(vectors.values()))
+    return [*(vectors[a] * vectors[b] for a, b in kind.factors.values()), np.zeros_like(like), np.ones_like(like)]
 
 
 def assert_close(actual: Tensor, truth: Truth, *, relative: float | None = None, what: str = "") -> None:
@@ -80,7 +88,7 @@ def assert_same_values(actual: Tensor, expected: Tensor, what: str = "") -> None
 def assert_step(
     actual: Tensor, expected: Tensor, dtype: torch.dtype, what: str = "", summed: Tensor | None = None
 ) -> None:
-    """Sums of a step, (6,), against those of the tensors before and after it, which `dtype` rounds.
+    """Sums of a step, (names,), against those of the tensors before and after it, which `dtype` rounds.
 
     The parameter after the step is off by its rounding, a few per element, and a gradient that has to be taken out of a
     sum (`summed`: a momentum buffer) by the rounding of that sum. Beyond that, 1e-9 for float64 and for the others the
@@ -88,19 +96,21 @@ def assert_step(
     """
     got, truth = (x.detach().cpu().numpy().astype(np.longdouble) for x in (actual, expected))
     eps, relative = torch.finfo(dtype).eps, 1e-9 if dtype == torch.float64 else 5e-6
-    update, gradient, parameter = (np.sqrt(truth[i]) for i in (1, 2, 3))
+    names, factors = ParameterStats.names, ParameterStats.factors
+    norms = {a: np.sqrt(truth[names.index(name)]) for name, (a, b) in factors.items() if a == b}
     size = 0.0 if summed is None else float(summed.double().norm())
-    moved = 4 * eps * parameter + relative * update
-    turned = 40 * eps * gradient + 4 * eps * size + relative * gradient
-    products = gradient * moved + update * turned
-    squares = (2 * update * moved + moved**2, 2 * gradient * turned, relative * truth[3])
-    budget = np.array([products, *squares, 0, 0])
+    moved = 4 * eps * norms["parameter"] + relative * norms["update"]
+    turned = 40 * eps * norms["gradient"] + 4 * eps * size + relative * norms["gradient"]
+    errors = {"update": moved, "gradient": turned, "parameter": relative / 2 * norms["parameter"]}
+    budgets = {name: norms[a] * errors[b] + norms[b] * errors[a] for name, (a, b) in factors.items()}
+    budgets["update_sq"] += moved**2
+    budget = np.array([budgets.get(name, 0) for name in names])
     error = np.abs(got - truth)
     assert np.all(error <= budget), f"{what}\ngot      {got}\nexpected {truth}\nerror    {error}\nbudget   {budget}"
 
 
 def optimizer_truth(rule: int, tensors: tuple[Tensor, ...], coefficients: Tensor) -> Truth:
-    """The six sums of finite inputs: (6,). `tensors`: gradient, parameter, states."""
+    """The sums of finite inputs, as in `ParameterStats.names`: (names,). `tensors`: gradient, parameter, states."""
     g, w, *s = (_values(x, False) for x in tensors)
     c = coefficients.cpu().numpy().astype(np.longdouble)
     gradients = [g, c[3] * s[0]] if rule == 0 else [g]
@@ -113,12 +123,11 @@ def optimizer_truth(rule: int, tensors: tuple[Tensor, ...], coefficients: Tensor
     else:
         below = _nonzero(np.sqrt(s[0] - c[2] * s[1] ** 2) + c[3])
         updates = [c[0] * w / below, c[1] * g / below]
-    zeros, ones = np.zeros_like(w), np.ones_like(w)
-    dw, g = np.sum(updates, axis=0), np.sum(gradients, axis=0)
-    truth = _truth([g * dw, dw * dw, g * g, w * w, zeros, ones], *(x.dtype for x in tensors))
+    vectors = {"gradient": np.sum(gradients, axis=0), "update": np.sum(updates, axis=0), "parameter": w}
+    truth = _truth(_products(ParameterStats, vectors), *(x.dtype for x in tensors))
     # Errors are measured by the parts of dw and g, before they cancel.
-    dw, g = np.abs(updates).sum(axis=0), np.abs(gradients).sum(axis=0)
-    sizes = [x.sum(axis=-1) for x in (g * dw, dw * dw, g * g, w * w, zeros, ones)]
+    parts = {"gradient": np.abs(gradients).sum(axis=0), "update": np.abs(updates).sum(axis=0), "parameter": np.abs(w)}
+    sizes = [x.sum(axis=-1) for x in _products(ParameterStats, parts)]
     return dataclasses.replace(truth, sizes=np.stack(sizes, axis=-1))
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.optim import SGD, Adagrad, NAdam, Optimizer, RMSprop
 
 from fastfs import ParameterStats
-from fastfs._monitor.measure import completed_step, fingerprints, update_verification
+from fastfs._monitor.capture import fingerprints
+from fastfs._monitor.measure import completed_step, update_verification
 from fastfs._monitor.measure.closed_forms import CLOSED_FORMS, ClosedForm
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from tests.helpers.compare import assert_step
@@ -114,12 +115,13 @@ def give_gradients(parameters: list[Tensor], scale: float = 1.0) -> list[Tensor]
 
 
 def truth(gradients: list[Tensor], before: list[Tensor], parameters: list[Tensor]) -> Tensor:
-    """The sums of the real step, from copies: (P, 6)."""
+    """The sums of the real step, from copies, as in `ParameterStats.names`: (P, names)."""
     rows = []
     for g, old, new in zip(gradients, before, parameters, strict=True):
         g, old, new = (x.detach().double().flatten() for x in (g, old, new))
-        dw = new - old
-        rows.append(torch.stack([g @ dw, dw @ dw, g @ g, new @ new, 0 * (g @ g), torch.tensor(float(g.numel()))]))
+        vectors = {"gradient": g, "update": new - old, "parameter": new}
+        products = [vectors[a] @ vectors[b] for a, b in ParameterStats.factors.values()]
+        rows.append(torch.stack([*products, 0 * (g @ g), torch.tensor(float(g.numel()))]))
     return torch.stack(rows)
 
 

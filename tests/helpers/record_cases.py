@@ -7,7 +7,9 @@ import time
 
 import torch
 
-from fastfs._monitor.record.recorder import SCHEMA, Record, Recorder
+from fastfs._record.columns import SCHEMA
+from fastfs._record.record import Record
+from fastfs._record.writing.recorder import Recorder
 
 LAYERS = ["blocks.0", "blocks.1", "blocks.2"]
 
@@ -26,7 +28,7 @@ def head(run="a", layers=LAYERS, groups=None, **more):
 
 
 def measured(step, layers=3, groups=1, loss=0.5, **columns):
-    """A healthy record; columns can be given as a value for all, or a list."""
+    """Builds a healthy record. A column is given as a list, or as one value for all layers."""
     n = layers + groups
     values = {
         "angle": [1.0 + 0.1 * i + 0.001 * step for i in range(n)],
@@ -62,14 +64,14 @@ def payload(step, size=4, device="cpu"):
 
 
 def decode(host):
-    """One record from a payload of its step."""
+    """Decodes a payload that holds the number of its step."""
     assert host.device.type == "cpu"
     assert (host == host[0]).all(), host
     return [measured(int(host[0]))]
 
 
 class Collecting:
-    """Keeps the records that it gets; can be made to fail, to hang, and to be slow."""
+    """A sink that keeps its records and can be made to fail or hang."""
 
     def __init__(self):
         self.headers = []

@@ -1,4 +1,4 @@
-"""Records as a monitor writes them, of any size, for the tests of what is shown."""
+"""Records of any size as a monitor writes them, for the tests of readers and of the report."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def structure(names: list[str], run: str = "r1") -> dict[str, Any]:
 
 
 def measured(names: list[str], step: int, *, run: str = "r1", invalid: float = 0.02, seed: int = 0) -> dict[str, Any]:
-    """One measured step; ``invalid`` is the share of the cells that are not valid."""
+    """Builds a measured step; ``invalid`` is the fraction of the cells that are not valid."""
     noise = random.Random(1000 * seed + step)
     depth = [(i + 1) / len(names) for i in range(len(names))]
     decay = 1 / (1 + step / 400)
@@ -145,7 +145,7 @@ def run_lines(
     groups: bool = False,
     names: list[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """All lines of one run: measured every so many steps, predicted between them."""
+    """Builds all lines of a run: measured every ``every`` steps, predicted in between."""
     names = names or names_of(layers)
     group = {"first half": names[: len(names) // 2], "second half": names[len(names) // 2 :]} if groups else {}
     lines = [header(names, every=every, groups=group), structure(names)]
@@ -170,3 +170,9 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
                 line = {**line, "layers": {key: [short(v) for v in column] for key, column in line["layers"].items()}}
             file.write(json.dumps(line) + "\n")
     return path
+
+
+def append(path: Path, *records: dict[str, Any], end: bytes = b"\n") -> None:
+    """Appends lines to a file, with another end than a newline if asked for."""
+    with path.open("ab") as file:
+        file.write(b"\n".join(json.dumps(record).encode() for record in records) + end)

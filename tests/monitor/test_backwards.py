@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastfs._monitor.capture.backwards import Backwards, current
+from fastfs._monitor.capture.backwards import TrainingBackwards, current
 
 DYNAMO = "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"  # Dynamo's own
 
@@ -19,7 +19,7 @@ class Chain:
 
     def __init__(self) -> None:
         self.weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
-        self.backwards = Backwards(self.weights)
+        self.backwards = TrainingBackwards(self.weights)
         self.numbers: list[int] = []
 
     def forward(self, wrap: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None) -> list[Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastfs._core import ops
-from fastfs._monitor.capture.memory_budget import Budget
-from fastfs._monitor.capture.passes import Pass
-from fastfs._monitor.capture.sampling import BudgetError, Sampler, row_dims
+from fastfs._monitor.capture.forward_capture import ForwardCapture
+from fastfs._monitor.capture.memory_budget import MemoryBudget
+from fastfs._monitor.capture.sampling import BudgetError, RowSampler, row_dims
 
 
 @pytest.mark.skipif(not ops.native_available(), reason="no native core")
@@ -19,7 +19,7 @@ def test_all_rows_are_copied_as_the_operator_does(shape, dtype):
     x = torch.randn(shape).to(dtype)
     transposed = x.transpose(0, -1) if x.dim() > 1 else x
     for features in (x, transposed, x.expand(2, *shape), x.requires_grad_()):
-        kept = Sampler(None).keep(features, total := rows_of(features))
+        kept = RowSampler(None).keep(features, total := rows_of(features))
         expected, _ = torch.ops.fastfs.gather_rows(features.detach(), torch.arange(total), row_dims(features))
         assert kept.total == total
         assert kept.values.shape == expected.shape
@@ -33,7 +33,7 @@ def test_all_rows_are_copied_as_the_operator_does(shape, dtype):
 def test_a_view_with_a_pending_sign_is_copied_with_it():
     imaginary = torch.randn(3, 4, dtype=torch.complex64).conj().imag  # a view that is negated when it is read
     assert imaginary.is_neg()
-    kept = Sampler(None).keep(imaginary, 3)
+    kept = RowSampler(None).keep(imaginary, 3)
     assert torch.equal(kept.values, imaginary.resolve_neg())
     assert not kept.values.is_neg()
 
@@ -46,8 +46,8 @@ def rows_of(x: Tensor) -> int:
 
 
 def test_memory_that_is_given_back_can_be_taken_again():
-    budget = Budget(100, 1, 1)
-    first, second = Pass(1, 0), Pass(1, 0)
+    budget = MemoryBudget(100, 1, 1)
+    first, second = ForwardCapture(1, 0), ForwardCapture(1, 0)
     budget.live.add(first)
     budget.live.add(second)
     budget.take(first, 60, "a")
@@ -59,16 +59,16 @@ def test_memory_that_is_given_back_can_be_taken_again():
     assert budget.room(second, 1) == 0
     del first
     second.drop()
-    third = Pass(1, 0)
+    third = ForwardCapture(1, 0)
     budget.live.add(third)
     budget.take(third, 100, "e")
     assert budget.most == 100
 
 
 def test_a_pass_that_ends_while_another_one_grows():
-    budget = Budget(100, 1, 1)
+    budget = MemoryBudget(100, 1, 1)
     budget.single()
-    old, new = Pass(1, 0), Pass(1, 0)
+    old, new = ForwardCapture(1, 0), ForwardCapture(1, 0)
     budget.live.add(old)
     budget.take(old, 80, "a")
     budget.live.add(new)

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import CLOSED_FORMS, ClosedForm, closed_form
+from fastfs._monitor.measure.measured_update import OF_UPDATE
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from tests.helpers.optimizer_cases import (
     CLOSED,
@@ -121,7 +122,7 @@ def test_extreme_gradients() -> None:
     p.grad = torch.full_like(p, 1e25)
     meter.before()
     meter.optimizer.step()
-    assert meter.after().stats.sums[0, :2].tolist() == [0.0, 0.0]
+    assert not meter.after().stats.sums[0, OF_UPDATE].any()
     for scale in (1e-15, 1e15):
         for kind in dict.fromkeys(form.optimizer for form in CLOSED_FORMS):
             meter = UpdateMeter(make_optimizer(kind, make_parameters(torch.float32), {"lr": 0.01}))

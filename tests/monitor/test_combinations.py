@@ -184,8 +184,10 @@ def truth(device: str, name: str, steps: tuple[int, ...]) -> dict[int, dict[str,
 
 
 def check_records(loop: Loop, mode: str, options: dict[str, Any], seen: list[dict[str, Any]], first: bool) -> None:
-    """All of them are there, and those of two steps are as taken by hand. A skipped step has no number of its own,
-    but where the optimizer itself skips it."""
+    """Checks that all records are there, and those of two steps against a computation by hand.
+
+    A skipped step has no number of its own, unless the optimizer itself skips it.
+    """
     counted = [step for step in range(STEPS) if step not in loop.skipped or loop.name == "scaler-fused"]
     lost = set(loop.skipped) if loop.name == "scaler-fused" else set()
     steps = {

@@ -85,8 +85,10 @@ def test_records_are_those_of_the_eager_model(way, backend):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_number_of_graphs_does_not_grow_with_blocks_and_steps(way):
-    """On and off: nothing is compiled for the next block or step. Compiled in place, a block's hook is a graph of its
-    own, and there are both with gradients and without."""
+    """There is one graph for taps on and one for off, and none is compiled for the next block or step.
+
+    If a block is compiled in place, its hook is a graph of its own, with gradients and without.
+    """
     counts = {}
     for monitored in (False, True):
         torch._dynamo.reset()

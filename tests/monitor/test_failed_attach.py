@@ -11,6 +11,7 @@ from torch import nn
 import fastfs
 from fastfs._monitor.capture.capture import Capture
 from fastfs._monitor.engine import Engine
+from fastfs._monitor.step_runner import StepRunner
 from fastfs._monitor.steps import OptimizerSteps
 
 
@@ -22,7 +23,7 @@ def hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
 
 @pytest.mark.parametrize(
     "where",
-    [(Capture, "_attach"), (Engine, "__post_init__"), (OptimizerSteps, "__init__"), (fastfs.Monitor, "_arm")],
+    [(Capture, "_attach"), (Engine, "__post_init__"), (OptimizerSteps, "__init__"), (StepRunner, "_arm")],
     ids=["capture", "engine", "steps", "monitor"],
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastfs._monitor.measure import fingerprints
-from fastfs._monitor.measure.fingerprints import ELEMENTS, Fingerprint, Places
+from fastfs._monitor.capture import fingerprints
+from fastfs._monitor.capture.fingerprints import ELEMENTS, Fingerprint, Places
 
 
 def kinds() -> list[Tensor]:

@@ -168,7 +168,7 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
         if broken["on"]:
             raise MemoryError("no memory")
 
-    class Once(fastfs._monitor.capture.passes.Visit):
+    class Once(fastfs._monitor.capture.forward_capture.LayerCall):
         __slots__ = ()
 
         def arrive(self, *arguments):
@@ -202,7 +202,7 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
         return seen, [p.detach().clone() for p in model.parameters()]
 
     clean, parameters = run()
-    monkeypatch.setattr(fastfs._monitor.capture.step_capture, "Visit", Once)
+    monkeypatch.setattr(fastfs._monitor.capture.step_capture, "LayerCall", Once)
     monkeypatch.setattr(capture, "copy_arguments", copy_arguments)
     with pytest.warns(
         RuntimeWarning, match=r"step 1 has a forward that could not be copied.*MemoryError: no"
@@ -217,7 +217,7 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(micro_batches, monkeypatch):
-    sampler = fastfs._monitor.capture.sampling.Sampler
+    sampler = fastfs._monitor.capture.sampling.RowSampler
     squares, calls = sampler.squares, []
 
     def fail(*arguments):

@@ -52,13 +52,15 @@ def test_an_interrupt_anywhere_below(mode):
 
 
 def of_file(seen: dict[Place, int], file: str, name: str = "") -> list[Place]:
-    return [p for p in seen if p[0].co_filename.endswith(file) and p[0].co_qualname.endswith(name)]
+    found = [p for p in seen if p[0].co_filename.endswith(file) and p[0].co_qualname.endswith(name)]
+    assert found, f"{file} has moved"
+    return found
 
 
 def test_an_interrupt_while_settings_are_put_back():
     """What is left for the next call is put back in the middle of the loop's own settings."""
     seen = bytecodes("jvp")
-    places = of_file(seen, "network/surroundings.py") + of_file(seen, "network/journal.py")
+    places = of_file(seen, "_network/global_state.py") + of_file(seen, "_network/journal.py")
     assert_recovered("jvp", [(at, seen[at] - 1) for at in places[:: -(-len(places) // POINTS)]])
 
 

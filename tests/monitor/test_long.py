@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import fastfs
-from fastfs._monitor.capture.passes import Pass
+from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import measured_into, rows, sgd, train, watched
 
@@ -78,7 +78,7 @@ def test_nothing_grows_over_ten_thousand_steps(tmp_path, threads):
 
 def held_bytes():
     gc.collect()
-    return sum(passed.bytes for passed in gc.get_objects() if issubclass(type(passed), Pass))
+    return sum(passed.bytes for passed in gc.get_objects() if issubclass(type(passed), ForwardCapture))
 
 
 # Trains until it is killed; says which step it has reached.

@@ -55,14 +55,14 @@ def test_a_backward_after_its_step_does_not_count_for_the_next():
 def test_forwards_without_a_backward_hold_no_memory():
     model, _, _, monitor = watched()
     references = []
-    original = fastfs._monitor.capture.passes.Visit.__init__
+    original = fastfs._monitor.capture.forward_capture.LayerCall.__init__
 
     def spy(self, *arguments):
         original(self, *arguments)
         references.append(weakref.ref(self.before.values))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastfs._monitor.capture.passes.Visit, "__init__", spy)
+        patch.setattr(fastfs._monitor.capture.forward_capture.LayerCall, "__init__", spy)
         for step in range(5):
             out = model(rows(step)[0])
             del out

@@ -1,10 +1,6 @@
-"""Kept rows: which ones, how well they estimate all of them, and the memory that they take."""
+"""Kept rows: which ones, how well they estimate all of them, and their quantiles."""
 
 from __future__ import annotations
-
-import gc
-import math
-import weakref
 
 import numpy as np
 import pytest
@@ -13,8 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastfs
-from fastfs._monitor.capture import capture as capture_module
-from fastfs._monitor.capture.sampling import Sampler
+from fastfs._monitor.capture.sampling import RowSampler
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import measured_into, rows, sgd, small_transformer, tokens, train, watched
 
@@ -109,7 +104,7 @@ def test_the_three_tensors_have_the_same_rows_and_the_subset_is_the_same_in_ever
         batch = rows(step)[0].double(), rows(step)[1]
         train(model, optimizer, 1, lambda _, batch=batch: batch)
         before, backward, after = features_by_hand(twin, other, batch, twin.blocks[1])
-        subset = Sampler(5).subset(16, 5, torch.device("cpu"))
+        subset = RowSampler(5).subset(16, 5, torch.device("cpu"))
         assert len(set(subset.tolist())) == 5
         f, b, df = before[subset], backward[subset], (after - before)[subset]
         monitor.flush()
@@ -221,7 +216,7 @@ def test_what_a_row_is(shape, total, width):
     kept = min(3, total)
     assert (row["rows"], row["count"]) == (kept, total * width)
     before, backward, after = features_by_hand(twin, other, (x, y), twin.inner)
-    subset = Sampler(3).subset(total, kept, torch.device("cpu"))
+    subset = RowSampler(3).subset(total, kept, torch.device("cpu"))
     f, b, df = (t.reshape(total, width)[subset] for t in (before, backward, after - before))
     assert row["feature_rms"] == pytest.approx(f.square().mean().sqrt().item(), rel=1e-10)
     assert row["backward_rms"] == pytest.approx(b.square().mean().sqrt().item(), rel=1e-10)
@@ -242,7 +237,7 @@ def test_quantiles_are_those_of_the_rows(kept):
     monitor.close()
     before, backward, after = features_by_hand(twin, other, tokens(0), twin.blocks[2])
     number = 24 if kept is None else kept
-    subset = Sampler(kept).subset(24, number, torch.device("cpu"))
+    subset = RowSampler(kept).subset(24, number, torch.device("cpu"))
     df, b = ((after - before).reshape(24, 16)[subset], backward.reshape(24, 16)[subset])
     row = next(row for row in seen if row["name"] == "blocks.2")
     for quantile, suffix in zip(wanted, ("q0", "q10", "q50", "q97.5", "q100"), strict=True):
@@ -258,181 +253,3 @@ def test_quantiles_are_those_of_the_rows(kept):
 def test_wrong_quantiles(value, error):
     with pytest.raises(error, match="quantiles: expected numbers between 0 and 1"):
         watched(quantiles=value)
-
-
-# Memory
-
-
-class Held:
-    """Counts the bytes of all tensors that the monitor has copied and that are alive."""
-
-    def __init__(self, monkeypatch):
-        self.most = 0
-        self._alive = weakref.WeakSet()
-        keep, copy = Sampler.keep, capture_module.copy_arguments
-
-        def counted_keep(sampler, x, kept):
-            found = keep(sampler, x, kept)
-            self._count(found.values)
-            return found
-
-        def counted_copy(arguments, copy_tensor):
-            def one(x):
-                found = copy_tensor(x)
-                self._count(found)
-                return found
-
-            return copy(arguments, one)
-
-        monkeypatch.setattr(Sampler, "keep", counted_keep)
-        monkeypatch.setattr(capture_module, "copy_arguments", counted_copy)
-
-    def _count(self, tensor):
-        self._alive.add(tensor.untyped_storage())
-        self.most = max(self.most, sum(storage.nbytes() for storage in self._alive))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"amplify": True}, {"mode": "jvp"}, {"mode": "probe", "probe": (many(0)[0], lambda out: out.square().mean())}],
-    ids=["batch", "amplified", "jvp", "probe"],
-)
-@pytest.mark.parametrize("micro_batches", [1, 4])
-@pytest.mark.parametrize("memory", [20_000, 60_000, 2**29])
-def test_what_is_kept_never_exceeds_the_budget(options, micro_batches, memory, monkeypatch):
-    held = Held(monkeypatch)
-    seen = []
-    model = ResNet(8, 16, 5, 3)
-    optimizer = sgd(model)
-    monitor = fastfs.Monitor(
-        model, optimizer, every=2, aligned_every=1, memory=memory, sinks=[measured_into(seen)], alerts=(), **options
-    )
-    for step in range(4):
-        x, y = many(step)
-        optimizer.zero_grad()
-        for part, labels in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
-            (F.cross_entropy(model(part), labels) / micro_batches).backward()
-        optimizer.step()
-    monitor.close()
-    assert 0 < held.most <= memory
-    assert 0 < monitor._capture.budget.most <= memory
-    # Reserved in advance, used later: nothing is held that was not reserved.
-    assert held.most <= monitor._capture.budget.most
-    assert {row["step"] for row in seen} == {0, 2}
-    last = [row for row in seen if row["step"] == 2]
-    assert all(row["rows"] >= 2 for row in last), [row["rows"] for row in last]
-    if "amplify" not in options:  # of a few rows it cannot tell rounding from the error of the sample
-        assert all(row["valid"] for row in last), [row["why"] for row in last]
-    if memory == 2**29:
-        assert all(row["rows"] == 192 for row in last)
-    elif memory == 20_000:
-        assert all(row["rows"] < 192 for row in last)
-        assert all(row["angle_se"] > 0 for row in last if row["rows"] > micro_batches)  # one row has no error
-
-
-def test_nothing_of_a_step_outlives_it_without_the_garbage_collector():
-    """Also if the loop holds on to its last loss, and with it to the graph."""
-    model, optimizer, _, monitor = watched()
-    gc.collect()
-    gc.disable()
-    try:
-        for step in range(3):
-            x, y = rows(step)
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
-            loss.backward(retain_graph=True)
-            optimizer.step()
-            assert sum(passed.bytes for passed in monitor._capture.budget.live) == 0
-            assert all(passed.args == () and not passed.visits for passed in monitor._capture.budget.live)
-        del loss
-        assert not monitor._capture.budget.live
-    finally:
-        gc.enable()
-    monitor.close()
-
-
-def test_the_budget_holds_while_a_second_batch_is_in_flight(monkeypatch):
-    """Forwards whose backward never comes count as long as the loop holds on to their outputs."""
-    held = Held(monkeypatch)
-    model, optimizer, seen, monitor = watched(memory=20_000, rows=None)
-    outputs = [model(many(step)[0]) for step in range(2)]
-    F.cross_entropy(outputs[0], many(0)[1]).backward()
-    optimizer.step()
-    monitor.close()
-    assert held.most <= monitor._capture.budget.most <= 20_000
-    assert all(row["rows"] > 0 for row in seen)
-
-
-def test_a_budget_below_one_row_is_one_warning_and_a_row_of_nulls():
-    class Wide(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4096)])
-
-        def forward(self, x):
-            return self.blocks[1](self.blocks[0](x))[:, :3]
-
-    model, optimizer, seen, monitor = watched(layers=r"blocks\.\d", model=Wide(), memory=20_000)
-    with pytest.warns(RuntimeWarning, match=r"no room for even one row of 16,384 bytes.* Raise memory=") as caught:
-        train(model, optimizer, 3)
-    assert len(caught) == 1
-    monitor.close()
-    for row in seen[1::2]:
-        assert (row["rows"], row["count"], row["valid"]) == (0, 0, False)
-        assert math.isnan(row["angle"])
-        assert math.isnan(row["update_rms"])
-        assert row["angle_se"] is row["update_rms_se"] is None
-    assert all(row["valid"] and row["rows"] == 16 for row in seen[::2])
-
-
-def test_inputs_above_the_budget_drop_the_pass_with_one_warning():
-    def losses(**options):
-        torch.manual_seed(0)
-        model = ResNet(8, 16, 3, 3)
-        optimizer = sgd(model)
-        seen = []
-        if options:
-            monitor = fastfs.Monitor(model, optimizer, every=1, sinks=[measured_into(seen)], **options)
-            with pytest.warns(
-                RuntimeWarning,
-                match=r"left out \(BudgetError: a copy of the model's inputs takes 6,144 bytes, and 3,000",
-            ) as caught:
-                train(model, optimizer, 3, many)
-            assert len(caught) == 1
-            monitor.close()
-        else:
-            train(model, optimizer, 3, many)
-        return [p.detach().clone() for p in model.parameters()], seen
-
-    (plain, _), (same, seen) = losses(), losses(memory=3_000)
-    assert seen == []
-    assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
-
-
-def test_one_micro_batch_above_the_budget_does_not_take_the_others_along():
-    model, optimizer, seen, monitor = watched(memory=6_000)
-
-    def backward(size):
-        x, y = many(size, size)
-        F.cross_entropy(model(x), y).backward()
-
-    backward(16)
-    with pytest.warns(RuntimeWarning, match="BudgetError"):
-        backward(192)
-    backward(16)
-    optimizer.step()
-    monitor.close()
-    assert {row["micro_batches"] for row in seen} == {2}
-    assert all(row["rows"] > 0 for row in seen)
-
-
-@pytest.mark.parametrize("value", [0, -1, 2.0, None, "1G", True])
-def test_memory_must_be_bytes(value):
-    with pytest.raises(ValueError, match=r"memory: expected an integer >= 1 \(bytes\), got"):
-        watched(memory=value)
-
-
-def test_the_budget_is_printed_when_it_is_attached(capsys):
-    monitor = watched(memory=3 * 2**20, rows=77)[3]
-    monitor.close()
-    assert "at most 3.0 MiB for inputs and 77 rows a layer" in capsys.readouterr().err

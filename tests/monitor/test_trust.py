@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks.monitor import accuracy, accuracy_networks
 from fastfs import feature_stats
 from fastfs._monitor.measure.kappa import KAPPA_MAX, TARGET, choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.row_reasons import REASONS
 from fastfs._monitor.measure.trust import assess
 from fastfs._monitor.measure.update_estimates import CentralProbe
+from fastfs._monitor.row_reasons import REASONS
 from fastfs._stats import FeatureStats
 
 BF16, TF32, SINGLE = 2.0**-7, 2.0**-10, 2.0**-23

@@ -1,4 +1,4 @@
-"""What ``layers="auto"`` picks: the styles of public scripts, generated models, and what is trained."""
+"""Layers selected by ``layers="auto"``: styles of public scripts, generated models, and trained modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.auto_layers.measure import fresh
 from benchmarks.auto_layers.parts import WIDTH, Block, ConvBlock, FeedForward, PreNorm, on
 from benchmarks.auto_layers.styles import style_entries
 from fastfs._network.layers import select_layers
-from fastfs._network.wrappers import inside
+from fastfs._network.wrappers import inner_module
 from tests.helpers.cost import counted
 
 
@@ -136,7 +136,7 @@ def generated(rng):
         if rng.random() < 0.2:
             made[0] = checkpoint_wrapper(made[0])
         if rng.random() < 0.2:
-            linear = next(m for m in inside(made[-1]).modules() if type(m) is nn.Linear)
+            linear = next(m for m in inner_module(made[-1]).modules() if type(m) is nn.Linear)
             nn.utils.parametrizations.weight_norm(linear)
         blocks.extend(made)
         return made
@@ -173,14 +173,14 @@ def test_generated_models_give_their_blocks(seed):
     assert ran == list(range(len(blocks)))
 
 
-# What is trained
+# Trained modules
 
 
 def test_a_copy_that_the_optimizer_does_not_train_is_left_out():
     class Momentum(nn.Module):
         def __init__(self):
             super().__init__()
-            self.encoder_k, self.encoder_q = text.Tower(2), text.Tower(2)  # requires_grad is left on
+            self.encoder_k, self.encoder_q = text.Tower(2), text.Tower(2)  # requires_grad stays on
 
         def forward(self, x):
             return self.encoder_q(x)
@@ -204,7 +204,7 @@ def test_frozen_parameters_of_the_optimizer_do_not_count_as_trained():
 
 def test_adapters_count_for_their_blocks():
     class Adapter(nn.Module):
-        """As PEFT's."""
+        """Like the adapters of PEFT."""
 
         adapter_layer_names = ("lora_A", "lora_B")
 
@@ -226,7 +226,7 @@ def test_adapters_count_for_their_blocks():
     assert auto(nn.ModuleDict({"a": Adapter(nn.Linear(8, 8)), "b": nn.LayerNorm(8)}).requires_grad_(True)) == ["a", "b"]
 
 
-# What never runs by itself
+# Modules without a forward
 
 
 def test_parts_of_operations_are_no_layers():
@@ -239,7 +239,7 @@ def test_parts_of_operations_are_no_layers():
 
 def test_modules_without_a_forward_are_looked_through_wherever_they_are():
     class Holder(nn.Module):
-        """No forward: what is in it is called by others."""
+        """Has no forward: other modules call its children."""
 
         def __init__(self):
             super().__init__()
@@ -264,9 +264,7 @@ def test_modules_without_a_forward_are_looked_through_wherever_they_are():
         chosen = [layer.name for layer in select_layers(model, layers)]
         assert set(names) < set(chosen)
         assert not {"layers", "layers.0", "layers.1", "scales"} & set(chosen)
-    with pytest.raises(
-        ValueError, match=r"'layers\.1' is a Holder, which never runs itself.*Candidates: layers\.1\.attn"
-    ):
+    with pytest.raises(ValueError, match=r"'layers\.1' is a Holder, which has no forward.*Candidates: layers\.1\.attn"):
         select_layers(model, ["layers.0.attn", "layers.1"])
     with pytest.raises(ValueError, match=r"'scales' is a ParameterList, .*Candidates: layers\.0\.attn"):
         select_layers(model, ["scales"])

@@ -1,4 +1,4 @@
-"""A look that compares with the last one finds what a walk from scratch finds, whatever was changed between them."""
+"""A scan that compares with the last one finds the same as a walk from scratch, whatever changed in between."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Slotted:
         self.held = held
 
 
-class Both(Slotted):  # a dictionary beside slots
+class Both(Slotted):  # has both a dictionary and slots
     pass
 
 
 def value(rng, depth=0):
-    """Something that a module may hold."""
+    """Return a random object that a module may hold."""
     plain = [
         lambda: rng.randrange(5),
         lambda: "text",
@@ -61,7 +61,7 @@ def value(rng, depth=0):
 
 
 def containers(module, rng):
-    """Some containers and objects below a module, by a walk of its own."""
+    """Return containers and objects below a module, found by an independent walk."""
     found, open_ = [], [module]
     while open_:
         each = open_.pop()
@@ -80,7 +80,7 @@ def containers(module, rng):
 
 
 def change(module, rng):
-    """One change somewhere in what a module holds."""
+    """Make one random change to what a module holds."""
     for each in containers(module, rng):
         if isinstance(each, nn.Module):
             choice = rng.randrange(5)
@@ -115,12 +115,12 @@ def change(module, rng):
 
 
 def key_of(holder):
-    """The wrapper around slots is a new one at every look."""
+    """Return a stable key: every scan creates new wrappers around slots."""
     return ("slots", id(holder.value)) if isinstance(holder, Slots) else ("container", id(holder))
 
 
 def found(held):
-    """By container: what it holds; those that belong to nothing any more are of no interest."""
+    """Return contents by container, without containers that are no longer referenced."""
     result = {}
     for holder, content in held.contents:
         result[key_of(holder)] = content
@@ -137,7 +137,7 @@ def values_of(content):
 
 @pytest.mark.parametrize("without", [frozenset(), INTERNAL], ids=["everything", "state"])
 @pytest.mark.parametrize("seed", range(40))
-def test_a_later_look_finds_what_a_first_one_finds(seed, without):
+def test_a_later_scan_finds_what_a_first_one_finds(seed, without):
     rng = random.Random(seed)
     modules = [nn.Linear(2, 2) for _ in range(3)]
     for module in modules:
@@ -149,7 +149,7 @@ def test_a_later_look_finds_what_a_first_one_finds(seed, without):
     for _ in range(12):
         for _ in range(rng.randrange(3)):
             change(rng.choice(modules), rng)
-        later, first = known.look(modules, others), Inventory(without).look(modules, others)
+        later, first = known.scan(modules, others), Inventory(without).scan(modules, others)
         (filled, empty), (wanted, wanted_empty) = found(later), found(first)
         assert wanted.keys() <= filled.keys()
         assert wanted_empty <= empty
@@ -165,12 +165,12 @@ def test_what_has_not_changed_is_not_walked_again():
     model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(5)])
     inventory = Inventory()
     for _ in range(5):
-        inventory.look(list(model.modules()))
+        inventory.scan(list(model.modules()))
     assert inventory.walks == 1
     for count in range(5):
         model[2].count = count
-        inventory.look(list(model.modules()))
-    assert inventory.walks <= 3  # and then the counter is looked at each time
+        inventory.scan(list(model.modules()))
+    assert inventory.walks <= 3  # afterwards the counter is inspected in every scan
 
 
 def test_activations_are_not_kept_alive():
@@ -178,7 +178,7 @@ def test_activations_are_not_kept_alive():
     inventory = Inventory()
     layer.saved = Plain([layer(torch.ones(1, 2))])
     last = weakref.ref(layer.saved.value[0])
-    inventory.look([layer])
+    inventory.scan([layer])
     del layer.saved
     gc.collect()
     assert last() is None
@@ -187,7 +187,7 @@ def test_activations_are_not_kept_alive():
 def test_restore():
     layer = nn.Linear(2, 2)
     layer.cache, layer.pair, layer.slotted = {}, [1, 2], Slotted(1)
-    held = Inventory().look([layer])
+    held = Inventory().scan([layer])
     layer.cache["new"], layer.added, layer.slotted.held = 1, 2, 3
     layer.pair.reverse()
     for _ in range(2):

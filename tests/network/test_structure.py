@@ -1,7 +1,6 @@
-"""The structure of a forward: which parameters lie below each watched feature, and is it a cut for them."""
+"""The structure of a forward: the parameters below each watched feature, and whether it is a cut for them."""
 
 import gc
-import random
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fastfs._network.structure import Structure, analyse, edge_of
 from fastfs.models import MLP, ResNet, Transformer
-from tests.helpers.compare import assert_identity
 from tests.helpers.cost import counted
-
-UNUSED = "no output depends on it, or it is a view that was changed in place"
+from tests.helpers.structure_cases import UNUSED
 
 
 def structure_of(
@@ -28,7 +25,7 @@ def structure_of(
     parameters: list[str] | None = None,
     forward: Callable[..., Any] | None = None,
 ) -> Structure:
-    """Analyses one forward with hooks on the named layers."""
+    """Analyse one forward with hooks on the named layers."""
     features: list[list[Any]] = [[] for _ in layers]
 
     def tap(index: int) -> Callable[..., None]:
@@ -60,7 +57,7 @@ def test_mlp_every_block_is_a_cut():
     assert not found.opaque
     assert names_of(model, found.upstream[1]) == ["blocks.0.weight", "blocks.1.linear.weight"]
     assert names_of(model, found.own[1]) == ["blocks.1.linear.weight"]
-    assert found.own.sum(dim=0).tolist() == [1, 1, 1, 1, 0]  # the head is below no layer
+    assert found.own.sum(dim=0).tolist() == [1, 1, 1, 1, 0]  # no layer depends on the head
 
 
 def test_resnet_branches_are_no_cuts():
@@ -79,7 +76,7 @@ def test_transformer():
     found = structure_of(model, layers, torch.randint(256, (2, 8)))
     assert found.cut == [False, True, False, True, True]
     assert "also reach the output past it" in (found.reason[0] or "")
-    # blocks.0.attention has its own, and the embeddings: nothing watched comes before
+    # blocks.0.attention also owns the embeddings, because no watched layer precedes it
     assert names_of(model, found.own[0])[:2] == ["token.weight", "position.weight"]
     assert "blocks.0.mlp_in.weight" in names_of(model, found.own[1])
     assert "blocks.0.attention.qkv.weight" not in names_of(model, found.own[1])
@@ -135,7 +132,7 @@ def test_several_visits_side_by_side_are_a_cut():
 
         def forward(self, x: Tensor, y: Tensor, past: bool = False) -> Tensor:
             with torch.no_grad():
-                self.encoder(x)  # a target network, say
+                self.encoder(x)  # such as a target network
             output = self.head(self.encoder(x) - self.encoder(y))
             return output + self.encoder.weight.sum() if past else output
 
@@ -171,7 +168,7 @@ def test_conv_net_with_batch_norm_and_in_place_relu():
 
 
 def test_view_changed_in_place():
-    """Its gradient goes past the hooked tensor, so there is no backward vector either."""
+    """Its gradient bypasses the hooked tensor, so there is no backward vector either."""
     model = nn.Sequential(
         nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 1)
     )
@@ -196,7 +193,7 @@ def test_frozen_unused_and_detached():
     outside = "outside the autograd graph"
     assert found.reason == [outside, None, "did not run", UNUSED]
     assert found.unreached == [f"{n}.{p}" for n in ("frozen", "unused", "side") for p in ("weight", "bias")]
-    # a leaf as feature: nothing below it moves
+    # a leaf as feature has nothing below it
     found = structure_of(model, ["frozen", "a"], torch.randn(2, 4, requires_grad=True), parameters=["a.weight"])
     assert found.cut == [True, True]
     assert found.upstream.tolist() == [[False], [True]]
@@ -243,11 +240,11 @@ def test_hidden_parameters_of_a_reentrant_checkpoint():
     found = structure_of(model, ["0", "1"], torch.randn(2, 4))
     assert found.reason == [None, "parameters hidden from the graph (reentrant checkpoint?)"]
     assert found.unreached == ["1.weight", "1.bias"]
-    assert found.counts == [2, 0]  # of the second more than the graph shows
+    assert found.counts == [2, 0]  # the second depends on more than the graph shows
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_parametrisations(norm):
+def test_parametrizations(norm):
     model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Tanh(), norm(nn.Linear(4, 4)), nn.Linear(4, 1))
     found = structure_of(model, ["0", "2"], torch.randn(2, 4))
     assert found.cut == [True, True]
@@ -265,7 +262,7 @@ def test_lstm_and_tuple_outputs():
             return self.head(y + h[-1:] if self.state else y)
 
     assert structure_of(Net(False), ["lstm"], torch.randn(3, 2, 4)).cut == [True]
-    assert structure_of(Net(True), ["lstm"], torch.randn(3, 2, 4)).cut == [False]  # the state goes past
+    assert structure_of(Net(True), ["lstm"], torch.randn(3, 2, 4)).cut == [False]  # the state bypasses the output
 
 
 def test_dictionaries_and_several_outputs():
@@ -308,7 +305,7 @@ def test_compiled_region_is_opaque():
     found = analyse([[edge_of(feature)]], [output], list(parameters.values()), list(parameters))
     assert found.opaque
     assert found.cut == [False]
-    # One result only: what is inside does not matter.
+    # With a single result, the inside of the region is irrelevant.
     output = compiled(torch.randn(2, 4))
     found = analyse([[edge_of(output)]], [output], list(parameters.values()), list(parameters))
     assert not found.opaque
@@ -348,68 +345,12 @@ def test_deep_recurrence_is_fast_and_leaves_nothing_alive():
     with counted() as cost:
         found = analyse([[features[-1]], features], [output], list(named.values()), list(named))
     assert cost.calls < 200 * 8000
-    assert found.cut[0]  # the last visit alone: every use of the parameters is below it
+    assert found.cut[0]  # only the last visit: every use of the parameters is below it
     assert found.reason[1] == "runs several times, one run using the result of another"
     del output, features[:], middle, model, named
     gc.collect()
     assert alive() is None
     assert found.upstream.shape == (2, 4)
-
-
-class RandomNet:
-    """A random graph of small layers, for the identity itself: parameters, some shared, feed values into values."""
-
-    def __init__(self, seed: int) -> None:
-        draw = random.Random(seed)
-        generator = torch.Generator().manual_seed(seed)
-        self.size = draw.randint(4, 9)
-        self.parameters = [
-            torch.randn(3, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(self.size)
-        ]
-        self.plan: list[tuple[list[int], int]] = []  # the values that go in, the parameter
-        for i in range(self.size):
-            sources = sorted({draw.randint(max(0, i - 2), i) for _ in range(draw.choice([1, 1, 2]))})
-            self.plan.append((sources, draw.randrange(self.size) if draw.random() < 0.15 else i))
-        self.last = sorted({self.size, *(draw.randint(1, self.size) for _ in range(draw.choice([0, 0, 1])))})
-        self.chunk = draw.random() < 0.3
-        self.x = torch.randn(2, 3, generator=generator, dtype=torch.float64)
-
-    def run(self, parameters: list[Tensor], taps: list[Tensor] | None = None) -> tuple[Tensor, ...]:
-        """Values of all layers and the loss; ``taps`` are added to the values, to get at their gradients."""
-        values = [self.x]
-        for i, (sources, parameter) in enumerate(self.plan):
-            total = torch.stack([values[s] for s in sources]).sum(dim=0)
-            value = torch.tanh(total @ parameters[parameter])
-            if self.chunk and i == 1:
-                first, rest = value.split([1, 2], dim=1)
-                value = torch.cat([first, rest * first], dim=1)
-            values.append(value if taps is None else value + taps[i])
-        return (*values[1:], torch.stack([values[i].square().sum() for i in self.last]).sum())
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of torch itself, at the first jvp
-@pytest.mark.parametrize("seed", range(60))
-def test_cut_means_that_the_identity_holds(seed):
-    net = RandomNet(seed)
-    taps = [torch.zeros(2, 3, dtype=torch.float64, requires_grad=True) for _ in net.plan]
-    *values, loss = net.run(net.parameters, taps)
-    names = [str(i) for i in range(net.size)]
-    found = analyse([[edge_of(value)] for value in values], [loss], net.parameters, names)
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    backward = torch.autograd.grad(loss, taps, **options)
-    gradients = torch.autograd.grad(loss, net.parameters, **options)
-
-    generator = torch.Generator().manual_seed(seed)
-    updates = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in net.parameters]
-    plain = [p.detach() for p in net.parameters]
-    _, moves = torch.func.jvp(lambda *w: net.run(list(w)), tuple(plain), tuple(updates))
-    for layer, reason in enumerate(found.reason):
-        if reason == UNUSED:
-            continue
-        below = found.upstream[layer].tolist()
-        decrease = [(g * dw).sum() for g, dw, here in zip(gradients, updates, below, strict=True) if here]
-        actual, expected = (backward[layer] * moves[layer]).sum(), torch.stack(decrease).sum()
-        assert_identity(actual, expected, holds=found.cut[layer], what=f"layer {layer}: {reason}")
 
 
 def test_a_hundred_layers_take_calls_in_proportion():

@@ -1,9 +1,8 @@
-"""The structure of a step with several forwards, against what autograd computes; traces and signatures of graphs."""
+"""The structure of a step with several forwards; traces and signatures of graphs."""
 
 from __future__ import annotations
 
 import gc
-import random
 import weakref
 from collections.abc import Sequence
 
@@ -11,156 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastfs._network.structure import DID_NOT_RUN, Structure, Trace, edge_of, join, signature, trace
+from fastfs._network.structure import DID_NOT_RUN, Structure, join, signature, trace
 from tests.helpers.cost import counted
-
-UNUSED = "no output depends on it, or it is a view that was changed in place"
-NESTED = "runs several times, one run using the result of another"
-
-
-class Forward:
-    """One forward: features with their places in the graph, outputs, and those that go into the loss."""
-
-    def __init__(self, layers: int) -> None:
-        self.values: list[list[Tensor]] = [[] for _ in range(layers)]
-        self.edges: list[list[tuple[object, int] | None]] = [[] for _ in range(layers)]
-        self.outputs: list[Tensor] = []
-        self.used: list[int] = []
-
-    def see(self, layer: int, value: Tensor) -> Tensor:
-        self.values[layer].append(value)
-        self.edges[layer].append(edge_of(value))
-        return value
-
-    def trace(self, parameters: Sequence[Tensor]) -> Trace:
-        return trace(self.edges, self.outputs, parameters)
-
-
-class RandomStep:
-    """A step of random forwards over the same layers: residual, repeated, shared, left out, with heads that are unused.
-
-    Layer l has the parameter l, and sometimes that of another one. Forwards draw a plan anew, or keep the last one.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.draw = draw = random.Random(seed)
-        generator = torch.Generator().manual_seed(seed)
-        self.layers = draw.randint(2, 6)
-
-        def numbers(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.parameters = [numbers(3, 3).requires_grad_() for _ in range(self.layers + 1)]
-        self.forwards: list[Forward] = []
-        state: Tensor | None = None
-        plan = self._plan()
-        for _ in range(draw.choice([1, 1, 2, 3])):
-            if draw.random() < 0.5:
-                plan = self._plan()
-            x = numbers(2, 3).requires_grad_(draw.random() < 0.2)
-            if state is not None and draw.random() < 0.25:  # goes on where the forward before has stopped
-                x = x + state
-            self.forwards.append(self._run(plan, x))
-            state = draw.choice(self.forwards[-1].outputs)
-        self.loss = torch.stack(
-            [(f.outputs[i] * numbers(2, 3)).square().sum() for f in self.forwards for i in f.used]
-        ).sum()
-
-    def _plan(self) -> list[tuple[int, list[int], list[int], str]]:
-        """Layer, the values that go in, its parameters, and what is done with the value; then the outputs."""
-        draw, plan = self.draw, []
-        order = [layer for layer in range(self.layers) if draw.random() < 0.9]
-        if draw.random() < 0.5:
-            order.insert(draw.randint(0, len(order)), draw.randrange(self.layers))
-        for number, layer in enumerate(order):
-            sources = sorted({draw.randint(max(0, number - 2), number) for _ in range(draw.choice([1, 1, 2]))})
-            own = [layer] + ([draw.randrange(self.layers + 1)] if draw.random() < 0.15 else [])
-            plan.append((layer, sources, own, draw.choice(["", "", "", "residual", "split", "transposed"])))
-        count = draw.choice([1, 1, 2, 3])
-        plan.append((-1, sorted({draw.randint(max(len(order) - 2, 0), len(order)) for _ in range(count)}), [], ""))
-        return plan
-
-    def _run(self, plan: list[tuple[int, list[int], list[int], str]], x: Tensor) -> Forward:
-        found = Forward(self.layers)
-        values = [x]
-        for layer, sources, own, form in plan[:-1]:
-            total = torch.stack([values[s] for s in sources]).sum(dim=0)
-            value = total
-            for parameter in own:
-                matrix = self.parameters[parameter]
-                value = torch.tanh(value @ (matrix.t() if form == "transposed" else matrix))
-            if form == "split":
-                first, rest = torch.tanh(torch.cat([value, value], dim=1)).split([3, 3], dim=1)
-                value = found.see(layer, first)
-                value = value if self.draw.random() < 0.5 else value * rest
-            else:
-                value = found.see(layer, value)
-            values.append(total + value if form == "residual" else value)
-        found.outputs = [torch.tanh(values[i] @ self.parameters[-1]) if self.draw.random() < 0.3 else values[i]
-                         for i in plan[-1][1]]  # fmt: skip
-        found.used = [i for i, output in enumerate(found.outputs) if self.draw.random() < 0.8 and output.requires_grad]
-        if not found.used:
-            found.outputs.append(values[-1] @ self.parameters[0])
-            found.used = [len(found.outputs) - 1]
-        return found
-
-    def structure(self) -> Structure:
-        steps = [(f.trace(self.parameters), f.used) for f in self.forwards]
-        return join(steps, [str(i) for i in range(len(self.parameters))])
-
-
-@pytest.mark.parametrize("start", range(0, 400, 20))
-def test_a_cut_is_where_the_vector_jacobian_product_is_the_gradient(start):
-    for seed in range(start, start + 20):
-        step = RandomStep(seed)
-        found = step.structure()
-        options = {"retain_graph": True, "allow_unused": True}
-        gradients = torch.autograd.grad(step.loss, step.parameters, **options)
-        earlier = torch.zeros(len(step.parameters), dtype=torch.bool)
-        for layer in range(step.layers):
-            what = f"seed {seed}, layer {layer}: {found.reason[layer]}"
-            visits = [value for f in step.forwards for value in f.values[layer]]
-            inside = [value for value in visits if value.requires_grad]
-            if not inside:
-                assert found.reason[layer] == ("outside the autograd graph" if visits else DID_NOT_RUN), what
-                continue
-            upstream = torch.zeros(len(step.parameters), dtype=torch.bool)
-            through = [torch.zeros(3, 3, dtype=torch.float64) for _ in step.parameters]
-            arrived = 0
-            for value in inside:
-                (backward,) = torch.autograd.grad(step.loss, [value], **options)
-                arrived += backward is not None
-                b = torch.zeros_like(value) if backward is None else backward
-                for i, part in enumerate(torch.autograd.grad([value], step.parameters, [b], **options)):
-                    if part is not None:
-                        upstream[i] = True
-                        through[i] = through[i] + part
-            assert torch.equal(found.upstream[layer], upstream), what
-            wrong = [
-                i
-                for i, (g, t) in enumerate(zip(gradients, through, strict=True))
-                if upstream[i] and not torch.allclose(t, torch.zeros_like(t) if g is None else g, rtol=1e-7, atol=1e-10)
-            ]
-            if not arrived:
-                assert found.reason[layer] == UNUSED, what
-            elif found.reason[layer] == NESTED:
-                assert len(inside) > 1, what
-                assert wrong, what
-            else:
-                assert found.cut[layer] == (not wrong), what
-                assert found.past.count[layer] == len(wrong), what
-                shared = found.shared[layer].nonzero().flatten().tolist()
-                assert set(shared) <= set(wrong), what
-                assert len(shared) == found.past.twice.get(layer, 0), what
-        for row, own in zip(found.upstream, found.own, strict=True):
-            assert not (own & ~row).any()
-            assert not (own & earlier).any()
-            earlier |= own
-        assert torch.equal(earlier, found.upstream.any(dim=0))
-        assert found.counts == found.upstream.sum(dim=1).tolist()
-        assert all(a >= b for a, b in zip(found.products.tolist(), found.counts, strict=True))  # all are matrices
-        assert found.unreached == [str(i) for i, g in enumerate(gradients) if g is None]
-        del step, visits, inside
+from tests.helpers.structure_cases import NESTED, UNUSED, Forward
 
 
 class TwoHeads(nn.Module):
@@ -173,7 +25,7 @@ class TwoHeads(nn.Module):
 
 
 def watched(model: nn.Module, layers: Sequence[str], *args: object) -> Forward:
-    """A forward with hooks; its outputs are in ``outputs``, all of them used."""
+    """Run a forward with hooks; the loss uses all of its outputs."""
     found = Forward(len(layers))
     handles = [
         model.get_submodule(name).register_forward_hook(lambda _m, _a, out, i=i: void(found.see(i, first(out))))
@@ -216,7 +68,7 @@ def test_two_heads_in_one_step():
     assert found.reason == [None, why, why]
     assert found.counts == [2, 4, 4]
     assert found.own.sum(dim=1).tolist() == [2, 2, 2]
-    # one head alone
+    # a single head
     found = joined(model, watched(model, layers, torch.randn(2, 4), "a"))
     assert found.reason == [None, None, DID_NOT_RUN]
 
@@ -311,7 +163,7 @@ def test_a_trace_holds_nothing_of_the_graph():
     same = signature(forward.edges, forward.outputs, list(parameters.values()))
     node = weakref.ref(forward.outputs[0])
     del forward, middle
-    assert alive() is None  # at once: there is no cycle
+    assert alive() is None  # immediately, because there is no reference cycle
     assert node() is None
     del model, parameters
     gc.collect()
@@ -359,7 +211,7 @@ def test_signatures():
     one = signature([], [], parameters, [state])
     assert one != signature([], [], parameters, [state * 2])
     assert one == signature([], [], parameters, [state.detach()])
-    torch.randn(3, requires_grad=True).exp().sum()  # something in between
+    torch.randn(3, requires_grad=True).exp().sum()  # functions in between
     assert of(torch.randn(2, 4)) == known
     assert of(torch.randn(2, 4), True) != known
     model.head.bias.requires_grad_(False)
@@ -382,7 +234,7 @@ def test_bad_arguments():
 
 
 class Deep(nn.Module):
-    """Residual blocks, and a first layer whose weight is used at the end again."""
+    """Residual blocks, and a first layer whose weight is used again at the end."""
 
     def __init__(self, depth: int, branches: bool) -> None:
         super().__init__()
@@ -411,6 +263,6 @@ def test_many_layers_take_memory_and_calls_in_proportion(branches):
         assert len(found.upstream_sets.bounds) <= 3 * (depth + 1)
         assert len(found.own_sets.bounds) <= 3 * (depth + 1)
         assert found.cut == [not branches] * (depth + 1)
-    # 8 times the layers. Arrays of layers x layers would be seen as memory.
+    # 8 times as many layers; arrays of layers x layers would show in the memory.
     assert calls[1] < 12 * calls[0]
-    assert peaks[1] < 24 * peaks[0]  # per layer up to twice as much, then no more
+    assert peaks[1] < 24 * peaks[0]  # at most twice as much per layer

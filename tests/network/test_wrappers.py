@@ -1,4 +1,4 @@
-"""Wrappers around a model: known ones are looked through when it is run, a user's own is part of the model."""
+"""Wrappers around a model: known ones are removed when it runs, user-defined ones are part of the model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.monitor_cases import sgd, watched
 
 
 class Scaled(nn.Module):
-    """Does something of its own around its only child, with a parameter that is called as one of the child's."""
+    """A wrapper with its own forward, and a parameter with the same name as one of its only child."""
 
     def __init__(self, net, own=True):
         super().__init__()
@@ -38,7 +38,7 @@ def chain():
 
 @pytest.fixture
 def alone(tmp_path):
-    """A process group of one."""
+    """Create a process group of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -49,7 +49,7 @@ TARGET = torch.randn(32, 3, generator=torch.Generator().manual_seed(1), dtype=to
 
 
 def by_hand(model, inner):
-    """Of the layers 0 and 2: rms of the update and cosine of its angle, in one step of SGD."""
+    """Return rms and cosine of the feature update of layers 0 and 2 in one step of SGD."""
     seen = {0: [], 2: []}
     handles = [inner[i].register_forward_hook(lambda _m, _a, y, i=i: seen[i].append(y)) for i in seen]
     optimizer = sgd(model)
@@ -92,7 +92,7 @@ def test_a_wrapper_of_ones_own_is_run(options, own):
     optimizer.step()
     monitor.close()
     assert [row["name"] for row in seen] == ["0", "2"]
-    rel = 5e-2 if options.get("mode") == "jvp" else 1e-6  # that is the first-order update
+    rel = 5e-2 if options.get("mode") == "jvp" else 1e-6  # jvp measures the first-order update
     for row in seen:
         assert row["valid"], row["why"]
         for key, value in hand[row["name"]].items():
@@ -159,7 +159,7 @@ def test_known_wrappers_are_looked_through_by_class(alone):
             names = list(parameter_names(wrapped, list(model.parameters())))
             assert names == list(parameter_names(model, list(model.parameters())))
     assert unwrapped(own) is own
-    assert unwrapped(checkpoint_wrapper(net)) is not net  # its forward is called as it is
+    assert unwrapped(checkpoint_wrapper(net)) is not net  # its own forward is kept
     assert [layer.name for layer in select_layers(checkpoint_wrapper(net), "auto")] == ["blocks.0", "blocks.1"]
 
 

@@ -1,4 +1,4 @@
-"""When an alert is raised, how often, where it goes, and that a healthy run is silent."""
+"""When and how often alerts are raised, where they go, and that a healthy run raises none."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import fastfs
-from fastfs._monitor.record.alerts import (
-    Alerts,
+from fastfs._record.writing.alert_rules import (
     AngleCollapse,
     LayerFrozen,
     NonFinite,
@@ -19,13 +18,14 @@ from fastfs._monitor.record.alerts import (
     UpdateAbove,
     default_alerts,
 )
-from fastfs._monitor.record.recorder import Recorder
+from fastfs._record.writing.alerts import Alerts
+from fastfs._record.writing.recorder import Recorder
 from fastfs.models import ResNet, Transformer
 from tests.helpers.record_cases import Collecting, head, measured, predicted
 
 
 def raised(rule, *records, header=None):
-    """Step, layer and value of every alert."""
+    """Returns step, layer and value of every alert."""
     alerts = Alerts([rule], header or head())
     found = []
     for record in records:
@@ -36,11 +36,11 @@ def raised(rule, *records, header=None):
 
 
 def second(value, others):
-    """A column with a value of its own for blocks.1."""
+    """Returns a column with a different value for blocks.1."""
     return [others, value, others, others]
 
 
-def test_an_angle_collapses_after_so_many_valid_measured_steps_in_a_row():
+def test_an_angle_collapses_after_consecutive_valid_steps():
     low, fine = second(0.001, 0.5), [0.5] * 4
     rule = AngleCollapse(cosine=0.01, steps=3)
     assert raised(rule, *(measured(s, cos_angle=low) for s in range(9))) == [(2, "blocks.1", 0.001)]
@@ -48,7 +48,7 @@ def test_an_angle_collapses_after_so_many_valid_measured_steps_in_a_row():
     assert raised(rule, *(measured(s, cos_angle=low if s % 3 else fine) for s in range(9))) == []
     invalid = [measured(s, cos_angle=low, valid=second(False, True)) for s in range(9)]
     assert raised(rule, *invalid) == []
-    # Steps that were not measured, or not well, are not counted and do not break the row.
+    # Steps that are not measured or not valid do not count and do not reset the streak.
     mixed = [
         measured(0, cos_angle=low),
         invalid[1],
@@ -64,14 +64,14 @@ def test_an_alert_comes_again_only_after_its_condition_has_cleared():
     assert raised(AngleCollapse(steps=2), *records) == [(1, "blocks.1", 0.0), (7, "blocks.1", 0.0)]
 
 
-def test_a_layer_is_frozen_if_a_gradient_comes_and_nothing_moves():
+def test_a_layer_with_a_gradient_and_no_update_is_frozen():
     still = {"update_rms": second(0.0, 0.1)}
     assert raised(LayerFrozen(steps=2), *(measured(s, **still) for s in range(4))) == [(1, "blocks.1", 0.0)]
     no_gradient = {**still, "backward_rms": second(0.0, 0.1)}
     assert raised(LayerFrozen(steps=2), *(measured(s, **no_gradient) for s in range(4))) == []
 
 
-def test_layers_that_are_frozen_on_purpose_are_not_said():
+def test_layers_that_are_frozen_on_purpose_raise_no_alert():
     frozen = {"update_rms": [0.0, 0.0, 0.0, 0.0], "gradient_norm": [None, 0.0, 1.0, 1.0]}
     assert raised(LayerFrozen(steps=2), *(measured(s, **frozen) for s in range(4))) == [(1, "blocks.2", 0.0)]
 
@@ -83,7 +83,7 @@ def test_large_updates():
     assert raised(UpdateAbove(), *(measured(s, **zero) for s in range(4))) == []
 
 
-def test_nonfinite_is_said_at_once():
+def test_nonfinite_values_raise_an_alert_at_once():
     bad = measured(3, nonfinite=second(2, 0), cos_angle=second(math.nan, 0.5))
     assert raised(NonFinite(), measured(2), bad) == [(3, "blocks.1", 2.0)]
     assert raised(NonFinite(), measured(2, loss=math.nan), measured(3, loss=math.nan)) == [(2, None, None)]
@@ -129,7 +129,7 @@ def test_rules_of_one_name_are_kept_apart():
     assert {record.scalars["rule"] for record in found} == {"large update", "large update 2"}
 
 
-def test_the_state_goes_on_where_it_was():
+def test_a_restored_state_continues_the_streaks():
     rule = AngleCollapse(steps=4)
     records = [measured(s, cos_angle=second(0.0, 0.5)) for s in range(10)]
     for cut in (2, 6):
@@ -272,8 +272,8 @@ def test_a_healthy_run_is_silent(name):
     assert len(default_alerts()) == 5
 
 
-def test_a_broken_run_is_not(tmp_path):
-    """The learning rate is far too high: features change by more than their size, then the loss is gone."""
+def test_a_broken_run_raises_alerts(tmp_path):
+    """The learning rate is far too high: features change by more than their size, then the loss is not finite."""
     torch.manual_seed(1)
     model = ResNet(16, 32, 8, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=300.0)

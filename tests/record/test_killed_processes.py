@@ -1,4 +1,4 @@
-"""Processes that are killed, that fork, that leave without a word: what is on disk afterwards."""
+"""What is on disk after a process was killed, forked or exited without closing its monitor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = str(Path(__file__).parents[2])
 
 
 def run(script, *arguments, status=0, timeout=300):
-    """Runs a script in an interpreter of its own, with the helpers of the tests in reach."""
+    """Runs a script in a new interpreter that can import the helpers of the tests."""
     head = f"import sys; sys.path.insert(0, {ROOT!r})\n"
     command = [sys.executable, "-c", head + textwrap.dedent(script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
@@ -31,10 +31,10 @@ def run(script, *arguments, status=0, timeout=300):
 KILLS = """
     import json, os, random, signal, time
     from tests.helpers.record_cases import *
-    from fastfs._monitor.record.recorder import Recorder
-    from fastfs._monitor.record.parquet_sink import ParquetSink
-    from fastfs._monitor.record.sinks import as_sink
-    from fastfs._monitor.record.tensorboard_sink import TensorBoardSink
+    from fastfs._record.writing.recorder import Recorder
+    from fastfs._record.sinks.parquet_sink import ParquetSink
+    from fastfs._record.sinks.targets import as_sink
+    from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
 
     folder, kills = sys.argv[1], int(sys.argv[2])
 
@@ -83,7 +83,7 @@ def test_killed_at_any_moment_every_file_can_be_read_and_has_what_was_due(tmp_pa
     for number in range(kills):
         folder = tmp_path / str(number)
         told = json.loads((folder / "given.json").read_text())
-        # 0.05 s until a row is due, and generous time for a busy machine to write it; two waits for Parquet.
+        # A row is due after 0.05 s (twice that for Parquet); the rest of the time is for a busy machine to write it.
         due = [step for step, time in told["given"] if time < told["killed"] - 1.5]
         events = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0})
         events.Reload()
@@ -104,8 +104,8 @@ def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path):
     script = """
         import os, signal
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
         folder, start, resumed = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "resumed"
         header = head(resumed_at=start) if resumed else head()
         sinks = [as_sink(folder + "/a.jsonl"), as_sink(folder + "/a.parquet")]
@@ -129,8 +129,8 @@ def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path):
 def test_what_waits_is_written_when_the_interpreter_exits(tmp_path):
     script = """
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
         folder = sys.argv[1]
         sinks = [as_sink(folder + "/a.jsonl"), as_sink(folder + "/a.parquet"), as_sink("tensorboard:" + folder)]
         one = Recorder(sinks, head(), flush_seconds=600.0)
@@ -150,7 +150,7 @@ def test_what_waits_is_written_when_the_interpreter_exits(tmp_path):
 def test_a_sink_that_hangs_does_not_keep_the_interpreter(tmp_path):
     script = """
         import time
-        import fastfs._monitor.record.recorder as record
+        import fastfs._record.writing.recorder as record
         from tests.helpers.record_cases import *
         record._EXIT_SECONDS = 0.2
         class Hanging(Collecting):
@@ -169,10 +169,11 @@ def test_a_forked_child_neither_writes_nor_hangs(tmp_path):
     script = """
         import os, threading, time, warnings
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: forks with threads
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 deprecates forks with threads
         one = Recorder([as_sink(sys.argv[1] + "/a.jsonl")], head(), flush_seconds=0.0)
+        late = payload(10_000)  # before the forks: torch does not support new tensors in a child of a threaded process
         stop = threading.Event()
         def push():
             step = 0
@@ -186,7 +187,7 @@ def test_a_forked_child_neither_writes_nor_hangs(tmp_path):
         for number in range(8):  # at any moment, also while a lock is held
             child = os.fork()
             if not child:
-                one.push(payload(10_000), decode)
+                one.push(late, decode)
                 one.put(measured(10_001))
                 one.poll()
                 assert one.flush() is True
@@ -210,8 +211,8 @@ def test_workers_of_a_data_loader_leave_the_record_alone(tmp_path):
     script = """
         import torch, warnings
         from tests.helpers.record_cases import *
-        from fastfs._monitor.record.recorder import Recorder
-        from fastfs._monitor.record.sinks import as_sink
+        from fastfs._record.writing.recorder import Recorder
+        from fastfs._record.sinks.targets import as_sink
         warnings.simplefilter("ignore", DeprecationWarning)
         one = Recorder([as_sink(sys.argv[1] + "/a.jsonl")], head(), flush_seconds=0.0)
         data = torch.utils.data.TensorDataset(torch.arange(40))

@@ -1,4 +1,4 @@
-"""What is on disk: valid JSON whatever the numbers, complete whenever the process dies, readable by report."""
+"""Files that a monitor writes: strict JSON for any numbers, complete when the process dies, readable."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastfs
-from fastfs._monitor.record.record import COLUMNS, SCALARS, SCHEMA
-from fastfs._monitor.record.sinks import JsonlSink
-from fastfs._report import read_header
+from fastfs._record.columns import ALWAYS_PER_STEP, PER_LAYER, SCHEMA
+from fastfs._record.reading.load import read_header
+from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import measured_into, rows, sgd, train
 
@@ -78,14 +78,14 @@ def test_header_and_rows(tmp_path):
         assert line["overhead_seconds"] > 0
 
 
-def test_the_reader_gives_back_what_sinks_got(tmp_path):
+def test_the_reader_returns_what_sinks_received(tmp_path):
     path, seen = tmp_path / "record.jsonl", []
     record(path, sinks=[measured_into(seen)], rows=4, quantiles=(0.5,))
     table = fastfs.load(path)
     quantiles = {"cos_angle_q50", "update_rms_q50"}
     assert (
         set(table.columns)
-        == {"kind", "run", "step", "time", "layer", "name", "group"} | {*COLUMNS, *SCALARS} | quantiles
+        == {"kind", "run", "step", "time", "layer", "name", "group"} | {*PER_LAYER, *ALWAYS_PER_STEP} | quantiles
     )
     for row, (_, line) in zip(seen, table.iterrows(), strict=True):
         assert row.keys() <= set(table.columns)
@@ -155,7 +155,7 @@ def test_every_cut_of_a_record_can_be_read(tmp_path):
     for size in range(header, len(data), 7):
         cut.write_bytes(data[:size])
         complete = max(data[:size].count(b"\n") - 2, 0)  # without header and structure
-        assert len(fastfs.load(cut)) in (2 * complete, 2 * complete + 2)  # + 1: all but the newline was written
+        assert len(fastfs.load(cut)) in (2 * complete, 2 * complete + 2)  # one more if only its newline is missing
 
 
 def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
@@ -276,7 +276,7 @@ def test_a_sink_can_be_an_object_and_a_path(tmp_path):
 
 
 class Remembering:
-    """A sink that knows what happened to it, and fails where it is told to."""
+    """Counts its calls, and fails in the method that it is told to."""
 
     def __init__(self, fail=""):
         self.calls = []
@@ -312,7 +312,7 @@ def test_sinks_opened_so_far_are_closed_if_one_fails(tmp_path, monkeypatch):
     assert closed == ["b.jsonl"]
 
 
-def test_a_sink_that_does_not_close_is_a_warning_and_the_others_close():
+def test_a_sink_that_fails_to_close_is_a_warning_and_the_others_close():
     first, second = Remembering("close"), Remembering()
     with pytest.warns(RuntimeWarning, match=r"could not be closed: Remembering .OSError: no close") as caught:
         record(None, steps=1, sinks=[first, second])
@@ -320,7 +320,7 @@ def test_a_sink_that_does_not_close_is_a_warning_and_the_others_close():
     assert second.calls == ["open", "write", "close"]
 
 
-def test_a_closed_sink_says_so(tmp_path):
+def test_a_closed_sink_refuses_records(tmp_path):
     sink = JsonlSink(tmp_path / "record.jsonl")
     sink.close()
     sink.close()

@@ -1,4 +1,4 @@
-"""The way of a number from the device to the sinks: never waited for, bounded, in order, whatever fails."""
+"""From the device to the sinks: without waiting, with bounded memory, in order."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ops.graphs import nothing_waits
-from fastfs._monitor.record.recorder import Record, Recorder
+from fastfs._record.record import Record
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import Collecting, decode, head, measured, payload, recorder, until
 
 
 class NoItem(TorchDispatchMode):
-    """Refuses every operation that makes the host wait for a number."""
+    """Refuses operations that make the host wait for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert "_local_scalar_dense" not in str(func), func
@@ -47,7 +48,7 @@ def test_payloads_and_records_arrive_in_order():
         one.put(measured(0))
 
 
-def test_rows_are_written_when_they_are_due_also_while_the_loop_rests():
+def test_rows_are_written_when_due_even_if_the_loop_pauses():
     sink = Collecting()
     one = recorder(sink, flush_seconds=0.05)
     one.push(payload(3), decode)
@@ -66,7 +67,7 @@ def test_a_half_full_ring_is_emptied():
     one.close()
 
 
-def test_a_payload_larger_than_the_ring_makes_it_grow_and_keeps_what_waits():
+def test_a_payload_larger_than_the_ring_makes_it_grow():
     sink = Collecting()
     one = recorder(sink, capacity=10)
     before = one.device_bytes
@@ -166,7 +167,7 @@ def test_push_does_not_wait_for_a_busy_device():
 # Threads, several recorders, memory
 
 
-def test_two_recorders_do_not_know_of_each_other():
+def test_two_recorders_are_independent():
     sinks = Collecting(), Collecting()
     sinks[0].gate.clear()
     first, second = recorder(sinks[0], flush_seconds=0.0), recorder(sinks[1], flush_seconds=0.0)
@@ -204,7 +205,7 @@ def test_many_threads_may_push_while_the_writer_writes():
         assert own == sorted(own)
 
 
-def test_memory_stays_where_it_is_over_ten_thousand_steps(tmp_path):
+def test_memory_does_not_grow_over_ten_thousand_steps(tmp_path):
     columns = 5
 
     def wide(host):
@@ -239,7 +240,7 @@ def test_memory_stays_where_it_is_over_ten_thousand_steps(tmp_path):
     finally:
         tracemalloc.stop()
     assert last - first < 200_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rss < 60_000  # KB; tracemalloc's own is in it
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rss < 60_000  # KB, including the memory of tracemalloc
     buffers = [buffer.data.numel() for buffer in (one._ring._active, one._ring._spare) if buffer is not None]
     assert 1 <= len(buffers) <= 2
     assert set(buffers) == {20_000}
@@ -255,12 +256,12 @@ class Collectless(Collecting):
 
 
 def _jsonl(path):
-    from fastfs._monitor.record.sinks import JsonlSink
+    from fastfs._record.sinks.jsonl_sink import JsonlSink
 
     return JsonlSink(path)
 
 
-def test_collected_without_close_writes_what_waits():
+def test_waiting_records_are_written_when_the_recorder_is_collected():
     sink = Collecting()
     one = recorder(sink)
     one.push(payload(7), decode)

@@ -1,4 +1,4 @@
-"""Attaching a record: what is checked, what a failure leaves behind (nothing), and who is told about whom."""
+"""Attaching a record: checks of arguments, failures that leave nothing behind, warnings about other processes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from pathlib import Path
 import pytest
 
 import fastfs
-from fastfs._monitor.record.alerts import AngleCollapse
-from fastfs._monitor.record.parquet_sink import ParquetSink
-from fastfs._monitor.record.recorder import Recorder
-from fastfs._monitor.record.sinks import JsonlSink, as_sink
 from fastfs._monitor.settings import check_state, open_recorder
+from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.sinks.parquet_sink import ParquetSink
+from fastfs._record.sinks.targets import as_sink
+from fastfs._record.writing.alert_rules import AngleCollapse
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import Collecting, head, measured, recorder
 
 ROOT = str(Path(__file__).parents[2])
@@ -34,7 +35,7 @@ ROOT = str(Path(__file__).parents[2])
     "target",
     ["wandb:x", "mlflow:run", "s3://bucket/x.jsonl", "file:///x", "Tensorboard:x", "tb:x", "tensorboard:", "jsonl:a"],
 )
-def test_unknown_kinds_of_sinks_are_no_files(tmp_path, monkeypatch, target):
+def test_unknown_prefixes_are_not_file_names(tmp_path, monkeypatch, target):
     monkeypatch.chdir(tmp_path)
     for attach in (as_sink, lambda t: open_recorder(t, [], head()), lambda t: open_recorder("a.jsonl", [t], head())):
         with pytest.raises(ValueError, match=r"expected a path .*'tensorboard:FOLDER', a function .* got '") as caught:
@@ -91,7 +92,7 @@ def test_on_alert_has_to_be_a_function(tmp_path):
     "more",
     [{"metadata": {"a": "\ud800"}}, {"metadata": {1: "a", "1": "b"}}, {"run": ""}, {"layers": [3]}, {"schema": 99}],
 )
-def test_a_header_that_nobody_could_read_is_not_written(tmp_path, more):
+def test_a_header_that_readers_would_refuse_is_not_written(tmp_path, more):
     with pytest.raises(ValueError, match=r"surrogate|twice|run|layers|schema"):
         open_recorder(tmp_path / "a.jsonl", [], {**head(), **more})
     assert list(tmp_path.iterdir()) == []
@@ -206,7 +207,7 @@ def test_a_disk_that_is_full_at_the_header_leaves_nothing_behind(tmp_path, monke
         assert (tmp_path / "old.jsonl").read_text() == "x\n"
 
 
-def test_a_recorder_can_be_taken_back(tmp_path):
+def test_a_recorder_can_be_discarded(tmp_path):
     one = open_recorder(tmp_path / "x" / "a.jsonl", [f"{tmp_path}/b.parquet", f"tensorboard:{tmp_path}/tb"], head())
     threads = threading.active_count()
     one.discard()
@@ -244,10 +245,10 @@ def start(path, run, steps=0):
     return process
 
 
-def test_a_second_process_is_told_and_no_line_is_lost(tmp_path):
+def test_a_second_process_gets_a_warning_and_no_line_is_lost(tmp_path):
     path = tmp_path / "a.jsonl"
     first = start(path, "one", 200)
-    with pytest.warns(RuntimeWarning, match="a.jsonl is being written by another process, too"):
+    with pytest.warns(RuntimeWarning, match="a.jsonl is also being written by another process"):
         one = open_recorder(path, [], head(run="two"), alerts=(), flush_seconds=0.0)
     for step in range(200):
         one.put(measured(step))
@@ -259,7 +260,7 @@ def test_a_second_process_is_told_and_no_line_is_lost(tmp_path):
     assert table.groupby("run")["step"].unique().map(list).to_dict() == {
         run: list(range(200)) for run in ("one", "two")
     }
-    # One after the other: nobody else is there.
+    # One after the other: no other process has the file.
     third = start(path, "three")
     assert third.communicate("\n", timeout=60)[1] == ""
 
@@ -307,7 +308,7 @@ def test_a_line_that_another_writer_left_torn_is_not_written_on(tmp_path):
         assert fastfs.load(path)["step"].unique().tolist() == [0, 1]
 
 
-def test_two_that_go_on_with_one_run_replace_no_part_of_each_other(tmp_path):
+def test_two_processes_that_continue_a_run_replace_no_parts(tmp_path):
     first, second = ParquetSink(tmp_path), ParquetSink(tmp_path)
     for sink in (first, second):
         sink.open(head())
@@ -333,7 +334,7 @@ def test_parts_need_no_links(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part-a-000000.parquet", "part-a-000001.parquet"]
 
 
-def test_what_is_being_written_is_not_cleared_away(tmp_path):
+def test_parts_that_are_being_written_are_not_removed(tmp_path):
     left = tmp_path / ".part-a-000004.abcd.tmp"
     with left.open("xb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -345,7 +346,7 @@ def test_what_is_being_written_is_not_cleared_away(tmp_path):
     sink.close()
 
 
-def test_no_warning_is_given_for_a_file_of_ones_own(tmp_path):
+def test_a_file_of_this_process_alone_causes_no_warning(tmp_path):
     path = tmp_path / "a.jsonl"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Sinks that hang, fail, recover, or never close: what it costs the record, and that it costs training nothing."""
+"""Sinks that hang, fail, recover or never close: what the record loses, and that training is not affected."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import fastfs
-from fastfs._monitor.record.alerts import Finding
-from fastfs._monitor.record.recorder import Recorder
-from fastfs._monitor.record.sinks import JsonlSink
+from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.writing.alert_rules import Finding
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import SOON, Collecting, decode, head, measured, payload, recorder, until
 
 
-def test_a_hanging_sink_costs_records_but_no_time_and_no_memory():
+def test_a_hanging_sink_drops_records_without_time_or_memory():
     sink = Collecting()
     sink.gate.clear()
     one = recorder(sink, capacity=400, flush_seconds=0.0)
@@ -25,7 +25,7 @@ def test_a_hanging_sink_costs_records_but_no_time_and_no_memory():
     for step in range(1, 1000):
         one.push(payload(step), decode)
     assert time.perf_counter() - start < 5.0
-    with pytest.warns(RuntimeWarning, match="rows are dropped, since the sinks take them more slowly") as caught:
+    with pytest.warns(RuntimeWarning, match="rows are dropped because the sinks are too slow") as caught:
         assert not one.flush(timeout=0.05)
     assert len(caught) == 1
     assert one.dropped == 999 - 100
@@ -41,8 +41,8 @@ def test_a_hanging_sink_costs_records_but_no_time_and_no_memory():
 
 
 @pytest.mark.parametrize("then", ["push", "flush", "close"])
-def test_an_interrupt_that_leaves_the_lock_held_stalls_nothing(then):
-    """It may come after the last line of a ``with`` block and before the release."""
+def test_an_interrupt_that_leaves_the_lock_held_blocks_nothing(then):
+    """It may arrive after the last line of a ``with`` block and before the lock is released."""
     sink = Collecting()
     one = recorder(sink, flush_seconds=0.0)
     one.push(payload(0), decode)
@@ -69,7 +69,7 @@ def test_close_does_not_wait_for_ever():
     assert sink.steps == [0]
 
 
-def test_a_failing_sink_warns_once_is_tried_again_and_spares_the_others():
+def test_a_failing_sink_warns_once_and_is_retried_and_others_go_on():
     bad, good = Collecting(), Collecting()
     bad.error = OSError(28, "No space left on device")
     one = recorder(bad, good, flush_seconds=0.0)
@@ -91,7 +91,7 @@ def test_a_failing_sink_warns_once_is_tried_again_and_spares_the_others():
     assert good.steps == bad.steps
 
 
-def test_what_could_not_be_written_is_said_at_the_end():
+def test_close_warns_of_records_that_could_not_be_written():
     bad = Collecting()
     bad.error = OSError("gone")
     one = recorder(bad)
@@ -115,8 +115,8 @@ def test_the_backlog_of_a_failing_sink_is_bounded():
         one.put(measured(step))
     with pytest.warns(RuntimeWarning, match="gone"):
         assert not one.flush()
-    (outlet,) = one._writer.outlets
-    assert outlet.report() == {"sink": "Collecting", "waiting": 10, "lost": 40, "values": 10 * size}
+    (queue,) = one._writer.queues
+    assert queue.report() == {"sink": "Collecting", "waiting": 10, "lost": 40, "values": 10 * size}
     bad.error = None
     with pytest.warns(RuntimeWarning, match="40 records could not be written"):
         one.close()
@@ -147,7 +147,7 @@ def test_an_error_in_decode_loses_its_row_only():
     one = recorder(sink)
     for step in range(6):
         one.push(payload(step), broken if step in (2, 3) else decode)
-    with pytest.warns(RuntimeWarning, match="could not be made .* is lost .ZeroDivisionError: in decode") as caught:
+    with pytest.warns(RuntimeWarning, match="could not be decoded and is lost .ZeroDivisionError: in decode") as caught:
         one.close()
     assert len(caught) == 1
     assert sink.steps == [0, 1, 4, 5]
@@ -159,7 +159,7 @@ def test_warnings_are_raised_in_the_training_thread():
     one = recorder(sink, flush_seconds=0.0)
     one.put(measured(0))
     until(lambda: len(one._messages) == 1)
-    with pytest.raises(RuntimeWarning, match="gone"):  # an error here, as all tests have it
+    with pytest.raises(RuntimeWarning, match="gone"):  # an error: the tests run with warnings as errors
         one.poll()
     sink.error = None
     one.close()
@@ -178,11 +178,11 @@ def test_a_sink_that_does_not_open_leaves_the_others_closed():
     assert threading.active_count() == threads
 
 
-# What is no Exception: it ends neither the thread nor training, and costs the other sinks nothing
+# Exceptions that do not derive from Exception end neither the thread nor training, and do not affect other sinks
 
 
 class Panic(BaseException):
-    """As the exceptions of Rust extensions."""
+    """Derives from BaseException, like the exceptions of Rust extensions."""
 
 
 class Speechless(Exception):
@@ -222,7 +222,7 @@ class Raising(Collecting):
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("method", ["write", "flush", "due", "close"])
-def test_whatever_a_sink_raises_the_others_get_every_row(method, error):
+def test_other_sinks_get_every_row_whatever_a_sink_raises(method, error):
     bad, good = Raising(method, error), Collecting()
     one = recorder(bad, good, flush_seconds=0.0)
 
@@ -243,7 +243,7 @@ def test_whatever_a_sink_raises_the_others_get_every_row(method, error):
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
-def test_whatever_decode_or_a_rule_raises_the_rows_go_on(error):
+def test_later_rows_are_written_whatever_decode_or_a_rule_raises(error):
     def broken(host):
         raise error
 
@@ -257,26 +257,26 @@ def test_whatever_decode_or_a_rule_raises_the_rows_go_on(error):
     with pytest.warns(RuntimeWarning, match=type(error).__name__) as told:
         one.close()
     assert sink.steps == [0, 2, 3]
-    assert sum("could not be made" in str(w.message) for w in told) == 1
+    assert sum("could not be decoded" in str(w.message) for w in told) == 1
     assert sum("alert rule rule failed" in str(w.message) for w in told) == 1
 
 
 class Odd:
-    """A rule whose judgements are of no use."""
+    """A rule with a fixed result."""
 
     name, steps = "odd", 1
 
-    def __init__(self, judgement):
-        self.judgement = judgement
+    def __init__(self, findings):
+        self.findings = findings
 
-    def judge(self, record, header):
-        return self.judgement
+    def check(self, record, header):
+        return self.findings
 
 
-@pytest.mark.parametrize("judgement", [None, 3, {("a",): 1}, {"blocks.0": 5}, {"blocks.0": Finding("x", "text")}])
-def test_a_rule_that_judges_nonsense_is_said_and_costs_nothing(judgement):
+@pytest.mark.parametrize("findings", [None, 3, {("a",): 1}, {"blocks.0": 5}, {"blocks.0": Finding("x", "text")}])
+def test_a_rule_with_an_invalid_result_causes_a_warning_and_loses_nothing(findings):
     sink = Collecting()
-    one = recorder(sink, alerts=[Odd(judgement)])
+    one = recorder(sink, alerts=[Odd(findings)])
     for step in range(3):
         one.put(measured(step))
     with pytest.warns(RuntimeWarning, match="alert rule odd failed"):
@@ -311,7 +311,7 @@ def test_on_alert_may_end_training(error):
 
 
 @pytest.mark.parametrize("error", [Panic("no"), ValueError("no"), Speechless()])
-def test_what_else_on_alert_raises_is_a_warning(error):
+def test_other_exceptions_of_on_alert_become_warnings(error):
     def fails(alert):
         raise error
 

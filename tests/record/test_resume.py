@@ -1,4 +1,4 @@
-"""A run that stops and goes on in another process: one id, one record, no step twice."""
+"""A run that stops and is resumed by another process: one id, one record, no repeated step."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def process(folder, saved, last):
 def test_a_resumed_run_is_one_continuous_run_in_every_sink(tmp_path):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     process(straight, -1, 14)
-    first = process(parts, 6, 9)  # goes on for 3 steps that will be done again
+    first = process(parts, 6, 9)  # continues for 3 steps that the next process repeats
     second = process(parts, 10, 12)
     third = process(parts, -1, 14)
     assert first == second == third
@@ -76,7 +76,7 @@ def test_a_resumed_run_is_one_continuous_run_in_every_sink(tmp_path):
         assert table["step"].tolist() == [step for step in range(14) for _ in range(2)]
         assert table["kind"].tolist() == expected["kind"].tolist()
         assert [header.get("resumed_at") for header in table.attrs["headers"]] == [None, 6, 10]
-        # The numbers go on as if nothing had happened, predictions with the last angle among them.
+        # Values continue as if nothing had happened, including predictions with the last angle.
         for key in ("update_rms", "backward_rms", "aligned_decrease", "angle"):
             for a, b in zip(table[key], expected[key], strict=True):
                 assert a == pytest.approx(b, rel=1e-6, nan_ok=True), key
@@ -88,7 +88,7 @@ def test_a_resumed_run_is_one_continuous_run_in_every_sink(tmp_path):
     assert [event.step for event in events.Scalars("fastfs/angle/blocks.0")] == [0, 4, 8, 12]
 
 
-def test_the_state_is_plain_and_small(tmp_path):
+def test_the_state_is_small_plain_data(tmp_path):
     model, optimizer, _, monitor = watched(every=2, aligned_every=1)
     train(model, optimizer, 3)
     state = monitor.state_dict()
@@ -98,19 +98,19 @@ def test_the_state_is_plain_and_small(tmp_path):
     assert loaded["step"] == 3
     assert loaded["recorder"]["run"] == monitor.run
     assert loaded["engine"]["layers"] == list(monitor.layers)
-    (kind,), (expected,) = loaded["engine"]["knowledge"]["kinds"], state["engine"]["knowledge"]["kinds"]
+    (kind,), (expected,) = loaded["engine"]["learned_structure"]["steps"], state["engine"]["learned_structure"]["steps"]
     assert torch.equal(kind["cosine"], expected["cosine"])
     monitor.close()
 
 
-def test_predictions_go_on_with_the_last_angle(tmp_path):
-    """Before anything has been measured again."""
+def test_predictions_continue_with_the_last_angle(tmp_path):
+    """Even before anything has been measured again."""
     torch.manual_seed(0)
     model, optimizer, _, monitor = watched(every=100, aligned_every=1)
     train(model, optimizer, 3)
     state = monitor.state_dict()
     monitor.close()
-    (kind,) = state["engine"]["knowledge"]["kinds"]
+    (kind,) = state["engine"]["learned_structure"]["steps"]
     cosines = kind["cosine"].tolist()
     assert all(0.05 < cosine < 1 for cosine in cosines)
     seen = []
@@ -150,7 +150,7 @@ def test_wrong_states_are_refused():
     assert [row["step"] for row in seen] == [0, 0]
 
 
-def test_the_schedule_goes_on_where_it_was(tmp_path):
+def test_the_schedule_continues(tmp_path):
     path = tmp_path / "record.jsonl"
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)

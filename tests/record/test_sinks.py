@@ -1,4 +1,4 @@
-"""Real files of every sink, read back by the programs that they are for."""
+"""Files of every sink, read back by the programs that they are made for."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fastfs
-from fastfs._monitor.record.parquet_sink import ParquetSink
-from fastfs._monitor.record.recorder import Record, Recorder
-from fastfs._monitor.record.sinks import CallableSink, JsonlSink, PartlyWrittenError, as_sink
-from fastfs._monitor.record.tensorboard_sink import TensorBoardSink
+from fastfs._record.record import Record
+from fastfs._record.sinks.callable_sink import CallableSink
+from fastfs._record.sinks.jsonl_sink import JsonlSink
+from fastfs._record.sinks.parquet_sink import ParquetSink
+from fastfs._record.sinks.protocol import PartlyWrittenError
+from fastfs._record.sinks.targets import as_sink
+from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
+from fastfs._record.writing.recorder import Recorder
 from tests.helpers.record_cases import LAYERS, Collecting, alert, decode, head, measured, payload, predicted
 
 SKIPPED = Record("skipped", 3, 103.0, {"reason": "the gradient scaler found infinities"})
@@ -47,7 +51,7 @@ def texts(events, tag):
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(f"{tag}/text_summary")]
 
 
-# Which is which
+# Targets
 
 
 def test_paths_and_functions_become_sinks(tmp_path):
@@ -75,8 +79,8 @@ def test_paths_and_functions_become_sinks(tmp_path):
     ("module", "target", "extra"),
     [("tensorboard", "tensorboard:x", "tensorboard"), ("pyarrow", "x.parquet", "parquet")],
 )
-def test_a_missing_extra_is_said_when_the_sink_is_made(tmp_path, module, target, extra):
-    make = f"from fastfs._monitor.record.sinks import as_sink; as_sink({target!r})"
+def test_a_sink_without_its_extra_says_what_to_install(tmp_path, module, target, extra):
+    make = f"from fastfs._record.sinks.targets import as_sink; as_sink({target!r})"
     script = f"import sys; sys.modules[{module!r}] = None; {make}"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
@@ -133,8 +137,8 @@ DISK_FULL = """
     import os, resource, signal, sys, warnings
     sys.path.insert(0, {root!r})
     from tests.helpers.record_cases import *
-    from fastfs._monitor.record.recorder import Recorder
-    from fastfs._monitor.record.sinks import as_sink
+    from fastfs._record.writing.recorder import Recorder
+    from fastfs._record.sinks.targets import as_sink
     warnings.simplefilter("always")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     one = Recorder(
@@ -151,7 +155,7 @@ DISK_FULL = """
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "tensorboard:tb"])
-def test_a_full_disk_costs_nothing_once_there_is_room_again(tmp_path, name):
+def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path, name):
     target = name.replace("tb", str(tmp_path / "tb")) if ":" in name else str(tmp_path / name)
     script = textwrap.dedent(DISK_FULL).format(root=str(Path(__file__).parents[2]), target=target)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
@@ -217,7 +221,7 @@ def test_tensorboard_can_show_every_step(tmp_path):
     assert [e.step for e in events.Scalars("fastfs/update_rms/blocks.0")] == [0, 4]
 
 
-def test_tensorboard_forgets_steps_that_a_resumed_run_does_again(tmp_path):
+def test_tensorboard_drops_steps_that_a_resumed_run_repeats(tmp_path):
     filled(TensorBoardSink(tmp_path), records=[measured(step) for step in range(10)])
     filled(TensorBoardSink(tmp_path), head(resumed_at=6), [measured(step, loss=0.25) for step in range(6, 12)])
     scalars = tensorboard(tmp_path).Scalars("fastfs/loss")
@@ -242,12 +246,12 @@ def test_parquet_gives_the_table_that_jsonl_gives(tmp_path):
     first, second = fastfs.load(tmp_path / "a.jsonl"), fastfs.load(tmp_path / "a.parquet")
     pd.testing.assert_frame_equal(first, second)
     assert first.attrs == second.attrs
-    whole = pd.read_parquet(tmp_path / "a.parquet")  # by any other program
+    whole = pd.read_parquet(tmp_path / "a.parquet")  # as other programs read it
     assert whole["angle"].notna().sum() == 4
     assert len(whole) == len(first)
 
 
-def test_parquet_parts_come_when_they_are_due(tmp_path):
+def test_parquet_parts_are_written_when_due(tmp_path):
     sink = ParquetSink(tmp_path, part_seconds=1000.0, part_rows=8)
     sink.open(head())
     assert len(list(tmp_path.iterdir())) == 1  # the header
@@ -270,7 +274,7 @@ def test_parquet_parts_come_when_they_are_due(tmp_path):
         ParquetSink(tmp_path, part_rows=0)
 
 
-def test_parquet_parts_come_in_time_while_the_loop_rests(tmp_path):
+def test_parquet_parts_are_written_even_if_the_loop_pauses(tmp_path):
     sink = ParquetSink(tmp_path, part_seconds=0.1)
     one = Recorder([sink], head(), alerts=(), flush_seconds=0.05)
     one.push(payload(5), decode)
@@ -302,7 +306,7 @@ def test_a_part_that_cannot_be_written_is_kept_and_written_later(tmp_path, monke
     assert fastfs.load(tmp_path)["step"].unique().tolist() == [0, 1]
 
 
-def test_parquet_clears_away_what_a_kill_left_of_its_own_run(tmp_path):
+def test_parquet_removes_temporary_files_that_its_killed_run_left(tmp_path):
     (tmp_path / ".part-a-000004.tmp").write_bytes(b"torn")
     (tmp_path / ".part-b-000004.tmp").write_bytes(b"somebody writes here")
     filled(ParquetSink(tmp_path))

@@ -1,4 +1,4 @@
-"""Pictures of records of any size, also of those with nothing to show."""
+"""Pictures of records of any size, including empty ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import pytest
 
-from fastfs._monitor.record.recorder import SCHEMA, Record
-from fastfs._monitor.record.sinks import JsonlSink
+from fastfs._record.columns import SCHEMA
+from fastfs._record.reading.load import load
+from fastfs._record.record import Record
+from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._report.plots import PLOTS, plot_layers, plot_record
-from fastfs._report.read import load
 
 
 def write(path, layers, steps, angle=lambda step, layer: 1.0 + 0.1 * math.sin(step + layer), run="a", prefix="blocks."):
@@ -73,7 +74,7 @@ def test_many_layers_get_a_color_bar_instead_of_names(tmp_path):
     assert len(heat.get_yticks()) <= 12
 
 
-def test_layers_without_numbers_are_grey_and_said_so(tmp_path):
+def test_layers_without_values_are_gray_and_labelled(tmp_path):
     path = write(tmp_path / "record.jsonl", 3, range(4), angle=lambda step, layer: math.nan if layer == 1 else 1.0)
     figure = plot_layers(measured(path), PLOTS[0])
     assert "grey: not measured" in figure.axes[0].get_xlabel()
@@ -108,7 +109,7 @@ def test_without_matplotlib_plots_say_what_to_install():
     assert 'fastfs._report.plots needs matplotlib: pip install "fastfs[plot]"' in done.stderr
 
 
-def test_fastfs_itself_stays_light():
+def test_importing_fastfs_imports_no_optional_packages():
     script = (
         "import sys, fastfs; fastfs.Monitor, fastfs.feature_stats; import fastfs.models; "
         "names = ('matplotlib', 'pandas', 'pyarrow', 'tensorboard', 'rich', 'typer', 'sklearn', 'scipy'); "

@@ -54,7 +54,7 @@ def load(browser, page, width=1280, *, dark=False):
 
 
 def assert_clean(browser, page):
-    browser.evaluate("new Promise((done) => setTimeout(done, 100))")  # what is still under way
+    browser.evaluate("new Promise((done) => setTimeout(done, 100))")  # for pending events
     assert browser.problems == []
     outside = [url for url in browser.requests if not url.startswith(("data:", "blob:"))]
     assert outside == [page.resolve().as_uri()]
@@ -159,7 +159,7 @@ def test_no_button_sends_anything_anywhere(browser, pages, name):
     assert sorted(titles) == ["Download plot as a PNG", "Pan", "Reset axes", "Zoom", "Zoom in", "Zoom out"]
     assert browser.evaluate("document.querySelectorAll('a[href], form, iframe').length") == 0
     assert browser.evaluate("Plotly.toImage('heat', {format: 'png'}).then((url) => url.length)") > 1000
-    # The page forbids what it should never do, whatever asks for it.
+    # The content security policy forbids requests, whatever causes them.
     refused = "fetch('http://127.0.0.1:9/').then(() => 'sent', () => 'refused')"
     assert browser.evaluate(refused) == "refused"
     assert any("Content Security Policy" in problem for problem in browser.problems)
@@ -176,7 +176,7 @@ def test_zooming_one_plot_moves_the_others(browser, pages):
 
 
 def hover(browser, row, column):
-    """Put the mouse on a cell; the text of the tooltip."""
+    """Moves the mouse to a cell. Returns the text of the tooltip."""
     browser.move(5, 5)
     browser.evaluate("document.getElementById('heat').scrollIntoView({block: 'center'})")
     x, y = heat(
@@ -190,7 +190,7 @@ def hover(browser, row, column):
     return browser.evaluate("document.getElementById('tip').textContent")
 
 
-def test_hovering_tells_values_validity_and_reasons(browser, pages):
+def test_the_tooltip_shows_values_validity_and_reasons(browser, pages):
     load(browser, pages["small"])
     width = heat(browser, "plot.data[0].x.length")
     flags = browser.evaluate("[...data.measured.invalid]")
@@ -211,7 +211,7 @@ def test_hovering_tells_values_validity_and_reasons(browser, pages):
     assert heat(browser, "plot.data.some((t) => t.name === 'not valid')") is False
 
 
-def test_hovering_a_thinned_page_tells_what_a_cell_stands_for(browser, pages):
+def test_the_tooltip_of_a_thinned_page_says_what_a_cell_represents(browser, pages):
     load(browser, pages["large"])
     assert "recorded steps" in hover(browser, 50, 100)
     assert "of 10,000 measured steps are drawn" in browser.evaluate("document.getElementById('thinned').textContent")
@@ -247,7 +247,7 @@ def test_alerts_are_listed_and_marked(browser, pages):
     assert heat(browser, "plot.data.find((t) => t.name === 'alerts').x") == [6]
 
 
-def test_names_are_text_and_nothing_else(browser, pages):
+def test_names_are_plain_text(browser, pages):
     load(browser, pages["evil"])
     assert browser.evaluate("document.querySelector('#picks button').textContent") == EVIL
     assert browser.evaluate("document.querySelector('#structure tbody td:nth-child(2)').textContent") == EVIL

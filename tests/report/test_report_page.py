@@ -1,4 +1,4 @@
-"""The report page without a browser: what is thinned, what is kept, what is escaped, how large it gets."""
+"""The report page without a browser: thinning, escaping, size."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 import pandas
 import pytest
 
+from fastfs._record.reading.load import load
 from fastfs._report import summary
 from fastfs._report.grids import Grid, make_grid, predicted_before, thin, thin_series
 from fastfs._report.page import build_page, page_data, write_page
 from fastfs._report.quantities import QUANTITIES
-from fastfs._report.read import load
 from tests.helpers import report_cases as cases
 
 MOST_BYTES = 15_000_000
 
 
 def data_of(page):
-    """The data as the browser reads it: the text of the element up to the first thing that ends a script."""
+    """The data as a browser reads it: the text of the element up to the first end of a script."""
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script', page, re.S)[1])
 
 
@@ -39,7 +39,7 @@ def grid_of(steps, invalid):
 
 
 def large_table(layers=100, steps=10_000, every=1, seed=0):
-    """What `load` gives for a large run, without the detour over a file; 2 % of the cells are not valid."""
+    """A table of a large run as `load` returns it; 2 % of the cells are not valid."""
     random = np.random.default_rng(seed)
     size = layers * len(range(0, steps, every))
     columns = {q.key: random.random(size).astype(np.float32) for q in QUANTITIES}
@@ -104,7 +104,7 @@ def test_thinning_keeps_alerts_and_says_how_many_cells_were_not_valid(most):
     assert kept.merged.sum() == 100
     assert kept.invalid.sum(axis=1).tolist() == [1, 4, 1]
     shown = np.array(steps)[kept.index]
-    assert 420 in shown  # the step that the alert at 424 came after
+    assert 420 in shown  # the last measured step before the alert at 424
     if most >= 20:
         assert 880 in shown
         assert 570 in shown
@@ -128,7 +128,7 @@ def test_a_line_keeps_its_spikes():
     assert (values[steps] == kept).all()
 
 
-def test_prediction_is_the_last_since_the_measurement_before():
+def test_the_prediction_is_the_last_one_since_the_previous_measurement():
     def grid(steps, speed):
         values = np.array([speed], dtype=np.float32)
         return Grid(*(np.array(steps),) * 4, {"update_rms": values}, np.zeros((1, len(steps)), bool), values, [])
@@ -150,7 +150,7 @@ def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path):
     assert column(data["measured"], "angle")[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_nothing_of_the_record_can_leave_its_element(tmp_path):
+def test_no_text_of_the_record_can_end_its_element(tmp_path):
     evil = "</script><script>alert(1)</script><!-- <b>@@plotly.js@@ &amp; \u2028 \\u003c"
     lines = cases.run_lines(2, 3, names=[evil, "b"])
     lines[0]["metadata"] = {evil: [evil]}
@@ -166,7 +166,7 @@ def test_nothing_of_the_record_can_leave_its_element(tmp_path):
     assert [f"metadata: {evil}", json.dumps([evil])] in data["facts"]
     title = re.search(r"<title>(.*?)</title>", page, re.S)[1]
     assert "<" not in title
-    # Its own text, plotly.js and the data: nothing that a browser would fetch.
+    # Apart from its text, plotly.js and the data there is nothing that a browser would fetch.
     outside = page.replace(re.search(r"<script>/\*\*\n\* plotly.*?</script>", page, re.S)[0], "")
     targets = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)""", outside.split('<script id="data"')[0])
     assert targets == ["data:,"]
@@ -197,7 +197,7 @@ def test_only_predictions(tmp_path):
     assert "No step was measured" in data["findings"][0]
 
 
-def test_no_valid_angle_is_said(tmp_path):
+def test_the_page_says_that_no_angle_is_valid(tmp_path):
     data = page_data(load(cases.write(tmp_path / "record.jsonl", cases.run_lines(4, 10, invalid=1.0))))
     assert any("No angle of this run is valid" in text and "noise floor" in text for text in data["findings"])
     assert next(card for card in data["cards"] if card["label"] == "Angles valid")["value"] == "0 %"
@@ -211,7 +211,7 @@ def test_numbers_that_are_missing_or_not_finite(tmp_path):
     row["loss"] = None
     data = page_data(load(cases.write(tmp_path / "record.jsonl", [cases.header(names), row])))
     assert np.isnan(column(data["measured"], "angle")[0, 0])
-    assert np.isnan(column(data["measured"], "update_rms")).all()  # beyond float32
+    assert np.isnan(column(data["measured"], "update_rms")).all()  # overflows float32
     assert data["loss"]["steps"] == []
     assert "new_column" in {q["key"] for q in data["measured"]["quantities"]}
 
@@ -239,7 +239,7 @@ def test_a_large_run_stays_small():
     merged = column(part, "invalid_merged", "<u2")
     assert merged.sum() == (~large_table()["valid"]).sum()
     assert any("of 10,000 measured steps are drawn" in text for text in data["thinned"])
-    # A column is one step as it was recorded.
+    # A column is a single step as it was recorded.
     table = large_table()
     step = part["steps"][3]
     expected = table.loc[table["step"] == step, "angle"].to_numpy()

@@ -1,7 +1,8 @@
-"""The live table: reading a record that grows, tears, goes and comes; what is shown of it, on a real terminal too."""
+"""``fastfs watch``: what it shows of a record, also on a real terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -17,141 +18,34 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastfs._report import follow
-from fastfs._report.follow import Follower
-from fastfs._report.locate import find_record
-from fastfs._report.watch import RunState, screen, watch
+from fastfs._record.reading.latest import LatestRun
+from fastfs._record.reading.locate import find_record
+from fastfs._record.schema import Checker
+from fastfs._report.watch import screen, watch
 from tests.helpers import report_cases as cases
+from tests.helpers.report_cases import append
 
 NOW = cases.START + 1000
 
 
+def checked(lines):
+    """Checks lines as a follower does, and drops those that do not conform."""
+    checker, found = Checker(), []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            found.append(checker.check(line))
+    return found
+
+
 def text_of(lines, width=120, height=None, order="worst", search="", now=NOW):
-    state = RunState()
-    state.update(lines)
+    state = LatestRun()
+    state.update(checked(lines))
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(screen(state, now=now, width=width, height=height, order=order, search=search))
     return console.export_text()
 
 
-def append(path, *records, end=b"\n"):
-    with path.open("ab") as file:
-        file.write(b"\n".join(json.dumps(record).encode() for record in records) + end)
-
-
 NAMES = cases.names_of(2)
-
-
-@pytest.fixture
-def record(tmp_path):
-    path = tmp_path / "record.jsonl"
-    append(path, cases.header(NAMES))
-    return path
-
-
-def steps(news):
-    return [line["step"] for line in news.records if line["kind"] in ("measured", "predicted")]
-
-
-def test_only_what_is_new_is_read(record):
-    follower = Follower(record)
-    assert [line["kind"] for line in follower.poll().records] == ["header"]
-    assert follower.poll().records == []
-    append(record, cases.measured(NAMES, 0), cases.predicted(NAMES, 1), cases.alert(1), cases.predicted(NAMES, 2))
-    news = follower.poll()
-    assert [line["kind"] for line in news.records] == ["measured", "predicted", "alert", "predicted"]
-    assert not news.restarted
-    # What was read before may change and nobody looks: it is not read again.
-    start = follow._START
-    content = record.read_bytes()
-    with record.open("r+b") as file:
-        file.seek(start)
-        file.write(b" " * (len(content) - start - 1))
-    append(record, cases.measured(NAMES, 3))
-    news = follower.poll()
-    assert steps(news) == [3]
-    assert news.unreadable == 0
-
-
-def test_torn_lines_are_waited_for(record):
-    follower = Follower(record)
-    follower.poll()
-    line = json.dumps(cases.measured(NAMES, 0)).encode()
-    for cut in (1, len(line) // 2):
-        append(record, end=line[:cut])
-        line = line[cut:]
-        assert follower.poll().records == []
-    append(record, end=line + b"\n")
-    assert steps(follower.poll()) == [0]
-
-
-def test_lines_that_cannot_be_read_are_counted(record):
-    follower = Follower(record)
-    append(record, end=b'{"kind": "measured", "run": "r1", "ste\n')
-    append(record, cases.measured(NAMES, 1), end=b"\n\n[]\n")
-    news = follower.poll()
-    assert steps(news) == [1]
-    assert news.unreadable == 2
-
-
-def test_a_file_that_goes_and_comes(record):
-    follower = Follower(record)
-    append(record, cases.measured(NAMES, 0))
-    follower.poll()
-    record.unlink()
-    news = follower.poll()
-    assert (news.exists, news.records) == (False, [])
-    assert not follower.poll().exists
-    append(record, cases.header(NAMES, run="r2"), cases.measured(NAMES, 7, run="r2"))
-    assert steps(follower.poll()) == [7]
-
-
-@pytest.mark.parametrize("grown", [False, True])
-def test_a_file_that_is_cut_short_or_written_anew(record, grown):
-    follower = Follower(record)
-    append(record, cases.measured(NAMES, 0), cases.measured(NAMES, 1))
-    follower.poll()
-    record.write_bytes(b"")
-    append(
-        record, cases.header(NAMES, run="r2"), *(cases.measured(NAMES, s, run="r2") for s in range(9 if grown else 1))
-    )
-    news = follower.poll()
-    assert news.restarted
-    assert steps(news) == list(range(9 if grown else 1))
-    append(record, cases.measured(NAMES, 20, run="r2"))
-    news = follower.poll()
-    assert not news.restarted
-    assert steps(news) == [20]
-
-
-def test_a_file_that_is_replaced(record, tmp_path):
-    follower = Follower(record)
-    append(record, cases.measured(NAMES, 0))
-    follower.poll()
-    other = tmp_path / "other"
-    append(other, *cases.run_lines(2, 9))
-    other.replace(record)
-    news = follower.poll()
-    assert news.restarted
-    assert steps(news) == list(range(9))
-
-
-def test_of_a_long_record_the_last_rows_and_all_else_are_parsed(record, monkeypatch):
-    monkeypatch.setattr(follow, "_CHUNK", 1000)  # lines across chunks
-    lines = [line for s in range(300) for line in (cases.measured(NAMES, 2 * s), cases.predicted(NAMES, 2 * s + 1))]
-    lines[10:10] = [cases.alert(5), cases.structure(NAMES)]
-    append(record, *lines)
-    news = Follower(record).poll()
-    assert [line["kind"] for line in news.records[:3]] == ["header", "alert", "structure"]
-    assert steps(news) == list(range(600 - 128, 600))
-
-
-@pytest.mark.parametrize("content", [b"PAR1 and then some", b'{"kind": "measured"}\n', b"[]\n", b"{nothing\n"])
-def test_what_is_no_record_is_refused(tmp_path, content):
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="not a record"):
-        Follower(path).poll()
 
 
 def test_the_table_has_the_last_numbers():
@@ -190,7 +84,7 @@ def test_a_hundred_layers_fit_and_the_worst_are_shown(width, height):
     assert len(shown) <= height
     assert max(map(len, shown)) <= width
     layers = re.findall(r"blocks\.\d+(?= )", "\n".join(shown[5:]))
-    assert layers[:2] == ["blocks.1", "blocks.42"]  # the alert, then what is not valid
+    assert layers[:2] == ["blocks.1", "blocks.42"]  # first the alert, then the row that is not valid
     assert "worst of 100" in text
     ordered = text_of(lines, width, height, order="layer")
     assert "blocks.0 " in ordered
@@ -200,7 +94,7 @@ def test_a_hundred_layers_fit_and_the_worst_are_shown(width, height):
     assert "blocks.1 " not in found.split("valid")[1]
 
 
-def test_another_run_in_the_same_file_starts_afresh_and_a_resumed_one_goes_on():
+def test_another_run_starts_afresh_and_a_resumed_run_continues():
     lines = cases.run_lines(3, 5, alerts=(2,))
     resumed = [cases.header(cases.names_of(3), resumed_at=3), cases.measured(cases.names_of(3), 3)]
     text = text_of([*lines, *resumed])
@@ -221,12 +115,16 @@ def test_control_characters_do_not_reach_the_terminal():
     assert "[red]markup[/red]" in text
 
 
-def test_lines_with_little_or_nothing_in_them():
+def test_lines_without_values():
     empty = {"kind": "measured", "run": "r1", "step": 1, "time": None, "loss": None, "layers": {"angle": [None]}}
     text = text_of(
         [cases.header(cases.names_of(2)), empty, {"kind": "predicted", "run": "r1"}, {"kind": "new", "run": "r1"}]
     )
     assert "blocks.1" in text
+    assert "no step yet" in text
+    text = text_of([cases.header(NAMES), {**empty, "time": 1.0, "layers": {"angle": [None, None]}}])
+    assert "step 1  loss -  - steps/s" in text
+    assert re.search(r"blocks\.1 +-( +-)* *$", text, re.M)
     assert "no step yet" in text_of([cases.header([])])
     assert "waiting for a run" in text_of([])
 
@@ -244,7 +142,7 @@ def test_once_prints_one_table_and_ends(tmp_path):
     assert "\x1b" not in done.stdout
 
 
-def test_which_record_a_folder_means(tmp_path):
+def test_which_record_a_folder_stands_for(tmp_path):
     with pytest.raises(FileNotFoundError, match="no record in this folder"):
         find_record(tmp_path)
     parts = tmp_path / "numbers.parquet"
@@ -280,8 +178,8 @@ def test_errors_are_one_line(tmp_path, name, content, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def heed_interrupts():
-    """What runs in the background of a shell without job control ignores them, and so do its children."""
+def reset_interrupts():
+    """Resets SIGINT: background processes of a shell without job control, and their children, ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -292,13 +190,13 @@ class Terminal:
         main, other = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "LINES": "24", "COLUMNS": "100"}
         self.process = subprocess.Popen(
-            command, stdin=other, stdout=other, stderr=other, env=environment, preexec_fn=heed_interrupts
+            command, stdin=other, stdout=other, stderr=other, env=environment, preexec_fn=reset_interrupts
         )
         os.close(other)
         self.main, self.seen = main, ""
 
     def wait_for(self, pattern, seconds=60):
-        """Read until the pattern shows in what is written from now on."""
+        """Reads new output until it matches the pattern."""
         self.seen, end = "", time.monotonic() + seconds
         while not re.search(pattern, self.seen):
             assert time.monotonic() < end, f"{pattern!r} did not show in {self.seen[-3000:]!r}"

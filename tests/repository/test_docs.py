@@ -186,7 +186,8 @@ def first_column(title: str, table: int = 0) -> list[str]:
 
 
 def test_every_reason_is_explained_and_no_other():
-    from fastfs._monitor.measure import decrease_reasons, row_reasons
+    from fastfs._monitor import row_reasons
+    from fastfs._monitor.measure import decrease_reasons
 
     for section, sentences in (
         ("Why a row is not valid", row_reasons.REASONS),
@@ -195,19 +196,25 @@ def test_every_reason_is_explained_and_no_other():
         assert sorted(first_column(section)) == sorted(sentence for sentence in sentences if sentence)
 
 
-def test_tables_of_columns_list_those_of_the_schema():
-    from fastfs._monitor.record import schema
+def test_every_kind_of_record_is_explained_and_no_other():
+    from fastfs._record.columns import KINDS
 
-    kinds, columns = first_column("What is recorded"), first_column("What is recorded", table=1)
-    assert kinds == ["header", "structure", "measured", "predicted", "skipped", "alert"]
-    quantiles = {"cos_angle_q10", "update_rms_q10"}
-    assert sorted(set(columns) - quantiles) == sorted(schema.COLUMNS)
-    text = monitor_text()
-    assert [name for name in (*schema.SCALARS, *schema.MORE_SCALARS) if f"`{name}`" not in text] == []
+    assert tuple(first_column("What is recorded")) == KINDS
+
+
+def test_the_tables_of_columns_are_up_to_date():
+    """`python scripts/record_columns.py` writes them."""
+    from scripts.record_columns import updated
+
+    pages = {path: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+    new = {path: updated(text) for path, text in pages.items()}
+    assert {path: text for path, (text, _) in new.items()} == pages
+    assert sum(tables for _, tables in new.values()) == 2
 
 
 def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code():
-    from fastfs._monitor.measure import decrease_reasons, row_reasons
+    from fastfs._monitor import row_reasons
+    from fastfs._monitor.measure import decrease_reasons
 
     tables = section_text("What happens with which loop and model")
     quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]

@@ -1,4 +1,4 @@
-"""The simulator of the paper's networks against the models themselves, by autograd and a real step."""
+"""The simulator of the paper's networks against the models, with autograd and an actual step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CASES = [(AUTOMATIC, False), (TRAINED, False), (MLPS, True)]
 
 
 def model_of(weights: Weights, seed: int, network: Network, mlp: bool) -> nn.Module:
-    """The fastfs model with the same weights, in float64."""
+    """Return the fastfs model with the same weights, in float64."""
     std = 1 / WIDTH if network.output_std is None else network.output_std
     model: nn.Module
     if mlp:
@@ -50,7 +50,7 @@ def model_of(weights: Weights, seed: int, network: Network, mlp: bool) -> nn.Mod
 def by_autograd(
     model: nn.Module, x: Tensor, network: Network, step: float
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], float]:
-    """Features, backward vectors and feature updates of l = 0..L, and the change of the loss."""
+    """Return features, backward vectors and feature updates of l = 0..L, and the change of the loss."""
     layers = list(model.blocks) if isinstance(model, MLP) else [model.stem, *model.blocks]
     seen: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda _module, _args, output: seen.append(output)) for layer in layers]
@@ -84,7 +84,7 @@ def assert_near(actual: Tensor, expected: Tensor, relative: float, what: str) ->
 @pytest.mark.parametrize(("networks", "mlp"), CASES, ids=["automatic rates", "all trained", "mlp"])
 @pytest.mark.parametrize("step", [1e-3, 0.3])
 def test_vectors_of_every_layer_are_those_of_the_model(networks: Sequence[Network], mlp: bool, step: float):
-    # A step of 0.3 flips ReLUs: the difference of the second forward is that of the real step, not of a linear one.
+    # A step of 0.3 flips ReLUs: the difference of the second forward is that of the finite step, not a linear one.
     weights = Weights.draw([3, 4], 9, WIDTH, INPUTS, readouts=3, dtype=torch.float64)
     chains = Chains.run(weights, networks, mlp=mlp, step=step)
     for s in range(2):
@@ -96,7 +96,7 @@ def test_vectors_of_every_layer_are_those_of_the_model(networks: Sequence[Networ
                 assert_near(chains.features[layer, s, n], f[layer][0], 1e-12, f"{at}: features")
                 assert_near(chains.backward[layer, s, n], b[layer][0], 1e-12, f"{at}: backward")
                 if layer > 0 or network.rates is not None:
-                    # The truth is a difference: its rounding is that of the features.
+                    # The reference is a difference, with the rounding of the features.
                     rounding = 1e-15 * float(f[layer].norm() / df[layer].norm())
                     assert_near(chains.updates[layer, s, n], df[layer][0], 1e-10 + rounding, f"{at}: update")
                     cosine = -torch.dot(df[layer][0], b[layer][0]) / df[layer].norm() / b[layer].norm()
@@ -121,8 +121,8 @@ def test_own_part_of_an_update_is_what_the_layers_own_matrix_does():
         assert_near(-chains.own[layer, 0, 0] * chains.backward[layer, 0, 0], made, 1e-12, f"layer {layer}")
 
 
-# Where every ReLU is on the same side in both, float32 is good to 1e-4 even in a deep MLP. Rounding moves one of the
-# 20,000 ReLUs of the last network to the other side: that is a discrete change of b, still below the spread (0.03).
+# If every ReLU has the same sign in both, float32 is accurate to 1e-4 even in a deep MLP. Rounding flips one of the
+# 20,000 ReLUs of the last network: a discrete change of b, still below the variation over seeds (0.03).
 @pytest.mark.parametrize(
     ("scales", "mlp", "seeds", "cosine", "relative"),
     [
@@ -174,7 +174,7 @@ def test_mistakes_are_named():
         Network(0, 0.5)
     with pytest.raises(ValueError, match="2 hidden matrices, but a network is 3 deep"):
         Chains.run(Weights.draw([0], 2, 8, 2), [Network(3, 0.5)])
-    with pytest.raises(ValueError, match="1 read-outs, but a network has number 1"):
+    with pytest.raises(ValueError, match="1 readouts, but a network has number 1"):
         Chains.run(Weights.draw([0], 2, 8, 2), [Network(2, 0.5, readout=1)])
     with pytest.raises(ValueError, match="networks: expected at least one"):
         Chains.run(Weights.draw([0], 2, 8, 2), [])

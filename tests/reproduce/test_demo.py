@@ -1,4 +1,4 @@
-"""The demo in small: data, twin trainings, files, and folders that are not its own."""
+"""The demo at small size: data, paired trainings, files, and folders with other files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastfs._cli.app import app
-from fastfs._report import load, read_header, read_record
+from fastfs._record.reading.load import load, read_header
 from fastfs._reproduce import data
 from fastfs._reproduce.demo import TASKS, OutputError, _overhead, run_demo
 
@@ -42,7 +42,7 @@ def test_windows_are_followed_by_their_next_tokens():
     assert torch.equal(first, next(data.windows(text, batch=4, length=9, seed=1))[0])
 
 
-def test_digits_are_standardised_and_batches_cover_an_epoch():
+def test_digits_are_standardized_and_batches_cover_an_epoch():
     inputs, labels = data.digits()
     assert inputs.shape == (1797, 64)
     assert sorted(set(labels.tolist())) == list(range(10))
@@ -73,7 +73,7 @@ def test_bad_sizes_are_refused(call, message):
 
 @pytest.fixture
 def small(monkeypatch):
-    """The transformer of the demo, smaller."""
+    """Return a smaller version of the transformer task."""
     from fastfs.models import Transformer
 
     def model():
@@ -113,11 +113,11 @@ def test_both_models_end_to_end(tmp_path, small):
     for expected in ("angle (rad)", "blocks.1", "bitwise equal", "a measured step takes", "What the numbers mean"):
         assert expected in text
 
-    # Again into the same folder: its own files are overwritten, others stay.
+    # A second run overwrites its own files and keeps others.
     (out / "mine.txt").write_text("mine")
     run_demo(["resnet"], steps=2, every=1, out=out, console=Console(file=io.StringIO()))
     assert (out / "mine.txt").read_text() == "mine"
-    assert sorted(read_record(out / "resnet" / "record.jsonl")["step"].unique()) == [0, 1]
+    assert sorted(load(out / "resnet" / "record.jsonl")["step"].unique()) == [0, 1]
     assert (out / "transformer" / "record.jsonl").exists()
 
 

@@ -17,7 +17,7 @@ from fastfs.models import ResNet
 
 
 def output_angle(depth: int, branch_scale: float, seed: int, device: str = "cpu") -> float:
-    """Backward-feature angle of the last block in the first step, in radians."""
+    """Return the backward-feature angle of the last block in the first step, in radians."""
     generator = torch.Generator().manual_seed(seed)
     model = ResNet(10, 200, depth, branch_scale=branch_scale, generator=generator).double().to(device)
     x = torch.randn(1, 10, generator=generator, dtype=torch.float64).to(device)

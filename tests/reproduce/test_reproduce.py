@@ -1,4 +1,4 @@
-"""The paper's figures at small sizes: the published numbers, and what they are compared by."""
+"""The paper's figures at small sizes: published numbers and their comparison."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_figure_at_small_size_has_the_published_numbers(name: str):
 
 
 def test_every_published_number_is_compared():
-    # Written out once more, so that a slip in the table of published numbers shows.
+    # Repeated here to detect errors in the table of published numbers.
     ranges = {(entry.figure, entry.key): (entry.low, entry.high) for entry in PUBLISHED}
     assert len(ranges) == len(PUBLISHED)
     for c, expected in (("0.1", (0.07, 0.08)), ("0.5", (0.34, 0.37)), ("1", (0.65, 0.70)), ("2", (1.04, 1.05))):
@@ -63,7 +63,7 @@ def test_sensitivity_grows_with_mup_and_nowhere_else():
     assert np.all(mup[1:] / mup[:-1] > 1.25)
     assert 3.0 < mup[-1] / mup[0] < 4.2  # published: 3.3
     assert np.ptp(fsc) < 0.35
-    # One network is the other with another output std: with a residual of 1 mup is sqrt(L) times fsc.
+    # The networks differ only in the output std: with a residual of 1, mup is sqrt(L) times fsc.
     np.testing.assert_allclose(np.median(mlps[:, :, 1] / mlps[:, :, 2], axis=0), np.sqrt([5, 10, 20, 40]), rtol=0.1)
     residual = resnet_sensitivity((20, 100), 400, seeds, lambda part: None).mean(axis=0)
     np.testing.assert_allclose(residual[1] / residual[0], 1.0, atol=0.15)
@@ -129,7 +129,7 @@ def test_dense_kernel_is_that_of_the_operator(scale: float):
     rates = {rf"^blocks\.{i}\.linear\.weight$": float(chains.rates[i + 1, 0, 1]) for i in range(5)}
     operator = BFK(model, loss_fn, x, "blocks.4", lr=rates, parameters="^blocks").dense()
     torch.testing.assert_close(kernel, operator, rtol=1e-9, atol=1e-10 * float(kernel.abs().max()))
-    # And it gives the update: -K b, to first order in a step of 1e-6.
+    # The update is -K b, to first order in a step of 1e-6.
     moved = -kernel @ chains.backward[5, 0, 1]
     torch.testing.assert_close(chains.updates[5, 0, 1], moved, rtol=1e-4, atol=1e-4 * float(moved.abs().max()))
 
@@ -195,7 +195,7 @@ def test_the_benchmark_compares_the_same_statistics():
     for figure in benchmark.figures(quick=True):
         result = benchmark.measured(figure, rounds=1)
         assert result["agreement"]["largest_in_errors"] <= benchmark.AGREE, result
-    # Numbers of other networks would not pass.
+    # Numbers of other networks do not pass.
     steps = benchmark.figures(quick=True)[1].ours(range(3))
     other = benchmark.by_numpy([Network(n.depth, n.branch_scale / 2) for n in steps.networks], 100, 3)
     assert benchmark.gap(steps, other, False)["largest_in_errors"] > benchmark.AGREE

@@ -1,4 +1,4 @@
-"""``fastfs reproduce``: what it writes, what it refuses, and how it ends."""
+"""``fastfs reproduce``: files, invalid arguments, and exit status."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_number_that_is_not_the_published_one_ends_with_1(tmp_path: Path, monk
     assert "✗ fail" in (tmp_path / "summary.html").read_text()
 
 
-@pytest.mark.parametrize(("only", "message"), [("a,z", "no figure 'z'; there are"), (" , ", "no figure given")])
+@pytest.mark.parametrize(("only", "message"), [("a,z", "no figure 'z'; available figures"), (" , ", "no figure given")])
 def test_unknown_figures_are_named_with_those_that_exist(tmp_path: Path, only: str, message: str):
     code, output = run("--quick", "--only", only, "--out", tmp_path / "out")
     assert code == 2

@@ -138,7 +138,7 @@ def test_the_update_is_the_one_that_the_optimizer_does(name):
     optimizer = optimizers()[name](model)
     called = []
     optimizer.register_step_pre_hook(lambda *_: called.append(True))
-    for _ in range(3):  # a state of its own
+    for _ in range(3):  # gives the optimizer a state
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         optimizer.step()
@@ -247,7 +247,7 @@ def test_tables():
     assert "finite step" in str(found)
 
 
-# Not cuts, and bad input.
+# Layers that are not cuts, and invalid input.
 
 
 def test_no_prediction_where_the_layer_is_no_cut():
@@ -317,12 +317,12 @@ def test_optimizers_that_have_no_update_of_one_gradient():
         formula.measure(model, loss_fn, batch, optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0))
 
 
-def test_a_model_that_has_moved_has_to_be_linearised_again():
+def test_a_model_that_has_moved_has_to_be_linearized_again():
     model, loss_fn, batch = case("mlp")
     lin = Linearization(model, loss_fn, batch)
     with torch.no_grad():
         next(model.parameters()).add_(1.0)
-    with pytest.raises(RuntimeError, match="have changed since"):
+    with pytest.raises(RuntimeError, match="have changed; linearize it again"):
         lin.forward(lin.parameters)
 
 

@@ -1,4 +1,4 @@
-"""What loss functions, batches, models and optimizers may do to a measurement of the formula."""
+"""Robustness of measurements against unusual loss functions, batches, models and optimizers."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_batches_of_any_kind_are_copied_and_others_refused():
         found = formula.measure(model, take, kind, lr=0.1, dtype=torch.float64)
         assert torch.equal(found.stats.sums, expected.stats.sums)
     assert torch.equal(batch[0], before)
-    with pytest.raises(TypeError, match="list_iterator, of which no copy can be made"):
+    with pytest.raises(TypeError, match="list_iterator, which cannot be copied"):
         formula.measure(model, lambda m, b: loss_fn(m, next(b)), iter([batch, batch]), lr=0.1)
 
 
@@ -171,7 +171,7 @@ def test_an_optimizer_steps_in_the_dtype_of_the_measurement():
     model, loss_fn, batch = case("mlp")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)  # below the rounding of the parameters
     loss_fn(model, batch).backward()
-    optimizer.step()  # a state of its own
+    optimizer.step()  # gives the optimizer a state
     before = leave(model)
     small = formula.measure(model, loss_fn, batch, optimizer=optimizer, dtype=torch.float64)
     assert_left(model, before)

@@ -37,7 +37,7 @@ def test_resnet_is_the_chain_of_its_docstring():
 
 
 @pytest.mark.parametrize("make", [MLP, ResNet])
-def test_gaussian_initialisation_keeps_the_rms_of_features(make):
+def test_gaussian_initialization_keeps_the_rms_of_features(make):
     model = make(64, 256, 20, generator=seeded())
     deviations = {name: p.std().item() for name, p in model.named_parameters()}
     assert deviations.pop("head.weight") == pytest.approx(1 / 256, rel=0.2)

@@ -1,4 +1,4 @@
-"""Calibration: what it finds holds when the model is measured independently, and it makes a deep network train."""
+"""Calibration: its results hold in independent measurements, and it makes a deep network trainable."""
 
 import copy
 
@@ -139,12 +139,12 @@ def test_apply_is_for_the_measured_model_and_once():
     found.apply(copy.deepcopy(model))
     found.apply(model)
     before = model.head.weight.clone()
-    with pytest.raises(ValueError, match=r"head\.weight: its norm was .* scaled already"):
+    with pytest.raises(ValueError, match=r"head\.weight: the norm was .* already scaled"):
         found.apply(model)
     assert torch.equal(before, model.head.weight)
 
 
-class Normalised(nn.Module):
+class Normalized(nn.Module):
     """Its output does not depend on the scale of its last matrix."""
 
     def __init__(self):
@@ -156,11 +156,11 @@ class Normalised(nn.Module):
 
 
 def test_a_scale_without_effect_is_an_error():
-    model, batch = Normalised(), batch_of_vectors()
+    model, batch = Normalized(), batch_of_vectors()
     found = scaling.calibrate(model, cross_entropy, batch, target_sensitivity=1e-3)
     assert not found.converged
     assert "did NOT reach" in str(found)
-    with pytest.raises(ValueError, match="a normalisation after it"):
+    with pytest.raises(ValueError, match="a normalization after it"):
         found.apply(model)
 
 
@@ -183,13 +183,13 @@ def unused():
         (unused(), {}, ValueError, "does not use extra.weight, extra.bias"),
         (MLP(10, 16, 4, 5), {"optimizer": "lion"}, ValueError, "expected one of sgd, adam, adamw"),
         (MLP(10, 16, 4, 5), {"optimizer": 3}, TypeError, "expected a name, an optimizer"),
-        (MLP(10, 16, 4, 5), {"optimizer": lambda groups, lr: 3}, TypeError, "it made int"),
+        (MLP(10, 16, 4, 5), {"optimizer": lambda groups, lr: 3}, TypeError, "that returns an optimizer, got int"),
         (MLP(10, 16, 4, 5), {"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, ValueError, "does not have"),
         (MLP(10, 16, 4, 5), {"target_loss_decrease": -1.0}, ValueError, "target_loss_decrease"),
         (MLP(10, 16, 4, 5), {"target_sensitivity": 0.0}, ValueError, "target_sensitivity"),
         (MLP(10, 16, 4, 5), {"layers": "nothing"}, ValueError, "matches no module"),
-        (nn.Linear(10, 5), {}, ValueError, "only layer and nothing is after it"),
-        (nn.Sequential(nn.Linear(10, 5)), {}, ValueError, "only layer and nothing is after it"),
+        (nn.Linear(10, 5), {}, ValueError, "only layer and nothing follows it"),
+        (nn.Sequential(nn.Linear(10, 5)), {}, ValueError, "only layer and nothing follows it"),
     ],
 )
 def test_errors(model, arguments, error, message):
@@ -201,7 +201,7 @@ def test_errors(model, arguments, error, message):
 
 def test_an_update_that_raises_the_loss_is_said():
     ascent = lambda groups, lr: torch.optim.SGD(groups, lr=lr, maximize=True)  # noqa: E731
-    with pytest.raises(ValueError, match=r"group 'blocks\.0': the loss rises along the update of <lambda>"):
+    with pytest.raises(ValueError, match=r"group 'blocks\.0': the loss increases along the update of <lambda>"):
         scaling.calibrate(MLP(10, 16, 4, 5), cross_entropy, batch_of_vectors(), optimizer=ascent)
 
 
@@ -211,7 +211,7 @@ STEPS = 200
 
 
 def digits():
-    """128 pictures of digits, of norm sqrt(64)."""
+    """Return 128 images of digits with norm sqrt(64)."""
     from fastfs._reproduce import data
 
     inputs, labels = data.digits()
@@ -220,7 +220,7 @@ def digits():
 
 
 def train(model, optimizer, batch):
-    """The lowest loss: at a constant learning rate plain gradient descent has spikes."""
+    """Return the lowest loss, because gradient descent at a constant learning rate has spikes."""
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -242,7 +242,7 @@ def standard(depth):
     ("kind", "lr", "bound"), [(torch.optim.SGD, 0.3, 0.7), (torch.optim.Adam, 1e-2, 0.05)], ids=["sgd", "adam"]
 )
 def test_a_deep_network_trains_after_calibration(kind, lr, bound):
-    """A learning rate that is right for 4 layers fails for 32; the calibration, with the same targets, serves both."""
+    """A learning rate that suits 4 layers fails for 32; calibration with the same targets suits both."""
     batch = digits()
     model, parameters = standard(4)
     assert train(model, kind(parameters, lr=lr), batch) < 0.05
@@ -256,7 +256,7 @@ def test_a_deep_network_trains_after_calibration(kind, lr, bound):
 
 
 def test_an_optimizer_in_use_keeps_its_state():
-    """The update of its next step, momentum included, is what is balanced; the optimizer stays as it is."""
+    """Balance refers to the update of the next step, including momentum; the optimizer is not changed."""
     model, batch = MLP(10, 32, 4, 5), batch_of_vectors()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for _ in range(3):
@@ -296,7 +296,7 @@ def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused():
         optimizer.zero_grad()
         loss_fn(model, batch).backward()
         optimizer.step()
-    with pytest.raises(ValueError, match="expected updates in proportion to the learning rate"):
+    with pytest.raises(ValueError, match="expected updates proportional to the learning rate"):
         scaling.calibrate(model, loss_fn, batch, optimizer=optimizer)
 
 
@@ -305,14 +305,14 @@ class Doubled(nn.Module):
         return weight * 2.0 * 0.5 * 2.0
 
 
-@pytest.mark.parametrize("parametrised", [False, True])
-def test_the_output_is_what_acts_last_not_what_is_registered_last(parametrised):
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_the_output_is_what_acts_last_not_what_is_registered_last(parametrized):
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
             self.head, self.norm, self.proj = nn.Linear(16, 1), nn.LayerNorm(16), nn.Linear(16, 16)
             self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-            if parametrised:  # its graph is deeper than that of what is before
+            if parametrized:  # its graph is deeper than those of preceding layers
                 for _ in range(3):
                     nn.utils.parametrize.register_parametrization(self.head, "weight", Doubled())
 
@@ -328,5 +328,5 @@ def test_the_output_is_what_acts_last_not_what_is_registered_last(parametrised):
     model, batch = Model(), (torch.randn(8, 16), torch.randn(8, 1))
     calibration = scaling.calibrate(model, loss_fn, batch)
     bias_and_weight = {"head.bias", "head.parametrizations.weight.original"}
-    assert set(calibration.output) == (bias_and_weight if parametrised else {"head.weight", "head.bias"})
+    assert set(calibration.output) == (bias_and_weight if parametrized else {"head.weight", "head.bias"})
     assert calibration.converged

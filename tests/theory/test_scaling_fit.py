@@ -1,4 +1,4 @@
-"""Exponents, their intervals, and what is said of them."""
+"""Exponents, their intervals and their assessment."""
 
 import math
 import subprocess
@@ -21,7 +21,7 @@ def test_an_exact_power_is_found():
 
 @pytest.mark.parametrize("confidence", [0.5, 0.95])
 def test_intervals_hold_the_truth_as_often_as_they_say(confidence):
-    """Of 400 fits to noise around a power; within four standard deviations of a binomial."""
+    """Coverage of 400 fits to noise around a power law, within four standard deviations of a binomial."""
     rng = np.random.default_rng(0)
     sizes = [s for s in (4, 8, 16) for _ in range(3)]
     times, held = 400, 0

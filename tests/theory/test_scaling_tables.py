@@ -1,4 +1,4 @@
-"""The tables: entries, what `apply` does with a model, and the constants, measured."""
+"""The tables: entries, their application to a model, and measurements of the constants."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_branches_of_a_resnet_learn_at_rate_one_or_depth(beta, branch):
     assert rule.layers[-1].std == pytest.approx(1 / 40)
 
 
-def test_standard_has_one_rate_and_the_initialisation_of_ntk():
+def test_standard_has_one_rate_and_the_initialization_of_ntk():
     standard, ntk = (scaling.mlp(5, 30, 9, scheme=s) for s in ("standard", "ntk"))
     assert {layer.lr for layer in standard.layers} == {1.0}
     assert [layer.std for layer in standard.layers] == [layer.std for layer in ntk.layers]
@@ -134,7 +134,7 @@ def tied():
         (chain(8), scaling.mlp(4, 8, 9, 3), "4 matrices, Sequential has 3"),
         (chain(8), scaling.mlp(3, 8, 9, 2), r"4: the weight has shape \(3, 8\), the rule expects \(2, 8\)"),
         (nn.Sequential(*chain(8), nn.LayerNorm(3)), scaling.mlp(3, 8, 9, 3), "other parameters: 5.weight, 5.bias"),
-        (Transformer(16, 8, 1, 2, 4), scaling.mlp(3, 8, 9, 3), "calibrate takes any model"),
+        (Transformer(16, 8, 1, 2, 4), scaling.mlp(3, 8, 9, 3), "calibrate supports any model"),
         (tied(), scaling.mlp(4, 8, 9, 3), "in more than one layer"),
         (MLP(9, 8, 5, 3), scaling.resnet(3, 8, in_dim=9, out_dim=3), "takes a rule for mlp"),
         (ResNet(9, 8, 3, 3), scaling.mlp(5, 8, 9, 3), "takes a rule for resnet"),
@@ -152,7 +152,7 @@ def test_a_mismatch_is_an_error_and_nothing_is_written(model, rule, message):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-# What they do, measured
+# Measurements
 
 SEEDS = 12
 
@@ -192,7 +192,7 @@ def test_predicted_angle_has_the_known_limits(c):
 
 
 def test_predicted_angle_of_published_figures():
-    """Output angles of the ResNet over sqrt(L) beta, and of the MLP of depth 100; seeds spread by 0.03."""
+    """Output angles of the ResNet over sqrt(L) beta and of the MLP of depth 100, which vary by 0.03 over seeds."""
     for c, published in ((0.1, 0.075), (0.5, 0.355), (1.0, 0.675), (2.0, 1.045)):
         angle = math.acos(scaling.predicted_cos_angle(100, branch_scale=c / 10))
         assert angle == pytest.approx(published, abs=0.045)
@@ -217,7 +217,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("depth", [5, 10, 20, 40])
 @pytest.mark.parametrize("scheme", ["ntk", "mup", "fsc"])
 def test_published_sensitivities(scheme, depth):
-    """Width 400, |x| = 1, y = 1: of the features after their ReLU, to first order and in a small real step."""
+    """Sensitivity after the ReLU at width 400, |x| = 1, y = 1, to first order and in a small finite step."""
     seeds, step = 8, 1e-3
     found = []
     for seed in range(seeds):
@@ -234,7 +234,7 @@ def test_published_sensitivities(scheme, depth):
     got = torch.tensor(found)
     low, high = PUBLISHED[scheme][depth]
     mean, error = got.mean(0), got.std(0) / seeds**0.5
-    # The published numbers are means of seeds too, read off a figure: 10%, and three standard errors.
+    # The published numbers are means over seeds read off a figure: 10%, and three standard errors.
     assert torch.all((mean >= 0.9 * low - 3 * error) & (mean <= 1.1 * high + 3 * error)), f"{mean} +- {error}"
     assert torch.allclose(got[:, 0], got[:, 1], rtol=0.05)
 

@@ -93,7 +93,7 @@ def test_rates_by_name_and_by_entry_and_subsets() -> None:
     subset = bfk(case, lr=2.0, parameters=r"blocks\.1")
     assert subset.names == ["blocks.1.linear.weight"]
     assert_matrix(subset.dense(), 2.0 * explicit[subset.names[0]] @ explicit[subset.names[0]].T, 1e-10)
-    # Parameters that the layer does not depend on take no part: their rate does not matter.
+    # Rates of parameters that the layer does not depend on have no effect.
     assert "head.weight" not in bfk(case).names
     zero = bfk(case, lr={"blocks": 0.0, "head": 1.0})
     assert zero.rank_bound == 0
@@ -101,7 +101,7 @@ def test_rates_by_name_and_by_entry_and_subsets() -> None:
 
 
 def test_nothing_is_recorded_for_autograd() -> None:
-    """Also where parameters that the kernel leaves out require a gradient: a graph would hold every product."""
+    """This also holds if parameters outside of the sum require a gradient: a graph would keep every product alive."""
     case = mlp()
     operator = BFK(case.model, case.loss_fn, case.batch, case.layer, parameters=r"blocks\.2")
     v = torch.ones_like(operator.features).requires_grad_()
@@ -146,7 +146,7 @@ def test_scipy_runs_on_it(case: Case) -> None:
 
 
 def test_memory_is_bounded_by_the_chunk() -> None:
-    """The largest tensor that exists while many vectors are multiplied grows with the chunk, not with their number."""
+    """Peak memory of a product with many vectors grows with the chunk, not with their number."""
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         def __init__(self) -> None:
@@ -184,7 +184,7 @@ def test_dense_refuses_what_is_too_large() -> None:
 
 
 def test_batchnorm_in_training_couples_the_rows() -> None:
-    """Its statistics are part of the function: the kernel differs from the one with fixed statistics."""
+    """The statistics are part of the function, so the kernel differs from that with fixed statistics."""
     still, training = kernel(convolution()), bfk(convolution(training=True)).dense()
     assert not torch.allclose(still, training, rtol=1e-2)
 

@@ -1,4 +1,4 @@
-"""Angles: predicted, exact and measured; Jacobians between layers; the bound by their conditioning."""
+"""Predicted, exact and measured angles; Jacobians between layers; the bound from their conditioning."""
 
 import math
 
@@ -80,7 +80,7 @@ def test_optimizers_add_a_misalignment(kind: str) -> None:
         "decay": lambda: torch.optim.SGD(model.parameters(), lr=1e-6, weight_decay=0.1),
     }
     optimizer = make[kind]()
-    if kind == "momentum":  # gives it a past that points elsewhere
+    if kind == "momentum":  # creates momentum in another direction
         squared(model, (batch[0].flip(0) + 1, batch[1])).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -89,7 +89,7 @@ def test_optimizers_add_a_misalignment(kind: str) -> None:
     found = angles(model, squared, batch, optimizer=optimizer, rtol=0.0, max_probes=64)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert str(optimizer.state_dict()) == state
-    # The step itself, by hand.
+    # Reference computation of the step.
     lin = Linearization(model, squared, batch)
     squared(model, batch).backward()
     optimizer.step()
@@ -119,7 +119,7 @@ def test_optimizers_add_a_misalignment(kind: str) -> None:
 
 
 def test_the_preconditioned_kernel_is_that_of_the_update() -> None:
-    """Where -dw/g is a rate everywhere its kernel times b is minus the update; its moments are what is reported."""
+    """If -dw/g is a rate everywhere, its kernel times b is minus the update; its moments are reported."""
     case = mlp()
     model, batch = case.model.double(), tuple(x.double() for x in case.batch)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -173,7 +173,7 @@ def test_layers_that_are_no_cuts_are_told_apart() -> None:
 
 
 def test_measured_angles_that_are_rounding_are_marked() -> None:
-    """A step too small for float32 gives noise; its flag and floor are those of the two forwards."""
+    """A step too small for float32 gives noise; flag and floor are those of the two forwards."""
     generator = torch.Generator().manual_seed(0)
     model = MLP(16, 64, 4, 2, generator=generator)
     batch = rows(32, 16, 2)
@@ -183,7 +183,7 @@ def test_measured_angles_that_are_rounding_are_marked() -> None:
     assert_matrix(far.measured, far.exact, 0.05, "above the noise")
     assert not lost.valid.any()
     assert float((lost.measured - lost.exact).abs().max()) > 0.1
-    # By hand: the layers' outputs before the step, their spacing, and after it.
+    # Reference: the outputs of the layers before and after the step, and their spacing.
     lin = Linearization(model, squared, batch)
     moved = lin.forward([p - 3e-7 * g for p, g in zip(lin.parameters, lin.gradients, strict=True)]).features
     for i, ((before,), (after,)) in enumerate(zip(lin.features, moved, strict=True)):
@@ -261,7 +261,7 @@ def test_jacobian_against_the_explicit_one(name: str) -> None:
 
 
 def test_jacobian_by_finite_differences() -> None:
-    """Against moving the parameters of a linear stem, which moves its features in a known direction."""
+    """Compare with a change of a linear stem, which moves its features in a known direction."""
     case = resnet()
     operator = LayerJacobian(case.model, case.loss_fn, case.batch, "stem", "blocks.2", dtype=torch.float64)
     lin = Linearization(case.model, case.loss_fn, case.batch, layers=["stem", "blocks.2"], dtype=torch.float64)
@@ -344,7 +344,7 @@ def test_the_bound_holds_in_resnets_and_says_something(branch_scale: float, coun
 
 
 def test_the_kernel_is_the_sum_over_the_chain() -> None:
-    """What the bound rests on: K_l = sum of J_kl O_k J_kl^T."""
+    """Check the basis of the bound: K_l = sum of J_kl O_k J_kl^T."""
     case = resnet()
     lin = Linearization(case.model, case.loss_fn, case.batch, layers=r"stem|blocks\.\d$", dtype=torch.float64)
     total: Tensor | float = 0.0
@@ -366,7 +366,7 @@ def test_where_the_bound_says_nothing_it_is_zero() -> None:
     assert bool((found.cos_kernel_bound <= found.cos_exact + 1e-12).all())
     narrow = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 8), nn.Linear(8, 1))
     found = conditioning(narrow, squared, rows(9, 5, 1), layers=["0", "1"], dtype=torch.float64)
-    assert float(found.jacobian_smallest[1, 0]) == 0.0  # three dimensions cannot fill eight
+    assert float(found.jacobian_smallest[1, 0]) == 0.0  # rank three in eight dimensions
     assert float(found.cos_bound[1]) == 0.0
     assert float(found.cos_exact[1]) > 0.0
     assert found.reason[1] is not None
@@ -374,5 +374,6 @@ def test_where_the_bound_says_nothing_it_is_zero() -> None:
 
 def test_the_layers_have_to_be_a_chain_of_cuts() -> None:
     case = transformer()
-    with pytest.raises(ValueError, match=r"chain of cuts, layer 'blocks\.0\.attention' is none: inside a residual"):
+    expected = r"chain of cuts, but layer 'blocks\.0\.attention' is not a cut: inside a residual"
+    with pytest.raises(ValueError, match=expected):
         conditioning(case.model, case.loss_fn, case.batch, layers=["blocks.0.attention", "blocks.0"])

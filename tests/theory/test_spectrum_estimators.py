@@ -1,4 +1,4 @@
-"""Moments, quadrature and extreme eigenvalues against spectra that are known exactly."""
+"""Moments, quadrature and extreme eigenvalues of operators with known spectra."""
 
 import math
 
@@ -33,14 +33,14 @@ def test_moments_within_their_standard_errors(spectrum: str, sketch: int, distri
     assert found.products == 2 * 400 + 3 * sketch
     assert found.samples.shape == (400, 4)
     assert_matrix(found.samples.mean(dim=0), found.values, 1e-14)
-    # Four numbers that vary together: four standard errors leave less than 1e-3 to chance, and the seed is fixed.
+    # Four correlated numbers: four standard errors are exceeded with probability below 1e-3, and the seed is fixed.
     assert_estimate(found.values, found.errors, exact_moments(values, 4), sigmas=4.0)
     assert_matrix(found.traces, found.values * 60, 1e-14)
 
 
 @pytest.mark.parametrize("sketch", [0, 4])
 def test_standard_errors_cover_the_truth(sketch: int) -> None:
-    """Of 200 repetitions about 95 % lie within 1.96 standard errors: M_1, M_2 and the cosine."""
+    """About 95 % of 200 repetitions of M_1, M_2 and the cosine lie within 1.96 standard errors."""
     matrix = spectrum_of(DECAYING[:30] + 0.1)
     values = DECAYING[:30] + 0.1
     truth = exact_moments(values, 2)
@@ -53,13 +53,13 @@ def test_standard_errors_cover_the_truth(sketch: int) -> None:
         errors = torch.cat([found.errors, found.predicted_cos_angle_error[None]])
         off[seed] = (got - torch.cat([truth, cos[None]])) / errors
     inside = (off.abs() <= 1.96).double().mean(dim=0)
-    # Binomial: 0.95 +- 0.015; the rest is for 60 probes being finitely many.
+    # Binomial: 0.95 +- 0.015, with a margin for the finite number of 60 probes.
     assert bool(((inside >= 0.90) & (inside <= 0.99)).all()), inside
     assert bool((off.mean(dim=0).abs() <= 0.3).all()), off.mean(dim=0)  # unbiased: 0 +- 0.07
 
 
 def test_the_joint_covariance_counts() -> None:
-    """M_1 and M_2 vary together: as if they were independent, the error of their ratio would come out far too large."""
+    """M_1 and M_2 are correlated: assuming independence would overestimate the error of their ratio."""
     found = moments(spectrum_of(DECAYING), rtol=0.0, max_probes=400)
     first, second = found.values
     slope = torch.stack([second.rsqrt(), -0.5 * first * second.pow(-1.5)])
@@ -105,14 +105,14 @@ def test_stops_early_when_it_is_good_enough_and_late_when_it_is_not() -> None:
     assert 16 < hard.probes < 4000
     assert bool((hard.errors <= 0.05 * hard.values).all())
     harder = moments(spectrum_of(DECAYING), rtol=0.025, max_probes=4000)
-    assert 2.5 < harder.probes / hard.probes < 6.0  # four times as many halve the error
+    assert 2.5 < harder.probes / hard.probes < 6.0  # four times as many probes halve the error
     enough = moments(spectrum_of(DECAYING), rtol=0.05, max_probes=20)
     assert not enough.converged
     assert enough.probes == 20
     assert "not reached" in str(enough)
     many = moments(spectrum_of(FLAT), rtol=0.05, min_probes=70)
     assert many.probes == 70
-    # Every probe gives the same for the identity; with rtol=0 it is not stopped for that.
+    # All probes agree for the identity, but rtol=0 does not stop early.
     same = moments(torch.eye(30), rtol=0.0, max_probes=40)
     assert same.probes == 40
     assert not same.errors.any()
@@ -161,7 +161,7 @@ def test_operators_of_other_libraries(kind: str) -> None:
 
 
 def test_quadrature_has_the_moments_of_its_probe() -> None:
-    """Exact up to power 2 s - 1, and no further."""
+    """Quadrature is exact up to power 2 s - 1 and not beyond."""
     matrix, steps = spectrum_of(FLAT), 5
     rule = quadrature(matrix, probes=3, steps=steps, seed=7)
     generator = torch.Generator().manual_seed(7)
@@ -181,7 +181,7 @@ def test_quadrature_has_the_moments_of_its_probe() -> None:
 
 
 def test_quadrature_with_all_steps_has_the_eigenvalues() -> None:
-    """Full re-orthogonalisation: no eigenvalue comes twice, none is lost, over ten orders of magnitude."""
+    """With full reorthogonalization, no eigenvalue is repeated or lost over ten orders of magnitude."""
     values = torch.logspace(-10, 0, 40, dtype=torch.float64)
     rule = quadrature(spectrum_of(values), probes=2, steps=100)
     for nodes in rule.nodes:
@@ -191,7 +191,7 @@ def test_quadrature_with_all_steps_has_the_eigenvalues() -> None:
     rule = quadrature(spectrum_of(repeated), probes=400, steps=10)
     assert all(rule.exhausted)
     assert all(len(nodes) == 3 for nodes in rule.nodes)
-    # Shares of 1/2, 1/4, 1/4; a probe's share of an eigenspace varies by about 0.1, of 400 by 0.005.
+    # Shares of 1/2, 1/4, 1/4; the share of an eigenspace varies by about 0.1 for one probe, by 0.005 for 400.
     shares = torch.stack(rule.weights).mean(dim=0)
     assert bool(((shares - torch.tensor([0.5, 0.25, 0.25])).abs() < 0.02).all())
     assert rule.quantile(0.4) == pytest.approx(0.0, abs=1e-12)
@@ -326,9 +326,9 @@ def test_bad_arguments() -> None:
 
 def test_bad_operators() -> None:
     for estimator in (moments, quadrature, extremes):
-        with pytest.raises(ValueError, match="expected a square one"):
+        with pytest.raises(ValueError, match="expected a square operator"):
             estimator(torch.zeros(3, 4))
-        with pytest.raises(ValueError, match="expected a square one"):
+        with pytest.raises(ValueError, match="expected a square operator"):
             estimator(torch.zeros(0, 0))
         with pytest.raises(ValueError, match="symmetric"):
             estimator(torch.tensor([[1.0, 2.0], [0.0, 1.0]]))

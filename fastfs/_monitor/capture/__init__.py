@@ -1,1 +1,1 @@
-"""What happens in a training step, seen through hooks: layers, taps, kept rows, and forwards of the monitor's own."""
+"""Captures a training step through hooks: features, backward vectors, gradients, and second forwards of the model."""

@@ -1,11 +1,11 @@
-"""Graphs that torch.compile has cached, and that know of no hooks.
+"""Handles graphs that torch.compile has cached without guards on hooks.
 
-Dynamo keeps graphs by code object, so models of one class share them, and by default it does not check whether modules
-without hooks still have none. A graph that was made without a monitor would run in a watched model, past its taps.
-So while a monitor is attached Dynamo is told to guard on hooks, and graphs that were made before without such
-guards are dropped: of the code objects whose graphs a watched module is part of, and of no others.
+Dynamo caches graphs by code object, so that models of one class share them, and by default it does not guard on the
+absence of hooks. A graph that was compiled without a monitor would therefore run in a watched model and skip its taps.
+While a monitor is attached, Dynamo is configured to guard on hooks, and earlier graphs without such guards are dropped
+from those code objects whose graphs contain a watched module.
 
-Graphs with taps need nothing of the kind. Their guards fail once the taps are gone.
+Graphs with taps need no such treatment: their guards fail once the taps are removed.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from torch import nn
 __all__ = ["DynamoSettings", "drop_unguarded"]
 
 _GRAPHS = 4
-"""Graphs where there would be one: without taps, with them, the same without gradient, and of models without hooks."""
+"""Graphs per graph of an unwatched model: with and without taps, without gradient, and of models without hooks."""
 
-_TAPS = str(Path(__file__).parent)  # a hook that is compiled by itself is given the module and does not call it
+_TAPS = str(Path(__file__).parent)  # hooks compiled by themselves; they receive the module and do not call it
 _MODULE = re.compile(r"^___check_(?:type|obj)_id\((.*), (\d+)\)")
 
 
 class DynamoSettings:
-    """Settings of Dynamo that a monitor needs.
+    """Configures Dynamo for a monitor.
 
-    Guards on hooks stay when it is closed: graphs of unwatched models that were made without them would have to be
-    made again for the next monitor, in every run of a sweep. They change no graph.
+    Guards on hooks stay enabled after the monitor is closed. Without them, every run of a sweep would have to
+    recompile graphs of unwatched models for the next monitor. They change no graph.
 
     Args:
-        others: of the other monitors: the last one that releases them puts back the limit that the first one found.
+        others: The settings of the other attached monitors. The last one to be released restores the recompile limit
+            that the first one found.
     """
 
     def __init__(self, others: Iterable[DynamoSettings]) -> None:
@@ -47,26 +48,26 @@ class DynamoSettings:
             config.recompile_limit = self._ours
 
     def release(self) -> None:
-        """Put the limit back, unless somebody else has changed it meanwhile."""
+        """Restores the recompile limit, unless it was changed elsewhere in the meantime."""
         config = _dynamo().config
         if config.recompile_limit == self._ours:
             config.recompile_limit = self._before
 
 
 def drop_unguarded(model: nn.Module, watched: Sequence[nn.Module]) -> int:
-    """Drop graphs in which a watched module may run whatever hooks it has. They are made again when they are needed.
+    """Drops graphs that contain a watched module without a guard on its hooks. Dynamo recompiles them on demand.
 
     Args:
-        model: that the loop calls.
-        watched: the modules with hooks.
+        model: The module that the training loop calls.
+        watched: The modules with hooks.
 
     Returns:
-        Of how many code objects.
+        The number of code objects whose graphs were dropped.
     """
     dynamo = _dynamo()
     classes = {type(module) for module in watched}
     forwards = {code for cls in classes if (code := getattr(cls.forward, "__code__", None)) is not None}
-    # Layers of torch are in many models: of theirs a graph has a class, too, that is not torch's.
+    # Modules of torch occur in many models; a graph of this model also contains a class from outside of torch.
     own = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
     hooked = {*map(id, classes), *map(id, watched)}
     holders = {*map(id, own or classes), *map(id, watched)}
@@ -88,12 +89,12 @@ def _has_unguarded(code: types.CodeType, hooked: set[int], holders: set[int], is
 
 
 def _is_unguarded(guards: Sequence[str], hooked: set[int], holders: set[int], is_forward: bool) -> bool:
-    """Whether a graph has a hooked module in it and no guard on its hooks."""
+    """Returns whether a graph contains a hooked module without a guard on its hooks."""
     found = {match[1]: int(match[2]) for guard in guards if (match := _MODULE.match(guard))}
     if holders.isdisjoint(found.values()):
         return False
     for source, number in found.items():
-        # The hooks of the module whose forward it is are called outside of the graph.
+        # The hooks of the module whose forward was compiled are called outside of the graph.
         if number in hooked and not (is_forward and source == "L['self']"):
             hooks = f"{source}._forward_hooks"
             if not any(hooks in guard for guard in guards):
@@ -102,6 +103,6 @@ def _is_unguarded(guards: Sequence[str], hooked: set[int], holders: set[int], is
 
 
 def _dynamo() -> Any:
-    import torch._dynamo.convert_frame  # loaded with the first optimizer; not with torch
+    import torch._dynamo.convert_frame  # slow to import; loaded with the first optimizer, not with torch
 
     return torch._dynamo

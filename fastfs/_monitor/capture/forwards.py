@@ -1,4 +1,4 @@
-"""Questions about a forward that is running: is it nested, on inputs of its own, with the weights of the model?"""
+"""Queries about a running forward: whether it is nested, what its inputs depend on, and whose weights it uses."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from fastfs._network.autograd_graph import Trace
 
-__all__ = ["calls_under_way", "depends_on", "places_of", "runs_on_own", "sequence_number", "uses_older"]
+__all__ = ["ParameterSlot", "active_calls", "depends_on", "runs_on_own", "sequence_number", "slots_of", "uses_older"]
 
-Place = tuple[dict[str, Any], str, Tensor]
-"""Where a module keeps a parameter: the dictionary, the name in it, and the parameter."""
+ParameterSlot = tuple[dict[str, Any], str, Tensor]
+"""Where a module stores a parameter: the dictionary, the key, and the parameter."""
 
 
-def calls_under_way(model: nn.Module) -> int:
-    """How many calls of the model this thread is in: more than one if the model calls itself.
+def active_calls(model: nn.Module) -> int:
+    """Returns the number of calls of the model on this thread's stack: more than one if the model calls itself.
 
-    A forward that an interrupt has ended tells no hook, so the calls are counted on the stack.
+    The stack is inspected because no hook runs when an interrupt ends a forward.
     """
     count = 0
     frame: types.FrameType | None = sys._getframe(1)
@@ -32,8 +32,8 @@ def calls_under_way(model: nn.Module) -> int:
     return count
 
 
-def places_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[Place]:
-    """Where the model keeps these parameters."""
+def slots_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[ParameterSlot]:
+    """Returns where the model stores these parameters."""
     wanted = set(map(id, parameters))
     return [
         (module._parameters, name, p)
@@ -43,13 +43,13 @@ def places_of(model: nn.Module, parameters: Iterable[Tensor]) -> list[Place]:
     ]
 
 
-def runs_on_own(places: Iterable[Place]) -> bool:
-    """False while ``torch.func.functional_call`` has put other tensors in the place of parameters."""
+def runs_on_own(places: Iterable[ParameterSlot]) -> bool:
+    """Returns False while ``torch.func.functional_call`` has replaced parameters by other tensors."""
     return all(entries.get(name) is p for entries, name, p in places)
 
 
 def depends_on(inputs: Iterable[Tensor], parameters: Sequence[Tensor]) -> bool:
-    """Whether the graph of an input reaches a parameter, whose effect a forward on a copy would miss."""
+    """Returns whether the graph of an input reaches a parameter. A forward on copied inputs would miss its effect."""
     open_nodes = [x.grad_fn for x in inputs if x.grad_fn is not None]
     if not open_nodes:
         return False
@@ -67,11 +67,11 @@ def depends_on(inputs: Iterable[Tensor], parameters: Sequence[Tensor]) -> bool:
 
 
 def uses_older(trace: Trace, since: int) -> bool:
-    """Whether a forward used results of parameters that were computed before it began.
+    """Returns whether a forward used tensors that were computed from parameters before it began.
 
     Args:
-        trace: the forward's graph.
-        since: autograd's sequence number at its beginning.
+        trace: The forward's graph.
+        since: Autograd's sequence number at the begin of the forward.
     """
     older = [number for number, made in enumerate(trace.sequence.tolist()) if 0 <= made < since]
     starts, targets, parameters = trace.starts.tolist(), trace.targets.tolist(), trace.parameters.tolist()
@@ -88,5 +88,5 @@ def uses_older(trace: Trace, since: int) -> bool:
 
 
 def sequence_number() -> int:
-    """The number that autograd will give to the next function made in this thread."""
+    """Returns the sequence number that autograd will assign to the next node created in this thread."""
     return int(torch._C._autograd._get_sequence_nr())

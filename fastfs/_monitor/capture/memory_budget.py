@@ -1,4 +1,4 @@
-"""How much memory the copies of a step may take, and how it is shared out."""
+"""Limits the memory that the copies of a step take, and divides it among layers and forwards."""
 
 from __future__ import annotations
 
@@ -8,74 +8,82 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from fastfs._monitor.capture.passes import Pass
+from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.sampling import BudgetError, row_dims
 
-__all__ = ["Budget"]
+__all__ = ["MemoryBudget"]
 
-_UNKNOWN = 4  # micro-batches, or runs of a layer, that the first measured step is prepared for
+_UNKNOWN = 4  # assumed number of micro-batches, and of calls per layer, before the first step is measured
 
 
-class Budget:
-    """Bytes that everything captured may take; they count as long as the pass that they belong to lives.
+class MemoryBudget:
+    """Bounds the bytes of all captures that are alive.
 
     Args:
-        limit: bytes.
-        copies: of every kept row that are held at a time: before, backward, after, ...
-        layers: how many are watched; they have equal shares.
+        limit: The bound in bytes.
+        copies: How many copies of a kept row are held at a time: before, backward, after, ...
+        layers: Number of watched layers, which get equal shares.
+
+    Attributes:
+        most: The most bytes that were ever reserved at a time.
+        live: The captures whose bytes count.
     """
 
     def __init__(self, limit: int, copies: int, layers: int) -> None:
         self.limit = limit
         self.copies = copies
-        self.most = 0  # ever reckoned with at a time
-        self.live: weakref.WeakSet[Pass] = weakref.WeakSet()
-        # What the others took when a pass became the one that is written to: they are added up once a pass, not once a
-        # visit. Some may have ended since, so they are counted anew before anything is refused.
-        self._current: weakref.ref[Pass] | None = None
+        self.most = 0
+        self.live: weakref.WeakSet[ForwardCapture] = weakref.WeakSet()
+        # Bytes of the other captures, summed once when a capture becomes the current one and not at every call. Some of
+        # these may have been freed since, so they are summed again before anything is refused.
+        self._current: weakref.ref[ForwardCapture] | None = None
         self._others = 0
         self._layers = layers
-        # Visits of a layer in a step, and forwards. Until one step is over several have to be reckoned with.
-        self._visits = self._forwards = _UNKNOWN
+        # Calls per layer and forwards per step: an estimate until the first step has been measured.
+        self._calls = self._forwards = _UNKNOWN
 
-    def take(self, passed: Pass, size: int, what: str) -> None:
-        """Raises BudgetError if that many bytes are not left."""
-        used = self._used(passed, size)
+    def take(self, captured: ForwardCapture, size: int, what: str) -> None:
+        """Charges bytes to a capture.
+
+        Raises:
+            BudgetError: The limit does not leave that many bytes.
+        """
+        used = self._used(captured, size)
         if used + size > self.limit:
             left = self.limit - used
             raise BudgetError(f"{what} takes {size:,} bytes, and {left:,} of the memory budget are left")
-        passed.bytes += size
+        captured.bytes += size
         self.most = max(self.most, used + size)
 
     def row_bytes(self, features: Tensor) -> int:
-        """What one row of these features takes, in all copies."""
+        """Returns the bytes of one row of these features, in all copies."""
         return math.prod(features.shape[row_dims(features) :]) * features.element_size() * self.copies
 
-    def room(self, passed: Pass, size: int) -> int:
-        """How many rows of ``size`` bytes one visit of a layer may keep; at least one, while anything is left."""
-        wanted = max(self._share(passed), size)
-        return min(wanted, self.limit - self._used(passed, wanted)) // size
+    def room(self, captured: ForwardCapture, size: int) -> int:
+        """Returns how many rows of ``size`` bytes one layer call may keep: at least one while bytes are left."""
+        wanted = max(self._share(captured), size)
+        return min(wanted, self.limit - self._used(captured, wanted)) // size
 
-    def learn(self, passes: Sequence[Pass], dropped: int) -> None:
-        """How many forwards a step has, and how often a layer runs in it."""
-        self._forwards = len(passes) + dropped
-        most = max(sum(len(p.visits[i]) for p in passes) for i in range(self._layers))
-        self._visits = max(1, math.ceil(most * self._forwards / len(passes)))
+    def learn(self, forwards: Sequence[ForwardCapture], dropped: int) -> None:
+        """Learns from a measured step how many forwards a step has, and how often a layer is called in it."""
+        self._forwards = len(forwards) + dropped
+        most = max(sum(len(p.calls[i]) for p in forwards) for i in range(self._layers))
+        self._calls = max(1, math.ceil(most * self._forwards / len(forwards)))
 
-    def single(self) -> None:
-        """A step has one forward."""
-        self._visits = self._forwards = 1
+    def expect_one_forward(self) -> None:
+        """Divides the budget for steps with one forward that calls every layer once."""
+        self._calls = self._forwards = 1
 
-    def _used(self, passed: Pass, wanted: int) -> int:
-        """Bytes that are taken; exact where ``wanted`` more may be too many."""
+    def _used(self, captured: ForwardCapture, wanted: int) -> int:
+        """Returns the bytes in use. The number is exact if ``wanted`` more could exceed the limit."""
         current = None if self._current is None else self._current()
-        if current is not passed or self._others + passed.bytes + wanted > self.limit:
-            self._current = weakref.ref(passed)
-            self._others = sum(other.bytes for other in self.live if other is not passed)
-        return self._others + passed.bytes
+        if current is not captured or self._others + captured.bytes + wanted > self.limit:
+            self._current = weakref.ref(captured)
+            self._others = sum(other.bytes for other in self.live if other is not captured)
+        return self._others + captured.bytes
 
-    def _share(self, passed: Pass) -> int:
-        """Bytes for the rows of one visit, so that the inputs of later forwards have room, and the rows of all."""
-        rest = self.limit - passed.inputs
-        rest = max(rest // 2, rest - (self._forwards - 1) * passed.inputs)
-        return rest // (self._layers * self._visits)
+    def _share(self, captured: ForwardCapture) -> int:
+        """Returns the bytes for the rows of one call, such that later inputs and the rows of all layers have room."""
+        rest = self.limit - captured.inputs
+        rest = max(rest // 2, rest - (self._forwards - 1) * captured.inputs)
+        return rest // (self._layers * self._calls)

@@ -1,8 +1,8 @@
-"""Which run of a layer in a recomputation is which one of the forward.
+"""Matches layer calls in the recomputation of a checkpoint with the layer calls of the forward.
 
-A reentrant checkpoint runs its part of the model without gradients, and again in the backward. A layer may run several
-times in one of them, in several of them, and they may be nested. What a run of the forward and its recomputation have
-in common is the context of the autograd function around them.
+A reentrant checkpoint runs its part of the model without gradient, and again in the backward. A layer may be called
+several times in one checkpoint or in several, and checkpoints may be nested. A call in the forward and its
+recomputation share the context of the autograd function around them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from torch.autograd.function import BackwardCFunction
 
-from fastfs._monitor.capture.passes import Pass, Visit
-from fastfs._monitor.measure.row_reasons import UNMATCHED
+from fastfs._monitor.capture.forward_capture import ForwardCapture, LayerCall
+from fastfs._monitor.row_reasons import UNMATCHED
 
 __all__ = ["Recomputation", "contexts"]
 
@@ -24,7 +24,7 @@ Context = weakref.ref[Any]
 
 
 def contexts() -> list[Context]:
-    """Of the autograd functions whose ``forward`` Python is inside of, up to one whose ``backward`` it is inside of."""
+    """Returns the contexts of autograd functions on the stack: innermost first, up to the first ``backward``."""
     found: list[Context] = []
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -40,53 +40,56 @@ def contexts() -> list[Context]:
 
 
 class Recomputation:
-    """A run of a layer in a backward.
+    """A layer call inside a backward.
 
     Args:
-        passes: in which layers ran without gradients.
-        layer: that runs now.
-        shape: of its features.
+        forwards: Captures in which layers were called without gradient.
+        layer: Index of the layer that is called now.
+        shape: Shape of its features.
     """
 
-    def __init__(self, passes: Sequence[Pass], layer: int, shape: Sequence[int]) -> None:
+    def __init__(self, forwards: Sequence[ForwardCapture], layer: int, shape: Sequence[int]) -> None:
         self._contexts = contexts()
         self._waiting = [
-            (passed, visit)
-            for passed in passes
-            for visit in ([] if passed.dropped else passed.visits[layer])
-            if not visit.inside and visit.before is not None and visit.shape == shape
+            (captured, call)
+            for captured in forwards
+            for call in ([] if captured.dropped else captured.calls[layer])
+            if not call.inside and call.before is not None and call.shape == shape
         ]
 
     @property
     def brings_gradients(self) -> bool:
-        """Not that of a checkpoint which is not reentrant: that gives saved tensors alone, outside of any function."""
+        """Whether gradients will arrive at the recomputed features.
+
+        They do not for a non-reentrant checkpoint, which only recomputes saved tensors, outside of any function.
+        """
         return bool(self._contexts)
 
-    def counterpart(self) -> tuple[Pass, Visit] | None:
-        """The run in the forward that this one repeats; None if that is not known."""
+    def counterpart(self) -> tuple[ForwardCapture, LayerCall] | None:
+        """Returns the call in the forward that this call repeats, or None if it is ambiguous."""
         now = self._now()
-        for passed, visit in self._waiting:
-            if now is not None and visit.contexts and visit.contexts[0]() is now:
-                return passed, visit
+        for captured, call in self._waiting:
+            if now is not None and call.contexts and call.contexts[0]() is now:
+                return captured, call
         return self._waiting[0] if len(self._waiting) == 1 else None
 
     def goes_deeper(self) -> None:
-        """It is without gradients again, in a checkpoint within the one that is recomputed, which comes later."""
+        """Notes that the call is in a nested checkpoint, whose own recomputation comes later."""
         now = self._now()
         if now is None or len(self._contexts) < 2:
             return
-        for _, visit in self._waiting:
-            around = [each() for each in visit.contexts]
-            if now in around[1:] and (visit.renewed is None or visit.renewed() is not now):
-                visit.renewed = self._contexts[-1]
-                visit.contexts = self._contexts[:-1] + visit.contexts[around.index(now) :]
+        for _, call in self._waiting:
+            around = [each() for each in call.contexts]
+            if now in around[1:] and (call.renewed is None or call.renewed() is not now):
+                call.renewed = self._contexts[-1]
+                call.contexts = self._contexts[:-1] + call.contexts[around.index(now) :]
                 return
 
     def refuse(self) -> None:
-        """Nothing is to be measured of any run that this one could be of."""
-        for _, visit in self._waiting:
-            visit.before, visit.absent = None, UNMATCHED
+        """Excludes all calls that this one could repeat from the measurement."""
+        for _, call in self._waiting:
+            call.before, call.absent = None, UNMATCHED
 
     def _now(self) -> Any:
-        """The context of the checkpoint that is recomputed."""
+        """Returns the context of the checkpoint that is recomputed."""
         return self._contexts[-1]() if self._contexts else None

@@ -1,4 +1,4 @@
-"""Forwards of the monitor's own: in the state of a training forward, guarded, with everything put back afterwards."""
+"""Second forwards: they run in the state of a training forward, guarded, and leave everything as they found it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,37 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastfs._monitor.capture import taps
-from fastfs._monitor.capture.passes import Pass
-from fastfs._monitor.capture.sampling import Sampler
+from fastfs._monitor.capture.forward_capture import ForwardCapture
+from fastfs._monitor.capture.sampling import RowSampler
 from fastfs._network.feature_tensors import strided
-from fastfs._network.guard import Guard, HostCopies, Plans, WriteError, pop_ended
+from fastfs._network.guard import FunctionGuard, Guard, Plans, WriteError, pop_ended
 from fastfs._network.input_copies import copy_arguments, tensors_in
 from fastfs._network.inventory import Inventories
 from fastfs._network.journal import Journal
 from fastfs._network.layers import Layer
 from fastfs._network.state import ForwardState
 
-__all__ = ["Replay", "Replayer", "Sink"]
+__all__ = ["FeatureHandler", "OwnedState", "ReplayedForward", "Replayer"]
 
-Sink = Callable[[Layer, Tensor], None]
-"""Takes the features of a layer in a forward of the monitor's own."""
+FeatureHandler = Callable[[Layer, Tensor], None]
+"""Takes the features of a layer in a second forward."""
+
+
+class OwnedState(Protocol):
+    """What belongs to training, and what a second forward must therefore leave unchanged."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """Returns parameters, buffers, gradients and the tensors in the optimizers' states."""
+
+    def containers(self) -> Iterable[Any]:
+        """Returns what the optimizers hold besides tensors: parameter groups and states."""
+
 
 T = TypeVar("T")
 
@@ -35,14 +46,14 @@ _NEEDS_GRAPH = ("does not require grad", "does not have a grad_fn", "appears to 
 
 
 @dataclass(frozen=True)
-class Replay:
-    """What a second forward gave.
+class ReplayedForward:
+    """The result of a second forward.
 
     Attributes:
-        after: per layer and visit the shape of the features, and the rows of them that the visit has kept.
-        coarsest: per layer, spacing at 1 of the coarsest numbers computed with so far; None where it was not seen.
-        choices: integer results of top-k and argmax, in order.
-        cut: layers before which the forward had cut off a first-order change.
+        after: Per layer and call, the shape of the features and the rows of them that the first forward kept.
+        coarsest: Per layer, spacing at 1 of the coarsest numbers that were computed with up to it; None if unknown.
+        choices: Integer results of top-k and argmax, in order.
+        cut: Layers before which the forward detached a first-order change.
     """
 
     after: list[list[tuple[torch.Size, Tensor | None]]]
@@ -52,38 +63,39 @@ class Replay:
 
 
 class Replayer:
-    """Runs forwards of the monitor's own.
+    """Runs second forwards.
 
     Args:
-        layers: the watched layers.
-        switch: of the taps.
-        sampler: which rows are kept.
-        owned: gives the tensors that training owns: parameters, their gradients, the optimizers' state.
+        layers: The watched layers.
+        switch: The switch of the taps.
+        sampler: Chooses the rows that are kept.
+        owned: What training owns.
+
+    Attributes:
+        handler: Takes features while a second forward runs; None while none does.
+        parameters: The trained parameters, whose gradients and flags are restored.
     """
 
-    def __init__(
-        self, layers: Sequence[Layer], switch: taps.Switch, sampler: Sampler, owned: Callable[[], Iterable[Tensor]]
-    ) -> None:
+    def __init__(self, layers: Sequence[Layer], switch: taps.Switch, sampler: RowSampler, owned: OwnedState) -> None:
         self.journal = Journal()
         self.inventories = Inventories()  # of the model
         self._plans: Plans = {}
-        self.sink: Sink | None = None  # not None: such a forward runs
-        self.parameters: Sequence[Tensor] = ()  # trained ones; gradients and flags are put back
-        self.others: Callable[[], Iterable[Any]] = tuple  # containers that are put back, too
+        self.handler: FeatureHandler | None = None
+        self.parameters: Sequence[Tensor] = ()
         self._layers = tuple(layers)
         self._switch = switch
         self._sampler = sampler
         self._owned = owned
-        self._with_graph = False  # the forward takes derivatives of its own with respect to its inputs
+        self._with_graph = False  # the model's forward differentiates with respect to its inputs
 
     def recover(self) -> None:
-        """Put back what an interrupt has left changed."""
+        """Restores what an interrupt has left changed."""
         if self.journal.pending:
             self.journal.restore()
         pop_ended()
 
     def stale(self) -> bool:
-        """Whether a forward of ours seems to run but none does: an interrupt has ended it."""
+        """Returns whether :attr:`handler` is set although no second forward is running: an interrupt ended it."""
         frame: types.FrameType | None = sys._getframe(1)
         while frame is not None:
             if frame.f_code is Replayer.run.__code__ and frame.f_locals.get("self") is self:
@@ -94,72 +106,82 @@ class Replayer:
     def run(
         self,
         state: ForwardState,
-        sink: Sink,
+        handler: FeatureHandler,
         forward: Callable[[Guard | None], Any],
         *,
         grad: bool = False,
         guarded: bool = True,
         **options: Any,
     ) -> Any:
-        """Run a forward of the monitor's own.
+        """Runs a second forward.
 
         Args:
-            state: that it is to find.
-            sink: takes the features of the watched layers in it.
-            forward: called with the guard.
-            grad: record gradients.
-            guarded: by a :class:`Guard`. Not where compiled graphs are to run as they are.
-            options: of the guard.
+            state: State of the model in which the forward runs.
+            handler: Takes the features of the watched layers.
+            forward: Called with the guard; runs the model.
+            grad: Whether to record gradients.
+            guarded: Whether a :class:`Guard` watches every operation. Compiled graphs only run as they are without it.
+            options: Options of the guard.
 
         Returns:
-            What ``forward`` gives.
+            The result of ``forward``.
         """
         try:
-            with OwnForward(self, state, sink, grad, guarded, options) as guard:
+            with OwnForward(self, state, handler, grad, guarded, options) as guard:
                 return forward(guard)
         finally:
-            self.recover()  # what an interrupt on the way into the forward has left
+            self.recover()  # from an interrupt on the way into the forward
 
     def replay(
         self,
-        passed: Pass,
+        captured: ForwardCapture,
         forward: Callable[..., Any],
         see: Callable[[Tensor], Tensor] = Tensor.detach,
         *,
         guarded: bool = True,
         single: bool = False,
         strict: bool = False,
-    ) -> Replay:
-        """A second forward on the same inputs and in the same state.
+    ) -> ReplayedForward:
+        """Repeats a training forward on the same inputs and in the same state.
 
         Args:
-            passed: of which forward.
-            forward: called with its arguments; the model, or the model at other parameters.
-            see: what of the features to take.
-            guarded: watched operation by operation.
-            single: compute in float32 what the model computes in 16 bits.
-            strict: a compiled forward is to follow, where nobody looks on: refuse what could only be put back here.
+            captured: The training forward.
+            forward: Called with its arguments: the model, or the model at other parameters.
+            see: What to take of the features.
+            guarded: Whether every operation is watched.
+            single: Whether to compute in float32 what the model computes in 16 bits.
+            strict: Whether a compiled forward will follow, which is not watched. Writes that could be undone here are
+                then refused.
+
+        Returns:
+            What the second forward has given.
 
         Raises:
-            WriteError: the forward wants to write to what is not its own; nothing has been changed.
+            WriteError: The forward would write to what belongs to training. Nothing has been changed.
         """
 
-        def attempt(_grad: bool) -> Replay:
-            return self._replay(passed, forward, see, guarded, single, strict)
+        def attempt(_grad: bool) -> ReplayedForward:
+            return self._replay(captured, forward, see, guarded, single, strict)
 
         try:
             return self.with_graph_if_needed(attempt)
         except WriteError as error:
-            if not error.inputs or passed.writes_inputs:
+            if not error.inputs or captured.writes_inputs:
                 raise
-            passed.writes_inputs = True
+            captured.writes_inputs = True
         return self.with_graph_if_needed(attempt)
 
     def with_graph_if_needed(self, attempt: Callable[[bool], T]) -> T:
-        """Call a function that runs a forward, without gradient, or with it where the forward differentiates itself.
+        """Calls a function that runs a forward, without gradient unless the forward itself needs a graph.
 
         Args:
-            attempt: takes whether to record gradients; may be called twice.
+            attempt: Takes whether to record gradients; may be called twice.
+
+        Returns:
+            The result of ``attempt``.
+
+        Raises:
+            RuntimeError: ``attempt`` fails for another reason than a missing graph.
         """
         if not self._with_graph:
             try:
@@ -172,25 +194,25 @@ class Replayer:
 
     def _replay(
         self,
-        passed: Pass,
+        captured: ForwardCapture,
         forward: Callable[..., Any],
         see: Callable[[Tensor], Tensor],
         guarded: bool,
         single: bool,
         strict: bool,
-    ) -> Replay:
-        assert passed.state is not None
+    ) -> ReplayedForward:
+        assert captured.state is not None
         after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
         coarsest = [0.0] * len(self._layers)
         watching: list[Guard] = []
         cut: set[int] = set()
 
-        def sink(layer: Layer, features: Tensor) -> None:
+        def handle(layer: Layer, features: Tensor) -> None:
             number = len(after[layer.index])
-            visits = passed.visits[layer.index]
-            before = visits[number].before if number < len(visits) else None
+            calls = captured.calls[layer.index]
+            before = calls[number].before if number < len(calls) else None
             rows = None
-            if before is not None and features.shape == visits[number].shape:
+            if before is not None and features.shape == calls[number].shape:
                 rows = self._rows(features, see, before.values.shape[0])
             after[layer.index].append((features.shape, rows))
             for guard in watching:
@@ -198,10 +220,10 @@ class Replayer:
                 if guard.cut:
                     cut.add(layer.index)
 
-        args, kwargs = passed.args, passed.kwargs
-        renewed = passed.writes_inputs or self._with_graph
+        args, kwargs = captured.args, captured.kwargs
+        renewed = captured.writes_inputs or self._with_graph
         if renewed:
-            with torch.set_grad_enabled(self._with_graph):  # clones of leaves are none: they may be written to
+            with torch.set_grad_enabled(self._with_graph):  # a clone of a leaf is no leaf and may be written to
                 args, kwargs = copy_arguments((args, kwargs), Tensor.clone)
         copies = tensors_in((args, kwargs))
         options: dict[str, Any] = {"single": single, "strict": strict}
@@ -211,44 +233,47 @@ class Replayer:
             watching.extend([] if guard is None else [guard])
             forward(*args, **kwargs)
 
-        self.run(passed.state, sink, run, grad=self._with_graph, guarded=guarded, **options)
+        self.run(captured.state, handle, run, grad=self._with_graph, guarded=guarded, **options)
         if not watching:
-            return Replay(after, None, [], cut)
-        return Replay(after, coarsest, watching[0].choices, cut)
+            return ReplayedForward(after, None, [], cut)
+        return ReplayedForward(after, coarsest, watching[0].choices, cut)
 
     def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], kept: int) -> Tensor:
-        """A copy, like the features before: a following operation may work in place."""
+        """Copies rows, as of the features before: a later operation may modify the features in place."""
         if type(features) is not Tensor:
             return self._sampler.keep(see(strided(features)), kept).values
         past_dispatch: Any = torch._C._DisableTorchDispatch()
-        with past_dispatch, torch._C.DisableTorchFunction():  # no operations of the forward
+        with past_dispatch, torch._C.DisableTorchFunction():  # the guard must not see these operations
             return self._sampler.keep(see(strided(features)), kept).values
 
 
 class OwnForward:
-    """See :meth:`Replayer.run`; a class, since an interrupt may leave a generator to be closed much later."""
+    """The context of :meth:`Replayer.run`.
+
+    A class and not a generator, because an interrupt can leave a generator suspended, to be closed much later.
+    """
 
     def __init__(
         self,
         replayer: Replayer,
         state: ForwardState,
-        sink: Sink,
+        handler: FeatureHandler,
         grad: bool,
         guarded: bool,
         options: dict[str, Any],
     ) -> None:
         self._replayer = replayer
         self._applied = state.applied(
-            replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer.others()
+            replayer.journal, grad=grad, parameters=replayer.parameters, others=replayer._owned.containers()
         )
-        self._sink = sink
+        self._handler = handler
         self._guarded = guarded
         self._options = options
 
     def __enter__(self) -> Guard | None:
         try:
             return self._enter()
-        except BaseException:  # no __exit__ comes then
+        except BaseException:  # __exit__ is not called then
             self._replayer.journal.restore()
             raise
 
@@ -258,20 +283,22 @@ class OwnForward:
         level = switch.level
 
         def forget() -> None:
-            replayer.sink, switch.level = None, level
+            replayer.handler, switch.level = None, level
 
         replayer.journal.note(forget)
-        replayer.sink, switch.level = self._sink, taps.EVERYTHING
-        # Without gradient a reentrant checkpoint has nothing to do, and says so.
+        replayer.handler, switch.level = self._handler, taps.EVERYTHING
+        # A reentrant checkpoint warns if nothing requires a gradient.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad", UserWarning)
         if not self._guarded:
             return None
         allowed = [*copies, *self._options.pop("allowed", ())]
         strict = self._options.pop("strict", False)
-        guard = Guard(replayer.journal, allowed, protected=replayer._owned, plans=replayer._plans, **self._options)
+        guard = Guard(
+            replayer.journal, allowed, protected=replayer._owned.tensors, plans=replayer._plans, **self._options
+        )
         replayer.journal.note(guard.end)
-        guard.__enter__()  # type: ignore[no-untyped-call]  # it leaves with the settings that the journal restores
-        HostCopies(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
+        guard.__enter__()  # type: ignore[no-untyped-call]  # left by the journal, which restores its settings
+        FunctionGuard(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
         return guard
 
     def __exit__(

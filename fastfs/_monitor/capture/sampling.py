@@ -1,4 +1,4 @@
-"""Which rows of a feature tensor are kept, and how much memory all of them together may take.
+"""Chooses and copies rows of feature tensors.
 
 A row is one sample of the features: one token of (batch, tokens, width), one image of (batch, channels, height, width).
 """
@@ -14,43 +14,48 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-__all__ = ["BudgetError", "Kept", "Sampler", "row_dims"]
+__all__ = ["BudgetError", "KeptRows", "RowSampler", "row_dims"]
 
-_SUBSETS = 16  # remembered; batches of changing size have many
+_SUBSETS = 16  # cached subsets; batches of varying size need several
 
 
 class BudgetError(RuntimeError):
-    """What is to be copied does not fit into the memory budget."""
+    """Raised if a copy does not fit into the memory budget."""
 
 
 def row_dims(x: Tensor) -> int:
-    """How many leading dimensions number the rows: all but the last up to 3 dimensions, the first one from 4 on."""
+    """Returns how many leading dimensions index rows: all but the last of up to 3 dimensions, else the first one."""
     dims = x.dim()
     return dims - 1 if 1 < dims <= 3 else min(dims, 1)
 
 
 @dataclass(slots=True)
-class Kept:
-    """The rows kept of one tensor: (k, width), out of ``total``."""
+class KeptRows:
+    """Rows kept of one tensor.
+
+    Attributes:
+        values: The rows, shape (k, width).
+        total: Number of rows of the tensor.
+    """
 
     values: Tensor
     total: int
 
     @property
     def scale(self) -> float:
-        """What a sum over the kept rows has to be multiplied with, as an estimate of the sum over all."""
+        """Factor from a sum over the kept rows to an estimate of the sum over all rows."""
         return self.total / self.values.shape[0] if self.values.shape[0] else 1.0
 
 
-class Sampler:
-    """Fixed random subsets of rows, from a generator of its own.
+class RowSampler:
+    """Selects fixed random subsets of rows, with a generator of its own.
 
-    The subset depends on the seed, the number of rows and how many are kept, so that the features before, the backward
-    vector and the features after have the same rows, in every layer with as many.
+    A subset depends only on the seed, the number of rows and how many are kept. Features before, backward vector and
+    features after therefore have the same rows, and so have all layers with equally many.
 
     Args:
-        rows: the most rows that are kept of a tensor; None for all.
-        seed: of the subsets.
+        rows: The most rows that are kept of a tensor; None for all.
+        seed: Seed of the subsets.
     """
 
     def __init__(self, rows: int | None, seed: int = 0) -> None:
@@ -59,10 +64,11 @@ class Sampler:
         self._subsets: OrderedDict[tuple[int, int, torch.device], Tensor] = OrderedDict()
 
     def wanted(self, total: int) -> int:
+        """Returns how many of ``total`` rows are kept if memory allows."""
         return total if self.rows is None else min(total, self.rows)
 
     def subset(self, total: int, kept: int, device: torch.device) -> Tensor:
-        """``kept`` of the numbers below ``total``, ascending, on the device."""
+        """Returns ``kept`` of the integers below ``total``, ascending, on the device: int64 (kept,)."""
         key = total, kept, device
         if key in self._subsets:
             self._subsets.move_to_end(key)
@@ -79,20 +85,20 @@ class Sampler:
             self._subsets.popitem(last=False)
         return index
 
-    def keep(self, x: Tensor, kept: int) -> Kept:
-        """A copy of ``kept`` rows of ``x``: (kept, width), contiguous."""
+    def keep(self, x: Tensor, kept: int) -> KeptRows:
+        """Returns a contiguous copy of ``kept`` rows of ``x``, shape (kept, width)."""
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
-        if kept == total and _plain(x):  # a deep network has thousands of small features: the op takes longer to call
+        if kept == total and _plain(x):  # for the thousands of small features of a deep network, a clone is faster
             copy = x.detach().clone(memory_format=torch.contiguous_format)
-            return Kept(copy.view(total, math.prod(x.shape[dims:])), total)
+            return KeptRows(copy.view(total, math.prod(x.shape[dims:])), total)
         values, _ = torch.ops.fastfs.gather_rows(x, self.subset(total, kept, x.device), dims)
-        return Kept(values, total)
+        return KeptRows(values, total)
 
     def squares(self, x: Tensor, most: int) -> tuple[Tensor, float]:
-        """Squared norms of the wanted rows, ``most`` at most: float64 (k,), and the factor from their sum to all.
+        """Returns squared norms of at most ``most`` rows, float64 (k,), and the factor from their sum to all rows.
 
-        Where these are all rows the norm of all of them, float64 (), in one operation.
+        If these are all rows, it returns the norm of the whole tensor instead, float64 (), in one operation.
         """
         dims = row_dims(x)
         total = math.prod(x.shape[:dims])
@@ -104,7 +110,7 @@ class Sampler:
 
 
 def _plain(x: Tensor) -> bool:
-    """Whether nothing but memory is behind a tensor: no subclass, no wrapper of ``torch.func``, no pending sign."""
+    """Returns whether a tensor is plain memory: no subclass, no functorch wrapper, no negative or conjugate bit."""
     if type(x) is not Tensor or x.layout is not torch.strided:
         return False
     return not (is_functorch_wrapped_tensor(x) or x.is_neg() or x.is_conj())

@@ -1,8 +1,7 @@
-"""What is kept of the forwards of a measured step: inputs, state, and rows of features and of backward vectors."""
+"""What is kept of the forwards of a measured step: inputs, state, rows of features and of backward vectors."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,114 +11,92 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fastfs._monitor.capture import taps
-from fastfs._monitor.capture.backwards import Backwards, current
-from fastfs._monitor.capture.memory_budget import Budget
-from fastfs._monitor.capture.passes import Pass, Visit
+from fastfs._monitor.capture.backwards import TrainingBackwards, current
+from fastfs._monitor.capture.forward_capture import ForwardCapture, LayerCall
+from fastfs._monitor.capture.listener import CaptureListener
+from fastfs._monitor.capture.memory_budget import MemoryBudget
 from fastfs._monitor.capture.recomputation import Recomputation, contexts
-from fastfs._monitor.capture.sampling import Kept, Sampler, row_dims
-from fastfs._monitor.measure.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
+from fastfs._monitor.capture.row_keeper import RowKeeper
+from fastfs._monitor.capture.sampling import KeptRows, RowSampler
+from fastfs._monitor.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
 from fastfs._network.autograd_graph import edge_of
 from fastfs._network.feature_tensors import strided
 from fastfs._network.input_copies import UnknownArgumentError
 from fastfs._network.layers import Layer
 
-__all__ = ["Keeping", "throw", "transformed"]
+__all__ = ["StepCapture", "reraise", "transformed"]
 
 
-class Keeping:
-    """Keeps what passes need, within the budget; gives up a pass of which something cannot be kept.
+class StepCapture:
+    """Records forwards and layer calls within the memory budget, and drops a forward that cannot be recorded.
 
     Args:
-        layers: the watched modules.
-        backwards: which of them count.
-        sampler: which rows are kept.
-        budget: bytes that everything captured may take.
-        warn: called with a kind and a message when something cannot be captured.
-        failed: called with an exception in a hook; it does not reach the training loop.
+        layers: The watched layers.
+        backwards: Tells training backwards from others.
+        sampler: Chooses the rows that are kept.
+        budget: Bounds the bytes that everything captured takes.
+        listener: Receives warnings, and exceptions raised in hooks.
     """
 
     def __init__(
         self,
         layers: Sequence[Layer],
-        backwards: Backwards,
-        sampler: Sampler,
-        budget: Budget,
-        warn: Callable[[str, str], None],
-        failed: Callable[[Exception], None],
+        backwards: TrainingBackwards,
+        sampler: RowSampler,
+        budget: MemoryBudget,
+        listener: CaptureListener,
     ) -> None:
         self.budget = budget
-        self.failed = failed
+        self.keeper = RowKeeper(len(layers), sampler, budget, listener.warn)
+        self.failed = listener.failed
         self.seconds = 0.0  # host time spent in the hooks since clear()
-        self.dropped = 0  # passes that could not be captured since clear()
+        self.dropped = 0  # forwards that could not be captured since clear()
         self._layers = tuple(layers)
         self._backwards = backwards
         self._sampler = sampler
-        self._warn = warn
-        self._passes: list[Pass] = []  # those with a backward
-        self._held: list[Pass] = []  # those that no tensor hook of ours holds
-        self._turn = 0
+        self._warn = listener.warn
+        self._forwards: list[ForwardCapture] = []  # those with a backward
+        self._held: list[ForwardCapture] = []  # those that no tensor hook of the monitor keeps alive
+        self._generation = 0
         self._leaf_handles: list[RemovableHandle] = []
 
     @property
-    def waiting(self) -> list[Pass]:
-        """The passes so far that had a backward."""
-        return self._passes
+    def waiting(self) -> list[ForwardCapture]:
+        """The forwards of the current step that have had a backward so far."""
+        return self._forwards
 
-    def account(self) -> Pass:
-        """What rows that a mode keeps by itself are counted on; their memory counts as long as it lives."""
-        self.budget.single()
-        passed = Pass(len(self._layers), self._turn)
-        self.budget.live.add(passed)
-        return passed
-
-    def keep(self, passed: Pass, features: Tensor) -> Kept | None:
-        """As many rows as are wanted, or as fit into this visit's share of the budget."""
-        features = strided(features)
-        total = math.prod(features.shape[: row_dims(features)])
-        size = self.budget.row_bytes(features)
-        kept = min(self._sampler.wanted(total), self.budget.room(passed, size) if size else total)
-        if kept == 0 < total:
-            self._warn(
-                "budget",
-                f"has no room for even one row of {size // self.budget.copies:,} bytes of a layer: it gets a row of "
-                f"nulls. Raise memory= above {self.budget.limit:,} bytes or watch fewer layers",
-            )
-            return None
-        self.budget.take(passed, kept * size, "rows of features")
-        return self._sampler.keep(features, kept)
-
-    def _copy(self, passed: Pass, argument: Tensor) -> Tensor:
-        """Of an input, since it may be changed in place."""
+    def _copy(self, captured: ForwardCapture, argument: Tensor) -> Tensor:
+        """Copies an input, which may be modified in place after the forward."""
         size = nbytes(argument)
-        self.budget.take(passed, size, "a copy of the model's inputs")
-        passed.inputs += size
+        self.budget.take(captured, size, "a copy of the model's inputs")
+        captured.inputs += size
         copy = argument.detach().clone()
         return copy.requires_grad_() if argument.requires_grad and copy.is_leaf else copy
 
-    def _visit(self, passed: Pass, index: int, features: Tensor) -> None:
+    def _record_call(self, captured: ForwardCapture, index: int, features: Tensor) -> None:
         if transformed(features):
-            passed.visits[index].append(Visit(features.shape, None, False, TRANSFORMED))
-            passed.edges[index].append(None)
+            captured.calls[index].append(LayerCall(features.shape, None, False, TRANSFORMED))
+            captured.edges[index].append(None)
             return
         inside = features.requires_grad
-        hidden = not inside and not torch.is_grad_enabled()  # its gradient may come with a recomputation
-        kept = self.keep(passed, features) if inside or hidden else None
+        hidden = not inside and not torch.is_grad_enabled()  # a recomputation may compute its gradient
+        kept = self.keeper.keep(captured, features) if inside or hidden else None
         absent = 0 if kept is not None else NO_ROOM if inside or hidden else NO_GRAPH
-        visit = Visit(features.shape, kept, inside, absent)
-        passed.visits[index].append(visit)
-        passed.edges[index].append(edge_of(features))
+        call = LayerCall(features.shape, kept, inside, absent)
+        captured.calls[index].append(call)
+        captured.edges[index].append(edge_of(features))
         if hidden:
-            visit.contexts = contexts()
-            self._hold(passed)
+            call.contexts = contexts()
+            self._hold(captured)
         elif kept is not None:
-            self._hook(features, Arrival(self, passed, visit))
+            self._hook(features, BackwardHook(self, captured, call))
 
-    def _visit_compiled(self, passed: Pass, index: int, features: Tensor) -> None:
-        passed.visits[index].append(Visit(features.shape, self.keep(passed, features), False))
-        self._hold(passed)
+    def _record_compiled_call(self, captured: ForwardCapture, index: int, features: Tensor) -> None:
+        captured.calls[index].append(LayerCall(features.shape, self.keeper.keep(captured, features), False))
+        self._hold(captured)
 
     def _recomputed(self, layer: Layer, features: Tensor) -> None:
-        """A forward outside of one of the model: the recomputation of a reentrant checkpoint, or none of ours."""
+        """Handles a layer call outside of a model forward: a reentrant checkpoint's recomputation, or none of ours."""
         if not self._held or current() == -1:
             return
         now = Recomputation(self._held, layer.index, features.shape)
@@ -130,87 +107,87 @@ class Keeping:
         elif (found := now.counterpart()) is None:
             now.refuse()
         else:
-            passed, visit = found
-            visit.inside = True
-            self._hook(features, Arrival(self, passed, visit))
+            captured, call = found
+            call.inside = True
+            self._hook(features, BackwardHook(self, captured, call))
 
-    def _came_compiled(self, layer: int, gradient: Tensor) -> None:
-        """A backward vector out of a compiled graph: the last forward comes back first."""
-        for passed in reversed(self._held):
-            for visit in reversed([] if passed.dropped else passed.visits[layer]):
-                if current() not in visit.parts and visit.before is not None and visit.shape == gradient.shape:
-                    self.receive(passed, visit, gradient)
+    def _compiled_arrival(self, layer: int, gradient: Tensor) -> None:
+        """Assigns a backward vector out of a compiled graph to a call. Backwards run in reverse order of forwards."""
+        for captured in reversed(self._held):
+            for call in reversed([] if captured.dropped else captured.calls[layer]):
+                if current() not in call.parts and call.before is not None and call.shape == gradient.shape:
+                    self.receive(captured, call, gradient)
                     return
 
-    def receive(self, passed: Pass, visit: Visit, gradient: Tensor) -> None:
-        """The backward vector of a visit."""
-        if not passed.dropped and passed.turn == self._turn and visit.before is not None:  # else its step is over
-            self._or_drop(passed, self._receive, passed, visit, visit.before, gradient)
+    def receive(self, captured: ForwardCapture, call: LayerCall, gradient: Tensor) -> None:
+        """Takes the backward vector of a layer call, unless the step of the call is over."""
+        if not captured.dropped and captured.generation == self._generation and call.before is not None:
+            self._or_drop(captured, self._receive, captured, call, call.before, gradient)
 
-    def _receive(self, passed: Pass, visit: Visit, before: Kept, gradient: Tensor) -> None:
-        if not passed.has_backward:
-            passed.has_backward = True
-            self._passes = [*(p for p in self._passes if p.accumulates()), passed]
-        if visit.parts:  # one more than the budget has reckoned with
-            self.budget.take(passed, before.values.nbytes, "another backward vector")
+    def _receive(self, captured: ForwardCapture, call: LayerCall, before: KeptRows, gradient: Tensor) -> None:
+        if not captured.has_backward:
+            captured.has_backward = True
+            self._forwards = [*(p for p in self._forwards if p.accumulates()), captured]
+        if call.parts:  # the budget has accounted for one backward vector only
+            self.budget.take(captured, before.values.nbytes, "another backward vector")
         rows = self._sampler.keep(strided(gradient), before.values.shape[0]).values
         number = self._backwards.note()
-        passed.backwards.add(number)
-        visit.arrive(number, rows)
+        captured.backwards.add(number)
+        call.arrive(number, rows)
 
     def _hook(self, features: Tensor, hook: Callable[[Tensor], None]) -> None:
         handle = features.register_hook(hook)
-        if features.is_leaf:  # outlives the step, and would keep this pass
+        if features.is_leaf:  # a leaf outlives the step, and its hook would keep the capture alive
             self._leaf_handles.append(handle)
 
-    def _hold(self, passed: Pass) -> None:
-        if not self._held or self._held[-1] is not passed:
-            self._held.append(passed)
+    def _hold(self, captured: ForwardCapture) -> None:
+        if not self._held or self._held[-1] is not captured:
+            self._held.append(captured)
 
-    def _or_drop(self, passed: Pass, function: Callable[..., None], *args: Any) -> None:
-        """Call a function. What fails in it ends the capture of this pass, not the training run."""
+    def _or_drop(self, captured: ForwardCapture, function: Callable[..., None], *args: Any) -> None:
+        """Calls a function; an exception in it drops this capture and does not reach the training loop."""
         start = time.perf_counter()
         message: tuple[str, str] | None = None
         try:
             function(*args)
         except Exception as error:
             message = _message(error)
-        if message is not None:  # out of the handler, whose traceback holds tensors
-            self._drop(passed, message)
+        if message is not None:  # outside of the handler, whose traceback references tensors
+            self._drop(captured, message)
         self.seconds += time.perf_counter() - start
 
-    def _drop(self, passed: Pass, message: tuple[str, str]) -> None:
-        passed.drop()
-        self._passes = [p for p in self._passes if p is not passed]
+    def _drop(self, captured: ForwardCapture, message: tuple[str, str]) -> None:
+        captured.drop()
+        self._forwards = [p for p in self._forwards if p is not captured]
         self.dropped += 1
         self._warn(*message)
 
 
-class Arrival(taps.Hook):
-    """A hook on features: their backward vector comes to the visit. No exception gets out of it."""
+class BackwardHook(taps.Hook):
+    """A tensor hook on features that hands their gradient to the layer call. It raises no exception."""
 
-    __slots__ = ("keeping", "passed", "visit")
+    __slots__ = ("call", "captured", "owner")
 
-    def __init__(self, keeping: Keeping, passed: Pass, visit: Visit) -> None:
-        self.keeping = keeping
-        self.passed = passed
-        self.visit = visit
+    def __init__(self, owner: StepCapture, captured: ForwardCapture, call: LayerCall) -> None:
+        self.owner = owner
+        self.captured = captured
+        self.call = call
 
     def __call__(self, gradient: Tensor) -> None:
         try:
-            self.keeping.receive(self.passed, self.visit, gradient)
+            self.owner.receive(self.captured, self.call, gradient)
         except Exception as error:
-            self.keeping.failed(error)
+            self.owner.failed(error)
 
 
 def nbytes(x: Tensor) -> int:
-    """Memory of a tensor's values."""
+    """Returns the bytes that a tensor's values take."""
     values = strided(x)
     return values.numel() * values.element_size()
 
 
 def transformed(features: Tensor) -> bool:
-    """Inside of ``torch.func.vmap`` and its like."""
+    """Returns whether the tensor is a wrapper of ``torch.func.vmap`` or another transform."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(features))
 
 
@@ -220,5 +197,6 @@ def _message(error: Exception) -> tuple[str, str]:
     return "copy", f"has a forward that could not be copied and is left out ({type(error).__name__}: {error})"
 
 
-def throw(error: Exception) -> None:
+def reraise(error: Exception) -> None:
+    """Raises an exception that was caught elsewhere."""
     raise error

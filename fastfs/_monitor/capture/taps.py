@@ -1,13 +1,13 @@
-"""Taps: hooks on the watched layers that also work inside of graphs that torch.compile has compiled.
+"""Taps: forward hooks on the watched layers that also work inside graphs of torch.compile.
 
-Outside of a compiled graph a tap hands the features to the capture directly. Inside, where no Python of ours runs, it
-is the op ``fastfs::tap(features, anchor)``, and a second one on the gradient: Dynamo traces both into the graph, whose
-calls come back to the capture when the graph runs. The anchor is a small tensor on the CPU whose *content* says to
-whom: (key of the capture, layer, direction). So one graph serves every block of a model, and nothing is compiled again
-for the next block or the next step. It counts as written to, which keeps the op from being optimised away.
+Outside of a compiled graph, a tap passes the features to its receiver directly. Inside, where no Python runs, the tap
+is the op ``fastfs::tap(features, anchor)``, with a second one on the gradient. Dynamo traces both into the graph, and
+they call the receiver when the graph runs. The anchor is a small tensor on the CPU whose *values* name the receiver:
+(key of the receiver, layer, direction). One graph therefore serves every block of a model, and no block or step causes
+a recompilation. The op is declared to mutate the anchor, so that it is not eliminated as dead code.
 
-Whether a step is tapped is :attr:`Switch.on`, a Python flag that Dynamo guards on: two cached graphs, and the one for
-off is exactly that of the model without a monitor.
+Whether a step is tapped is :attr:`Switch.on`, a Python flag that Dynamo guards on. Two graphs are cached, and the one
+for off is exactly the graph of the model without a monitor.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ __all__ = [
     "GRADIENTS",
     "OFF",
     "Guarded",
+    "Hook",
+    "ModelHook",
     "Receiver",
     "Select",
     "Switch",
@@ -46,49 +48,53 @@ __all__ = [
 ]
 
 OFF, GRADIENTS, EVERYTHING = 0, 1, 2
-"""Levels of a switch: nothing; backward vectors only; features, too."""
+"""Levels of a switch: nothing; norms of backward vectors; features and backward vectors."""
 
 FORWARD, BACKWARD = 0, 1
 
 HOOKS_IN_GRAPHS = importlib.util.find_spec("torch._higher_order_ops.register_hook") is not None
-"""Whether Dynamo traces hooks on tensors as hooks. Before torch 2.13 it makes views of the tensors, on which a
-following operation in place fails, and training with it: there, taps stay out of compiled graphs."""
+"""Whether Dynamo traces tensor hooks as hooks. Before torch 2.13 it creates views of the tensors, on which a later
+in-place operation fails. With such releases, taps stay out of compiled graphs."""
 
 Select = Callable[[Any], Tensor]
-"""Takes a layer's output and gives the features in it."""
+"""Returns the features in a layer's output."""
 
 
 class Receiver(Protocol):
-    """What taps hand features to."""
+    """Takes what taps see."""
 
     @property
     def replaying(self) -> bool:
-        """In a forward of its own."""
+        """Whether the receiver runs a forward of its own."""
 
     @property
     def dynamo(self) -> DynamoSettings:
-        """As it has set them."""
+        """Dynamo's settings as the receiver has changed them."""
 
-    def visit(self, layer: Layer, features: Tensor) -> None:
-        """The features of a layer, in eager execution: still in the autograd graph."""
+    def features(self, layer: Layer, features: Tensor) -> None:
+        """Takes the features of a layer in eager execution, attached to the autograd graph."""
 
-    def unseen(self, error: Exception) -> None:
-        """A layer's output has no features."""
+    def no_features(self, error: Exception) -> None:
+        """Called if a layer's output has no features; ``error`` says why."""
 
     def failed(self, error: Exception) -> None:
-        """Something went wrong in a hook."""
+        """Called with an exception in a hook."""
 
     def compiled_features(self, layer: int, features: Tensor) -> None:
-        """The features of a layer, out of a compiled graph."""
+        """Takes the features of a layer from a compiled graph."""
 
     def compiled_gradient(self, layer: int, gradient: Tensor) -> None:
-        """The backward vector of a layer, out of a compiled graph."""
+        """Takes the backward vector of a layer from a compiled graph."""
 
 
 class Switch:
-    """How much is tapped in the next forward.
+    """Holds what the taps capture in the next forward.
 
-    Dynamo guards on ``on`` alone: between the two levels that are on, the receiver decides when the graph runs.
+    Dynamo guards on ``on`` alone. The receiver distinguishes the other two levels when the graph runs.
+
+    Attributes:
+        on: Whether anything is captured.
+        level: ``OFF``, ``GRADIENTS`` or ``EVERYTHING``.
     """
 
     def __init__(self) -> None:
@@ -105,30 +111,30 @@ class Switch:
         self.on = level != OFF
 
 
-# Ops know tensors only: this is how one finds its receiver. Weak, so it keeps no monitor alive.
+# Ops take tensors only and look their receiver up here. The table is weak, so that it keeps no monitor alive.
 _RECEIVERS: weakref.WeakValueDictionary[int, Receiver] = weakref.WeakValueDictionary()
 _KEYS = itertools.count()
 
 
 def register(receiver: Receiver) -> int:
-    """A key for the anchors of this receiver."""
+    """Registers a receiver and returns the key for its anchors."""
     key = next(_KEYS)
     _RECEIVERS[key] = receiver
     return key
 
 
 def receivers() -> list[Receiver]:
-    """Those that are attached."""
+    """Returns the registered receivers."""
     return list(_RECEIVERS.values())
 
 
 def unregister(key: int) -> bool:
-    """Graphs with taps find this receiver no longer. Returns whether it was the last one."""
+    """Removes a receiver; returns whether it was the last one."""
     return _RECEIVERS.pop(key, None) is not None and not _RECEIVERS
 
 
 def another_replays(receiver: Receiver) -> bool:
-    """Whether a forward that is running is one of fastfs that this monitor has not asked for: no training forward."""
+    """Returns whether the running forward is a second forward that this receiver has not asked for."""
     return own_forward_runs() and not receiver.replaying
 
 
@@ -139,7 +145,7 @@ def _tap(features: Tensor, anchor: Tensor) -> None:
         return
     try:
         (receiver.compiled_gradient if direction == BACKWARD else receiver.compiled_features)(layer, features)
-    except Exception as error:  # not through the compiled graph, which is training's
+    except Exception as error:  # must not reach the compiled graph, which belongs to training
         receiver.failed(error)
 
 
@@ -154,7 +160,7 @@ torch.library.register_fake("fastfs::tap", _tap_fake, lib=LIBRARY)
 
 
 def inert(*_args: Any, **_kwargs: Any) -> None:
-    """What a hook becomes in a copy of the model: a copy is not watched."""
+    """Replaces a hook in copies of the model, which are not watched."""
 
 
 def _make_inert() -> Callable[..., None]:
@@ -162,7 +168,7 @@ def _make_inert() -> Callable[..., None]:
 
 
 class Hook:
-    """A hook that neither ``copy.deepcopy`` nor ``pickle`` of the model follows into the monitor."""
+    """A hook that copies and pickles of the model replace by :func:`inert`, without following its references."""
 
     __slots__ = ()
 
@@ -174,7 +180,7 @@ class Hook:
 
     @property
     def __name__(self) -> str:
-        """What torch.jit.script asks hooks for first: the error is to say what to do."""
+        """Raises an error that says what to do: torch.jit.script asks hooks for their name first."""
         raise AttributeError(
             "a model that a fastfs.Monitor watches cannot be scripted, since its hooks are no TorchScript: script it "
             "before the monitor is attached or after close()"
@@ -186,9 +192,13 @@ Failed = Callable[[Exception], None]
 
 
 class Guarded(Hook):
-    """A hook out of which no exception gets: torch would end the training's forward or backward with it.
+    """A hook that raises no exception, which would end the training's forward or backward.
 
-    It leaves the gradient mode as it was, also after an interrupt.
+    The gradient mode is restored, also after an interrupt.
+
+    Args:
+        function: Called with the hook's arguments.
+        failed: Called with an exception that ``function`` raises.
     """
 
     def __init__(self, function: Callable[..., None], failed: Failed) -> None:
@@ -206,7 +216,19 @@ class Guarded(Hook):
 
 
 class Tap(Hook):
-    """The forward hook of one watched layer."""
+    """The forward hook of one watched layer.
+
+    Args:
+        layer: The watched layer.
+        switch: Whether anything is captured.
+        receiver: Takes features and gradients.
+        key: The receiver's key.
+        select: Returns the features in the layer's output.
+        failed: Called with an exception in the hook.
+
+    Attributes:
+        hidden: Whether the layer has run in a compiled graph without a tap.
+    """
 
     def __init__(
         self, layer: Layer, switch: Switch, receiver: Receiver, key: int, select: Select, failed: Failed
@@ -216,7 +238,7 @@ class Tap(Hook):
         self.receiver = receiver
         self.select = select
         self.failed = failed
-        self.hidden = False  # the layer has run in a graph where it could not be tapped
+        self.hidden = False
         self.forward_anchor = torch.tensor([key, layer.index, FORWARD])
         self.backward_anchor = torch.tensor([key, layer.index, BACKWARD])
 
@@ -225,25 +247,25 @@ class Tap(Hook):
             if not self.switch.on or _exported():
                 return
             compiling = torch.compiler.is_compiling()
-            if not compiling and not _recorded():  # a graph that is being recorded would take our operations along
+            if not compiling and not _recording():  # else the operations would become part of the recorded graph
                 self.take(module, output)
         except Exception as error:
             self.failed(error)
             return
-        if compiling:  # outside of the try block, in which torch.compile cannot break a graph
+        if compiling:  # outside of the try block, inside which torch.compile cannot break a graph
             self.trace(output)
 
     def take(self, module: nn.Module, output: Any) -> None:
-        """Hand the features over."""
+        """Passes the features in an output to the receiver."""
         try:
             features = self.features(module, output)
-        except Exception as error:  # of a function of the user's, or an output without any
-            self.receiver.unseen(error)
+        except Exception as error:  # select= failed, or the output has no features
+            self.receiver.no_features(error)
         else:
-            self.receiver.visit(self.layer, features)
+            self.receiver.features(self.layer, features)
 
     def trace(self, output: Any) -> None:
-        """Become a part of the graph that torch.compile makes."""
+        """Adds the tap ops to the graph that torch.compile is tracing."""
         if not HOOKS_IN_GRAPHS:
             self.hidden = True
             return
@@ -254,7 +276,11 @@ class Tap(Hook):
             features.register_hook(lambda gradient: torch.ops.fastfs.tap(gradient, anchor))
 
     def features(self, module: nn.Module, output: Any) -> Tensor:
-        """Raises TypeError if the output has no features."""
+        """Returns the features in an output.
+
+        Raises:
+            TypeError: The output has no features.
+        """
         found = self.select(output)
         if not isinstance(found, Tensor) or not found.is_floating_point():
             what = f"{found.dtype} tensor" if isinstance(found, Tensor) else type(found).__name__
@@ -267,11 +293,16 @@ class Tap(Hook):
         return found
 
 
-class Around(Hook):
-    """A hook on the model as a whole.
+class ModelHook(Hook):
+    """A forward hook or forward pre-hook on the model as a whole.
 
-    In a graph that torch.compile makes around it, it breaks the graph while the monitor looks on, and only then: inputs
-    and random states can only be seen from outside.
+    Inside a graph that torch.compile traces around the model, it breaks the graph while something is captured, and only
+    then: inputs and random states are visible outside of the graph alone.
+
+    Args:
+        function: Called with the hook's arguments, and with ``traced=True`` from inside a graph.
+        switch: Whether anything is captured.
+        failed: Called with an exception in the hook.
     """
 
     def __init__(self, function: Callable[..., None], switch: Switch, failed: Failed) -> None:
@@ -289,25 +320,25 @@ class Around(Hook):
             if _exported():
                 return
             compiling = torch.compiler.is_compiling()
-            if not compiling and not _recorded():
+            if not compiling and not _recording():
                 self.function(*args, **kwargs)
         except Exception as error:
             self.failed(error)
             return
-        if compiling and self.switch.on:  # outside of the try block, in which torch.compile cannot break a graph
+        if compiling and self.switch.on:  # outside of the try block, inside which torch.compile cannot break a graph
             self.outside(*args, **kwargs)
 
 
 def _exported() -> bool:
-    """Whether torch.export is at work.
+    """Returns whether torch.export is running.
 
-    In graphs of torch 2.11, ``torch.compiler.is_exporting()`` is always true; the flag behind it is not.
+    Inside graphs of torch 2.11, ``torch.compiler.is_exporting()`` always returns True; the flag behind it is right.
     """
     return torch.compiler.is_exporting() if HOOKS_IN_GRAPHS else torch.compiler._is_exporting_flag
 
 
-def _recorded() -> bool:
-    """Whether torch.jit.trace, torch.fx or make_fx is recording what runs."""
+def _recording() -> bool:
+    """Returns whether torch.jit.trace, torch.fx or make_fx is recording a graph."""
     return (
         torch._C._get_tracing_state() is not None
         or torch.fx._symbolic_trace.is_fx_symbolic_tracing()

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastfs._monitor.capture.passes import Pass
+from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.row_reasons import OTHER_MASKS
 from fastfs._monitor.measure.row_sums import LayerSums
 from fastfs._monitor.measure.update_estimates import CentralProbe, curvature
+from fastfs._monitor.row_reasons import OTHER_MASKS
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 from fastfs._network.structure import Structure
 from fastfs._stats import FeatureStats, ParameterStats
@@ -124,29 +124,29 @@ class UpdateAssessor:
         """
         return trust.refuse(update, OTHER_MASKS, ~(difference.relative_update <= _OTHER_FUNCTION))
 
-    def precision(self, layers: int, passes: Sequence[Pass], seen: list[float] | None) -> list[float]:
+    def precision(self, layers: int, forwards: Sequence[ForwardCapture], seen: list[float] | None) -> list[float]:
         """Returns for each layer the spacing at 1 of the coarsest numbers that its features are computed from.
 
         Args:
             layers: Number of layers.
-            passes: Captured forwards.
+            forwards: Captured forwards.
             seen: What second forwards computed with; None where compiled graphs hide it, so that the parameters and
                 the autocast settings around the model have to tell.
         """
         if seen is None:
             common = self._parameter_eps
-            for passed in passes:
-                if passed.state is not None:
-                    enabled = [dtype for on, dtype in passed.state.autocast.values() if on]
+            for captured in forwards:
+                if captured.state is not None:
+                    enabled = [dtype for on, dtype in captured.state.autocast.values() if on]
                     common = max([common, *map(coarseness, enabled)])
             products = [product_coarseness(operation, self._device.type) for operation in ("matmul", "conv")]
             seen = [max(common, *products) if common > torch.finfo(torch.float64).eps else common] * layers
         found = list(seen)
-        for passed in passes:
-            for index, visits in enumerate(passed.visits):
-                for visit in visits:
-                    if visit.before is not None:
-                        found[index] = max(found[index], coarseness(visit.before.values.dtype))
+        for captured in forwards:
+            for index, calls in enumerate(captured.calls):
+                for call in calls:
+                    if call.before is not None:
+                        found[index] = max(found[index], coarseness(call.before.values.dtype))
         return found
 
     def depth(self, structure: Structure | None, layers: int) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure.fingerprints import known_equal
+from fastfs._monitor.capture.fingerprints import known_equal
 from fastfs._monitor.measure.hyper_parameters import Group, Number, double
 
 __all__ = ["CompletedStep"]

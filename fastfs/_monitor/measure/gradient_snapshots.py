@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure import fingerprints
-from fastfs._monitor.measure.fingerprints import KEPT, Places, Samples, real
+from fastfs._monitor.capture import fingerprints
+from fastfs._monitor.capture.fingerprints import KEPT, Places, Samples, real
 
 __all__ = ["GradientSampler", "GradientSnapshot", "same"]
 

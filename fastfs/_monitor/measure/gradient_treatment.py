@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fastfs._monitor.capture.fingerprints import Places, Samples
 from fastfs._monitor.capture.taps import EVERYTHING, OFF, Guarded, Switch
 from fastfs._monitor.measure import decrease_reasons
-from fastfs._monitor.measure.fingerprints import Places, Samples
 from fastfs._monitor.measure.full_checks import FullCheckSchedule
 from fastfs._monitor.measure.gradient_snapshots import GradientSampler, GradientSnapshot, same
 

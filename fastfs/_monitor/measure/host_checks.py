@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure import decrease_reasons, fingerprints
+from fastfs._monitor.capture import fingerprints
+from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot, same
 from fastfs._monitor.measure.hyper_parameters import HyperParameters
 from fastfs._monitor.measure.kernel_arguments import PartState, state_of

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfs._monitor.capture.fingerprints import real
 from fastfs._monitor.measure.closed_forms import coefficient_uncertainty, coefficients
 from fastfs._monitor.measure.completed_step import CompletedStep
-from fastfs._monitor.measure.fingerprints import real
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.update_plans import Call, Part
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.update_plans import Call, ParameterOrder
-from fastfs._stats import ParameterStats
+from fastfs._stats import ParameterStats, span
 
 __all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateAssembler", "refuted"]
 
-OF_UPDATE = slice(0, 2)
-"""The columns of `ParameterStats` that depend on the update."""
+OF_UPDATE = span(ParameterStats, "update")
+"""The columns of the sums that depend on the update."""
 
-OF_STEP = slice(0, 3)
-"""The columns that depend on the update or the gradient."""
+OF_STEP = span(ParameterStats, "update", "gradient")
+"""The columns of the sums that depend on the update or the gradient."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class UpdateAssembler:
             unknown = bad[:, None]
         else:
             preserved = preserved.to(total.device, non_blocking=True)
-            unknown = torch.stack([bad | ~preserved, bad, ~preserved], dim=1)  # of <g, dw>, |dw|^2 and |g|^2
+            unknown = torch.stack(_unknown(bad, ~preserved), dim=1)
             reason = torch.where(bad | preserved, reason, decrease_reasons.REWRITTEN)
         total[:, OF_STEP].masked_fill_(unknown, torch.nan)
         return MeasuredUpdate(ParameterStats(total), reason)
@@ -97,3 +97,11 @@ def refuted(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
     return MeasuredUpdate(
         ParameterStats(sums), torch.where(found.reason == decrease_reasons.FINE, reason, found.reason)
     )
+
+
+def _unknown(update: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Whether the sums of each parameter are unknown, by column of `OF_STEP`, if its update or gradient is."""
+    return [
+        update | gradient if {"update", "gradient"} <= {*pair} else update if "update" in pair else gradient
+        for pair in list(ParameterStats.factors.values())[OF_STEP]
+    ]

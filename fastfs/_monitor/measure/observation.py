@@ -1,48 +1,54 @@
-"""What a measured step has shown of the features, and what follows from it."""
+"""What a capture mode has observed of the features at a measured step, and what follows from it."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from fastfs._monitor.capture.passes import Pass
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.row_sums import LayerSums
 from fastfs._stats import FeatureStats
 
-__all__ = ["Look", "changed_choices", "graphs_of", "is_linear", "reported", "unscaled", "without_update"]
+__all__ = ["FeatureObservation", "changed_choices", "is_linear", "reported", "unscaled", "without_update"]
 
 
-@dataclass
-class Look:
-    """What a measured step has shown of the features.
+@dataclass(frozen=True)
+class FeatureObservation:
+    """What a capture mode has observed of the features of L layers.
 
     Attributes:
-        verdict: per layer.
-        sums: that standard errors and quantiles come from.
-        eps, depth: of the layers, as for :func:`fastfs._monitor.measure.trust.assess`.
-        absent: per layer why it has no rows, 0 where it has.
-        curvature: second-order part of the update relative to the first, at most; None where it was not seen.
-        choices: integer results of top-k and argmax in the second forward, of each pass.
+        verdict: Whether each layer's sums can be trusted.
+        sums: The sums, with standard errors and quantiles.
+        eps: Spacing at 1 of the coarsest numbers in each layer, float64 (L,).
+        absent: Per layer why it has no rows, a code of ``row_reasons``; 0 where it has.
+        curvature: Second-order part of the update relative to the first, at most, float64 (L,); None if unknown.
+        choices: Integer results of top-k and argmax in the second forward, per forward.
+        checked_choices: The same in the check before the step; empty if there was no check.
     """
 
     verdict: trust.AssessedUpdate
     sums: LayerSums
     eps: Tensor
-    depth: Tensor
     absent: list[int]
     curvature: Tensor | None = None
-    choices: list[list[Tensor]] = field(default_factory=list)
+    choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
+    checked_choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
 
 
 _LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
 
 
 def is_linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> Tensor:
-    """Whether first order describes the step: float64 (L,), 1 or 0, nan where nothing tells."""
+    """Returns whether first order describes the step: float64 (L,), 1 or 0, nan if that is unknown.
+
+    Args:
+        residual: Residual of the feature speed formula, nan where it does not apply.
+        residual_se: Its standard error.
+        curvature: Second-order part of the update, which decides where there is no residual.
+    """
     by_residual = (residual.abs() <= _LINEAR + 2 * residual_se.nan_to_num(0.0)).to(torch.float64)
     unknown = torch.full_like(residual, torch.nan)
     other = unknown if curvature is None else torch.where(curvature.isnan(), unknown, (curvature <= _LINEAR).double())
@@ -52,7 +58,7 @@ def is_linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -
 def changed_choices(
     first: Sequence[Sequence[Tensor]], second: Sequence[Sequence[Tensor]], device: torch.device
 ) -> tuple[Tensor, int]:
-    """How many discrete choices of a forward differ in the second one, float64 (), and how many there are."""
+    """Returns how many discrete choices differ between two forwards, float64 (), and how many there are."""
     pairs = [pair for ours, theirs in zip(first, second, strict=False) for pair in zip(ours, theirs, strict=False)]
     pairs = [(a, b) for a, b in pairs if a.shape == b.shape]
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -61,13 +67,8 @@ def changed_choices(
     return total, sum(a.numel() for a, _ in pairs)
 
 
-def graphs_of(passes: Sequence[Pass]) -> Hashable:
-    """What tells the forwards of one step from those of another kind."""
-    return frozenset(p.signature for p in passes)
-
-
 def without_update(stats: FeatureStats) -> FeatureStats:
-    """Where no second forward was made, nothing is known of the update."""
+    """Returns the sums with nan for all that needs a second forward."""
     known = ("before_sq", "backward_sq", "count", "nonfinite")
     columns = [stats._sum(name) for name in stats.names]
     return FeatureStats(
@@ -82,17 +83,18 @@ def without_update(stats: FeatureStats) -> FeatureStats:
 
 
 def reported(verdict: trust.AssessedUpdate, plain: FeatureStats) -> Tensor:
-    """The verdict's sums where they come from an enlarged update; else what was seen, with the noise that may be in it.
+    """Returns the sums for the record, float64 (L, 9).
 
-    What the verdict takes out of a plain replay as noise is a guess: half of the most that it can be.
+    Where an enlarged update was measured, these are the verdict's sums. Elsewhere they are the plain sums, with the
+    rounding noise that they may contain: what the verdict subtracts as noise is only half of an upper bound.
     """
-    seen = plain.sums.clone()
-    seen[:, FeatureStats.names.index("rounding_sq")] = verdict.stats.rounding_sq
-    return torch.where(verdict.amplified[:, None], verdict.stats.sums, seen)
+    sums = plain.sums.clone()
+    sums[:, FeatureStats.names.index("rounding_sq")] = verdict.stats.rounding_sq
+    return torch.where(verdict.amplified[:, None], verdict.stats.sums, sums)
 
 
 def unscaled(sums: Tensor, scale: Tensor) -> Tensor:
-    """Sums over features with the loss scale taken out of the backward vector."""
+    """Returns sums over features with the loss scale divided out of the backward vector."""
     names = FeatureStats.names
     result = sums.clone()
     for name, power in (("update_dot_backward", 1), ("abs_update_dot_backward", 1), ("backward_sq", 2)):

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.measure import decrease_reasons
-from fastfs._monitor.measure.fingerprints import Fingerprint
 from fastfs._monitor.measure.full_checks import both
 from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
 from fastfs._monitor.measure.measured_update import OF_STEP, MeasuredUpdate
 from fastfs._monitor.measure.update_meter import UpdateMeter
-from fastfs._monitor.optimizers import Found
+from fastfs._monitor.optimizers import TrainingOptimizer
 from fastfs._stats import ParameterStats
 
 __all__ = ["Parameters"]
@@ -27,7 +27,7 @@ class Parameters:
         snapshot: Copy the parameters before measured steps.
     """
 
-    def __init__(self, optimizers: Sequence[Found], *, snapshot: bool) -> None:
+    def __init__(self, optimizers: Sequence[TrainingOptimizer], *, snapshot: bool) -> None:
         self._optimizers = tuple(optimizers)
         self._copies = snapshot
         self._meters: list[UpdateMeter] = []
@@ -171,14 +171,15 @@ def _of_backward(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
         factor, code = factor.to(sums.device, non_blocking=True), code.to(sums.device, non_blocking=True)
     if scale is not None:
         factor = factor / scale.to(sums.device, torch.float64, non_blocking=True)
-    dot, update, gradient, *rest = sums.unbind(dim=1)
+    columns = dict(zip(ParameterStats.names, sums.unbind(dim=1), strict=True))
+    dot, update, gradient = columns["dot"], columns["update_sq"], columns["gradient_sq"]
     # Without an update the factor does not matter, and without a gradient there is nothing to scale.
     nothing = (gradient == 0) & (code != decrease_reasons.CHANGED) & (code != decrease_reasons.UNSEEN)
     still = (update == 0) | nothing
-    new_dot = torch.where(still, 0.0, dot / factor)
-    new_gradient = torch.where(nothing, 0.0, gradient / factor.square())
+    columns["dot"] = torch.where(still, 0.0, dot / factor)
+    columns["gradient_sq"] = torch.where(nothing, 0.0, gradient / factor.square())
     reason = torch.where((found.reason == decrease_reasons.FINE) & ~still, code, found.reason)
-    return MeasuredUpdate(ParameterStats(torch.stack([new_dot, update, new_gradient, *rest], dim=1)), reason)
+    return MeasuredUpdate(ParameterStats(torch.stack(list(columns.values()), dim=1)), reason)
 
 
 def _nothing_done(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastfs._monitor.capture.fingerprints import Samples, Views, real
 from fastfs._monitor.measure import decrease_reasons
-from fastfs._monitor.measure.fingerprints import Samples, Views, real
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
 from fastfs._monitor.measure.host_checks import StateBefore
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters

@@ -16,9 +16,9 @@ from torch.optim import LBFGS
 
 from fastfs import _functional
 from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._monitor.capture.fingerprints import Samples
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.closed_forms import ClosedForm, closed_form, rewrites_gradients
-from fastfs._monitor.measure.fingerprints import Samples
 from fastfs._monitor.measure.gradient_snapshots import GradientSampler, GradientSnapshot
 from fastfs._monitor.measure.host_checks import HostChecks
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastfs._core import checks
 from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._monitor.capture.fingerprints import Places, Views, real
 from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import ClosedForm, rewrites_gradients
-from fastfs._monitor.measure.fingerprints import Places, Views, real
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
 from fastfs._stats import ParameterStats
 

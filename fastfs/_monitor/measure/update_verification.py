@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastfs._core.optimizer_rules import OptimizerRule, update_terms
-from fastfs._monitor.measure.fingerprints import Places, Samples, on_host
+from fastfs._monitor.capture.fingerprints import Places, Samples, on_host
 
 __all__ = ["same_gradients", "verify"]
 

@@ -1,9 +1,9 @@
 "use strict";
-// Figures for Plotly: each function takes what to show and gives traces and layout.
+// Figures for Plotly: each function returns traces and layout.
 
 const DARK_LINES = ["#4AA3DF", "#F0803C", "#2FC79A", "#E08FBC", "#A9DCFF", "#F5C04A"]; // the same hues, lighter
-const LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]; // Okabe and Ito, without black and yellow
-// Blue to red; what is 0 is pale on light ground and dark on dark ground, so that it is not taken for the grey of "not valid".
+const LINES = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"]; // palette of Okabe and Ito, without black and yellow
+// Blue to red; 0 has the color of the background, pale or dark, to differ from the gray of "not valid".
 const DIVERGING = [[0, "#2166ac"], [0.25, "#7fb6d9"], [0.5, "#fbf7ef"], [0.75, "#f0976b"], [1, "#b2182b"]];
 const DARK_DIVERGING = [[0, "#a6d8f5"], [0.25, "#3b87bd"], [0.5, "#0b0e12"], [0.75, "#c94f3d"], [1, "#ffcdb0"]];
 const DASHES = ["solid", "dash", "dot"];
@@ -32,7 +32,7 @@ function colorOf(index) {
   return { color: colors[index % colors.length], dash: DASHES[Math.floor(index / LINES.length) % DASHES.length] };
 }
 
-// Decades for a color bar of log10 values, with steps of 2 and 5 where there are few.
+// Ticks for a color bar of log10 values: decades, with steps of 2 and 5 if there are few.
 function logTicks(low, high) {
   const vals = [], text = [];
   for (let e = Math.floor(low); e <= Math.ceil(high); e++) for (const m of high - low < 0.9 ? [1, 1.5, 2, 3, 5, 7] : high - low < 2.2 ? [1, 2, 5] : [1]) {
@@ -42,7 +42,7 @@ function logTicks(low, high) {
   return { tickvals: vals, ticktext: text };
 }
 
-// A logarithmic axis with readable numbers over the values of the traces.
+// A logarithmic axis over the values of the traces, with readable ticks.
 function logAxis(title, traces, more = {}) {
   const all = traces.flatMap((trace) => trace.y).filter((v) => v > 0);
   if (!all.length) return axis(title, { showticklabels: false, ...more });
@@ -53,7 +53,7 @@ function logAxis(title, traces, more = {}) {
   return axis(title, { type: "log", range: [low, high], tickvals: tickvals.map((v) => 10 ** v), ticktext, ...more });
 }
 
-// Layer x step. Returns traces, layout, and notes about what is drawn.
+// The heat map of layers x steps. Returns traces, layout, and notes on what is drawn.
 function heatFigure(q, rows, { log, range, showInvalid }) {
   const part = q.part, steps = part.steps, width = steps.length;
   const z = [], grey = [], below = [];
@@ -82,7 +82,7 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
   const least = log ? 0.05 : Math.max(1e-12, Math.abs(high) * 1e-3);
   if (high - low < least) { const mid = (low + high) / 2; low = mid - least; high = mid + least; }
   const diverging = !log && low < 0;
-  // A healthy residual looks calm: the colors do not grow stronger below one half.
+  // The color range is at least one half, so that a healthy residual stays pale.
   if (diverging) { high = Math.max(-low, high, q.key === "residual" ? 0.5 : 0); low = -high; }
 
   const phone = narrow();
@@ -118,7 +118,7 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
   return { traces, layout, notes: { invalidCells, belowCells, emptyCells, dots: dots.x.length, showDots, alerts: alerts.length, clipped } };
 }
 
-// One line per picked layer; crosses where not valid, a band of one standard error where there is one.
+// A line per picked layer, with crosses for rows that are not valid and bands of one standard error.
 function linesFigure(q, picks, { log, range, height = 380 }) {
   const part = q.part, steps = part.steps, width = steps.length, traces = [];
   let bad = 0, bands = 0;
@@ -151,7 +151,7 @@ function linesFigure(q, picks, { log, range, height = 380 }) {
   return { traces, layout, notes: { bad, bands } };
 }
 
-// Measured speed over the prediction that came before it.
+// Measured speed against the prediction before it.
 function scatterFigure(rows) {
   const part = data.measured, width = part.steps.length, before = part.columns.predicted_before, speed = part.columns.update_rms;
   const points = [];
@@ -176,7 +176,7 @@ function scatterFigure(rows) {
   return { traces, layout, notes: { points: points.length, shown: shown.length, median: percentile(ratios, 0.5) } };
 }
 
-// Of the picked layers: dots where measured, a thin line where predicted.
+// Speed of the picked layers: dots for measured steps, a thin line for predicted ones.
 function speedFigure(picks, range) {
   const traces = [], m = data.measured, p = data.predicted;
   picks.forEach((row, index) => {

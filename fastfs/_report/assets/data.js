@@ -1,5 +1,5 @@
 "use strict";
-// The data of the page, decoded, and how numbers and names become text.
+// Decodes the data of the page, and formats numbers and names.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
@@ -16,7 +16,7 @@ for (const part of [data.measured, data.predicted]) {
   part.why = new Uint8Array(bytes(part.why));
 }
 
-// The menu: every quantity of the measured steps, then of the predicted ones.
+// The menu: quantities of measured steps, then of predicted steps.
 const quantities = [];
 if (data.measured.total) {
   for (const q of data.measured.quantities) quantities.push({ ...q, id: "measured:" + q.key, part: data.measured, values: data.measured.columns[q.key] });
@@ -24,13 +24,13 @@ if (data.measured.total) {
   const width = data.measured.steps.length;
   for (let i = 0; i < share.length; i++) share[i] = data.measured.invalid_merged[i] / data.measured.merged[i % width];
   quantities.push({ id: "measured:share", key: "share", label: "Share not valid", unit: "0 to 1", log: false, guarded: false, error: null, part: data.measured, values: share,
-    about: "Of the measured steps that a column stands for, the share that was not valid." });
+    about: "Fraction of the measured steps represented by a column that were not valid." });
 }
 for (const q of data.predicted.quantities) {
   const predicted = q.key === "update_rms";
   quantities.push({ ...q, id: "predicted:" + q.key, part: data.predicted, values: data.predicted.columns[q.key], guarded: false, error: null,
     label: q.label + (predicted ? ", predicted" : ", between measurements"),
-    about: predicted ? "Speed by the feature speed formula with the last measured angle, at steps without a measurement; empty for layers that are no cut." : q.about });
+    about: predicted ? "Speed by the feature speed formula with the last measured angle, at steps without a measurement; empty for layers that are not cuts." : q.about });
 }
 
 const layerRows = data.rows.map((row, i) => i).filter((i) => !data.rows[i].group);
@@ -43,12 +43,12 @@ function format(value, digits = 4) {
 }
 const whole = (value) => (Number.isFinite(value) ? value.toLocaleString("en") : "-");
 
-// Plotly reads a little HTML in labels.
+// Plotly interprets some HTML in labels.
 function escapeLabel(text) {
   return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
-// What all names begin with, up to and with a dot.
+// The common prefix of all names, up to and including a dot.
 function sharedParents(names) {
   if (names.length < 2) return "";
   const parents = names.map((name) => name.split(".").slice(0, -1));
@@ -63,7 +63,7 @@ function shorten(text, most) {
   return text.slice(0, head) + "…" + text.slice(text.length - (most - 1 - head));
 }
 
-// Rows of a search: parts of names, separated by commas; 10-20 and 7 mean numbers of rows where no name has that part.
+// Rows that match a search: parts of names, separated by commas; 10-20 and 7 are indices unless a name contains them.
 function matching(rows, search) {
   const terms = search.toLowerCase().split(",").map((term) => term.trim()).filter(Boolean);
   if (!terms.length) return rows;

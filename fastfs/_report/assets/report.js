@@ -1,10 +1,10 @@
 "use strict";
-// State, controls, tables. Text from the record goes through textContent, never through HTML.
+// State, controls, tables. Text of the record is set as textContent, never as HTML.
 
 const $ = (id) => document.getElementById(id);
 const MOST_PICKS = 12;
 const MOST_CHIPS = 300;
-// Plotly offers to upload a chart to its cloud unless it is told not to: nothing of a run leaves this page.
+// By default Plotly offers to upload a chart to its cloud; no data may leave this page.
 const CONFIG = { responsive: true, displaylogo: false, showSendToCloud: false, plotlyServerURL: "", displayModeBar: !narrow(), modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"], doubleClick: "reset" };
 const LINKED = ["heat", "lines", "speed", "residual", "loss"];
 
@@ -50,7 +50,7 @@ function legend(node, parts) {
   }
 }
 
-// ---- what does not change
+// ---- drawn once
 
 function drawStatic() {
   $("title").textContent = data.title;
@@ -66,12 +66,12 @@ function drawStatic() {
     $("alarm").textContent = "Alerts: " + data.alert_rules.map(([rule, count]) => `${rule} (${whole(count)})`).join(", ") + ". Details are in the table below.";
   }
   const total = data.alert_rules.reduce((sum, [, count]) => sum + count, 0);
-  $("alerts-note").textContent = total ? `${whole(total)} in all` + (total > data.alerts.length ? `; the first and the last ${data.alerts.length / 2} are listed.` : ".") : "None.";
+  $("alerts-note").textContent = total ? `${whole(total)} in total` + (total > data.alerts.length ? `; the first and last ${data.alerts.length / 2} are listed.` : ".") : "None.";
   if (total) fillTable($("alerts"), [["step", 1], ["rule"], ["layer"], ["value", 1], ["message"]], data.alerts.map((a) => [whole(a.step), a.rule, a.layer ?? "-", format(a.value), a.message ?? ""]));
   if (data.skipped.length) { $("skipped-panel").hidden = false; fillTable($("skipped"), [["step", 1], ["reason"]], data.skipped.map((s) => [whole(s.step), s.reason ?? ""])); }
   const known = layerRows.filter((row) => data.rows[row].cut !== null), cuts = known.filter((row) => data.rows[row].cut);
-  $("structure-summary").textContent = known.length ? `Structure: ${cuts.length} of ${known.length} layers are cuts` : `Structure: ${layerRows.length} layers (which are cuts is not recorded)`;
-  fillTable($("structure"), [["", 1], ["layer"], ["cut"], ["parameters", 1], ["why not"]], data.rows.map((row, i) => [String(i), row.name + (row.group ? " (group)" : ""), row.cut === null ? "-" : row.cut ? "yes" : "no", row.parameters === null ? "-" : whole(row.parameters), row.reason ?? (row.members === null ? "" : `${row.members} layers`)]));
+  $("structure-summary").textContent = known.length ? `Structure: ${cuts.length} of ${known.length} layers are cuts` : `Structure: ${layerRows.length} layers (cuts are not recorded)`;
+  fillTable($("structure"), [["", 1], ["layer"], ["cut"], ["parameters", 1], ["reason"]], data.rows.map((row, i) => [String(i), row.name + (row.group ? " (group)" : ""), row.cut === null ? "-" : row.cut ? "yes" : "no", row.parameters === null ? "-" : whole(row.parameters), row.reason ?? (row.members === null ? "" : `${row.members} layers`)]));
   fillTable($("facts"), [[""], [""]], data.facts);
   if (data.thinned.length) for (const text of data.thinned) $("thinned").append(element("li", text));
   else $("thinned").append(element("li", hasRows ? "Nothing: every recorded step is drawn." : "The record has no rows yet."));
@@ -92,7 +92,7 @@ function drawStatic() {
   $("loss-panel").hidden = !data.loss.steps.length;
 }
 
-// ---- what does
+// ---- drawn after every change
 
 function drawHeat() {
   const q = quantity(), rows = shownRows();
@@ -103,11 +103,11 @@ function drawHeat() {
   if (!rows.length) parts.push([null, "No layer matches the search."]);
   if (notes.invalidCells) parts.push([css("--invalid"), `not valid (${whole(notes.invalidCells)} cells): hover for the reason`]);
   if (notes.belowCells) parts.push(["#D55E00", `zero or negative, which a logarithmic scale cannot show (${whole(notes.belowCells)})`]);
-  if (notes.emptyCells) parts.push([css("--plot"), q.part === data.predicted ? `nothing recorded (${whole(notes.emptyCells)}): no cut, or no angle yet` : `not measured (${whole(notes.emptyCells)})`]);
+  if (notes.emptyCells) parts.push([css("--plot"), q.part === data.predicted ? `nothing recorded (${whole(notes.emptyCells)}): not a cut, or no angle yet` : `not measured (${whole(notes.emptyCells)})`]);
   if (notes.alerts) parts.push([null, "▼ alert."]);
-  if (notes.showDots) parts.push([null, "● stands for steps of which some were not valid."]);
-  else if (notes.dots) parts.push([null, `${whole(notes.dots)} cells stand for several steps of which some were not valid: see the quantity "Share not valid".`]);
-  if (notes.clipped) parts.push([null, "Colors span the 1st to the 99th percentile; beyond, the end color."]);
+  if (notes.showDots) parts.push([null, "●: some of the steps that it represents were not valid."]);
+  else if (notes.dots) parts.push([null, `${whole(notes.dots)} cells represent several steps, some of which were not valid: see the quantity "Share not valid".`]);
+  if (notes.clipped) parts.push([null, "Colors span the 1st to the 99th percentile; values beyond have the end color."]);
   legend($("heat-legend"), parts);
   return Plotly.react("heat", traces, layout, CONFIG);
 }
@@ -115,7 +115,7 @@ function drawHeat() {
 function drawLines() {
   const q = quantity(), { traces, layout, notes } = linesFigure(q, state.picks, { log: state.log, range: range() });
   const parts = [];
-  if (notes.bands) parts.push([null, "Bands: one standard error (only some rows of the batch were kept)."]);
+  if (notes.bands) parts.push([null, "Bands: one standard error (only a sample of the rows was kept)."]);
   if (notes.bad) parts.push([null, `Crosses: not valid (${whole(notes.bad)}); lines skip them.`]);
   if (!state.picks.length) parts.push([null, "Pick layers above, or click on a row of the heat map."]);
   legend($("lines-legend"), parts);
@@ -125,7 +125,7 @@ function drawLines() {
     const figure = linesFigure(residual, state.picks, { log: false, range: range(), height: 320 });
     const seen = figure.traces.flatMap((t) => t.y).filter((v) => v !== null && Math.abs(v) > 2);
     if (seen.length) figure.layout.yaxis.range = [-2, 2];
-    legend($("residual-legend"), seen.length ? [[null, `${whole(seen.length)} points above 2 or below -2 are off the picture: zoom out to see them.`]] : []);
+    legend($("residual-legend"), seen.length ? [[null, `${whole(seen.length)} points above 2 or below -2 are outside the plot: zoom out to see them.`]] : []);
     work.push(Plotly.react("residual", figure.traces, figure.layout, CONFIG));
   }
   if (!$("formula-panel").hidden) {
@@ -144,7 +144,7 @@ function drawFormula() {
   $("scatter").parentElement.style.gridTemplateColumns = some ? "" : "minmax(0, 1fr)";
   const why = !data.predicted.total ? "This run has no predicted rows" : !data.measured.total ? "This run has no measured rows" : "No valid measurement of the shown layers has a prediction before it";
   $("formula-note").textContent = some
-    ? `${whole(notes.shown)} of ${whole(notes.points)} points drawn; predicted / measured has the median ${format(notes.median, 3)}. Right: dots are measured, thin lines predicted, for the layers picked above.`
+    ? `${whole(notes.shown)} of ${whole(notes.points)} points drawn; the median of predicted / measured is ${format(notes.median, 3)}. Right: measured (dots) and predicted (thin lines) speed of the layers picked above.`
     : `${why}, so there is nothing to compare.`;
   return some ? Plotly.react("scatter", traces, layout, CONFIG) : null;
 }
@@ -180,7 +180,7 @@ function togglePick(row) {
   drawLines();
 }
 
-// From nothing: Plotly.react keeps parts of a color bar that changes its place.
+// Draws from scratch: Plotly.react keeps parts of a color bar that moves.
 function redraw() {
   for (const id of [...LINKED, "scatter"]) if ($(id).data) Plotly.purge(id);
   CONFIG.displayModeBar = !narrow();
@@ -197,7 +197,7 @@ function drawAll() {
 
 function tipText(row, c) {
   const q = quantity(), part = q.part, width = part.steps.length, at = row * width + c;
-  const lines = [data.rows[row].name + (data.rows[row].cut === false ? " (no cut)" : ""), `step ${whole(part.steps[c])}`];
+  const lines = [data.rows[row].name + (data.rows[row].cut === false ? " (not a cut)" : ""), `step ${whole(part.steps[c])}`];
   const value = q.values[at];
   lines.push(`${q.label}: ${format(value)} ${Number.isFinite(value) ? q.unit : ""}` + (q.key === "angle" && Number.isFinite(value) ? ` (${((value * 180) / Math.PI).toFixed(1)}°)` : ""));
   const error = q.error && part.columns[q.error] ? part.columns[q.error][at] : NaN;
@@ -207,7 +207,7 @@ function tipText(row, c) {
     if (part.columns.noise_floor) lines.push(`noise floor: ${format(part.columns.noise_floor[at])} per step`);
     if (part.invalid[at]) lines.push(`NOT VALID: ${part.reasons[part.why[at]] ?? "no reason given"}`);
   }
-  if (part.merged[c] > 1) lines.push(`stands for ${part.merged[c]} recorded steps` + (part === data.measured ? `, ${part.invalid_merged[at]} of them not valid` : ""));
+  if (part.merged[c] > 1) lines.push(`represents ${part.merged[c]} recorded steps` + (part === data.measured ? `, ${part.invalid_merged[at]} of them not valid` : ""));
   const alerts = data.alerts.filter((a) => a.row === row && a.step >= part.steps[c] && (c + 1 >= width || a.step < part.steps[c + 1]));
   for (const a of alerts.slice(0, 3)) lines.push(`▼ ${a.rule}: ${shorten(a.message ?? "", 160)}`);
   return lines.join("\n");

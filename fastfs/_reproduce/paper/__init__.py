@@ -1,1 +1,1 @@
-"""The paper's figures and numbers, computed again: ``fastfs reproduce``."""
+"""The figures and numbers of the paper, recomputed by ``fastfs reproduce``."""

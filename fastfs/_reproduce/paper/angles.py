@@ -1,4 +1,4 @@
-"""The angle at initialisation: against layer, against depth, against branch scale."""
+"""The angle at initialization against layer, depth and branch scale."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ LAW_NAMES = tuple(LAWS)
 _NAMED = {"0.5/sqrt(L)": "c=0.5", "1/sqrt(L)": "c=1", "2/sqrt(L)": "c=2"}
 
 SCALES = (0.05, 0.07, 0.1, 0.14, 0.2, 0.28, 0.35, 0.42, 0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0, 2.6, 3.4, 4.5)
-"""The twenty sqrt(L) beta of the last figure; the published ones are among them."""
+"""The twenty values of sqrt(L) beta in figure (c), including the published ones."""
 
 
 def run_layer(
     seeds: Sequence[int], *, depth: int = 200, width: int = 200, advance: Callable[[int], None] | None = None
 ) -> Steps:
-    """One step of the five networks of one depth."""
+    """Simulate one step of the five networks of one depth."""
     networks = [Network(depth, law(depth)) for law in LAWS.values()]
     return simulate(networks, width=width, seeds=seeds, advance=advance)
 
 
 def against_layer(settings: StudySettings, advance: Advance) -> Outcome:
-    """(a) Angle at every layer."""
+    """Compute (a), the angle at every layer."""
     seeds = settings.seed_list(5, 5)
     depth, width = settings.pick(200, 100), 200
     steps = run_layer(seeds, depth=depth, width=width, advance=lambda n: advance(n / len(seeds)))
@@ -75,13 +75,13 @@ def run_depth(
     width: int = 200,
     advance: Callable[[int], None] | None = None,
 ) -> Steps:
-    """One step of the five networks of every depth."""
+    """Simulate one step of the five networks of every depth."""
     networks = [Network(depth, law(depth)) for depth in depths for law in LAWS.values()]
     return simulate(networks, width=width, seeds=seeds, advance=advance)
 
 
 def against_depth(settings: StudySettings, advance: Advance) -> Outcome:
-    """(b) Output angle against depth."""
+    """Compute (b), the output angle against depth."""
     seeds = settings.seed_list(10, 8)
     depths = settings.pick(DEPTHS, (10, 30, 100))
     steps = run_depth(seeds, depths=depths, advance=lambda n: advance(n / len(seeds)))
@@ -118,13 +118,13 @@ def run_scale(
     scales: Sequence[float] = SCALES,
     advance: Callable[[int], None] | None = None,
 ) -> Steps:
-    """One step of the networks of every depth and sqrt(L) beta."""
+    """Simulate one step of the networks of every depth and sqrt(L) beta."""
     networks = [Network(depth, c / math.sqrt(depth)) for depth in depths for c in scales]
     return simulate(networks, width=width, seeds=seeds, advance=advance)
 
 
 def against_scale(settings: StudySettings, advance: Advance) -> Outcome:
-    """(c) Output angle against sqrt(L) beta."""
+    """Compute (c), the output angle against sqrt(L) beta."""
     seeds = settings.seed_list(5, 5)
     depths, width = settings.pick((30, 100, 500), (30, 100)), settings.pick(500, 200)
     steps = run_scale(seeds, depths=depths, width=width, advance=lambda n: advance(n / len(seeds)))

@@ -1,18 +1,18 @@
-"""The paper's networks, many at once: forward, backward, one step of gradient descent, and how the features moved.
+"""Simulation of many of the paper's networks at once: forward, backward, one step of gradient descent, feature updates.
 
 One input x, squared loss, one output, hidden features of width m:
 
     f_0 = U x,   f_l = sqrt(1 - beta^2) f_{l-1} + beta V_l relu(f_{l-1}),  l = 1..L,   output s <a, phi(f_L)>
 
-with phi the identity for a ResNet and ReLU for an MLP (beta = 1), which are :class:`fastfs.models.ResNet` and
+with phi the identity for a ResNet and ReLU for an MLP (beta = 1). These are :class:`fastfs.models.ResNet` and
 :class:`fastfs.models.MLP` on one row. All networks of a seed share x, U, V_l and a, whatever their branch scale and
-depth, so a layer is one matrix product with a (networks, m) matrix, batched over seeds. Two more things make it fast
-and exact in float32:
+depth, so a layer is one matrix product with a (networks, m) matrix, batched over seeds. Two further properties make the
+simulation fast, and accurate in float32:
 
 - the gradient of V_l is the rank-one ``beta b_l relu(f_{l-1})^T``, so its norm is a product of two norms, and neither
-  it nor the updated matrix is ever formed;
-- the second forward computes the difference ``df_l = f'_l - f_l`` itself, with no cancellation: the difference of two
-  ReLUs is exact where the sign stays. The step is a real, finite one, nothing is linearised.
+  the gradient nor the updated matrix is formed;
+- the second forward computes the difference ``df_l = f'_l - f_l`` directly, without cancellation: the difference of two
+  ReLUs is exact where the sign does not change. The step is finite; nothing is linearized.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch import Tensor
 
 __all__ = ["Chains", "Network", "Rates", "Weights"]
 
-_INPUT, _STEM, _HEAD, _HIDDEN = range(4)  # streams of random numbers of a seed
+_INPUT, _STEM, _HEAD, _HIDDEN = range(4)  # random streams per seed
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Learning rates of a network whose parameters are all trained; for one step of gradient descent."""
+    """Learning rates of a network all of whose parameters are trained, for one step of gradient descent."""
 
     stem: float
     hidden: float
@@ -48,12 +48,12 @@ class Network:
     Args:
         depth: number L of hidden matrices, at least 1.
         branch_scale: beta, in (0, 1].
-        output_std: scale s of the output weights, whose entries a are N(0, 1); 1/m if None (mean-field).
-        readout: which of the seed's random output weights a it has; averages over several are smoother.
+        output_std: scale s of the output weights, whose entries a are N(0, 1); None means 1/m (mean-field).
+        readout: index of the seed's random output weights a; averages over several are smoother.
         rates: learning rates; None trains the hidden matrices alone, with lr_l = step / (L |g_l|^2) (section 4).
 
     Raises:
-        ValueError: a depth below 1, or a branch scale outside (0, 1].
+        ValueError: the depth is below 1, or the branch scale outside (0, 1].
     """
 
     depth: int
@@ -71,7 +71,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Weights:
-    """Random weights of S seeds: x (S, d), stem (S, m, d), hidden (S, L, m, m), head (S, R, m): R read-outs."""
+    """Random weights of S seeds: x (S, d), stem (S, m, d), hidden (S, L, m, m), head (S, R, m) for R readouts."""
 
     x: Tensor
     stem: Tensor
@@ -91,11 +91,24 @@ class Weights:
         dtype: torch.dtype = torch.float32,
         hidden: Tensor | None = None,
     ) -> Weights:
-        """Gaussian entries: U 1/sqrt(d), V sqrt(2/m), x and a 1; with ``unit_input`` |x| = 1 and the std of U is 1.
+        """Draw Gaussian entries of std 1/sqrt(d) for U, sqrt(2/m) for V, and 1 for x and a.
 
-        Each matrix has a random stream of its own, so that it depends on the seed, l and the shape alone, and they can
-        be drawn by as many threads as torch uses. They are drawn in float32 whatever ``dtype``, which is that of the
-        result. ``hidden`` is memory to use again.
+        With ``unit_input``, |x| = 1 and the std of U is 1. Each matrix has its own random stream, so that it depends
+        only on seed, layer and shape, and as many threads as torch uses draw them. They are drawn in float32 whatever
+        ``dtype``, the dtype of the result. ``hidden`` is memory to reuse.
+
+        Args:
+            seeds: the seeds.
+            depth: number of hidden matrices.
+            width: m.
+            in_features: d.
+            readouts: number of output weights per seed.
+            unit_input: whether |x| = 1.
+            dtype: dtype of the result.
+            hidden: hidden matrices of an earlier call, whose memory is reused.
+
+        Returns:
+            The weights.
         """
         shape = (len(seeds), depth, width, width)
         std = math.sqrt(2.0 / width)
@@ -125,7 +138,7 @@ class Weights:
 
 
 def _normal(shape: tuple[int, ...], *stream: int, std: float = 1.0, out: Tensor | None = None) -> Tensor:
-    """Independent N(0, std^2) in float32, from the random stream of these numbers, the seed first."""
+    """Return independent N(0, std^2) in float32 from the random stream identified by these numbers, seed first."""
     state = int(np.random.SeedSequence(stream).generate_state(1)[0])
     result = torch.empty(shape) if out is None else out
     return result.normal_(std=std, generator=torch.Generator().manual_seed(state))
@@ -133,17 +146,19 @@ def _normal(shape: tuple[int, ...], *stream: int, std: float = 1.0, out: Tensor 
 
 @dataclass(frozen=True)
 class Chains:
-    """A step of S seeds x N networks, K the largest depth: vectors of every layer, zero above a network's depth.
+    """One step of S seeds x N networks, K the largest depth: vectors of every layer, zero above a network's depth.
 
     Attributes:
         depths: (N,) int64.
-        features, updates, backward: f_l, df_l and b_l = dLoss/df_l, (K + 1, S, N, m), l = 0..K.
-        own: (K + 1, S, N); ``-own b_l`` is the part of df_l that the update of V_l makes, the rest came with df_{l-1}.
+        features: f_l, (K + 1, S, N, m), l = 0..K.
+        updates: df_l, (K + 1, S, N, m).
+        backward: b_l = dLoss/df_l, (K + 1, S, N, m).
+        own: (K + 1, S, N); ``-own b_l`` is the part of df_l due to the update of V_l, the rest is carried over.
         rates: learning rate of V_l, (K + 1, S, N); 0 at l = 0.
         gradient_sq: |g_l|^2 of V_l, (K + 1, S, N); 0 at l = 0.
         output: (S, N).
-        read_change: norm of the change of phi(f_L), what the output weights see, (S, N).
-        loss_change: of ``(output - target)^2 / 2``, the real one, (S, N).
+        read_change: norm of the change of phi(f_L), the input of the output weights, (S, N).
+        loss_change: actual change of ``(output - target)^2 / 2``, (S, N).
     """
 
     depths: Tensor
@@ -167,27 +182,30 @@ class Chains:
         step: float = 1e-3,
         target: float = 1.0,
     ) -> Chains:
-        """Forward, backward, update, and the exact difference of the second forward.
+        """Compute forward, backward, update, and the exact difference of the second forward.
 
         Args:
-            weights: of S seeds, at least as many hidden matrices as the deepest network has.
+            weights: weights of S seeds, with at least as many hidden matrices as the deepest network.
             networks: at least one.
-            mlp: ReLU before the output weights.
-            step: the loss decrease aimed at by automatic learning rates; given rates are multiplied by it.
+            mlp: whether a ReLU precedes the output weights.
+            step: target loss decrease of automatic learning rates; given rates are multiplied by it.
             target: y.
 
+        Returns:
+            Vectors and scalars of the step.
+
         Raises:
-            ValueError: no network, or fewer matrices or read-outs than they need.
+            ValueError: there is no network, or the networks need more matrices or readouts than there are.
         """
         if not networks:
             raise ValueError("networks: expected at least one")
         deepest = max(network.depth for network in networks)
         readouts = 1 + max(network.readout for network in networks)
         if weights.head.shape[1] < readouts:
-            raise ValueError(f"weights: {weights.head.shape[1]} read-outs, but a network has number {readouts - 1}")
+            raise ValueError(f"weights: {weights.head.shape[1]} readouts, but a network has number {readouts - 1}")
         if weights.hidden.shape[1] < deepest:
             raise ValueError(f"weights: {weights.hidden.shape[1]} hidden matrices, but a network is {deepest} deep")
-        # Deepest first: those that have a layer l are then the first `alive[l]`.
+        # Sorted by depth: the networks that have layer l are then the first `alive[l]`.
         order = sorted(range(len(networks)), key=lambda n: -networks[n].depth)
         chains = _run(weights, [networks[n] for n in order], mlp, step, target)
         back = torch.tensor(order).argsort()
@@ -203,7 +221,7 @@ class Chains:
 
 
 def _run(weights: Weights, networks: Sequence[Network], mlp: bool, step: float, target: float) -> Chains:
-    """As :meth:`Chains.run`, for networks from the deepest to the shallowest."""
+    """Run networks sorted from the deepest to the shallowest; see :meth:`Chains.run`."""
     dtype, (seeds, _, width, _) = weights.hidden.dtype, weights.hidden.shape
     depths = [network.depth for network in networks]
     count, deepest = len(networks), depths[0]
@@ -259,7 +277,7 @@ def _run(weights: Weights, networks: Sequence[Network], mlp: bool, step: float, 
         automatic = share[:n] / gradient_sq[layer][:, :n]
         rates[layer][:, :n] = torch.where(given[:n], step * chosen[:n, 1], automatic)
 
-    # The difference of the second forward to the first.
+    # The difference between the second forward and the first.
     input_sq = weights.x.square().sum(dim=1)[:, None, None]
     updates[0] = -step * chosen[:, 0, None] * input_sq * backward[0]
     for layer in range(1, deepest + 1):
@@ -295,5 +313,5 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _relu_difference(before: Tensor, change: Tensor) -> Tensor:
-    """relu(before + change) - relu(before), without cancellation: the change itself where both are positive."""
+    """Return relu(before + change) - relu(before) without cancellation: the change itself where both are positive."""
     return torch.where(before > 0, torch.maximum(change, -before), (before + change).relu())

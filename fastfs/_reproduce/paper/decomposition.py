@@ -1,4 +1,4 @@
-"""What a feature update is made of, layer by layer."""
+"""The components of a feature update, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,18 @@ _STEP = 1e-3
 
 
 def decompose(settings: StudySettings, advance: Advance) -> Outcome:
-    """(d) df_l split in two ways, as root mean squares over seeds, in units of the rms of f_0.
+    """Compute (d): df_l split in two ways, as root mean squares over seeds, in units of the rms of f_0.
 
-    By origin: ``own`` is made by the update of V_l and is along -b_l exactly; ``carried`` came with df_{l-1}, through
-    the layer. By direction: ``aligned`` is the part along -b_l, ``orthogonal`` the rest, which does nothing for the
-    loss to first order. ``carried_aligned`` is the aligned part of ``carried``; what is orthogonal was carried.
+    By origin: ``own`` is due to the update of V_l and exactly along -b_l; ``carried`` is the effect of df_{l-1} through
+    the layer. By direction: ``aligned`` is the component along -b_l, ``orthogonal`` the rest, which does not change the
+    loss to first order. ``carried_aligned`` is the aligned part of ``carried``; the orthogonal part is all carried.
+
+    Args:
+        settings: sizes and seeds.
+        advance: progress callback.
+
+    Returns:
+        The table and its headline values.
     """
     seeds = settings.seed_list(5, 3)
     depth, width = settings.pick(200, 100), 200

@@ -1,4 +1,4 @@
-"""The pictures: each takes the table of its figure and nothing else."""
+"""Figures, each drawn from its table alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
     "png",
 ]
 
-_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")  # Okabe and Ito: safe for colour-blind
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")  # Okabe and Ito, colorblind-safe
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _GREY = "0.45"
@@ -49,7 +49,7 @@ _ANGLE = "backward-feature angle (rad)"
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     import io
 
     buffer = io.BytesIO()
@@ -68,7 +68,7 @@ def _figure(columns: int = 1, width: float = 5.4, height: float = 3.7, **options
 
 
 def _angle_axis(axes: Any, low: float = 0.0) -> None:
-    """Angles from ``low`` to pi/2 in multiples of pi/8."""
+    """Set the axis to angles from ``low`` to pi/2 with ticks at multiples of pi/8."""
     axes.set_ylim(low, math.pi / 2 * 1.03)
     axes.yaxis.set_major_locator(FixedLocator([k * math.pi / 8 for k in range(5)]))
     names = ("0", r"$\pi/8$", r"$\pi/4$", r"$3\pi/8$", r"$\pi/2$")
@@ -78,7 +78,7 @@ def _angle_axis(axes: Any, low: float = 0.0) -> None:
 
 
 def _ticks(axis: Any, values: Sequence[float]) -> None:
-    """Plain numbers at these places of a logarithmic axis."""
+    """Set plain numbers as ticks of a logarithmic axis."""
     axis.set_major_locator(FixedLocator(list(values)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
@@ -96,7 +96,7 @@ def _published(figure: str, key: str) -> tuple[float, float]:
 
 
 def draw_layer(table: pandas.DataFrame) -> Figure:
-    """(a)"""
+    """Draw (a)."""
     figure, (axes,) = _figure()
     for n, (law, rows) in enumerate(table.groupby("branch_scale", sort=False)):
         axes.plot(rows["layer"], rows["angle"], color=_COLORS[n], linestyle=_STYLES[n], label=_LAWS[str(law)])
@@ -109,7 +109,7 @@ def draw_layer(table: pandas.DataFrame) -> Figure:
 
 
 def draw_depth(table: pandas.DataFrame) -> Figure:
-    """(b)"""
+    """Draw (b)."""
     figure, (axes,) = _figure()
     for n, (law, rows) in enumerate(table.groupby("branch_scale", sort=False)):
         axes.errorbar(
@@ -131,7 +131,7 @@ def draw_depth(table: pandas.DataFrame) -> Figure:
 
 
 def draw_scale(table: pandas.DataFrame) -> Figure:
-    """(c)"""
+    """Draw (c)."""
     figure, (axes,) = _figure()
     for n, (depth, rows) in enumerate(table.groupby("depth")):
         axes.plot(
@@ -157,7 +157,7 @@ def draw_scale(table: pandas.DataFrame) -> Figure:
 
 
 def draw_decomposition(table: pandas.DataFrame) -> Figure:
-    """(d)"""
+    """Draw (d)."""
     laws = ("1/L", "1/sqrt(L)", "1")
     figure, panels = _figure(3, width=3.7, height=3.6, sharey=True)
     parts = (
@@ -170,7 +170,7 @@ def draw_decomposition(table: pandas.DataFrame) -> Figure:
     for axes, law in zip(panels, laws, strict=True):
         rows = table[table["branch_scale"] == law]
         for part, label, color, style in parts:
-            shown = rows[rows[part] > rows["total"].max() * 1e-5]  # of the first layer nothing is carried
+            shown = rows[rows[part] > rows["total"].max() * 1e-5]  # nothing is carried into the first layer
             axes.plot(shown["layer"], shown[part], color=color, linestyle=style, linewidth=1.5, label=label)
         axes.set_yscale("log")
         axes.set_title(_LAWS[law], fontsize=10)
@@ -184,7 +184,7 @@ def draw_decomposition(table: pandas.DataFrame) -> Figure:
 
 
 def draw_sensitivity(table: pandas.DataFrame) -> Figure:
-    """(e)"""
+    """Draw (e)."""
     figure, panels = _figure(2, width=4.8, height=3.5, sharey=True)
     names = {"ntk": "NTK (median)", "mup": r"MF + $\mu$P", "fsc": "FSC", **_LAWS}
     for axes, family in zip(panels, ("MLP", "ResNet"), strict=True):
@@ -214,7 +214,7 @@ def draw_sensitivity(table: pandas.DataFrame) -> Figure:
 
 
 def draw_tail(table: pandas.DataFrame) -> Figure:
-    """(f)"""
+    """Draw (f)."""
     figure, (axes,) = _figure()
     first = table.iloc[0]
     x = table["sqrt_depth_beta"].to_numpy()
@@ -237,7 +237,7 @@ def draw_tail(table: pandas.DataFrame) -> Figure:
 
 
 def draw_mlp_exponent(table: pandas.DataFrame) -> Figure:
-    """(g)"""
+    """Draw (g)."""
     figure, (axes,) = _figure()
     first = table.iloc[0]
     layers = table["layer"].to_numpy()
@@ -262,7 +262,7 @@ def draw_mlp_exponent(table: pandas.DataFrame) -> Figure:
 
 
 def draw_spectral(table: pandas.DataFrame) -> Figure:
-    """(h)"""
+    """Draw (h)."""
     figure, (axes,) = _figure()
     x = table["sqrt_depth_beta"].to_numpy()
     axes.plot(x, table["predicted"], color=_COLORS[1], linewidth=1.6, label=r"predicted: $M_1/\sqrt{M_2}$ of $K_L$")
@@ -289,7 +289,7 @@ _SCALES = {"1": "residual scale 1", "1/sqrt(2L)": r"residual scale $1/\sqrt{2L}$
 
 
 def draw_transformer(table: pandas.DataFrame) -> Figure:
-    """(i)"""
+    """Draw (i)."""
     figure, (left, right) = _figure(2, width=4.3, height=3.5, sharey=True)
     for n, (name, rows) in enumerate(table.groupby("residual_scale", sort=False)):
         ends = rows[rows["block"] == rows["depth"]]
@@ -319,7 +319,7 @@ def _plain_angles(axes: Any, low: float) -> None:
 
 
 def draw_training(table: pandas.DataFrame) -> Figure:
-    """(j)"""
+    """Draw (j)."""
     figure, panels = _figure(3, width=3.6, height=3.5)
     blocks = int(table["layer"].max()) + 1
     colors = colormaps["viridis"](np.linspace(0.0, 0.9, blocks))

@@ -1,10 +1,10 @@
-"""The backward-to-feature kernel of the paper's networks, formed densely by its recursion.
+"""The backward-to-feature kernel of the paper's networks, formed densely by a recursion.
 
-With T_l = sqrt(1 - beta^2) I + beta V_l D_{l-1}, D the active units, the kernel of the hidden matrices is
+With T_l = sqrt(1 - beta^2) I + beta V_l D_{l-1}, where D marks the active units, the kernel of the hidden matrices is
 
     K_0 = 0,   K_l = T_l K_{l-1} T_l^T + lr_l beta^2 |relu(f_{l-1})|^2 I.
 
-An independent way to what :class:`fastfs.spectrum.BFK` gets from products; m^3 a layer, so for small widths.
+This is independent of the products of :class:`fastfs.spectrum.BFK`. It costs m^3 per layer, and suits small widths.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ __all__ = ["KernelPrediction", "dense_kernel", "predict", "wide_cos_angle"]
 
 @dataclass(frozen=True)
 class KernelPrediction:
-    """Cosines of the output angle: (seeds,) float64.
+    """Cosines of the output angle, each (seeds,) float64.
 
     Attributes:
-        predicted: M_1/sqrt(M_2), from the spectrum alone.
-        first_order: b^T K b / (|b| |K b|), of the actual b.
-        measured: of the real step.
+        predicted: m_1/sqrt(M_2), from the spectrum alone.
+        first_order: b^T K b / (|b| |K b|) for the actual b.
+        measured: cosine of the actual step.
     """
 
     predicted: Tensor
@@ -36,7 +36,7 @@ class KernelPrediction:
 
 
 def dense_kernel(weights: Weights, chains: Chains, network: Network, index: int) -> Tensor:
-    """K_L of network number ``index`` of ``chains``, (S, m, m)."""
+    """Return K_L of network number ``index`` of ``chains``, (S, m, m)."""
     beta = network.branch_scale
     skip = math.sqrt(1.0 - beta**2)
     seeds, _, width, _ = weights.hidden.shape
@@ -53,7 +53,7 @@ def dense_kernel(weights: Weights, chains: Chains, network: Network, index: int)
 
 
 def predict(weights: Weights, chains: Chains, network: Network, index: int) -> KernelPrediction:
-    """The angle by the spectrum, by the kernel and by the step."""
+    """Return the cosine from the spectrum, from the kernel and from the step."""
     kernel = dense_kernel(weights, chains, network, index).double()
     width = kernel.shape[-1]
     first = kernel.diagonal(dim1=1, dim2=2).sum(dim=1) / width
@@ -70,9 +70,16 @@ def predict(weights: Weights, chains: Chains, network: Network, index: int) -> K
 
 
 def wide_cos_angle(depth: int, branch_scale: float) -> float:
-    """M_1/sqrt(M_2) for infinite width, were the layers' active units independent of each other.
+    """Return M_1/sqrt(M_2) for infinite width under the assumption of independent active units.
 
     A layer adds 2 beta^2 to the second moment of J J^T, so with equal contributions of the L hidden matrices
     ``cos^-2 = 1 + beta^2 (L - 1)(2 L - 1)/(3 L)``: 1/sqrt(1 + 2 c^2/3) for beta = c/sqrt(L), and 1/sqrt(l) for MLPs.
+
+    Args:
+        depth: number L of hidden matrices.
+        branch_scale: beta.
+
+    Returns:
+        The cosine.
     """
     return 1.0 / math.sqrt(1.0 + branch_scale**2 * (depth - 1) * (2 * depth - 1) / (3 * depth))

@@ -1,4 +1,4 @@
-"""What a run of ``fastfs reproduce`` found, for readers (one HTML file) and for machines (JSON)."""
+"""The result of a run of ``fastfs reproduce``, as one HTML file for readers and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fastfs._reproduce.paper.published import Check
 from fastfs._reproduce.paper.studies import STUDIES
-from fastfs._reproduce.paper.study import StudySettings, Value
+from fastfs._reproduce.paper.study import ComputedFigure, StudySettings, Value
 from fastfs._version import __version__
-
-if TYPE_CHECKING:
-    from fastfs._reproduce.paper.run import Result
 
 __all__ = ["MADE_BY", "page", "summary", "value_text"]
 
@@ -35,14 +32,14 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; wh
 
 
 def value_text(value: Value | None) -> str:
-    """A value with its error, where there is one."""
+    """Format a value with its error, if it has one."""
     if value is None:
         return "-"
     return f"{value.mean:.3f}" if math.isnan(value.error) else f"{value.mean:.3f} ± {value.error:.3f}"
 
 
-def summary(results: Mapping[str, Result], checks: Sequence[Check], settings: StudySettings) -> str:
-    """The run as JSON: environment, every figure with its values and seconds, every check, and ``passed``."""
+def summary(results: Mapping[str, ComputedFigure], checks: Sequence[Check], settings: StudySettings) -> str:
+    """Return the run as JSON: environment, every figure with its values and seconds, every check, and ``passed``."""
     content = {
         "made_by": MADE_BY,
         "environment": _environment(settings),
@@ -78,12 +75,12 @@ def summary(results: Mapping[str, Result], checks: Sequence[Check], settings: St
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
-def page(results: Mapping[str, Result], checks: Sequence[Check], settings: StudySettings) -> str:
-    """The run as one HTML page, pictures included."""
+def page(results: Mapping[str, ComputedFigure], checks: Sequence[Check], settings: StudySettings) -> str:
+    """Return the run as one HTML page with embedded figures."""
     about = _environment(settings)
     size = "quick sizes, wider bands" if settings.quick else "full sizes"
     verdict = {
-        True: '<p class="pass">All numbers that were compared are within the accepted bands.</p>',
+        True: '<p class="pass">All compared numbers are within the accepted bands.</p>',
         False: '<p class="fail">Some numbers are outside of the accepted bands.</p>',
         None: "",
     }[_passed(checks)]
@@ -97,18 +94,18 @@ def page(results: Mapping[str, Result], checks: Sequence[Check], settings: Study
 <body>
 <h1>The Feature Speed Formula, reproduced</h1>
 <p>Figures and numbers of L. Chizat and P. Netrapalli, <i>The Feature Speed Formula</i>
-(<a href="https://arxiv.org/abs/2311.18718">arXiv 2311.18718</a>), computed again by fastfs: {size}.</p>
+(<a href="https://arxiv.org/abs/2311.18718">arXiv 2311.18718</a>), recomputed by fastfs: {size}.</p>
 {verdict}
 {_table(checks, figures=True)}
 <p class="small">± is the standard error over seeds, for exponents half of a 95 % confidence interval. Accepted: the
-published range, widened by the spread of the published means and by two standard errors of ours.</p>
+published range, widened by the variation of the published means and by two standard errors of ours.</p>
 {figures}
 <p class="small">{escape(what)}</p>
 </body></html>
 """
 
 
-def _figure(name: str, result: Result, checks: Sequence[Check]) -> str:
+def _figure(name: str, result: ComputedFigure, checks: Sequence[Check]) -> str:
     study = STUDIES[name]
     image = base64.b64encode(result.image).decode()
     compared = {entry.published.key for entry in checks if entry.published.figure == name}
@@ -149,7 +146,7 @@ def _table(checks: Sequence[Check], *, figures: bool) -> str:
 
 
 def _passed(checks: Sequence[Check]) -> bool | None:
-    """None where nothing was compared."""
+    """Return whether all compared numbers passed, or None if none was compared."""
     verdicts = [entry.passed for entry in checks if entry.passed is not None]
     return all(verdicts) if verdicts else None
 
@@ -162,7 +159,7 @@ def _environment(settings: StudySettings) -> dict[str, Any]:
     return {
         "size": "quick" if settings.quick else "full",
         "first_seed": settings.first_seed,
-        "seeds": "as each figure has it" if settings.seeds is None else settings.seeds,
+        "seeds": "default of each figure" if settings.seeds is None else settings.seeds,
         "fastfs": __version__,
         "torch": str(torch.__version__),
         "python": platform.python_version(),

@@ -1,8 +1,9 @@
-"""The published numbers, the bands that ours may lie in, and the verdicts: the only place where they are written.
+"""The published numbers, and the bands in which ours have to lie. No other module states them.
 
-A published range of means over seeds has a spread of about 0.03 of its own, and ours are means over few seeds too. So
-a value passes if it lies in the range, widened by ``margin`` and by ``errors`` standard errors of ours. Small sizes
-(``--quick``) have fewer seeds, so larger errors, and a margin of their own where the size itself changes the number.
+Published ranges of means over seeds vary by about 0.03 themselves, and ours are means over few seeds too. A value
+passes if it lies in the range, widened by ``margin`` and by ``errors`` standard errors of ours. Small sizes
+(``--quick``) use fewer seeds, so their errors are larger, and a separate margin where the size itself changes the
+number.
 """
 
 from __future__ import annotations
@@ -22,16 +23,18 @@ _THEORY = "identity"
 
 @dataclass(frozen=True)
 class Published:
-    """A number with a claim on it.
+    """A published number.
 
     Attributes:
-        figure: name of the figure whose computation gives it.
-        key: of the value there.
-        what: in words.
-        low, high: the published range; a claim such as "tends to 0" is the range that it means at this size.
-        source: where it is from: the authors' notebooks, a statement of the paper, or an identity.
-        margin, quick_margin: by how much ours may be off beyond that.
-        errors: standard errors of ours that are allowed on top; 0 for exponents, which must be where they should.
+        figure: name of the figure that computes it.
+        key: key of the value in that figure.
+        what: description.
+        low: lower end of the published range; a claim such as "tends to 0" is the range that it implies at this size.
+        high: upper end of the published range.
+        source: origin: the authors' notebooks, a statement of the paper, or an identity.
+        margin: permitted deviation from the range.
+        quick_margin: permitted deviation at quick sizes.
+        errors: number of standard errors of ours that are permitted in addition; 0 for exponents.
     """
 
     figure: str
@@ -46,7 +49,7 @@ class Published:
 
     @property
     def text(self) -> str:
-        """The published range, to be read."""
+        """The published range as text."""
         if math.isinf(self.high):
             return f">= {self.low:g}"
         if self.low == -math.inf:
@@ -54,7 +57,7 @@ class Published:
         return f"{self.low:g}" if self.low == self.high else f"{self.low:g} to {self.high:g}"
 
 
-# Output angle (radians) by sqrt(L) beta: range, and the spread of the published means at that size.
+# Output angle (radians) by sqrt(L) beta: range, and variation of the published means at that size.
 _ANGLES = {"0.1": (0.07, 0.08, 0.005), "0.5": (0.34, 0.37, 0.03), "1": (0.65, 0.70, 0.03), "2": (1.04, 1.05, 0.03)}
 _MLP_ANGLE = 1.45
 _MUP = {5: 1.6, 10: 2.4, 20: 3.6, 40: 5.3}
@@ -62,7 +65,7 @@ _MUP = {5: 1.6, 10: 2.4, 20: 3.6, 40: 5.3}
 
 def _angle(figure: str, c: str, suffix: str = "") -> Published:
     low, high, margin = _ANGLES[c]
-    quick = margin * 5 / 3  # standard errors of few seeds are poorly known
+    quick = margin * 5 / 3  # standard errors from few seeds are inaccurate
     where = suffix.removeprefix(",")
     what = f"output angle, sqrt(L) beta = {c}" + (f", {where}" if where else "")
     return Published(figure, f"c={c}{suffix}", what, low, high, margin=margin, quick_margin=quick)
@@ -107,7 +110,7 @@ PUBLISHED: tuple[Published, ...] = (
 
 @dataclass(frozen=True)
 class Check:
-    """A published number beside ours. ``passed`` is None where the value was not computed at this size."""
+    """A published number beside ours. ``passed`` is None if the value was not computed at this size."""
 
     published: Published
     value: Value | None
@@ -116,15 +119,22 @@ class Check:
 
     @property
     def passed(self) -> bool | None:
-        """Whether ours lies in the band; NaN does not."""
+        """Whether our value lies in the band; NaN does not."""
         return None if self.value is None else self.low <= self.value.mean <= self.high
 
 
 def check(values: Mapping[str, Mapping[str, Value]], *, quick: bool) -> list[Check]:
-    """Every published number of the figures in ``values`` (figure -> key -> value) beside ours.
+    """Compare every published number of the given figures with ours.
+
+    Args:
+        values: figure -> key -> value.
+        quick: whether the values are of quick sizes.
+
+    Returns:
+        One check per published number.
 
     Raises:
-        KeyError: a full-size figure lacks a value that is published.
+        KeyError: a full-size figure lacks a published value.
     """
     return [_check(entry, values[entry.figure], quick) for entry in _of(values)]
 

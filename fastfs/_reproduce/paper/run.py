@@ -1,11 +1,10 @@
-"""``fastfs reproduce``: computes figures, draws them, compares with what is published, writes it all to a folder."""
+"""``fastfs reproduce``: compute and draw figures, compare them with published numbers, and write all to a folder."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -16,28 +15,25 @@ from fastfs._reproduce.paper.drawing import png
 from fastfs._reproduce.paper.page import MADE_BY, page, summary, value_text
 from fastfs._reproduce.paper.published import Check, check
 from fastfs._reproduce.paper.studies import STUDIES
-from fastfs._reproduce.paper.study import Outcome, StudySettings
+from fastfs._reproduce.paper.study import ComputedFigure, StudySettings
 from fastfs._utils.output_files import check_output, write_whole
 
-__all__ = ["Result", "chosen", "reproduce"]
+__all__ = ["chosen", "reproduce"]
 
 _MARK = ".fastfs-reproduce-"
 
 
-@dataclass(frozen=True)
-class Result:
-    """A computed figure: what came out, its picture, and how long both took in seconds."""
-
-    outcome: Outcome
-    image: bytes
-    seconds: float
-
-
 def chosen(only: str | None) -> list[str]:
-    """Names of figures from a list such as ``"a,c"``, in the order of the paper; all for None.
+    """Parse a list of figure names such as ``"a,c"``.
+
+    Args:
+        only: comma-separated names; None means all.
+
+    Returns:
+        The names, in the order of the paper.
 
     Raises:
-        ValueError: an unknown name, or none.
+        ValueError: a name is unknown, or none is given.
     """
     if only is None:
         return list(STUDIES)
@@ -46,7 +42,7 @@ def chosen(only: str | None) -> list[str]:
     if unknown or not wanted:
         known = "\n".join(f"  {study.name}  {study.title}" for study in STUDIES.values())
         what = f"no figure {', '.join(map(repr, unknown))}" if unknown else "no figure given"
-        raise ValueError(f"{what}; there are\n{known}")
+        raise ValueError(f"{what}; available figures:\n{known}")
     return [name for name in STUDIES if name in wanted]
 
 
@@ -55,24 +51,24 @@ def reproduce(
 ) -> list[Check]:
     """Compute and write figures, and print the published numbers beside ours.
 
-    Each figure becomes ``<name>.png`` and ``<name>.csv`` as soon as it is done; ``summary.html`` (one file, with the
-    pictures in it) and ``summary.json`` describe the figures of this run. Every file is written whole or not at all.
+    Each figure is written to ``<name>.png`` and ``<name>.csv`` as soon as it is computed. ``summary.html`` (one file
+    with embedded figures) and ``summary.json`` describe the figures of this run. Every file is written atomically.
 
     Args:
-        names: of figures, as from :func:`chosen`.
+        names: names of figures, as from :func:`chosen`.
         settings: sizes and seeds.
-        out: folder, made if missing; files of these names in it are replaced.
-        console: where to print.
+        out: folder, created if missing; files of these names in it are replaced.
+        console: where to print; None means standard output.
 
     Returns:
         The published numbers of these figures, beside ours.
 
     Raises:
-        OSError: the folder cannot be made or written to.
+        OSError: the folder cannot be created or written to.
     """
     console = console or Console()
     _prepare(out)
-    results: dict[str, Result] = {}
+    results: dict[str, ComputedFigure] = {}
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -96,12 +92,12 @@ def reproduce(
     return checks
 
 
-def _compute(name: str, settings: StudySettings, progress: Progress, bar: object) -> Result:
+def _compute(name: str, settings: StudySettings, progress: Progress, bar: object) -> ComputedFigure:
     begin = time.perf_counter()
     study = STUDIES[name]
     outcome = study.compute(settings, lambda part: progress.advance(bar, part))  # type: ignore[arg-type]
     image = png(study.draw(outcome.table))
-    return Result(outcome, image, time.perf_counter() - begin)
+    return ComputedFigure(outcome, image, time.perf_counter() - begin)
 
 
 def _print(console: Console, checks: Sequence[Check]) -> None:
@@ -122,17 +118,21 @@ def _print(console: Console, checks: Sequence[Check]) -> None:
     if failed:
         console.print(f"[red]{failed} of {done} numbers are outside of the accepted bands[/red]")
     elif done:
-        console.print(f"all {done} numbers that were compared are within the accepted bands")
+        console.print(f"all {done} compared numbers are within the accepted bands")
 
 
 # The output folder
 
 
 def _prepare(out: Path) -> None:
-    """Makes the folder, finds out whether it can be written to, and removes what a killed run was writing.
+    """Create the folder, check that it is writable, and remove temporary files of killed runs.
 
-    A summary of an earlier run goes too, since its figures may be replaced before this run has one; files of other
-    figures stay.
+    The summary of an earlier run is removed too, because this run may replace its figures before it has a summary of
+    its own. Files of other figures are kept.
+
+    Raises:
+        NotADirectoryError: the path exists and is not a folder.
+        OSError: the folder cannot be written to.
     """
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out}: exists and is not a folder")

@@ -1,4 +1,4 @@
-"""How far the last hidden features move for a given decrease of the loss, against depth."""
+"""Movement of the last hidden features for a given decrease of the loss, against depth."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _INPUTS, _STEP = 10, 1e-3
 
 
 def network_of(rule: Rule, depth: int) -> Network:
-    """The simulator's network of a scaling rule for input |x| = 1."""
+    """Return the simulator's network of a scaling rule for input |x| = 1."""
     first, hidden, last = rule.layers[0], rule.layers[1], rule.layers[-1]
     rates = Rates(stem=first.lr, hidden=hidden.lr, head=last.lr)
     return Network(depth, rule.branch_scale or 1.0, output_std=last.std, rates=rates)
 
 
 def mlp_sensitivity(depths: Sequence[int], width: int, seeds: Sequence[int], advance: Advance) -> np.ndarray:
-    """S of ReLU MLPs, (seeds, depths, schemes). All matrices are trained; depth counts all of them, |x| = y = 1."""
+    """Return S of ReLU MLPs, (seeds, depths, schemes). All matrices are trained and counted in depth; |x| = y = 1."""
     networks = [
         network_of(mlp(depth, width, _INPUTS, scheme=scheme, input="sparse"), depth - 2)
         for depth in depths
@@ -44,7 +44,7 @@ def mlp_sensitivity(depths: Sequence[int], width: int, seeds: Sequence[int], adv
 
 
 def resnet_sensitivity(depths: Sequence[int], width: int, seeds: Sequence[int], advance: Advance) -> np.ndarray:
-    """S of ReLU ResNets with output std 1/m, (seeds, depths, scales): branch scale 1/sqrt(L) and 1/L."""
+    """Return S of ReLU ResNets with output std 1/m, (seeds, depths, scales), for branch scales 1/sqrt(L) and 1/L."""
     networks = [
         network_of(resnet(depth, width, beta, in_dim=_INPUTS, scheme="mup", input="sparse"), depth)
         for depth in depths
@@ -58,7 +58,7 @@ def resnet_sensitivity(depths: Sequence[int], width: int, seeds: Sequence[int], 
 
 
 def against_depth(settings: StudySettings, advance: Advance) -> Outcome:
-    """(e) Sensitivity against depth. With ``ntk`` outputs are of order 1 and the residual can be near 0: medians."""
+    """Compute (e), sensitivity against depth; ``ntk`` uses medians, because its residual can be near 0."""
     seeds = settings.seed_list(40, 20)
     width = 400
     depths, deep = settings.pick((*MLP_DEPTHS, 80), MLP_DEPTHS), settings.pick(RESNET_DEPTHS, (20, 50, 100))
@@ -87,7 +87,7 @@ def against_depth(settings: StudySettings, advance: Advance) -> Outcome:
     for i, depth in enumerate(depths):
         if depth in MLP_DEPTHS:
             low, median, high = np.quantile(chains[:, i, 0], (0.25, 0.5, 0.75))
-            # Standard error of a median, by the quartiles: 1.2533 sigma / sqrt(n), and sigma = range / 1.349.
+            # Standard error of a median from the quartiles: 1.2533 sigma / sqrt(n), with sigma = range / 1.349.
             error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(seeds))
             values[f"ntk,L={depth}"] = Value(float(median), float(error), "median")
             for n in (1, 2):

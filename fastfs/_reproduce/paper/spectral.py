@@ -1,4 +1,4 @@
-"""(h) The angle that the kernel's spectrum predicts beside the one that is measured."""
+"""(h) The angle predicted from the kernel's spectrum, beside the measured one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PROBED = (0.5, 1.0, 2.0, 4.0)
 
 
 def resnet_of(weights: Weights, seed: int, network: Network) -> tuple[ResNet, Tensor]:
-    """The fastfs model and input of a network of the simulator, float32."""
+    """Return the fastfs model and input of a simulated network, in float32."""
     in_features, width = weights.stem.shape[2], weights.stem.shape[1]
     model = ResNet(in_features, width, network.depth, branch_scale=network.branch_scale)
     matrices = [p for name, p in model.named_parameters() if not name.startswith("head")]
@@ -35,13 +35,13 @@ def resnet_of(weights: Weights, seed: int, network: Network) -> tuple[ResNet, Te
 
 
 def loss_fn(model: nn.Module, x: Tensor) -> Tensor:
-    """Squared loss to the target 1."""
+    """Return the squared loss for the target 1."""
     loss: Tensor = (model(x) - 1).square().sum() / 2
     return loss
 
 
 def _probed(weights: Weights, chains: Chains, network: Network, index: int, probes: int) -> tuple[float, float]:
-    """The prediction from random probes of the kernel as an operator, which is never formed, and its standard error."""
+    """Return the prediction from random probes of the kernel as an operator, and its standard error."""
     model, x = resnet_of(weights, 0, network)
     rates = {
         rf"^blocks\.{layer}\.linear\.weight$": float(chains.rates[layer + 1, 0, index])
@@ -53,7 +53,7 @@ def _probed(weights: Weights, chains: Chains, network: Network, index: int, prob
 
 
 def predicted_against_measured(settings: StudySettings, advance: Advance) -> Outcome:
-    """Prediction, exact first order, and real step, for ResNets over sqrt(L) beta and for the MLP of the same depth."""
+    """Compute prediction, first order and actual step, for ResNets over sqrt(L) beta and the MLP of the same depth."""
     seeds = settings.seed_list(10, 3)
     depth, width, probes = settings.pick((100, 200, 64), (50, 128, 16))
     scales = [*(c for c in _SCALES if c < math.sqrt(depth)), math.sqrt(depth)]

@@ -1,4 +1,4 @@
-"""What happened to the features in a step: every network under every seed, layer by layer."""
+"""Statistics of one step for every network, seed and layer."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from fastfs._reproduce.paper.chains import Chains, Network, Weights
 
 __all__ = ["Steps", "simulate"]
 
-_BYTES = 1_200_000_000  # of hidden matrices held at a time; more seeds than fit come one after the other
+_BYTES = 1_200_000_000  # of hidden matrices in memory at a time; further seeds are processed in later batches
 
 
 @dataclass(frozen=True)
 class Steps:
-    """What happened at every layer, as NaN-padded float64 arrays (seeds, networks, K + 1) over l = 0..K.
+    """Statistics at every layer, as NaN-padded float64 arrays (seeds, networks, K + 1) over l = 0..K.
 
     Attributes:
-        networks, seeds: what was run.
+        networks: the networks.
+        seeds: the seeds.
         cos_angle: cosine of the backward-feature angle; NaN where nothing below is trained.
-        feature_rms, update_rms: rms(f_l), rms(df_l).
+        feature_rms: rms(f_l).
+        update_rms: rms(df_l).
         backward_norm: |b_l|.
-        own_norm: norm of the part of df_l made by the update of V_l, which is along -b_l.
+        own_norm: norm of the component of df_l due to the update of V_l, which is along -b_l.
         read_rms: rms of the change of phi(f_L), (seeds, networks): of f_L for a ResNet, of relu(f_L) for an MLP.
         loss_change: (seeds, networks).
     """
@@ -44,34 +46,34 @@ class Steps:
 
     @property
     def angle(self) -> np.ndarray:
-        """Backward-feature angles in radians, (seeds, networks, K + 1)."""
+        """(seeds, networks, K + 1) backward-feature angles in radians."""
         result: np.ndarray = np.arccos(self.cos_angle)
         return result
 
     def last(self, values: np.ndarray) -> np.ndarray:
-        """``values`` (seeds, networks, K + 1) at the last layer of each network: (seeds, networks)."""
+        """Return ``values`` (seeds, networks, K + 1) at the last layer of each network: (seeds, networks)."""
         depths = np.array([network.depth for network in self.networks])
         result: np.ndarray = values[:, np.arange(len(depths)), depths]
         return result
 
     @property
     def sensitivity(self) -> np.ndarray:
-        """S = rms of the change of phi(f_L) / |loss change|, (seeds, networks) (section 1).
+        """(seeds, networks) S = rms of the change of phi(f_L) / |loss change| (section 1 of the paper).
 
-        Of the last hidden features as the output weights see them: after the ReLU of an MLP. The published values are
-        of these; before the ReLU they are sqrt(2) as large in a wide MLP.
+        It refers to the last hidden features as the output weights see them, after the ReLU of an MLP, as published.
+        Before the ReLU, S is sqrt(2) times as large in a wide MLP.
         """
         result: np.ndarray = self.read_rms / np.abs(self.loss_change)
         return result
 
 
 def _by_layer(chains: Chains) -> tuple[np.ndarray, ...]:
-    """The per-layer arrays of :class:`Steps` from the vectors of all layers, each (S, N, K + 1)."""
-    # The update itself is handed over as "after - 0": that difference is exact, f' - f in float32 would not be.
+    """Return the per-layer arrays of :class:`Steps`, from the vectors of all layers, each (S, N, K + 1)."""
+    # The update is passed as "update - 0", a difference that is exact, unlike f' - f in float32.
     nothing = torch.zeros_like(chains.updates)
     stats = feature_stats(nothing, chains.updates, chains.backward, per_row=True)
     levels, seeds, count, width = chains.updates.shape
-    # Features have a scale of order 1, so their plain float32 norm is good to 1e-6.
+    # Features are of order 1, so their plain float32 norm is accurate to 1e-6.
     feature_rms = chains.features.norm(dim=-1).double() / math.sqrt(width)
     absent = torch.arange(levels)[:, None, None] > chains.depths
 
@@ -96,19 +98,24 @@ def simulate(
     dtype: torch.dtype = torch.float32,
     advance: Callable[[int], None] | None = None,
 ) -> Steps:
-    """One step of gradient descent of every network under every seed, and how the features of all layers moved.
+    """Simulate one step of gradient descent of every network for every seed, and the feature updates of all layers.
 
     Args:
         networks: at least one; they share the matrices of a seed.
         width: m.
-        seeds: at least one, each from 0 up.
-        in_features, unit_input: d, and whether |x| = 1 instead of Gaussian entries.
-        mlp, step: as in :meth:`Chains.run`.
+        seeds: at least one, each at least 0.
+        in_features: d.
+        unit_input: whether |x| = 1 instead of Gaussian entries.
+        mlp: as in :meth:`Chains.run`.
+        step: as in :meth:`Chains.run`.
         dtype: float32, or float64 as a check.
-        advance: called with the number of seeds done after each part.
+        advance: called with the number of seeds of each finished part.
+
+    Returns:
+        Statistics of the step.
 
     Raises:
-        ValueError: no network, no seed, or a width below 1.
+        ValueError: there is no network or seed, or the width is below 1.
     """
     if not seeds or not networks or width < 1:
         raise ValueError(f"expected networks, seeds and a width, got {len(networks)}, {len(seeds)} and {width}")

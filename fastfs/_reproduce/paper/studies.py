@@ -13,7 +13,7 @@ _STUDIES = (
     Study(
         "a",
         "Angle against layer",
-        "Backward-feature angle at initialisation after every layer of a ReLU ResNet, for five branch scales. Mean and "
+        "Backward-feature angle at initialization after every layer of a ReLU ResNet, for five branch scales. Mean and "
         "standard deviation over seeds.",
         angles.against_layer,
         drawing.draw_layer,
@@ -21,7 +21,7 @@ _STUDIES = (
     Study(
         "b",
         "Output angle against depth",
-        "Angle after the last layer. Only branch scales in proportion to 1/sqrt(L) have an angle that is neither 0 nor "
+        "Angle after the last layer. Only branch scales proportional to 1/sqrt(L) have an angle that is neither 0 nor "
         "pi/2 at large depth. Bars: standard deviation over seeds.",
         angles.against_depth,
         drawing.draw_depth,
@@ -29,17 +29,17 @@ _STUDIES = (
     Study(
         "c",
         "Output angle against branch scale",
-        "Angle after the last layer over c = sqrt(L) beta: one curve for all depths. Dotted: the prediction of the "
-        "spectrum for infinite width, were the active units of the layers independent of each other.",
+        "Angle after the last layer over c = sqrt(L) beta: one curve for all depths. Dotted: spectral prediction "
+        "for infinite width if the active units of the layers were independent of each other.",
         angles.against_scale,
         drawing.draw_scale,
     ),
     Study(
         "d",
-        "What a feature update is made of",
-        "Two ways to split the feature update of every layer. By origin: the part that the layer's own matrix makes, "
-        "which is along -b exactly, and what is carried over from the layer below. By direction: along -b, and "
-        "orthogonal to it. No published numbers; the aligned part is checked against the feature speed formula.",
+        "Components of a feature update",
+        "Two ways to split the feature update of every layer. By origin: the part due to the layer's own matrix, which "
+        "is exactly along -b, and the part carried over from the layer below. By direction: along -b, and "
+        "orthogonal to it. No numbers are published; the aligned part is checked against the feature speed formula.",
         decomposition.decompose,
         drawing.draw_decomposition,
     ),
@@ -70,25 +70,25 @@ _STUDIES = (
     ),
     Study(
         "h",
-        "The angle that the spectrum predicts",
-        "M1/sqrt(M2) of the backward-to-feature kernel, formed densely, beside the measured angle; and, for one seed, "
-        "the same from random probes of the kernel as an operator (two standard errors).",
+        "The angle predicted from the spectrum",
+        "M1/sqrt(M2) of the densely formed backward-to-feature kernel beside the measured angle and, for one seed, the "
+        "same from random probes of the kernel as an operator (two standard errors).",
         spectral.predicted_against_measured,
         drawing.draw_spectral,
     ),
     Study(
         "i",
         "Transformer: angle over depth",
-        "Beyond the paper: angle of the residual stream of a pre-norm transformer at initialisation, on text, for two "
-        "sizes of the residual branches; the parameters of the blocks move with the automatic learning rates.",
+        "Beyond the paper: angle of the residual stream of a pre-norm transformer at initialization, on text, for two "
+        "scales of the residual branches; the parameters of the blocks move with the automatic learning rates.",
         transformer.over_depth,
         drawing.draw_transformer,
     ),
     Study(
         "j",
         "Transformer: angle through training",
-        "Beyond the paper: angle of the real steps of AdamW (warm-up over 20 steps) in the training of a transformer "
-        "on text, by the monitor.",
+        "Beyond the paper: angle of the actual AdamW steps (warm-up over 20 steps) in the training of a transformer "
+        "on text, measured by the monitor.",
         transformer.through_training,
         drawing.draw_training,
     ),

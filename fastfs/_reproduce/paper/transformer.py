@@ -1,4 +1,4 @@
-"""Beyond the paper: the angle in a transformer, over depth and through training, on real text."""
+"""Beyond the paper: the angle in a transformer over depth and through training, on real text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _BLOCKS = r"^blocks\.\d+$"
 
 
 def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of the next byte."""
+    """Return the mean cross-entropy of the next byte."""
     return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
 
@@ -41,9 +41,16 @@ def _model(depth: int, width: int, scale: float, seed: int) -> Transformer:
 
 
 def angles_at_start(model: Transformer, batch: tuple[Tensor, Tensor]) -> list[float]:
-    """Angle of the stream after every block, to first order.
+    """Return the first-order angle of the residual stream after every block.
 
-    All parameters of the blocks move by gradient descent with the automatic rates, lr = 1/(count |g|^2) a tensor.
+    All parameters of the blocks move by gradient descent with the automatic rates, lr = 1/(count |g|^2) per tensor.
+
+    Args:
+        model: the transformer.
+        batch: inputs and targets.
+
+    Returns:
+        Angles in radians, one per block.
     """
     linear = Linearization(model, loss_fn, batch, layers=_BLOCKS, parameters="^blocks")
     squares = [g.square().sum() for g in linear.gradients]
@@ -55,7 +62,7 @@ def angles_at_start(model: Transformer, batch: tuple[Tensor, Tensor]) -> list[fl
 
 
 def over_depth(settings: StudySettings, advance: Advance) -> Outcome:
-    """(i) Angle after every block at initialisation, for depths and two residual scales."""
+    """Compute (i), the angle after every block at initialization, over depths and two residual scales."""
     seeds = settings.seed_list(5, 3)
     depths, width, rows_, length = settings.pick(((2, 4, 8, 16, 32, 64), 64, 4, 32), ((2, 4, 8, 16), 32, 4, 16))
     text = data.stdlib_text(1_000_000)
@@ -89,7 +96,7 @@ def over_depth(settings: StudySettings, advance: Advance) -> Outcome:
 
 
 def through_training(settings: StudySettings, advance: Advance) -> Outcome:
-    """(j) Angle of AdamW's real steps through training, by the monitor, for two residual scales."""
+    """Compute (j), the angle of actual AdamW steps through training for two residual scales, by the monitor."""
     seed = settings.first_seed
     depth, width, steps, every = settings.pick((8, 64, 400, 10), (4, 32, 60, 10))
     text = data.stdlib_text(2_000_000)

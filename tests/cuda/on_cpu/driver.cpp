@@ -1,8 +1,9 @@
 // Runs cases through the real launchers and kernels: driver CASES RESULTS. Both files are written and read by
 // harness.py.
 //
-// A case:    op (0 feature_stats, 1 update_stats, 2 stream_read, 3 on: the rules of optimizer_stats), multiprocessors,
-//            large parameters, repeats, coefficients in device memory, layers;
+// A case:    op (a place in the list of measurements.h, or -1: stream_read), multiprocessors, large parameters,
+// repeats,
+//            coefficients in device memory, layers;
 //            per layer first, last, segments, width, per row, coefficients (their number and bits), dims, shape[dims];
 //            per input contiguous, stride[dims], misalignment, bytes, data
 // A result:  launches, tickets that are not zero, doubles; doubles
@@ -16,34 +17,27 @@
 
 #include "shim.h"
 
-namespace {                    // internal linkage: the address sanitizer guards only such shared arrays
+namespace {          // internal linkage: the address sanitizer guards only such shared arrays
+#if TUNE_STAGES > 0  // of benchmarks/tuning
+#include "bulk_copy.cuh"
+#endif
 #if defined(DRIVER_BF16_ONLY)  // a quick build: feature_stats of bfloat16 features
 #include "submit.cuh"
-#define DRIVER_LEAVE_OUT(S, F)                                        \
-  template <>                                                         \
-  void fastfs::cuda::submit<fastfs::S, fastfs::F>(const Job&, Kind) { \
-    throw std::runtime_error("left out of this build");               \
-  }
-DRIVER_LEAVE_OUT(FeatureSums, F16)
-DRIVER_LEAVE_OUT(FeatureSums, F32)
-DRIVER_LEAVE_OUT(FeatureSums, F64)
-DRIVER_LEAVE_OUT(UpdateSums, F16)
-DRIVER_LEAVE_OUT(UpdateSums, BF16)
-DRIVER_LEAVE_OUT(UpdateSums, F32)
-DRIVER_LEAVE_OUT(UpdateSums, F64)
-DRIVER_LEAVE_OUT(LinearSums, F16)
-DRIVER_LEAVE_OUT(LinearSums, BF16)
-DRIVER_LEAVE_OUT(LinearSums, F32)
-DRIVER_LEAVE_OUT(LinearSums, F64)
-DRIVER_LEAVE_OUT(AdamSums, F32)
-DRIVER_LEAVE_OUT(AdamSums, F64)
-DRIVER_LEAVE_OUT(AdamaxSums, F32)
-DRIVER_LEAVE_OUT(AdamaxSums, F64)
-DRIVER_LEAVE_OUT(RmspropSums, F32)
-DRIVER_LEAVE_OUT(RmspropSums, F64)
+namespace fastfs::cuda {
+template <class Sums>
+constexpr bool kTakes<Sums, F16> = false;
+template <class Sums>
+constexpr bool kTakes<Sums, BF16> = std::is_same_v<Sums, FeatureSums>;
+template <class Sums>
+constexpr bool kTakes<Sums, F32> = false;
+template <class Sums>
+constexpr bool kTakes<Sums, F64> = false;
+}  // namespace fastfs::cuda
 #endif
 #include "../strides.h"
 #include "launch.cu"
+//
+#include "../bench/stream_read.cu"
 
 FILE* in;
 
@@ -84,7 +78,9 @@ void run_case(FILE* results) {
   const int64_t repeats = number();
   const bool far = number() != 0;
   std::vector<fastfs::Layer> layers(number());
-  const int inputs = op == 1 ? 2 : op > 3 ? 4 : 3;
+#define DRIVER_INPUTS(name, Sums) fastfs::Sums::kInputs,
+  constexpr int kInputs[] = {FASTFS_MEASUREMENTS(DRIVER_INPUTS)};
+  const int inputs = op < 0 ? 3 : kInputs[op];
   std::vector<std::unique_ptr<char[]>> buffers;
   for (auto& layer : layers) {
     layer = fastfs::Layer{};
@@ -122,15 +118,13 @@ void run_case(FILE* results) {
   fastfs::cuda::launches = 0;
   int64_t dirty = 0;
   std::vector<double> out;
-  if (op == 0) out = measure<fastfs::FeatureSums>(layers, far, repeats, dirty);
-  if (op == 1) out = measure<fastfs::UpdateSums>(layers, far, repeats, dirty);
-  if (op == 3) out = measure<fastfs::LinearSums>(layers, far, repeats, dirty);
-  if (op == 4) out = measure<fastfs::AdamSums>(layers, far, repeats, dirty);
-  if (op == 5) out = measure<fastfs::AdamaxSums>(layers, far, repeats, dirty);
-  if (op == 6) out = measure<fastfs::RmspropSums>(layers, far, repeats, dirty);
-  if (op == 2) {
+  int64_t place = 0;
+#define DRIVER_MEASURE(name, Sums) \
+  if (op == place++) out = measure<fastfs::Sums>(layers, far, repeats, dirty);
+  FASTFS_MEASUREMENTS(DRIVER_MEASURE)
+  if (op < 0) {
     out.resize(1);
-    fastfs::cuda::stream_read(layers, inputs, out.data(), 0, nullptr);
+    fastfs::bench::stream_read_cuda(layers, inputs, out.data(), 0, nullptr);
   }
   const int64_t head[3] = {fastfs::cuda::launches, dirty, static_cast<int64_t>(out.size())};
   fwrite(head, sizeof head, 1, results);

@@ -11,27 +11,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastfs._core.optimizer_rules import OptimizerRule
+from fastfs._core.measurements import MEASUREMENTS
 
 HERE = Path(__file__).parent
 CUDA_SOURCES = HERE.parents[2] / "csrc"
+TUNING = HERE.parents[2] / "benchmarks" / "tuning"
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
-FEATURES, UPDATES, STREAM_READ, RULES = 0, 1, 2, 3  # RULES + rule: optimizer_stats
-COLUMNS = {FEATURES: 9, UPDATES: 5} | {RULES + rule: 6 for rule in OptimizerRule}
+# The kernels in the order of csrc/measurements.h. RULES + rule: optimizer_stats.
+COLUMNS = [measurement.columns for measurement in MEASUREMENTS for _ in measurement.kernels]
+FEATURES, UPDATES, RULES = range(3)
+STREAM_READ = -1
 
 FLAGS = "-std=c++17 -w -fno-strict-aliasing -ffp-contract=off -pthread -DFASTFS_CUDA_ON_CPU".split()
+SMALL_BLOCKS = '-DFASTFS_POLICIES="shim_policy.h"'
 # name: flags of the kernels, flags of the runtime (which is never compiled with a sanitizer)
 BUILDS = {
     "plain": (["-O1"], []),
     "asan": (
         [
             *("-O1", "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"),
-            *("-DSHIM_SHARED_STATIC", "-DFASTFS_SHIM_THREADS=64"),
+            *("-DSHIM_SHARED_STATIC", SMALL_BLOCKS),
         ],
         ["-DSHIM_ASAN", "-DSHIM_SHARED_STATIC"],
     ),
     # The thread sanitizer tells about 255 contexts apart: blocks of 64 threads, see README.md.
-    "tsan": ("-O1 -fsanitize=thread -DSHIM_TSAN -DFASTFS_SHIM_THREADS=64".split(), ["-DSHIM_TSAN"]),
+    "tsan": (["-O1", "-fsanitize=thread", "-DSHIM_TSAN", SMALL_BLOCKS], ["-DSHIM_TSAN"]),
 }
 BF16_ONLY = "-DDRIVER_BF16_ONLY"
 
@@ -89,6 +93,15 @@ class Run:
     results: list[Result] = field(default_factory=list)
 
 
+def with_change(folder: Path, path: Path, old: str, new: str) -> Path:
+    """A copy of csrc in `folder` with one change of a header, which may also be one of benchmarks/tuning."""
+    shutil.copytree(CUDA_SOURCES, folder, ignore=shutil.ignore_patterns("cpu", "*.cpp"))
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path.name} has {text.count(old)} places like {old!r}, expected one"
+    (folder / "cuda" / path.name).write_text(text.replace(old, new))
+    return folder
+
+
 def compile_driver(
     build: str, folder: Path, sources: Path = CUDA_SOURCES, *flags: str, driver: str = "driver.cpp"
 ) -> Path:
@@ -97,7 +110,7 @@ def compile_driver(
     include = include_folder()
     assert include is not None
     folder.mkdir(parents=True, exist_ok=True)
-    common = ["g++", *FLAGS, f"-I{HERE}", f"-I{sources / 'cuda'}", f"-isystem{include}"]
+    common = ["g++", *FLAGS, f"-I{HERE}", f"-I{sources / 'cuda'}", f"-I{TUNING}", f"-isystem{include}"]
     runtime, program = folder / "shim_rt.o", folder / "driver"
     for command in (
         [*common, "-O2", *runtime_flags, "-c", str(HERE / "shim_rt.cpp"), "-o", str(runtime)],
@@ -109,8 +122,8 @@ def compile_driver(
     return program
 
 
-def compile_library(driver: str, folder: Path, sources: Path) -> Path:
-    """Builds a driver with the kernels in `sources` as a shared library for the host, plain build."""
+def compile_library(driver: str, folder: Path, *flags: str) -> Path:
+    """Builds a driver as a shared library for the host, plain build."""
     include = include_folder()
     assert include is not None
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,8 +135,10 @@ def compile_library(driver: str, folder: Path, sources: Path) -> Path:
         "-fPIC",
         "-fno-gnu-unique",
         "-shared",
+        *flags,
         f"-I{HERE}",
-        f"-I{sources / 'cuda'}",
+        f"-I{CUDA_SOURCES / 'cuda'}",
+        f"-I{TUNING}",
         f"-isystem{include}",
     ]
     command += [str(HERE / driver), str(HERE / "shim_rt.cpp"), "-o", str(library)]
@@ -161,7 +176,7 @@ def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) 
             launches, dirty, size = struct.unpack_from("3q", data, at)
             rows = torch.frombuffer(bytearray(data[at + 24 : at + 24 + 8 * size] or b"\0" * 8), dtype=torch.float64)
             at += 24 + 8 * size
-            columns = COLUMNS.get(case.op, 1)
+            columns = 1 if case.op == STREAM_READ else COLUMNS[case.op]
             outcome.results.append(Result(rows[:size].view(-1, columns), launches, dirty))
         assert at == len(data)
     given.unlink()

@@ -1,4 +1,4 @@
-// benchmarks/variants/bulk_primitives.cuh for the host: barriers in shared memory and copies that report to them.
+// benchmarks/tuning/bulk_primitives.cuh for the host: barriers in shared memory and copies that report to them.
 //
 // A copy lands as late as it may: from its start on the destination holds 0x3f in every byte, and the bytes come when
 // somebody waits for the barrier. So who reads without waiting, or waits for the wrong phase, computes with wrong
@@ -17,13 +17,6 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) { shim::bulk_arriv
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) { shim::bulk_wait(barrier, parity, "barrier_wait"); }
 inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
   shim::bulk_load(to, from, bytes, barrier);
-}
-
-template <class Table>
-void start_shared(int shared, void (*kernel)(Table), const Table& table, int blocks, int threads, void*) {
-  static_assert(sizeof(Table) <= 32764, "kernel parameters");
-  ++launches;
-  shim::run_grid(dim3(blocks), dim3(threads), shared, [&] { kernel(table); });
 }
 
 }  // namespace fastfs::cuda

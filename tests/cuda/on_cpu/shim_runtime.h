@@ -2,15 +2,14 @@
 // for.
 #pragma once
 
+#include "policy.cuh"
 #include "shim.h"
-
-#ifndef FASTFS_SHIM_THREADS
-#define FASTFS_SHIM_THREADS 256
-#endif
 
 namespace fastfs::cuda {
 
-constexpr int kThreads = FASTFS_SHIM_THREADS;
+struct Grid {
+  int blocks, threads, shared_bytes = 0;
+};
 
 inline int fake_multiprocessors = 1, launches = 0;
 inline bool fake_large_parameters = false;
@@ -20,12 +19,13 @@ struct DeviceGuard {
 };
 inline int multiprocessors(int) { return fake_multiprocessors; }
 inline bool large_parameters() { return fake_large_parameters; }
+inline int architecture(int) { return kTargetArchitecture; }
 
-template <class Table, class... Rest>
-void start(void (*kernel)(Table, Rest...), const Table& table, int blocks, int threads, void*, Rest... rest) {
+template <class Table>
+void start(void (*kernel)(Table), const Table& table, const Grid& grid, void*) {
   static_assert(sizeof(Table) <= 32764, "kernel parameters");
   ++launches;
-  shim::run_grid(dim3(blocks), dim3(threads), 0, [&] { kernel(table, rest...); });
+  shim::run_grid(dim3(grid.blocks), dim3(grid.threads), grid.shared_bytes, [&] { kernel(table); });
 }
 
 }  // namespace fastfs::cuda

@@ -1,0 +1,148 @@
+"""Which design of the kernel behind `feature_stats` is fastest: chunks, chains, threads, blocks, loads, bulk copies.
+
+    python -m benchmarks.tuning --json FILE [--quick] [--variant NAME ...]    on a GPU
+    python -m benchmarks.tuning --static --json FILE                          anywhere with nvcc
+
+On a GPU every variant is compiled for it (nvcc, all at once), checked against float64 and, where it keeps the order of
+additions, against the baseline's bits, on several grids; then all are timed in turn, beside a streaming read of the
+same bytes. The calls take turns with several sets of inputs, together over four times the L2, so that none is in it.
+CUDA_VISIBLE_DEVICES says which GPU. docs/kernels.md has the predictions and what is known without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import count_option, file_option, print_table, write_json
+from benchmarks.tuning import build, measure, static
+from benchmarks.tuning.catalogue import BASELINE, VARIANTS, Variant, variant
+from benchmarks.tuning.library import NAMES, Library
+
+
+def command_line() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=file_option, help="write the results to this file")
+    parser.add_argument("--static", action="store_true", help="compile and read only: needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="a few variants and tiny workloads: does it run")
+    parser.add_argument("--rounds", type=count_option, default=7)
+    parser.add_argument("--variant", action="append", metavar="NAME", help="this one (and the baseline); repeatable")
+    arguments = parser.parse_args()
+    try:
+        arguments.variants = [variant(name) for name in arguments.variant or []]
+    except ValueError as error:
+        parser.error(str(error))
+    if not arguments.static and not torch.cuda.is_available():
+        parser.error(f"torch {torch.__version__} sees no CUDA device; --static needs none")
+    return arguments
+
+
+def chosen(asked: list[Variant], quick: bool) -> list[Variant]:
+    """The variants of this run, the baseline first."""
+    if not asked:
+        return [v for v in VARIANTS if v.quick or not quick]
+    return [variant(BASELINE), *(v for v in asked if v.name != BASELINE)]
+
+
+def compile_all(variants: list[Variant], architecture: str, folder: Path) -> dict[str, Library]:
+    """The libraries by name of the variant."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        paths = pool.map(lambda v: build.compile_library(v, architecture, folder / v.slug), variants)
+        return {v.name: Library(path) for v, path in zip(variants, paths, strict=True)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The GPU that the variants are compiled for and run on; `cache` in bytes."""
+
+    device: torch.device
+    architecture: str
+    multiprocessors: int
+    cache: int
+
+    @classmethod
+    def present(cls) -> Machine:
+        device = torch.device("cuda", 0)
+        gpu = torch.cuda.get_device_properties(device)
+        return cls(device, f"{gpu.major}{gpu.minor}", gpu.multi_processor_count, gpu.L2_cache_size)
+
+
+def run(
+    variants: list[Variant],
+    machine: Machine,
+    libraries: dict[str, Library],
+    rounds: int,
+    quick: bool,
+    path: Path | None,
+) -> None:
+    """Checks and times; prints a table per workload and dtype, and writes what there is so far to the path."""
+    at = machine.device, machine.multiprocessors
+    results: list[dict[str, Any]] = []
+    print("checking", flush=True)
+    for v in variants:
+        checked = measure.check(v, libraries[v.name], libraries[BASELINE], *at)
+        results.append({"variant": v.name, "what": v.what, "prediction": v.prediction, **checked})
+    for dtype in NAMES:
+        for layers in measure.workloads(dtype.itemsize, quick):
+            results.append(measure.timed(layers, dtype, variants, libraries, *at, machine.cache, rounds))
+            write_json(path, machine.device, results)
+            show(results[-1])
+    show_means([r for r in results if "rows" in r], variants)
+
+
+def show(result: dict[str, Any]) -> None:
+    """One workload."""
+    rows = [
+        [
+            r["variant"],
+            f"{r['milliseconds']:.4f}",
+            f"{r['GB/s']:.0f}",
+            f"{r['of ceiling']:.3f}",
+            f"{r['of baseline']:.3f}",
+        ]
+        for r in result["rows"]
+    ]
+    columns = ["", "ms", "GB/s", "of ceiling", "of baseline"]
+    print_table(f"{result['workload']}, {result['dtype']} (speed; more is better)", columns, rows)
+
+
+def show_means(results: list[dict[str, Any]], variants: list[Variant]) -> None:
+    """Geometric means over the workloads of the speed relative to the baseline, a column per dtype."""
+    lines = []
+    for v in variants:
+        cells = []
+        for dtype in NAMES.values():
+            rows = [r for result in results if result["dtype"] == dtype for r in result["rows"]]
+            found = [r["of baseline"] for r in rows if r["variant"] == v.name]
+            cells.append(f"{math.exp(sum(map(math.log, found)) / len(found)):.3f}" if found else "")
+        lines.append([v.name, *cells])
+    print_table("all workloads, speed relative to the baseline", ["", *NAMES.values()], lines)
+
+
+def main() -> None:
+    arguments = command_line()
+    variants = chosen(arguments.variants, arguments.quick)
+    if arguments.static:
+        static.run(variants, arguments.json)
+        return
+    machine = Machine.present()
+    left_out = [v.name for v in variants if int(v.lowest) > int(machine.architecture)]
+    variants = [v for v in variants if v.name not in left_out]
+    if left_out:
+        print(f"not on sm_{machine.architecture}: {', '.join(left_out)}")
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"compiling {len(variants)} variants for sm_{machine.architecture}", flush=True)
+        libraries = compile_all(variants, machine.architecture, Path(folder))
+        run(variants, machine, libraries, arguments.rounds, arguments.quick, arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""From a variant to something that runs: the driver, compiled with the policies of the variant."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from benchmarks.tuning import sass
+from benchmarks.tuning.catalogue import BASELINE, Variant
+
+HERE = Path(__file__).resolve().parent
+SOURCES = HERE.parents[1] / "csrc"
+DRIVER = HERE / "driver.cu"
+
+
+def definitions(variant: Variant) -> list[str]:
+    """The compiler flags that choose the policies of a variant: none for the baseline, which has the library's."""
+    if variant.name == BASELINE:
+        return []
+    figures = {
+        "CHUNK": variant.chunk,
+        "CHAIN": variant.chain,
+        "THREADS": variant.threads,
+        "BLOCKS": variant.blocks,
+        "WAVES": variant.waves,
+        "CHAINS_AHEAD": variant.chains_ahead,
+        "LOAD": variant.load,
+        "STAGES": variant.stages,
+    }
+    flags = ['-DFASTFS_POLICIES="tuned_policy.cuh"', *(f"-DTUNE_{name}={value}" for name, value in figures.items())]
+    return [*flags, *(["-DTUNE_SPACING_BY_MAX"] if variant.spacing_by_max else [])]
+
+
+def flags(variant: Variant) -> list[str]:
+    """Where the headers are, and the policies."""
+    return [f"-I{SOURCES / 'cuda'}", f"-I{HERE}", *definitions(variant)]
+
+
+def compile_library(variant: Variant, architecture: str, folder: Path) -> Path:
+    """The driver with the variant's kernels for one architecture ("90"), as a shared library; makes the folder.
+
+    Raises:
+        RuntimeError: With the compiler's words, if there is no nvcc or it fails.
+    """
+    nvcc = sass.find_tool("nvcc")
+    if nvcc is None:
+        raise RuntimeError("no nvcc: set CUDA_HOME or PATH")
+    folder.mkdir(parents=True)
+    library = folder / "variant.so"
+    virtual = virtual_architecture(variant, architecture)
+    command = [nvcc, *sass.FLAGS, "-DNDEBUG", "-shared", "-Xcompiler=-fPIC,-ffp-contract=off", "-cudart=shared"]
+    command += [f"-gencode=arch=compute_{virtual},code=sm_{architecture}", *flags(variant)]
+    done = subprocess.run([*command, str(DRIVER), "-o", str(library)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{variant.name}:\n{done.stderr[-4000:]}")
+    return library
+
+
+def compile_cubin(variant: Variant, architecture: str, folder: Path) -> sass.Compiled:
+    """The variant's kernels for one architecture, to be read; makes the folder."""
+    folder.mkdir(parents=True)
+    virtual = virtual_architecture(variant, architecture)
+    return sass.compile_cubin(DRIVER, architecture, folder / "cubin", *flags(variant), virtual=virtual)
+
+
+def virtual_architecture(variant: Variant, architecture: str) -> str:
+    """Whose PTX the machine code comes from: as in the build, but bulk copies need that of Hopper or later."""
+    virtual = sass.VIRTUAL.get(architecture, architecture)
+    return max(virtual, variant.lowest, key=int)

@@ -1,0 +1,258 @@
+"""What the capture modes on the training batch share: rows and backward vectors of the training step itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastfs._monitor import row_reasons
+from fastfs._monitor.capture.forward_capture import ForwardCapture
+from fastfs._monitor.capture.replay import ReplayedForward
+from fastfs._monitor.measure import trust
+from fastfs._monitor.measure.capture_mode import CaptureMode, ModeResources, StepInputs, UpdateEvidence
+from fastfs._monitor.measure.learned_structure import LearnedStructure
+from fastfs._monitor.measure.observation import FeatureObservation, without_update
+from fastfs._monitor.measure.row_sums import LayerSums, RowSums, Triple, from_replay
+from fastfs._network.input_copies import tensors_in
+from fastfs._network.layers import Layer
+from fastfs._network.perturbed import Perturbed, has_compiled
+from fastfs._network.structure import Edge, Structure, analyse, edge_of
+from fastfs._stats import FeatureStats
+
+__all__ = ["ReplaySums", "TrainingMode", "model_at"]
+
+
+@dataclass
+class ReplaySums:
+    """Sums from second forwards on all captured training forwards.
+
+    Attributes:
+        rows: Sums of rows of each forward.
+        coarsest: Per layer, spacing at 1 of the coarsest numbers that were computed with; None if unknown.
+        choices: Integer results of top-k and argmax, of each forward.
+    """
+
+    rows: list[RowSums]
+    coarsest: list[float] | None
+    choices: list[list[Tensor]]
+
+    def add(self, rows: RowSums, replay: ReplayedForward) -> None:
+        """Adds a second forward."""
+        self.rows.append(rows)
+        self.choices.append(replay.choices)
+        if replay.coarsest is not None:
+            self.coarsest = list(map(max, replay.coarsest, self.coarsest or replay.coarsest))
+
+
+class TrainingMode(CaptureMode):
+    """Takes features before and backward vectors from the training step, and features after from a second forward."""
+
+    method = "plain"
+    captures_training = True
+
+    def __init__(self, resources: ModeResources) -> None:
+        super().__init__(resources)
+        model, parallel = resources.model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
+        # Without the wrapper's collectives: the other ranks need not have a monitor.
+        self._forward: nn.Module = model.module if isinstance(model, parallel) else model
+        self._runs_compiled = has_compiled(model)  # second forwards run compiled graphs, which cannot be guarded
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the step."""
+        self._other_calls: set[int] = set()  # layers that a second forward has called differently
+        self._cut_off: set[int] = set()  # layers whose first-order change is incomplete
+        self._rehearsed = False  # the step's forwards were run eagerly before their compiled graphs
+        self._eager_coarsest: list[float] | None = None  # of these eager forwards
+        self._checked_choices: list[list[Tensor]] = []
+
+    # Before the step
+
+    def refusal(self, forwards: Sequence[ForwardCapture]) -> int | None:
+        """Refuses forwards with other weights than the model's, or on inputs that depend on parameters."""
+        if any(p.other_weights for p in forwards):
+            return row_reasons.OTHER_WEIGHTS
+        return row_reasons.DEPENDENT if any(p.dependent for p in forwards) else None
+
+    def graphs(self, forwards: Sequence[ForwardCapture]) -> Hashable:
+        """Returns the signatures of the forwards' graphs."""
+        return frozenset(p.signature for p in forwards)
+
+    def check(self, step: StepInputs) -> FeatureStats:
+        """Runs the second forward with the parameters of the first one."""
+        self._rehearse(step)
+        result = self._repeat(step)
+        self._checked_choices = result.choices
+        return self._resources.totals(result.rows).stats
+
+    # After it
+
+    def structure(self, step: StepInputs, learned: LearnedStructure) -> Structure | None:
+        """Returns the structure in the graphs of the training forwards, or in that of an eager forward."""
+        return learned.of_forwards(step.forwards, step.parameters, lambda: self._eager_structure(step))
+
+    def observe(self, step: StepInputs, evidence: UpdateEvidence) -> FeatureObservation:
+        """Runs the second forwards, unless they cannot repeat the first ones."""
+        resources, layers, assessor = self._resources, len(self._resources.layers), self._resources.assessor
+        if self.refusal(step.forwards) is not None:
+            sums = resources.totals([self._unmoved(p) for p in step.forwards])
+            eps = resources.on_device(assessor.precision(layers, step.forwards, None))
+            sums = dataclasses.replace(sums, stats=without_update(sums.stats))
+            verdict = assessor.assess_replay(sums, eps, evidence.depth)
+            return FeatureObservation(verdict, sums, eps, self._absent(step.forwards))
+        self._rehearse(step)
+        result = self._replay(step)
+        sums = resources.totals(result.rows)
+        coarsest = assessor.precision(layers, step.forwards, result.coarsest or self._eager_coarsest)
+        eps = resources.on_device(coarsest)
+        verdict, sums, curvature = self._assess(step, evidence, sums, eps, max(coarsest, default=0.0))
+        absent = self._absent(step.forwards)
+        return FeatureObservation(verdict, sums, eps, absent, curvature, result.choices, self._checked_choices)
+
+    # What differs between the modes on the training batch
+
+    @abstractmethod
+    def _replay(self, step: StepInputs) -> ReplaySums:
+        """Runs the second forwards after the step."""
+
+    @abstractmethod
+    def _repeat(self, step: StepInputs) -> ReplaySums:
+        """Runs them before the step, in the same way and with the parameters of the first forwards."""
+
+    @abstractmethod
+    def _assess(
+        self, step: StepInputs, evidence: UpdateEvidence, sums: LayerSums, eps: Tensor, coarsest: float
+    ) -> tuple[trust.AssessedUpdate, LayerSums, Tensor | None]:
+        """Returns the verdict, the sums for the record, and the curvature of the step if it is known.
+
+        Args:
+            step: The step.
+            evidence: What is known of the update besides the features.
+            sums: Sums from the second forwards.
+            eps: Spacing at 1 of the coarsest numbers in each layer.
+            coarsest: The largest of these, on the host.
+        """
+
+    # Second forwards
+
+    def _rehearse(self, step: StepInputs) -> None:
+        """Runs eager forwards before compiled graphs run again, because only they can be guarded.
+
+        At every measured step, since a forward may write to something only now and then.
+        """
+        if self._runs_compiled and not self._rehearsed:
+            forward = model_at(step.model, step.parameters)
+            self._eager_coarsest = self._run(step.forwards, forward, strict=True).coarsest
+            self._rehearsed = True
+
+    def _eager(self, step: StepInputs, values: Sequence[Tensor]) -> ReplaySums:
+        """Returns sums between the training step's features and those of eager forwards with these parameters."""
+        return self._run(step.forwards, model_at(step.model, values))
+
+    def _same_function(self, verdict: trust.AssessedUpdate, step: StepInputs) -> trust.AssessedUpdate:
+        """Refuses layers where eager forwards differ from the compiled ones that the backward vectors come from."""
+        if not step.model.compiled:
+            return verdict
+        result = self._eager(step, step.previous)
+        return self._resources.assessor.refuse_other_masks(verdict, self._resources.totals(result.rows).stats)
+
+    def _run_one(self, captured: ForwardCapture, forward: Callable[..., Any], **options: Any) -> ReplayedForward:
+        return self._resources.replayer.replay(captured, forward, **options)
+
+    def _run(self, forwards: Sequence[ForwardCapture], forward: Callable[..., Any], **options: Any) -> ReplaySums:
+        result = ReplaySums([], None, [])
+        for captured in forwards:
+            replay = self._run_one(captured, forward, **options)
+            result.add(from_replay(self._triples(captured, replay.after)), replay)
+        return result
+
+    def _unmoved(self, captured: ForwardCapture) -> RowSums:
+        """Returns sums over features and backward vectors without a second forward."""
+        after = [
+            [(call.shape, None if call.before is None else call.before.values) for call in calls]
+            for calls in captured.calls
+        ]
+        return from_replay(self._triples(captured, after))
+
+    def _triples(self, captured: ForwardCapture, after: Any, base: Any = None) -> list[list[Triple]]:
+        """Combines the rows of a first and a second forward, per layer and call.
+
+        Args:
+            captured: The first forward.
+            after: Shape and rows per layer and call of the second forward.
+            base: The same of a forward that replaces the first one's features; None for these.
+
+        Returns:
+            The rows of both forwards with the backward vector, per layer and call.
+        """
+        triples: list[list[Triple]] = []
+        for layer, first, second in zip(self._resources.layers, captured.calls, after, strict=True):
+            triples.append([])
+            if [call.shape for call in first] != [shape for shape, _ in second]:
+                self._other_calls.add(layer.index)
+                self._resources.warn(
+                    layer.name,
+                    f"layer {layer.name!r} ran {len(first)} times in the forward and {len(second)} times in the second "
+                    "one on the same inputs, or with other shapes: it is left out. The forward depends on something "
+                    "besides inputs, parameters, buffers and global random numbers",
+                )
+                continue
+            for number, (call, (_, rows)) in enumerate(zip(first, second, strict=True)):
+                if call.measurable and call.before is not None and rows is not None:
+                    before = call.before.values if base is None else base[layer.index][number][1]
+                    # No gradient arrived at features in the graph: the loss does not depend on them.
+                    backward = torch.zeros_like(before) if call.backward is None else call.backward
+                    triples[-1].append(Triple(before, rows, backward, call.before.total))
+        return triples
+
+    def _absent(self, forwards: Sequence[ForwardCapture]) -> list[int]:
+        """Returns per layer why it has no rows, or not the right ones; 0 where it has."""
+        codes = []
+        for index in range(len(self._resources.layers)):
+            calls = [call for p in forwards for call in p.calls[index]]
+            if not calls:
+                hidden = self._resources.hidden(index)
+                codes.append(row_reasons.IN_GRAPH if hidden else row_reasons.NOT_RUN)
+            elif any(call.absent == row_reasons.UNMATCHED for call in calls):
+                codes.append(row_reasons.UNMATCHED)
+            elif index in self._other_calls:
+                codes.append(row_reasons.OTHER_CALLS)
+            elif not any(call.measurable for call in calls):
+                codes.append(calls[0].absent or row_reasons.NO_GRAPH)
+            elif index in self._cut_off:
+                codes.append(row_reasons.DETACHED)
+            else:
+                codes.append(0)
+        return codes
+
+    def _eager_structure(self, step: StepInputs) -> Structure | None:
+        """Returns the structure in the graph of an eager forward with gradient, for a step whose graph is hidden."""
+        captured = step.forwards[0]
+        assert captured.state is not None
+        edges: list[list[Edge | None]] = [[] for _ in self._resources.layers]
+        leaves = [v.detach().requires_grad_(v.requires_grad) for v in step.parameters]
+        names = [str(index) for index in range(len(leaves))]
+
+        def run(_guard: Any) -> Structure | None:
+            output = step.model(leaves, *captured.args, **captured.kwargs)
+            outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+            return analyse(edges, outputs, leaves, names) if outputs else None
+
+        def handle(layer: Layer, features: Tensor) -> None:
+            edges[layer.index].append(edge_of(features))
+
+        inputs = tensors_in((captured.args, captured.kwargs))
+        found: Structure | None = self._resources.replayer.run(captured.state, handle, run, grad=True, inputs=inputs)
+        return found
+
+
+def model_at(model: Perturbed, values: Sequence[Tensor]) -> Callable[..., Any]:
+    """Returns the model's forward with these values of its parameters."""
+    return lambda *args, **kwargs: model(values, *args, **kwargs)

@@ -1,0 +1,143 @@
+"""Reads a record into a table."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastfs._record.encoding import HEADER_START, parse
+from fastfs._record.reading.jsonl_reader import RowReader, split_lines
+from fastfs._record.reading.rejected_lines import RejectedLines
+from fastfs._record.reading.store import Store
+from fastfs._record.schema import Checker, Line, UnknownSchemaError
+
+if TYPE_CHECKING:
+    import pandas
+
+__all__ = ["load", "load_compact", "read_header"]
+
+
+def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
+    """Reads a record into a table with a row for each measured or predicted step and each layer or group, of all runs.
+
+    The columns are ``kind`` (measured or predicted), ``run``, ``step``, ``time`` (seconds since 1970), ``layer`` (its
+    index; groups follow the layers), ``name`` and ``group`` (bool), followed by the values per layer (``angle`` in
+    radians, ``update_rms`` in feature units per step, ...) and the values per step (``loss``, ``micro_batches``,
+    ``overhead_seconds``, ``loss_scale``; ``kappa`` and others if recorded). ``docs/monitor.md`` lists all of them. A
+    missing or undefined number is NaN, a missing string None. ``valid`` and ``linear`` have the dtype ``boolean``, and
+    columns of integers the dtype ``float64``, if values are missing.
+
+    If a resumed run repeated steps, the table has only the last repetition. ``attrs`` of the table holds ``headers``
+    (one for each start of a run), ``structure``, ``alerts`` and ``skipped`` as lists of dictionaries.
+
+    Args:
+        path: a JSONL file or a folder of Parquet parts that :class:`fastfs.Monitor` wrote or is still writing, with
+            schema 1 or 2.
+
+    Raises:
+        ImportError: pandas is not installed, or pyarrow for Parquet.
+        OSError: the file cannot be read.
+        ValueError: not a record, or of an unknown schema version.
+
+    Warns:
+        RuntimeWarning: lines (or Parquet parts) that do not conform to the schema were left out. Lines that were torn
+            because a run was killed do not count.
+    """
+    try:
+        import pandas  # noqa: F401
+    except ImportError as error:
+        raise ImportError('fastfs.load needs pandas: pip install "fastfs[pandas]"') from error
+    return _table(Path(path), Store(), compact=False)
+
+
+def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[str, Any]:
+    """Reads the header of a run.
+
+    Args:
+        path: a file or folder written by :class:`fastfs.Monitor`.
+        run: id of the run; the last one by default. A resumed run has several headers, of which the last one counts.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: not a record, of an unknown schema version, or without that run.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from fastfs._record.reading.parquet_reader import read_headers
+
+        headers, rejected = read_headers(path)
+    else:
+        headers, rejected = _headers(path)
+    found = [header for header in headers if run is None or header["run"] == run]
+    _check_found(path, found, rejected, run)
+    rejected.warn(stacklevel=2)
+    return found[-1]
+
+
+def load_compact(path: Path, leave_out: Iterable[str] = ()) -> pandas.DataFrame:
+    """Reads a record like :func:`load`, in about a third of the memory.
+
+    Numbers per layer are float32, strings are categories, and columns that were not recorded are missing.
+
+    Args:
+        path: of the record.
+        leave_out: columns that are not needed.
+    """
+    return _table(path, Store(np.float32, leave_out), compact=True)
+
+
+def _table(path: Path, store: Store, *, compact: bool) -> pandas.DataFrame:
+    from fastfs._record.reading.table import make_table
+
+    if path.is_dir():
+        from fastfs._record.reading.parquet_reader import read_parts
+
+        headers, others, rejected = read_parts(path, store)
+    else:
+        reader = RowReader(path, store)
+        reader.read()
+        headers, others, rejected = reader.headers, reader.others, reader.rejected
+    _check_found(path, headers, rejected)
+    rejected.warn(stacklevel=3)
+    return make_table(store, _used(headers), others, compact=compact)
+
+
+def _headers(path: Path) -> tuple[list[Line], RejectedLines]:
+    """Reads the headers without parsing other lines."""
+    checker, headers, rejected = Checker(), [], RejectedLines(path)
+    first = True
+    for number, raw, ended in split_lines(path):
+        line = raw.strip()
+        if not line or (not first and b'"header"' not in line and b"\\u" not in line):
+            continue
+        try:
+            value = parse(line)
+            if first or (isinstance(value, dict) and value.get("kind") == "header"):
+                checked = checker.check(value)
+                if checked.kind == "header":
+                    headers.append(checked.line)
+        except UnknownSchemaError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except ValueError as error:
+            if first and b'"header"' not in line and not HEADER_START.startswith(line):
+                raise ValueError(f"{path}, line {number}: expected the header of a record: {error}") from None
+            if ended and b'"header"' in line:
+                rejected.add(number, error)
+        first = False
+    return headers, rejected
+
+
+def _used(headers: Sequence[Line]) -> list[Line]:
+    """Leaves out headers of runs that continued an earlier one instead, and therefore have no rows."""
+    replaced = {header.get("replaces") for header in headers}
+    return [header for header in headers if header["run"] not in replaced]
+
+
+def _check_found(path: Path, headers: Sequence[Line], rejected: RejectedLines, run: str | None = None) -> None:
+    if not headers:
+        what = f"no run {run!r}" if run else "holds no run of fastfs.Monitor"
+        raise ValueError(f"{path}: {what}{'' if run else rejected.reason}")
