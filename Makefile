@@ -1,15 +1,17 @@
 # make demo    train two small networks, watched; pictures at the end
 # make test    all tests; those that need a GPU or a browser are skipped where none is
-# A bare clone and Python 3.11 or newer are enough: everything goes into .venv, pinned by constraints.txt.
+# A bare clone and Python 3.10 or newer are enough: everything goes into .venv, pinned by constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc build_backend -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' -o -name '*.py')
-FORMATTED = $(shell git ls-files 'csrc/*.h' 'csrc/*.cuh' 'csrc/*.cpp' 'csrc/*.cu' 'benchmarks/*.cuh' 'benchmarks/*.cu' 'tests/*.h' 'tests/*.cuh' 'tests/*.cpp' 'tests/*.cu')
-SCRIPTS = $(shell git ls-files '*.sh') .ci/run
+CPP = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
+SHELL_SCRIPTS = $(shell git ls-files '*.sh') .ci/run
+JAVASCRIPT = $(shell git ls-files '*.js')
+WORKFLOWS = $(shell git ls-files '.github/workflows/*.yml')
 
-.PHONY: demo test test-quick bench doctor lint format clean install
+.PHONY: demo test test-quick bench doctor lint format hooks clean install
 
 demo: install
 	$(BIN)/fastfs demo
@@ -30,36 +32,48 @@ bench: install
 doctor: install
 	$(BIN)/fastfs doctor
 
-# Targets of their own, so that `make --keep-going lint` tells everything at once.
-LINT := lint-ruff lint-format lint-mypy lint-clang-format lint-shellcheck
+# One target per language. `make --keep-going lint` reports the findings of all of them.
+LINT := lint-python lint-types lint-cpp lint-shell lint-javascript lint-workflows
 .PHONY: $(LINT)
 lint: $(LINT)
 $(LINT): install
 
-lint-ruff:
+lint-python:
 	$(BIN)/ruff check .
-
-lint-format:
 	$(BIN)/ruff format --check .
 
-lint-mypy:
-	$(BIN)/mypy
+# The annotations are those of the pinned numpy, and the last numpy for Python 3.10 has other ones.
+lint-types:
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/mypy; fi
 
-lint-clang-format:
-	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+lint-cpp:
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
-lint-shellcheck:
-	$(BIN)/shellcheck $(SCRIPTS)
+lint-shell:
+	$(BIN)/shellcheck $(SHELL_SCRIPTS)
+
+# The scripts of the report page share one scope: which names exist and are used is known of all of them together.
+lint-javascript:
+	$(BIN)/oxlint $(JAVASCRIPT)
+	mkdir -p build/lint && cat $(JAVASCRIPT) > build/lint/page.js
+	$(BIN)/oxlint --allow all --deny no-undef --deny no-unused-vars --deny no-redeclare --no-ignore build/lint/page.js
+
+lint-workflows:
+	$(BIN)/actionlint -shellcheck $(BIN)/shellcheck $(WORKFLOWS)
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(FORMATTED)
+	$(BIN)/clang-format -i $(CPP)
+
+# Runs the linters of the changed languages before each commit.
+hooks: install
+	$(BIN)/pre-commit install
 
 install: $(VENV)/installed
 
 $(VENV)/created:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version)'
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -35,7 +36,7 @@ targets = torch.tensor(labels)
 batch = inputs[:256], targets[:256]  # for measurements
 
 
-def loss_fn(model, batch):
+def loss_fn(model: Any, batch: Any) -> Any:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
@@ -48,7 +49,7 @@ def loss_fn(model, batch):
 
 
 # %%
-def train(model, optimizer, seed=0):
+def train(model: Any, optimizer: torch.optim.Optimizer, seed: int = 0) -> Any:
     """Return mean loss and accuracy over the last 20 batches of plain SGD; inf and 0 if it diverged."""
     generator = torch.Generator().manual_seed(seed)
     results = []
@@ -65,7 +66,7 @@ def train(model, optimizer, seed=0):
     return tuple(sum(values) / 20 for values in zip(*results[-20:], strict=True))
 
 
-def mlp_by(scheme, factor=1.0):
+def mlp_by(scheme: Any, factor: float = 1.0) -> tuple[Any, ...]:
     """Return a new MLP and its optimizer, scaled by the table."""
     model = MLP(64, WIDTH, DEPTH, 10)
     rule = scaling.mlp(DEPTH, WIDTH, 64, 10, scheme=scheme).scaled(lr=factor)
@@ -73,7 +74,7 @@ def mlp_by(scheme, factor=1.0):
     return model, torch.optim.SGD(groups)
 
 
-def sweep(scheme, factors):
+def sweep(scheme: Any, factors: Any) -> Any:
     """Return the best loss, with its accuracy, over factors of the learning rates."""
     results = {}
     for factor in factors:

@@ -106,7 +106,14 @@ class MLP(nn.Module):
         self.head = _gaussian_linear(width, out_features, output_std, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map inputs (rows, in_features) to outputs (rows, out_features)."""
+        """Map inputs to outputs.
+
+        Args:
+            inputs: Shape (rows, in_features).
+
+        Returns:
+            Shape (rows, out_features).
+        """
         features = inputs
         for block in self.blocks:
             features = block(features)
@@ -164,7 +171,14 @@ class ResNet(nn.Module):
         self.head = _gaussian_linear(width, out_features, output_std, generator)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map inputs (rows, in_features) to outputs (rows, out_features)."""
+        """Map inputs to outputs.
+
+        Args:
+            inputs: Shape (rows, in_features).
+
+        Returns:
+            Shape (rows, out_features).
+        """
         features = self.stem(inputs)
         for block in self.blocks:
             features = block(features)
@@ -276,7 +290,17 @@ class Transformer(nn.Module):
         self.head = None if tied else _gaussian_linear(width, vocabulary, 1.0 / width, generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (batch, time) to logits (batch, time, vocabulary)."""
+        """Map tokens to logits.
+
+        Args:
+            tokens: int64 (batch, time).
+
+        Returns:
+            Logits, shape (batch, time, vocabulary).
+
+        Raises:
+            ValueError: If the sequences are longer than the context.
+        """
         time = tokens.shape[-1]
         if time > self.context:
             raise ValueError(f"Transformer: sequence of {time} tokens is longer than the context of {self.context}")

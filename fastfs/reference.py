@@ -35,7 +35,18 @@ def __dir__() -> list[str]:
 def feature_stats(
     before: Layers, after: Layers, backward: Layers, *, per_row: bool = False
 ) -> FeatureStats | list[FeatureStats]:
-    """Reference for `fastfs.feature_stats`: see there for arguments, result and errors."""
+    """Computes what `fastfs.feature_stats` computes; errors are the same.
+
+    Args:
+        before: Features before the update of the parameters: a tensor, or a sequence of one tensor per layer.
+        after: Features after the update, on the same rows.
+        backward: Backward vectors, dLoss/d(features).
+        per_row: Whether to sum per row (last dimension) instead of per layer.
+
+    Returns:
+        FeatureStats of shape () for tensors and (L,) for sequences; with `per_row`, of shape (rows,) for tensors and a
+        list of one per layer for sequences.
+    """
     single, layers = check_feature_inputs(before, after, backward)
     if per_row:
         rows = [FeatureStats(_feature_sums(*(_rows(x) for x in tensors))) for tensors in zip(*layers, strict=True)]
@@ -45,14 +56,22 @@ def feature_stats(
 
 
 def update_stats(gradients: Layers, updates: Layers) -> UpdateStats:
-    """Reference for `fastfs.update_stats`: see there for arguments, result and errors."""
+    """Computes what `fastfs.update_stats` computes; errors are the same.
+
+    Args:
+        gradients: Gradients of the loss: a tensor, or a sequence of one tensor per parameter.
+        updates: Updates of the parameters, of the gradients' shapes.
+
+    Returns:
+        UpdateStats of shape () for tensors and (L,) for sequences.
+    """
     single, layers = check_update_inputs(gradients, updates)
     sums = [_in_slices(_update_sums, tensors) for tensors in zip(*layers, strict=True)]
     return UpdateStats(sums[0] if single else _stack(sums, len(UpdateStats.names)))
 
 
 def gather_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """Copies rows of a tensor, casts them, and takes the squared norm of each as it is in `x`.
+    """Copies rows of a tensor, casts them, and computes the squared norm of each as it is in `x`.
 
     Args:
         x: tensor of any strides; its first `row_dims` dimensions, flattened row-major, number the rows, and the
@@ -65,7 +84,8 @@ def gather_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | Non
         The rows, contiguous (k, width), and their squared norms, float64 (k,).
 
     Raises:
-        TypeError, ValueError: see `fastfs._core.checks.check_row_inputs`.
+        TypeError: If an argument has the wrong type, or `x` is no dense real floating-point tensor.
+        ValueError: If dtype, shape or device of `rows`, or `row_dims`, is wrong.
         IndexError: On the CPU, for an out-of-range index in `rows`. On other devices, where checking would wait for the
             device, such a row and its norm are NaN.
     """
@@ -75,7 +95,16 @@ def gather_rows(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | Non
 
 
 def row_squares(x: Tensor, rows: Tensor, row_dims: int) -> Tensor:
-    """The squared norms of `gather_rows` alone: float64 (k,)."""
+    """Computes the squared norms of rows of a tensor, without copying the rows; errors are those of `gather_rows`.
+
+    Args:
+        x: Tensor of any strides.
+        rows: int64 (k,) on the device of `x`: indices of rows.
+        row_dims: How many of the first dimensions number the rows, 0 to `x.dim()`.
+
+    Returns:
+        The squared norms, float64 (k,).
+    """
     return gather_rows(x, rows, row_dims)[1]
 
 
@@ -102,7 +131,19 @@ def optimizer_stats(
     second: Sequence[Tensor],
     coefficients: Tensor,
 ) -> ParameterStats:
-    """Reference for `fastfs._functional.optimizer_stats`: see there for arguments, result and errors."""
+    """Computes what `fastfs.optimizer_stats` computes; errors are the same.
+
+    Args:
+        rule: A `fastfs.OptimizerRule`: how the update follows from the tensors and the coefficients.
+        gradients: One gradient per parameter.
+        parameters: The parameters after the step.
+        first: The first state of every parameter.
+        second: The second state of every parameter; an empty list for `OptimizerRule.LINEAR`.
+        coefficients: float64 (P, C), with the columns `rule.coefficients`.
+
+    Returns:
+        ParameterStats of shape (P,).
+    """
     kind, layers = check_optimizer_inputs(rule, gradients, parameters, first, second, coefficients)
     sums = []
     for row, tensors in zip(coefficients, zip(*layers, strict=True), strict=True):
@@ -162,11 +203,14 @@ def _products(kind: type[Stats], vectors: dict[str, Tensor], nonfinite: Tensor) 
 
 
 def spacing(x: Tensor) -> Tensor:
-    """Distance between the numbers that the dtype of `x` has around each value of `x`, in float64.
+    """Computes the distance between neighboring numbers of the dtype of `x` at each value of `x`, in float64.
 
     A value rounded to nearest is off by a uniform error of variance spacing^2 / 12. The spacing is
     2^floor(log2|x|) eps. Zero counts as exact (ReLU, masks, padding), as does everything below the smallest normal
     number, except in float16, whose subnormal numbers features do reach; they are all 2^-24 apart.
+
+    Args:
+        x: Tensor of a floating-point dtype.
 
     Returns:
         float64 tensor of the shape of `x`; nan where `x` is not finite.

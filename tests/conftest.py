@@ -1,9 +1,13 @@
 """Fixtures and markers of all tests. Warnings are errors (pyproject.toml)."""
 
+from __future__ import annotations
+
 import functools
 import os
 import random
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -65,7 +69,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded():
+def seeded() -> Iterator[None]:
     """Every test starts from the same random state and leaves none behind."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - the global generator is the point
     torch.manual_seed(0)
@@ -78,7 +82,7 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def switched_back(seeded):
+def switched_back(seeded: None) -> Iterator[None]:
     """A test leaves no switch of torch turned, on which the next ones would depend."""
     before = switches()
     yield
@@ -95,7 +99,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def threads():
+def threads() -> Iterator[Any]:
     """`torch.set_num_threads`, undone after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -184,12 +186,14 @@ class DiffusionUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.init_conv(x)
         kept = []
-        for first, second, attention, resample in self.downs:
+        downs: Any = self.downs
+        ups: Any = self.ups
+        for first, second, attention, resample in downs:
             x = attention(second(first(x)))
             kept.append(x)
             x = resample(x)
         x = self.mid_block2(self.mid_attn(self.mid_block1(x)))
-        for first, second, attention, resample in self.ups:
+        for first, second, attention, resample in ups:
             x = attention(second(first(resample(x) + kept.pop())))
         return self.final_conv(x)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.auto_layers.parts import Entry, on, total
 
 Build = Callable[[], tuple[nn.Module, Callable[[nn.Module], Tensor]]]
-_SMALL = {
+_SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -146,7 +146,7 @@ def transformers_entries() -> list[Entry]:
         return total(model(torch.randn(2, 2000))[0])
 
     gpt2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
-    bart = {
+    bart: dict[str, Any] = {
         "vocab_size": 64,
         "d_model": 32,
         "encoder_layers": 2,
@@ -156,16 +156,16 @@ def transformers_entries() -> list[Entry]:
         "encoder_ffn_dim": 64,
         "decoder_ffn_dim": 64,
     }
-    tower = {k: v for k, v in _SMALL.items() if k != "vocab_size"}
+    tower: dict[str, Any] = {k: v for k, v in _SMALL.items() if k != "vocab_size"}
     text = {**_SMALL, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    stages = {"embedding_size": 8, "hidden_sizes": [8, 16, 16], "depths": [2, 2, 1]}
+    stages: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8, 16, 16], "depths": [2, 2, 1]}
 
     def peft() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
         import peft
 
         model, call = of("GPT2LMHeadModel", ids, "GPT2Config", **gpt2)()
         config = peft.LoraConfig(target_modules=["c_attn", "c_fc"], r=2, fan_in_fan_out=True)
-        return peft.get_peft_model(model, config), call  # type: ignore[arg-type]
+        return peft.get_peft_model(model, config), call
 
     def mixtral() -> Build:
         return of("MixtralForCausalLM", ids, "MixtralConfig", **_SMALL, num_key_value_heads=2, num_local_experts=4)

@@ -127,7 +127,7 @@ def table(bench: Bench, found: Found, device: torch.device, rounds: int) -> dict
     for name, times in found.dear.items():
         if name != PLAIN:
             add(name, statistics.median(times), median_ratio(found.dear, name, PLAIN))
-    by_name = {row["implementation"]: row for row in rows}
+    by_name: dict[str, Any] = {str(row["implementation"]): row for row in rows}
     return {
         "workload": bench.load.name,
         "parameters": bench.parameters,

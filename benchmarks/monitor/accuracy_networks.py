@@ -91,7 +91,7 @@ def _in_bfloat16(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _in_float8(linear: nn.Linear, x: Tensor) -> Tensor:
-    rounded_x, rounded_weight = Float8.apply(x), Float8.apply(linear.weight)  # type: ignore[no-untyped-call]
+    rounded_x, rounded_weight = Float8.apply(x), Float8.apply(linear.weight)
     return F.linear(rounded_x, rounded_weight, linear.bias)
 
 
@@ -116,7 +116,7 @@ class Network:
         self.taps: list[Tensor] = []
         self.seen: list[float] = []  # largest machine epsilon up to each block
         self.guard: Guard | None = None
-        for block in self.model.blocks:  # type: ignore[union-attr]
+        for block in self.model.blocks:
             block.register_forward_hook(self.tap)
 
     def cast(self) -> torch.autocast:

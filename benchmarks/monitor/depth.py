@@ -50,6 +50,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(workload.width, workload.width) for _ in range(workload.depth))
         self.residual = workload.kind == "residual"
         for layer in self.layers:
+            assert isinstance(layer, nn.Linear)
             nn.init.eye_(layer.weight)
             with torch.no_grad():
                 layer.weight.mul_(1e-3 if self.residual else 1.0)

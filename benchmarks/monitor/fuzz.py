@@ -56,7 +56,7 @@ def loops(seeds: Iterable[int], say: Callable[[str], None]) -> dict[str, Any]:
             faults.append({"seed": seed, "recipe": str(recipe), "faults": verdict.faults[:3]})
             if len(faults) <= SHRUNK:
                 kind = verdict.faults[0].split(":")[0]
-                faults[-1]["smallest"] = str(shrink(recipe, lambda r, kind=kind: _of(kind, r)))
+                faults[-1]["smallest"] = str(shrink(recipe, lambda r, kind=kind: _of(kind, r)))  # type: ignore[misc]
             say(f"{faults[-1].get('smallest', recipe)}\n    {verdict.faults[0]}")
     parts = {name: dict(sorted(counts.items())) for name, counts in sorted(by_ingredient.items())}
     return {"total": dict(sorted(total.items())), "by ingredient": parts, "faults": faults}
@@ -83,7 +83,7 @@ def failures(stride: int, say: Callable[[str], None]) -> dict[str, Any]:
     result: dict[str, Any] = {"total": Counter(), "faults": []}
     for mode in MODES:
         seen: list[Site] = []
-        train(mode, around=lambda _, seen=seen: failing_at(seen, None))
+        train(mode, around=lambda _, seen=seen: failing_at(seen, None))  # type: ignore[misc]
         off, told = train(mode), set()
         for number, site in enumerate(seen):
             if site not in told:
@@ -98,7 +98,7 @@ def interrupts(stride: int, say: Callable[[str], None]) -> dict[str, Any]:
     result: dict[str, Any] = {"total": Counter(), "faults": []}
     for mode in MODES:
         seen: dict[Place, int] = {}
-        train(mode, around=lambda _, seen=seen: interrupted_at(seen, None))
+        train(mode, around=lambda _, seen=seen: interrupted_at(seen, None))  # type: ignore[misc]
         plain: dict[Any, Run] = {}
         for at, times in list(seen.items())[::stride]:
             for nth in sorted({0, times - 1}):

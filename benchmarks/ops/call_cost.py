@@ -49,7 +49,7 @@ def run_cases(folder: Path, device: torch.device, *chosen: str) -> Costs:
     found = json.loads(done.stdout.splitlines()[-1])
     if Path(found.pop("folder")).resolve() != folder.resolve():
         raise RuntimeError(f"expected the fastfs of {folder}: is it a checkout with its native core built in place?")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def measure(folders: dict[str, Path], device: torch.device, rounds: int, *chosen: str) -> dict[str, list[Costs]]:

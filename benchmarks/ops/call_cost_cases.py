@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,8 @@ def calls(device: torch.device) -> dict[str, float]:
     for layers in (1, 10, LAYERS, 1000):
         before, after, backward = lists(layers, device)
         found[f"feature_stats, {layers} layers"] = least(
-            lambda a=before, b=after, c=backward: fastfs.feature_stats(a, b, c), max(2000 // layers, 4)
+            lambda a=before, b=after, c=backward: fastfs.feature_stats(a, b, c),  # type: ignore[misc]
+            max(2000 // layers, 4),
         )
     held = lists(LAYERS, device)
     views = [[x[:0] for x in tensors] for tensors in held]  # views keep references to their base, as autograd does
@@ -100,7 +102,7 @@ def parts(device: torch.device) -> dict[str, float]:
     }
 
 
-def watch(model: nn.Module, optimizer: torch.optim.Optimizer, **options: int) -> fastfs.Monitor:
+def watch(model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> fastfs.Monitor:
     """Return a monitor that writes nothing."""
     return fastfs.Monitor(
         model, optimizer, sinks=[lambda rows: None], alerts=(), verbose=False, **options

@@ -92,10 +92,10 @@ def prepare(
         if name == OURS:
             raise AssertionError(f"fastfs: {why}")
         return [], {}, why
-    error = expected.error(first) if implementation.checked else None
+    error: Any = expected.error(first) if implementation.checked and first is not None else None
     if name == OURS and not error <= ALLOWED:
         raise AssertionError(f"fastfs is off by {error:.1e}, allowed is {ALLOWED:.0e}")
-    calls = [call, *(implementation.prepare(inputs) for inputs in copies[1:])]
+    calls: Any = [call, *(implementation.prepare(inputs) for inputs in copies[1:])]
     timed_as = "calls"
     if device.type == "cuda" and implementation.graph:
         calls, timed_as = as_graphs(calls)

@@ -15,7 +15,7 @@ MOST_COPIES = 64
 
 
 @contextmanager
-def no_synchronization() -> Iterator[None]:
+def nothing_waits() -> Iterator[None]:
     """Make calls that wait for the GPU raise RuntimeError inside of the ``with`` block."""
     before = torch.cuda.get_sync_debug_mode()
     _set_mode("error")
@@ -48,7 +48,7 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
         for call in calls:
             call()
         torch.cuda.synchronize()
-        with no_synchronization():
+        with nothing_waits():
             calls[0]()
         pool = torch.cuda.graph_pool_handle()
         for call in calls:

@@ -69,7 +69,7 @@ def norms(before: Layers, after: Layers, backward: Layers) -> Tensor:
     return torch.stack(torch._foreach_norm([*before, *after, *backward]))
 
 
-def _ours(per_row: bool, backend: str | None, inputs: Inputs) -> Tensor:
+def _ours(per_row: bool, backend: Any, inputs: Inputs) -> Tensor:
     found = fastfs.feature_stats(*inputs, per_row=per_row, backend=backend)
     return torch.cat([x.sums for x in found]) if isinstance(found, list) else found.sums
 
@@ -81,7 +81,7 @@ def select_implementations(
     per_row, layers, on_gpu = workload.per_row, len(workload.shapes), device.type == "cuda"
     stats = {None: OURS, "reference": EAGER}
     found = {
-        name: Implementation(lambda inputs, b=backend: functools.partial(_ours, per_row, b, inputs), graph=name != OURS)
+        name: Implementation(lambda inputs, b=backend: functools.partial(_ours, per_row, b, inputs), graph=name != OURS)  # type: ignore[misc]
         for backend, name in stats.items()
     }
     left_out = {}

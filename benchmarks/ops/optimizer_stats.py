@@ -245,7 +245,10 @@ def workloads(quick: bool, device: torch.device) -> dict[str, list[tuple[int, ..
     """Return the parameter shapes of each list; the largest list on a GPU only."""
     if quick:
         return {"decoder, tiny": transformer_shapes(2, 64, 256)}
-    lists = {"decoder 12 x 512": transformer_shapes(12, 512, 24_000), "1000 x 16K": [(16, 1024)] * 1000}
+    lists: dict[str, list[tuple[int, ...]]] = {
+        "decoder 12 x 512": transformer_shapes(12, 512, 24_000),
+        "1000 x 16K": [(16, 1024)] * 1000,
+    }
     if device.type == "cuda":
         lists["decoder 16 x 2048"] = transformer_shapes(16, 2048, 32_000)
     return lists

@@ -24,7 +24,8 @@ COLUMNS = {
 
 def show(part: str, results: list[dict[str, Any]]) -> None:
     """Print a table of GB/s, and the excluded implementations with the reasons."""
-    rows, missing = [], {}
+    rows: list[Any] = []
+    missing: dict[tuple[str, str], list[str]] = {}
     several = len({result["threads"] for result in results}) > 1
     for result in results:
         best = {}

@@ -1,5 +1,7 @@
-"""Published figures of one GPU per architecture, and the small arithmetic on them: occupancy, bytes that must be under
-way, instructions that there is time for."""
+"""Published figures of one GPU per architecture, and what follows from them.
+
+That is the occupancy, the bytes that must be in flight, and the instructions that there is time for.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ REGISTERS, ISSUE, WARP = 65536, 128, 32  # of a multiprocessor; lane-instruction
 
 @dataclass(frozen=True)
 class Architecture:
-    """Limits of a multiprocessor (shared memory in bytes), the GPU's figures, and results per clock and multiprocessor:
-    float32; compare, logic and integers; float64; conversion to double."""
+    """Limits of a multiprocessor (shared memory in bytes), the GPU's figures, and results per clock and multiprocessor.
+
+    Results are counted for float32; compare, logic and integers; float64; conversion to double.
+    """
 
     name: str
     gpu: str
@@ -44,8 +48,10 @@ class Architecture:
         return self.gigabytes_per_second / self.gigahertz / self.multiprocessors
 
     def resident(self, threads: int, registers: int, shared: int) -> int:
-        """Blocks that fit on a multiprocessor: registers are handed out to warps, 256 at a time, on four partitions;
-        a block takes its shared memory and 1 KB more."""
+        """The number of blocks that fit on a multiprocessor.
+
+        Registers are allocated to warps, 256 at a time, on four partitions. A block takes its shared memory and 1 KB.
+        """
         warps = -(-threads // WARP)
         if shared > self.shared_of_block:
             return 0
@@ -55,7 +61,7 @@ class Architecture:
         return min(by_registers, by_shared, self.warps // warps, self.blocks)
 
     def needed_bytes(self) -> list[int]:
-        """That must be under way on a multiprocessor (Little's law), at the low and the high figure of the latency."""
+        """That must be in flight on a multiprocessor (Little's law), at the low and the high figure of the latency."""
         return [round(self.bytes_per_clock * cycles) for cycles in LATENCY_CYCLES]
 
     def shares(self, per_element: dict[str, float], bytes_of_element: int) -> dict[str, float]:
@@ -68,7 +74,7 @@ class Architecture:
 
     def described(self) -> dict[str, Any]:
         """For the result file."""
-        return {**asdict(self), "bytes needed under way": self.needed_bytes()}
+        return {**asdict(self), "bytes needed in flight": self.needed_bytes()}
 
 
 KB = 1024

@@ -3,7 +3,7 @@
 //   items of the block   | chunk 5             | chunk 137           | chunk 269 ...
 //   pieces               |  0      |  1        |  2      |  3        |  4             one chain of every thread each
 //   stages (three)          s0        s1          s2        s0          s1
-//                           in use    under way   under way
+//                           in use    in flight   in flight
 //
 // A piece is what all threads of a block add up in one chain. Thread 0 walks the items of its block ahead of the
 // others and keeps the free stages filled, also across chunks. Every thread takes the same elements in the same order
@@ -27,7 +27,7 @@ class BulkCopies {
   static constexpr int kInputBytes = kPiece * Storage<F>::kSize;                    // of a piece
   static constexpr int kSharedBytes = kUsed ? kStages * kInputs * kInputBytes : 0;  // of all stages
   using Source = DenseSource<Sums, F, L, typename Policy::Load>;
-  static_assert(kStages >= 2, "one stage in use, one under way");
+  static_assert(kStages >= 2, "one stage in use, one in flight");
 
   // Called by all threads of the block; `number` is its first item, `step` takes it to the next.
   __device__ __forceinline__ BulkCopies(const Table& table, bool block_mode, int64_t number, int64_t step)

@@ -54,7 +54,7 @@ BASELINE = "baseline"
 VARIANTS = (
     Variant(
         BASELINE,
-        "the kernel as it is: chunks of 8192, chains of 16, 256 threads, 3 blocks on a multiprocessor, __ldg",
+        "the library's kernel: chunks of 8192, chains of 16, 256 threads, 3 blocks on a multiprocessor, __ldg",
         "near the streaming read: enough bytes in flight, few enough instructions",
         quick=True,
     ),
@@ -77,7 +77,7 @@ VARIANTS = (
     Variant(
         "chain 8",
         "chains of 8 elements: one tile of 16 bits at a time",
-        "slower in 16 bits: half the loads under way, and twice as many conversions and additions in double",
+        "slower in 16 bits: half the loads in flight, and twice as many conversions and additions in double",
         "none",
         ("bf16", "f16"),
         chain=8,
@@ -100,7 +100,7 @@ VARIANTS = (
     Variant(
         "two chains ahead, 2 blocks",
         "the loads of two chains before the first addition, 2 blocks on a multiprocessor",
-        "as fast: more loads per thread, fewer threads; better only if warps are what lacks, not bytes",
+        "as fast: more loads per thread, fewer threads; better only if warps, not bytes, are the limit",
         blocks=2,
         chains_ahead=2,
     ),
@@ -123,7 +123,7 @@ VARIANTS = (
     Variant(
         "512 threads, 2 blocks",
         "512 threads a block, 2 blocks on a multiprocessor",
-        "slower: 64 registers a thread are too few for six loads under way",
+        "slower: 64 registers a thread are too few for six loads in flight",
         "rows",
         threads=512,
         blocks=2,
@@ -142,14 +142,14 @@ VARIANTS = (
     ),
     Variant(
         "grid of 4 waves",
-        "four times the blocks, so that the hardware hands out the chunks as blocks end",
+        "four times the blocks, so that the hardware schedules a block when another one ends",
         "better balance at the end of a launch, four times the starts of blocks: within 2 % either way",
         waves=4,
     ),
     Variant(
         "L1 no allocate",
         "loads with L1::no_allocate",
-        "as fast: each byte is used once, and nothing else wants the L1",
+        "as fast: each byte is used once, and nothing else uses the L1",
         load="NoAllocateLoad",
     ),
     Variant(
@@ -161,14 +161,14 @@ VARIANTS = (
     Variant(
         "L2 256 bytes",
         "loads with the prefetch hint L2::256B",
-        "a little faster or as fast: fewer, longer bursts; three streams of 4 KB are read in order in any case",
+        "a little faster or as fast: fewer, longer bursts; each of the three inputs is read in order in any case",
         load="Prefetch256Load",
         quick=True,
     ),
     Variant(
         "streaming loads",
         "ld.global.cs: first to be evicted",
-        "as fast here; a gain would be seen by what runs beside it and wants the L2",
+        "as fast here; kernels that run concurrently and use the L2 may gain",
         load="StreamingLoad",
     ),
     Variant(
@@ -186,14 +186,14 @@ VARIANTS = (
     ),
     Variant(
         "bulk copies, 2 stages",
-        "chunks to shared memory by cp.async.bulk: one piece of 24 KB in use, one under way, 3 blocks",
-        "as fast as the baseline: as many bytes in flight, no registers held by loads, but a barrier per piece",
+        "chunks to shared memory by cp.async.bulk: one piece of 24 KB in use, one in flight, 3 blocks",
+        "as fast as the baseline: as many bytes in flight and no registers held by loads, but a barrier per piece",
         stages=2,
         lowest="90",
     ),
     Variant(
         "bulk copies, 3 stages",
-        "chunks to shared memory by cp.async.bulk: two pieces of 24 KB under way, 3 blocks",
+        "chunks to shared memory by cp.async.bulk: two pieces of 24 KB in flight, 3 blocks",
         "the best chance to beat the baseline: twice its bytes in flight, also across the reductions between chunks",
         stages=3,
         lowest="90",
@@ -201,8 +201,8 @@ VARIANTS = (
     ),
     Variant(
         "bulk copies, 4 stages",
-        "chunks to shared memory by cp.async.bulk: three pieces of 24 KB under way, 2 blocks",
-        "as with 3 stages, if two blocks are enough to cover the arithmetic",
+        "chunks to shared memory by cp.async.bulk: three pieces of 24 KB in flight, 2 blocks",
+        "as with 3 stages, if two blocks suffice to hide the arithmetic",
         stages=4,
         lowest="90",
         blocks=2,

@@ -113,7 +113,7 @@ def is_wide_load(opcode: str) -> bool:
 
 
 def loads_ahead(opcodes: list[str]) -> int:
-    """16-byte loads before the first arithmetic that follows the first of them: those of the fast loop under way."""
+    """16-byte loads before the first arithmetic that follows the first of them: those of the fast loop in flight."""
     wide = [i for i, op in enumerate(opcodes) if is_wide_load(op)]
     arithmetic = (i for i, op in enumerate(opcodes) if wide and i > wide[0] and op.startswith(ARITHMETIC))
     return bisect.bisect(wide, next(arithmetic, len(opcodes)))

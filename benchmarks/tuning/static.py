@@ -78,7 +78,7 @@ def describe(
         "blocks": running,
         "warps": running * variant.threads // 32,
         "loads ahead": None if variant.stages else ahead,
-        "bytes under way": running * of_block,
+        "bytes in flight": running * of_block,
         "per element": {pipe: round(count, 2) for pipe, count in per_element.items()},
         "instructions between chunks": between,
         "instructions per element": round(sum(per_element.values()), 2),
@@ -94,13 +94,13 @@ def remarks(row: dict[str, Any], variant: Variant, baseline: dict[str, Any]) -> 
     if row["blocks that fit"] < variant.blocks:
         found.append(f"{row['blocks that fit']} blocks fit, not {variant.blocks}")
     high = ARCHITECTURES[row["architecture"]].needed_bytes()[1]
-    if row["bytes under way"] < high:
-        found.append(f"{row['bytes under way'] // 1024} KB under way, {-(-high // 1024)} KB may be needed")
+    if row["bytes in flight"] < high:
+        found.append(f"{row['bytes in flight'] // 1024} KB in flight, {-(-high // 1024)} KB may be needed")
     if max(row["shares"].values()) > 1:
         found.append("bound by arithmetic")
     changes_loads = "ahead" in variant.name or variant.name == "chain 32"
-    if changes_loads and row["bytes under way"] <= baseline["bytes under way"]:
-        found.append("no more bytes under way than the baseline")
+    if changes_loads and row["bytes in flight"] <= baseline["bytes in flight"]:
+        found.append("no more bytes in flight than the baseline")
     return found
 
 
@@ -126,7 +126,7 @@ def run(variants: list[Variant], path: Path | None) -> list[dict[str, Any]]:
     by_name = {v.name: v for v in variants}
     base = {(r["dtype"], r["architecture"]): r for r in rows if r["variant"] == BASELINE}
     for row in rows:
-        row["against it"] = remarks(row, by_name[row["variant"]], base[row["dtype"], row["architecture"]])
+        row["drawbacks"] = remarks(row, by_name[row["variant"]], base[row["dtype"], row["architecture"]])
     for at in ARCHITECTURES.values():
         show([r for r in rows if r["architecture"] == at.name], at)
     if path is not None:
@@ -148,14 +148,14 @@ def nvcc_release() -> str:
 def show(rows: list[dict[str, Any]], at: Architecture) -> None:
     """One table."""
     low, high = at.needed_bytes()
-    columns = ["variant", "dtype", "registers", "blocks", "KB under way", "instructions", "most used", "against it"]
+    columns = ["variant", "dtype", "registers", "blocks", "KB in flight", "instructions", "most used", "drawbacks"]
     lines = []
     for row in rows:
         pipe, share = max(row["shares"].items(), key=lambda item: item[1])
         cells = [row["variant"], row["dtype"], str(row["registers"]), str(row["blocks"])]
-        cells += [str(row["bytes under way"] // 1024), f"{row['instructions per element']:.1f}", f"{pipe} {share:.0%}"]
-        lines.append([*cells, "; ".join(row["against it"])])
-    title = f"sm_{at.name}, {at.gpu}: {low / 1024:.0f} to {high / 1024:.0f} KB needed under way"
+        cells += [str(row["bytes in flight"] // 1024), f"{row['instructions per element']:.1f}", f"{pipe} {share:.0%}"]
+        lines.append([*cells, "; ".join(row["drawbacks"])])
+    title = f"sm_{at.name}, {at.gpu}: {low / 1024:.0f} to {high / 1024:.0f} KB needed in flight"
     print_table(title, columns, lines)
 
 
@@ -168,7 +168,7 @@ def markdown(results: list[dict[str, Any]], architecture: str) -> list[str]:
             cells = [name, *(_cell(rows[d]) if d in rows else "" for d in DTYPES)]
             against: dict[str, list[str]] = {}
             for dtype, row in rows.items():
-                for text in row["against it"]:
+                for text in row["drawbacks"]:
                     against.setdefault(re.sub(r"spills \d+ bytes", "spills", text), []).append(dtype)
             texts = [t if len(d) == len(rows) else f"{', '.join(d)}: {t}" for t, d in against.items()]
             lines.append(f"| {' | '.join(cells)} | {'; '.join(texts)} |")
@@ -176,6 +176,6 @@ def markdown(results: list[dict[str, Any]], architecture: str) -> list[str]:
 
 
 def _cell(row: dict[str, Any]) -> str:
-    """Registers, KB under way, instructions an element, share of the issue slots."""
-    numbers = f"{row['registers']}, {row['bytes under way'] // 1024}, {row['instructions per element']:.1f}"
+    """Registers, KB in flight, instructions an element, share of the issue slots."""
+    numbers = f"{row['registers']}, {row['bytes in flight'] // 1024}, {row['instructions per element']:.1f}"
     return f"{numbers}, {row['shares']['issue']:.0%}"

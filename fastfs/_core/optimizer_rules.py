@@ -51,8 +51,11 @@ def update_terms(rule: OptimizerRule, w: Any, g: Any, s: Any, t: Any, c: Sequenc
 
     Args:
         rule: How the update follows from the other arguments.
-        w, g, s, t: Elements of P parameters after the step, (P, W) in float64, as tensors or NumPy arrays; None for
-            what the rule does not have. NumPy takes a fraction of the time on the CPU.
+        w: Elements of P parameters after the step, (P, W) in float64, as a tensor or a NumPy array. NumPy takes a
+            fraction of the time on the CPU.
+        g: Gradients of these elements; None if the rule does not read them. So for the states.
+        s: First state.
+        t: Second state.
         c: The coefficients, (P, 1) each.
     """
     if rule is OptimizerRule.LINEAR:

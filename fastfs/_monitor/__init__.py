@@ -12,8 +12,8 @@ A feature takes one way from the hook to the file, and no module imports from a 
         |
     payload             StepCodec.encode: one vector on the device
         |
-    record/ring         waits on the device; copies batches to the host
-    record/writer       a thread: StepCodec.decode makes records, sinks write them, alerts examine them
+    _record/writing     the ring waits on the device and copies batches to the host; in a thread of its own, the writer
+                        has StepCodec.decode make records, which sinks write and alerts examine
 
 ``step_runner`` calls the engine around optimizer steps (``steps``) at the steps that ``schedule`` names, and recovers
 from failures and interrupts. ``monitor`` is what users see: it checks arguments (``settings``, ``optimizers``) and puts

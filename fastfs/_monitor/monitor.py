@@ -45,7 +45,7 @@ class Monitor:
     measured step (every ``every``-th, including the first), the features before, the backward vector and the features
     after of each watched layer give angle, speed and aligned decrease, with a flag that says whether to trust them. At
     an aligned step (``aligned_every``), gradients and update alone give the decrease and a predicted speed. The record
-    is written in the background; ``docs/monitor.md`` explains every column and mode::
+    is written in the background; ``docs/monitor.md`` explains every mode, ``docs/record.md`` every column::
 
         monitor = fastfs.Monitor(model, optimizer, path="run/record.jsonl")
         for inputs, targets in data:

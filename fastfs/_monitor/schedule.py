@@ -14,7 +14,14 @@ class Schedule(Protocol):
     """Tells which optimizer steps are measured; any object with this method will do."""
 
     def due(self, step: int) -> bool:
-        """Returns whether the optimizer step with this number is measured; the first step is 0."""
+        """Tells whether an optimizer step is measured.
+
+        Args:
+            step: Number of the step; the first one is 0.
+
+        Returns:
+            Whether it is measured.
+        """
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,14 @@ class Every:
         object.__setattr__(self, "steps", steps)
 
     def due(self, step: int) -> bool:
-        """Returns whether ``step`` is a multiple of ``steps``."""
+        """Tells whether an optimizer step is measured.
+
+        Args:
+            step: Number of the step; the first one is 0.
+
+        Returns:
+            Whether ``step`` is a multiple of ``steps``.
+        """
         return step % self.steps == 0
 
 

@@ -1,7 +1,7 @@
 """The columns of a record, each declared once.
 
 Everything else that names columns follows from these declarations: the schema check, the sinks, the JSONL reader (also
-the native one), the Parquet reader, the report's quantities and the tables in ``docs/monitor.md``
+the native one), the Parquet reader, the report's quantities and the tables in ``docs/record.md``
 (``scripts/record_columns.py`` writes them).
 """
 
@@ -189,11 +189,11 @@ COLUMNS = (
     Column(
         name="valid",
         type="boolean",
-        meaning="whether the measurement is right: [by estimate](#when-an-angle-is-valid), the errors of norm "
+        meaning="whether the measurement is right: [by estimate](validity.md#when-an-angle-is-valid), the errors of norm "
         "and angle are at most 2 %",
         since=1,
     ),
-    Column(name="why", type="string", meaning="[why](#why-a-row-is-not-valid) the row is not valid"),
+    Column(name="why", type="string", meaning="[why](loops_and_models.md#why-a-row-is-not-valid) the row is not valid"),
     Column(
         name="linear",
         type="boolean",
@@ -236,7 +236,7 @@ COLUMNS = (
     Column(
         name="decrease_why",
         type="string",
-        meaning="[why](#why-a-decrease-is-null) `aligned_decrease` is null",
+        meaning="[why](loops_and_models.md#why-a-decrease-is-null) `aligned_decrease` is null",
         kinds=ROW_KINDS,
     ),
     Column(
@@ -335,7 +335,7 @@ COLUMNS = (
         name="choices",
         type="integer",
         meaning="discrete choices of the forward: elements that top-k, argmax and argmin returned, at steps where the "
-        "[replay check](#the-replay-check) runs",
+        "[replay check](validity.md#the-replay-check) runs",
         per="step",
         optional=True,
         tensorboard=False,

@@ -167,8 +167,10 @@ def watch(
         console: of rich.
         once: whether to print one table with all layers and return.
         interval: seconds between polls of the file.
-        order, search: see :func:`screen`.
-        sleep, clock: for tests.
+        order: see :func:`screen`.
+        search: see :func:`screen`.
+        sleep: waits between polls.
+        clock: seconds since 1970, for the age of the last row.
 
     Raises:
         FileNotFoundError: no such record, with ``once``.

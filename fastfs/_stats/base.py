@@ -59,7 +59,7 @@ class Stats:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Self:
-        """Part of the layers or rows, with the indices that a tensor of the same shape takes; shares memory."""
+        """Returns a part of the layers or rows, by the indices of a tensor of the same shape; shares memory."""
         key = (*index, slice(None)) if isinstance(index, tuple) else (index, slice(None))
         return type(self)(self.sums[key])
 
@@ -67,24 +67,38 @@ class Stats:
         return (self[i] for i in range(len(self)))
 
     def total(self) -> Self:
-        """All layers (or rows) merged into one: shape ()."""
+        """Returns all layers (or rows) merged into one: shape ()."""
         return type(self)(self.sums.reshape(-1, len(self.names)).sum(dim=0))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same sums on another device."""
+        """Returns the same sums on another device.
+
+        Args:
+            device: The device.
+            non_blocking: As of ``torch.Tensor.to``.
+
+        Returns:
+            Statistics of the same shape; they share memory with these if the device is the same.
+        """
         return type(self)(self.sums.to(device, non_blocking=non_blocking))
 
     def clone(self) -> Self:
-        """A copy that shares no memory with this object."""
+        """Returns a copy that shares no memory with this object."""
         return type(self)(self.sums.clone())
 
     # Merging
 
     def __add__(self, other: object) -> Self:
-        """The statistics of both parts together, exactly those of the concatenated data (up to rounding in float64).
+        """Merges two parts: the result is that of the concatenated data, up to rounding in float64.
+
+        Args:
+            other: Statistics of the same kind and shape.
+
+        Returns:
+            The merged statistics.
 
         Raises:
-            ValueError: if the shapes differ.
+            ValueError: If the shapes differ.
         """
         if isinstance(other, int) and other == 0:  # the start value of sum()
             return self
@@ -98,10 +112,16 @@ class Stats:
     __radd__ = __add__
 
     def all_reduce(self, group: ProcessGroup | None = None) -> Self:
-        """The sum over all ranks of the group, on every rank, as a new object: one all-reduce of float64.
+        """Merges the statistics of all ranks of a process group, by one all-reduce of float64.
 
-        Every rank must call it with the same shape. With data-parallel training the backward vector of a rank is
-        that of its local mean loss; see the notes on scaling before reading angles across ranks.
+        Every rank has to call it, with the same shape. In data-parallel training the backward vector of a rank is that
+        of its local mean loss; see the notes on scaling before comparing angles across ranks.
+
+        Args:
+            group: The process group; None for the default one.
+
+        Returns:
+            The merged statistics, as a new object on every rank.
         """
         import torch.distributed as dist
 
@@ -118,9 +138,10 @@ class Stats:
         return self.shape == other.shape and torch.allclose(self.sums, theirs, rtol=0, atol=0, equal_nan=True)
 
     def to_dict(self) -> dict[str, Any]:
-        """All sums and derived quantities as plain Python numbers (shape ()) or nested lists, in one transfer.
+        """Copies all sums and derived quantities to the host, in one transfer.
 
-        Floats may be nan or inf, which strict JSON does not have.
+        Returns:
+            Name to number for shape (), else to nested lists. Numbers may be nan or inf, which strict JSON lacks.
         """
         here = self.to("cpu")
         return {name: getattr(here, name).tolist() for name in (*self.names, *self.derived)}
@@ -159,10 +180,17 @@ def cosine(dot: Tensor, first_sq: Tensor, second_sq: Tensor) -> Tensor:
 
 
 def span(kind: type[Stats], *vectors: str) -> slice:
-    """The columns of the sums of products that contain any of these vectors, which have to be side by side.
+    """Finds the columns of the sums of products that contain any of some vectors; they have to be adjacent.
+
+    Args:
+        kind: The class of statistics.
+        *vectors: Names of vectors, as in ``factors``.
+
+    Returns:
+        The columns.
 
     Raises:
-        ValueError: They are not, or there are none; the order of `factors` decides.
+        ValueError: The columns are not adjacent in the order of ``factors``, or there are none.
     """
     columns = [kind.names.index(name) for name, pair in kind.factors.items() if set(pair) & set(vectors)]
     if not columns or columns[-1] - columns[0] + 1 != len(columns):

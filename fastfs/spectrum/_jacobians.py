@@ -64,7 +64,17 @@ class LayerJacobian(TorchOperator):
 
     @classmethod
     def of(cls, linearization: Linearization, start: int, end: int, *, chunk: int = 16) -> LayerJacobian:
-        """Return the Jacobian between two layers, given by index, of a linearized network."""
+        """Return the Jacobian between two layers of a linearized network.
+
+        Args:
+            linearization: The linearized network.
+            start: Index of the layer whose features are the input.
+            end: Index of the layer whose features are the output.
+            chunk: Number of vectors that one pass multiplies.
+
+        Returns:
+            The Jacobian.
+        """
         jacobian = cls.__new__(cls)
         jacobian._set_up(linearization, start, end, chunk)
         return jacobian
@@ -86,11 +96,25 @@ class LayerJacobian(TorchOperator):
         self._pull = pullback(self._function, self._zero)
 
     def apply(self, vectors: Tensor) -> Tensor:
-        """Return J v for v of the shape of the features at the start, or for a batch (n, *shape)."""
+        """Multiply the Jacobian with vectors.
+
+        Args:
+            vectors: Shape of the features at the start, or a batch (n, *shape).
+
+        Returns:
+            J v, shape of the features at the end, or a batch of it.
+        """
         return self._products(vectors)
 
     def apply_transpose(self, vectors: Tensor) -> Tensor:
-        """Return J^T u for u of the shape of the features at the end, or for a batch (n, *shape)."""
+        """Multiply the transpose of the Jacobian with vectors.
+
+        Args:
+            vectors: Shape of the features at the end, or a batch (n, *shape).
+
+        Returns:
+            J^T u, shape of the features at the start, or a batch of it.
+        """
         return self._products(vectors, adjoint=True)
 
     def _multiply(self, vectors: Tensor, *, adjoint: bool) -> Tensor:

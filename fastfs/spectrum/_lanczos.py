@@ -90,7 +90,14 @@ class Quadrature:
         return result / (sigma * math.sqrt(2 * math.pi))
 
     def cumulative(self, grid: Tensor) -> Tensor:
-        """Return the share of eigenvalues at or below each point of a grid (n,): (n,)."""
+        """Return the share of eigenvalues at or below each point of a grid.
+
+        Args:
+            grid: Points, shape (n,).
+
+        Returns:
+            Shares in [0, 1], shape (n,).
+        """
         nodes, weights = self._merged()
         total = torch.cat([weights.new_zeros(1), weights.cumsum(0)])
         return total[torch.searchsorted(nodes, self._points(grid, "grid"), right=True)].clamp_max(1.0)

@@ -76,7 +76,14 @@ class TorchOperator(LinearOperator):  # type: ignore[misc]
         return result[0] if single else result
 
     def rows(self, vectors: Tensor) -> Tensor:
-        """Return the products of the rows of a matrix (n, columns): (n, rows)."""
+        """Multiply the operator with many vectors.
+
+        Args:
+            vectors: One vector in each row, shape (n, columns).
+
+        Returns:
+            One product in each row, shape (n, rows).
+        """
         return self._products(vectors.reshape(-1, *self.column_shape)).reshape(len(vectors), -1)
 
     def _from_numpy(self, vectors: Any, *, adjoint: bool) -> Any:
@@ -245,7 +252,14 @@ class BFK(TorchOperator):
         self._pull = pullback(features, self._values) if places else None
 
     def apply(self, vectors: Tensor) -> Tensor:
-        """Return K v for v of the features' shape, or for a batch (n, *shape); the same dtype and device."""
+        """Multiply the kernel with vectors.
+
+        Args:
+            vectors: Shape of the features, or a batch (n, *shape), in their dtype and on their device.
+
+        Returns:
+            K v, of the same shape.
+        """
         return self._products(vectors)
 
     def cos_angle(self) -> Tensor:

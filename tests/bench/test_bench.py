@@ -118,7 +118,7 @@ def test_without_native_core_it_measures_the_reference(
 
 @native
 def test_wrong_sums_cannot_be_measured(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    true_sums = quick._functional.feature_stats
+    true_sums = quick._functional.feature_stats  # type: ignore[attr-defined]
 
     def off_by_little(*arguments: Any, **options: Any) -> Any:
         stats = true_sums(*arguments, **options)
@@ -126,7 +126,7 @@ def test_wrong_sums_cannot_be_measured(small: None, monkeypatch: pytest.MonkeyPa
             stats.sums[..., 2] *= 1 + 1e-5
         return stats
 
-    monkeypatch.setattr(quick._functional, "feature_stats", off_by_little)
+    monkeypatch.setattr(quick._functional, "feature_stats", off_by_little)  # type: ignore[attr-defined]
     code, output = run("--device", "cpu", "--seconds", 2, "--json", tmp_path / "bench.json")
     assert code == 2
     assert "fastfs is off by 1.0e-05" in output
@@ -168,7 +168,7 @@ def invented(*, ours: float = 0.96, no_core: str | None = None, **environment: A
                 "fastfs is faster by": None if no_core else faster,
             }
         )
-    cases = [
+    cases: list[dict[str, Any]] = [
         {"kind": kind, "dtype": dtype, "rows": rows, "left out": {}}
         for kind in quick.KINDS
         for dtype in ("float32", "bfloat16")
@@ -273,7 +273,7 @@ def test_copies_together_exceed_the_cache() -> None:
 
 def test_implementations_share_the_rotation() -> None:
     rotation, seen = RoundRobin(3), []
-    first, second = (rotation.over([lambda n=n, i=i: seen.append(f"{n}{i}") for i in range(3)]) for n in "ab")
+    first, second = (rotation.over([lambda n=n, i=i: seen.append(f"{n}{i}") for i in range(3)]) for n in "ab")  # type: ignore[misc]
     for _ in range(2):
         first()
         second()

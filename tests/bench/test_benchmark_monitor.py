@@ -82,7 +82,7 @@ def test_timeline(tmp_path: Path) -> None:
 
 def test_workloads() -> None:
     load = trainings.workload(False, CUDA, compiled=True)
-    model = trainings.Transformer(load.vocabulary, load.width, load.depth, load.heads, load.context)
+    model = trainings.Transformer(load.vocabulary, load.width, load.depth, load.heads, load.context)  # type: ignore[attr-defined]
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(124e6, rel=0.005)
     assert "bfloat16 autocast, torch.compile" in load.name
     assert load.smaller(4).batch == 4

@@ -178,7 +178,7 @@ def test_an_implementation_that_cannot_be_captured_says_so(monkeypatch: pytest.M
     calls = [lambda: 1, lambda: 2]
     assert graphs.as_graphs(calls) == (
         calls,
-        "calls, for it cannot be captured as a graph: RuntimeError: no graphs here",
+        "calls, because they cannot be captured as a graph: RuntimeError: no graphs here",
     )
     assert cuda.modes == [0, "error", 0]
     assert cuda.streams == ["one", "that of the capture", "one"]
@@ -222,7 +222,8 @@ def test_what_was_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytes
     """A benchmark that fails or is killed loses only the current workload."""
     path = tmp_path / "result.json"
     monkeypatch.setattr(sys, "argv", ["x", "--quick", "--rounds", "3", "--only", "lists", "--json", str(path)])
-    bandwidth, done = feature_stats.bandwidth, []
+    bandwidth = feature_stats.bandwidth
+    done: list[Any] = []
 
     def fails(*arguments: Any) -> dict[str, Any]:
         if len(done) == 2:
@@ -292,7 +293,7 @@ def test_quick_benchmark_of_gather_rows(tmp_path: Path) -> None:
     results = json.loads(path.read_text())["results"]
     assert [r["workload"] for r in results] == [w.name for w in gather_rows.workloads(quick=True)]
     for result in results:
-        names = [gather_rows.CEILING, gather_rows.OURS, gather_rows.SQUARES, gather_rows.EAGER]
+        names = [gather_rows.CEILING, gather_rows.OURS, gather_rows.SQUARES, gather_rows.EAGER]  # type: ignore[attr-defined]
         assert [row["implementation"] for row in result["rows"]] == names
         assert all(row["microseconds"] > 0 for row in result["rows"])
         assert result["rows"][1]["fastfs is faster by"] == 1
@@ -331,7 +332,7 @@ def test_quick_benchmark_of_updates(tmp_path: Path) -> None:
 
 def test_turns_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    takers: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in "abc"}
+    takers: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in "abc"}  # type: ignore[misc]
 
     def timer(call: Callable[[], object], device: torch.device, repeat: int) -> float:
         call()
@@ -346,7 +347,7 @@ def test_turns_are_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_turns_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    takers: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in ("slow", "quick")}
+    takers: dict[str, Callable[[], object]] = {name: lambda n=name: calls.append(n) for name in ("slow", "quick")}  # type: ignore[misc]
 
     def time_call(call: Callable[[], object], device: torch.device, repeat: int) -> float:
         call()

@@ -1,9 +1,12 @@
 """The benchmark of the host time of calls: comparison of versions, and invalid arguments."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_two_versions_in_turn(tmp_path):
+def test_two_versions_in_turn(tmp_path: Path) -> None:
     path = tmp_path / "cost.json"
     done = run("--rounds", "1", "--against", str(ROOT), "--json", str(path))
     assert done.returncode == 0, done.stderr
@@ -34,7 +37,7 @@ def test_two_versions_in_turn(tmp_path):
     assert "feature_stats, 100 layers" in done.stdout
 
 
-def test_medians_and_ratios_within_a_round():
+def test_medians_and_ratios_within_a_round() -> None:
     now = [{"a": 1.0}, {"a": 2.0}, {"a": 9.0}]
     before = [{"a": 2.0}, {"a": 8.0}, {"a": 9.0}]
     assert call_cost.rows({"now": now, "before": before}) == [
@@ -47,13 +50,13 @@ def test_medians_and_ratios_within_a_round():
     ("arguments", "message"),
     [(("--against", "tests"), "expected a checkout of fastfs, got tests"), (("--rounds", "0"), "expected at least 1")],
 )
-def test_refusals(arguments, message):
+def test_refusals(arguments: tuple[Any, ...], message: str) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr
 
 
-def test_a_version_that_fails_or_is_not_the_one_asked_for(tmp_path):
+def test_a_version_that_fails_or_is_not_the_one_asked_for(tmp_path: Path) -> None:
     package = tmp_path / "fastfs"
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('not built')\n")
@@ -61,7 +64,7 @@ def test_a_version_that_fails_or_is_not_the_one_asked_for(tmp_path):
         call_cost.run_cases(tmp_path, torch.device("cpu"))
 
 
-def test_the_table_of_the_page_is_that_of_the_file():
+def test_the_table_of_the_page_is_that_of_the_file() -> None:
     found = json.loads((ROOT / "benchmarks/results/call_cost-cpu.json").read_text())["results"]
     page = (ROOT / "docs/kernels.md").read_text().splitlines()
     assert [line for line in call_cost.markdown(found) if line not in page] == []

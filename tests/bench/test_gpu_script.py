@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,9 @@ SCRIPT = ROOT / "benchmarks/gpu.sh"
 HERE = {"device": "a GPU", "driver": "1", "torch": "2", "python": "3"}
 
 
-def call(*steps: str, python: Path | str = sys.executable, path: str = os.environ["PATH"], cuda_home: str = "/none"):
+def call(
+    *steps: str, python: Path | str = sys.executable, path: str = os.environ["PATH"], cuda_home: str = "/none"
+) -> Any:
     env = {"PATH": path, "PYTHON": str(python), "CUDA_HOME": cuda_home, "OUT": "/none/out"}
     return subprocess.run(["bash", str(SCRIPT), *steps], env=env, capture_output=True, text=True, timeout=120)
 
@@ -80,7 +83,7 @@ def test_all_that_is_missing_is_said_at_once(tmp_path: Path) -> None:
 def test_only_the_step_that_lacks_something_is_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(needs.shutil, "which", lambda name: name)
+    monkeypatch.setattr(needs.shutil, "which", lambda name: name)  # type: ignore[attr-defined]
     monkeypatch.setattr(needs, "version", lambda name: "99.0")
     assert needs.main(["tests", "kernels"]) == 0
     assert capsys.readouterr().out == ""

@@ -77,22 +77,31 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 # sdist and wheel
 
 
+def names_in(sdist: Path) -> set[str]:
+    with tarfile.open(sdist) as archive:
+        return {name.partition("/")[2] for name in archive.getnames() if archive.getmember(name).isfile()}
+
+
 @pytest.mark.slow
 def test_sdist_has_what_building_and_testing_needs(distributions: tuple[Path, Path]) -> None:
-    with tarfile.open(distributions[0]) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
-    for name in (
-        "csrc/measurements.h",
-        "csrc/binding/module.cpp",
-        "csrc/cuda/launch.cu",
-        "build_backend/hooks.py",
-        "tests/conftest.py",
-    ):
+    names = names_in(distributions[0])
+    for name in ("csrc/binding/module.cpp", "build_backend/hooks.py", "tests/conftest.py", "examples/deep_mlp.py"):
         assert name in names
     for name in ("LICENSE", "Makefile", "constraints.txt", "pyproject.toml", "fastfs/py.typed", ".ci/run"):
         assert name in names
-    assert any(name.startswith("benchmarks/") for name in names)
+    assert any(name.startswith("benchmarks/results/") for name in names)
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
+
+
+@pytest.mark.slow
+def test_sdist_has_every_tracked_file(distributions: tuple[Path, Path]) -> None:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    tracked = set(run("git", "ls-files", "-z", cwd=ROOT).rstrip("\0").split("\0"))
+    generated = {"PKG-INFO", "setup.cfg"}
+    names = {name for name in names_in(distributions[0]) if not name.startswith("fastfs.egg-info/")}
+    assert tracked - names == set()
+    assert names - tracked == generated
 
 
 @pytest.mark.slow

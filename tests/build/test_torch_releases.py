@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+
 import importlib.util
 import json
 import os
@@ -72,7 +73,7 @@ def run(script: ModuleType, folder: Path, *words: str) -> tuple[int, dict[str, A
     return code, json.loads(target.read_text())
 
 
-def test_counts_failures_skips_crashes_and_what_does_not_import(script, tmp_path) -> None:
+def test_counts_failures_skips_crashes_and_what_does_not_import(script: Any, tmp_path: Path) -> None:
     code, written = run(script, tmp_path, "--releases", "2.11.0", "--jobs", "2")
     (release,) = written["releases"]
     assert code == 1
@@ -86,7 +87,7 @@ def test_counts_failures_skips_crashes_and_what_does_not_import(script, tmp_path
     assert written["selected"] == "all test files"
 
 
-def test_a_second_call_runs_what_is_missing_and_again_after_a_change(script, tmp_path, capsys) -> None:
+def test_a_second_call_runs_what_is_missing_and_again_after_a_change(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--releases", "2.11.0", "--select", "tests/test_good.py", "tests/test_mixed.py"]
     first = run(script, tmp_path, *words)
     assert "tests/test_good.py: 2 passed" in capsys.readouterr().out
@@ -101,7 +102,7 @@ def test_a_second_call_runs_what_is_missing_and_again_after_a_change(script, tmp
     assert "tests/test_good.py: 1 passed" in capsys.readouterr().out
 
 
-def test_an_expression_and_files_left_out(script, tmp_path) -> None:
+def test_an_expression_and_files_left_out(script: Any, tmp_path: Path) -> None:
     words = ["--select", "one and not other", "--leave-out", "tests/test_crash.py=ends the process"]
     code, written = run(script, tmp_path, "--releases", "2.11.0", *words, "tests/test_import.py=needs a module")
     assert code == 0
@@ -118,12 +119,12 @@ def test_an_expression_and_files_left_out(script, tmp_path) -> None:
         (["--leave-out", "tests/test_good.py"], "expected FILE=WHY, got 'tests/test_good.py'"),
     ],
 )
-def test_a_selection_that_cannot_be_is_refused(script, tmp_path, words, message) -> None:
+def test_a_selection_that_cannot_be_is_refused(script: Any, tmp_path: Path, words: list[Any], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         run(script, tmp_path, *words)
 
 
-def test_a_release_that_does_not_install_is_an_entry_and_the_others_run(script, tmp_path) -> None:
+def test_a_release_that_does_not_install_is_an_entry_and_the_others_run(script: Any, tmp_path: Path) -> None:
     code, written = run(script, tmp_path, "--releases", "9.9.9", "2.11.0", "--select", "tests/test_good.py")
     assert code == 1
     assert written["releases"][0] == {
@@ -133,7 +134,7 @@ def test_a_release_that_does_not_install_is_an_entry_and_the_others_run(script, 
     assert written["releases"][1]["passed"] == 2
 
 
-def test_a_file_that_hangs_is_ended_with_what_it_started(script, tmp_path) -> None:
+def test_a_file_that_hangs_is_ended_with_what_it_started(script: Any, tmp_path: Path) -> None:
     hang = "import subprocess\ndef test_hang(): subprocess.run(['sleep', '600'])\n"
     (script.ROOT / "tests" / "test_hang.py").write_text(hang)
     began = time.monotonic()
@@ -143,7 +144,7 @@ def test_a_file_that_hangs_is_ended_with_what_it_started(script, tmp_path) -> No
     assert written["releases"][0]["failures"] == [{"test": "tests/test_hang.py", "why": "not finished after 3 s"}]
 
 
-def test_an_interrupt_keeps_what_has_run_and_nothing_else(script, tmp_path, capsys) -> None:
+def test_an_interrupt_keeps_what_has_run_and_nothing_else(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (script.ROOT / "tests" / "test_hang.py").write_text("import time\ndef test_hang(): time.sleep(600)\n")
     words = ["--releases", "2.11.0", "--select", "tests/test_good.py", "tests/test_hang.py"]
     kept = tmp_path / "work" / "torch-2.11.0" / "results"
@@ -161,7 +162,7 @@ def test_an_interrupt_keeps_what_has_run_and_nothing_else(script, tmp_path, caps
     assert "continues from here" in capsys.readouterr().out
 
 
-def test_durations_are_ratios_to_the_pinned_release_of_files_that_both_ran(script) -> None:
+def test_durations_are_ratios_to_the_pinned_release_of_files_that_both_ran(script: Any) -> None:
     assert script.ratio({"a": 3.0, "b": 1.0, "c": 9.0}, {"a": 1.0, "b": 1.0, "d": 5.0}) == 2.0
     assert script.ratio({"a": 1.0}, {"b": 1.0}) is None
     reports = [{"release": "1", "seconds": {"a": 3.0}}, {"release": "2", "error": "no"}]
@@ -169,7 +170,7 @@ def test_durations_are_ratios_to_the_pinned_release_of_files_that_both_ran(scrip
     assert reports[0]["duration"] is None
 
 
-def test_names_of_releases(script) -> None:
+def test_names_of_releases(script: Any) -> None:
     floor, pinned = script.floor_release(), script.pinned_release()
     assert script.resolve("oldest", sys.executable) == floor
     assert script.resolve("pinned", sys.executable) == pinned
@@ -180,7 +181,7 @@ def test_names_of_releases(script) -> None:
     assert script.without_torch(pins) == pins.replace(f"torch=={pinned}\n", "")
 
 
-def test_messages_name_nothing_of_this_machine(script) -> None:
+def test_messages_name_nothing_of_this_machine(script: Any) -> None:
     text = f"\nOSError: {script.ROOT}/tests/a.py, /scratch/of-me/x.json, /e/lib/site-packages/torch/a.py\nmore"
     assert script.plain(text) == "OSError: tests/a.py, <folder>/x.json, torch/a.py"
     assert len(script.plain("x" * 1000)) == script.LINE

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +16,7 @@ from fastfs._utils.output_files import check_output, write_whole
 from tests.helpers import report_cases as cases
 
 
-def special(folder, kind):
+def special(folder: Path, kind: Any) -> Any:
     path = folder / kind
     if kind == "folder":
         path.mkdir()
@@ -34,7 +36,7 @@ def special(folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
-def test_only_regular_files_are_replaced(tmp_path, kind):
+def test_only_regular_files_are_replaced(tmp_path: Path, kind: str) -> None:
     path = special(tmp_path, kind)
     before = os.stat(path)
     for write in (check_output, lambda p: write_whole(p, b"x")):
@@ -54,7 +56,7 @@ def test_only_regular_files_are_replaced(tmp_path, kind):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([kind, "record.jsonl"])
 
 
-def test_links_stay_and_their_files_are_written(tmp_path):
+def test_links_stay_and_their_files_are_written(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "real.html").write_text("old")
     for name, target in (("link", "far/real.html"), ("new", "far/made.html")):
@@ -68,14 +70,14 @@ def test_links_stay_and_their_files_are_written(tmp_path):
     assert len(list((tmp_path / "far").iterdir())) == 2
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path, monkeypatch):
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "new" / "a.csv"
     write_whole(path, b"old")
     path.chmod(0o640)
     for call, error in (("os.replace", KeyboardInterrupt), ("os.fsync", OSError(28, "No space left on device"))):
         with monkeypatch.context() as patch:
 
-            def fails(*_, error=error):
+            def fails(*_: Any, error: Any = error) -> None:
                 raise error
 
             patch.setattr(call, fails)

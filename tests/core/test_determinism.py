@@ -1,6 +1,9 @@
 """The same inputs give the same bits: runs, threads, neighbours, instruction sets, floating-point modes."""
 
+from __future__ import annotations
+
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -14,19 +17,19 @@ from tests.helpers.compare import assert_same
 BIG = ((70 * 8192 + 11,), (3, 8193), (1000, 33), (65, 8192), (100,), (), (0, 3), (20_000,))
 
 
-def everything(f, g, b) -> list[torch.Tensor]:
+def everything(f: Any, g: Any, b: Any) -> list[torch.Tensor]:
     rows = feature_stats(f, g, b, per_row=True)
     return [feature_stats(f, g, b).sums, update_stats(f, b).sums, *(r.sums for r in rows)]
 
 
-def assert_all_same(a, b, what=""):
+def assert_all_same(a: Any, b: Any, what: str = "") -> None:
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
         assert_same(x, y, f"{what} result {i}")
 
 
 def special() -> tuple[list[torch.Tensor], ...]:
     """Tiny, huge, subnormal and non-finite values, spread over chunks."""
-    result = ([], [], [])
+    result: tuple[list[Any], ...] = ([], [], [])
     for dtype in DTYPES:
         f, g, b = inputs((3, 20_003), dtype)
         f[0, ::3] = torch.finfo(dtype).tiny / 4
@@ -39,14 +42,14 @@ def special() -> tuple[list[torch.Tensor], ...]:
     return result
 
 
-def test_run_after_run(device):
+def test_run_after_run(device: str) -> None:
     f, g, b = layers(BIG, device=device)
     first = everything(f, g, b)
     for _ in range(5):
         assert_all_same(first, everything(f, g, b))
 
 
-def test_number_of_threads(threads):
+def test_number_of_threads(threads: Any) -> None:
     f, g, b = (x + y for x, y in zip(layers(BIG), special(), strict=True))
     threads(1)
     one = everything(f, g, b)
@@ -55,7 +58,7 @@ def test_number_of_threads(threads):
         assert_all_same(one, everything(f, g, b), f"{n} threads")
 
 
-def test_calls_from_several_python_threads():
+def test_calls_from_several_python_threads() -> None:
     f, g, b = layers(BIG)
     expected = everything(f, g, b)
     with ThreadPoolExecutor(4) as pool:
@@ -63,7 +66,7 @@ def test_calls_from_several_python_threads():
             assert_all_same(expected, result)
 
 
-def test_neighbouring_layers(device):
+def test_neighbouring_layers(device: str) -> None:
     f, g, b = layers(BIG, device=device)
     stats, update = feature_stats(f, g, b), update_stats(f, b)
     rows = feature_stats(f, g, b, per_row=True)
@@ -76,7 +79,7 @@ def test_neighbouring_layers(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_alignment(dtype, device):
+def test_alignment(dtype: torch.dtype, device: str) -> None:
     for shape in ((1003,), (33, 8200)):
         f, g, b = inputs(shape, dtype, device=device)
         expected = feature_stats(f, g, b)
@@ -85,7 +88,7 @@ def test_alignment(dtype, device):
             assert_same(feature_stats(*moved).sums, expected.sums, str(layouts))
 
 
-def test_rows_are_layers(device):
+def test_rows_are_layers(device: str) -> None:
     """A row of a matrix and the same row as a layer of its own, read in place or packed."""
     f, g, b = inputs((20, 20_000), device=device)
     rows = feature_stats(f, g, b, per_row=True)
@@ -95,7 +98,7 @@ def test_rows_are_layers(device):
     assert_same(feature_stats(*wide, per_row=True).sums, rows.sums)
 
 
-def test_flushing_of_subnormal_numbers(threads):
+def test_flushing_of_subnormal_numbers(threads: Any) -> None:
     """torch.set_flush_denormal changes the calling thread only: it must not make results depend on threads."""
     f, g, b = (x + y for x, y in zip(special(), layers(BIG), strict=True))
     expected = everything(f, g, b)
@@ -129,7 +132,7 @@ def fingerprint(instruction_set: str) -> list[str]:
     return run_apart(FINGERPRINT, FASTFS_CPU=instruction_set).split()
 
 
-def test_instruction_sets():
+def test_instruction_sets() -> None:
     names = ops.build_info()["usable_instruction_sets"]
     expected = None
     for name in names:
@@ -140,6 +143,6 @@ def test_instruction_sets():
         assert not differ, f"{name} and {names[0]} differ in results {differ} of {len(sums)}"
 
 
-def test_unknown_instruction_set_is_refused():
+def test_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(AssertionError, match="FASTFS_CPU=mmx: expected one of the instruction sets usable here"):
         fingerprint("mmx")

@@ -1,5 +1,7 @@
 """Merging over ranks, in a real group of two processes."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ def batch() -> tuple[list[torch.Tensor], ...]:
     parts = [
         inputs((8, width), dtype) for width, dtype in ((5, torch.float32), (33, torch.bfloat16), (7, torch.float64))
     ]
-    return tuple(list(x) for x in zip(*parts, strict=True))  # type: ignore[return-value]
+    return tuple(list(x) for x in zip(*parts, strict=True))
 
 
 def worker(rank: int, folder: str) -> None:
@@ -45,8 +47,8 @@ def worker(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def test_all_reduce_gives_the_whole_batch(tmp_path: Path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=RANKS, join=True)
+def test_all_reduce_gives_the_whole_batch(tmp_path: Path) -> None:
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=RANKS, join=True)  # type: ignore[attr-defined]
     f, g, b = batch()
     expected = feature_stats(f, g, b), update_stats(f, b)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(RANKS)]
@@ -59,8 +61,9 @@ def test_all_reduce_gives_the_whole_batch(tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about devices of the mesh
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_sharded_tensors_are_refused_with_the_cure(tmp_path: Path, backend: str):
-    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+def test_sharded_tensors_are_refused_with_the_cure(tmp_path: Path, backend: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
@@ -73,7 +76,7 @@ def test_sharded_tensors_are_refused_with_the_cure(tmp_path: Path, backend: str)
         dist.destroy_process_group()
 
 
-def test_without_a_group_is_an_error():
+def test_without_a_group_is_an_error() -> None:
     f, g, b = inputs((4,))
     with pytest.raises((ValueError, RuntimeError), match="process group has not been initialized"):
         feature_stats(f, g, b).all_reduce()

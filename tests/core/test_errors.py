@@ -1,6 +1,9 @@
 """Wrong input: the error says which layer and argument, what was expected and what came."""
 
+from __future__ import annotations
+
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +20,8 @@ DTYPES = r"expected one of torch\.float16, torch\.bfloat16, torch\.float32, torc
 LAYER_ERRORS = {
     "integer before": ((F.int(), F.int(), F), rf"before has dtype torch\.int32, {DTYPES}"),
     "bool after": ((F, F.bool(), F), rf"after has dtype torch\.bool, {DTYPES}"),
-    "complex backward": ((F, F, F.cfloat()), rf"backward has dtype torch\.complex64, {DTYPES}"),
-    "conjugate view": ((F, F, F.cfloat().conj()), rf"backward has dtype torch\.complex64, {DTYPES}"),
+    "complex backward": ((F, F, F.to(torch.complex64)), rf"backward has dtype torch\.complex64, {DTYPES}"),
+    "conjugate view": ((F, F, F.to(torch.complex64).conj()), rf"backward has dtype torch\.complex64, {DTYPES}"),
     "float8": ((F.to(torch.float8_e4m3fn), F, F), rf"before has dtype torch\.float8_e4m3fn, {DTYPES}"),
     "dtypes differ": ((F, F.half(), F), r"after has dtype torch\.float16, expected torch\.float32 as before has"),
     "shape of after": ((F, F[1:], F), r"after has shape \(3, 3\), expected \(4, 3\) as before has"),
@@ -32,7 +35,7 @@ LAYER_ERRORS = {
 }
 
 
-def raises(error, match, *arguments):
+def raises(error: Any, match: Any, *arguments: Any) -> None:
     """Every way in gives the same error: native and reference, whole layers and rows."""
     texts = set()
     for backend in (None, "native", "reference"):
@@ -47,24 +50,24 @@ def raises(error, match, *arguments):
 
 
 @pytest.mark.parametrize("case", LAYER_ERRORS)
-def test_one_tensor(case):
+def test_one_tensor(case: Any) -> None:
     arguments, problem = LAYER_ERRORS[case]
     raises(ValueError, f"^{problem}", *arguments)
 
 
 @pytest.mark.parametrize("case", LAYER_ERRORS)
-def test_layer_is_named(case):
+def test_layer_is_named(case: Any) -> None:
     arguments, problem = LAYER_ERRORS[case]
     problem = problem.replace("as before is", r"as before\[0\] is")
     raises(ValueError, f"^layer 2: {problem}", *([F, F.double(), x, x] for x in arguments))
 
 
-def test_devices_differ_between_layers():
+def test_devices_differ_between_layers() -> None:
     on_meta = [F, F, F.to("meta")]
     raises(ValueError, r"^layer 2: before is on device meta, expected cpu as before\[0\] is", on_meta, on_meta, on_meta)
 
 
-def test_numbers_of_layers_differ():
+def test_numbers_of_layers_differ() -> None:
     problem = r"^expected the same number of layers in every argument, got 2 in before, 2 in after, 1 in backward"
     raises(ValueError, problem, [F, F], [F, F], [F])
     raises(ValueError, "got 1 in before, 0 in after, 0 in backward", [F], [], [])
@@ -85,7 +88,7 @@ NOT_TENSORS = {
 
 
 @pytest.mark.parametrize("case", NOT_TENSORS)
-def test_not_a_tensor(case):
+def test_not_a_tensor(case: Any) -> None:
     value, kind = NOT_TENSORS[case]
     problem = rf"expected a tensor or a sequence \(list, tuple\) of tensors, one per layer, got {kind}$"
     raises(TypeError, f"^before: {problem}", value, F, F)
@@ -95,14 +98,14 @@ def test_not_a_tensor(case):
     with pytest.raises(TypeError, match=f"^gradients: {problem}"):
         update_stats(value, [F])
     with pytest.raises(TypeError, match=rf"^layer 0: expected updates\[0\] to be a tensor, got {kind}$"):
-        update_stats([F], [value])
+        update_stats([F], [value])  # type: ignore[list-item]
 
 
-def test_nested_lists_are_refused():
+def test_nested_lists_are_refused() -> None:
     raises(TypeError, r"^layer 0: expected before\[0\] to be a tensor, got list$", [[F]], [[F]], [[F]])
 
 
-def test_tensors_and_sequences_do_not_mix():
+def test_tensors_and_sequences_do_not_mix() -> None:
     problem = "^expected one tensor for every argument or a sequence for every argument, but "
     raises(TypeError, problem + "before is a tensor, after is a tensor, backward is a sequence of 1$", F, F, [F])
     raises(TypeError, problem + "before is a sequence of 4, after is a tensor", list(F), F, F)
@@ -114,7 +117,7 @@ def test_tensors_and_sequences_do_not_mix():
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's quantization and nested tensors are deprecated or prototypes
-def test_quantized_and_nested_tensors():
+def test_quantized_and_nested_tensors() -> None:
     quantized = torch.quantize_per_tensor(F, 0.1, 0, torch.qint8)
     raises(ValueError, rf"^after is quantized \(torch\.qint8\), {DTYPES}", F, quantized, F)
     for layout in (torch.strided, torch.jagged):
@@ -124,7 +127,7 @@ def test_quantized_and_nested_tensors():
 
 
 @pytest.mark.parametrize("backend", [None, "native", "reference"])
-def test_update_inputs(backend):
+def test_update_inputs(backend: str | None) -> None:
     for gradients, updates, problem in (
         ([F, F.int()], [F, F], rf"^layer 1: gradients has dtype torch\.int32, {DTYPES}"),
         ([F, F], [F, F.T], r"^layer 1: updates has shape \(3, 4\), expected \(4, 3\) as gradients has"),
@@ -139,7 +142,7 @@ def test_update_inputs(backend):
 
 
 @pytest.mark.parametrize("backend", ["cuda", "", 0, False, "Native"])
-def test_unknown_backend(backend):
+def test_unknown_backend(backend: Any) -> None:
     with pytest.raises(
         ValueError, match=rf"^backend: expected None, 'native' or 'reference', got {re.escape(repr(backend))}$"
     ):
@@ -149,22 +152,22 @@ def test_unknown_backend(backend):
 
 
 @pytest.mark.parametrize("per_row", ["no", None, 1])
-def test_per_row_is_a_bool(per_row):
+def test_per_row_is_a_bool(per_row: int | str | None) -> None:
     with pytest.raises(TypeError, match=r"^per_row: expected True or False, got"):
         feature_stats(F, F, F, per_row=per_row)
 
 
-def test_options_are_keyword_only():
+def test_options_are_keyword_only() -> None:
     with pytest.raises(TypeError):
         feature_stats(F, F, F, True)
     with pytest.raises(TypeError):
-        update_stats(F, F, None)
+        update_stats(F, F, None)  # type: ignore[call-arg]
 
 
-def test_other_failures_come_through_unchanged(monkeypatch):
+def test_other_failures_come_through_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = RuntimeError("out of memory")
 
-    def fails(*_):
+    def fails(*_: Any) -> None:
         raise failure
 
     for name in ("feature_stats", "feature_stats_per_row", "update_stats"):
@@ -179,14 +182,14 @@ def test_other_failures_come_through_unchanged(monkeypatch):
         assert caught.value is failure
 
 
-def test_errors_show_no_internal_one():
+def test_errors_show_no_internal_one() -> None:
     with pytest.raises(ValueError, match="after has shape") as caught:
         feature_stats(F, F.T, F)
     assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_tensors_whose_memory_was_freed_are_an_error(backend):
+def test_tensors_whose_memory_was_freed_are_an_error(backend: str) -> None:
     """As sharded training does between steps. Apart, because a null pointer read would end the process."""
     output = run_apart(
         f"""
@@ -203,7 +206,7 @@ def test_tensors_whose_memory_was_freed_are_an_error(backend):
     assert output.startswith("refused:")
 
 
-def test_checks_work_on_fake_tensors():
+def test_checks_work_on_fake_tensors() -> None:
     with FakeTensorMode() as mode:
         f = mode.from_tensor(F)
         g = f[1:]
@@ -213,7 +216,7 @@ def test_checks_work_on_fake_tensors():
             checks.check_feature_inputs([f, f], [f, g], [f, f])
 
 
-def test_the_op_itself_refuses_too():
+def test_the_op_itself_refuses_too() -> None:
     """Behind the dispatcher nothing wrong may reach raw pointers, whoever calls."""
     for arguments, _ in LAYER_ERRORS.values():
         for name in ("feature_stats", "feature_stats_per_row"):

@@ -1,8 +1,11 @@
 """The public measurements: native against the truth, over dtypes, shapes, layouts and sizes."""
 
+from __future__ import annotations
+
 import itertools
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from tests.helpers.cases import DTYPES, LARGE, LAYOUTS, SHAPES, inputs, layers, 
 from tests.helpers.compare import assert_close, assert_same, assert_same_kind, feature_truth, update_truth
 
 
-def check_layer(f, g, b, what=""):
+def check_layer(f: Any, g: Any, b: Any, what: str = "") -> None:
     """Whole layer, rows and update sums of one layer against the truth."""
     what = f"{what} {tuple(f.shape)} {f.dtype} {b.dtype} strides {f.stride()} {g.stride()} {b.stride()}"
     assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b), what=what)
@@ -24,7 +27,7 @@ def check_layer(f, g, b, what=""):
     assert_close(update_stats(f, b).sums, update_truth(f, b), what=f"update {what}")
 
 
-def test_native_core_is_in_use():
+def test_native_core_is_in_use() -> None:
     """Without the native core these tests would test the reference against itself."""
     assert ops.native_available(), ops.why_not_native()
 
@@ -33,34 +36,34 @@ def test_native_core_is_in_use():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype_and_shape(dtype, device):
+def test_every_dtype_and_shape(dtype: torch.dtype, device: str) -> None:
     for i, shape in enumerate(SHAPES):
         for backward_dtype in (dtype, DTYPES[i % 4]):
             check_layer(*inputs(shape, dtype, backward_dtype, device=device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_several_groups_of_chunks(dtype, device):
+def test_several_groups_of_chunks(dtype: torch.dtype, device: str) -> None:
     f, g, b = inputs(LARGE[0], dtype, device=device)
     assert_close(feature_stats(f, g, b).sums, feature_truth(f, g, b))
     assert_close(update_stats(f, b).sums, update_truth(f, b))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout(layout, device):
+def test_every_layout(layout: Any, device: str) -> None:
     for i, shape in enumerate(SHAPES):
         check_layer(*inputs(shape, DTYPES[i % 4], DTYPES[(i + i // 4) % 4], (layout,) * 3, device=device), layout)
 
 
 @pytest.mark.parametrize("shape", [(64, 33), (5, 8200), (2, 8, 6, 7)], ids=str)
-def test_mixed_layouts(shape, device):
+def test_mixed_layouts(shape: tuple[Any, ...], device: str) -> None:
     every = 29 if torch.Size(shape).numel() < 10_000 else 151
     for i, names in enumerate(itertools.permutations(LAYOUTS, 3)):
         if i % every == 0:
             check_layer(*inputs(shape, DTYPES[i % 4], DTYPES[i // every % 4], names, device=device), str(names))
 
 
-def test_all_kinds_of_layers_in_one_call(device):
+def test_all_kinds_of_layers_in_one_call(device: str) -> None:
     f, g, b = layers(device=device)
     stats, rows, update = feature_stats(f, g, b), feature_stats(f, g, b, per_row=True), update_stats(f, b)
     assert stats.shape == update.shape == (len(f),)
@@ -70,7 +73,7 @@ def test_all_kinds_of_layers_in_one_call(device):
         assert_close(update[i].sums, update_truth(layer[0], layer[2]), what=f"layer {i}")
 
 
-def test_many_dimensions(device):
+def test_many_dimensions(device: str) -> None:
     f, g, b = inputs((2,) * 16, device=device)
     check_layer(f, g.permute(*range(15, -1, -1)), b)
     f, g, b = inputs((2,) * 17, device=device)
@@ -85,7 +88,7 @@ def test_many_dimensions(device):
 
 
 @st.composite
-def random_layers(draw):
+def random_layers(draw: Any) -> Any:
     shape = tuple(draw(st.lists(st.integers(0, 40), max_size=4)))
     names = tuple(draw(st.sampled_from(list(LAYOUTS))) for _ in range(3))
     dtype, backward_dtype = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(DTYPES))
@@ -94,12 +97,12 @@ def random_layers(draw):
 
 
 @given(random_layers())
-def test_random_layers(layer):
+def test_random_layers(layer: Any) -> None:
     check_layer(*layer)
 
 
 @st.composite
-def random_strides(draw):
+def random_strides(draw: Any) -> tuple[Any, ...]:
     """Any non-negative strides over a small buffer: permuted, overlapping, expanded."""
     shape = tuple(draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)))
     dtype = draw(st.sampled_from(DTYPES))
@@ -115,7 +118,7 @@ def random_strides(draw):
 
 
 @given(random_strides())
-def test_random_strides(layer):
+def test_random_strides(layer: Any) -> None:
     check_layer(*layer)
 
 
@@ -124,14 +127,14 @@ def test_random_strides(layer):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e-30, 1e-20, 1e-18, 1e10, 1e18, 1e36])
-def test_any_scale(dtype, scale, device):
+def test_any_scale(dtype: torch.dtype, scale: float, device: str) -> None:
     """Squares far beyond the range of float."""
     for shape in ((3,), (1001,), (3, 8193)):
         check_layer(*inputs(shape, dtype, scale=scale, device=device), f"scale {scale}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_largest_and_smallest_numbers(dtype, device):
+def test_the_largest_and_smallest_numbers(dtype: torch.dtype, device: str) -> None:
     info = torch.finfo(dtype)
     values = [info.max, info.max / 3, info.tiny, info.tiny * info.eps, info.tiny / 3, 1.0, 0.0, -0.0]
     if dtype == torch.float64:
@@ -142,15 +145,15 @@ def test_the_largest_and_smallest_numbers(dtype, device):
     check_layer(f[f.abs() < 0.5], f[f.abs() < 0.5] * 0, f[f.abs() < 0.5])
 
 
-def test_scales_mixed_within_a_chunk(device):
+def test_scales_mixed_within_a_chunk(device: str) -> None:
     exponents = torch.linspace(-40, 37, 20_011)
     f, g, b = inputs((20_011,), torch.float32)
     size = 10.0**exponents
-    check_layer(*(x.to(device) for x in (f * size, g * size, b * size.flip(0))), "products of large and small")
-    check_layer(*(x.to(device) for x in (f * size, g * size, b * size)), "sorted by size")
+    check_layer(*(x.to(device) for x in (f * size, g * size, b * size.flip(0))), "products of large and small")  # type: ignore[call-arg]
+    check_layer(*(x.to(device) for x in (f * size, g * size, b * size)), "sorted by size")  # type: ignore[call-arg]
 
 
-def test_large_layers_are_as_accurate_as_small_ones(device):
+def test_large_layers_are_as_accurate_as_small_ones(device: str) -> None:
     """A mean far from zero, where a running sum in float loses digits."""
     n = 3_000_001
     f = torch.full((n,), 1.0, device=device)
@@ -163,7 +166,7 @@ def test_large_layers_are_as_accurate_as_small_ones(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nonfinite_entries_are_counted_and_propagate(dtype, device):
+def test_nonfinite_entries_are_counted_and_propagate(dtype: torch.dtype, device: str) -> None:
     for shape in ((40,), (5, 8200), (3, 70)):
         for trial in range(8):
             f, g, b = inputs(shape, dtype, device=device)
@@ -182,7 +185,7 @@ def test_nonfinite_entries_are_counted_and_propagate(dtype, device):
             assert_same_kind(update_stats(f, b).sums, reference.update_stats(f, b).sums, what)
 
 
-def test_nonfinite_entries_leave_the_other_sums_and_layers_alone(device):
+def test_nonfinite_entries_leave_the_other_sums_and_layers_alone(device: str) -> None:
     f, g, b = inputs((20_000,), device=device)
     clean = feature_stats(f, g, b)
     spoiled = b.clone()
@@ -195,7 +198,7 @@ def test_nonfinite_entries_leave_the_other_sums_and_layers_alone(device):
     assert_same(stats[1].sums, clean.sums)
 
 
-def test_overflow_in_double_is_that_of_the_reference(device):
+def test_overflow_in_double_is_that_of_the_reference(device: str) -> None:
     f, g, b = inputs((100,), torch.float64, scale=1e200, device=device)
     stats, expected = feature_stats(f, g, b), reference.feature_stats(f, g, b)
     assert_same_kind(stats.sums, expected.sums)
@@ -207,7 +210,7 @@ def test_overflow_in_double_is_that_of_the_reference(device):
 # Invariances
 
 
-def test_layers_may_come_in_any_order():
+def test_layers_may_come_in_any_order() -> None:
     f, g, b = layers()
     stats = feature_stats(f, g, b)
     order = torch.randperm(len(f)).tolist()
@@ -215,7 +218,7 @@ def test_layers_may_come_in_any_order():
     assert_same(shuffled.sums, stats.sums[order])
 
 
-def test_scaling_by_a_power_of_two_is_exact():
+def test_scaling_by_a_power_of_two_is_exact() -> None:
     f, g, b = inputs((20_011,))
     stats, scaled = feature_stats(f, g, b), feature_stats(f * 4, g * 4, b / 8)
     factors = torch.tensor([0.5, 16, 1 / 64, 16, 16, 0.5, 16, 1, 1], dtype=torch.float64)
@@ -223,7 +226,7 @@ def test_scaling_by_a_power_of_two_is_exact():
     assert_same(feature_stats(-f, -g, b).sums[1:5], stats.sums[1:5])
 
 
-def test_shifting_the_features_keeps_the_update():
+def test_shifting_the_features_keeps_the_update() -> None:
     f, g = torch.randint(-50, 50, (2, 5000)).float()
     b = torch.randn(5000)
     stats, shifted = feature_stats(f, g, b), feature_stats(f + 64, g + 64, b)
@@ -231,7 +234,7 @@ def test_shifting_the_features_keeps_the_update():
     assert shifted.before_sq != stats.before_sq
 
 
-def test_parts_add_up_to_the_whole():
+def test_parts_add_up_to_the_whole() -> None:
     f, g, b = inputs((501, 33), torch.float32, torch.bfloat16)
     truth = feature_truth(f, g, b)
     parts = zip(f.split(100), g.split(100), b.split(100), strict=True)
@@ -243,7 +246,7 @@ def test_parts_add_up_to_the_whole():
 # Size
 
 
-def test_thousands_of_layers(device):
+def test_thousands_of_layers(device: str) -> None:
     f, g, b = inputs((5000, 7), device=device)
     stats = feature_stats(list(f), list(g), list(b))
     assert stats.shape == (5000,)
@@ -252,7 +255,7 @@ def test_thousands_of_layers(device):
 
 
 @pytest.mark.parametrize("shape", [(2**31 + 5,), (2**19 + 1, 4096)], ids=str)
-def test_more_than_2_to_the_31_elements(shape):
+def test_more_than_2_to_the_31_elements(shape: tuple[Any, ...]) -> None:
     """Stride 0 in every dimension, or in that of the rows: no memory behind it."""
     n = torch.Size(shape).numel()
     row = torch.ones(shape[1:], dtype=torch.bfloat16)
@@ -272,7 +275,7 @@ def test_more_than_2_to_the_31_elements(shape):
     "view",
     ["x[:, :2000]", "x[:, 1:]", "x[::2]", "x[:, ::2]", "x.T", "x[:, None, :].expand(-1, 3, -1)"],
 )
-def test_strided_tensors_are_read_in_place(view):
+def test_strided_tensors_are_read_in_place(view: str) -> None:
     """Three tensors of 64 MB; a copy of one would show in the peak memory. `x.T` lies beside contiguous ones."""
     output = run_apart(
         f"""

@@ -1,9 +1,13 @@
 """feature_stats and update_stats: forms of the arguments, results, side effects, backends."""
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 import fastfs
 from fastfs import FeatureStats, UpdateStats, _functional, feature_stats, reference, update_stats
@@ -14,7 +18,7 @@ from tests.helpers.compare import assert_same
 # Arguments and results
 
 
-def test_shapes_of_results():
+def test_shapes_of_results() -> None:
     f, g, b = inputs((2, 3, 5))
     assert feature_stats(f, g, b).shape == ()
     assert feature_stats([f], [g], [b]).shape == (1,)
@@ -29,17 +33,17 @@ def test_shapes_of_results():
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_no_layers(backend):
+def test_no_layers(backend: str) -> None:
     assert feature_stats([], [], [], backend=backend).shape == (0,)
     assert feature_stats((), [], (), per_row=True, backend=backend) == []
     assert update_stats([], (), backend=backend).shape == (0,)
 
 
-class Custom(list):
+class Custom(list[Tensor]):
     """A sequence that is not a plain list."""
 
 
-def test_any_sequence_is_taken():
+def test_any_sequence_is_taken() -> None:
     f, g, b = layers(SHAPES[:5])
     expected = feature_stats(f, g, b)
     for kind in (tuple, Custom):
@@ -50,7 +54,7 @@ def test_any_sequence_is_taken():
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_results_are_detached(backend):
+def test_results_are_detached(backend: str) -> None:
     f, g, b = (x.requires_grad_() for x in inputs((5, 3)))
     p = torch.nn.Parameter(f.detach().clone())
     for stats in (
@@ -64,7 +68,7 @@ def test_results_are_detached(backend):
         assert not stats.angle.requires_grad
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_left_alone() -> None:
     f, g, b = layers()
     before = [x.clone() for x in (*f, *g, *b)]
     versions = [x._version for x in (*f, *g, *b)]
@@ -76,7 +80,7 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_random_states_are_left_alone(backend):
+def test_random_states_are_left_alone(backend: str) -> None:
     import random
 
     import numpy as np
@@ -92,7 +96,7 @@ def test_random_states_are_left_alone(backend):
 # Backends
 
 
-def test_reference_backend_is_the_reference():
+def test_reference_backend_is_the_reference() -> None:
     f, g, b = layers()
     assert_same(feature_stats(f, g, b, backend="reference").sums, reference.feature_stats(f, g, b).sums)
     assert_same(update_stats(f, b, backend="reference").sums, reference.update_stats(f, b).sums)
@@ -106,7 +110,7 @@ def test_reference_backend_is_the_reference():
 
 
 @pytest.fixture
-def no_native(monkeypatch):
+def no_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(ops, "native_available", lambda: False)
     monkeypatch.setattr(ops, "why_not_native", lambda: "it was not built; reinstall with a C++ compiler")
     _functional._warn_once.cache_clear()
@@ -114,7 +118,7 @@ def no_native(monkeypatch):
     _functional._warn_once.cache_clear()
 
 
-def test_without_native_core_one_warning_with_the_cure(no_native):
+def test_without_native_core_one_warning_with_the_cure(no_native: None) -> None:
     f, g, b = inputs((10,))
     with pytest.warns(RuntimeWarning, match=r"slow reference.*reinstall with a C\+\+ compiler") as caught:
         stats = feature_stats(f, g, b)
@@ -126,18 +130,18 @@ def test_without_native_core_one_warning_with_the_cure(no_native):
         assert feature_stats(f, g, b) == stats
 
 
-def test_without_native_core_asking_for_it_is_an_error(no_native):
+def test_without_native_core_asking_for_it_is_an_error(no_native: None) -> None:
     f, g, b = inputs((10,))
     for call in (lambda: feature_stats(f, g, b, backend="native"), lambda: update_stats(f, b, backend="native")):
         with pytest.raises(RuntimeError, match=r"native.*reinstall with a C\+\+ compiler"):
             call()
 
 
-def test_without_native_core_asking_for_the_reference_is_silent(no_native):
+def test_without_native_core_asking_for_the_reference_is_silent(no_native: None) -> None:
     f, g, b = inputs((10,))
     assert feature_stats(f, g, b, backend="reference").count == 10
 
 
-def test_public_names():
+def test_public_names() -> None:
     for name in ("feature_stats", "update_stats", "FeatureStats", "UpdateStats", "reference", "__version__"):
         assert hasattr(fastfs, name)

@@ -1,7 +1,10 @@
 """gather_rows and row_squares: rows, casts and squared norms against torch, on the CPU and the GPU."""
 
+from __future__ import annotations
+
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("to", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_casts_and_squares(dtype, to, device):
+def test_rows_casts_and_squares(dtype: torch.dtype, to: torch.dtype, device: str) -> None:
     for shape, row_dims in SHAPES:
         x = values(shape, dtype, device)
         rows = rows_for(x, row_dims)
@@ -35,14 +38,14 @@ def test_rows_casts_and_squares(dtype, to, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_dtype_of_x_is_the_default(dtype, device):
+def test_the_dtype_of_x_is_the_default(dtype: torch.dtype, device: str) -> None:
     x = values((5, 3), dtype, device)
     rows = rows_for(x, 1)
     assert_same_values(gather(x, rows, 1)[0], x[rows])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout, device):
+def test_layouts(layout: Any, device: str) -> None:
     for dtype, (shape, row_dims) in itertools.product(DTYPES, SHAPES[:-1]):
         x = LAYOUTS[layout](values(shape, dtype, device))
         rows = rows_for(x, row_dims)
@@ -53,7 +56,7 @@ def test_layouts(layout, device):
         assert_same(squares, gather(x.contiguous(), rows, row_dims)[1], what)
 
 
-def test_more_layouts_of_rows_and_width(device):
+def test_more_layouts_of_rows_and_width(device: str) -> None:
     x = values((4, 6, 5, 8, 3), torch.bfloat16, device)
     for order in ((4, 3, 2, 1, 0), (1, 0, 2, 4, 3), (2, 0, 4, 1, 3), (0, 2, 1, 3, 4)):
         moved = x.permute(order)[:, 1:, :, ::2]
@@ -65,7 +68,7 @@ def test_more_layouts_of_rows_and_width(device):
             assert_same(squares, gather(expected, torch.arange(12, device=device), 1)[1], f"{order} {row_dims}")
 
 
-def test_rows_may_be_strided_or_expanded(device):
+def test_rows_may_be_strided_or_expanded(device: str) -> None:
     x = values((50, 40), torch.float32, device)
     rows = rows_for(x, 1, 30)
     for index in (rows[::3], rows[:1].expand(5), rows[5:6], rows.view(15, 2)[:, 1]):
@@ -74,7 +77,7 @@ def test_rows_may_be_strided_or_expanded(device):
         assert_close_squares(squares, x[index])
 
 
-def test_large_offsets_in_a_view(device):
+def test_large_offsets_in_a_view(device: str) -> None:
     """More than 2^31 elements, of which hardly any memory is touched."""
     buffer = torch.empty(2**31 + 300, dtype=torch.bfloat16, device=device)
     x = buffer.as_strided((3, 100), (2**30 + 100, 1))
@@ -84,7 +87,7 @@ def test_large_offsets_in_a_view(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_to_do(dtype, device):
+def test_nothing_to_do(dtype: torch.dtype, device: str) -> None:
     none = torch.empty(0, dtype=torch.int64, device=device)
     for x, rows, row_dims, shape in (
         (values((5, 3), dtype, device), none, 1, (0, 3)),
@@ -102,7 +105,7 @@ def test_nothing_to_do(dtype, device):
 
 @pytest.mark.parametrize("to", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_value_is_cast_as_torch_does(dtype, to, device):
+def test_every_value_is_cast_as_torch_does(dtype: torch.dtype, to: torch.dtype, device: str) -> None:
     """All 16-bit patterns; of the others the halves between them, extremes and subnormal numbers."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     if dtype in (torch.float16, torch.bfloat16):
@@ -131,7 +134,7 @@ def test_every_value_is_cast_as_torch_does(dtype, to, device):
     assert_same_values(gather(x, rows, 1, to)[0], x.to(to), f"{dtype} to {to}")
 
 
-def test_non_finite_entries(device):
+def test_non_finite_entries(device: str) -> None:
     for dtype, width in itertools.product(DTYPES, (3, 300, 1100, 20_000)):
         x = values((6, width), dtype, device)
         x[1, 0], x[2, -1], x[3, width // 2] = torch.nan, torch.inf, -torch.inf
@@ -145,7 +148,7 @@ def test_non_finite_entries(device):
         assert_close_squares(squares[[0, 5]], x[[0, 5]])
 
 
-def test_squares_out_of_the_range_of_float(device):
+def test_squares_out_of_the_range_of_float(device: str) -> None:
     for dtype, scale in (
         (torch.float16, 6e-8),
         (torch.float16, 1e4),
@@ -164,7 +167,7 @@ def test_squares_out_of_the_range_of_float(device):
     assert gather(huge, torch.zeros(1, dtype=torch.int64, device=device), 1)[1].tolist() == [math.inf]
 
 
-def test_long_rows_do_not_drift(device):
+def test_long_rows_do_not_drift(device: str) -> None:
     x = torch.ones(2, 3 * 8192, dtype=torch.float32, device=device)
     x[:, 0] = 4096.0  # in float, 2^24 + 1 is 2^24
     assert_close_squares(gather(x, torch.tensor([1], device=device), 1)[1], x[1:])
@@ -190,7 +193,7 @@ def everything() -> list[Tensor]:
     return results
 
 
-def test_number_of_threads(threads):
+def test_number_of_threads(threads: Any) -> None:
     threads(1)
     torch.manual_seed(1)
     expected = everything()
@@ -213,7 +216,7 @@ print(ops.build_info()["instruction_set"], *data)
 """
 
 
-def test_instruction_sets():
+def test_instruction_sets() -> None:
     names = ops.build_info()["usable_instruction_sets"]
     expected = None
     for i, name in enumerate(names):
@@ -224,7 +227,7 @@ def test_instruction_sets():
         assert not differ, f"{name} and {names[0]} differ in results {differ} of {len(hashes)}"
 
 
-def test_flushing_of_subnormal_numbers():
+def test_flushing_of_subnormal_numbers() -> None:
     x = values((40, 300), torch.float32, scale=1e-41)
     rows = rows_for(x, 1)
     expected = gather(x, rows, 1, torch.bfloat16)
@@ -243,7 +246,7 @@ def test_flushing_of_subnormal_numbers():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("to", DTYPES, ids=str)
-def test_numbers_of_no_row_are_nan_on_the_gpu(to):
+def test_numbers_of_no_row_are_nan_on_the_gpu(to: torch.dtype) -> None:
     for dtype, width in itertools.product(DTYPES, (5, 2000, 9000)):
         x = values((6, width), dtype, "cuda")
         rows = torch.tensor([0, 6, -1, 5, 2**62, -(2**62)], device="cuda")
@@ -257,7 +260,7 @@ def test_numbers_of_no_row_are_nan_on_the_gpu(to):
 
 
 @pytest.mark.gpu
-def test_no_synchronisation_and_captured_in_a_graph():
+def test_no_synchronisation_and_captured_in_a_graph() -> None:
     x = values((200, 9000), torch.bfloat16, "cuda")
     rows = rows_for(x, 1, 64)
     gather(x, rows, 1, torch.float32)
@@ -275,7 +278,7 @@ def test_no_synchronisation_and_captured_in_a_graph():
 
 
 @pytest.mark.gpu
-def test_current_stream():
+def test_current_stream() -> None:
     x = values((4000, 1000), torch.float32, "cuda")
     rows = rows_for(x, 1, 1000)
     stream = torch.cuda.Stream()
@@ -291,7 +294,7 @@ def test_current_stream():
 
 
 @pytest.mark.gpu
-def test_the_tensor_is_not_copied():
+def test_the_tensor_is_not_copied() -> None:
     x = values((4096, 4, 1024), torch.bfloat16, "cuda").transpose(0, 1)
     rows = rows_for(x, 2, 64)
     gather(x, rows, 2)

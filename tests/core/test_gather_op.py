@@ -1,5 +1,9 @@
 """gather_rows and row_squares as ops: errors, opcheck, compilation, results."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -21,13 +25,13 @@ pytestmark = [
 
 @pytest.mark.parametrize(("bad", "at"), [([0, 6], 1), ([-1], 0), ([1, 2, 2**40, -5], 2)])
 @pytest.mark.parametrize("call", [torch.ops.fastfs.gather_rows, torch.ops.fastfs.row_squares, reference.gather_rows])
-def test_numbers_of_no_row_are_refused_on_the_cpu(call, bad, at):
+def test_numbers_of_no_row_are_refused_on_the_cpu(call: Any, bad: list[Any], at: int) -> None:
     x = values((2, 3, 5), torch.float32)
     with pytest.raises(IndexError, match=rf"^rows\[{at}\] is {bad[at]}, expected the number of one of the 6 rows of x"):
         call(x, torch.tensor(bad), 2)
 
 
-def test_there_is_no_row_in_an_empty_tensor():
+def test_there_is_no_row_in_an_empty_tensor() -> None:
     for x in (torch.empty(0, 3), torch.empty(0, 0)):
         for call in (torch.ops.fastfs.gather_rows, reference.gather_rows):
             with pytest.raises(IndexError, match=r"^rows\[0\] is 0, expected the number of one of the 0 rows of x"):
@@ -36,7 +40,7 @@ def test_there_is_no_row_in_an_empty_tensor():
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 @pytest.mark.parametrize("call", [torch.ops.fastfs.gather_rows, torch.ops.fastfs.row_squares, reference.gather_rows])
-def test_wrong_arguments_are_named(call, fake):
+def test_wrong_arguments_are_named(call: Any, fake: bool) -> None:
     mode = FakeTensorMode()
     x, rows = torch.ones(4, 3), torch.tensor([1])
     for changed, message in (
@@ -60,7 +64,7 @@ def test_wrong_arguments_are_named(call, fake):
         reference.gather_rows(meta, rows, 1)
 
 
-def test_the_reference_names_what_is_no_ordinary_tensor():
+def test_the_reference_names_what_is_no_ordinary_tensor() -> None:
     with pytest.raises(TypeError, match=r"^rows: expected a tensor, got list"):
         reference.gather_rows(torch.ones(2, 3), [0], 1)
     with pytest.raises(ValueError, match=r"^x is a tensor of layout torch.sparse_coo, expected an ordinary"):
@@ -71,7 +75,7 @@ def test_the_reference_names_what_is_no_ordinary_tensor():
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(requires_grad, device):
+def test_opcheck(requires_grad: bool, device: str) -> None:
     pytest.importorskip("expecttest")
     for shape, row_dims in (((5, 3), 1), ((2, 3, 40), 2), ((4, 4), 0), ((2, 0), 1)):
         x = values(shape, torch.float32, device).requires_grad_(requires_grad)
@@ -84,7 +88,7 @@ def test_opcheck(requires_grad, device):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_in_one_graph(backend, device):
+def test_compiled_in_one_graph(backend: str, device: str) -> None:
     torch._dynamo.reset()
 
     def kept(x: Tensor, rows: Tensor) -> Call:
@@ -100,7 +104,7 @@ def test_compiled_in_one_graph(backend, device):
     torch._dynamo.reset()
 
 
-def test_results_are_detached(device):
+def test_results_are_detached(device: str) -> None:
     x = values((5, 3), torch.float32, device).requires_grad_()
     for call in (torch.ops.fastfs.gather_rows, reference.gather_rows):
         out, squares = call(x, torch.tensor([1], device=device), 1)
@@ -109,7 +113,7 @@ def test_results_are_detached(device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_reference_is_the_specification(dtype, device):
+def test_the_reference_is_the_specification(dtype: torch.dtype, device: str) -> None:
     for shape, row_dims in SHAPES:
         x = values(shape, dtype, device)
         rows = rows_for(x, row_dims)

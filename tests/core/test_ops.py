@@ -1,5 +1,10 @@
 """The dispatcher ops: opcheck, fake tensors, torch.compile, inference mode, the profiler."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,13 +22,13 @@ pytestmark = [
 OPS = ("feature_stats", "feature_stats_per_row", "update_stats")
 
 
-def call(name: str, f, g, b):
+def call(name: str, f: Any, g: Any, b: Any) -> Any:
     op = getattr(torch.ops.fastfs, name)
     return op(f, b) if name == "update_stats" else op(f, g, b)
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -31,7 +36,7 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("name", OPS)
-def test_opcheck(name, requires_grad, device):
+def test_opcheck(name: Any, requires_grad: bool, device: str) -> None:
     pytest.importorskip("expecttest")
     op = getattr(torch.ops.fastfs, name).default
     samples = [
@@ -46,7 +51,7 @@ def test_opcheck(name, requires_grad, device):
 
 
 @pytest.mark.parametrize("name", OPS)
-def test_fakes_tell_shape_dtype_and_device(name, device):
+def test_fakes_tell_shape_dtype_and_device(name: Any, device: str) -> None:
     f, g, b = layers(device=device)
     real = call(name, f, g, b)
     with FakeTensorMode() as mode:
@@ -61,7 +66,7 @@ def test_fakes_tell_shape_dtype_and_device(name, device):
     assert (meta.shape, meta.dtype, meta.device.type) == (real.shape, real.dtype, "meta")
 
 
-def test_fakes_refuse_what_the_op_refuses():
+def test_fakes_refuse_what_the_op_refuses() -> None:
     f, g, b = inputs((4, 3))
     with FakeTensorMode() as mode:
         f, g, b = (mode.from_tensor(x) for x in (f, g, b))
@@ -71,7 +76,7 @@ def test_fakes_refuse_what_the_op_refuses():
             feature_stats(f, g[:2], b)
 
 
-def test_fake_tensors_through_the_public_functions():
+def test_fake_tensors_through_the_public_functions() -> None:
     f, g, b = layers(SHAPES[4:])
     with FakeTensorMode() as mode:
         f, g, b = ([mode.from_tensor(x) for x in part] for part in (f, g, b))
@@ -84,20 +89,20 @@ def test_fake_tensors_through_the_public_functions():
         assert update_stats(f, b).shape == (len(f),)
 
 
-def measure(f, g, b, per_row):
+def measure(f: Any, g: Any, b: Any, per_row: Any) -> tuple[Any, ...]:
     """All that a compiled training step might do with the public functions."""
     stats = feature_stats(f, g, b, per_row=per_row)
     update = update_stats(f, b)
     return stats, update, update.angle
 
 
-def resolved(tensors):
+def resolved(tensors: Any) -> Any:
     """Inductor itself drops the negative bit of the inputs of a graph, in `x * 2` as well: not a matter of this op."""
     return [x.resolve_neg() for x in tensors]
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
-def test_compiled_in_one_graph_with_the_same_bits(backend, device):
+def test_compiled_in_one_graph_with_the_same_bits(backend: str, device: str) -> None:
     compiled = torch.compile(measure, fullgraph=True, backend=backend)
     one = inputs((64, 33), torch.bfloat16, torch.float32, device=device)
     many = layers(((5, 3), (7,), (), (2, 8, 6, 7), (1, 8193)), device=device)
@@ -105,8 +110,8 @@ def test_compiled_in_one_graph_with_the_same_bits(backend, device):
         many = tuple(resolved(x) for x in many)
     for arguments in (one, many):
         for per_row in (False, True):
-            stats, update, angle = compiled(*arguments, per_row)
-            expected, expected_update, _ = measure(*arguments, per_row)
+            stats, update, angle = compiled(*arguments, per_row)  # type: ignore[call-arg]
+            expected, expected_update, _ = measure(*arguments, per_row)  # type: ignore[call-arg]
             if isinstance(stats, FeatureStats):
                 stats, expected = [stats], [expected]
             for a, b in zip(stats, expected, strict=True):
@@ -116,7 +121,7 @@ def test_compiled_in_one_graph_with_the_same_bits(backend, device):
             torch.testing.assert_close(angle, expected_update.angle)
 
 
-def test_compiled_with_changing_sizes():
+def test_compiled_with_changing_sizes() -> None:
     compiled = torch.compile(feature_stats, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (10, 33, 1000):
         one = inputs((n, 7))
@@ -126,16 +131,16 @@ def test_compiled_with_changing_sizes():
             assert_same(a.sums, b.sums)
 
 
-def test_compiled_with_the_reference():
+def test_compiled_with_the_reference() -> None:
     compiled = torch.compile(lambda *x: feature_stats(*x, backend="reference"), fullgraph=True, backend="aot_eager")
     one = inputs((10, 7))
     assert compiled(*one) == feature_stats(*one, backend="reference")
 
 
-def test_compiled_inside_a_step_with_gradients():
+def test_compiled_inside_a_step_with_gradients() -> None:
     f, g, b = (x.requires_grad_() for x in inputs((10, 7)))
 
-    def step(f, g, b):
+    def step(f: Any, g: Any, b: Any) -> tuple[Any, ...]:
         stats = feature_stats(f * 2, g * 2, b)
         return (f * b).sum(), stats
 
@@ -146,14 +151,14 @@ def test_compiled_inside_a_step_with_gradients():
     assert torch.equal(f.grad, b)
 
 
-def test_wrong_input_while_compiling_names_the_layer():
+def test_wrong_input_while_compiling_names_the_layer() -> None:
     f, g, b = inputs((4, 3))
     with pytest.raises(Exception, match=r"layer 1: after has shape \(3, 3\), expected \(4, 3\)"):
         torch.compile(feature_stats, fullgraph=True, backend="eager")([f, f], [g, g[1:]], [b, b])
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_modes(mode, device):
+def test_modes(mode: Any, device: str) -> None:
     f, g, b = layers(device=device)
     expected = feature_stats(f, g, b)
     with mode():
@@ -166,7 +171,7 @@ def test_modes(mode, device):
     assert_same(feature_stats(f, g, b).sums, expected.sums)  # inference tensors, outside
 
 
-def test_autocast_changes_nothing():
+def test_autocast_changes_nothing() -> None:
     f, g, b = inputs((20, 5))
     expected = feature_stats(f, g, b)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -174,7 +179,7 @@ def test_autocast_changes_nothing():
         assert feature_stats(f, g, b, backend="reference").angle.dtype == torch.float64
 
 
-def test_default_dtype_and_device_change_nothing():
+def test_default_dtype_and_device_change_nothing() -> None:
     f, g, b = inputs((20, 5))
     expected = feature_stats(f, g, b), feature_stats([], [], []).sums.device
     torch.set_default_dtype(torch.float64)
@@ -186,7 +191,7 @@ def test_default_dtype_and_device_change_nothing():
         torch.set_default_dtype(torch.float32)
 
 
-def test_the_profiler_shows_the_ops():
+def test_the_profiler_shows_the_ops() -> None:
     f, g, b = layers()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         feature_stats(f, g, b)
@@ -196,7 +201,7 @@ def test_the_profiler_shows_the_ops():
     assert {f"fastfs::{name}" for name in OPS} <= names
 
 
-def test_subclasses_of_tensor():
+def test_subclasses_of_tensor() -> None:
     f, g, b = inputs((10, 4))
     expected = feature_stats(f, g, b)
 
@@ -207,23 +212,23 @@ def test_subclasses_of_tensor():
     assert_same(torch.Tensor(stats.sums) if type(stats.sums) is Tagged else stats.sums, expected.sums)
 
 
-def test_vmap_is_refused():
+def test_vmap_is_refused() -> None:
     f, g, b = inputs((6, 10))
     with pytest.raises(RuntimeError, match=r"^Batching rule not implemented for fastfs::feature_stats\."):
         torch.vmap(lambda *x: feature_stats(*x).sums)(f, g, b)
 
 
-def test_constant_to_the_grad_transforms():
+def test_constant_to_the_grad_transforms() -> None:
     f, g, b = inputs((6, 10))
     expected = feature_stats(f, g, b).sums
 
-    def loss(f):
+    def loss(f: Any) -> tuple[Any, ...]:
         sums = feature_stats(f, g, b).sums
         return (f * b).sum() + sums.sum(), sums
 
     gradient, sums = torch.func.grad(loss, has_aux=True)(f)
     assert_same(sums, expected)
     assert torch.equal(gradient, b)
-    sums, tangent = torch.func.jvp(lambda f: feature_stats(f, g, b).sums, (f,), (b,))
+    sums, tangent = torch.func.jvp(lambda f: feature_stats(f, g, b).sums, (f,), (b,))  # type: ignore[misc]
     assert_same(sums, expected)
     assert not tangent.any()

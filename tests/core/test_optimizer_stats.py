@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -27,11 +28,13 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def many(rule: OptimizerRule, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES, device: str = "cpu"):
+def many(
+    rule: OptimizerRule, dtype: torch.dtype, shapes: tuple[tuple[int, ...], ...] = SHAPES, device: str = "cpu"
+) -> Any:
     """Parameters of all shapes, their tensors in all layouts."""
     names = [name for name in LAYOUTS if not name.startswith(("expanded", "one_value", "overlapping"))]
     result = []
@@ -41,7 +44,7 @@ def many(rule: OptimizerRule, dtype: torch.dtype, shapes: tuple[tuple[int, ...],
     return result
 
 
-def check(rule: OptimizerRule, parameters, device: str = "cpu", backend: str | None = None) -> Tensor:
+def check(rule: OptimizerRule, parameters: Any, device: str = "cpu", backend: str | None = None) -> Tensor:
     arguments = step_arguments(rule, parameters)
     sums = optimizer_stats(*arguments, backend=backend).sums
     for i, tensors in enumerate(parameters):
@@ -131,7 +134,7 @@ def test_non_finite_entries_of_gradient_and_parameter_are_counted(
 # the same bits
 
 
-def everything() -> list:
+def everything() -> list[Any]:
     """Arguments of all rules: sizes, layouts, tiny and huge values, several groups of chunks."""
     torch.manual_seed(0)
     result = []
@@ -145,7 +148,7 @@ def everything() -> list:
     return result
 
 
-def test_number_of_threads(threads) -> None:
+def test_number_of_threads(threads: Any) -> None:
     threads(1)
     data = everything()
     expected = [optimizer_stats(*x).sums for x in data]
@@ -212,7 +215,7 @@ def test_fakes_and_compilation(rule: OptimizerRule, dtype: torch.dtype, device: 
     real = optimizer_stats(*arguments).sums
     with FakeTensorMode() as mode:
         tensors = [[mode.from_tensor(x) for x in part] for part in arguments[1:5]]
-        fake = optimizer_stats(rule, *tensors, mode.from_tensor(arguments[5])).sums
+        fake = optimizer_stats(rule, *tensors, mode.from_tensor(arguments[5])).sums  # type: ignore[call-arg]
     assert (fake.shape, fake.dtype, fake.device.type) == (real.shape, real.dtype, real.device.type)
     compiled = torch.compile(lambda *x: optimizer_stats(*x).sums, fullgraph=True, backend="aot_eager")
     assert_same(compiled(*arguments), real)
@@ -263,8 +266,12 @@ ERRORS = {
 @pytest.mark.parametrize("message", ERRORS)
 def test_errors(message: str, backend: str | None) -> None:
     names = ("gradients", "parameters", "first", "second")
-    arguments = {name: [torch.ones(3), torch.ones(3)] for name in names}
-    arguments = {"rule": 1, **arguments, "coefficients": torch.ones(2, 4, dtype=torch.float64), **ERRORS[message]}
+    arguments: dict[str, Any] = {
+        "rule": 1,
+        **{name: [torch.ones(3), torch.ones(3)] for name in names},
+        "coefficients": torch.ones(2, 4, dtype=torch.float64),
+        **ERRORS[message],  # type: ignore[dict-item]
+    }
     with pytest.raises(ValueError, match=message):
         optimizer_stats(**arguments, backend=backend)
 
@@ -273,9 +280,9 @@ def test_errors(message: str, backend: str | None) -> None:
 def test_types(backend: str | None) -> None:
     x, table = [torch.ones(3)], torch.ones(1, 4, dtype=torch.float64)
     with pytest.raises(TypeError, match=r"^gradients: expected a sequence of tensors, got a tensor$"):
-        optimizer_stats(1, x[0], x, x, x, table, backend=backend)  # type: ignore[arg-type]
+        optimizer_stats(1, x[0], x, x, x, table, backend=backend)
     with pytest.raises(TypeError, match=r"^coefficients: expected a tensor, got list$"):
-        optimizer_stats(1, x, x, x, x, [1.0] * 4, backend=backend)  # type: ignore[arg-type]
+        optimizer_stats(1, x, x, x, x, [1.0] * 4, backend=backend)
     half = [torch.ones(3, dtype=torch.float16)]
     with pytest.raises(ValueError, match=r"^layer 0: rule ADAM takes float32 and float64, got torch.float16$"):
         optimizer_stats(1, half, half, half, half, table, backend=backend)

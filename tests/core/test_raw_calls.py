@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,19 +16,19 @@ _C = ops._C
 pytestmark = pytest.mark.skipif(_C is None, reason="needs the native core")
 
 
-def freed(*shape, dtype=torch.float32):
+def freed(*shape: Any, dtype: Any = torch.float32) -> Any:
     tensor = torch.ones(shape, dtype=dtype)
     tensor.untyped_storage().resize_(0)
     return tensor
 
 
-def out(rows=1, columns=9):
+def out(rows: int = 1, columns: int = 9) -> Any:
     return torch.empty(rows, columns, dtype=torch.float64)
 
 
 X = torch.ones(4, 3)
 PARAMETERS = len(ParameterStats.names)
-MEASURE = _C.feature_stats_cpu if _C is not None else None
+MEASURE: Any = _C.feature_stats_cpu if _C is not None else None
 F64 = {"dtype": torch.float64}
 
 
@@ -65,19 +68,19 @@ F64 = {"dtype": torch.float64}
         lambda: _C.RecordLines([], [], []).strings(1),
     ],
 )
-def test_absurd_arguments_are_refused(call):
+def test_absurd_arguments_are_refused(call: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         call()
 
 
 @pytest.mark.parametrize("row", [-1, 4, 2**40, -(2**62)])
-def test_rows_that_are_not_there_are_refused(row):
+def test_rows_that_are_not_there_are_refused(row: Any) -> None:
     with pytest.raises(IndexError):
         _C.gather_rows_cpu(X, torch.tensor([row]), 1, None, out(1, 1)[0], 1)
 
 
 @pytest.mark.parametrize("wrong", [None, 3, "x", [1], object()])
-def test_what_is_no_tensor_is_refused(wrong):
+def test_what_is_no_tensor_is_refused(wrong: Any) -> None:
     for call in (
         lambda: MEASURE(([wrong], [X], [X]), False, out(), 1),
         lambda: MEASURE(([X], [X], [X]), False, wrong, 1),
@@ -90,7 +93,7 @@ def test_what_is_no_tensor_is_refused(wrong):
             call()
 
 
-def test_empty_tensors_are_fine():
+def test_empty_tensors_are_fine() -> None:
     empty = torch.ones(0, 3)
     into = out()
     MEASURE(([empty], [empty], [empty]), False, into, 1)

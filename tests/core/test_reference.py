@@ -1,8 +1,11 @@
 """The specification itself, against extended precision and hand-made values."""
 
+from __future__ import annotations
+
 import inspect
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from tests.helpers.compare import REFERENCE, assert_close, feature_truth, update
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sums_are_exact_for_every_dtype(dtype, device):
+def test_sums_are_exact_for_every_dtype(dtype: torch.dtype, device: str) -> None:
     shapes = ((), (0,), (1,), (1000,), (64, 33), (2, 3, 4, 5))
     for shape, backward_dtype in itertools.product(shapes, DTYPES):
         f, g, b = inputs(shape, dtype, backward_dtype, device=device)
@@ -24,7 +27,7 @@ def test_sums_are_exact_for_every_dtype(dtype, device):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sums_are_exact_for_every_layout_and_shape(layout):
+def test_sums_are_exact_for_every_layout_and_shape(layout: Any) -> None:
     for i, shape in enumerate(SHAPES):
         f, g, b = inputs(shape, DTYPES[i % 4], torch.float32, (layout,) * 3)
         assert_close(reference.feature_stats(f, g, b).sums, feature_truth(f, g, b), relative=REFERENCE, what=str(shape))
@@ -32,12 +35,12 @@ def test_sums_are_exact_for_every_layout_and_shape(layout):
         assert_close(rows.sums, feature_truth(f, g, b, per_row=True), relative=REFERENCE, what=str(shape))
 
 
-def test_a_layer_larger_than_a_slice():
+def test_a_layer_larger_than_a_slice() -> None:
     f, g, b = inputs((3, reference.SLICE // 2 + 1), torch.float32, torch.bfloat16)
     assert_close(reference.feature_stats(f, g, b).sums, feature_truth(f, g, b), relative=REFERENCE)
 
 
-def test_layers_of_all_kinds_in_one_call():
+def test_layers_of_all_kinds_in_one_call() -> None:
     f, g, b = layers()
     stats = reference.feature_stats(f, g, b)
     rows = reference.feature_stats(f, g, b, per_row=True)
@@ -46,7 +49,7 @@ def test_layers_of_all_kinds_in_one_call():
         assert rows[i] == reference.feature_stats(*layer, per_row=True)
 
 
-def test_hand_made_values():
+def test_hand_made_values() -> None:
     f = torch.tensor([1.0, -2.0, 0.0])
     g = torch.tensor([1.5, -2.0, -1.0])
     b = torch.tensor([2.0, 3.0, 4.0])
@@ -65,7 +68,7 @@ def test_hand_made_values():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_spacing_is_the_distance_to_the_next_number(dtype):
+def test_spacing_is_the_distance_to_the_next_number(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     exponents = range(math.frexp(info.tiny)[1], math.frexp(info.max)[1])
     for e in list(exponents)[:: max(1, len(exponents) // 50)]:
@@ -78,7 +81,7 @@ def test_spacing_is_the_distance_to_the_next_number(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_spacing_at_the_edges(dtype):
+def test_spacing_at_the_edges(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
     spacing = reference.spacing(special)
@@ -92,7 +95,7 @@ def test_spacing_at_the_edges(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_rounding_sq_is_what_rounding_adds(dtype):
+def test_rounding_sq_is_what_rounding_adds(dtype: torch.dtype) -> None:
     """f and f' unrelated: their roundings are independent, and |f' - f|^2 grows by rounding_sq on average."""
     f, g = torch.randn(2, 400_000, dtype=torch.float64) * 3
     exact = (g - f).square().sum()
@@ -104,7 +107,7 @@ def test_rounding_sq_is_what_rounding_adds(dtype):
     assert abs(stats.update_sq - exact - rounding) < 4 * spread
 
 
-def test_nan_and_inf_are_counted_and_propagate(device):
+def test_nan_and_inf_are_counted_and_propagate(device: str) -> None:
     f, g, b = (x.to(device) for x in inputs((100,)))
     f[3], g[3], g[7], b[9] = torch.nan, torch.inf, -torch.inf, torch.nan
     stats = reference.feature_stats(f, g, b)
@@ -123,7 +126,7 @@ def test_nan_and_inf_are_counted_and_propagate(device):
     assert not stats.rounding_sq.isfinite()
 
 
-def test_results_are_detached():
+def test_results_are_detached() -> None:
     f, g, b = (x.requires_grad_() for x in inputs((5, 3)))
     for stats in (reference.feature_stats(f, g, b), reference.feature_stats(f, g, b, per_row=True)):
         assert not stats.sums.requires_grad
@@ -131,7 +134,7 @@ def test_results_are_detached():
 
 
 @pytest.mark.parametrize("name", ["feature_stats", "update_stats"])
-def test_same_signature_as_the_public_function(name):
+def test_same_signature_as_the_public_function(name: str) -> None:
     public = dict(inspect.signature(getattr(fastfs, name)).parameters)
     del public["backend"]
     twin = inspect.signature(getattr(reference, name)).parameters

@@ -1,10 +1,13 @@
 """FeatureStats and UpdateStats: derived quantities, merging, parts, printing."""
 
+from __future__ import annotations
+
 import copy
 import json
 import math
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -26,13 +29,14 @@ def update_sums(**values: float) -> UpdateStats:
 
 def some_features(layers: int = 3) -> FeatureStats:
     parts = [inputs((10 + i, 4)) for i in range(layers)]
-    return feature_stats(*(list(x) for x in zip(*parts, strict=True)))
+    found: Any = feature_stats(*(list(x) for x in zip(*parts, strict=True)))
+    return found
 
 
 # Derived quantities
 
 
-def test_feature_quantities_follow_their_formulas():
+def test_feature_quantities_follow_their_formulas() -> None:
     f, g, b = (x.double() for x in inputs((50, 7)))
     df = g - f
     stats = feature_stats(f, g, b)
@@ -58,7 +62,7 @@ def test_feature_quantities_follow_their_formulas():
     assert {*expected, "valid"} == set(FeatureStats.derived)
 
 
-def test_update_quantities_follow_their_formulas():
+def test_update_quantities_follow_their_formulas() -> None:
     g, _, dw = (x.double() for x in inputs((50, 7)))
     stats = update_stats(g, dw)
     cos = -(g * dw).sum() / (g.norm() * dw.norm())
@@ -76,7 +80,7 @@ def test_update_quantities_follow_their_formulas():
     assert set(expected) == set(UpdateStats.derived)
 
 
-def test_angle_is_against_the_backward_vector():
+def test_angle_is_against_the_backward_vector() -> None:
     f, b = torch.zeros(2, dtype=torch.float64), torch.tensor([1.0, 0.0], dtype=torch.float64)
     for update, angle in (([-2, 0], 0), ([2, 0], math.pi), ([0, 3], math.pi / 2), ([-1, 1], math.pi / 4)):
         stats = feature_stats(f, torch.tensor(update, dtype=torch.float64), b)
@@ -86,7 +90,7 @@ def test_angle_is_against_the_backward_vector():
     assert update_stats(gradient, -0.1 * gradient).cos_angle == pytest.approx(1, abs=1e-15)
 
 
-def test_identity_and_feature_speed_formula():
+def test_identity_and_feature_speed_formula() -> None:
     """Section 2 at a cut: y = W x, so <b, dy> = <g, dW> = -D for any update, and |dy| = D / (cos |b|)."""
     x, w = torch.randn(20, 30, dtype=torch.float64), torch.randn(40, 30, dtype=torch.float64)
     b = torch.randn(20, 40, dtype=torch.float64)
@@ -100,7 +104,7 @@ def test_identity_and_feature_speed_formula():
     assert features.update_norm == pytest.approx(speed.item(), rel=1e-10)
 
 
-def test_cosine_never_leaves_its_range():
+def test_cosine_never_leaves_its_range() -> None:
     over = feature_sums(update_dot_backward=-(1 + 1e-12), update_sq=1, backward_sq=1, count=1)
     assert (over.cos_angle, over.angle) == (1, 0)
     under = update_sums(dot=1 + 1e-12, update_sq=1, gradient_sq=1, count=1)
@@ -108,7 +112,7 @@ def test_cosine_never_leaves_its_range():
 
 
 @pytest.mark.parametrize("zero", ["update", "backward", "before", "all"])
-def test_zero_vectors_give_nan_and_a_flag_and_no_warning(zero):
+def test_zero_vectors_give_nan_and_a_flag_and_no_warning(zero: str) -> None:
     f, g, b = inputs((10,))
     if zero in ("update", "all"):
         g = f.clone()
@@ -131,7 +135,7 @@ def test_zero_vectors_give_nan_and_a_flag_and_no_warning(zero):
     assert update.angle.isnan() == undefined
 
 
-def test_empty_layers_are_nan_and_invalid():
+def test_empty_layers_are_nan_and_invalid() -> None:
     empty = torch.zeros(0, 4)
     stats = feature_stats(empty, empty, empty)
     assert (stats.count, stats.valid) == (0, False)
@@ -140,7 +144,7 @@ def test_empty_layers_are_nan_and_invalid():
     assert update_stats(empty, empty).angle.isnan()
 
 
-def test_overflow_and_underflow_of_squares_give_nan_not_a_wrong_angle():
+def test_overflow_and_underflow_of_squares_give_nan_not_a_wrong_angle() -> None:
     f, b = torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     for size in (1e200, 1e-200):
         stats = feature_stats(f, -b * size, b)
@@ -149,7 +153,7 @@ def test_overflow_and_underflow_of_squares_give_nan_not_a_wrong_angle():
         assert update_stats(b, -b * size).angle.isnan()
 
 
-def test_nonfinite_inputs_are_invalid():
+def test_nonfinite_inputs_are_invalid() -> None:
     f, g, b = inputs((10,))
     assert feature_stats(f, g, b).valid
     for x in (f, g, b):
@@ -175,7 +179,7 @@ FEATURES = {
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_valid_norms_are_right_and_wrong_ones_are_flagged(dtype, features):
+def test_valid_norms_are_right_and_wrong_ones_are_flagged(dtype: torch.dtype, features: Any) -> None:
     """Updates from a tenth down to a hundred thousandth of the features, stored in 16 bits."""
     n = 200_000
     f = FEATURES[features](n)
@@ -204,7 +208,7 @@ def test_valid_norms_are_right_and_wrong_ones_are_flagged(dtype, features):
     assert 1e-5 in wrong
 
 
-def test_bfloat16_at_one_thousandth_reads_almost_twice_too_large():
+def test_bfloat16_at_one_thousandth_reads_almost_twice_too_large() -> None:
     """Section 5 of the notes: the reason for the flag."""
     f = torch.randn(400_000, dtype=torch.float64)
     df = 1e-3 * torch.randn(400_000, dtype=torch.float64)
@@ -216,7 +220,7 @@ def test_bfloat16_at_one_thousandth_reads_almost_twice_too_large():
 # Merging
 
 
-def test_adding_parts_gives_the_whole():
+def test_adding_parts_gives_the_whole() -> None:
     f, g, b = inputs((60, 5), torch.float64)
     whole = feature_stats(f, g, b)
     parts = [feature_stats(*p) for p in zip(f.split(17), g.split(17), b.split(17), strict=True)]
@@ -227,7 +231,7 @@ def test_adding_parts_gives_the_whole():
     assert sum(update_stats(*p) for p in zip(f.split(17), b.split(17), strict=True)).count == 300
 
 
-def test_adding_makes_a_new_object():
+def test_adding_makes_a_new_object() -> None:
     a, b = some_features(), some_features()
     old = a.sums.clone()
     merged = a + b
@@ -237,7 +241,7 @@ def test_adding_makes_a_new_object():
     assert torch.equal(a.sums, old + b.sums)
 
 
-def test_adding_different_things_is_an_error():
+def test_adding_different_things_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"FeatureStats of shape \(2,\) to FeatureStats of shape \(3,\)"):
         some_features(3) + some_features(2)
     with pytest.raises(ValueError, match=r"shape \(3,\) to FeatureStats of shape \(\)"):
@@ -247,7 +251,7 @@ def test_adding_different_things_is_an_error():
             feature_sums() + other
 
 
-def test_total_is_the_sum_over_layers():
+def test_total_is_the_sum_over_layers() -> None:
     stats = some_features(4)
     assert stats.total().shape == ()
     torch.testing.assert_close(stats.total().sums, stats.sums.sum(0))
@@ -257,7 +261,7 @@ def test_total_is_the_sum_over_layers():
 # Parts and comparison
 
 
-def test_indexing_and_iteration():
+def test_indexing_and_iteration() -> None:
     stats = some_features(4)
     assert (stats.shape, len(stats), stats[1].shape) == ((4,), 4, ())
     assert stats[1:3].shape == (2,)
@@ -283,7 +287,7 @@ def test_indexing_and_iteration():
         list(stats[0])
 
 
-def test_equality():
+def test_equality() -> None:
     a = some_features()
     assert a == a.clone()
     assert a != a[:2]
@@ -295,7 +299,7 @@ def test_equality():
         hash(a)
 
 
-def test_copies_share_no_memory():
+def test_copies_share_no_memory() -> None:
     a = some_features()
     for other in (a.clone(), copy.deepcopy(a), pickle.loads(pickle.dumps(a))):
         assert a == other
@@ -303,13 +307,13 @@ def test_copies_share_no_memory():
         assert a != other
 
 
-def test_to_device(device):
+def test_to_device(device: str) -> None:
     moved = some_features().to(device)
     assert moved.device.type == device
     assert moved.to("cpu").valid.tolist() == [True] * 3
 
 
-def test_dtypes():
+def test_dtypes() -> None:
     stats = some_features()
     assert {stats.nonfinite.dtype, stats.count.dtype} == {torch.int64}
     assert stats.valid.dtype == torch.bool
@@ -319,7 +323,7 @@ def test_dtypes():
 
 
 @pytest.mark.parametrize("sums", [torch.zeros(9), torch.zeros(8).double(), torch.tensor(1.0).double()], ids=repr)
-def test_wrong_sums_are_refused(sums):
+def test_wrong_sums_are_refused(sums: Any) -> None:
     with pytest.raises(ValueError, match=r"FeatureStats: expected a float64 tensor of shape \(..., 9\)"):
         FeatureStats(sums)
     with pytest.raises(ValueError, match=r"UpdateStats: expected a float64 tensor of shape \(..., 5\)"):
@@ -329,7 +333,7 @@ def test_wrong_sums_are_refused(sums):
 # Reading
 
 
-def test_to_dict_is_plain_and_complete():
+def test_to_dict_is_plain_and_complete() -> None:
     stats = some_features(2)
     values = stats.to_dict()
     assert list(values) == [*FeatureStats.names, *FeatureStats.derived]
@@ -343,7 +347,7 @@ def test_to_dict_is_plain_and_complete():
     assert set(update_sums(dot=1).to_dict()) == {*UpdateStats.names, *UpdateStats.derived}
 
 
-def test_repr_is_a_table():
+def test_repr_is_a_table() -> None:
     stats = some_features(3)
     lines = repr(stats).splitlines()
     assert lines[0] == "FeatureStats(shape=(3,), device=cpu)"
@@ -359,7 +363,7 @@ def test_repr_is_a_table():
     assert "aligned_decrease" in repr(update_sums(dot=1, count=1))
 
 
-def test_repr_of_many_layers_is_short():
+def test_repr_of_many_layers_is_short() -> None:
     stats = FeatureStats(torch.zeros(10_000, 9, dtype=torch.float64))
     text = repr(stats)
     assert len(text.splitlines()) < 60
@@ -367,7 +371,7 @@ def test_repr_of_many_layers_is_short():
     assert "9999" in text
 
 
-def test_default_device_does_not_matter():
+def test_default_device_does_not_matter() -> None:
     stats = fastfs.feature_stats(torch.ones(3, 4), torch.zeros(3, 4), torch.ones(3, 4))
     text = repr(stats)
     with torch.device("meta"):
@@ -375,7 +379,7 @@ def test_default_device_does_not_matter():
         assert fastfs.feature_stats([], [], []).device == torch.device("cpu")
 
 
-def test_repr_without_data():
+def test_repr_without_data() -> None:
     assert repr(FeatureStats(torch.zeros(2, 9, dtype=torch.float64, device="meta"))) == (
         "FeatureStats(shape=(2,), device=meta)"
     )

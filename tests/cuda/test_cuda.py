@@ -1,5 +1,9 @@
 """The native core on a real GPU. What runs on CPU and GPU alike is in the other tests; here is what only CUDA has."""
 
+from __future__ import annotations
+
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +24,7 @@ BF16 = torch.bfloat16
 CHUNK = 8192
 
 
-def on_gpu(shape: tuple[int, ...], *arguments, **options) -> tuple[torch.Tensor, ...]:
+def on_gpu(shape: tuple[int, ...], *arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
     return inputs(shape, *arguments, device="cuda", **options)
 
 

@@ -1,11 +1,14 @@
 """The real CUDA kernels and launchers on the host: sums, determinism, sanitizers, and bugs that must be caught."""
 
+from __future__ import annotations
+
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +49,7 @@ class Programs:
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory):
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("cuda_on_cpu")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         result = Programs(folder, pool)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ REORDERED = ("transposed", "reversed_dims", "channels_last")
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory):
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Drivers by build, compiled beside one another."""
     folder = tmp_path_factory.mktemp("steps_on_cpu")
     with ThreadPoolExecutor(2) as pool:
@@ -44,7 +46,7 @@ def plain(programs: dict[str, Future[Path]]) -> Path:
 
 
 def case(
-    rule: OptimizerRule, parameters: list[tuple[Tensor, ...]], coefficients: Tensor | None = None, **options
+    rule: OptimizerRule, parameters: list[tuple[Tensor, ...]], coefficients: Tensor | None = None, **options: Any
 ) -> Case:
     table = step_arguments(rule, parameters, coefficients)[-1]
     return Case(parameters, op=harness.RULES + rule, coefficients=table, **options)

@@ -35,7 +35,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
     folder = tmp_path_factory.mktemp("cubins")
     jobs = [(name, architecture) for architecture in ARCHITECTURES for name in FILES]
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return dict(zip(jobs, pool.map(lambda job: compile_file(*job, folder), jobs), strict=True))
+        return dict(zip(jobs, pool.map(lambda job: compile_file(job[0], job[1], folder), jobs), strict=True))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -76,7 +76,7 @@ def test_wide_loads_and_no_local_memory(
         assert len(wide) >= inputs, f"{symbol}: {len(wide)} wide loads"
         assert any(op.startswith("ATOMG") and "INC" in op for op in counts), symbol
         if "DenseTable" in symbol:
-            # The fast loop comes first, with two wide loads of every input. All but one are under way before the first
+            # The fast loop comes first, with two wide loads of every input. All but one are in flight before the first
             # arithmetic; on sm_120, with its lower bandwidth, at least those of one tile.
             wanted = inputs if architecture == "120" else 2 * inputs - 1
             ahead = loads_ahead(opcodes)

@@ -1,11 +1,14 @@
 """The real CUDA kernels of the row ops on the host: results, determinism, sanitizers, and bugs that must be caught."""
 
+from __future__ import annotations
+
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -78,7 +81,7 @@ class Programs:
 
 
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory):
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("rows_on_cpu")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         result = Programs(folder, pool)

@@ -1,6 +1,9 @@
 """The monitor on a GPU: nothing waits for the device, training stays bitwise the same, numbers agree with the CPU."""
 
+from __future__ import annotations
+
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +34,7 @@ def batch(step: int, device: str = "cuda") -> tuple[torch.Tensor, torch.Tensor]:
     return x.to(device), y.to(device)
 
 
-def step(model, optimizer, data, scaler=None, autocast=False):
+def step(model: Any, optimizer: torch.optim.Optimizer, data: Any, scaler: Any = None, autocast: bool = False) -> Any:
     optimizer.zero_grad()
     with torch.autocast("cuda", torch.float16, enabled=autocast):
         loss = F.cross_entropy(model(data[0]).flatten(0, 1), data[1].flatten())
@@ -47,10 +50,10 @@ def step(model, optimizer, data, scaler=None, autocast=False):
 
 @pytest.mark.parametrize("options", MODES)
 @pytest.mark.parametrize("optimizer_options", [{}, {"fused": True}, {"capturable": True}])
-def test_no_step_waits_for_the_device(options, optimizer_options):
+def test_no_step_waits_for_the_device(options: Any, optimizer_options: dict[str, Any]) -> None:
     model = make()
     optimizer = adamw(model, **optimizer_options)
-    seen = []
+    seen: list[Any] = []
     monitor = fastfs.Monitor(
         model, optimizer, every=2, aligned_every=1, sinks=[measured_into(seen)], verbose=False, **options
     )
@@ -68,8 +71,8 @@ def test_no_step_waits_for_the_device(options, optimizer_options):
 
 @pytest.mark.parametrize("options", [*MODES, {"aligned_every": 1}])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_training_is_bitwise_the_same(options, scaled):
-    def run(watch):
+def test_training_is_bitwise_the_same(options: Any, scaled: bool) -> None:
+    def run(watch: Any) -> list[Any]:
         model = make(dropout=0.2)
         optimizer = adamw(model)
         scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40) if scaled else None  # the first steps are skipped
@@ -87,8 +90,8 @@ def test_training_is_bitwise_the_same(options, scaled):
 
 
 @pytest.mark.parametrize("options", MODES)
-def test_numbers_agree_with_the_cpu(options):
-    rows = {}
+def test_numbers_agree_with_the_cpu(options: Any) -> None:
+    rows: dict[Any, Any] = {}
     for device in ("cpu", "cuda"):
         torch.backends.cuda.matmul.fp32_precision = "ieee"
         model = copy.deepcopy(make("cpu")).to(device)

@@ -1,15 +1,18 @@
 """The variants of the kernel: they have the policies they claim, compile, and on the host compute what they should."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.ops.feature_stats import Workload
+from benchmarks.ops.feature_stats import Workload  # type: ignore[attr-defined]
 from benchmarks.tuning import __main__ as command
 from benchmarks.tuning import build, measure, sass, static
 from benchmarks.tuning.architectures import ARCHITECTURES
@@ -157,7 +160,7 @@ def test_loops_and_paths_of_machine_code() -> None:
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory: pytest.TempPathFactory):
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("variants")
 
     def load(v: Variant) -> Library:
@@ -282,7 +285,7 @@ def test_baseline_and_bulk_copies_compile_without_spills(tmp_path: Path) -> None
             assert any(op.startswith("UBLKCP") for op in opcodes) == (name == BULK), symbol
         for row in static.compile_and_describe(variant(name), at, tmp_path / f"{variant(name).slug}-again"):
             assert row["blocks"] == 3
-            assert row["bytes under way"] > at.needed_bytes()[1]
+            assert row["bytes in flight"] > at.needed_bytes()[1]
             assert 15 < row["instructions per element"] < 40
 
 

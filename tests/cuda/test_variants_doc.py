@@ -21,7 +21,7 @@ def test_table_of_variants_is_that_of_the_file() -> None:
 def test_table_of_architectures_is_that_of_the_file() -> None:
     only = [r for r in FILE["results"] if r["variant"] == BASELINE]
     for name, at in FILE["architectures"].items():
-        low, high = (round(n / 1024) for n in at["bytes needed under way"])
+        low, high = (round(n / 1024) for n in at["bytes needed in flight"])
         (line,) = static.markdown(only, name)
         assert line.replace(f"| {BASELINE} |", f"| {at['gpu']} | {low} to {high} |") in PAGE
 

@@ -95,7 +95,11 @@ def _attach(loop: Loop, outcome: Outcome, stack: contextlib.ExitStack) -> list[f
     for options in modes.get(recipe.monitor, [{}]):
         rows: list[dict[str, Any]] = []
         sink = functools.partial(_keep, rows)
-        keywords = {"layers": LAYERS.get(recipe.body, r"blocks\.\d+$"), "every": 1, "rows": None} | options
+        keywords: dict[str, Any] = {
+            "layers": LAYERS.get(recipe.body, r"blocks\.\d+$"),
+            "every": 1,
+            "rows": None,
+        } | options
         optimizer = loop.sam or (trial.optimizers[0] if len(trial.optimizers) == 1 else trial.optimizers)
         try:
             monitor = fastfs.Monitor(

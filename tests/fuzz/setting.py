@@ -140,9 +140,11 @@ class _Loop:
             "aligned": {"every": 4, "aligned_every": 1},  # the disturbed step is a predicted one
             "autocast": {"amplify": True, "aligned_every": 1},
         }
-        keywords = {"layers": r"blocks\.\d+$|attention$", "every": 1, "sinks": [rows.extend]} | options.get(
-            self.mode, {}
-        )
+        keywords: dict[str, Any] = {
+            "layers": r"blocks\.\d+$|attention$",
+            "every": 1,
+            "sinks": [rows.extend],
+        } | options.get(self.mode, {})
         return fastfs.Monitor(self.model, self.optimizer, alerts=(), verbose=False, **keywords)
 
 
@@ -292,7 +294,7 @@ def said_of(place: Place) -> str:
     """In words."""
     code, offset = place
     lines = [line for start, end, line in code.co_lines() if start <= offset < end]
-    return f"{code.co_filename.rsplit('/', 1)[-1]}:{lines[0] if lines else '?'} {code.co_qualname}"
+    return f"{code.co_filename.rsplit('/', 1)[-1]}:{lines[0] if lines else '?'} {code.co_name}"
 
 
 # The judges

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch._dynamo  # optimizers import it when they are made, which adds filters for warnings
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
@@ -73,7 +72,7 @@ def switches() -> Picture:
         "torch.func level": torch._C._functorch.maybe_current_level(),
         "dispatch modes": torch._C._len_torch_dispatch_stack(),
         "function modes": torch._C._len_torch_function_stack(),
-        "__torch_function__": torch._C._get_torch_function_state(),
+        "__torch_function__": torch._C._get_torch_function_state(),  # type: ignore[attr-defined]
         "saved tensor hooks": torch._C._autograd._top_saved_tensors_default_hooks(True) is not None,
         "multithreading": torch._C._is_multithreading_enabled(),
         "warning filters": repr(warnings.filters),
@@ -87,7 +86,7 @@ def switches() -> Picture:
 
 def reset_switches() -> None:
     """What :func:`switches` tells, as a process has it at its start: a fault that left one is told once, not by all."""
-    torch._C._set_torch_function_state(torch._C._TorchFunctionState.ENABLED)
+    torch._C._set_torch_function_state(torch._C._TorchFunctionState.ENABLED)  # type: ignore[attr-defined]
     torch.set_grad_enabled(True)
     torch.set_autocast_enabled("cpu", False)
     torch.set_autocast_cache_enabled(True)

@@ -43,7 +43,7 @@ def _numpy(t: Tensor, _v: Tensor) -> None:
 
 
 def _dlpack(t: Tensor, _v: Tensor) -> None:
-    torch.from_dlpack(t.detach()).mul_(0.9)
+    torch.utils.dlpack.from_dlpack(t.detach()).mul_(0.9)
 
 
 def _storage(t: Tensor, _v: Tensor) -> None:
@@ -123,7 +123,7 @@ class Slots:
         self.value = value
 
 
-TARGETS: dict[str, tuple[Callable[[Writing], Tensor], bool]] = {
+TARGETS: dict[str, tuple[Callable[[Writing], Any], bool]] = {
     # name: (the tensor, whether it may be written to after its use in the forward)
     "gain": (lambda m: m.gain, False),
     "weight": (lambda m: m.blocks[0].weight, False),

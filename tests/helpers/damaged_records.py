@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections.abc import Iterator
 from copy import deepcopy
+from typing import Any
 
 import pandas as pd
 from hypothesis import strategies as st
@@ -20,7 +22,7 @@ GROUPS = {"blocks": NAMES[:2]}
 ROWS = [*NAMES, *GROUPS]
 
 
-def plain_lines():
+def plain_lines() -> Any:
     """Lines of all kinds: a run, its resumption, and another run."""
     lines = [cases.header(NAMES, groups=GROUPS), cases.structure(NAMES)]
     lines += [cases.measured(ROWS, 0), cases.predicted(ROWS, 1), cases.alert(1, layer="head"), cases.measured(ROWS, 2)]
@@ -41,16 +43,16 @@ LINES = plain_lines()
 HEADERS = [i for i, line in enumerate(LINES) if line["kind"] == "header"]
 
 
-def encode(line):
+def encode(line: Any) -> Any:
     return json.dumps(line, separators=(",", ":")).encode()
 
 
-def write(path, raws, end=b"\n"):
+def write(path: Any, raws: Any, end: Any = b"\n") -> Any:
     path.write_bytes(b"\n".join(raws) + end)
     return path
 
 
-def rows_of(table):
+def rows_of(table: Any) -> Any:
     """The rows of each record as text, in which NaN differs from a number."""
     found = {}
     table = table.astype({name: "float64" for name in table if table[name].dtype == "int64"})  # floats where some lack
@@ -59,7 +61,7 @@ def rows_of(table):
     return found
 
 
-def read_twice(path):
+def read_twice(path: Any) -> tuple[Any, ...]:
     """Reads with and without the native reader, which must agree. Returns the table or the error, and the warnings."""
     results = []
     for native in (True, False):
@@ -83,7 +85,7 @@ def read_twice(path):
     return first, told
 
 
-def sentence(error):
+def sentence(error: Any) -> Any:
     text = str(error)
     assert text, repr(error)
     assert "\n" not in text
@@ -104,7 +106,7 @@ VALUES = st.sampled_from(
 )
 
 
-def places(value, prefix=()):
+def places(value: Any, prefix: Any = ()) -> Iterator[Any]:
     yield prefix
     if isinstance(value, dict):
         for key, item in value.items():
@@ -115,7 +117,7 @@ def places(value, prefix=()):
 
 
 @st.composite
-def damaged(draw, line):
+def damaged(draw: Any, line: Any) -> Any:
     """Damages a line in one place. Returns bytes."""
     line = deepcopy(line)
     how = draw(st.sampled_from(["replace", "delete", "add", "twice", "cut", "bytes", "foreign", "spaces"]))
@@ -152,7 +154,7 @@ def damaged(draw, line):
 
 
 @st.composite
-def damaged_records(draw):
+def damaged_records(draw: Any) -> tuple[Any, ...]:
     """Damages up to two lines. Returns all lines and the indices of the damaged ones."""
     raws = [encode(line) for line in LINES]
     touched = draw(st.lists(st.integers(0, len(LINES) - 1), min_size=1, max_size=2, unique=True))

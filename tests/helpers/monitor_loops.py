@@ -314,7 +314,7 @@ def closure_step(loop: Loop, run: Run, step: int) -> None:
             run.trace.append(nn.utils.clip_grad_norm_(run.model.parameters(), loop.clip).detach())
         return loss
 
-    run.trace.append(optimizer.step(closure).detach())
+    run.trace.append(optimizer.step(closure).detach())  # type: ignore[attr-defined]
 
 
 def copying_step(loop: Loop, run: Run, step: int) -> None:

@@ -70,7 +70,8 @@ COPIED: tuple[Case, ...] = (
 
 def _implementations(form: ClosedForm) -> list[Options]:
     """One tensor after the other, and what else torch has on the CPU without gradients of the step."""
-    return [{"foreach": False}, *({name: True} for name in ("foreach", "fused") if name in form.implementations)]
+    names = [name for name in ("foreach", "fused") if name in form.implementations]
+    return [{"foreach": False}] + [{name: True} for name in names]
 
 
 CLOSED: tuple[tuple[ClosedForm, Options], ...] = tuple(
@@ -95,7 +96,7 @@ def name_of(value: Any) -> str:
 def make_optimizer(kind: type[Optimizer], parameters: list[Tensor], options: Options) -> Optimizer:
     if kind is torch.optim.Muon:
         parameters = [p for p in parameters if p.dim() == 2 and p.numel()]
-    return kind(parameters, **options)  # type: ignore[call-arg]
+    return kind(parameters, **options)
 
 
 def make_parameters(dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:

@@ -30,7 +30,7 @@ STEP_SECONDS = 0.25
 
 def header(
     names: list[str], *, run: str = "r1", every: int = 1, groups: dict[str, list[str]] | None = None, **more: Any
-):
+) -> dict[str, Any]:
     return {
         **HEADER,
         "run": run,

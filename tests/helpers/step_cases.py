@@ -51,12 +51,12 @@ class Log:
 
 
 class Mine(torch.optim.AdamW):
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         return super().step(closure)
 
 
 class Deeper(Mine):
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         return super().step(closure)
 
 
@@ -87,7 +87,7 @@ class Slow(torch.optim.Optimizer):
         self.count = 0
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Any = None) -> Any:
         loss = self.base.step(closure)
         self.count += 1
         if self.count % 2 == 0:

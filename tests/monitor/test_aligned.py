@@ -20,12 +20,12 @@ Row = dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads: Any) -> None:
     threads(1)
 
 
 def one(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], list[torch.optim.Optimizer]]:
-    return lambda model: [kind(model.parameters(), **options)]  # type: ignore[call-arg]
+    return lambda model: [kind(model.parameters(), **options)]
 
 
 OPTIMIZERS = {
@@ -56,7 +56,13 @@ class Loop:
         self.optimizers = optimizers(self.model)
         self.scaler = scaler
         self.seen: list[Row] = []
-        keywords = {"layers": BLOCKS, "every": every, "aligned_every": 1, "rows": None, "alerts": ()} | options
+        keywords: dict[str, Any] = {
+            "layers": BLOCKS,
+            "every": every,
+            "aligned_every": 1,
+            "rows": None,
+            "alerts": (),
+        } | options
         self.monitor = fastfs.Monitor(
             self.model, self.optimizers, sinks=[self.seen.extend], verbose=False, scaler=scaler, **keywords
         )
@@ -128,7 +134,7 @@ def small_residuals(found: list[Row], most: float) -> bool:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_aligned_decrease_is_that_of_copies(name):
+def test_the_aligned_decrease_is_that_of_copies(name: Any) -> None:
     loop = Loop(OPTIMIZERS[name])
     loop.check(loop.run(10), 10)
 
@@ -136,7 +142,7 @@ def test_the_aligned_decrease_is_that_of_copies(name):
 @pytest.mark.parametrize("name", ["sgd-momentum-decay", "sgd-nesterov", "sgd-nesterov-foreach", "adamw", "muon-adamw"])
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 3])
-def test_clipping_by_norm_and_scaling_are_taken_out(name, scaled, micro_batches):
+def test_clipping_by_norm_and_scaling_are_taken_out(name: str, scaled: bool, micro_batches: int) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
     loop = Loop(OPTIMIZERS[name], mode="jvp", scaler=scaler)
     found = loop.run(9, clip=0.01, micro_batches=micro_batches)
@@ -147,7 +153,7 @@ def test_clipping_by_norm_and_scaling_are_taken_out(name, scaled, micro_batches)
 
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_scaler_changes_no_number(clip, micro_batches):
+def test_a_scaler_changes_no_number(clip: float | None, micro_batches: int) -> None:
     found = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
         loop = Loop(OPTIMIZERS["sgd-momentum-decay"], scaler=scaler)
@@ -167,7 +173,7 @@ def first_order_loop() -> tuple[Net, torch.optim.Optimizer, list[Row], fastfs.Mo
     return model, optimizer, seen, monitor
 
 
-def test_a_closure_begins_the_step_when_it_is_over():
+def test_a_closure_begins_the_step_when_it_is_over() -> None:
     """With clipping inside of it, and in the first step, where no gradient is there before."""
     model, optimizer, seen, monitor = first_order_loop()
     with monitor:
@@ -187,7 +193,7 @@ def test_a_closure_begins_the_step_when_it_is_over():
     assert all(row["aligned_decrease"] > 0 for row in measured)
 
 
-def test_a_step_that_raised_leaves_its_clipping_behind():
+def test_a_step_that_raised_leaves_its_clipping_behind() -> None:
     model, optimizer, seen, monitor = first_order_loop()
     with monitor:
         for step in range(3):
@@ -209,7 +215,7 @@ def test_a_step_that_raised_leaves_its_clipping_behind():
 # What is predicted
 
 
-def test_predicted_speed_is_the_formula_with_the_last_angle():
+def test_predicted_speed_is_the_formula_with_the_last_angle() -> None:
     found = Loop(OPTIMIZERS["adamw"], every=5).run(20)
     cosine: dict[int, float] = {}
     count = 16 * 8
@@ -225,9 +231,9 @@ def test_predicted_speed_is_the_formula_with_the_last_angle():
     assert sum(not math.isnan(row["update_rms"]) for row in found if row["kind"] == "predicted") > 20
 
 
-def test_predicted_speed_is_near_the_measured_one_where_little_changes():
+def test_predicted_speed_is_near_the_measured_one_where_little_changes() -> None:
     """The same batch at every step, small steps: within 2% three steps after the measurement."""
-    options = {"batch": lambda _: wide_rows(0)}
+    options: dict[str, Any] = {"batch": lambda _: wide_rows(0)}
     slow = one(torch.optim.SGD, lr=0.01)
     truth = Loop(slow, every=1).run(16, **options)
     found = Loop(slow, every=4).run(16, **options)
@@ -242,7 +248,7 @@ def test_predicted_speed_is_near_the_measured_one_where_little_changes():
 
 
 @pytest.mark.parametrize("some", [False, True])
-def test_clipping_by_value_is_null(some):
+def test_clipping_by_value_is_null(some: bool) -> None:
     """Also where it befalls some parameters only: all gradients are looked at."""
 
     def spoil(model: nn.Module) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastfs
 from fastfs._network.layers import clean_name
@@ -17,19 +20,19 @@ from tests.helpers.monitor_cases import rows, sgd, train, watched
 # Arguments
 
 
-def test_no_match_lists_the_candidates():
+def test_no_match_lists_the_candidates() -> None:
     with pytest.raises(ValueError, match=r"layers.*d' matches no module of ResNet. Candidates: stem, blocks.0"):
         watched(layers=r"layers\.\d")
 
 
-def test_an_unknown_name_lists_the_candidates():
+def test_an_unknown_name_lists_the_candidates() -> None:
     with pytest.raises(ValueError, match=r"unknown names \['blocks.7'\].*Candidates: stem"):
         watched(layers=["blocks.0", "blocks.7"])
     with pytest.raises(ValueError, match="an empty list"):
         watched(layers=[])
 
 
-def test_many_candidates_are_cut():
+def test_many_candidates_are_cut() -> None:
     with pytest.raises(ValueError, match=r"\.\.\. \(4\d\d in all\)$"):
         watched(layers="nothing", model=ResNet(8, 4, 200, 3))
 
@@ -49,12 +52,12 @@ def test_many_candidates_are_cut():
         ({"metadata": [1]}, TypeError, "metadata: expected a dictionary, got list"),
     ],
 )
-def test_wrong_arguments(options, error, message):
+def test_wrong_arguments(options: dict[str, Any], error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         watched(**options)
 
 
-def test_wrong_model_optimizer_and_sink():
+def test_wrong_model_optimizer_and_sink() -> None:
     model = MLP(8, 8, 3)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got int"):
         fastfs.Monitor(3, sgd(model), layers="blocks")
@@ -69,7 +72,7 @@ def test_wrong_model_optimizer_and_sink():
 
 
 @pytest.mark.parametrize("sinks", ["abc", b"abc", print, 3, {"a.jsonl"}])
-def test_sinks_must_be_a_list(sinks, tmp_path, monkeypatch):
+def test_sinks_must_be_a_list(sinks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = MLP(8, 8, 3)
     with pytest.raises(TypeError, match=r"sinks: expected a list of paths, .* one file can be given as path="):
@@ -77,16 +80,16 @@ def test_sinks_must_be_a_list(sinks, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_class_is_no_sink():
+def test_a_class_is_no_sink() -> None:
     model = MLP(8, 8, 3)
     with pytest.raises(TypeError, match=r"expected an object, got the class JsonlSink: make one, JsonlSink\(...\)"):
         fastfs.Monitor(model, sgd(model), layers="blocks", sinks=[fastfs.monitor.JsonlSink])
 
 
 @pytest.mark.parametrize("value", [object(), torch.zeros(2), {1, 2}, {(1, 2): 3}])
-def test_metadata_that_json_cannot_hold(value, tmp_path):
+def test_metadata_that_json_cannot_hold(value: Any, tmp_path: Path) -> None:
     model = MLP(8, 8, 3)
-    loop = {}
+    loop: dict[Any, Any] = {}
     loop["again"] = loop
     for bad in (value, loop):
         with pytest.raises(TypeError, match="metadata: expected a dictionary that JSON can hold"):
@@ -96,7 +99,7 @@ def test_metadata_that_json_cannot_hold(value, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_integers_of_numpy_are_integers():
+def test_integers_of_numpy_are_integers() -> None:
     model, optimizer, seen, monitor = watched(every=np.int64(2))
     train(model, optimizer, 3)
     monitor.close()
@@ -104,9 +107,9 @@ def test_integers_of_numpy_are_integers():
     assert type(fastfs.monitor.Every(np.int64(2)).steps) is int
 
 
-def test_a_schedule_of_ones_own():
+def test_a_schedule_of_ones_own() -> None:
     class Doubling:
-        def due(self, step):
+        def due(self, step: int) -> bool:
             return step & (step - 1) == 0
 
     model, optimizer, seen, monitor = watched(every=Doubling())
@@ -115,7 +118,7 @@ def test_a_schedule_of_ones_own():
     assert sorted({row["step"] for row in seen}) == [0, 1, 2, 4, 8]
 
 
-def test_repr_and_properties():
+def test_repr_and_properties() -> None:
     model, optimizer, _, monitor = watched(every=2)
     assert monitor.layers == ("blocks.0", "blocks.1", "blocks.2")
     assert (monitor.step, monitor.due) == (0, True)
@@ -127,7 +130,7 @@ def test_repr_and_properties():
     assert "closed" in repr(monitor)
 
 
-def test_log_takes_scalars_only_and_adds_up():
+def test_log_takes_scalars_only_and_adds_up() -> None:
     model, optimizer, seen, monitor = watched()
     with pytest.raises(ValueError, match=r"scalar loss, got a tensor of shape \(2,\)"):
         monitor.log(loss=torch.zeros(2))
@@ -156,17 +159,17 @@ def test_log_takes_scalars_only_and_adds_up():
         ("_fsdp_wrapped_module.blocks.0", False, "blocks.0"),
     ],
 )
-def test_names_lose_the_prefixes_of_wrappers(raw, wrapped, clean):
+def test_names_lose_the_prefixes_of_wrappers(raw: str, wrapped: bool, clean: str) -> None:
     assert clean_name(raw, wrapped) == clean
 
 
-def test_a_data_parallel_wrapper_is_seen_through():
+def test_a_data_parallel_wrapper_is_seen_through() -> None:
     class Parallel(nn.Module):
-        def __init__(self, module):
+        def __init__(self, module: Any) -> None:
             super().__init__()
             self.module = module
 
-        def forward(self, *args):
+        def forward(self, *args: Any) -> Any:
             return self.module(*args)
 
     model, optimizer, seen, monitor = watched(layers=r"^blocks\.\d+$", model=Parallel(ResNet(8, 16, 2, 3)))
@@ -179,22 +182,22 @@ def test_a_data_parallel_wrapper_is_seen_through():
 class Outputs(nn.Module):
     """A layer that returns what it is told to."""
 
-    def __init__(self, make):
+    def __init__(self, make: Any) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
         self.make = make
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.make(self.layer(x))
 
 
 class Model(nn.Module):
-    def __init__(self, make, take):
+    def __init__(self, make: Any, take: Any) -> None:
         super().__init__()
         self.inner = Outputs(make)
         self.take = take
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.take(self.inner(x))[:, :3]
 
 
@@ -206,7 +209,7 @@ class Model(nn.Module):
         (lambda x: [None, (x,)], lambda out: out[1][0]),
     ],
 )
-def test_the_first_floating_tensor_of_an_output_is_watched(make, take):
+def test_the_first_floating_tensor_of_an_output_is_watched(make: Callable[..., Any], take: Callable[..., Any]) -> None:
     model, optimizer, seen, monitor = watched(layers="inner$", model=Model(make, take))
     train(model, optimizer, 1)
     monitor.close()
@@ -215,7 +218,7 @@ def test_the_first_floating_tensor_of_an_output_is_watched(make, take):
 
 
 @pytest.mark.parametrize("make", [lambda x: (x.argmax(dim=1),), lambda x: "text", lambda x: ()])
-def test_an_output_without_a_floating_tensor_is_a_warning(make):
+def test_an_output_without_a_floating_tensor_is_a_warning(make: Callable[..., Any]) -> None:
     other = torch.zeros(16, 8, requires_grad=True)
     model, optimizer, seen, monitor = watched(layers="inner$", model=Model(make, lambda _: other))
     message = r"TypeError: layer 'inner' \(Outputs\): expected an output that is or holds a floating-point"
@@ -225,9 +228,9 @@ def test_an_output_without_a_floating_tensor_is_a_warning(make):
     assert seen == []
 
 
-def test_layers_that_are_unused_frozen_or_without_gradient():
+def test_layers_that_are_unused_frozen_or_without_gradient() -> None:
     class Sometimes(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.backbone = nn.Linear(8, 8)
             self.frozen = nn.Linear(8, 8).requires_grad_(False)
@@ -235,7 +238,7 @@ def test_layers_that_are_unused_frozen_or_without_gradient():
             self.unused = nn.Linear(8, 8)
             self.apart = nn.Linear(8, 8)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             with torch.no_grad():
                 x = self.backbone(x)
             x = self.used(self.frozen(x))
@@ -262,17 +265,17 @@ def test_layers_that_are_unused_frozen_or_without_gradient():
     assert all(row["backward_rms"] == 0 and row["update_rms"] > 0 and not row["valid"] for row in rows_of["apart"])
 
 
-def test_layers_that_run_in_some_steps_only():
+def test_layers_that_run_in_some_steps_only() -> None:
     class Alternating(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
             self.calls = 0
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.blocks[int(x[0, 0] > 0)](x)[:, :3]
 
-    def batch(step):
+    def batch(step: int) -> tuple[Any, ...]:
         x, y = rows(step)
         x[0, 0] = (-1.0) ** step
         return x, y
@@ -284,7 +287,7 @@ def test_layers_that_run_in_some_steps_only():
     assert [row["count"] > 0 for row in seen] == [False, True, True, False] * 2
 
 
-def test_the_description_says_what_an_aligned_step_does():
+def test_the_description_says_what_an_aligned_step_does() -> None:
     from fastfs._monitor import settings
 
     tiny = settings.aligned_work([torch.zeros(32, 32), torch.zeros(32)], 3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from fastfs._monitor.capture.sampling import BudgetError, RowSampler, row_dims
 @pytest.mark.skipif(not ops.native_available(), reason="no native core")
 @pytest.mark.parametrize("shape", [(), (3,), (4, 3), (2, 4, 3), (2, 3, 4, 5), (2, 3, 4, 5, 2), (0, 3), (4, 0), (0,)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_all_rows_are_copied_as_the_operator_does(shape, dtype):
+def test_all_rows_are_copied_as_the_operator_does(shape: tuple[Any, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     transposed = x.transpose(0, -1) if x.dim() > 1 else x
     for features in (x, transposed, x.expand(2, *shape), x.requires_grad_()):
@@ -30,7 +32,7 @@ def test_all_rows_are_copied_as_the_operator_does(shape, dtype):
 
 
 @pytest.mark.skipif(not ops.native_available(), reason="no native core")
-def test_a_view_with_a_pending_sign_is_copied_with_it():
+def test_a_view_with_a_pending_sign_is_copied_with_it() -> None:
     imaginary = torch.randn(3, 4, dtype=torch.complex64).conj().imag  # a view that is negated when it is read
     assert imaginary.is_neg()
     kept = RowSampler(None).keep(imaginary, 3)
@@ -45,7 +47,7 @@ def rows_of(x: Tensor) -> int:
     return count
 
 
-def test_memory_that_is_given_back_can_be_taken_again():
+def test_memory_that_is_given_back_can_be_taken_again() -> None:
     budget = MemoryBudget(100, 1, 1)
     first, second = ForwardCapture(1, 0), ForwardCapture(1, 0)
     budget.live.add(first)
@@ -65,9 +67,9 @@ def test_memory_that_is_given_back_can_be_taken_again():
     assert budget.most == 100
 
 
-def test_a_pass_that_ends_while_another_one_grows():
+def test_a_pass_that_ends_while_another_one_grows() -> None:
     budget = MemoryBudget(100, 1, 1)
-    budget.single()
+    budget.expect_one_forward()
     old, new = ForwardCapture(1, 0), ForwardCapture(1, 0)
     budget.live.add(old)
     budget.take(old, 80, "a")

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import CLOSED_FORMS, ClosedForm, closed_form
+from fastfs._monitor.measure.completed_step import CompletedStep
 from fastfs._monitor.measure.measured_update import OF_UPDATE
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from tests.helpers.optimizer_cases import (
@@ -170,7 +171,7 @@ def test_uncertainty_only_where_torch_computes_in_single_precision() -> None:
     for form in CLOSED_FORMS:
         for differentiable in (False, True):
             group = make_optimizer(form.optimizer, [parameter], {"lr": 0.1}).param_groups[0]
-            step = closed_forms.CompletedStep(group | {"differentiable": differentiable}, counters, 1.0, False)
+            step = CompletedStep(group | {"differentiable": differentiable}, counters, 1.0, False)
             found = closed_forms.coefficient_uncertainty(form, step, torch.device("cpu"))
             assert (found is not None) == (differentiable and form.betas > 0), form.name
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def groups(model: nn.Module) -> list[torch.optim.Optimizer]:
-    first, *others = model.blocks
+    first, *others = model.blocks.children()
     rest = [p for name, p in model.named_parameters() if not name.startswith("blocks.")]
     named = [{"params": list(first.parameters()), "lr": 0.02, "momentum": 0.0}]
     named += [{"params": list(b.parameters()), "weight_decay": 0.1} for b in others]
@@ -89,7 +89,7 @@ LOOPS = [
     Loop("dropout-accumulation-clipping", lambda: Net(drop=0.3), micro_batches=2, clip=0.05),
     Loop("batchnorm", lambda: Net(norm=True, drop=0.1)),
     Loop("checkpoint", lambda: Net(reentrant=False, drop=0.2)),
-    Loop("compiled", prepare=lambda m: torch.compile(m, backend="aot_eager", fullgraph=True)),
+    Loop("compiled", prepare=lambda m: cast("nn.Module", torch.compile(m, backend="aot_eager", fullgraph=True))),
     Loop("compiled-blocks", prepare=compiled_blocks),
     Loop("compiled-blocks-in-place", prepare=blocks_compiled_in_place),
     Loop("groups", optimizers=groups),
@@ -114,7 +114,7 @@ IN_GRAPHS = dict.fromkeys(["compiled", "compiled-blocks-in-place"], pytest.mark.
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads: Any) -> None:
     """The models are tiny, and other threads would only spin."""
     threads(1)
 
@@ -131,7 +131,7 @@ def without(device: str, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [pytest.param(x.name, marks=IN_GRAPHS.get(x.name, ())) for x in LOOPS])
-def test_training_is_the_same_with_the_monitor_on_and_off(name, mode, device):
+def test_training_is_the_same_with_the_monitor_on_and_off(name: Any, mode: Any, device: str) -> None:
     loop = on(device, name)
     options = dict(MODES[mode])
     if mode == "probe":
@@ -148,7 +148,7 @@ def test_training_is_the_same_with_the_monitor_on_and_off(name, mode, device):
     ("mode", "message"), [("batch", None), ("amplify", None), ("probe", "incompatible with .grad")]
 )
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # torch's, of the second forward
-def test_reentrant_checkpoints_change_nothing_either(mode, message):
+def test_reentrant_checkpoints_change_nothing_either(mode: str, message: str | None) -> None:
     """What is hidden from the graph is said to be no cut, and a probe cannot be taken of it."""
     loop = Loop("reentrant", lambda: Net(reentrant=True, drop=0.2), strict=False)
     options = MODES[mode] | ({"probe": probe()} if mode == "probe" else {})

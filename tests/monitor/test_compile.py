@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ BLOCKS = loops.BLOCKS
 
 
 @pytest.fixture(autouse=True)
-def fresh(threads):
+def fresh(threads: Any) -> Iterator[None]:
     """No graphs of other tests, and a recompilation past the bounds is an error."""
     threads(1)
     torch._dynamo.reset()
@@ -36,12 +37,13 @@ def graphs() -> int:
 def watch(model: nn.Module, **options: Any) -> tuple[torch.optim.Optimizer, list[dict[str, Any]], fastfs.Monitor]:
     optimizer = sgd(model)
     seen: list[dict[str, Any]] = []
-    keywords = {"layers": BLOCKS, "every": 1, "verbose": False} | options
+    keywords: dict[str, Any] = {"layers": BLOCKS, "every": 1, "verbose": False} | options
     return optimizer, seen, fastfs.Monitor(model, optimizer, sinks=[measured_into(seen)], **keywords)
 
 
 def whole(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
-    return torch.compile(model, backend=backend, fullgraph=True)
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    return compiled
 
 
 def by_blocks(model: nn.Module, backend: str = "aot_eager") -> nn.Module:
@@ -62,7 +64,7 @@ INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", INDUCTOR])
 @pytest.mark.parametrize("way", WAYS)
-def test_records_are_those_of_the_eager_model(way, backend):
+def test_records_are_those_of_the_eager_model(way: Any, backend: Any) -> None:
     """An in-place ReLU follows the last watched block."""
     found = []
     for compiled in (False, True):
@@ -84,7 +86,7 @@ def test_records_are_those_of_the_eager_model(way, backend):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_the_number_of_graphs_does_not_grow_with_blocks_and_steps(way):
+def test_the_number_of_graphs_does_not_grow_with_blocks_and_steps(way: Any) -> None:
     """There is one graph for taps on and one for off, and none is compiled for the next block or step.
 
     If a block is compiled in place, its hook is a graph of its own, with gradients and without.
@@ -96,7 +98,13 @@ def test_the_number_of_graphs_does_not_grow_with_blocks_and_steps(way):
         torch.manual_seed(0)
         model = WAYS[way](Net(depth=12))
         optimizer = sgd(model)
-        options = {"layers": BLOCKS, "every": 3, "aligned_every": 1, "sinks": [lambda rows: None], "verbose": False}
+        options: dict[str, Any] = {
+            "layers": BLOCKS,
+            "every": 3,
+            "aligned_every": 1,
+            "sinks": [lambda rows: None],
+            "verbose": False,
+        }
         monitor = fastfs.Monitor(model, optimizer, **options) if monitored else None
         train(model, optimizer, 4)
         counts[monitored] = graphs()
@@ -109,10 +117,10 @@ def test_the_number_of_graphs_does_not_grow_with_blocks_and_steps(way):
     assert counts[True] == (4 if way == "in place" else 2)
 
 
-def test_steps_that_are_not_due_run_the_graph_of_the_model_alone():
+def test_steps_that_are_not_due_run_the_graph_of_the_model_alone() -> None:
     captured: list[list[str]] = []
 
-    def backend(graph, _inputs):
+    def backend(graph: Any, _inputs: Any) -> Any:
         captured.append([str(node.target) for node in graph.graph.nodes if node.op != "placeholder"])
         return graph
 
@@ -130,7 +138,7 @@ def test_steps_that_are_not_due_run_the_graph_of_the_model_alone():
     assert on
 
 
-def test_a_model_compiled_in_place_before_attaching_is_an_error():
+def test_a_model_compiled_in_place_before_attaching_is_an_error() -> None:
     model = Net()
     model.compile(backend="eager")
     with pytest.raises(ValueError, match=r"Attach to compiled = torch.compile\(model\) instead"):
@@ -138,9 +146,9 @@ def test_a_model_compiled_in_place_before_attaching_is_an_error():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_the_second_forward_draws_the_same_masks(backend):
+def test_the_second_forward_draws_the_same_masks(backend: Any) -> None:
     """Without a step nothing moves, exactly."""
-    model = torch.compile(Net(drop=0.5), backend=backend, fullgraph=True)
+    model: Any = torch.compile(Net(drop=0.5), backend=backend, fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     seen: list[dict[str, Any]] = []
     with fastfs.Monitor(model, optimizer, layers=BLOCKS, every=1, sinks=[measured_into(seen)], verbose=False):
@@ -152,7 +160,9 @@ def test_the_second_forward_draws_the_same_masks(backend):
 @pytest.mark.parametrize("options", [{"mode": "jvp"}, {"amplify": True}], ids=["jvp", "amplify"])
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-def test_modes_that_run_eagerly_say_when_they_see_other_masks(backend, drop, options):
+def test_modes_that_run_eagerly_say_when_they_see_other_masks(
+    backend: Any, drop: float, options: dict[str, Any]
+) -> None:
     found = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -175,7 +185,7 @@ def test_modes_that_run_eagerly_say_when_they_see_other_masks(backend, drop, opt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_training_under_inductor_is_bitwise_the_same(way):
+def test_training_under_inductor_is_bitwise_the_same(way: Any) -> None:
     loop = loops.Loop(
         "inductor", strict=False, model=lambda: Net(drop=0.2), prepare=lambda model: WAYS[way](model, "inductor")
     )
@@ -199,11 +209,11 @@ class InHalf(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
         self.head = nn.Linear(8, 3)
         self.how, self.late = how, late
-        self.half = True
+        self.in_half = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for index, block in enumerate(self.blocks):
-            if not self.half or (self.late and index < 2):
+            if not self.in_half or (self.late and index < 2):
                 x = torch.tanh(block(x))
             elif self.how == "autocast":
                 with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -215,17 +225,17 @@ class InHalf(nn.Module):
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", ["autocast", "cast"])
-def test_the_precision_within_a_compiled_forward_is_seen(how, late):
+def test_the_precision_within_a_compiled_forward_is_seen(how: str, late: bool) -> None:
     """Small moves drown in 16 bits: no row is valid and wrong. Per layer and step: every other one is in float32."""
     torch.manual_seed(0)
     inner = InHalf(how, late=late)
-    model = torch.compile(inner, backend="aot_eager")
+    model: Any = torch.compile(inner, backend="aot_eager")
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     seen: list[dict[str, Any]] = []
-    options = {"layers": r"^blocks\.\d$", "every": 1, "verbose": False, "sinks": [measured_into(seen)]}
+    options: dict[str, Any] = {"layers": r"^blocks\.\d$", "every": 1, "verbose": False, "sinks": [measured_into(seen)]}
     with fastfs.Monitor(model, optimizer, **options):
         for step in range(4):
-            inner.half = step % 2 == 0
+            inner.in_half = step % 2 == 0
             train(model, optimizer, 1)
     valid = [[row["valid"] for row in seen if row["step"] == step] for step in range(4)]
     assert valid == [[late, late, False], [True, True, True]] * 2

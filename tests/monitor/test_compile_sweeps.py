@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ CONFIG = torch._dynamo.config
 
 
 @pytest.fixture(autouse=True)
-def fresh(threads):
+def fresh(threads: Any) -> Iterator[None]:
     threads(1)
     torch._dynamo.reset()
     counters.clear()
@@ -78,7 +79,7 @@ def assert_same_rows(found: list[dict[str, Any]], expected: list[dict[str, Any]]
 
 
 @pytest.fixture
-def expected():
+def expected() -> Any:
     watched = Watched("uncompiled")
     watched.train()
     watched.close()
@@ -89,7 +90,7 @@ def expected():
 @pytest.mark.parametrize("together", [False, True], ids=["one after the other", "together"])
 @pytest.mark.parametrize("order", ["pm", "mp", "ppmmp", "mpmpm", "mmmmm"])
 @pytest.mark.parametrize("way", WAYS)
-def test_models_with_and_without_a_monitor_in_any_order(way, order, together, expected):
+def test_models_with_and_without_a_monitor_in_any_order(way: Any, order: str, together: bool, expected: Any) -> None:
     """p: without, m: with. All are trained the same, and there are no more graphs for five models than for two."""
     sweep, trained = [], []
     for kind in order:
@@ -115,7 +116,7 @@ def test_models_with_and_without_a_monitor_in_any_order(way, order, together, ex
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
-def test_backends(way, backend, expected):
+def test_backends(way: Any, backend: str, expected: Any) -> None:
     plain = Watched(way, backend, attach=False)
     plain.train()
     watched = Watched(way, backend)
@@ -126,7 +127,7 @@ def test_backends(way, backend, expected):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_attached_after_the_first_call_and_again_after_close(way):
+def test_attached_after_the_first_call_and_again_after_close(way: Any) -> None:
     watched = Watched(way, attach=False)
     watched.train(1)
     for _ in range(3):
@@ -142,10 +143,10 @@ def test_attached_after_the_first_call_and_again_after_close(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_after_close_the_graph_is_that_of_the_model_alone(way):
+def test_after_close_the_graph_is_that_of_the_model_alone(way: Any) -> None:
     captured: list[list[str]] = []
 
-    def backend(graph, _inputs):
+    def backend(graph: Any, _inputs: Any) -> Any:
         captured.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
         return graph
 
@@ -163,12 +164,12 @@ def test_after_close_the_graph_is_that_of_the_model_alone(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_monitors_of_one_model(way, expected):
+def test_two_monitors_of_one_model(way: Any, expected: Any) -> None:
     watched = Watched(way, attach=False)
     watched.train(1)
     watched = Watched(way)
     others: list[dict[str, Any]] = []
-    options = watched.options | {"every": 2}
+    options: dict[str, Any] = watched.options | {"every": 2}
     with fastfs.Monitor(watched.model, watched.optimizer, sinks=[measured_into(others)], **options):
         watched.train()
     watched.close()
@@ -186,7 +187,7 @@ class Step:
         return self.model(x) * 1.0
 
 
-def test_functions_around_the_model():
+def test_functions_around_the_model() -> None:
     """Two of one code: the second is watched."""
     found = []
     for attach in (False, True):
@@ -195,7 +196,7 @@ def test_functions_around_the_model():
         optimizer = sgd(model)
         call = torch.compile(Step(model).__call__, backend="eager")
         seen: list[dict[str, Any]] = []
-        options = {"layers": loops.BLOCKS, "every": 1, "sinks": [measured_into(seen)], "verbose": False}
+        options: dict[str, Any] = {"layers": loops.BLOCKS, "every": 1, "sinks": [measured_into(seen)], "verbose": False}
         monitor = fastfs.Monitor(model, optimizer, **options) if attach else None
         for step in range(2):
             x, y = rows(step)
@@ -225,14 +226,15 @@ class Third(Other):
         return super().forward(x) * 2.0
 
 
-def test_unrelated_models_are_not_compiled_again():
+def test_unrelated_models_are_not_compiled_again() -> None:
     """Both have Linear layers, which are watched in one of them."""
     other = torch.compile(Other(), backend="eager")
     train(other, sgd(other), 1)
     model = torch.compile(Third(), backend="eager")
     train(model, sgd(model), 1)
-    optimizer, seen = sgd(model), []
-    options = {"layers": r"blocks\.\d", "every": 1, "sinks": [measured_into(seen)], "verbose": False}
+    optimizer = sgd(model)
+    seen: list[Any] = []
+    options: dict[str, Any] = {"layers": r"blocks\.\d", "every": 1, "sinks": [measured_into(seen)], "verbose": False}
     with fastfs.Monitor(model, optimizer, **options):
         train(model, optimizer, 1)
         before = graphs()
@@ -241,7 +243,7 @@ def test_unrelated_models_are_not_compiled_again():
     assert len(seen) == 2
 
 
-def test_the_last_monitor_puts_the_limit_of_recompilations_back():
+def test_the_last_monitor_puts_the_limit_of_recompilations_back() -> None:
     before = CONFIG.recompile_limit
     first, second = Watched("uncompiled"), Watched("uncompiled")
     assert CONFIG.recompile_limit == 4 * before
@@ -256,7 +258,7 @@ def test_the_last_monitor_puts_the_limit_of_recompilations_back():
     CONFIG.recompile_limit = before
 
 
-def test_graphs_made_past_the_settings_are_found_when_nothing_is_measured():
+def test_graphs_made_past_the_settings_are_found_when_nothing_is_measured() -> None:
     """In another context, or by somebody who has set them back."""
     watched = Watched("whole")
     with CONFIG.patch(skip_nnmodule_hook_guards=True):
@@ -269,7 +271,7 @@ def test_graphs_made_past_the_settings_are_found_when_nothing_is_measured():
     assert [row["step"] for row in watched.rows] == [1, 1]
 
 
-def test_no_more_kinds_of_calls_are_too_many_than_without_a_monitor():
+def test_no_more_kinds_of_calls_are_too_many_than_without_a_monitor() -> None:
     """Four sizes, trained and evaluated: as many graphs as Dynamo allows. ``fullgraph`` makes one more an error."""
     for attach in (False, True):
         torch._dynamo.reset()

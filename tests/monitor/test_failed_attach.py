@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +29,12 @@ def hooks(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[int]:
     ids=["capture", "engine", "steps", "monitor"],
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_nothing_is_left(where, error, tmp_path, monkeypatch):
+def test_nothing_is_left(where: tuple[Any, ...], error: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before, threads = hooks(model, optimizer), threading.active_count()
 
-    def fail(*_args, **_kwargs):
+    def fail(*_args: Any, **_kwargs: Any) -> None:
         raise error("attach")
 
     with monkeypatch.context() as patch:
@@ -51,15 +53,15 @@ def test_nothing_is_left(where, error, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("select", [3, "x", torch.Tensor])
-def test_select_is_checked(select):
+def test_select_is_checked(select: Any) -> None:
     model = nn.Linear(4, 4)
     with pytest.raises(TypeError, match="select: expected a function"):
         fastfs.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), select=select, sinks=[print])
 
 
-def test_an_optimizer_that_is_used_in_another_way_is_told_at_the_end():
+def test_an_optimizer_that_is_used_in_another_way_is_told_at_the_end() -> None:
     class Sharp(torch.optim.SGD):
-        def second_step(self):
+        def second_step(self) -> None:
             with torch.no_grad():
                 for group in self.param_groups:
                     for p in group["params"]:

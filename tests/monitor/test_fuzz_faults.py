@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.fuzz.setting import MODES, Site, failing_at, faults_of_failure, train
@@ -11,7 +13,7 @@ POINTS = 30  # of each mode; all of them in benchmarks/monitor/fuzz.py
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads: Any) -> None:
     """The models are tiny, and other threads would only spin."""
     threads(1)
 
@@ -24,7 +26,7 @@ def first_calls(mode: str) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_failure_anywhere_does_not_reach_the_loop(mode):
+def test_a_failure_anywhere_does_not_reach_the_loop(mode: Any) -> None:
     off = train(mode)
     calls = first_calls(mode)
     stride = -(-len(calls) // POINTS)
@@ -36,7 +38,7 @@ def test_a_failure_anywhere_does_not_reach_the_loop(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_tracing_alone_changes_nothing(mode):
+def test_tracing_alone_changes_nothing(mode: Any) -> None:
     seen: list[Site] = []
     off, on = train(mode), train(mode, around=lambda _: failing_at(seen, None))
     assert not [line for a, b in zip(off.pictures, on.pictures, strict=True) for line in differences(a, b)]

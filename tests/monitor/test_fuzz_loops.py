@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ LOOPS, CHUNKS = 100, 10
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads: Any) -> None:
     """The models are tiny, and other threads would only spin."""
     threads(1)
 
@@ -35,7 +37,7 @@ def assert_right(recipes: list[Recipe]) -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_every_ingredient_alone(axis):
+def test_every_ingredient_alone(axis: Any) -> None:
     recipes = [possible(Recipe(**{axis: value})) for value in AXES[axis]]
     assert_right(recipes)
 
@@ -43,7 +45,7 @@ def test_every_ingredient_alone(axis):
 @pytest.mark.slow
 @pytest.mark.parametrize("monitor", AXES["monitor"])
 @pytest.mark.parametrize("axis", ["body", "call", "optimizer"])
-def test_every_monitor_with_every_ingredient(axis, monitor):
+def test_every_monitor_with_every_ingredient(axis: str, monitor: Any) -> None:
     """A third of them each time, another one for every monitor."""
     turn = AXES["monitor"].index(monitor) % 3
     recipes = [possible(Recipe(scale=0.1, monitor=monitor, **{axis: value})) for value in AXES[axis][turn::3]]
@@ -51,7 +53,7 @@ def test_every_monitor_with_every_ingredient(axis, monitor):
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_random_loops(chunk):
+def test_random_loops(chunk: Any) -> None:
     size = LOOPS // CHUNKS
     assert_right([random_recipe(seed) for seed in range(chunk * size, (chunk + 1) * size)])
 
@@ -59,14 +61,14 @@ def test_random_loops(chunk):
 @pytest.mark.slow
 @pytest.mark.graphs
 @pytest.mark.parametrize("monitor", ["batch", "amplify", "jvp"])
-def test_compiled_loops(monitor):
+def test_compiled_loops(monitor: str) -> None:
     assert_right([Recipe(compiled="aot_eager", monitor=monitor, optimizer="adamw", clip="norm")])
 
 
 # The judge itself
 
 
-def test_the_hand_changes_nothing():
+def test_the_hand_changes_nothing() -> None:
     for seed in range(30):
         recipe = random_recipe(seed)
         plain, hand = run(recipe, monitored=False), run(recipe, monitored=False, hand=True)
@@ -74,7 +76,7 @@ def test_the_hand_changes_nothing():
 
 
 @pytest.mark.parametrize("monitor", AXES["monitor"])
-def test_most_rows_of_a_plain_loop_are_valid(monitor):
+def test_most_rows_of_a_plain_loop_are_valid(monitor: Any) -> None:
     """A judge of valid rows would be content with none."""
     verdict = judge(Recipe(monitor=monitor, scale=0.1))
     assert verdict.faults == []
@@ -86,7 +88,7 @@ def test_most_rows_of_a_plain_loop_are_valid(monitor):
     ("column", "factor"),
     [("angle", 1.03), ("update_rms", 0.97), ("aligned_decrease", 1.01), ("gradient_norm", 0.99), ("residual", 3.0)],
 )
-def test_the_judge_sees_a_wrong_number(column, factor, monkeypatch):
+def test_the_judge_sees_a_wrong_number(column: str, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.fuzz import judge as module
 
     def wrong(recipe: Recipe, *, monitored: bool, hand: bool = False) -> object:
@@ -100,20 +102,20 @@ def test_the_judge_sees_a_wrong_number(column, factor, monkeypatch):
     assert verdict.faults
 
 
-def test_a_recipe_is_the_same_loop_every_time():
+def test_a_recipe_is_the_same_loop_every_time() -> None:
     first, second = (judge(random_recipe(5)) for _ in range(2))
     assert first == second
     assert str(random_recipe(5)) == str(random_recipe(5))
     assert eval(str(random_recipe(5)), {"Recipe": Recipe}) == random_recipe(5)
 
 
-def test_shrinking_keeps_what_is_needed():
+def test_shrinking_keeps_what_is_needed() -> None:
     recipe = possible(Recipe(seed=3, body="gru", clip="norm", optimizer="adam", zero="zeros"))
     smallest = shrink(recipe, lambda r: r.clip == "norm" and r.body == "gru")
     assert smallest == dataclasses.replace(recipe, optimizer="sgd", zero="none")
 
 
-def test_the_benchmark_counts_loops_by_ingredient(tmp_path, capsys):
+def test_the_benchmark_counts_loops_by_ingredient(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "fuzz.json"
     fuzz.main(["--loops", "2", "--first", "1", "--json", str(path)])
     (result,) = json.loads(path.read_text())["results"]
@@ -123,7 +125,7 @@ def test_the_benchmark_counts_loops_by_ingredient(tmp_path, capsys):
     assert "loops by ingredient" in capsys.readouterr().out
 
 
-def test_shadows_in_float64_draw_the_same_masks():
+def test_shadows_in_float64_draw_the_same_masks() -> None:
     masks = []
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         torch.manual_seed(0)

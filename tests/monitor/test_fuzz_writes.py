@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads: Any) -> None:
     """The models are tiny, and other threads would only spin."""
     threads(1)
 
@@ -52,12 +53,12 @@ def seeds(chunk: int) -> range:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_is_written(mode):
+def test_nothing_is_written(mode: Any) -> None:
     assert_unaltered([Plan((), mode), Plan((), mode, aligned=True, evaluates=True, checkpoint=True)])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_of_writing_to_a_tensor(mode):
+def test_every_way_of_writing_to_a_tensor(mode: Any) -> None:
     targets = itertools.cycle(TARGETS)
     writes = [Write(how, target, "always", place(how, target)) for how, target in zip(IN_PLACE, targets, strict=False)]
     assert_unaltered([Plan((write,), mode) for write in writes])
@@ -65,25 +66,25 @@ def test_every_way_of_writing_to_a_tensor(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["lerp_", "data ="])
-def test_everything_that_can_be_written_to(how, mode):
+def test_everything_that_can_be_written_to(how: str, mode: Any) -> None:
     assert_unaltered([Plan((Write(how, target, "always", place(how, target)),), mode) for target in TARGETS])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_way_of_changing_the_module(mode):
+def test_every_way_of_changing_the_module(mode: Any) -> None:
     assert_unaltered([Plan((Write(how, None, "always", place(how)),), mode) for how in MODULE_WRITES])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("target", ["weight", "frozen", "attribute", None])
-def test_every_condition(target, mode):
+def test_every_condition(target: str | None, mode: Any) -> None:
     """Written only now and then: before the monitor has seen it once, or after."""
     how = "counter" if target is None else "mul_"
     assert_unaltered([Plan((Write(how, target, when, "start"),), mode) for when in CONDITIONS])
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_random_modules(chunk):
+def test_random_modules(chunk: Any) -> None:
     assert_unaltered([random_plan(seed) for seed in seeds(chunk)])
 
 
@@ -91,11 +92,11 @@ def test_random_modules(chunk):
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_no_row_of_a_random_module_is_valid_and_wrong(chunk):
+def test_no_row_of_a_random_module_is_valid_and_wrong(chunk: Any) -> None:
     assert_right([random_plan(seed) for seed in seeds(chunk)])
 
 
-def test_no_row_of_a_single_write_is_valid_and_wrong():
+def test_no_row_of_a_single_write_is_valid_and_wrong() -> None:
     plans = [Plan((Write(how, None, "always", place(how)),)) for how in MODULE_WRITES]
     assert_right(plans + [Plan((Write("lerp_", target, "always", place("lerp_", target)),)) for target in TARGETS])
 
@@ -116,20 +117,20 @@ def test_no_row_of_a_single_write_is_valid_and_wrong():
     ],
     ids=lambda write: write.how,
 )
-def test_compiled(write, backend):
+def test_compiled(write: Any, backend: str) -> None:
     assert_unaltered([Plan((write,), compiled=backend)])
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["mul_", "lerp_", "data.mul_", "copy_"])
-def test_compiled_in_every_mode(how, mode):
+def test_compiled_in_every_mode(how: str, mode: Any) -> None:
     """A momentum encoder, or weights that are set from the data: within the graph."""
     when = "always" if how != "copy_" else "first"
     assert_unaltered([Plan((Write(how, "weight", when, "start"),), mode, compiled="aot_eager")])
 
 
 @pytest.mark.parametrize("how", ["data.mul_", "index_copy_"])
-def test_compiled_and_written_now_and_then(how):
+def test_compiled_and_written_now_and_then(how: str) -> None:
     """After the forward has been seen without a write."""
     found = [when for when in CONDITIONS if when not in ("always", "first")]
     assert found
@@ -139,7 +140,7 @@ def test_compiled_and_written_now_and_then(how):
 # The judge itself
 
 
-def test_the_judge_is_repeatable_without_a_monitor():
+def test_the_judge_is_repeatable_without_a_monitor() -> None:
     for seed in range(40):
         plan = random_plan(seed)
         hand = WritingHand() if copies(plan.writes) else None
@@ -147,7 +148,7 @@ def test_the_judge_is_repeatable_without_a_monitor():
         assert not [line for a, b in zip(first, second, strict=True) for line in differences(a, b)], plan
 
 
-def test_the_judge_sees_every_write():
+def test_the_judge_sees_every_write() -> None:
     """A run with a write is another one than a run without: the picture holds what is written."""
     empty = train(Plan(()), monitored=False)[0]
     for how in MODULE_WRITES:
@@ -160,7 +161,7 @@ def test_the_judge_sees_every_write():
         assert [line for a, b in zip(empty, written, strict=True) for line in differences(a, b)], target
 
 
-def test_shrinking_drops_what_is_not_needed():
+def test_shrinking_drops_what_is_not_needed() -> None:
     needed = Write("mul_", "frozen", "always", "start")
     plan = Plan((Write("zero_", "buffer", "first", "end"), needed), "batch", autocast=True, clip=True, every=2)
     assert shrink(plan, lambda p: needed in p.writes) == Plan((needed,), "batch")

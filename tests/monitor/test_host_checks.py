@@ -37,7 +37,7 @@ class Loop:
         torch.manual_seed(0)
         self.model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(6))).double()
         self.own = list(self.model.parameters())
-        self.optimizer = kind(self.model.parameters(), **({"lr": 0.01} | options))  # type: ignore[call-arg]
+        self.optimizer = kind(self.model.parameters(), **({"lr": 0.01} | options))
         self.parameters = Parameters(check_optimizers(self.model, self.optimizer), snapshot=False)
         switch = Switch()
         switch.level = GRADIENTS
@@ -51,12 +51,12 @@ class Loop:
         """What is found, <g, dw> and |g|^2; changes come between backward and step, or behind the step."""
         self.optimizer.zero_grad()
         self.model(torch.randn(8, 6, dtype=torch.float64)).square().sum().backward()
-        gradients = [p.grad.clone() for p in self.own]  # type: ignore[union-attr]
+        gradients = [p.grad.clone() for p in self.own]
         old = [p.detach().clone() for p in self.own]
         if between is not None:
             between(self)
         self.parameters.before(0, False, self.factor)
-        self.unverified += not self.meter._step.complete  # type: ignore[union-attr]
+        self.unverified += not self.meter._step.complete
         self.optimizer.step()
         if within is not None:
             within(self)
@@ -145,7 +145,7 @@ WITHIN: dict[str, Change] = {
     "a parameter clamped": _of(lambda p: p.clamp_(-0.1, 0.1), 3),
     "all parameters shrunk": _of(lambda p: p.mul_(0.99)),
     "another memory": _of(lambda p: setattr(p, "data", p.data * 0.9), 2),
-    "gradients halved": _of(lambda p: p.grad.mul_(0.5)),  # type: ignore[union-attr]
+    "gradients halved": _of(lambda p: p.grad.mul_(0.5)),
     "another step": lambda loop: loop.optimizer.step(),
     "state replaced": _replace_state,
     "learning rate": _doubled_rate,
@@ -171,11 +171,11 @@ def test_what_comes_behind_a_step_that_is_not_verified_is_detected(name: str) ->
 BETWEEN: dict[str, Change] = {
     "clipped once": clip,
     "a half clipped": lambda loop: nn.utils.clip_grad_norm_(loop.own[6:], 1e-2),
-    "one replaced": _of(lambda p: setattr(p, "grad", p.grad * 3), 5),  # type: ignore[operator]
+    "one replaced": _of(lambda p: setattr(p, "grad", p.grad * 3), 5),
     "by value": lambda loop: nn.utils.clip_grad_value_(loop.own, 1e-3),
-    "noise": _of(lambda p: p.grad.add_(torch.randn_like(p))),  # type: ignore[union-attr]
-    "scaled behind": _of(lambda p: p.grad.data.mul_(0.1)),  # type: ignore[union-attr]
-    "each by its own": _of(lambda p: p.grad.mul_(p.detach().abs().sum())),  # type: ignore[union-attr]
+    "noise": _of(lambda p: p.grad.add_(torch.randn_like(p))),
+    "scaled behind": _of(lambda p: p.grad.data.mul_(0.1)),
+    "each by its own": _of(lambda p: p.grad.mul_(p.detach().abs().sum())),
     "one thrown away": _of(lambda p: setattr(p, "grad", None), 4),
     "betas": lambda loop: loop.optimizer.param_groups[0].update(betas=(0.5, 0.9)),
     "maximize": lambda loop: loop.optimizer.param_groups[0].update(maximize=True),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastfs
 from fastfs.models import ResNet
@@ -20,12 +22,12 @@ from tests.helpers.monitor_cases import measured_into, rows, sgd, train, watched
 class Taking(nn.Module):
     """A model that gets its rows out of whatever it is given."""
 
-    def __init__(self, take):
+    def __init__(self, take: Any) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
         self.take = take
 
-    def forward(self, given):
+    def forward(self, given: Any) -> Tensor:
         x = self.take(given)
         for block in self.blocks:
             x = torch.tanh(block(x))
@@ -33,7 +35,7 @@ class Taking(nn.Module):
 
 
 class Holder:
-    def __init__(self, x):
+    def __init__(self, x: Any) -> None:
         self.x = x
 
 
@@ -48,12 +50,12 @@ class Frozen:
     inner: Fields
 
 
-def losses(give, take, steps=3, attach=True):
+def losses(give: Any, take: Any, steps: int = 3, attach: bool = True) -> tuple[Any, ...]:
     """Loss of every step, and the rows of the record."""
     torch.manual_seed(0)
     model = Taking(take)
     optimizer = sgd(model)
-    seen = []
+    seen: list[Any] = []
     monitor = (
         fastfs.Monitor(model, optimizer, layers=r"blocks\.\d", every=1, sinks=[measured_into(seen)]) if attach else None
     )
@@ -76,11 +78,11 @@ def losses(give, take, steps=3, attach=True):
     return result, seen
 
 
-def two_batches(generator):
+def two_batches(generator: Any) -> Any:
     return next(generator) + 2 * next(generator)
 
 
-def endless(x):
+def endless(x: Any) -> Iterator[Any]:
     while True:
         yield x
         x = x + 1
@@ -91,13 +93,13 @@ def endless(x):
     [
         (endless, two_batches, "generator"),
         (lambda x: [iter([x, x, x, x])], lambda given: two_batches(given[0]), "list_iterator"),
-        (Holder, lambda given: given.x, r"test_monitor_inputs\.Holder"),
+        (Holder, lambda given: given.x, r"test_inputs\.Holder"),
         (lambda x: {"x": x, "g": torch.Generator()}, lambda given: given["x"], r"torch\._C\.Generator"),
-        (lambda x: Fields(x, [iter([x])]), lambda given: next(given.more[0]) + given.x, "list_iterator"),
+        (lambda x: Fields(x, [iter([x])]), lambda given: next(given.more[0]) + given.x, "list_iterator"),  # type: ignore[list-item]
         (lambda x: x.numpy().astype(object), lambda given: torch.tensor(given.astype("float32")), r"numpy\.ndarray"),
     ],
 )
-def test_a_forward_with_inputs_that_cannot_be_copied_is_left_out(give, take, name):
+def test_a_forward_with_inputs_that_cannot_be_copied_is_left_out(give: Any, take: Any, name: str) -> None:
     plain, _ = losses(give, take, attach=False, steps=1)
     with pytest.warns(RuntimeWarning, match=rf"an argument of type {name}, .*_pytree: this forward is left") as caught:
         same, seen = losses(give, take, steps=1)
@@ -106,11 +108,11 @@ def test_a_forward_with_inputs_that_cannot_be_copied_is_left_out(give, take, nam
     assert seen == []
 
 
-def test_inputs_that_cannot_be_copied_are_said_once_and_stay_unconsumed():
+def test_inputs_that_cannot_be_copied_are_said_once_and_stay_unconsumed() -> None:
     source = endless(torch.ones(16, 8))
     model, optimizer, seen, monitor = watched(model=Taking(next))
 
-    def steps():
+    def steps() -> None:
         for step in range(3):
             F.cross_entropy(model(source), rows(step)[1]).backward()
             optimizer.step()
@@ -123,7 +125,7 @@ def test_inputs_that_cannot_be_copied_are_said_once_and_stay_unconsumed():
     assert seen == []
 
 
-def test_an_evaluation_with_other_inputs_does_not_cost_the_step():
+def test_an_evaluation_with_other_inputs_does_not_cost_the_step() -> None:
     model, optimizer, seen, monitor = watched(
         model=Taking(lambda given: given.x if isinstance(given, Holder) else given)
     )
@@ -150,7 +152,7 @@ def test_an_evaluation_with_other_inputs_does_not_cost_the_step():
         ),
     ],
 )
-def test_inputs_that_can_be_copied_are_measured_at_their_values(give, take):
+def test_inputs_that_can_be_copied_are_measured_at_their_values(give: Callable[..., Any], take: Any) -> None:
     expected = losses(lambda x: take(give(x)), lambda x: x)
     result = losses(give, take)
     assert result[0] == expected[0]
@@ -160,35 +162,37 @@ def test_inputs_that_can_be_copied_are_measured_at_their_values(give, take):
 
 @pytest.mark.parametrize("where", ["input", "features", "backward"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, micro_batches, monkeypatch):
+def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(
+    where: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     capture = fastfs._monitor.capture.capture
     broken = {"on": False}
 
-    def fail():
+    def fail() -> None:
         if broken["on"]:
             raise MemoryError("no memory")
 
     class Once(fastfs._monitor.capture.forward_capture.LayerCall):
         __slots__ = ()
 
-        def arrive(self, *arguments):
+        def arrive(self, *arguments: Any) -> None:
             if where == "backward":
                 fail()
             super().arrive(*arguments)
 
-        def __init__(self, *arguments):
+        def __init__(self, *arguments: Any) -> None:
             if where == "features":
                 fail()
             super().__init__(*arguments)
 
-    original = capture.copy_arguments
+    original = capture.copy_arguments  # type: ignore[attr-defined]
 
-    def copy_arguments(*arguments):
+    def copy_arguments(*arguments: Any) -> Any:
         if where == "input":
             fail()
         return original(*arguments)
 
-    def run():
+    def run() -> tuple[Any, ...]:
         torch.manual_seed(0)
         model, optimizer, seen, monitor = watched()
         for step in range(3):
@@ -216,17 +220,19 @@ def test_a_copy_that_fails_drops_the_micro_batch_and_training_goes_on(where, mic
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(micro_batches, monkeypatch):
+def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(
+    micro_batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sampler = fastfs._monitor.capture.sampling.RowSampler
     squares, calls = sampler.squares, []
 
-    def fail(*arguments):
+    def fail(*arguments: Any) -> Any:
         calls.append(arguments)
         if len(calls) == 3 * micro_batches + 2:  # step 2, its first micro-batch, the layer before the last
             raise MemoryError("no memory")
         return squares(*arguments)
 
-    def run():
+    def run() -> Any:
         torch.manual_seed(0)
         model = ResNet(8, 16, 3, 3)
         optimizer = sgd(model)
@@ -239,7 +245,7 @@ def test_a_norm_that_fails_leaves_its_prediction_out_and_training_goes_on(micro_
                 optimizer.step()
         return [p.detach().clone() for p in model.parameters()]
 
-    seen: list[dict] = []
+    seen: list[dict[str, Any]] = []
     parameters = run()
     clean = list(seen)
     seen.clear()

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastfs
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import rows, sgd, small_transformer, tokens, train, watched
 
 
-def test_group_totals_are_the_sums_of_their_layers():
+def test_group_totals_are_the_sums_of_their_layers() -> None:
     torch.manual_seed(0)
     parts = {"attention": r"\.attention$", "mlp": r"mlp_out$", "first": r"blocks\.0\."}
     model, optimizer, seen, monitor = watched(
@@ -35,7 +37,7 @@ def test_group_totals_are_the_sums_of_their_layers():
             total, each = at[group], [at[name] for name in names]
             count = sum(row["count"] for row in each)
 
-            def squares(key, each=each):
+            def squares(key: Any, each: Any = each) -> Any:
                 return sum(row["count"] * row[key] ** 2 for row in each)
 
             dot = sum(r["cos_angle"] * r["update_rms"] * r["backward_rms"] * r["count"] for r in each)
@@ -51,13 +53,13 @@ def test_group_totals_are_the_sums_of_their_layers():
             assert all(total[key] is None for key in ("rows", "aligned_decrease", "residual", "parameter_norm"))
 
 
-def test_a_group_is_as_valid_as_its_worst_layer():
+def test_a_group_is_as_valid_as_its_worst_layer() -> None:
     class Apart(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             self.blocks[2](x)  # leads nowhere
             return self.blocks[1](self.blocks[0](x))[:, :3]
 
@@ -83,12 +85,12 @@ def test_a_group_is_as_valid_as_its_worst_layer():
         ({3: "blocks"}, TypeError, "groups: expected a dictionary"),
     ],
 )
-def test_errors_of_groups(groups, error, message):
+def test_errors_of_groups(groups: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         watched(groups=groups)
 
 
-def test_groups_are_in_the_record(tmp_path):
+def test_groups_are_in_the_record(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     model = ResNet(8, 16, 3, 3)
     optimizer = sgd(model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tests.helpers.monitor_cases import train, watched
 
@@ -23,26 +25,26 @@ class Output:
 class Dressed(nn.Module):
     """A layer that puts its features into something, and a model that takes them out."""
 
-    def __init__(self, make, take):
+    def __init__(self, make: Any, take: Any) -> None:
         super().__init__()
         self.inner = Inner(make)
         self.take = take
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.take(self.inner(x))[:, :3]
 
 
 class Inner(nn.Module):
-    def __init__(self, make):
+    def __init__(self, make: Any) -> None:
         super().__init__()
         self.layer = nn.Linear(8, 8)
         self.make = make
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.make(self.layer(x))
 
 
-def measured_of(make, take, **options):
+def measured_of(make: Any, take: Any, **options: Any) -> Any:
     torch.manual_seed(0)
     model, optimizer, seen, monitor = watched(layers="inner$", model=Dressed(make, take), **options)
     train(model, optimizer, 1)
@@ -51,7 +53,7 @@ def measured_of(make, take, **options):
     return row
 
 
-def test_dataclasses_and_select():
+def test_dataclasses_and_select() -> None:
     plain = measured_of(lambda x: x, lambda x: x)
     outputs = [
         (lambda x: Output(torch.ones(2, dtype=torch.long), x), lambda out: out.hidden, {}),
@@ -73,7 +75,7 @@ def test_dataclasses_and_select():
 
 
 @pytest.mark.parametrize(("select", "kind"), [(lambda out: out["ids"], "torch.int64 tensor"), (lambda out: 3, "int")])
-def test_select_must_give_features(select, kind):
+def test_select_must_give_features(select: Callable[..., Any], kind: str) -> None:
     model, optimizer, seen, monitor = watched(
         layers="inner$",
         model=Dressed(lambda x: {"ids": torch.ones(2).long(), "x": x}, lambda out: out["x"]),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastfs
@@ -15,7 +17,7 @@ from tests.helpers.monitor_cases import rows, sgd, small_transformer, tokens, tr
 KEYS = ("angle", "update_rms", "feature_rms", "backward_rms", "count")
 
 
-def conv_net():
+def conv_net() -> Any:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, padding=1),
         nn.BatchNorm2d(4),
@@ -29,15 +31,15 @@ def conv_net():
 class Stages(nn.Module):
     """Lists of blocks in a list of stages."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Linear(8, 8)
         self.stages = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(3))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for stage in self.stages:
-            for block in stage:
+            for block in stage.children():
                 x = x + torch.tanh(block(x))
         return x[:, :3]
 
@@ -45,7 +47,7 @@ class Stages(nn.Module):
 class Plain(nn.Module):
     """No repeated blocks, a parameter of its own, and modules without parameters."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(8))
         self.encode = nn.Linear(8, 8)
@@ -53,29 +55,29 @@ class Plain(nn.Module):
         self.drop = nn.Dropout(0.1)
         self.head = nn.Linear(8, 3)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.drop(torch.tanh(self.norm(self.encode(x * self.scale)))))
 
 
 class Encoder(nn.Module):
     """Blocks of blocks: the outermost are the residual stream."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)), nn.Linear(8, 3))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
 
 
 class Residual(nn.Sequential):
     """A block that happens to be a container."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
 
 
-def images(step):
+def images(step: int) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(step)
     return torch.randn(6, 1, 4, 4, generator=generator), torch.randint(3, (6,), generator=generator)
 
@@ -94,7 +96,7 @@ def images(step):
     ],
     ids=["transformer", "resnet", "resnet inside", "conv", "nested lists", "containers", "plain", "mixed"],
 )
-def test_auto(model, batch, names):
+def test_auto(model: Any, batch: Any, names: Any) -> None:
     model, optimizer, seen, monitor = watched(layers="auto", model=model())
     assert list(monitor.layers) == names
     train(model, optimizer, 2, batch)
@@ -103,7 +105,7 @@ def test_auto(model, batch, names):
     assert all(row["valid"] for row in seen), [(row["name"], row["why"]) for row in seen]
 
 
-def test_auto_is_the_default_and_takes_lists_of_which_half_is_alike():
+def test_auto_is_the_default_and_takes_lists_of_which_half_is_alike() -> None:
     for depth, names in (
         (4, ("blocks.0", "blocks.1", "blocks.2")),  # the first block is of another type than the others
         (3, ("blocks.0", "blocks.1.linear", "head")),
@@ -113,8 +115,8 @@ def test_auto_is_the_default_and_takes_lists_of_which_half_is_alike():
             assert monitor.layers == names
 
 
-def test_predicates_and_types():
-    def names(layers, model=None):
+def test_predicates_and_types() -> None:
+    def names(layers: Any, model: Any = None) -> list[Any]:
         with watched(layers=layers, model=model or small_transformer())[3] as monitor:
             return list(monitor.layers)
 
@@ -135,13 +137,13 @@ def test_predicates_and_types():
     assert names([f"blocks.{i}" for i in (2, 0)]) == ["blocks.0", "blocks.2"]  # in the order of the model
 
 
-def test_predicates_and_types_see_through_wrappers():
+def test_predicates_and_types_see_through_wrappers() -> None:
     model = Stages()
     for stage in model.stages:
         stage[0] = checkpoint_wrapper(stage[0])
         stage[1] = torch.compile(stage[1], backend="eager")
     found = []
-    with watched(layers=lambda name, module: found.append((name, type(module))) or name == "stem", model=model)[3]:
+    with watched(layers=lambda name, module: found.append((name, type(module))) or name == "stem", model=model)[3]:  # type: ignore[func-returns-value]
         pass
     assert ("stages.1.0", nn.Linear) in found
     assert ("stages.1.1", nn.Linear) in found
@@ -173,12 +175,12 @@ CANDIDATES = r"Candidates: stem, blocks\.0, blocks\.0\.linear"
         (None, TypeError, "got None"),
     ],
 )
-def test_errors_list_the_candidates(layers, error, message):
+def test_errors_list_the_candidates(layers: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         watched(layers=layers)
 
 
-def test_errors_name_the_model_inside_of_wrappers():
+def test_errors_name_the_model_inside_of_wrappers() -> None:
     with pytest.raises(ValueError, match=rf"matches no module of ResNet\. {CANDIDATES}"):
         watched(layers="nothing", model=torch.compile(ResNet(8, 16, 2, 3), backend="eager"))
 
@@ -186,13 +188,13 @@ def test_errors_name_the_model_inside_of_wrappers():
 class Bare(nn.Module):
     """No submodules, or one that never runs."""
 
-    def __init__(self, *held):
+    def __init__(self, *held: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.eye(8))
         if held:
             self.held = nn.ParameterList(held)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for p in getattr(self, "held", ()):
             x = x * p
         return (x @ self.weight)[:, :3]
@@ -208,7 +210,7 @@ class Bare(nn.Module):
     ["auto", "", [""], nn.Module, lambda name, module: True],
     ids=["auto", "empty", "list", "class", "function"],
 )
-def test_a_model_without_submodules_is_a_layer_itself(model, name, layers):
+def test_a_model_without_submodules_is_a_layer_itself(model: Any, name: str, layers: Any) -> None:
     torch.manual_seed(0)
     model, optimizer, seen, monitor = watched(layers=layers, model=model().double(), groups={"all": name}, rows=None)
     assert monitor.layers == (name,)
@@ -230,7 +232,7 @@ def test_a_model_without_submodules_is_a_layer_itself(model, name, layers):
     assert row["cos_angle"] == pytest.approx(float(cosine), rel=1e-9)
 
 
-def test_the_model_itself_is_watched_beside_others_if_asked_for():
+def test_the_model_itself_is_watched_beside_others_if_asked_for() -> None:
     model, optimizer, seen, monitor = watched(layers=["blocks.1", "ResNet"])
     assert monitor.layers == ("ResNet", "blocks.1")
     train(model, optimizer, 1)
@@ -238,11 +240,11 @@ def test_the_model_itself_is_watched_beside_others_if_asked_for():
     assert all(row["valid"] for row in seen)
 
     class Net(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.Net = nn.Linear(8, 3)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.Net(x)
 
     for layers, names in (([""], ("(Net)",)), (["Net", "(Net)"], ("(Net)", "Net")), ("auto", ("Net",))):

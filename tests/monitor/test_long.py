@@ -11,6 +11,7 @@ import sys
 import textwrap
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from tests.helpers.monitor_cases import measured_into, rows, sgd, train, watched
 ROOT = str(Path(__file__).parents[2])
 
 
-def test_nothing_grows_over_ten_thousand_steps(tmp_path, threads):
+def test_nothing_grows_over_ten_thousand_steps(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model = ResNet(8, 4, 1, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -40,13 +41,13 @@ def test_nothing_grows_over_ten_thousand_steps(tmp_path, threads):
     )
     x, y = rows(0)
 
-    def steps(number):
+    def steps(number: Any) -> None:
         for _ in range(number):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
 
-    def size():
+    def size() -> tuple[Any, ...]:
         assert monitor.flush()
         gc.collect()
         objects = gc.get_objects()
@@ -76,7 +77,7 @@ def test_nothing_grows_over_ten_thousand_steps(tmp_path, threads):
     assert fastfs.load(tmp_path / "a.parquet")["step"].tolist() == list(range(10_000))
 
 
-def held_bytes():
+def held_bytes() -> Any:
     gc.collect()
     return sum(passed.bytes for passed in gc.get_objects() if issubclass(type(passed), ForwardCapture))
 
@@ -105,7 +106,7 @@ KILLED = """
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("after", [41, 60, 137])
-def test_a_killed_run_leaves_files_that_can_be_read(after, tmp_path):
+def test_a_killed_run_leaves_files_that_can_be_read(after: int, tmp_path: Path) -> None:
     head = f"import sys; sys.path.insert(0, {ROOT!r})\n"
     command = [sys.executable, "-c", head + textwrap.dedent(KILLED), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
@@ -126,7 +127,7 @@ def test_a_killed_run_leaves_files_that_can_be_read(after, tmp_path):
         assert measured["angle"].between(0, 3.15).all()
 
 
-def test_copies_in_the_middle_of_a_measured_step_are_not_watched():
+def test_copies_in_the_middle_of_a_measured_step_are_not_watched() -> None:
     torch.manual_seed(0)
     model, optimizer, seen, monitor = watched(aligned_every=1, every=2)
     for step in range(4):
@@ -146,7 +147,7 @@ def test_copies_in_the_middle_of_a_measured_step_are_not_watched():
     assert [(row["step"], row["micro_batches"]) for row in seen] == [(0, 1)] * 3 + [(2, 1)] * 3
 
 
-def test_monitors_of_all_modes_at_once_do_not_see_each_other():
+def test_monitors_of_all_modes_at_once_do_not_see_each_other() -> None:
     x, y = rows(50)
     probe = (x, lambda out: F.cross_entropy(out, y))
     modes = [
@@ -156,11 +157,11 @@ def test_monitors_of_all_modes_at_once_do_not_see_each_other():
         {"amplify": True, "every": 2, "aligned_every": 1},
     ]
 
-    def run(chosen):
+    def run(chosen: Any) -> tuple[Any, ...]:
         torch.manual_seed(0)
         model = ResNet(8, 16, 3, 3)
         optimizer = sgd(model)
-        found = [[] for _ in chosen]
+        found: list[list[Any]] = [[] for _ in chosen]
         monitors = [
             fastfs.Monitor(model, optimizer, sinks=[measured_into(seen)], **options)
             for seen, options in zip(found, chosen, strict=True)
@@ -185,16 +186,16 @@ def test_monitors_of_all_modes_at_once_do_not_see_each_other():
 
 
 @pytest.mark.parametrize("when", ["before forward", "in forward", "after forward", "in backward", "after backward"])
-def test_a_monitor_closed_in_the_middle_of_a_step(when):
-    def run(attach):
+def test_a_monitor_closed_in_the_middle_of_a_step(when: str) -> None:
+    def run(attach: Any) -> tuple[Any, ...]:
         torch.manual_seed(0)
         model = ResNet(8, 16, 3, 3)
         optimizer = sgd(model)
-        seen = []
+        seen: list[Any] = []
         sink = [measured_into(seen)]
         monitor = fastfs.Monitor(model, optimizer, every=1, aligned_every=1, sinks=sink) if attach else None
 
-        def close(*_):
+        def close(*_: Any) -> None:
             if monitor is not None:
                 monitor.close()
 
@@ -226,11 +227,11 @@ def test_a_monitor_closed_in_the_middle_of_a_step(when):
     assert [row["step"] for row in seen] == [0, 0, 0]
 
 
-def test_a_monitor_that_is_left_by_an_exception_is_closed_and_has_written(tmp_path):
+def test_a_monitor_that_is_left_by_an_exception_is_closed_and_has_written(tmp_path: Path) -> None:
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
 
-    def interrupted():
+    def interrupted() -> None:
         with fastfs.Monitor(model, optimizer, every=1, path=tmp_path / "a.jsonl"):
             train(model, optimizer, 3)
             raise KeyboardInterrupt
@@ -242,12 +243,12 @@ def test_a_monitor_that_is_left_by_an_exception_is_closed_and_has_written(tmp_pa
     train(model, optimizer, 1)
 
 
-def test_an_exception_between_backward_and_step_with_predictions_leaves_nothing_behind():
-    def run(fail):
+def test_an_exception_between_backward_and_step_with_predictions_leaves_nothing_behind() -> None:
+    def run(fail: Any) -> tuple[Any, ...]:
         torch.manual_seed(0)
         model = ResNet(8, 16, 3, 3)
         optimizer = sgd(model)
-        seen = []
+        seen: list[Any] = []
         monitor = fastfs.Monitor(model, optimizer, every=3, aligned_every=1, sinks=[seen.extend])
         train(model, optimizer, 1)
         if fail:

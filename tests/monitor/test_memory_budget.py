@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastfs
 from fastfs._monitor.capture import capture as capture_module
@@ -18,7 +19,7 @@ from fastfs.models import ResNet
 from tests.helpers.monitor_cases import measured_into, rows, sgd, train, watched
 
 
-def many(step, size=192):
+def many(step: int, size: int = 192) -> tuple[Any, ...]:
     """Rows of very different sizes."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(size, 8, generator=generator) * torch.rand(size, 1, generator=generator).exp()
@@ -28,18 +29,18 @@ def many(step, size=192):
 class Held:
     """Counts the bytes of all tensors that the monitor has copied and that are alive."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.most = 0
-        self._alive = weakref.WeakSet()
-        keep, copy = RowSampler.keep, capture_module.copy_arguments
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        keep, copy = RowSampler.keep, capture_module.copy_arguments  # type: ignore[attr-defined]
 
-        def counted_keep(sampler, x, kept):
+        def counted_keep(sampler: Any, x: Any, kept: Any) -> Any:
             found = keep(sampler, x, kept)
             self._count(found.values)
             return found
 
-        def counted_copy(arguments, copy_tensor):
-            def one(x):
+        def counted_copy(arguments: Any, copy_tensor: Any) -> Any:
+            def one(x: Any) -> Any:
                 found = copy_tensor(x)
                 self._count(found)
                 return found
@@ -49,7 +50,7 @@ class Held:
         monkeypatch.setattr(RowSampler, "keep", counted_keep)
         monkeypatch.setattr(capture_module, "copy_arguments", counted_copy)
 
-    def _count(self, tensor):
+    def _count(self, tensor: Any) -> None:
         self._alive.add(tensor.untyped_storage())
         self.most = max(self.most, sum(storage.nbytes() for storage in self._alive))
 
@@ -61,9 +62,11 @@ class Held:
 )
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("memory", [20_000, 60_000, 2**29])
-def test_what_is_kept_never_exceeds_the_budget(options, micro_batches, memory, monkeypatch):
+def test_what_is_kept_never_exceeds_the_budget(
+    options: dict[str, Any], micro_batches: int, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = Held(monkeypatch)
-    seen = []
+    seen: list[Any] = []
     model = ResNet(8, 16, 5, 3)
     optimizer = sgd(model)
     monitor = fastfs.Monitor(
@@ -92,7 +95,7 @@ def test_what_is_kept_never_exceeds_the_budget(options, micro_batches, memory, m
         assert all(row["angle_se"] > 0 for row in last if row["rows"] > micro_batches)  # one row has no error
 
 
-def test_nothing_of_a_step_outlives_it_without_the_garbage_collector():
+def test_nothing_of_a_step_outlives_it_without_the_garbage_collector() -> None:
     """Also if the loop holds on to its last loss, and with it to the graph."""
     model, optimizer, _, monitor = watched()
     gc.collect()
@@ -113,7 +116,7 @@ def test_nothing_of_a_step_outlives_it_without_the_garbage_collector():
     monitor.close()
 
 
-def test_the_budget_holds_while_a_second_batch_is_in_flight(monkeypatch):
+def test_the_budget_holds_while_a_second_batch_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forwards whose backward never comes count as long as the loop holds on to their outputs."""
     held = Held(monkeypatch)
     model, optimizer, seen, monitor = watched(memory=20_000, rows=None)
@@ -125,13 +128,13 @@ def test_the_budget_holds_while_a_second_batch_is_in_flight(monkeypatch):
     assert all(row["rows"] > 0 for row in seen)
 
 
-def test_a_budget_below_one_row_is_one_warning_and_a_row_of_nulls():
+def test_a_budget_below_one_row_is_one_warning_and_a_row_of_nulls() -> None:
     class Wide(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 4096)])
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.blocks[1](self.blocks[0](x))[:, :3]
 
     model, optimizer, seen, monitor = watched(layers=r"blocks\.\d", model=Wide(), memory=20_000)
@@ -147,12 +150,12 @@ def test_a_budget_below_one_row_is_one_warning_and_a_row_of_nulls():
     assert all(row["valid"] and row["rows"] == 16 for row in seen[::2])
 
 
-def test_inputs_above_the_budget_drop_the_pass_with_one_warning():
-    def losses(**options):
+def test_inputs_above_the_budget_drop_the_pass_with_one_warning() -> None:
+    def losses(**options: Any) -> tuple[Any, ...]:
         torch.manual_seed(0)
         model = ResNet(8, 16, 3, 3)
         optimizer = sgd(model)
-        seen = []
+        seen: list[Any] = []
         if options:
             monitor = fastfs.Monitor(model, optimizer, every=1, sinks=[measured_into(seen)], **options)
             with pytest.warns(
@@ -171,10 +174,10 @@ def test_inputs_above_the_budget_drop_the_pass_with_one_warning():
     assert all(torch.equal(a, b) for a, b in zip(plain, same, strict=True))
 
 
-def test_one_micro_batch_above_the_budget_does_not_take_the_others_along():
+def test_one_micro_batch_above_the_budget_does_not_take_the_others_along() -> None:
     model, optimizer, seen, monitor = watched(memory=6_000)
 
-    def backward(size):
+    def backward(size: Any) -> None:
         x, y = many(size, size)
         F.cross_entropy(model(x), y).backward()
 
@@ -189,12 +192,12 @@ def test_one_micro_batch_above_the_budget_does_not_take_the_others_along():
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, None, "1G", True])
-def test_memory_must_be_bytes(value):
+def test_memory_must_be_bytes(value: Any) -> None:
     with pytest.raises(ValueError, match=r"memory: expected an integer >= 1 \(bytes\), got"):
         watched(memory=value)
 
 
-def test_the_budget_is_printed_when_it_is_attached(capsys):
+def test_the_budget_is_printed_when_it_is_attached(capsys: pytest.CaptureFixture[str]) -> None:
     monitor = watched(memory=3 * 2**20, rows=77)[3]
     monitor.close()
     assert "at most 3.0 MiB for inputs and 77 rows a layer" in capsys.readouterr().err

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastfs
 from fastfs.models import ResNet
@@ -19,8 +20,8 @@ from tests.helpers.monitor_cases import (
 )
 
 
-def test_micro_batches_add_up_to_the_batch():
-    seen = {}
+def test_micro_batches_add_up_to_the_batch() -> None:
+    seen: dict[Any, Any] = {}
     for parts in (1, 4):
         torch.manual_seed(0)
         model = ResNet(8, 16, 3, 3).double()
@@ -40,8 +41,8 @@ def test_micro_batches_add_up_to_the_batch():
             assert pieces[key] == pytest.approx(whole[key], rel=1e-9), key
 
 
-def test_two_forwards_before_one_backward_count_both():
-    seen = []
+def test_two_forwards_before_one_backward_count_both() -> None:
+    seen: list[Any] = []
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
     with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
@@ -53,9 +54,9 @@ def test_two_forwards_before_one_backward_count_both():
 
 
 @pytest.mark.parametrize("order", ["zero before forward", "zero after forward"])
-def test_a_skipped_optimizer_step_leaves_nothing_behind(order):
+def test_a_skipped_optimizer_step_leaves_nothing_behind(order: str) -> None:
     """As a gradient scaler does on overflow: the next step's measurement is of the next batch only."""
-    rows_of = {}
+    rows_of: dict[Any, Any] = {}
     for skip in (False, True):
         torch.manual_seed(0)
         model = ResNet(8, 16, 3, 3)
@@ -77,8 +78,8 @@ def test_a_skipped_optimizer_step_leaves_nothing_behind(order):
             assert clean[key] == skipped[key]
 
 
-def test_a_gradient_scaler_that_skips_and_then_steps():
-    seen = []
+def test_a_gradient_scaler_that_skips_and_then_steps() -> None:
+    seen: list[Any] = []
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -94,13 +95,13 @@ def test_a_gradient_scaler_that_skips_and_then_steps():
     assert [(row["step"], row["micro_batches"], row["valid"]) for row in seen] == [(s, 1, True) for s in (0, 0, 1, 1)]
 
 
-def test_a_step_with_a_closure_is_measured():
-    seen = []
+def test_a_step_with_a_closure_is_measured() -> None:
+    seen: list[Any] = []
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
     x, y = rows(0)
 
-    def closure():
+    def closure() -> Any:
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y)
         loss.backward()
@@ -111,16 +112,16 @@ def test_a_step_with_a_closure_is_measured():
     assert all(row["valid"] for row in seen)
 
 
-def test_a_layer_that_runs_twice_counts_its_rows_twice():
+def test_a_layer_that_runs_twice_counts_its_rows_twice() -> None:
     class Twice(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.layer = nn.Linear(8, 8)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.layer(torch.tanh(self.layer(x)))[:, :3]
 
-    seen = []
+    seen: list[Any] = []
     model = Twice()
     optimizer = sgd(model)
     with fastfs.Monitor(model, optimizer, layers="layer", sinks=[measured_into(seen)]):

@@ -20,11 +20,11 @@ from fastfs.monitor import Probe
 from tests.helpers.monitor_cases import measured_into, rows, sgd, tokens, train, wide_rows
 from tests.helpers.monitor_loops import BLOCKS, Net
 
-TINY = {"width": 16, "depth": 2, "heads": 2, "context": 12}
+TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "context": 12}
 
 
 @pytest.fixture(autouse=True)
-def one_thread(threads):
+def one_thread(threads: Any) -> None:
     threads(1)
 
 
@@ -56,7 +56,7 @@ def backward_vectors(model: nn.Module, x: Tensor, loss: Callable[[Tensor], Tenso
 def one_step(model: nn.Module, batch: Any, optimizer: Any, autocast: bool = False, **options: Any) -> Any:
     """Rows of one measured step, and the structure."""
     seen: list[dict[str, Any]] = []
-    keywords = {"layers": BLOCKS, "every": 1, "rows": None, "verbose": False, "alerts": ()} | options
+    keywords: dict[str, Any] = {"layers": BLOCKS, "every": 1, "rows": None, "verbose": False, "alerts": ()} | options
     x, y = batch
     with fastfs.Monitor(model, optimizer, sinks=[seen.extend], **keywords):
         optimizer.zero_grad()
@@ -87,7 +87,7 @@ def check(row: dict[str, Any], f: Tensor, df: Tensor, b: Tensor, rel: float, key
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])
-def test_jvp_is_the_derivative_along_the_real_update(kind):
+def test_jvp_is_the_derivative_along_the_real_update(kind: str) -> None:
     torch.manual_seed(1)
     model = Net().double()
     optimizer = (
@@ -98,17 +98,17 @@ def test_jvp_is_the_derivative_along_the_real_update(kind):
     old = copy.deepcopy(model)
     seen, structure = one_step(model, (x, y), optimizer, mode="jvp")
     change = {name: p.detach() - before[name] for name, p in model.named_parameters()}
-    f, df = torch.func.jvp(lambda values: tuple(features(old, x, values)), (before,), (change,))
+    f, df = torch.func.jvp(lambda values: tuple(features(old, x, values)), (before,), (change,))  # type: ignore[misc]
     b = backward_vectors(old, x, lambda out: F.cross_entropy(out, y))
     assert structure["cut"] == [True] * 3
     for row, *parts in zip(seen, f, df, b, strict=True):
-        check(row, *parts, rel=1e-9)
+        check(row, *parts, rel=1e-9)  # type: ignore[misc]
         assert row["method"] == "jvp"
         assert row["valid"]
         assert abs(row["residual"]) < 1e-5
 
 
-def test_batch_converges_to_jvp_as_the_step_shrinks():
+def test_batch_converges_to_jvp_as_the_step_shrinks() -> None:
     """First order: the difference is proportional to the step."""
     errors = []
     for lr in (1e-2, 1e-3, 1e-4):
@@ -127,7 +127,7 @@ def test_batch_converges_to_jvp_as_the_step_shrinks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_probe_is_measured_in_float32_whatever_the_loop_does(dtype):
+def test_a_probe_is_measured_in_float32_whatever_the_loop_does(dtype: torch.dtype) -> None:
     """Under autocast, and with parameters in 16 bits; `.grad` holds the loop's gradient alone."""
     torch.manual_seed(1)
     model = Net().to(dtype)
@@ -163,18 +163,25 @@ def test_a_probe_is_measured_in_float32_whatever_the_loop_does(dtype):
     assert len(measured) == 9
     for row in measured:
         assert row["valid"], row["why"]
-        check(row, *truths[row["step"]][row["layer"]], rel=1e-4)
+        check(row, *truths[row["step"]][row["layer"]], rel=1e-4)  # type: ignore[misc]
         assert abs(row["residual"]) < 0.2
 
 
-def test_the_rows_of_a_probe_are_fixed():
+def test_the_rows_of_a_probe_are_fixed() -> None:
     torch.manual_seed(1)
     model = Net(drop=0.5)
     x, y = rows(7)
     seen: list[dict[str, Any]] = []
     probe = Probe(x, lambda out: F.cross_entropy(out, y))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    options = {"mode": "probe", "probe": probe, "rows": 4, "sinks": [seen.extend], "verbose": False, "alerts": ()}
+    options: dict[str, Any] = {
+        "mode": "probe",
+        "probe": probe,
+        "rows": 4,
+        "sinks": [seen.extend],
+        "verbose": False,
+        "alerts": (),
+    }
     with fastfs.Monitor(model, optimizer, layers=BLOCKS, every=1, **options):
         for step in range(3):
             F.cross_entropy(model(rows(step)[0]), rows(step)[1]).backward()
@@ -187,7 +194,7 @@ def test_the_rows_of_a_probe_are_fixed():
 
 
 @pytest.mark.parametrize("mode", ["jvp", "probe"])
-def test_a_recurrent_network(mode):
+def test_a_recurrent_network(mode: str) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -215,7 +222,7 @@ def test_a_recurrent_network(mode):
 # Cuts and what is none
 
 
-def test_the_residual_is_nothing_at_cuts_and_null_inside_of_branches():
+def test_the_residual_is_nothing_at_cuts_and_null_inside_of_branches() -> None:
     torch.manual_seed(1)
     model = Transformer(**TINY).double()
     layers = r"blocks\.\d+$|mlp_out|attention$"
@@ -231,12 +238,12 @@ def test_the_residual_is_nothing_at_cuts_and_null_inside_of_branches():
             assert reason is None
 
 
-def test_a_tied_embedding_flags_every_layer_between_and_gives_no_prediction():
+def test_a_tied_embedding_flags_every_layer_between_and_gives_no_prediction() -> None:
     torch.manual_seed(1)
     model = Transformer(**TINY, tied=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     seen: list[dict[str, Any]] = []
-    options = {"every": 2, "aligned_every": 1, "sinks": [seen.extend], "verbose": False}
+    options: dict[str, Any] = {"every": 2, "aligned_every": 1, "sinks": [seen.extend], "verbose": False}
     with fastfs.Monitor(model, optimizer, layers=BLOCKS, **options):
         for step in range(4):
             optimizer.zero_grad()
@@ -255,7 +262,7 @@ def test_a_tied_embedding_flags_every_layer_between_and_gives_no_prediction():
 
 
 @pytest.mark.parametrize("lr", [3e-1, 3e-2, 3e-3, 3e-4])
-def test_amplified_under_autocast_is_right_or_flagged(lr):
+def test_amplified_under_autocast_is_right_or_flagged(lr: float) -> None:
     """Relative updates of 1e-2 to 1e-5, against first-order and plain updates in float64."""
     torch.manual_seed(1)
     model = Transformer(**TINY)
@@ -294,7 +301,7 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_probe_of_a_model_with_checkpoints(dtype):
+def test_a_probe_of_a_model_with_checkpoints(dtype: torch.dtype) -> None:
     model = Checkpointed().to(dtype)
     optimizer = sgd(model)
     x, y = rows(0)
@@ -311,7 +318,7 @@ def test_a_probe_of_a_model_with_checkpoints(dtype):
         assert abs(row["residual"]) < 0.05
 
 
-def test_an_enlarged_update_through_batch_norm_is_valid_in_float32():
+def test_an_enlarged_update_through_batch_norm_is_valid_in_float32() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16))
     model.append(nn.Linear(16, 3))
     optimizer = sgd(model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfs
@@ -30,10 +31,10 @@ from tests.helpers.optimizer_cases import as_on_a_device
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_training_is_bitwise_the_same(case):
-    seen = []
+def test_training_is_bitwise_the_same(case: Any) -> None:
+    seen: list[Any] = []
 
-    def attach(model, optimizer):
+    def attach(model: Any, optimizer: torch.optim.Optimizer) -> Any:
         return fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=2, sinks=[measured_into(seen)])
 
     assert_same(case.run(6, None), case.run(6, attach))
@@ -42,11 +43,13 @@ def test_training_is_bitwise_the_same(case):
     assert any(row["update_rms"] > 0 for row in seen)
 
 
-def test_training_is_bitwise_the_same_with_two_monitors_and_both_see_it():
+def test_training_is_bitwise_the_same_with_two_monitors_and_both_see_it() -> None:
     case = CASES[0]
-    first, second, monitors = [], [], []
+    first: list[Any] = []
+    second: list[Any] = []
+    monitors: list[Any] = []
 
-    def attach(model, optimizer):
+    def attach(model: Any, optimizer: torch.optim.Optimizer) -> Any:
         monitors.append(fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(first)]))
         return fastfs.Monitor(model, optimizer, layers=["blocks.1"], every=2, sinks=[measured_into(second)])
 
@@ -59,7 +62,7 @@ def test_training_is_bitwise_the_same_with_two_monitors_and_both_see_it():
         assert all(row[key] == twin[key] for key in ("angle", "update_rms", "backward_rms", "feature_rms"))
 
 
-def test_no_trace_is_left_after_close():
+def test_no_trace_is_left_after_close() -> None:
     model = small_transformer()
     optimizer = sgd(model)
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
@@ -73,15 +76,15 @@ def test_no_trace_is_left_after_close():
 
 
 @pytest.mark.parametrize("options", [{}, {"rows": 4, "quantiles": (0.5,)}, {"amplify": True}, {"mode": "jvp"}])
-def test_no_item_in_the_step_path(options, monkeypatch):
+def test_no_item_in_the_step_path(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = ResNet(8, 16, 3, 3)
     optimizer = sgd(model)
-    seen = []
+    seen: list[Any] = []
     monitor = fastfs.Monitor(
         model, optimizer, layers=r"blocks\.\d+$", every=2, aligned_every=1, sinks=[seen.extend], **options
     )
 
-    def refuse(*_args, **_kwargs):
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("waits for the device")
 
     x, y = rows(0)
@@ -106,7 +109,7 @@ def test_no_item_in_the_step_path(options, monkeypatch):
 # The numbers
 
 
-def by_hand(model, optimizer, x, y, layers):
+def by_hand(model: Any, optimizer: torch.optim.Optimizer, x: Any, y: Any, layers: Any) -> Any:
     """One training step with explicit autograd: features before, backward vectors, features after."""
     kept = []
     handles = [layer.register_forward_hook(lambda _m, _a, out: kept.append(out)) for layer in layers]
@@ -126,8 +129,8 @@ def by_hand(model, optimizer, x, y, layers):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rows_are_the_statistics_computed_by_hand(dtype):
-    seen = []
+def test_rows_are_the_statistics_computed_by_hand(dtype: torch.dtype) -> None:
+    seen: list[Any] = []
     torch.manual_seed(0)
     model = ResNet(8, 16, 4, 3).to(dtype)
     twin = ResNet(8, 16, 4, 3).to(dtype)
@@ -150,9 +153,9 @@ def test_rows_are_the_statistics_computed_by_hand(dtype):
     assert all(row["overhead_seconds"] > 0 for row in seen)
 
 
-def test_the_identity_of_the_feature_speed_formula_holds():
+def test_the_identity_of_the_feature_speed_formula_holds() -> None:
     """<b, df> of a layer is the sum of <g, dw> over the parameters up to it, for a small step."""
-    seen = []
+    seen: list[Any] = []
     torch.manual_seed(0)
     model = ResNet(8, 32, 6, 3).double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
@@ -168,9 +171,9 @@ def test_the_identity_of_the_feature_speed_formula_holds():
 
 
 @pytest.mark.parametrize("make", [small_transformer, BatchNormNet])
-def test_a_step_that_changes_nothing_moves_no_feature(make):
+def test_a_step_that_changes_nothing_moves_no_feature(make: Any) -> None:
     """The second forward is the first one again: same dropout masks, same batch statistics."""
-    seen = []
+    seen: list[Any] = []
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[measured_into(seen)]):
@@ -179,8 +182,8 @@ def test_a_step_that_changes_nothing_moves_no_feature(make):
     assert all(math.isnan(row["angle"]) and not row["valid"] and row["backward_rms"] > 0 for row in seen)
 
 
-def test_inplace_relu_after_the_layer_does_not_change_what_is_seen():
-    seen = {}
+def test_inplace_relu_after_the_layer_does_not_change_what_is_seen() -> None:
+    seen: dict[Any, Any] = {}
     for inplace in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
@@ -194,8 +197,8 @@ def test_inplace_relu_after_the_layer_does_not_change_what_is_seen():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_an_inplace_relu_can_be_watched_itself(inplace):
-    seen = []
+def test_an_inplace_relu_can_be_watched_itself(inplace: bool) -> None:
+    seen: list[Any] = []
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace), nn.Linear(8, 3))
     optimizer = sgd(model)
@@ -205,18 +208,18 @@ def test_an_inplace_relu_can_be_watched_itself(inplace):
     assert 0.1 < seen[0]["feature_rms"] < 1
 
 
-def test_inputs_changed_after_the_forward_do_not_matter():
+def test_inputs_changed_after_the_forward_do_not_matter() -> None:
     """By the model itself, or by a loop that reuses one buffer."""
 
     class Doubling(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList([nn.Linear(8, 3)])
 
-        def forward(self, batch):
+        def forward(self, batch: Any) -> Tensor:
             return self.blocks[0](batch["x"].mul_(2))
 
-    seen = []
+    seen: list[Any] = []
     model = Doubling()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[measured_into(seen)]):
@@ -228,8 +231,8 @@ def test_inputs_changed_after_the_forward_do_not_matter():
     assert seen[0]["backward_rms"] > 0
 
 
-def test_the_second_forward_has_the_autocast_of_the_first():
-    seen = []
+def test_the_second_forward_has_the_autocast_of_the_first() -> None:
+    seen: list[Any] = []
     model = small_transformer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with fastfs.Monitor(model, optimizer, layers="blocks", every=1, sinks=[measured_into(seen)]):
@@ -243,17 +246,17 @@ def test_the_second_forward_has_the_autocast_of_the_first():
     assert {row["update_rms"] for row in seen if row["count"]} == {0.0}
 
 
-def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step():
+def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step() -> None:
     class Prompted(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList([nn.Linear(8, 8)])
             self.prompt = nn.Parameter(torch.ones(8))
 
-        def forward(self, prompt, x):
+        def forward(self, prompt: Any, x: Tensor) -> Any:
             return self.blocks[0](x * prompt)
 
-    seen = []
+    seen: list[Any] = []
     model = Prompted()
     optimizer = torch.optim.SGD([model.prompt], lr=0.1)
     with fastfs.Monitor(model, optimizer, layers="blocks.0", sinks=[measured_into(seen)]):
@@ -265,23 +268,23 @@ def test_a_parameter_given_as_an_input_is_seen_as_it_is_after_the_step():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant):
+def test_activation_checkpointing(reentrant: bool) -> None:
     """The recomputation in the backward is no forward; a reentrant one brings the backward vectors."""
 
     class Checkpointed(nn.Module):
-        def __init__(self, active):
+        def __init__(self, active: Any) -> None:
             super().__init__()
             self.stem = nn.Linear(8, 8)
             self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2), nn.Tanh()) for _ in range(3))
             self.active = active
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
             for i, block in enumerate(self.blocks):
                 x = checkpoint(block, x, use_reentrant=reentrant) if self.active and i < 2 else block(x)
             return x[:, :3]
 
-    seen = {}
+    seen: dict[Any, Any] = {}
     for active in (False, True):
         torch.manual_seed(0)
         model = Checkpointed(active)

@@ -106,7 +106,7 @@ def assert_same(plan: Plan, backward: Backward) -> None:
     ],
     ids=str,
 )
-def test_runs_in_checkpoints(plan, backward):
+def test_runs_in_checkpoints(plan: list[Any], backward: Any) -> None:
     assert_same(plan, backward)
 
 
@@ -118,7 +118,7 @@ def random_plan(draw: random.Random, depth: int) -> Plan:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_random_plans(seed):
+def test_random_plans(seed: Any) -> None:
     draw = random.Random(seed)
     assert_same([*random_plan(draw, 3), 0, 1], draw.choice(BACKWARDS))
 
@@ -142,7 +142,7 @@ class Beside(nn.Module):
         return out
 
 
-def test_a_run_without_gradients_is_no_part_of_a_checkpoint_that_is_not_reentrant():
+def test_a_run_without_gradients_is_no_part_of_a_checkpoint_that_is_not_reentrant() -> None:
     found = []
     for checkpoints in (False, True):
         torch.manual_seed(0)
@@ -181,7 +181,7 @@ class Recomputing(torch.autograd.Function):
         return None, x.grad
 
 
-def test_runs_that_cannot_be_told_apart_are_not_valid():
+def test_runs_that_cannot_be_told_apart_are_not_valid() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()

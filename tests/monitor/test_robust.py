@@ -8,11 +8,12 @@ import io
 import itertools
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastfs
 from fastfs.models import ResNet
@@ -21,8 +22,8 @@ from tests.helpers.monitor_cases import adamw, measured_into, rows, sgd, small_t
 # Things that happen in loops
 
 
-def test_evaluation_between_steps_is_not_measured():
-    def loop(model, optimizer):
+def test_evaluation_between_steps_is_not_measured() -> None:
+    def loop(model: Any, optimizer: torch.optim.Optimizer) -> None:
         for step in range(3):
             with torch.no_grad():
                 model(rows(50 + step)[0])
@@ -40,7 +41,7 @@ def test_evaluation_between_steps_is_not_measured():
     assert {(row["micro_batches"], row["count"]) for row in seen} == {(1, 16 * 16)}
 
 
-def test_a_backward_after_its_step_does_not_count_for_the_next():
+def test_a_backward_after_its_step_does_not_count_for_the_next() -> None:
     model, optimizer, seen, monitor = watched()
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
         late = F.cross_entropy(model(rows(9)[0]), rows(9)[1])
@@ -52,12 +53,12 @@ def test_a_backward_after_its_step_does_not_count_for_the_next():
     assert [row["micro_batches"] for row in seen] == [1] * 6
 
 
-def test_forwards_without_a_backward_hold_no_memory():
+def test_forwards_without_a_backward_hold_no_memory() -> None:
     model, _, _, monitor = watched()
     references = []
     original = fastfs._monitor.capture.forward_capture.LayerCall.__init__
 
-    def spy(self, *arguments):
+    def spy(self: Any, *arguments: Any) -> None:
         original(self, *arguments)
         references.append(weakref.ref(self.before.values))
 
@@ -72,7 +73,7 @@ def test_forwards_without_a_backward_hold_no_memory():
     monitor.close()
 
 
-def test_a_measured_step_leaves_no_tensor_behind():
+def test_a_measured_step_leaves_no_tensor_behind() -> None:
     model, optimizer, _, monitor = watched()
     counts = []
     for _ in range(3):
@@ -83,26 +84,26 @@ def test_a_measured_step_leaves_no_tensor_behind():
     monitor.close()
 
 
-def test_a_layer_that_returns_a_parameter_is_measured_and_leaves_no_hook_behind():
+def test_a_layer_that_returns_a_parameter_is_measured_and_leaves_no_hook_behind() -> None:
     class Table(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(8, 3))
 
-        def forward(self):
+        def forward(self) -> Any:
             return self.weight
 
     class Model(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.table = Table()
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return x @ self.table()
 
     model, optimizer, seen, monitor = watched(model=Model(), layers="table")
     for step in range(3):
-        train(model, optimizer, 1, lambda _, step=step: rows(step))
+        train(model, optimizer, 1, lambda _, step=step: rows(step))  # type: ignore[misc]
         assert not model.table.weight._backward_hooks
     F.cross_entropy(model(rows(4)[0]), rows(4)[1]).backward()
     assert model.table.weight._backward_hooks
@@ -114,21 +115,21 @@ def test_a_layer_that_returns_a_parameter_is_measured_and_leaves_no_hook_behind(
 
 
 @pytest.mark.parametrize("where", ["forward", "loss", "backward", "step"])
-def test_exceptions_in_a_step_leave_nothing_behind(where):
+def test_exceptions_in_a_step_leave_nothing_behind(where: str) -> None:
     class Fragile(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
             self.fail = False
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             for i, block in enumerate(self.blocks):
                 if self.fail and i == 2:
                     raise RuntimeError("forward")
                 x = x + torch.tanh(block(x))
             return x[:, :3]
 
-    def run(fail):
+    def run(fail: Any) -> tuple[Any, ...]:
         torch.manual_seed(0)
         model, optimizer, seen, monitor = watched(model=Fragile())
         x, y = rows(0)
@@ -160,15 +161,15 @@ def test_exceptions_in_a_step_leave_nothing_behind(where):
         assert torch.equal(a, b)
 
 
-def test_a_second_forward_that_fails_is_one_warning_and_everything_is_put_back():
+def test_a_second_forward_that_fails_is_one_warning_and_everything_is_put_back() -> None:
     class Second(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList([nn.Linear(8, 8)])
             self.drop = nn.Dropout(0.5)
             self.register_buffer("count", torch.zeros(()))
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             x = self.drop(self.blocks[0](x))
             self.count += 1
             if not torch.is_grad_enabled():
@@ -198,13 +199,13 @@ def test_a_second_forward_that_fails_is_one_warning_and_everything_is_put_back()
 class Counting(nn.Module):
     """Runs its second block in every other forward, by a counter that is kept in it, or in a list elsewhere."""
 
-    def __init__(self, elsewhere=None):
+    def __init__(self, elsewhere: Any = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
         self.calls = 0
         self.elsewhere = elsewhere
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         if self.elsewhere is not None:
             self.elsewhere()
@@ -212,7 +213,7 @@ class Counting(nn.Module):
         return (self.blocks[1](x) if self.calls % 2 else x)[:, :3]
 
 
-def test_a_counter_of_the_model_has_the_same_value_in_the_second_forward():
+def test_a_counter_of_the_model_has_the_same_value_in_the_second_forward() -> None:
     model, optimizer, seen, monitor = watched(model=Counting())
     train(model, optimizer, 3, lambda _: rows(0))
     monitor.close()
@@ -221,11 +222,11 @@ def test_a_counter_of_the_model_has_the_same_value_in_the_second_forward():
     assert seen[3]["why"] == "the layer did not run"
 
 
-def test_a_forward_that_depends_on_a_counter_elsewhere_is_reported():
+def test_a_forward_that_depends_on_a_counter_elsewhere_is_reported() -> None:
     counter = itertools.count()
 
     class Depends(Counting):
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             x = self.blocks[0](x)
             return (self.blocks[1](x) if next(counter) % 2 == 0 else x)[:, :3]
 
@@ -236,10 +237,10 @@ def test_a_forward_that_depends_on_a_counter_elsewhere_is_reported():
     assert seen[1]["why"] is not None
 
 
-def test_a_step_without_a_forward_of_the_model_warns_once():
+def test_a_step_without_a_forward_of_the_model_warns_once() -> None:
     model, optimizer, seen, monitor = watched()
 
-    def steps(number):
+    def steps(number: Any) -> None:
         for _ in range(number):
             model.blocks[0](torch.ones(2, 16)).sum().backward()
             optimizer.step()
@@ -251,11 +252,11 @@ def test_a_step_without_a_forward_of_the_model_warns_once():
     assert seen == []
 
 
-def test_modes_changed_between_forward_and_step_are_those_of_the_forward():
+def test_modes_changed_between_forward_and_step_are_those_of_the_forward() -> None:
     torch.manual_seed(0)
     model = small_transformer()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    seen = []
+    seen: list[Any] = []
     with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", sinks=[measured_into(seen)]):
         x, y = tokens(0)
         F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
@@ -266,7 +267,7 @@ def test_modes_changed_between_forward_and_step_are_those_of_the_forward():
     assert [row["update_rms"] for row in seen] == [0.0] * 3
 
 
-def test_hooks_of_the_user_can_tell_the_second_forward():
+def test_hooks_of_the_user_can_tell_the_second_forward() -> None:
     calls = {False: 0, True: 0}
     model, optimizer, _, monitor = watched()
     model.blocks[1].register_forward_hook(lambda *_: calls.__setitem__(monitor.replaying, calls[monitor.replaying] + 1))
@@ -275,13 +276,13 @@ def test_hooks_of_the_user_can_tell_the_second_forward():
     assert calls == {False: 2, True: 4}  # both steps prove that the second forward repeats the first
 
 
-def test_a_failing_sink_warns_once_and_spares_the_others():
-    def fail(rows):
+def test_a_failing_sink_warns_once_and_spares_the_others() -> None:
+    def fail(rows: Any) -> None:
         raise OSError("disk full")
 
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
-    seen = []
+    seen: list[Any] = []
     with (
         pytest.warns(RuntimeWarning, match="OSError: disk full") as caught,
         fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[fail, measured_into(seen)]),
@@ -296,7 +297,7 @@ def test_a_failing_sink_warns_once_and_spares_the_others():
 # Copies
 
 
-def test_copies_of_the_model_are_not_watched():
+def test_copies_of_the_model_are_not_watched() -> None:
     model, optimizer, seen, monitor = watched()
     train(model, optimizer, 1)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -312,7 +313,7 @@ def test_copies_of_the_model_are_not_watched():
     assert {row["micro_batches"] for row in seen} == {1}
 
 
-def test_a_copy_can_have_a_monitor_of_its_own():
+def test_a_copy_can_have_a_monitor_of_its_own() -> None:
     model, optimizer, seen, monitor = watched()
     other = copy.deepcopy(model)
     _, other_optimizer, other_seen, other_monitor = watched(model=other)
@@ -326,7 +327,7 @@ def test_a_copy_can_have_a_monitor_of_its_own():
 # torch.compile
 
 
-def test_a_model_compiled_in_place_is_refused_with_the_way_out():
+def test_a_model_compiled_in_place_is_refused_with_the_way_out() -> None:
     model = ResNet(8, 16, 2, 3)
     model.compile(backend="eager")
     with pytest.raises(ValueError, match=r"compiled in place.*Attach to compiled = torch\.compile\(model\) instead"):
@@ -335,7 +336,7 @@ def test_a_model_compiled_in_place_is_refused_with_the_way_out():
 
 @pytest.mark.graphs
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
-def test_a_model_compiled_after_attaching_is_measured():
+def test_a_model_compiled_after_attaching_is_measured() -> None:
     seen = {}
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -348,7 +349,7 @@ def test_a_model_compiled_after_attaching_is_measured():
         assert all(b[key] == a[key] for key in ("step", "angle", "update_rms", "backward_rms", "residual", "valid"))
 
 
-def test_random_numbers_in_a_model_compiled_after_attaching_are_one_warning():
+def test_random_numbers_in_a_model_compiled_after_attaching_are_one_warning() -> None:
     torch._dynamo.reset()
     model, optimizer, seen, monitor = watched(model=small_transformer())
     with pytest.warns(RuntimeWarning, match="attach it to the compiled model instead") as caught:
@@ -358,7 +359,7 @@ def test_random_numbers_in_a_model_compiled_after_attaching_are_one_warning():
     assert seen == []
 
 
-def test_a_model_compiled_in_one_graph_after_attaching_is_refused_with_the_way_out():
+def test_a_model_compiled_in_one_graph_after_attaching_is_refused_with_the_way_out() -> None:
     torch._dynamo.reset()
     model, optimizer, _, monitor = watched()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="attach it to the compiled model instead"):
@@ -367,7 +368,7 @@ def test_a_model_compiled_in_one_graph_after_attaching_is_refused_with_the_way_o
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
-def test_blocks_compiled_one_by_one_are_watched():
+def test_blocks_compiled_one_by_one_are_watched() -> None:
     seen = {}
     for compiled in (False, True):
         torch.manual_seed(0)

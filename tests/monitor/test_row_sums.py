@@ -101,7 +101,7 @@ def one_layer(visits: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]
 
 @pytest.mark.parametrize("start", range(0, 80, 20))
 @pytest.mark.parametrize("direction", [False, True])
-def test_totals_are_those_of_one_layer_at_a_time(start, direction):
+def test_totals_are_those_of_one_layer_at_a_time(start: Any, direction: bool) -> None:
     for seed in range(start, start + 20):
         passes = step(seed)
         found = totals([(from_direction if direction else from_replay)(layers) for layers in passes], QUANTILES, CPU)
@@ -129,7 +129,7 @@ def test_totals_are_those_of_one_layer_at_a_time(start, direction):
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-def test_operators_do_not_grow_with_layers_and_none_waits(uneven):
+def test_operators_do_not_grow_with_layers_and_none_waits(uneven: bool) -> None:
     counts = []
     for layers in (3, 200):
         draw = random.Random(0)
@@ -141,7 +141,7 @@ def test_operators_do_not_grow_with_layers_and_none_waits(uneven):
     assert counts[0] == counts[1]
 
 
-def test_layers_without_a_visit():
+def test_layers_without_a_visit() -> None:
     found = totals([from_replay([[], []])], (0.5,), CPU)
     assert found.stats.sums.eq(0.0).all()
     assert found.rows == [(0, 0), (0, 0)]
@@ -149,7 +149,7 @@ def test_layers_without_a_visit():
     assert found.quantiles.shape == (2, 2, 1)
 
 
-def test_segments_of_all_lengths():
+def test_segments_of_all_lengths() -> None:
     draw = random.Random(1)
     for _ in range(30):
         lengths = np.array([draw.choice([0, 1, 5, 32, 33, 1100]) for _ in range(draw.randint(1, 6))])
@@ -169,7 +169,7 @@ def random_sets(draw: random.Random) -> tuple[ParameterSets, Tensor]:
     return ParameterSets.of(numbering, [intervals_of(np.flatnonzero(row).tolist()) for row in rows]), bits
 
 
-def test_parameter_sets():
+def test_parameter_sets() -> None:
     draw = random.Random(2)
     for _ in range(100):
         sets, bits = random_sets(draw)
@@ -190,7 +190,7 @@ def test_parameter_sets():
         assert union(rows) == intervals_of(every)
 
 
-def test_sums_over_parameters():
+def test_sums_over_parameters() -> None:
     draw = random.Random(3)
     for seed in range(100):
         torch.manual_seed(seed)
@@ -204,14 +204,14 @@ def test_sums_over_parameters():
         assert torch.equal(again.upstream(values), incidence.upstream(values))
 
 
-def test_a_parameter_counts_for_its_own_layers_only():
+def test_a_parameter_counts_for_its_own_layers_only() -> None:
     """Neither NaN nor a number that is larger by many orders of magnitude gets into other sums."""
     own = Incidence(torch.eye(5, dtype=torch.bool), torch.eye(5, dtype=torch.bool), CPU)
     values = torch.tensor([1e300, 1e-300, torch.nan, 3.0, torch.inf], dtype=torch.float64)[:, None]
     torch.testing.assert_close(own.own(values), values, rtol=0.0, atol=0.0, equal_nan=True)
 
 
-def test_sums_over_parameters_take_memory_in_proportion_and_do_not_wait():
+def test_sums_over_parameters_take_memory_in_proportion_and_do_not_wait() -> None:
     layers = 3000
     below = [(0, layer + 1) for layer in range(layers)]
     numbering = np.arange(layers)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import fastfs
 from fastfs._monitor.capture.sampling import RowSampler
@@ -16,19 +19,19 @@ from tests.helpers.monitor_cases import measured_into, rows, sgd, small_transfor
 # Estimates
 
 
-def many(step, size=192):
+def many(step: int, size: int = 192) -> tuple[Any, ...]:
     """Rows of very different sizes."""
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(size, 8, generator=generator) * torch.rand(size, 1, generator=generator).exp()
     return x, torch.randint(3, (size,), generator=generator)
 
 
-def both(steps, kept, micro_batches=1):
+def both(steps: int, kept: Any, micro_batches: int = 1) -> list[Any]:
     """The last block's rows of every step, from `kept` rows and from all."""
     torch.manual_seed(0)
     model = ResNet(8, 16, 2, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    seen = {kept: [], None: []}
+    seen: dict[Any, list[Any]] = {kept: [], None: []}
     monitors = [
         fastfs.Monitor(
             model, optimizer, layers=["blocks.1"], every=1, rows=count, sinks=[measured_into(found)], alerts=()
@@ -49,7 +52,9 @@ def both(steps, kept, micro_batches=1):
 @pytest.mark.parametrize(
     ("kept", "micro_batches"), [(48, 1), (144, 1), (32, 3)], ids=["a quarter", "three quarters", "micro-batches"]
 )
-def test_estimates_agree_with_all_rows_within_their_standard_errors(kept, micro_batches, threads):
+def test_estimates_agree_with_all_rows_within_their_standard_errors(
+    kept: int, micro_batches: int, threads: Any
+) -> None:
     """Student's t with at least 47 degrees of freedom: 94.9% are within two standard errors.
 
     Of 200 that is 189.7 +- 3.1, if errors are right: 175 and more are allowed (4 sigma). The mean of the squares is
@@ -72,7 +77,7 @@ def test_estimates_agree_with_all_rows_within_their_standard_errors(kept, micro_
         assert (some["count"], every["count"]) == (192 * 16, 192 * 16)
 
 
-def features_by_hand(model, optimizer, batch, layer):
+def features_by_hand(model: Any, optimizer: torch.optim.Optimizer, batch: Any, layer: Any) -> tuple[Any, ...]:
     """Before, backward and after of a layer in one training step."""
     kept = []
     handle = layer.register_forward_hook(lambda _m, _a, out: kept.append(out))
@@ -89,11 +94,11 @@ def features_by_hand(model, optimizer, batch, layer):
     return before, backward, kept.pop()
 
 
-def cosine(df, b):
+def cosine(df: Any, b: Any) -> Any:
     return -(df * b).sum(-1) / (df.norm(dim=-1) * b.norm(dim=-1))
 
 
-def test_the_three_tensors_have_the_same_rows_and_the_subset_is_the_same_in_every_step():
+def test_the_three_tensors_have_the_same_rows_and_the_subset_is_the_same_in_every_step() -> None:
     torch.manual_seed(0)
     model = ResNet(8, 16, 3, 3).double()
     twin = ResNet(8, 16, 3, 3).double()
@@ -102,7 +107,7 @@ def test_the_three_tensors_have_the_same_rows_and_the_subset_is_the_same_in_ever
     model, optimizer, seen, monitor = watched(model=model, rows=5)
     for step in range(4):
         batch = rows(step)[0].double(), rows(step)[1]
-        train(model, optimizer, 1, lambda _, batch=batch: batch)
+        train(model, optimizer, 1, lambda _, batch=batch: batch)  # type: ignore[misc]
         before, backward, after = features_by_hand(twin, other, batch, twin.blocks[1])
         subset = RowSampler(5).subset(16, 5, torch.device("cpu"))
         assert len(set(subset.tolist())) == 5
@@ -117,15 +122,15 @@ def test_the_three_tensors_have_the_same_rows_and_the_subset_is_the_same_in_ever
     monitor.close()
 
 
-def test_all_layers_and_all_runs_have_the_same_subset():
+def test_all_layers_and_all_runs_have_the_same_subset() -> None:
     class Same(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
             for block in self.blocks:
                 nn.init.eye_(block.weight)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
                 x = block(x)
             return x
@@ -144,7 +149,7 @@ def test_all_layers_and_all_runs_have_the_same_subset():
     assert found[0][9] != found[0][0]  # other rows are there now
 
 
-def test_rows_none_keeps_all():
+def test_rows_none_keeps_all() -> None:
     seen = {}
     for kept in (None, 16, 10**6):
         torch.manual_seed(0)
@@ -159,7 +164,7 @@ def test_rows_none_keeps_all():
 
 
 @pytest.mark.parametrize("value", [0, 1, -3, 2.5, True, "all"])
-def test_rows_must_be_a_number_of_rows(value):
+def test_rows_must_be_a_number_of_rows(value: Any) -> None:
     with pytest.raises(ValueError, match=r"rows: expected an integer >= 2 \(rows kept of a layer, or None for all\)"):
         watched(rows=value)
 
@@ -170,21 +175,21 @@ def test_rows_must_be_a_number_of_rows(value):
 class Shaped(nn.Module):
     """Features of any shape, from a linear map."""
 
-    def __init__(self, shape):
+    def __init__(self, shape: Any) -> None:
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(8, 8), Reshape(shape))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         out = self.inner(x)
         return F.pad(out.reshape(-1)[:, None], (0, 2)) if out.numel() < 48 else out.reshape(16, -1)[:, :3]
 
 
 class Reshape(nn.Module):
-    def __init__(self, shape):
+    def __init__(self, shape: Any) -> None:
         super().__init__()
         self.shape = shape
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.shape(x)
 
 
@@ -200,7 +205,7 @@ class Reshape(nn.Module):
     ],
     ids=["0-d", "1-d", "2-d", "3-d", "4-d", "5-d"],
 )
-def test_what_a_row_is(shape, total, width):
+def test_what_a_row_is(shape: Callable[..., Any], total: int, width: int) -> None:
     """Tokens up to three dimensions; samples (images, clips) from four on."""
     torch.manual_seed(0)
     model = Shaped(shape).double()
@@ -225,7 +230,7 @@ def test_what_a_row_is(shape, total, width):
 
 
 @pytest.mark.parametrize("kept", [None, 6])
-def test_quantiles_are_those_of_the_rows(kept):
+def test_quantiles_are_those_of_the_rows(kept: int | None) -> None:
     torch.manual_seed(0)
     model = small_transformer().double().eval()
     twin = small_transformer().double().eval()
@@ -250,6 +255,6 @@ def test_quantiles_are_those_of_the_rows(kept):
     ("value", "error"),
     [([2], ValueError), ([-0.1], ValueError), (["a"], ValueError), ("0.5", TypeError), (3, TypeError)],
 )
-def test_wrong_quantiles(value, error):
+def test_wrong_quantiles(value: Any, error: Any) -> None:
     with pytest.raises(error, match="quantiles: expected numbers between 0 and 1"):
         watched(quantiles=value)

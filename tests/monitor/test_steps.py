@@ -79,7 +79,7 @@ def test_a_closure_that_is_called_twice_or_not_at_all(model: nn.Module) -> None:
     class Twice(torch.optim.SGD):
         times = 2
 
-        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        def step(self, closure: Any = None) -> Any:
             for _ in range(self.times):
                 closure()
             return super().step()
@@ -143,7 +143,7 @@ def test_steps_in_a_backward_that_fails(model: nn.Module) -> None:
         if fail[0]:
             raise ZeroDivisionError
 
-    model[2].bias.register_post_accumulate_grad_hook(hook)  # type: ignore[index,union-attr,arg-type]
+    model[2].bias.register_post_accumulate_grad_hook(hook)
     with pytest.raises(ZeroDivisionError):
         model(torch.ones(2, 4)).sum().backward()
     log.take()

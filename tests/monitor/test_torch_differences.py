@@ -66,7 +66,7 @@ def modules() -> list[Path]:
     return [path for path in sorted(PACKAGE.rglob("*.py")) if path.relative_to(PACKAGE).parts[0] not in WITHOUT]
 
 
-def test_every_private_name_of_torch_is_there():
+def test_every_private_name_of_torch_is_there() -> None:
     """It may go with any release: then this says which, instead of a training that ends."""
     names = {name: path for path in modules() for name in private_names(path)}
     assert len(names) > 20
@@ -79,7 +79,7 @@ def test_every_private_name_of_torch_is_there():
     assert gone == []
 
 
-def test_private_names_are_found(tmp_path):
+def test_private_names_are_found(tmp_path: Path) -> None:
     source = tmp_path / "module.py"
     source.write_text(
         "import torch\nimport torch.autograd.forward_ad as ad\nfrom torch._C._functorch import wrapped as w\n"
@@ -99,7 +99,8 @@ def test_private_names_are_found(tmp_path):
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    return torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+    return compiled
 
 
 def in_place(model: nn.Module) -> nn.Module:
@@ -109,7 +110,7 @@ def in_place(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("prepare", [compiled, in_place])
-def test_graphs_that_cannot_be_tapped_are_left_alone_and_said(prepare, monkeypatch):
+def test_graphs_that_cannot_be_tapped_are_left_alone_and_said(prepare: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last block's output is written to in place: a tap would end the training where Dynamo makes views."""
     monkeypatch.setattr(taps, "HOOKS_IN_GRAPHS", False)
     loop = Loop("compiled", prepare=prepare, strict=False)
@@ -123,7 +124,7 @@ def test_graphs_that_cannot_be_tapped_are_left_alone_and_said(prepare, monkeypat
     torch._dynamo.reset()
 
 
-def test_blocks_compiled_one_by_one_are_measured_all_the_same(monkeypatch):
+def test_blocks_compiled_one_by_one_are_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taps, "HOOKS_IN_GRAPHS", False)
     model = Net(depth=2)
     for index, block in enumerate(model.blocks):
@@ -138,7 +139,7 @@ def test_blocks_compiled_one_by_one_are_measured_all_the_same(monkeypatch):
 
 
 @pytest.mark.graphs
-def test_graphs_are_tapped_where_they_can_be():
+def test_graphs_are_tapped_where_they_can_be() -> None:
     torch._dynamo.reset()
     _, (seen,) = Loop("compiled", prepare=compiled).train(1, {"every": 1})
     assert [row["valid"] for row in seen if row["kind"] == "measured"] == [True] * 3
@@ -149,7 +150,7 @@ def test_graphs_are_tapped_where_they_can_be():
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_forward_mode_goes_through_checkpoints(grad):
+def test_forward_mode_goes_through_checkpoints(grad: bool) -> None:
     load_forward_mode()
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4)
     with torch.set_grad_enabled(grad), forward_ad.dual_level():
@@ -161,7 +162,7 @@ def test_forward_mode_goes_through_checkpoints(grad):
     assert torch.equal(got, expected)
 
 
-def test_forward_mode_loads_without_a_warning():
+def test_forward_mode_loads_without_a_warning() -> None:
     """In a process of its own, as torch loads its rules once."""
     code = "from fastfs._network.perturbed import load_forward_mode; load_forward_mode()"
     command = [sys.executable, "-W", "error", "-c", code]
@@ -172,7 +173,7 @@ def test_forward_mode_loads_without_a_warning():
 # Export and tracing
 
 
-def test_a_model_that_is_being_traced_is_not_watched():
+def test_a_model_that_is_being_traced_is_not_watched() -> None:
     model = Net(depth=2)
     (optimizer,) = loops.sgd(model)
     with fastfs.Monitor(model, optimizer, layers=loops.BLOCKS, sinks=[lambda rows: None], verbose=False):

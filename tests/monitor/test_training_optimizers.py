@@ -50,7 +50,7 @@ def test_what_is_found(model: nn.Module) -> None:
 def test_several_in_one_wrapper(model: nn.Module) -> None:
     class Both:
         def __init__(self) -> None:
-            self.optimizers = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]  # type: ignore[index]
+            self.optimizers = [torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2)]
 
         def step(self) -> None:
             for optimizer in self.optimizers:

@@ -55,7 +55,7 @@ def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
                 assert a[key] == pytest.approx(b[key], rel=1e-6, nan_ok=True), (a["kind"], key)
 
 
-def test_gradients_that_are_asked_for_before_the_backward_do_not_count():
+def test_gradients_that_are_asked_for_before_the_backward_do_not_count() -> None:
     def norms(model: nn.Module, loss: Tensor, _batch: Any) -> None:
         torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         torch.autograd.grad(loss, model.blocks[1].linear.weight, retain_graph=True)
@@ -63,7 +63,7 @@ def test_gradients_that_are_asked_for_before_the_backward_do_not_count():
     assert_same(run(norms), run())
 
 
-def test_gradients_of_functions_do_not_count():
+def test_gradients_of_functions_do_not_count() -> None:
     def norms(model: nn.Module, _loss: Tensor, batch: tuple[Tensor, Tensor]) -> None:
         def loss(values: dict[str, Tensor]) -> Tensor:
             return F.cross_entropy(torch.func.functional_call(model, values, (batch[0],)), batch[1])
@@ -73,7 +73,7 @@ def test_gradients_of_functions_do_not_count():
     assert_same(run(norms), run())
 
 
-def test_an_inner_loop_on_the_inputs_does_not_count():
+def test_an_inner_loop_on_the_inputs_does_not_count() -> None:
     def attack(model: nn.Module, _loss: Tensor, batch: tuple[Tensor, Tensor]) -> None:
         x = batch[0].clone()
         for _ in range(2):
@@ -84,7 +84,7 @@ def test_an_inner_loop_on_the_inputs_does_not_count():
     assert_same(run(attack), run())
 
 
-def test_clipping_some_parameters_only_is_divided_out_of_their_gradients_alone():
+def test_clipping_some_parameters_only_is_divided_out_of_their_gradients_alone() -> None:
     def clip(model: nn.Module) -> None:
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.dim() > 1], 0.01)
 
@@ -102,7 +102,7 @@ def test_clipping_some_parameters_only_is_divided_out_of_their_gradients_alone()
         assert row["decrease_why"] is None
 
 
-def test_a_micro_batch_that_was_left_out_is_said_in_every_row():
+def test_a_micro_batch_that_was_left_out_is_said_in_every_row() -> None:
     model = ResNet(8, 16, 3, 3)
     optimizer = sgd(model)
     seen: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ def test_a_micro_batch_that_was_left_out_is_said_in_every_row():
     assert all(math.isnan(row["residual"]) for row in seen)
 
 
-def test_parameters_written_to_between_forward_and_step_are_said():
+def test_parameters_written_to_between_forward_and_step_are_said() -> None:
     def move(model: nn.Module) -> None:
         with torch.no_grad():
             for p in model.parameters():
@@ -155,12 +155,12 @@ class MovesFor(MovesFirst):
 
 @pytest.mark.parametrize("kind", [MovesFirst, MovesFor])
 @pytest.mark.parametrize("options", [{}, {"amplify": True}, {"mode": "jvp"}], ids=["plain", "amplified", "jvp"])
-def test_features_of_a_closure_at_other_parameters_are_not_valid(kind, options):
+def test_features_of_a_closure_at_other_parameters_are_not_valid(kind: Any, options: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = ResNet(8, 16, 2, 3)
     optimizer = kind(model.parameters(), lr=0.1)
     seen: list[dict[str, Any]] = []
-    settings = {"layers": r"blocks\.\d+$", "every": 1, "sinks": [measured_into(seen)], "verbose": False}
+    settings: dict[str, Any] = {"layers": r"blocks\.\d+$", "every": 1, "sinks": [measured_into(seen)], "verbose": False}
     with fastfs.Monitor(model, optimizer, **settings, **options):
         for step in range(2):
 
@@ -189,7 +189,7 @@ class Switching(nn.Module):
         return (self.blocks[2](second) + (first if self.residual else 0.0))[:, :3]
 
 
-def test_a_structure_that_changes_is_learned_again():
+def test_a_structure_that_changes_is_learned_again() -> None:
     torch.manual_seed(0)
     model = Switching()
     optimizer = sgd(model)
@@ -208,7 +208,7 @@ def test_a_structure_that_changes_is_learned_again():
             assert math.isnan(row["residual"]) == (row["step"] >= 2 and row["layer"] > 0)
 
 
-def test_a_schedule_that_fails_ends_no_training():
+def test_a_schedule_that_fails_ends_no_training() -> None:
     class Failing:
         def due(self, step: int) -> bool:
             return 1 // (2 - step) >= 0
@@ -219,7 +219,7 @@ def test_a_schedule_that_fails_ends_no_training():
     assert {row["step"] for row in found} == {0, 1}
 
 
-def test_a_warning_that_is_to_be_an_error_ends_the_call_of_step_and_counts_no_step_twice():
+def test_a_warning_that_is_to_be_an_error_ends_the_call_of_step_and_counts_no_step_twice() -> None:
     """Warnings are errors in tests."""
 
     class Failing:
@@ -227,7 +227,9 @@ def test_a_warning_that_is_to_be_an_error_ends_the_call_of_step_and_counts_no_st
             return 1 // (2 - step) <= 1
 
     model = ResNet(8, 16, 3, 3)
-    optimizer, found, raised = sgd(model), [], []
+    optimizer = sgd(model)
+    found: list[Any] = []
+    raised: list[Any] = []
     with fastfs.Monitor(model, optimizer, layers=["stem"], every=Failing(), sinks=[found.extend], verbose=False) as one:
         for step in range(5):
             optimizer.zero_grad()
@@ -243,7 +245,7 @@ def test_a_warning_that_is_to_be_an_error_ends_the_call_of_step_and_counts_no_st
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_tracing_a_watched_model_leaves_the_monitor_out():
+def test_tracing_a_watched_model_leaves_the_monitor_out() -> None:
     model = ResNet(8, 16, 3, 3)
     optimizer = sgd(model)
     with fastfs.Monitor(model, optimizer, layers=r"blocks\.\d+$", every=1, sinks=[lambda rows: None], verbose=False):
@@ -252,7 +254,7 @@ def test_tracing_a_watched_model_leaves_the_monitor_out():
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-def test_scripting_a_watched_model_is_refused_with_the_way_out():
+def test_scripting_a_watched_model_is_refused_with_the_way_out() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
     monitor = fastfs.Monitor(model, sgd(model), sinks=[lambda rows: None], verbose=False)
     with pytest.raises(AttributeError, match="before the monitor is attached"):
@@ -279,7 +281,7 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_choices_that_the_step_changes_are_counted(large):
+def test_choices_that_the_step_changes_are_counted(large: bool) -> None:
     torch.manual_seed(0)
     model = Routed()
     optimizer = torch.optim.SGD(model.parameters(), lr=10.0 if large else 0.0)
@@ -291,13 +293,13 @@ def test_choices_that_the_step_changes_are_counted(large):
     assert (seen[0]["choices_changed"] > 0) == large
 
 
-def test_a_model_without_choices_has_no_such_columns():
+def test_a_model_without_choices_has_no_such_columns() -> None:
     found = run(steps=1)
     assert all("choices" not in row for row in found)
 
 
 @pytest.mark.parametrize("when", ["before the forward", "before the backward", "before the step"])
-def test_parameters_that_are_added_in_the_middle_of_a_step(when):
+def test_parameters_that_are_added_in_the_middle_of_a_step(when: str) -> None:
     torch.manual_seed(0)
     model = ResNet(8, 16, 3, 3)
     last = list(model.blocks[2].parameters())

@@ -1,8 +1,11 @@
 """Assessed updates: exact where they can be, refused where they must be, and never waiting for the device."""
 
+from __future__ import annotations
+
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +69,7 @@ def off(found: FeatureStats, truth: FeatureStats) -> float:
 
 
 @pytest.mark.parametrize("kappa", [1.0, 2.0, 8.0])
-def test_curvature_of_the_real_step_comes_out(kappa):
+def test_curvature_of_the_real_step_comes_out(kappa: float) -> None:
     toy = Toy(step=0.02, curvature=3.0)
     found = assess(toy.stats(toy.f, toy.at(1.0)), toy.probe(kappa), eps=eps_of(BF16))
     truth = toy.truth()
@@ -77,17 +80,17 @@ def test_curvature_of_the_real_step_comes_out(kappa):
 
 
 @pytest.mark.parametrize(("rows", "width", "valid"), [(50.0, 400.0, True), (8.0, 6.0, False), (20_000.0, 1.0, False)])
-def test_noise_of_few_entries_does_not_average_out(rows, width, valid):
+def test_noise_of_few_entries_does_not_average_out(rows: float, width: float, valid: bool) -> None:
     """All rows share the rounding of the weights, so many rows of a narrow layer are few entries, too."""
     toy = Toy(step=0.1, noise=1e-3)
-    shape = {"rows": torch.tensor([rows]).double(), "width": torch.tensor([width]).double()}
+    shape: dict[str, Any] = {"rows": torch.tensor([rows]).double(), "width": torch.tensor([width]).double()}
     found = assess(toy.plain(), eps=eps_of(BF16), **shape)
     assert bool(found.valid) is valid
     assert bool(found.angle_error > assess(toy.plain(), eps=eps_of(BF16)).angle_error) is not valid
 
 
 @pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4, 1e-5])
-def test_noise_is_seen_through(step):
+def test_noise_is_seen_through(step: float) -> None:
     toy = Toy(step, noise=5e-3)
     kappa = 2.0 ** round(math.log2(TARGET / step))
     plain = assess(toy.plain(), eps=eps_of(BF16))
@@ -101,20 +104,20 @@ def test_noise_is_seen_through(step):
     assert float(found.stats.noise_floor) < 0.2 * step
 
 
-def test_noise_beyond_the_probe_is_flagged():
+def test_noise_beyond_the_probe_is_flagged() -> None:
     toy = Toy(1e-4, noise=2e-2)
     found = assess(toy.plain(), toy.probe(512.0), eps=eps_of(BF16), depth=torch.tensor([100.0]).double())
     assert not found.valid.any()
     assert REASONS[int(found.reason)] == "rounding noise"
 
 
-def test_amplified_too_far_is_flagged():
+def test_amplified_too_far_is_flagged() -> None:
     toy = Toy(0.01, noise=1e-2)
     found = assess(toy.plain(), toy.probe(32.0), eps=eps_of(BF16), depth=torch.tensor([100.0]).double())
     assert REASONS[int(found.reason)] == "amplified beyond the linear range"
 
 
-def test_the_better_of_both_is_taken():
+def test_the_better_of_both_is_taken() -> None:
     toy = Toy(0.2, noise=1e-3)
     found = assess(toy.plain(), toy.probe(2.0), eps=eps_of(BF16))
     assert not found.amplified.any()
@@ -134,13 +137,13 @@ def test_the_better_of_both_is_taken():
         (2.0**-52, 1e-9, True),
     ],
 )
-def test_a_plain_replay_is_assessed_by_precision(eps, step, valid):
+def test_a_plain_replay_is_assessed_by_precision(eps: Any, step: float, valid: bool) -> None:
     toy = Toy(step)
     assert bool(assess(toy.plain(), eps=eps_of(eps)).valid) is valid
 
 
 @pytest.mark.parametrize("step", [1e-1, 1e-2, 1e-3, 1e-5])
-def test_single_precision_stays_valid_with_a_probe(step):
+def test_single_precision_stays_valid_with_a_probe(step: float) -> None:
     toy = Toy(step, curvature=1.0, noise=1e-7)
     kappa = max(1.0, 2.0 ** round(math.log2(TARGET / step)))
     found = assess(toy.plain(), toy.probe(kappa), eps=eps_of(SINGLE), aligned_decrease=toy.decrease())
@@ -148,7 +151,7 @@ def test_single_precision_stays_valid_with_a_probe(step):
     assert off(found.stats, toy.truth()) < 1e-3
 
 
-def test_what_cannot_be_assessed():
+def test_what_cannot_be_assessed() -> None:
     f = torch.randn(4, 100, dtype=torch.float64)
     after = f + torch.randn_like(f)
     after[0, 0] = torch.inf
@@ -162,7 +165,7 @@ def test_what_cannot_be_assessed():
     assert found.valid.tolist() == [False, False, False, True]
 
 
-def test_noise_in_a_layer_below_spoils_those_above():
+def test_noise_in_a_layer_below_spoils_those_above() -> None:
     small, large = Toy(1e-3), Toy(0.5)
     layers = FeatureStats(torch.cat([large.plain().sums, small.plain().sums, large.plain().sums]))
     found = assess(layers, eps=eps_of(BF16, 3))
@@ -170,7 +173,7 @@ def test_noise_in_a_layer_below_spoils_those_above():
     assert [REASONS[code] for code in found.reason.tolist()] == reasons
 
 
-def test_formula_residual():
+def test_formula_residual() -> None:
     toy = Toy(1e-3)
     probe, decrease = toy.probe(64.0), toy.decrease()
     assert assess(toy.plain(), probe, eps=eps_of(BF16), aligned_decrease=decrease).valid.all()
@@ -179,7 +182,7 @@ def test_formula_residual():
     assert "Jacobian" in (REASONS[int(found.reason)] or "")
 
 
-def test_biased_rounding():
+def test_biased_rounding() -> None:
     toy = Toy(1e-3)
     exact = toy.plain().before_sq
     assert assess(toy.plain(), toy.probe(64.0), eps=eps_of(BF16), exact_before_sq=exact).valid.all()
@@ -187,7 +190,7 @@ def test_biased_rounding():
     assert "biased" in (REASONS[int(found.reason)] or "")
 
 
-def test_a_frozen_layer_does_not_spoil_those_above():
+def test_a_frozen_layer_does_not_spoil_those_above() -> None:
     frozen, moving = Toy(0.0), Toy(1e-3, noise=1e-3)
 
     def both(a: FeatureStats, b: FeatureStats) -> FeatureStats:
@@ -199,7 +202,7 @@ def test_a_frozen_layer_does_not_spoil_those_above():
     assert [REASONS[code] for code in found.reason.tolist()] == ["no update of the features", None]
 
 
-def test_small_angles_need_better_vectors():
+def test_small_angles_need_better_vectors() -> None:
     toy = Toy(1e-3, noise=2e-3)
     toy.b = -toy.d * 1e3 + 0.05 * toy.b
     found = assess(toy.plain(), toy.probe(64.0), eps=eps_of(BF16))
@@ -207,7 +210,7 @@ def test_small_angles_need_better_vectors():
     assert "angle is too small" in (REASONS[int(found.reason)] or "")
 
 
-def test_kappa():
+def test_kappa() -> None:
     one = torch.tensor(1.0, dtype=torch.float64)
     moves = torch.tensor([1e-3, 2e-3, 4e-3], dtype=torch.float64)
     assert float(choose_kappa(one * 16, moves)) == 16.0  # the largest would move by more than 0.12 with 32
@@ -229,7 +232,7 @@ def test_kappa():
     assert target_for(2.0**-9) == pytest.approx(TARGET / 2)
 
 
-def test_nothing_waits_for_the_device():
+def test_nothing_waits_for_the_device() -> None:
     """On the meta device there are no values to wait for: a host branch on one would raise."""
     stats = FeatureStats(torch.empty(3, 9, dtype=torch.float64, device="meta"))
     vector = torch.empty(3, dtype=torch.float64, device="meta")
@@ -239,7 +242,7 @@ def test_nothing_waits_for_the_device():
     assert assess(stats, eps=vector, depth=vector).valid.is_meta
 
 
-def test_wrong_shapes():
+def test_wrong_shapes() -> None:
     stats = FeatureStats(torch.zeros(3, 9, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"eps: expected shape \(3,\), got \(2,\)"):
         assess(stats, eps=eps_of(BF16, 2))
@@ -251,7 +254,7 @@ def test_wrong_shapes():
         assess(stats[0], eps=eps_of(BF16, 3))
 
 
-def test_committed_study():
+def test_committed_study() -> None:
     written = json.loads((Path(__file__).parents[2] / "benchmarks/results/accuracy-cpu.json").read_text())
     cells = [dict(zip(written["columns"], values, strict=True)) for values in written["results"]]
     claimed = [cell for cell in cells if cell["method"] in accuracy.CLAIMED]
@@ -264,7 +267,7 @@ def test_committed_study():
 @pytest.mark.parametrize(
     "setting", ["autocast bf16", "bf16", "autocast fp16", "autocast bf16 inside", "casts to bf16", "fp8 products"]
 )
-def test_never_wrong_and_unflagged(setting, threads):
+def test_never_wrong_and_unflagged(setting: str, threads: Any) -> None:
     """A small part of benchmarks/monitor/accuracy.py."""
     threads(1)
     for case in accuracy.cases(quick=True, seed=0):

@@ -165,7 +165,7 @@ def test_what_a_post_hook_does_changes_nothing(where: None) -> None:
     for name in ("lr doubled", "gradients cleared"):
         for kind in (SGD, AdamW, Adamax, RMSprop):
             p = nn.Parameter(torch.randn(20, 10))
-            meter = UpdateMeter(kind([p], lr=0.01))  # type: ignore[call-arg]
+            meter = UpdateMeter(kind([p], lr=0.01))
             for _ in range(3):
                 p.grad = torch.randn_like(p)
                 g, old = p.grad.clone(), p.detach().clone()
@@ -234,7 +234,7 @@ def step_of(
         model(torch.randn(8, 6, dtype=torch.float64)).square().sum().backward()
     assert factor.waiting
     own = list(model.parameters())
-    gradients = [p.grad.clone() for p in own]  # type: ignore[union-attr]
+    gradients = [p.grad.clone() for p in own]
     old = [p.detach().clone() for p in own]
     between(model)
     found = take_step(optimizer, parameters, factor)
@@ -245,7 +245,7 @@ def step_of(
 
 def clip_each(model: nn.Module) -> None:
     for i, p in enumerate(model.parameters()):
-        p.grad = p.grad * 0.1 * (i + 1)  # type: ignore[operator]
+        p.grad = p.grad * 0.1 * (i + 1)
 
 
 FACTORS: dict[str, Callable[[nn.Module], object]] = {
@@ -286,9 +286,9 @@ def test_gradients_that_are_all_zero_take_the_factor_of_the_others(where: None) 
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
 
     model, optimizer, parameters, factor = make()
-    nn.init.zeros_(model[2].weight)  # type: ignore[index]
+    nn.init.zeros_(model[2].weight)
     model(torch.randn(8, 6, dtype=torch.float64)).sum().backward()
-    assert not model[0].weight.grad.any()  # type: ignore[index]
+    assert not model[0].weight.grad.any()
     zero(model)
     found = take_step(optimizer, parameters, factor)
     assert found.reason.tolist() == [decrease_reasons.FINE] * 4
@@ -311,7 +311,7 @@ def test_gradients_between_backwards() -> None:
     x = torch.randn(8, 6, dtype=torch.float64)
     model(x).square().sum().backward()
     assert factor.waiting
-    assert not factor.thrown_away()
+    assert not factor.thrown_away()  # type: ignore[unreachable]
     assert not factor.written_since_backward()
     assert factor.nonzero()
     torch.autograd.grad(model(x).sum(), list(model.parameters()))
@@ -332,7 +332,7 @@ def test_gradients_between_backwards() -> None:
 def test_a_failed_backward_is_forgotten() -> None:
     model, optimizer, parameters, factor = make()
     out = model(torch.randn(8, 6, dtype=torch.float64))
-    handle = model[0].weight.register_hook(lambda g: 1 / 0)  # type: ignore[index,arg-type]
+    handle = model[0].weight.register_hook(lambda g: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         out.sum().backward()
     handle.remove()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,33 +21,33 @@ KEYS = ("angle", "update_rms", "feature_rms", "backward_rms", "count")
 
 
 @pytest.fixture
-def alone(tmp_path):
+def alone(tmp_path: Path) -> Iterator[None]:
     """A process group of one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
-def resnet():
+def resnet() -> Any:
     torch.manual_seed(0)
     return ResNet(8, 16, 2, 3)
 
 
-def checkpointed(implementation=CheckpointImpl.NO_REENTRANT):
+def checkpointed(implementation: Any = CheckpointImpl.NO_REENTRANT) -> Any:
     model = resnet()
     for index in range(2):
         model.blocks[index] = checkpoint_wrapper(model.blocks[index], checkpoint_impl=implementation)
     return model
 
 
-def compiled_blocks():
+def compiled_blocks() -> Any:
     model = resnet()
     for index in range(2):
         model.blocks[index] = torch.compile(model.blocks[index], backend="eager")
     return model
 
 
-def sharded(**options):
+def sharded(**options: Any) -> Any:
     model = resnet()
     policy = ModuleWrapPolicy({type(model.blocks[0])})
     return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), **options)
@@ -70,7 +74,7 @@ WRAPPED = {
     "wrap",
     [pytest.param(wrap, id=k, marks=[pytest.mark.graphs] * ("compile" in k.split())) for k, wrap in WRAPPED.items()],
 )
-def test_names_and_numbers_are_those_without_the_wrapper(wrap, alone):
+def test_names_and_numbers_are_those_without_the_wrapper(wrap: Any, alone: None) -> None:
     seen = {}
     for make in (resnet, wrap):
         model, optimizer, seen[make], monitor = watched(layers="auto", model=make())

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import fastfs
@@ -20,12 +21,12 @@ from fastfs._network.wrappers import inner_module
 from tests.helpers.cost import counted
 
 
-def auto(model, trained=None):
+def auto(model: Any, trained: Any = None) -> Any:
     return [layer.name for layer in select_layers(model, "auto", trained)]
 
 
 @pytest.mark.parametrize("entry", style_entries(), ids=lambda entry: entry.name)
-def test_styles_of_public_scripts(entry):
+def test_styles_of_public_scripts(entry: Any) -> None:
     picked = fresh(entry.build)
     assert (len(picked.names), picked.names[0], picked.names[-1]) == (entry.count, entry.first, entry.last)
     assert picked.ran == entry.count
@@ -35,16 +36,16 @@ def test_styles_of_public_scripts(entry):
 class Small(nn.Module):
     """A block of a norm and one linear map."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.ln, self.mlp = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.ln(x)).relu()
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
-def test_blocks_of_a_single_weight(depth):
+def test_blocks_of_a_single_weight(depth: int) -> None:
     model = text.NanoGPT()
     model.transformer["h"] = nn.ModuleList([Small() for _ in range(depth)])
     assert auto(model) == [f"transformer.h.{i}" for i in range(depth)]
@@ -62,13 +63,13 @@ def test_blocks_of_a_single_weight(depth):
 
 
 class Stage(nn.Module):
-    def __init__(self, blocks, container, name, down):
+    def __init__(self, blocks: Any, container: Any, name: str, down: Any) -> None:
         super().__init__()
         self.downsample = nn.Linear(WIDTH, WIDTH) if down else nn.Identity()
         hold(self, name, blocks, container)
         self.path = name
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         for block in members(self, self.path):
             x = block(x)
@@ -76,7 +77,7 @@ class Stage(nn.Module):
 
 
 class Chain(nn.Module):
-    def __init__(self, parts, container, name, heads):
+    def __init__(self, parts: Any, container: Any, name: str, heads: Any) -> None:
         super().__init__()
         self.embed = nn.Linear(WIDTH, WIDTH)
         hold(self, name, parts, container)
@@ -84,7 +85,7 @@ class Chain(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
         self.heads = nn.ModuleList([FeedForward() for _ in range(heads)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         for part in members(self, self.path):
             x = part(x)
@@ -92,7 +93,7 @@ class Chain(nn.Module):
         return sum(head(x) for head in self.heads) if len(self.heads) else x
 
 
-def hold(module, name, parts, container):
+def hold(module: Any, name: str, parts: Any, container: Any) -> None:
     if container == "numbered":
         for number, part in enumerate(parts, 1):
             setattr(module, f"{name}{number}", part)
@@ -105,7 +106,7 @@ def hold(module, name, parts, container):
         setattr(module, name, nn.ModuleList(parts) if container == "list" else nn.Sequential(*parts))
 
 
-def members(module, name):
+def members(module: Any, name: str) -> Any:
     if not hasattr(module, name):
         return [child for key, child in module.named_children() if key.startswith(name) and key[len(name) :].isdigit()]
     held = getattr(module, name)
@@ -126,12 +127,12 @@ KINDS = [
 ]
 
 
-def generated(rng):
+def generated(rng: Any) -> tuple[Any, ...]:
     """A model and its blocks."""
     make = rng.choice(KINDS)
     blocks = []
 
-    def some(least):
+    def some(least: Any) -> Any:
         made = [make() for _ in range(rng.randint(least, 3))]
         if rng.random() < 0.2:
             made[0] = checkpoint_wrapper(made[0])
@@ -141,7 +142,7 @@ def generated(rng):
         blocks.extend(made)
         return made
 
-    def container(parts):
+    def container(parts: Any) -> Any:
         return rng.choice(["list", "sequence", "dict", "dict in dict"] + ["numbered"] * (parts > 1))
 
     names = ["blocks", "layers", "layer", "stages"]
@@ -160,7 +161,7 @@ def generated(rng):
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_generated_models_give_their_blocks(seed):
+def test_generated_models_give_their_blocks(seed: Any) -> None:
     torch.manual_seed(seed)
     model, blocks = generated(random.Random(seed))
     layers = select_layers(model, "auto")
@@ -176,13 +177,13 @@ def test_generated_models_give_their_blocks(seed):
 # Trained modules
 
 
-def test_a_copy_that_the_optimizer_does_not_train_is_left_out():
+def test_a_copy_that_the_optimizer_does_not_train_is_left_out() -> None:
     class Momentum(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.encoder_k, self.encoder_q = text.Tower(2), text.Tower(2)  # requires_grad stays on
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.encoder_q(x)
 
     model = Momentum()
@@ -194,7 +195,7 @@ def test_a_copy_that_the_optimizer_does_not_train_is_left_out():
         assert list(monitor.layers) == own
 
 
-def test_frozen_parameters_of_the_optimizer_do_not_count_as_trained():
+def test_frozen_parameters_of_the_optimizer_do_not_count_as_trained() -> None:
     model = small.Probe(trained_blocks=1)
     assert auto(model, list(model.parameters())) == ["backbone.0"]
     model.requires_grad_(False)
@@ -202,19 +203,19 @@ def test_frozen_parameters_of_the_optimizer_do_not_count_as_trained():
     assert auto(model, [torch.ones(1)]) == auto(model)  # no parameter of this model
 
 
-def test_adapters_count_for_their_blocks():
+def test_adapters_count_for_their_blocks() -> None:
     class Adapter(nn.Module):
         """Like the adapters of PEFT."""
 
         adapter_layer_names = ("lora_A", "lora_B")
 
-        def __init__(self, base):
+        def __init__(self, base: Any) -> None:
             super().__init__()
             self.base_layer = base.requires_grad_(False)
             self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
             self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
 
     model = text.Stream([Block() for _ in range(3)]).requires_grad_(False)
@@ -229,7 +230,7 @@ def test_adapters_count_for_their_blocks():
 # Modules without a forward
 
 
-def test_parts_of_operations_are_no_layers():
+def test_parts_of_operations_are_no_layers() -> None:
     assert auto(nn.TransformerEncoderLayer(8, 2, 16)) == ["self_attn", "linear1", "linear2", "norm1", "norm2"]
     assert auto(nn.Sequential(nn.MultiheadAttention(8, 2))) == ["0"]
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8, bias=False)), nn.LayerNorm(8))
@@ -237,21 +238,21 @@ def test_parts_of_operations_are_no_layers():
     assert auto(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))) == ["ParametrizedLinear"]
 
 
-def test_modules_without_a_forward_are_looked_through_wherever_they_are():
+def test_modules_without_a_forward_are_looked_through_wherever_they_are() -> None:
     class Holder(nn.Module):
         """Has no forward: other modules call its children."""
 
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
-            self.attn, self.mlp = PreNorm(text.Attention()), PreNorm(FeedForward())
+            self.attn, self.mlp = PreNorm(text.Attention()), PreNorm(FeedForward())  # type: ignore[attr-defined]
 
     class Net(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.layers = nn.ModuleList([Holder() for _ in range(2)])
             self.scales = nn.ParameterList([torch.ones(WIDTH) for _ in range(2)])
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             for layer, scale in zip(self.layers, self.scales, strict=True):
                 x = x + layer.attn(x)
                 x = x + scale * layer.mlp(x)
@@ -270,7 +271,7 @@ def test_modules_without_a_forward_are_looked_through_wherever_they_are():
         select_layers(model, ["scales"])
 
 
-def test_a_forward_of_an_instance_is_a_forward():
+def test_a_forward_of_an_instance_is_a_forward() -> None:
     block = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
     block.forward = lambda x: block[1](block[0](x))
     model = nn.Sequential(block, nn.Linear(8, 3))
@@ -280,20 +281,20 @@ def test_a_forward_of_an_instance_is_a_forward():
 # Sizes
 
 
-def test_ten_thousand_layers_are_picked_in_proportion():
+def test_ten_thousand_layers_are_picked_in_proportion() -> None:
     class Unit(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(1, 1), nn.Linear(1, 1)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             return x + self.b(self.a(x))
 
-    def of(side):
+    def of(side: Any) -> Any:
         with torch.device("meta"):
             return nn.Sequential(nn.ModuleList([nn.ModuleList([Unit() for _ in range(side)]) for _ in range(side)]))
 
-    def picked(model):
+    def picked(model: Any) -> tuple[Any, ...]:
         names = auto(model)
         return len(names), len(select_layers(model, names)), len(select_layers(model, r"\d+\.\d+\.\d+$"))
 
@@ -307,14 +308,14 @@ def test_ten_thousand_layers_are_picked_in_proportion():
     assert calls[1] < 12 * calls[0]  # 9 times the layers
 
 
-def test_deep_nesting_is_no_problem():
+def test_deep_nesting_is_no_problem() -> None:
     model = nn.Linear(4, 4)
     for _ in range(150):
         model = small.Module(model)
     assert auto(model) == [".".join(["model"] * 150)]
 
 
-def test_shared_modules_are_picked_once():
+def test_shared_modules_are_picked_once() -> None:
     shared = ConvBlock(8, 8)
     assert auto(nn.Sequential(*[shared] * 4)) == ["0"]
     stack = images.StagedResNet((2, 2))
@@ -325,7 +326,7 @@ def test_shared_modules_are_picked_once():
     assert auto(twin) == [f"{name}.resblocks.{i}" for name in "ab" for i in range(2)]
 
 
-def test_copies_of_a_model_have_the_same_layers():
+def test_copies_of_a_model_have_the_same_layers() -> None:
     model = images.DiffusionUNet()
     assert auto(copy.deepcopy(model)) == auto(model)
     assert fresh(lambda: (images.ResNet((1, 1)), on((4, 3, 16, 16)))).names == ("layer1.0", "layer2.0")

@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from collections import OrderedDict, deque
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,14 @@ from fastfs._network.inventory import INTERNAL, ITERATORS, Inventory, Slots, sam
 
 
 class Plain:
-    def __init__(self, value):
+    def __init__(self, value: Any) -> None:
         self.value = value
 
 
 class Slotted:
     __slots__ = ("held",)
 
-    def __init__(self, held):
+    def __init__(self, held: Any) -> None:
         self.held = held
 
 
@@ -30,7 +31,7 @@ class Both(Slotted):  # has both a dictionary and slots
     pass
 
 
-def value(rng, depth=0):
+def value(rng: Any, depth: int = 0) -> Any:
     """Return a random object that a module may hold."""
     plain = [
         lambda: rng.randrange(5),
@@ -60,7 +61,7 @@ def value(rng, depth=0):
     return rng.choice([*plain, *deeper])()
 
 
-def containers(module, rng):
+def containers(module: Any, rng: Any) -> Any:
     """Return containers and objects below a module, found by an independent walk."""
     found, open_ = [], [module]
     while open_:
@@ -79,7 +80,7 @@ def containers(module, rng):
     return found
 
 
-def change(module, rng):
+def change(module: Any, rng: Any) -> None:
     """Make one random change to what a module holds."""
     for each in containers(module, rng):
         if isinstance(each, nn.Module):
@@ -114,12 +115,12 @@ def change(module, rng):
         return
 
 
-def key_of(holder):
+def key_of(holder: Any) -> Any:
     """Return a stable key: every scan creates new wrappers around slots."""
     return ("slots", id(holder.value)) if isinstance(holder, Slots) else ("container", id(holder))
 
 
-def found(held):
+def found(held: Any) -> tuple[Any, ...]:
     """Return contents by container, without containers that are no longer referenced."""
     result = {}
     for holder, content in held.contents:
@@ -127,17 +128,17 @@ def found(held):
     return result, {id(holder) for holder in held.empty}
 
 
-def is_copied(held):
+def is_copied(held: Any) -> Any:
     return isinstance(held, ITERATORS) or (isinstance(held, torch.Tensor) and not isinstance(held, nn.Parameter))
 
 
-def values_of(content):
+def values_of(content: Any) -> Any:
     return content.values() if isinstance(content, dict) else content
 
 
 @pytest.mark.parametrize("without", [frozenset(), INTERNAL], ids=["everything", "state"])
 @pytest.mark.parametrize("seed", range(40))
-def test_a_later_scan_finds_what_a_first_one_finds(seed, without):
+def test_a_later_scan_finds_what_a_first_one_finds(seed: Any, without: Any) -> None:
     rng = random.Random(seed)
     modules = [nn.Linear(2, 2) for _ in range(3)]
     for module in modules:
@@ -161,7 +162,7 @@ def test_a_later_scan_finds_what_a_first_one_finds(seed, without):
         assert copied <= {key_of(holder) for holder, _ in later.with_tensors}
 
 
-def test_what_has_not_changed_is_not_walked_again():
+def test_what_has_not_changed_is_not_walked_again() -> None:
     model = nn.Sequential(*[nn.BatchNorm1d(2) for _ in range(5)])
     inventory = Inventory()
     for _ in range(5):
@@ -173,7 +174,7 @@ def test_what_has_not_changed_is_not_walked_again():
     assert inventory.walks <= 3  # afterwards the counter is inspected in every scan
 
 
-def test_activations_are_not_kept_alive():
+def test_activations_are_not_kept_alive() -> None:
     layer = nn.Linear(2, 2)
     inventory = Inventory()
     layer.saved = Plain([layer(torch.ones(1, 2))])
@@ -184,7 +185,7 @@ def test_activations_are_not_kept_alive():
     assert last() is None
 
 
-def test_restore():
+def test_restore() -> None:
     layer = nn.Linear(2, 2)
     layer.cache, layer.pair, layer.slotted = {}, [1, 2], Slotted(1)
     held = Inventory().scan([layer])

@@ -1,8 +1,11 @@
 """The structure of a forward: the parameters below each watched feature, and whether it is a cut for them."""
 
+from __future__ import annotations
+
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,7 +51,7 @@ def names_of(model: nn.Module, row: Tensor) -> list[str]:
     return [name for (name, _), here in zip(model.named_parameters(), row.tolist(), strict=True) if here]
 
 
-def test_mlp_every_block_is_a_cut():
+def test_mlp_every_block_is_a_cut() -> None:
     model = MLP(4, 8, 5, 3)
     found = structure_of(model, [f"blocks.{i}" for i in range(4)], torch.randn(2, 4))
     assert found.cut == [True] * 4
@@ -60,7 +63,7 @@ def test_mlp_every_block_is_a_cut():
     assert found.own.sum(dim=0).tolist() == [1, 1, 1, 1, 0]  # no layer depends on the head
 
 
-def test_resnet_branches_are_no_cuts():
+def test_resnet_branches_are_no_cuts() -> None:
     model = ResNet(4, 8, 3)
     layers = ["stem", "blocks.0", "blocks.1.linear", "blocks.1", "blocks.2"]
     found = structure_of(model, layers, torch.randn(2, 4))
@@ -70,7 +73,7 @@ def test_resnet_branches_are_no_cuts():
     assert names_of(model, found.own[3]) == []
 
 
-def test_transformer():
+def test_transformer() -> None:
     model = Transformer(width=16, depth=2, heads=2, context=8)
     layers = ["blocks.0.attention", "blocks.0", "blocks.1.mlp_in", "blocks.1", "norm"]
     found = structure_of(model, layers, torch.randint(256, (2, 8)))
@@ -83,7 +86,7 @@ def test_transformer():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_tied_embedding_flags_every_layer_between(autocast):
+def test_tied_embedding_flags_every_layer_between(autocast: bool) -> None:
     model = Transformer(width=16, depth=2, heads=2, context=8, tied=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         layers = ["token", "blocks.0.mlp_out", "blocks.0", "norm"]
@@ -96,7 +99,7 @@ def test_tied_embedding_flags_every_layer_between(autocast):
     assert found.reason[1].endswith(tied)
 
 
-def test_tied_parameter_both_uses_below():
+def test_tied_parameter_both_uses_below() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -110,7 +113,7 @@ def test_tied_parameter_both_uses_below():
     assert found.reason[0] == "runs several times, one run using the result of another"
 
 
-def test_shared_linear_under_autocast_before_and_after():
+def test_shared_linear_under_autocast_before_and_after() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -124,7 +127,7 @@ def test_shared_linear_under_autocast_before_and_after():
     assert found.reason == ["parameters used before and after it: shared.weight, shared.bias"]
 
 
-def test_several_visits_side_by_side_are_a_cut():
+def test_several_visits_side_by_side_are_a_cut() -> None:
     class Siamese(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -143,7 +146,7 @@ def test_several_visits_side_by_side_are_a_cut():
     assert found.reason == ["parameters used before and after it: encoder.weight"]
 
 
-def test_outputs_of_chunk_are_not_one_another():
+def test_outputs_of_chunk_are_not_one_another() -> None:
     class Net(nn.Module):
         def __init__(self, both: bool) -> None:
             super().__init__()
@@ -157,7 +160,7 @@ def test_outputs_of_chunk_are_not_one_another():
     assert structure_of(Net(True), ["first"], torch.randn(2, 4)).cut == [False]
 
 
-def test_conv_net_with_batch_norm_and_in_place_relu():
+def test_conv_net_with_batch_norm_and_in_place_relu() -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True),
         nn.Flatten(), nn.Linear(64, 2),
@@ -167,7 +170,7 @@ def test_conv_net_with_batch_norm_and_in_place_relu():
     assert found.upstream.sum(dim=1).tolist() == [2, 4, 6]
 
 
-def test_view_changed_in_place():
+def test_view_changed_in_place() -> None:
     """Its gradient bypasses the hooked tensor, so there is no backward vector either."""
     model = nn.Sequential(
         nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 1)
@@ -176,7 +179,7 @@ def test_view_changed_in_place():
     assert found.reason == [None, UNUSED, None]
 
 
-def test_frozen_unused_and_detached():
+def test_frozen_unused_and_detached() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -199,7 +202,7 @@ def test_frozen_unused_and_detached():
     assert found.upstream.tolist() == [[False], [True]]
 
 
-def test_leaf_features():
+def test_leaf_features() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -214,7 +217,7 @@ def test_leaf_features():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant):
+def test_activation_checkpointing(reentrant: bool) -> None:
     model = MLP(4, 8, 5)
 
     def forward(x: Tensor) -> Tensor:
@@ -231,7 +234,7 @@ def test_activation_checkpointing(reentrant):
         assert found.cut == [True, True]
 
 
-def test_hidden_parameters_of_a_reentrant_checkpoint():
+def test_hidden_parameters_of_a_reentrant_checkpoint() -> None:
     class Checkpointed(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(super().forward, x, use_reentrant=True)
@@ -244,14 +247,14 @@ def test_hidden_parameters_of_a_reentrant_checkpoint():
 
 
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_parametrizations(norm):
+def test_parametrizations(norm: Any) -> None:
     model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Tanh(), norm(nn.Linear(4, 4)), nn.Linear(4, 1))
     found = structure_of(model, ["0", "2"], torch.randn(2, 4))
     assert found.cut == [True, True]
     assert names_of(model, found.own[0]) == [n for n, _ in model[0].named_parameters(prefix="0")]
 
 
-def test_lstm_and_tuple_outputs():
+def test_lstm_and_tuple_outputs() -> None:
     class Net(nn.Module):
         def __init__(self, state: bool) -> None:
             super().__init__()
@@ -265,9 +268,9 @@ def test_lstm_and_tuple_outputs():
     assert structure_of(Net(True), ["lstm"], torch.randn(3, 2, 4)).cut == [False]  # the state bypasses the output
 
 
-def test_dictionaries_and_several_outputs():
+def test_dictionaries_and_several_outputs() -> None:
     class Block(nn.Linear):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
+        def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
             return {"y": super().forward(x)}
 
     class Net(nn.Module):
@@ -283,7 +286,7 @@ def test_dictionaries_and_several_outputs():
     assert found.cut == [True, False]
 
 
-def test_data_parallel(tmp_path):
+def test_data_parallel(tmp_path: Path) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = nn.parallel.DistributedDataParallel(MLP(4, 8, 4))
@@ -295,7 +298,7 @@ def test_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_compiled_region_is_opaque():
+def test_compiled_region_is_opaque() -> None:
     torch.compiler.reset()
     model = MLP(4, 8, 4)
     compiled = torch.compile(model, backend="aot_eager")
@@ -313,7 +316,7 @@ def test_compiled_region_is_opaque():
     torch.compiler.reset()
 
 
-def test_arguments():
+def test_arguments() -> None:
     p = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="1 names for 2 parameters, 1 of them different"):
         analyse([], [p], [p, p], ["p"])
@@ -322,7 +325,7 @@ def test_arguments():
     assert found.unreached == ["p"]
 
 
-def test_deep_recurrence_is_fast_and_leaves_nothing_alive():
+def test_deep_recurrence_is_fast_and_leaves_nothing_alive() -> None:
     class Deep(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -353,7 +356,7 @@ def test_deep_recurrence_is_fast_and_leaves_nothing_alive():
     assert found.upstream.shape == (2, 4)
 
 
-def test_a_hundred_layers_take_calls_in_proportion():
+def test_a_hundred_layers_take_calls_in_proportion() -> None:
     model = Transformer(width=8, depth=100, heads=2, context=4, tied=True)
     features: list[list[Any]] = [[] for _ in model.blocks]
     for block, visits in zip(model.blocks, features, strict=True):

@@ -58,7 +58,7 @@ def joined(model: nn.Module, *forwards: Forward) -> Structure:
     return join([(f.trace(list(parameters.values())), f.used) for f in forwards], list(parameters))
 
 
-def test_two_heads_in_one_step():
+def test_two_heads_in_one_step() -> None:
     model, layers = TwoHeads(), ["trunk", "a", "b"]
     found = joined(
         model, watched(model, layers, torch.randn(2, 4), "a"), watched(model, layers, torch.randn(2, 4), "b")
@@ -73,7 +73,7 @@ def test_two_heads_in_one_step():
     assert found.reason == [None, None, DID_NOT_RUN]
 
 
-def test_micro_batches_of_the_same_graph_are_analysed_once():
+def test_micro_batches_of_the_same_graph_are_analysed_once() -> None:
     model, layers = TwoHeads(), ["trunk", "a"]
     single = joined(model, watched(model, layers, torch.randn(2, 4), "a"))
     several = joined(model, *(watched(model, layers, torch.randn(2, 4), "a") for _ in range(3)))
@@ -81,7 +81,7 @@ def test_micro_batches_of_the_same_graph_are_analysed_once():
     assert several.cut == [True, True]
 
 
-def test_outputs_that_the_loss_does_not_use():
+def test_outputs_that_the_loss_does_not_use() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -102,7 +102,7 @@ def test_outputs_that_the_loss_does_not_use():
     assert found.unreached == ["out.weight", "out.bias"]
 
 
-def test_a_layer_that_is_the_output_and_outputs_that_are_leaves():
+def test_a_layer_that_is_the_output_and_outputs_that_are_leaves() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,7 +119,7 @@ def test_a_layer_that_is_the_output_and_outputs_that_are_leaves():
     assert joined(model, forward).unreached == ["scale"]
 
 
-def test_a_visit_that_the_loss_does_not_use_is_in_nobodys_way():
+def test_a_visit_that_the_loss_does_not_use_is_in_nobodys_way() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -133,7 +133,7 @@ def test_a_visit_that_the_loss_does_not_use_is_in_nobodys_way():
     assert joined(model, watched(model, ["lin", "head"], torch.randn(2, 4))).cut == [True, True]
 
 
-def test_a_forward_that_goes_on_from_another_one():
+def test_a_forward_that_goes_on_from_another_one() -> None:
     class Cell(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -153,7 +153,7 @@ def test_a_forward_that_goes_on_from_another_one():
     assert joined(model, one, apart).reason == [None, None]
 
 
-def test_a_trace_holds_nothing_of_the_graph():
+def test_a_trace_holds_nothing_of_the_graph() -> None:
     model = TwoHeads()
     middle = torch.randn(2, 4, requires_grad=True) * 1
     alive = weakref.ref(middle)
@@ -171,7 +171,7 @@ def test_a_trace_holds_nothing_of_the_graph():
     assert hash(same) == hash(same)
 
 
-def test_products_on_the_way_to_a_layer_that_runs_again():
+def test_products_on_the_way_to_a_layer_that_runs_again() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -189,7 +189,7 @@ def test_products_on_the_way_to_a_layer_that_runs_again():
     assert found.counts == [2, 4, 6]
 
 
-def test_signatures():
+def test_signatures() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -218,7 +218,7 @@ def test_signatures():
     assert of(torch.randn(2, 4)) != known
 
 
-def test_bad_arguments():
+def test_bad_arguments() -> None:
     p = torch.ones(2, requires_grad=True)
     with pytest.raises(ValueError, match="2, 1 of them different"):
         trace([], [p], [p, p])
@@ -250,7 +250,7 @@ class Deep(nn.Module):
 
 
 @pytest.mark.parametrize("branches", [False, True])
-def test_many_layers_take_memory_and_calls_in_proportion(branches):
+def test_many_layers_take_memory_and_calls_in_proportion(branches: bool) -> None:
     calls, peaks = [], []
     for depth in (500, 4000):
         model = Deep(depth, branches)

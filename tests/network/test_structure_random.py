@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ class RandomNet:
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # raised by torch at the first jvp
 @pytest.mark.parametrize("seed", range(60))
-def test_cut_means_that_the_identity_holds(seed):
+def test_cut_means_that_the_identity_holds(seed: Any) -> None:
     net = RandomNet(seed)
     taps = [torch.zeros(2, 3, dtype=torch.float64, requires_grad=True) for _ in net.plan]
     *values, loss = net.run(net.parameters, taps)
@@ -59,7 +60,7 @@ def test_cut_means_that_the_identity_holds(seed):
     generator = torch.Generator().manual_seed(seed)
     updates = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in net.parameters]
     plain = [p.detach() for p in net.parameters]
-    _, moves = torch.func.jvp(lambda *w: net.run(list(w)), tuple(plain), tuple(updates))
+    _, moves = torch.func.jvp(lambda *w: net.run(list(w)), tuple(plain), tuple(updates))  # type: ignore[misc]
     for layer, reason in enumerate(found.reason):
         if reason == UNUSED:
             continue
@@ -143,7 +144,7 @@ class RandomStep:
 
 
 @pytest.mark.parametrize("start", range(0, 400, 20))
-def test_a_cut_is_where_the_vector_jacobian_product_is_the_gradient(start):
+def test_a_cut_is_where_the_vector_jacobian_product_is_the_gradient(start: Any) -> None:
     for seed in range(start, start + 20):
         step = RandomStep(seed)
         found = step.structure()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -22,22 +26,22 @@ from tests.helpers.monitor_cases import sgd, watched
 class Scaled(nn.Module):
     """A wrapper with its own forward, and a parameter with the same name as one of its only child."""
 
-    def __init__(self, net, own=True):
+    def __init__(self, net: Any, own: bool = True) -> None:
         super().__init__()
         self.module = net
         self.weight = nn.Parameter(torch.full((6,), 0.2)) if own else None
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x - 3.0
         return 2.0 * self.module(x / 5.0 if self.weight is None else x * self.weight)
 
 
-def chain():
+def chain() -> Any:
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3))
 
 
 @pytest.fixture
-def alone(tmp_path):
+def alone(tmp_path: Path) -> Iterator[None]:
     """Create a process group of one rank."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
@@ -48,9 +52,9 @@ BATCH = torch.randn(32, 6, generator=torch.Generator().manual_seed(0), dtype=tor
 TARGET = torch.randn(32, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
-def by_hand(model, inner):
+def by_hand(model: Any, inner: Any) -> Any:
     """Return rms and cosine of the feature update of layers 0 and 2 in one step of SGD."""
-    seen = {0: [], 2: []}
+    seen: dict[int, list[Any]] = {0: [], 2: []}
     handles = [inner[i].register_forward_hook(lambda _m, _a, y, i=i: seen[i].append(y)) for i in seen]
     optimizer = sgd(model)
     loss = F.mse_loss(model(BATCH), TARGET)
@@ -80,8 +84,8 @@ def by_hand(model, inner):
     ],
     ids=["batch", "amplified", "jvp", "probe"],
 )
-def test_a_wrapper_of_ones_own_is_run(options, own):
-    def model():
+def test_a_wrapper_of_ones_own_is_run(options: dict[str, Any], own: bool) -> None:
+    def model() -> Any:
         torch.manual_seed(0)
         return Scaled(chain(), own).double()
 
@@ -99,11 +103,11 @@ def test_a_wrapper_of_ones_own_is_run(options, own):
             assert row[key] == pytest.approx(value, rel=rel), key
 
 
-def test_the_formula_sees_the_wrapper_too():
+def test_the_formula_sees_the_wrapper_too() -> None:
     torch.manual_seed(0)
     model = Scaled(chain()).double()
 
-    def loss(net, batch):
+    def loss(net: Any, batch: Any) -> Any:
         return F.mse_loss(net(batch[0]), batch[1])
 
     found = measure(model, loss, (BATCH, TARGET), lr=1e-3, layers=["0", "2"])
@@ -111,7 +115,7 @@ def test_the_formula_sees_the_wrapper_too():
     assert cuts(model, BATCH, layers=["0", "2"]).upstream[0] == ["weight", "0.weight", "0.bias"]
 
 
-def test_parameters_have_names_of_their_own():
+def test_parameters_have_names_of_their_own() -> None:
     model = Scaled(nn.Linear(6, 3))
     parameters = list(model.parameters())
     assert list(parameter_names(model, parameters)) == ["weight", "module.weight", "bias"]
@@ -127,10 +131,10 @@ def test_parameters_have_names_of_their_own():
         "2.bias",
     ]
     stranger = torch.ones(1)
-    assert list(parameter_names(deep, [stranger, deep.weight])) == ["(parameter 0, not the model's)", "weight"]
+    assert list(parameter_names(deep, [stranger, deep.weight])) == ["(parameter 0, not the model's)", "weight"]  # type: ignore[list-item]
 
 
-def test_shared_parameters_have_one_name():
+def test_shared_parameters_have_one_name() -> None:
     model = chain()
     model[2] = nn.Linear(6, 16)
     model[2].weight = model[0].weight
@@ -140,7 +144,7 @@ def test_shared_parameters_have_one_name():
 
 
 @pytest.mark.filterwarnings("ignore:torch.nn.DataParallel:FutureWarning")
-def test_known_wrappers_are_looked_through_by_class(alone):
+def test_known_wrappers_are_looked_through_by_class(alone: None) -> None:
     net = ResNet(6, 8, 2, 3)
     own = Scaled(net)
     for wrap in (
@@ -163,7 +167,7 @@ def test_known_wrappers_are_looked_through_by_class(alone):
     assert [layer.name for layer in select_layers(checkpoint_wrapper(net), "auto")] == ["blocks.0", "blocks.1"]
 
 
-def test_a_subclass_of_a_known_wrapper_is_one(alone):
+def test_a_subclass_of_a_known_wrapper_is_one(alone: None) -> None:
     class Parallel(DistributedDataParallel):
         pass
 
@@ -171,7 +175,7 @@ def test_a_subclass_of_a_known_wrapper_is_one(alone):
     assert unwrapped(Parallel(net)) is net
 
 
-def test_prefixes():
+def test_prefixes() -> None:
     net = ResNet(6, 8, 1, 3)
     assert prefixes(net) == 0
     assert prefixes(Scaled(net)) == 1
@@ -181,7 +185,7 @@ def test_prefixes():
     assert clean_name("blocks.module.0", 2) == "blocks.module.0"
 
 
-def test_forwards_at_other_parameters_run_the_wrapper():
+def test_forwards_at_other_parameters_run_the_wrapper() -> None:
     torch.manual_seed(0)
     model = Scaled(chain()).double()
     parameters = list(model.parameters())

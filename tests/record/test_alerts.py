@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from fastfs.models import ResNet, Transformer
 from tests.helpers.record_cases import Collecting, head, measured, predicted
 
 
-def raised(rule, *records, header=None):
+def raised(rule: Any, *records: Any, header: Any = None) -> Any:
     """Returns step, layer and value of every alert."""
     alerts = Alerts([rule], header or head())
     found = []
@@ -35,12 +37,12 @@ def raised(rule, *records, header=None):
     return found
 
 
-def second(value, others):
+def second(value: Any, others: Any) -> list[Any]:
     """Returns a column with a different value for blocks.1."""
     return [others, value, others, others]
 
 
-def test_an_angle_collapses_after_consecutive_valid_steps():
+def test_an_angle_collapses_after_consecutive_valid_steps() -> None:
     low, fine = second(0.001, 0.5), [0.5] * 4
     rule = AngleCollapse(cosine=0.01, steps=3)
     assert raised(rule, *(measured(s, cos_angle=low) for s in range(9))) == [(2, "blocks.1", 0.001)]
@@ -59,39 +61,39 @@ def test_an_angle_collapses_after_consecutive_valid_steps():
     assert raised(rule, *mixed) == [(4, "blocks.1", 0.001)]
 
 
-def test_an_alert_comes_again_only_after_its_condition_has_cleared():
+def test_an_alert_comes_again_only_after_its_condition_has_cleared() -> None:
     records = [measured(s, cos_angle=second(0.5 if s == 5 else 0.0, 0.5)) for s in range(12)]
     assert raised(AngleCollapse(steps=2), *records) == [(1, "blocks.1", 0.0), (7, "blocks.1", 0.0)]
 
 
-def test_a_layer_with_a_gradient_and_no_update_is_frozen():
+def test_a_layer_with_a_gradient_and_no_update_is_frozen() -> None:
     still = {"update_rms": second(0.0, 0.1)}
     assert raised(LayerFrozen(steps=2), *(measured(s, **still) for s in range(4))) == [(1, "blocks.1", 0.0)]
-    no_gradient = {**still, "backward_rms": second(0.0, 0.1)}
+    no_gradient: dict[str, Any] = {**still, "backward_rms": second(0.0, 0.1)}
     assert raised(LayerFrozen(steps=2), *(measured(s, **no_gradient) for s in range(4))) == []
 
 
-def test_layers_that_are_frozen_on_purpose_raise_no_alert():
+def test_layers_that_are_frozen_on_purpose_raise_no_alert() -> None:
     frozen = {"update_rms": [0.0, 0.0, 0.0, 0.0], "gradient_norm": [None, 0.0, 1.0, 1.0]}
     assert raised(LayerFrozen(steps=2), *(measured(s, **frozen) for s in range(4))) == [(1, "blocks.2", 0.0)]
 
 
-def test_large_updates():
-    big = {"relative_update": second(1.5, 0.1)}
+def test_large_updates() -> None:
+    big: dict[str, Any] = {"relative_update": second(1.5, 0.1)}
     assert raised(UpdateAbove(relative=1.0, steps=2), *(measured(s, **big) for s in range(4))) == [(1, "blocks.1", 1.5)]
-    zero = {"relative_update": second(math.inf, 0.1)}  # features that were zero
+    zero: dict[str, Any] = {"relative_update": second(math.inf, 0.1)}  # features that were zero
     assert raised(UpdateAbove(), *(measured(s, **zero) for s in range(4))) == []
 
 
-def test_nonfinite_values_raise_an_alert_at_once():
+def test_nonfinite_values_raise_an_alert_at_once() -> None:
     bad = measured(3, nonfinite=second(2, 0), cos_angle=second(math.nan, 0.5))
     assert raised(NonFinite(), measured(2), bad) == [(3, "blocks.1", 2.0)]
     assert raised(NonFinite(), measured(2, loss=math.nan), measured(3, loss=math.nan)) == [(2, None, None)]
     assert raised(NonFinite(), measured(2, loss=None)) == []
 
 
-def test_large_residuals_of_cuts():
-    large = {"residual": second(-2.0, 0.1)}
+def test_large_residuals_of_cuts() -> None:
+    large: dict[str, Any] = {"residual": second(-2.0, 0.1)}
     assert raised(ResidualLarge(steps=2), *(measured(s, **large) for s in range(4))) == [(1, "blocks.1", -2.0)]
     for other in (
         {"residual": second(None, 0.1)},  # no cut
@@ -101,10 +103,10 @@ def test_large_residuals_of_cuts():
         assert raised(ResidualLarge(steps=2), *(measured(s, **other) for s in range(4))) == []
 
 
-def test_rules_of_the_user():
+def test_rules_of_the_user() -> None:
     calls = []
 
-    def loss_above_one(record, header):
+    def loss_above_one(record: Any, header: dict[str, Any]) -> Any:
         calls.append((record.kind, header["run"]))
         return [(None, record.scalars["loss"], "the loss is large")] if record.scalars["loss"] > 1 else []
 
@@ -118,18 +120,18 @@ def test_rules_of_the_user():
 
 
 @pytest.mark.parametrize("bad", [3, "angle", AngleCollapse])
-def test_other_rules_are_refused(bad):
+def test_other_rules_are_refused(bad: Any) -> None:
     with pytest.raises(TypeError, match="alerts: expected a rule such as AngleCollapse"):
         Alerts([bad], head())
 
 
-def test_rules_of_one_name_are_kept_apart():
+def test_rules_of_one_name_are_kept_apart() -> None:
     alerts = Alerts([UpdateAbove(0.01, steps=1), UpdateAbove(0.001, steps=1)], head())
     found, _ = alerts.update(measured(0))
     assert {record.scalars["rule"] for record in found} == {"large update", "large update 2"}
 
 
-def test_a_restored_state_continues_the_streaks():
+def test_a_restored_state_continues_the_streaks() -> None:
     rule = AngleCollapse(steps=4)
     records = [measured(s, cos_angle=second(0.0, 0.5)) for s in range(10)]
     for cut in (2, 6):
@@ -145,8 +147,9 @@ def test_a_restored_state_continues_the_streaks():
 # In a recorder
 
 
-def test_alerts_reach_the_sinks_the_user_and_the_training_thread():
-    sink, told = Collecting(), []
+def test_alerts_reach_the_sinks_the_user_and_the_training_thread() -> None:
+    sink = Collecting()
+    told: list[dict[str, Any]] = []
     one = Recorder([sink], head(), on_alert=told.append)
     one.put(measured(0))
     one.put(measured(1, nonfinite=second(5, 0)))
@@ -164,7 +167,7 @@ def test_alerts_reach_the_sinks_the_user_and_the_training_thread():
     one.close()
 
 
-def test_poll_gives_the_alerts():
+def test_poll_gives_the_alerts() -> None:
     one = Recorder([], head(), flush_seconds=0.0)
     one.put(measured(1, loss=math.inf))
     one._writer.flush(20.0)
@@ -174,8 +177,8 @@ def test_poll_gives_the_alerts():
     one.close()
 
 
-def test_an_error_in_a_rule_or_in_on_alert_is_a_warning():
-    def broken(record, header):
+def test_an_error_in_a_rule_or_in_on_alert_is_a_warning() -> None:
+    def broken(record: Any, header: dict[str, Any]) -> None:
         raise KeyError("no such column")
 
     sink = Collecting()
@@ -187,7 +190,7 @@ def test_an_error_in_a_rule_or_in_on_alert_is_a_warning():
     assert len(caught) == 1
     assert sink.steps == [0, 1]
 
-    def fail(alert):
+    def fail(alert: Any) -> None:
         raise ValueError("pager is off")
 
     one = Recorder([], head(), on_alert=fail)
@@ -197,7 +200,7 @@ def test_an_error_in_a_rule_or_in_on_alert_is_a_warning():
     assert len(caught) == 2
 
 
-def test_the_state_of_a_recorder_is_plain_data():
+def test_the_state_of_a_recorder_is_plain_data() -> None:
     rule = AngleCollapse(steps=3)
     first = Recorder([], head(run="x"), alerts=[rule])
     for step in range(2):
@@ -217,7 +220,7 @@ def test_the_state_of_a_recorder_is_plain_data():
 # Healthy runs
 
 
-def tokens():
+def tokens() -> tuple[Any, ...]:
     text = torch.randint(64, (8, 17))
     return text[:, :-1], text[:, 1:]
 
@@ -251,12 +254,12 @@ TASKS = {
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_healthy_run_is_silent(name):
+def test_a_healthy_run_is_silent(name: Any) -> None:
     make, optimize, batch, layers = TASKS[name]
     torch.manual_seed(1)
     model = make()
     optimizer = optimize(model.parameters())
-    told = []
+    told: list[Any] = []
     with fastfs.Monitor(
         model, optimizer, layers=layers, every=1, sinks=[lambda rows: None], on_alert=told.append
     ) as monitor:
@@ -272,17 +275,17 @@ def test_a_healthy_run_is_silent(name):
     assert len(default_alerts()) == 5
 
 
-def test_a_broken_run_raises_alerts(tmp_path):
+def test_a_broken_run_raises_alerts(tmp_path: Path) -> None:
     """The learning rate is far too high: features change by more than their size, then the loss is not finite."""
     torch.manual_seed(1)
     model = ResNet(16, 32, 8, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=300.0)
-    told = []
+    told: list[Any] = []
     monitor = fastfs.Monitor(
         model, optimizer, layers="blocks", every=1, path=tmp_path / "a.jsonl", on_alert=told.append
     )
 
-    def train():
+    def train() -> None:
         for _ in range(30):
             x = torch.randn(64, 16)
             optimizer.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet
@@ -40,21 +41,21 @@ VALUES["string"] = ["plain", None, "rounding noise"]
 ARROW = {"number": "double", "integer": "int64", "boolean": "bool", "string": "string"}
 
 
-def full_record(step=0):
+def full_record(step: int = 0) -> Any:
     """A measured record with every declared column and a value for each layer of `LAYERS`."""
     columns = {column.name: VALUES[column.type] for column in COLUMNS if column.per == "layer"}
     scalars = {column.name: VALUES[column.type][0] for column in COLUMNS if column.per == "step"}
     return Record("measured", step, 1.0, scalars, columns)
 
 
-def written(sink):
+def written(sink: Any) -> Any:
     sink.open(head(groups={}))
     sink.write([full_record(0), full_record(1)])
     sink.close()
     return sink
 
 
-def test_declarations_are_consistent():
+def test_declarations_are_consistent() -> None:
     names = [column.name for column in (*KEYS, *COLUMNS)]
     assert len(set(names)) == len(names)
     assert [column.name for column in COLUMNS] == [*PER_LAYER, *PER_STEP]
@@ -72,7 +73,7 @@ def test_declarations_are_consistent():
         assert isinstance(getattr(fastfs.FeatureStats, name), property)
 
 
-def test_the_monitor_records_the_declared_columns(tmp_path):
+def test_the_monitor_records_the_declared_columns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ResNet(8, 16, 2, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -98,7 +99,7 @@ def test_the_monitor_records_the_declared_columns(tmp_path):
 
 
 @pytest.mark.skipif(not ops.native_available(), reason="no native core")
-def test_the_native_reader_knows_every_column(tmp_path):
+def test_the_native_reader_knows_every_column(tmp_path: Path) -> None:
     path = written(JsonlSink(tmp_path / "a.jsonl")).path
     lines = path.read_bytes().splitlines(keepends=True)
     reader = RowReader(path, Store())
@@ -112,7 +113,7 @@ def test_the_native_reader_knows_every_column(tmp_path):
     assert list(drained["scalars"]) == list(PER_STEP)
 
 
-def test_the_native_reader_numbers_types_like_the_python_one():
+def test_the_native_reader_numbers_types_like_the_python_one() -> None:
     from fastfs._record.reading.jsonl_reader import _NATIVE_TYPES
 
     source = Path(__file__).parents[2] / "csrc" / "record_lines.h"
@@ -122,7 +123,7 @@ def test_the_native_reader_numbers_types_like_the_python_one():
     assert {name: numbers[names[name]] for name in _NATIVE_TYPES} == {name: i for i, name in enumerate(_NATIVE_TYPES)}
 
 
-def test_tables_and_parquet_files_have_the_declared_types(tmp_path):
+def test_tables_and_parquet_files_have_the_declared_types(tmp_path: Path) -> None:
     table = fastfs.load(written(JsonlSink(tmp_path / "a.jsonl")).path)
     assert list(table)[: len(KEYS)] == [key.name for key in KEYS]
     assert set(table) == set(BY_NAME)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from tests.helpers import report_cases as cases
 from tests.helpers.damaged_records import GROUPS, NAMES, ROWS, sentence
 
 
-def parts(folder):
+def parts(folder: Path) -> Any:
     folder.mkdir()
     sink = ParquetSink(folder, part_rows=4)
     sink.open(cases.header(NAMES, groups=GROUPS))
@@ -30,7 +31,7 @@ def parts(folder):
     return folder
 
 
-def test_torn_and_foreign_parts_are_left_out(tmp_path):
+def test_torn_and_foreign_parts_are_left_out(tmp_path: Path) -> None:
     good = parts(tmp_path / "good.parquet")
     whole = fastfs.load(good)
     names = sorted(path.name for path in good.iterdir())
@@ -70,7 +71,7 @@ def test_torn_and_foreign_parts_are_left_out(tmp_path):
             )
 
 
-def test_a_folder_of_foreign_parts_is_refused(tmp_path):
+def test_a_folder_of_foreign_parts_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "a.parquet"
     folder.mkdir()
     Path(folder / "part-x-000000.parquet").write_bytes(b"PAR1 nothing of the sort")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -23,12 +24,12 @@ from tests.helpers.damaged_records import (
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tmp_path_factory.mktemp("fuzz")
 
 
 @pytest.fixture(scope="module")
-def whole(folder):
+def whole(folder: Any) -> Any:
     path = write(folder / "whole.jsonl", map(encode, LINES))
     table, told = read_twice(path)
     assert not told
@@ -38,7 +39,7 @@ def whole(folder):
 
 @settings(max_examples=150)
 @given(damaged_records())
-def test_damaged_lines_do_not_affect_the_others(folder, whole, record):
+def test_damaged_lines_do_not_affect_the_others(folder: Any, whole: Any, record: Any) -> None:
     raws, touched = record
     path = write(folder / "damaged.jsonl", raws)
     table, told = read_twice(path)
@@ -58,7 +59,7 @@ def test_damaged_lines_do_not_affect_the_others(folder, whole, record):
             assert not part.duplicated(["kind", "step", "layer"]).any() or changed
 
 
-def test_a_truncated_file_is_read_up_to_the_cut(folder, whole):
+def test_a_truncated_file_is_read_up_to_the_cut(folder: Any, whole: Any) -> None:
     data = b"\n".join(map(encode, LINES)) + b"\n"
     first = len(encode(LINES[0]))
     for size in [*range(0, first, 40), *range(first, len(data), 211)]:
@@ -70,7 +71,7 @@ def test_a_truncated_file_is_read_up_to_the_cut(folder, whole):
             assert len(table) % 2 == 0
 
 
-def test_an_unknown_column_is_kept_if_it_is_well_formed(folder):
+def test_an_unknown_column_is_kept_if_it_is_well_formed(folder: Any) -> None:
     for values, kept in (
         (["a", None, "b", "c"], True),
         ([1, 2.5, None, 3], True),
@@ -113,7 +114,7 @@ def test_an_unknown_column_is_kept_if_it_is_well_formed(folder):
         {"kind": "alert", "run": "r1", "step": 1, "time": 1.0, "rule": 3, "message": "x"},
     ],
 )  # fmt: skip
-def test_lines_that_do_not_conform_are_left_out(folder, whole, line):
+def test_lines_that_do_not_conform_are_left_out(folder: Any, whole: Any, line: dict[str, Any]) -> None:
     lines = [encode(one) for one in LINES]
     lines.insert(3, encode(line))
     path = write(folder / "odd.jsonl", lines)
@@ -125,7 +126,7 @@ def test_lines_that_do_not_conform_are_left_out(folder, whole, line):
         fastfs.load(path)
 
 
-def test_many_bad_lines_are_one_warning(folder, whole):
+def test_many_bad_lines_are_one_warning(folder: Any, whole: Any) -> None:
     lines = [encode(line) for line in LINES]
     lines[2:2] = [b"{}"] * 1000
     with pytest.warns(

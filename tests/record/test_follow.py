@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,17 +17,17 @@ NAMES = cases.names_of(2)
 
 
 @pytest.fixture
-def record(tmp_path):
+def record(tmp_path: Path) -> Any:
     path = tmp_path / "record.jsonl"
     append(path, cases.header(NAMES))
     return path
 
 
-def steps(new):
+def steps(new: Any) -> Any:
     return [line.line["step"] for line in new.lines if line.kind in ("measured", "predicted")]
 
 
-def test_only_what_is_new_is_read(record):
+def test_only_what_is_new_is_read(record: Any) -> None:
     follower = Follower(record)
     assert [line.kind for line in follower.poll().lines] == ["header"]
     assert follower.poll().lines == []
@@ -45,7 +47,7 @@ def test_only_what_is_new_is_read(record):
     assert new.unreadable == 0
 
 
-def test_a_torn_line_waits_for_its_rest(record):
+def test_a_torn_line_waits_for_its_rest(record: Any) -> None:
     follower = Follower(record)
     follower.poll()
     line = json.dumps(cases.measured(NAMES, 0)).encode()
@@ -57,7 +59,7 @@ def test_a_torn_line_waits_for_its_rest(record):
     assert steps(follower.poll()) == [0]
 
 
-def test_lines_that_cannot_be_read_are_counted(record):
+def test_lines_that_cannot_be_read_are_counted(record: Any) -> None:
     follower = Follower(record)
     append(record, end=b'{"kind": "measured", "run": "r1", "ste\n')
     append(record, cases.measured(NAMES, 1), end=b"\n\n[]\n")
@@ -66,7 +68,7 @@ def test_lines_that_cannot_be_read_are_counted(record):
     assert new.unreadable == 2
 
 
-def test_a_file_that_is_removed_and_created_again(record):
+def test_a_file_that_is_removed_and_created_again(record: Any) -> None:
     follower = Follower(record)
     append(record, cases.measured(NAMES, 0))
     follower.poll()
@@ -79,7 +81,7 @@ def test_a_file_that_is_removed_and_created_again(record):
 
 
 @pytest.mark.parametrize("grown", [False, True])
-def test_a_file_that_is_truncated_or_rewritten(record, grown):
+def test_a_file_that_is_truncated_or_rewritten(record: Any, grown: bool) -> None:
     follower = Follower(record)
     append(record, cases.measured(NAMES, 0), cases.measured(NAMES, 1))
     follower.poll()
@@ -96,7 +98,7 @@ def test_a_file_that_is_truncated_or_rewritten(record, grown):
     assert steps(new) == [20]
 
 
-def test_a_file_that_is_replaced(record, tmp_path):
+def test_a_file_that_is_replaced(record: Any, tmp_path: Path) -> None:
     follower = Follower(record)
     append(record, cases.measured(NAMES, 0))
     follower.poll()
@@ -108,7 +110,7 @@ def test_a_file_that_is_replaced(record, tmp_path):
     assert steps(new) == list(range(9))
 
 
-def test_only_the_last_rows_of_a_long_record_are_parsed(record, monkeypatch):
+def test_only_the_last_rows_of_a_long_record_are_parsed(record: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(follow, "_CHUNK", 1000)  # lines across chunks
     lines = [line for s in range(300) for line in (cases.measured(NAMES, 2 * s), cases.predicted(NAMES, 2 * s + 1))]
     lines[10:10] = [cases.alert(5), cases.structure(NAMES)]
@@ -119,7 +121,7 @@ def test_only_the_last_rows_of_a_long_record_are_parsed(record, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"PAR1 and then some", b'{"kind": "measured"}\n', b"[]\n", b"{nothing\n"])
-def test_other_files_are_refused(tmp_path, content):
+def test_other_files_are_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="not a record"):

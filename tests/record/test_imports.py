@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +23,7 @@ FORBIDDEN = {
 }
 
 
-def imported(path):
+def imported(path: Any) -> Iterator[Any]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             yield node.module
@@ -31,7 +33,7 @@ def imported(path):
 
 
 @pytest.mark.parametrize("folder", FORBIDDEN)
-def test_packages_import_only_what_they_may(folder):
+def test_packages_import_only_what_they_may(folder: Any) -> None:
     paths = sorted((PACKAGE / folder).rglob("*.py"))
     assert paths
     for path in paths:
@@ -40,7 +42,7 @@ def test_packages_import_only_what_they_may(folder):
                 assert not f"{name}.".startswith(f"{package}."), f"{path} imports {name}"
 
 
-def test_reading_a_record_does_not_import_the_monitor():
+def test_reading_a_record_does_not_import_the_monitor() -> None:
     script = (
         "import sys, fastfs; fastfs.load; import fastfs._report.watch; "
         "print([name for name in sys.modules if name.startswith('fastfs._monitor')])"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +19,7 @@ import fastfs
 ROOT = str(Path(__file__).parents[2])
 
 
-def run(script, *arguments, status=0, timeout=300):
+def run(script: str, *arguments: Any, status: int = 0, timeout: int = 300) -> Any:
     """Runs a script in a new interpreter that can import the helpers of the tests."""
     head = f"import sys; sys.path.insert(0, {ROOT!r})\n"
     command = [sys.executable, "-c", head + textwrap.dedent(script), *map(str, arguments)]
@@ -76,7 +77,7 @@ KILLS = """
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_any_moment_every_file_can_be_read_and_has_what_was_due(tmp_path):
+def test_killed_at_any_moment_every_file_can_be_read_and_has_what_was_due(tmp_path: Path) -> None:
     kills = 25
     run(KILLS, tmp_path, kills)
     total = 0
@@ -100,7 +101,7 @@ def test_killed_at_any_moment_every_file_can_be_read_and_has_what_was_due(tmp_pa
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path):
+def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path: Path) -> None:
     script = """
         import os, signal
         from tests.helpers.record_cases import *
@@ -126,7 +127,7 @@ def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path):
         assert [header.get("resumed_at") for header in table.attrs["headers"]] == [None, 5, 13]
 
 
-def test_what_waits_is_written_when_the_interpreter_exits(tmp_path):
+def test_what_waits_is_written_when_the_interpreter_exits(tmp_path: Path) -> None:
     script = """
         from tests.helpers.record_cases import *
         from fastfs._record.writing.recorder import Recorder
@@ -147,7 +148,7 @@ def test_what_waits_is_written_when_the_interpreter_exits(tmp_path):
             assert fastfs.load(folder / name)["step"].unique().tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_sink_that_hangs_does_not_keep_the_interpreter(tmp_path):
+def test_a_sink_that_hangs_does_not_keep_the_interpreter(tmp_path: Path) -> None:
     script = """
         import time
         import fastfs._record.writing.recorder as record
@@ -165,7 +166,7 @@ def test_a_sink_that_hangs_does_not_keep_the_interpreter(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_child_neither_writes_nor_hangs(tmp_path):
+def test_a_forked_child_neither_writes_nor_hangs(tmp_path: Path) -> None:
     script = """
         import os, threading, time, warnings
         from tests.helpers.record_cases import *
@@ -207,7 +208,7 @@ def test_a_forked_child_neither_writes_nor_hangs(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_workers_of_a_data_loader_leave_the_record_alone(tmp_path):
+def test_workers_of_a_data_loader_leave_the_record_alone(tmp_path: Path) -> None:
     script = """
         import torch, warnings
         from tests.helpers.record_cases import *

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -24,10 +26,10 @@ STRUCTURE = Record("structure", 0, 99.0, {}, {"cut": [True] * 3, "reason": [None
 
 
 @pytest.fixture(params=["jsonl", "parquet"])
-def write(request, tmp_path):
+def write(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     """Writes a header and records. Returns the path."""
 
-    def write(records, header=None):
+    def write(records: list[dict[str, Any]], header: Any = None) -> Any:
         sink = (JsonlSink if request.param == "jsonl" else ParquetSink)(tmp_path / f"run.{request.param}")
         sink.open(header or head())
         sink.write(records)
@@ -37,7 +39,7 @@ def write(request, tmp_path):
     return write
 
 
-def test_one_row_for_each_record_and_layer(write):
+def test_one_row_for_each_record_and_layer(write: Any) -> None:
     path = write([STRUCTURE, measured(0), predicted(1), SKIPPED, alert(3), measured(2, cos_angle_q10=0.125)])
     table = fastfs.load(path)
     assert list(table) == [
@@ -66,7 +68,7 @@ def test_one_row_for_each_record_and_layer(write):
     assert [line["layers"]["cut"] for line in table.attrs["structure"]] == [[True] * 3]
 
 
-def test_columns_without_missing_values_have_their_own_types(write):
+def test_columns_without_missing_values_have_their_own_types(write: Any) -> None:
     table = fastfs.load(write([measured(0, rows=5)]))
     for name in ("step", "layer", "count", "nonfinite", "rows", "micro_batches"):
         assert table[name].dtype == "int64", name
@@ -74,14 +76,14 @@ def test_columns_without_missing_values_have_their_own_types(write):
     assert table["residual"].dtype == table["radial_update"].dtype == table["loss_scale"].dtype == "float64"
 
 
-def test_a_run_without_rows_is_an_empty_table(write):
+def test_a_run_without_rows_is_an_empty_table(write: Any) -> None:
     table = fastfs.load(write([]))
     assert len(table) == 0
     assert {"angle", "step", "loss"} <= set(table)
     assert table.attrs["headers"] == [head()]
 
 
-def test_columns_of_later_versions_are_kept(write):
+def test_columns_of_later_versions_are_kept(write: Any) -> None:
     more = measured(0, flavour=["up", None, "down", "up"], colour=2.5)
     table = fastfs.load(write([Record("measured", 0, 1.0, {**more.scalars, "mood": "calm"}, more.columns)]))
     assert table["flavour"].tolist() == ["up", None, "down", "up"]
@@ -89,7 +91,7 @@ def test_columns_of_later_versions_are_kept(write):
     assert table["mood"].tolist() == ["calm"] * 4
 
 
-def test_steps_that_a_resumed_run_repeats_count_once(write):
+def test_steps_that_a_resumed_run_repeats_count_once(write: Any) -> None:
     write([STRUCTURE, *(measured(step) for step in range(10)), alert(8)])
     write([measured(20, loss=9.0)], head(run="b", started="2026-01-02T00:00:00+00:00"))
     path = write([measured(step, loss=0.25) for step in range(6, 12)], head(resumed_at=6))
@@ -106,7 +108,7 @@ def test_steps_that_a_resumed_run_repeats_count_once(write):
         read_header(path, "c")
 
 
-def test_files_of_the_first_version_can_be_read(tmp_path):
+def test_files_of_the_first_version_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "old.jsonl"
     lines = [{"kind": "header", "schema": 1, "run": "old", "layers": ["x", "y"]}]
     for step in (0, 5):
@@ -147,7 +149,7 @@ def test_files_of_the_first_version_can_be_read(tmp_path):
     assert read_header(path, "old")["schema"] == 1
 
 
-def test_other_schemas_and_other_files_are_refused(tmp_path):
+def test_other_schemas_and_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"kind":"header","schema":99,"run":"a"}\n')
     for read in (fastfs.load, read_header):
@@ -164,7 +166,7 @@ def test_other_schemas_and_other_files_are_refused(tmp_path):
         fastfs.load(tmp_path / "none")
 
 
-def test_a_torn_header_does_not_make_the_file_unreadable(tmp_path):
+def test_a_torn_header_does_not_make_the_file_unreadable(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(head(), separators=(",", ":")).encode()[:60])
     with pytest.raises(ValueError, match="holds no run"):
@@ -176,13 +178,13 @@ def test_a_torn_header_does_not_make_the_file_unreadable(tmp_path):
     assert fastfs.load(path)["run"].unique().tolist() == ["b"]
 
 
-def long_record(path, layers, rows):
+def long_record(path: Any, layers: Any, rows: Any) -> Any:
     write_record(path, layers, rows)
     return path
 
 
 @pytest.mark.parametrize("layers", [100, 2])
-def test_reading_takes_little_more_than_the_table(tmp_path, layers):
+def test_reading_takes_little_more_than_the_table(tmp_path: Path, layers: int) -> None:
     path = long_record(tmp_path / "long.jsonl", layers, 30_000)
     fastfs.load(long_record(tmp_path / "short.jsonl", layers, 1000))  # imports, caches
     tracemalloc.start()
@@ -204,14 +206,14 @@ def test_reading_takes_little_more_than_the_table(tmp_path, layers):
     assert len(table) == len(compact) == 30_000
 
 
-def test_without_the_native_core_the_table_is_the_same(tmp_path, monkeypatch):
+def test_without_the_native_core_the_table_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = long_record(tmp_path / "long.jsonl", 7, 700)
     whole = fastfs.load(path)
     monkeypatch.setattr("fastfs._core.ops._C", None)
     pd.testing.assert_frame_equal(fastfs.load(path), whole)
 
 
-def test_the_native_reader_accepts_what_the_sink_writes(tmp_path):
+def test_the_native_reader_accepts_what_the_sink_writes(tmp_path: Path) -> None:
     """Otherwise records would be read ten times slower, and nothing would show it."""
     path = tmp_path / "a.jsonl"
     sink = JsonlSink(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,12 +14,12 @@ from fastfs._record.reading.locate import find_record
 from tests.helpers import report_cases as cases
 
 
-def record(path):
+def record(path: Any) -> Any:
     path.parent.mkdir(parents=True, exist_ok=True)
     return cases.write(path, cases.run_lines(2, 3))
 
 
-def test_the_only_record_in_the_subfolders_is_found(tmp_path):
+def test_the_only_record_in_the_subfolders_is_found(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     (tmp_path / ".hidden").mkdir()
     record(tmp_path / ".hidden" / "record.jsonl")
@@ -45,14 +47,14 @@ def test_the_only_record_in_the_subfolders_is_found(tmp_path):
     assert find_record(tmp_path) == own
 
 
-def test_many_records_are_listed_in_short(tmp_path):
+def test_many_records_are_listed_in_short(tmp_path: Path) -> None:
     for number in range(20):
         record(tmp_path / f"run{number:02d}" / "record.jsonl")
     with pytest.raises(ValueError, match=r"run07/record\.jsonl, \.\.\.$"):
         find_record(tmp_path)
 
 
-def test_other_paths_are_refused(tmp_path):
+def test_other_paths_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/null"):
         with pytest.raises(ValueError, match="is neither a file nor a folder"):

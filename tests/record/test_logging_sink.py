@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from fastfs.monitor import LoggingSink, Record, Sink
 from tests.helpers.record_cases import alert, head, measured, predicted
 
 
-def test_steps_and_alerts_are_logged(caplog):
+def test_steps_and_alerts_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     sink = LoggingSink("fastfs.test", level=logging.DEBUG)
     assert isinstance(sink, Sink)
     sink.open(head())
@@ -30,7 +31,7 @@ def test_steps_and_alerts_are_logged(caplog):
 
 
 @pytest.mark.parametrize("columns", [{}, {"valid": [False, False, None]}])
-def test_steps_without_a_valid_angle_are_logged(caplog, columns):
+def test_steps_without_a_valid_angle_are_logged(caplog: pytest.LogCaptureFixture, columns: dict[str, Any]) -> None:
     sink = LoggingSink()
     sink.open(head())
     with caplog.at_level(logging.INFO, "fastfs"):

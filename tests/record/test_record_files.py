@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +23,13 @@ from fastfs._record.columns import ALWAYS_PER_STEP, PER_LAYER, SCHEMA
 from fastfs._record.reading.load import read_header
 from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs.models import ResNet
+from fastfs.monitor import Record
 from tests.helpers.monitor_cases import measured_into, rows, sgd, train
 
 QUANTITIES = {"angle", "cos_angle", "update_rms", "relative_update", "feature_rms", "backward_rms", "valid", "count"}
 
 
-def record(path, steps=3, every=1, lr=0.05, **options):
+def record(path: Any, steps: int = 3, every: int = 1, lr: float = 0.05, **options: Any) -> Any:
     torch.manual_seed(0)
     model = ResNet(8, 16, 2, 3)
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
@@ -34,14 +38,14 @@ def record(path, steps=3, every=1, lr=0.05, **options):
     return model
 
 
-def strict(line):
-    def refuse(constant):
+def strict(line: Any) -> Any:
+    def refuse(constant: Any) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads(line, parse_constant=refuse)
 
 
-def test_header_and_rows(tmp_path):
+def test_header_and_rows(tmp_path: Path) -> None:
     path = tmp_path / "new" / "record.jsonl"
     model = record(path, steps=3, every=2, metadata={"data": "made up", "lr": math.nan})
     header, *lines = [strict(line) for line in path.read_text().splitlines()]
@@ -78,8 +82,9 @@ def test_header_and_rows(tmp_path):
         assert line["overhead_seconds"] > 0
 
 
-def test_the_reader_returns_what_sinks_received(tmp_path):
-    path, seen = tmp_path / "record.jsonl", []
+def test_the_reader_returns_what_sinks_received(tmp_path: Path) -> None:
+    path = tmp_path / "record.jsonl"
+    seen: list[Any] = []
     record(path, sinks=[measured_into(seen)], rows=4, quantiles=(0.5,))
     table = fastfs.load(path)
     quantiles = {"cos_angle_q50", "update_rms_q50"}
@@ -99,7 +104,7 @@ def test_the_reader_returns_what_sinks_received(tmp_path):
     assert read_header(path)["layers"] == ["blocks.0", "blocks.1"]
 
 
-def test_undefined_numbers_are_null(tmp_path):
+def test_undefined_numbers_are_null(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     record(path, steps=1, lr=0.0)
     lines = [strict(line) for line in path.read_text().splitlines()]
@@ -111,7 +116,7 @@ def test_undefined_numbers_are_null(tmp_path):
     assert (table["update_rms"] == 0).all()
 
 
-def test_nan_and_inf_in_the_features_are_counted_and_written(tmp_path):
+def test_nan_and_inf_in_the_features_are_counted_and_written(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
     optimizer = sgd(model)
@@ -134,7 +139,7 @@ def test_nan_and_inf_in_the_features_are_counted_and_written(tmp_path):
     assert [alert["rule"] for alert in table.attrs["alerts"]] == ["nonfinite", "nonfinite"]
 
 
-def test_a_second_run_is_appended(tmp_path):
+def test_a_second_run_is_appended(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     record(path, steps=2)
     first = path.read_bytes()
@@ -147,7 +152,7 @@ def test_a_second_run_is_appended(tmp_path):
     assert read_header(path, run=table["run"].iloc[0])["run"] == table["run"].iloc[0]
 
 
-def test_every_cut_of_a_record_can_be_read(tmp_path):
+def test_every_cut_of_a_record_can_be_read(tmp_path: Path) -> None:
     path, cut = tmp_path / "record.jsonl", tmp_path / "cut.jsonl"
     record(path, steps=2)
     data = path.read_bytes()
@@ -158,7 +163,7 @@ def test_every_cut_of_a_record_can_be_read(tmp_path):
         assert len(fastfs.load(cut)) in (2 * complete, 2 * complete + 2)  # one more if only its newline is missing
 
 
-def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
+def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     record(path, steps=2)
     path.write_bytes(path.read_bytes()[:-20])
@@ -168,7 +173,7 @@ def test_a_run_after_a_torn_line_starts_on_a_line_of_its_own(tmp_path):
     assert table["run"].nunique() == 2
 
 
-def test_a_torn_line_elsewhere_is_left_out_with_one_warning(tmp_path):
+def test_a_torn_line_elsewhere_is_left_out_with_one_warning(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     record(path, steps=3)
     lines = path.read_text().splitlines()
@@ -181,7 +186,7 @@ def test_a_torn_line_elsewhere_is_left_out_with_one_warning(tmp_path):
     assert list(zip(table["step"], table["layer"], strict=True)) == [(0, 0), (0, 1), (2, 0), (2, 1)]
 
 
-def test_a_record_must_start_with_its_header(tmp_path):
+def test_a_record_must_start_with_its_header(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     record(path, steps=1)
     first, *others = path.read_text().splitlines()
@@ -191,14 +196,14 @@ def test_a_record_must_start_with_its_header(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "hello\nworld\n", "[1]\n[2]\n", '{"a": 1}\n{"a": 2}\n'])
-def test_other_files_are_refused(tmp_path, text):
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "other.jsonl"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"other\.jsonl"):
         fastfs.load(path)
 
 
-def test_rows_are_on_disk_after_a_flush(tmp_path):
+def test_rows_are_on_disk_after_a_flush(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
@@ -210,7 +215,7 @@ def test_rows_are_on_disk_after_a_flush(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_a_killed_process_leaves_its_rows(tmp_path):
+def test_a_killed_process_leaves_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     script = f"""
         import os, signal, torch, fastfs
@@ -230,13 +235,13 @@ def test_a_killed_process_leaves_its_rows(tmp_path):
     assert fastfs.load(path)["step"].tolist()[:10] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
 
 
-def test_the_default_place_is_the_current_folder(tmp_path, monkeypatch):
+def test_the_default_place_is_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     record(None, steps=1)
     assert len(fastfs.load("record.jsonl")) == 2
 
 
-def test_two_monitors_can_share_a_file(tmp_path):
+def test_two_monitors_can_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)
@@ -252,17 +257,17 @@ def test_two_monitors_can_share_a_file(tmp_path):
     )
 
 
-def test_a_sink_can_be_an_object_and_a_path(tmp_path):
+def test_a_sink_can_be_an_object_and_a_path(tmp_path: Path) -> None:
     calls = []
 
     class Mine:
-        def open(self, header):
+        def open(self, header: dict[str, Any]) -> None:
             calls.append(("open", header["schema"]))
 
-        def write(self, records):
+        def write(self, records: Sequence[Record]) -> None:
             calls.append(("write", [(record.kind, record.step) for record in records]))
 
-        def close(self):
+        def close(self) -> None:
             calls.append(("close",))
 
     record(None, steps=2, sinks=[Mine(), os.fspath(tmp_path / "a.jsonl"), tmp_path / "b.jsonl"])
@@ -278,29 +283,29 @@ def test_a_sink_can_be_an_object_and_a_path(tmp_path):
 class Remembering:
     """Counts its calls, and fails in the method that it is told to."""
 
-    def __init__(self, fail=""):
-        self.calls = []
+    def __init__(self, fail: str = "") -> None:
+        self.calls: list[Any] = []
         self.fail = fail
 
-    def _do(self, what):
+    def _do(self, what: Any) -> None:
         self.calls.append(what)
         if what == self.fail:
             raise OSError(f"no {what}")
 
-    def open(self, header):
+    def open(self, header: dict[str, Any]) -> None:
         self._do("open")
 
-    def write(self, records):
+    def write(self, records: Sequence[Record]) -> None:
         self._do("write")
 
-    def close(self):
+    def close(self) -> None:
         self._do("close")
 
 
-def test_sinks_opened_so_far_are_closed_if_one_fails(tmp_path, monkeypatch):
+def test_sinks_opened_so_far_are_closed_if_one_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
     original = JsonlSink.close
-    monkeypatch.setattr(JsonlSink, "close", lambda self: (closed.append(self.path.name), original(self)))
+    monkeypatch.setattr(JsonlSink, "close", lambda self: (closed.append(self.path.name), original(self)))  # type: ignore[func-returns-value]
     first, second, third = Remembering(), Remembering("open"), Remembering()
     with pytest.raises(OSError, match="no open"):
         record(tmp_path / "a.jsonl", sinks=[first, second, third])
@@ -312,7 +317,7 @@ def test_sinks_opened_so_far_are_closed_if_one_fails(tmp_path, monkeypatch):
     assert closed == ["b.jsonl"]
 
 
-def test_a_sink_that_fails_to_close_is_a_warning_and_the_others_close():
+def test_a_sink_that_fails_to_close_is_a_warning_and_the_others_close() -> None:
     first, second = Remembering("close"), Remembering()
     with pytest.warns(RuntimeWarning, match=r"could not be closed: Remembering .OSError: no close") as caught:
         record(None, steps=1, sinks=[first, second])
@@ -320,7 +325,7 @@ def test_a_sink_that_fails_to_close_is_a_warning_and_the_others_close():
     assert second.calls == ["open", "write", "close"]
 
 
-def test_a_closed_sink_refuses_records(tmp_path):
+def test_a_closed_sink_refuses_records(tmp_path: Path) -> None:
     sink = JsonlSink(tmp_path / "record.jsonl")
     sink.close()
     sink.close()
@@ -328,7 +333,7 @@ def test_a_closed_sink_refuses_records(tmp_path):
         sink.write([])
 
 
-def test_without_pandas_the_reader_says_what_to_install(tmp_path, monkeypatch):
+def test_without_pandas_the_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tmp_path / "record.jsonl", steps=1)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ImportError, match=r"fastfs.load needs pandas: pip install .fastfs.pandas."):

@@ -8,6 +8,9 @@ import threading
 import time
 import tracemalloc
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,13 +25,13 @@ from tests.helpers.record_cases import Collecting, decode, head, measured, paylo
 class NoItem(TorchDispatchMode):
     """Refuses operations that make the host wait for the device."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert "_local_scalar_dense" not in str(func), func
         assert "nonzero" not in str(func), func
         return func(*args, **(kwargs or {}))
 
 
-def test_payloads_and_records_arrive_in_order():
+def test_payloads_and_records_arrive_in_order() -> None:
     sink = Collecting()
     one = recorder(sink)
     for step in range(0, 100, 2):
@@ -48,7 +51,7 @@ def test_payloads_and_records_arrive_in_order():
         one.put(measured(0))
 
 
-def test_rows_are_written_when_due_even_if_the_loop_pauses():
+def test_rows_are_written_when_due_even_if_the_loop_pauses() -> None:
     sink = Collecting()
     one = recorder(sink, flush_seconds=0.05)
     one.push(payload(3), decode)
@@ -58,7 +61,7 @@ def test_rows_are_written_when_due_even_if_the_loop_pauses():
     one.close()
 
 
-def test_a_half_full_ring_is_emptied():
+def test_a_half_full_ring_is_emptied() -> None:
     sink = Collecting()
     one = recorder(sink, capacity=64)
     for step in range(8):
@@ -67,7 +70,7 @@ def test_a_half_full_ring_is_emptied():
     one.close()
 
 
-def test_a_payload_larger_than_the_ring_makes_it_grow():
+def test_a_payload_larger_than_the_ring_makes_it_grow() -> None:
     sink = Collecting()
     one = recorder(sink, capacity=10)
     before = one.device_bytes
@@ -79,7 +82,7 @@ def test_a_payload_larger_than_the_ring_makes_it_grow():
     assert one.device_bytes > before
 
 
-def test_a_payload_can_be_changed_after_it_was_pushed():
+def test_a_payload_can_be_changed_after_it_was_pushed() -> None:
     sink = Collecting()
     one = recorder(sink)
     same = payload(0)
@@ -90,7 +93,7 @@ def test_a_payload_can_be_changed_after_it_was_pushed():
     assert sink.steps == list(range(5))
 
 
-def test_push_works_in_inference_mode_and_with_gradients():
+def test_push_works_in_inference_mode_and_with_gradients() -> None:
     sink = Collecting()
     one = recorder(sink, capacity=16)
     with torch.inference_mode():
@@ -105,7 +108,7 @@ def test_push_works_in_inference_mode_and_with_gradients():
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2), torch.zeros(2, 2, dtype=torch.float64)])
-def test_other_payloads_are_refused(bad):
+def test_other_payloads_are_refused(bad: Any) -> None:
     one = recorder()
     with pytest.raises(ValueError, match="expected a 1-D float64 tensor"):
         one.push(bad, decode)
@@ -113,13 +116,13 @@ def test_other_payloads_are_refused(bad):
 
 
 @pytest.mark.parametrize("options", [{"flush_seconds": -1.0}, {"capacity": 0}, {"most_entries": 0}, {"backlog": 0}])
-def test_settings_out_of_range_are_refused(options):
+def test_settings_out_of_range_are_refused(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}: expected"):
         recorder(**options)
 
 
-def test_nothing_in_the_step_path_waits_for_a_number():
+def test_nothing_in_the_step_path_waits_for_a_number() -> None:
     sink = Collecting()
     one = recorder(sink, capacity=32, flush_seconds=0.0)
     with NoItem():
@@ -132,7 +135,7 @@ def test_nothing_in_the_step_path_waits_for_a_number():
 
 
 @pytest.mark.gpu
-def test_nothing_in_the_step_path_synchronises_the_device():
+def test_nothing_in_the_step_path_synchronises_the_device() -> None:
     sink = Collecting()
     one = recorder(sink, capacity=1000, flush_seconds=0.01)
     values = [payload(step, 100, "cuda") for step in range(200)]
@@ -149,7 +152,7 @@ def test_nothing_in_the_step_path_synchronises_the_device():
 
 
 @pytest.mark.gpu
-def test_push_does_not_wait_for_a_busy_device():
+def test_push_does_not_wait_for_a_busy_device() -> None:
     sink = Collecting()
     one = recorder(sink, flush_seconds=0.0)
     one.push(payload(0, device="cuda"), decode)
@@ -167,7 +170,7 @@ def test_push_does_not_wait_for_a_busy_device():
 # Threads, several recorders, memory
 
 
-def test_two_recorders_are_independent():
+def test_two_recorders_are_independent() -> None:
     sinks = Collecting(), Collecting()
     sinks[0].gate.clear()
     first, second = recorder(sinks[0], flush_seconds=0.0), recorder(sinks[1], flush_seconds=0.0)
@@ -181,11 +184,11 @@ def test_two_recorders_are_independent():
     assert sinks[0].steps == list(range(50))
 
 
-def test_many_threads_may_push_while_the_writer_writes():
+def test_many_threads_may_push_while_the_writer_writes() -> None:
     sink = Collecting()
     one = recorder(sink, capacity=1 << 12, flush_seconds=0.0)
 
-    def work(start):
+    def work(start: Any) -> None:
         for step in range(start, start + 300):
             one.push(payload(step, size=1 + step % 5), decode)
             if step % 50 == 0:
@@ -205,10 +208,10 @@ def test_many_threads_may_push_while_the_writer_writes():
         assert own == sorted(own)
 
 
-def test_memory_does_not_grow_over_ten_thousand_steps(tmp_path):
+def test_memory_does_not_grow_over_ten_thousand_steps(tmp_path: Path) -> None:
     columns = 5
 
-    def wide(host):
+    def wide(host: Any) -> list[Any]:
         return [Record("measured", 0, 0.0, {}, {f"c{i}": host[:10].tolist() for i in range(columns)})]
 
     one = Recorder(
@@ -220,7 +223,7 @@ def test_memory_does_not_grow_over_ten_thousand_steps(tmp_path):
     )
     value = torch.rand(200, dtype=torch.float64)
 
-    def steps(count):
+    def steps(count: Any) -> None:
         for _ in range(count):
             one.push(value, wide)
             one.poll()
@@ -251,17 +254,17 @@ def test_memory_does_not_grow_over_ten_thousand_steps(tmp_path):
 
 
 class Collectless(Collecting):
-    def write(self, records):
+    def write(self, records: Sequence[Record]) -> None:
         pass
 
 
-def _jsonl(path):
+def _jsonl(path: Any) -> Any:
     from fastfs._record.sinks.jsonl_sink import JsonlSink
 
     return JsonlSink(path)
 
 
-def test_waiting_records_are_written_when_the_recorder_is_collected():
+def test_waiting_records_are_written_when_the_recorder_is_collected() -> None:
     sink = Collecting()
     one = recorder(sink)
     one.push(payload(7), decode)

@@ -13,6 +13,7 @@ import textwrap
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ ROOT = str(Path(__file__).parents[2])
     "target",
     ["wandb:x", "mlflow:run", "s3://bucket/x.jsonl", "file:///x", "Tensorboard:x", "tb:x", "tensorboard:", "jsonl:a"],
 )
-def test_unknown_prefixes_are_not_file_names(tmp_path, monkeypatch, target):
+def test_unknown_prefixes_are_not_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     monkeypatch.chdir(tmp_path)
     for attach in (as_sink, lambda t: open_recorder(t, [], head()), lambda t: open_recorder("a.jsonl", [t], head())):
         with pytest.raises(ValueError, match=r"expected a path .*'tensorboard:FOLDER', a function .* got '") as caught:
@@ -45,7 +46,7 @@ def test_unknown_prefixes_are_not_file_names(tmp_path, monkeypatch, target):
 
 
 @pytest.mark.parametrize("target", ["./wandb:x", Path("wandb:x"), "a/b:c.jsonl", "12:30.jsonl", "c:x", "run_1:2.jsonl"])
-def test_names_with_a_colon_can_be_files(tmp_path, monkeypatch, target):
+def test_names_with_a_colon_can_be_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any) -> None:
     monkeypatch.chdir(tmp_path)
     one = open_recorder(target, [], head())
     one.close()
@@ -56,7 +57,7 @@ def test_names_with_a_colon_can_be_files(tmp_path, monkeypatch, target):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1, -0.5, "5", True, None, [1.0]])
-def test_seconds_are_checked(value):
+def test_seconds_are_checked(value: Any) -> None:
     with pytest.raises(ValueError, match="flush_seconds: expected a finite number of seconds >= 0, got"):
         Recorder([], head(), flush_seconds=value)
 
@@ -76,13 +77,13 @@ def test_seconds_are_checked(value):
         ([AngleCollapse(name=None)], TypeError, "expected a rule with a name"),
     ],
 )
-def test_every_rule_is_checked(tmp_path, alerts, error, says):
+def test_every_rule_is_checked(tmp_path: Path, alerts: Any, error: Any, says: str) -> None:
     with pytest.raises(error, match=says):
         open_recorder(tmp_path / "new" / "a.jsonl", [], head(), alerts=alerts)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_on_alert_has_to_be_a_function(tmp_path):
+def test_on_alert_has_to_be_a_function(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="on_alert: expected a function of an alert, got 'print'"):
         open_recorder(tmp_path / "a.jsonl", [], head(), on_alert="print")
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +93,7 @@ def test_on_alert_has_to_be_a_function(tmp_path):
     "more",
     [{"metadata": {"a": "\ud800"}}, {"metadata": {1: "a", "1": "b"}}, {"run": ""}, {"layers": [3]}, {"schema": 99}],
 )
-def test_a_header_that_readers_would_refuse_is_not_written(tmp_path, more):
+def test_a_header_that_readers_would_refuse_is_not_written(tmp_path: Path, more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"surrogate|twice|run|layers|schema"):
         open_recorder(tmp_path / "a.jsonl", [], {**head(), **more})
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +124,7 @@ GOOD = {
         (("engine", "layers"), ["y"], r"expected a state of the layers \['x'\], got \['y'\]"),
     ],
 )
-def test_every_entry_of_a_state_is_checked(path, value, says):
+def test_every_entry_of_a_state_is_checked(path: tuple[Any, ...], value: Any, says: str) -> None:
     check_state(GOOD, ["x"], 0)
     state = json.loads(json.dumps(GOOD))
     inner = state
@@ -137,7 +138,7 @@ def test_every_entry_of_a_state_is_checked(path, value, says):
         check_state(state, ["x"], 0)
 
 
-def test_the_state_of_alerts_survives_json():
+def test_the_state_of_alerts_survives_json() -> None:
     one = recorder(Collecting(), alerts=None)
     one.load_state_dict({"run": "a", "alerts": {"angle collapse": [["blocks.0", 2], [None, 1]], "gone": []}})
     state = json.loads(json.dumps(one.state_dict()))
@@ -151,27 +152,29 @@ def test_the_state_of_alerts_survives_json():
 # What a failure leaves
 
 
-def descriptors():
+def descriptors() -> Any:
     return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
 class Shut:
-    def __init__(self, error):
+    def __init__(self, error: Any) -> None:
         self.error = error
 
-    def open(self, header):
+    def open(self, header: dict[str, Any]) -> None:
         raise self.error
 
-    def write(self, records):
+    def write(self, records: list[dict[str, Any]]) -> None:
         raise AssertionError
 
-    def close(self):
+    def close(self) -> None:
         raise AssertionError
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(), KeyboardInterrupt()])
 @pytest.mark.parametrize("old", [False, True])
-def test_a_failed_attach_leaves_nothing_behind(tmp_path, monkeypatch, error, old):
+def test_a_failed_attach_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, old: bool
+) -> None:
     (tmp_path / "kept.jsonl").write_text("")
     if old:
         one = open_recorder(tmp_path / "x" / "a.jsonl", [f"{tmp_path}/x/b.parquet"], head())
@@ -186,13 +189,15 @@ def test_a_failed_attach_leaves_nothing_behind(tmp_path, monkeypatch, error, old
     assert (descriptors(), threading.active_count()) == (count, threads)
 
 
-def test_a_disk_that_is_full_at_the_header_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_the_header_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write = os.write
     for path in (tmp_path / "new" / "a.jsonl", tmp_path / "old.jsonl"):
         (tmp_path / "old.jsonl").write_text("x\n")
         left = [40]
 
-        def full(descriptor, data, left=left):
+        def full(descriptor: Any, data: Any, left: Any = left) -> Any:
             take = min(left[0], len(data))
             left[0] -= take
             if not take:
@@ -207,7 +212,7 @@ def test_a_disk_that_is_full_at_the_header_leaves_nothing_behind(tmp_path, monke
         assert (tmp_path / "old.jsonl").read_text() == "x\n"
 
 
-def test_a_recorder_can_be_discarded(tmp_path):
+def test_a_recorder_can_be_discarded(tmp_path: Path) -> None:
     one = open_recorder(tmp_path / "x" / "a.jsonl", [f"{tmp_path}/b.parquet", f"tensorboard:{tmp_path}/tb"], head())
     threads = threading.active_count()
     one.discard()
@@ -235,7 +240,7 @@ WRITES = """
 """
 
 
-def start(path, run, steps=0):
+def start(path: Any, run: Any, steps: int = 0) -> Any:
     code = f"import sys; sys.path.insert(0, {ROOT!r})\n{textwrap.dedent(WRITES)}"
     pipe = subprocess.PIPE
     process = subprocess.Popen(
@@ -245,7 +250,7 @@ def start(path, run, steps=0):
     return process
 
 
-def test_a_second_process_gets_a_warning_and_no_line_is_lost(tmp_path):
+def test_a_second_process_gets_a_warning_and_no_line_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = start(path, "one", 200)
     with pytest.warns(RuntimeWarning, match="a.jsonl is also being written by another process"):
@@ -265,7 +270,7 @@ def test_a_second_process_gets_a_warning_and_no_line_is_lost(tmp_path):
     assert third.communicate("\n", timeout=60)[1] == ""
 
 
-def test_a_killed_process_leaves_no_lock_even_if_a_child_lives(tmp_path):
+def test_a_killed_process_leaves_no_lock_even_if_a_child_lives(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     one = open_recorder(path, [], head(run="one"), alerts=())
     child = os.fork()
@@ -284,8 +289,8 @@ def test_a_killed_process_leaves_no_lock_even_if_a_child_lives(tmp_path):
         os.waitpid(child, 0)
 
 
-def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
-    def none(*_):
+def test_a_file_system_without_locks_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", none)
@@ -295,7 +300,7 @@ def test_a_file_system_without_locks_is_no_error(tmp_path, monkeypatch):
     assert len(fastfs.load(tmp_path / "a.jsonl")) == 4
 
 
-def test_a_line_that_another_writer_left_torn_is_not_written_on(tmp_path):
+def test_a_line_that_another_writer_left_torn_is_not_written_on(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     sink = JsonlSink(path)
     sink.open(head())
@@ -308,7 +313,7 @@ def test_a_line_that_another_writer_left_torn_is_not_written_on(tmp_path):
         assert fastfs.load(path)["step"].unique().tolist() == [0, 1]
 
 
-def test_two_processes_that_continue_a_run_replace_no_parts(tmp_path):
+def test_two_processes_that_continue_a_run_replace_no_parts(tmp_path: Path) -> None:
     first, second = ParquetSink(tmp_path), ParquetSink(tmp_path)
     for sink in (first, second):
         sink.open(head())
@@ -322,8 +327,8 @@ def test_two_processes_that_continue_a_run_replace_no_parts(tmp_path):
     assert len(list(tmp_path.iterdir())) == 8
 
 
-def test_parts_need_no_links(tmp_path, monkeypatch):
-    def none(*_):
+def test_parts_need_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> None:
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", none)
@@ -334,7 +339,7 @@ def test_parts_need_no_links(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["part-a-000000.parquet", "part-a-000001.parquet"]
 
 
-def test_parts_that_are_being_written_are_not_removed(tmp_path):
+def test_parts_that_are_being_written_are_not_removed(tmp_path: Path) -> None:
     left = tmp_path / ".part-a-000004.abcd.tmp"
     with left.open("xb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -346,7 +351,7 @@ def test_parts_that_are_being_written_are_not_removed(tmp_path):
     sink.close()
 
 
-def test_a_file_of_this_process_alone_causes_no_warning(tmp_path):
+def test_a_file_of_this_process_alone_causes_no_warning(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with warnings.catch_warnings():
         warnings.simplefilter("error")

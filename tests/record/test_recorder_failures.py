@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ import fastfs
 from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._record.writing.alert_rules import Finding
 from fastfs._record.writing.recorder import Recorder
+from fastfs.monitor import Record
 from tests.helpers.record_cases import SOON, Collecting, decode, head, measured, payload, recorder, until
 
 
-def test_a_hanging_sink_drops_records_without_time_or_memory():
+def test_a_hanging_sink_drops_records_without_time_or_memory() -> None:
     sink = Collecting()
     sink.gate.clear()
     one = recorder(sink, capacity=400, flush_seconds=0.0)
@@ -41,7 +45,7 @@ def test_a_hanging_sink_drops_records_without_time_or_memory():
 
 
 @pytest.mark.parametrize("then", ["push", "flush", "close"])
-def test_an_interrupt_that_leaves_the_lock_held_blocks_nothing(then):
+def test_an_interrupt_that_leaves_the_lock_held_blocks_nothing(then: str) -> None:
     """It may arrive after the last line of a ``with`` block and before the lock is released."""
     sink = Collecting()
     one = recorder(sink, flush_seconds=0.0)
@@ -56,7 +60,7 @@ def test_an_interrupt_that_leaves_the_lock_held_blocks_nothing(then):
     assert sink.steps == ([0, 1] if then == "push" else [0])
 
 
-def test_close_does_not_wait_for_ever():
+def test_close_does_not_wait_for_ever() -> None:
     sink = Collecting()
     sink.gate.clear()
     one = recorder(sink, flush_seconds=0.0)
@@ -69,12 +73,12 @@ def test_close_does_not_wait_for_ever():
     assert sink.steps == [0]
 
 
-def test_a_failing_sink_warns_once_and_is_retried_and_others_go_on():
+def test_a_failing_sink_warns_once_and_is_retried_and_others_go_on() -> None:
     bad, good = Collecting(), Collecting()
     bad.error = OSError(28, "No space left on device")
     one = recorder(bad, good, flush_seconds=0.0)
 
-    def steps():
+    def steps() -> None:
         for step in range(20):
             one.push(payload(step), decode)
             until(lambda step=step: len(good.steps) == step + 1)
@@ -91,7 +95,7 @@ def test_a_failing_sink_warns_once_and_is_retried_and_others_go_on():
     assert good.steps == bad.steps
 
 
-def test_close_warns_of_records_that_could_not_be_written():
+def test_close_warns_of_records_that_could_not_be_written() -> None:
     bad = Collecting()
     bad.error = OSError("gone")
     one = recorder(bad)
@@ -106,7 +110,7 @@ def test_close_warns_of_records_that_could_not_be_written():
     assert "5 records could not be written (OSError: gone)" in str(caught[1].message)
 
 
-def test_the_backlog_of_a_failing_sink_is_bounded():
+def test_the_backlog_of_a_failing_sink_is_bounded() -> None:
     bad = Collecting()
     bad.error = OSError("gone")
     size = measured(0).size
@@ -123,9 +127,9 @@ def test_the_backlog_of_a_failing_sink_is_bounded():
     assert bad.steps == list(range(40, 50))
 
 
-def test_a_record_that_cannot_be_written_does_not_hold_up_the_others():
+def test_a_record_that_cannot_be_written_does_not_hold_up_the_others() -> None:
     class Picky(Collecting):
-        def write(self, records):
+        def write(self, records: Sequence[Record]) -> None:
             if any(record.step == 2 for record in records):
                 raise KeyError("angle")
             super().write(records)
@@ -139,8 +143,8 @@ def test_a_record_that_cannot_be_written_does_not_hold_up_the_others():
     assert sink.steps == [0, 1, 3, 4, 5]
 
 
-def test_an_error_in_decode_loses_its_row_only():
-    def broken(host):
+def test_an_error_in_decode_loses_its_row_only() -> None:
+    def broken(host: Any) -> None:
         raise ZeroDivisionError("in decode")
 
     sink = Collecting()
@@ -153,7 +157,7 @@ def test_an_error_in_decode_loses_its_row_only():
     assert sink.steps == [0, 1, 4, 5]
 
 
-def test_warnings_are_raised_in_the_training_thread():
+def test_warnings_are_raised_in_the_training_thread() -> None:
     sink = Collecting()
     sink.error = OSError("gone")
     one = recorder(sink, flush_seconds=0.0)
@@ -165,9 +169,9 @@ def test_warnings_are_raised_in_the_training_thread():
     one.close()
 
 
-def test_a_sink_that_does_not_open_leaves_the_others_closed():
+def test_a_sink_that_does_not_open_leaves_the_others_closed() -> None:
     class Bad(Collecting):
-        def open(self, header):
+        def open(self, header: Mapping[str, Any]) -> None:
             raise OSError("no open")
 
     first, second, third = Collecting(), Bad(), Collecting()
@@ -186,7 +190,7 @@ class Panic(BaseException):
 
 
 class Speechless(Exception):
-    def __str__(self):
+    def __str__(self) -> str:
         raise Panic
 
 
@@ -196,37 +200,37 @@ RAISED = [Panic("in Rust"), SystemExit(3), KeyboardInterrupt(), GeneratorExit(),
 class Raising(Collecting):
     """Raises in one of its methods."""
 
-    def __init__(self, method, error):
+    def __init__(self, method: Any, error: Any) -> None:
         super().__init__()
         self.method, self.raised = method, error
 
-    def _raise(self, method):
+    def _raise(self, method: Any) -> None:
         if method == self.method:
             raise self.raised
 
-    def write(self, records):
+    def write(self, records: Sequence[Record]) -> None:
         self._raise("write")
         super().write(records)
 
-    def flush(self):
+    def flush(self) -> None:
         self._raise("flush")
 
-    def due(self):
+    def due(self) -> Any:
         self._raise("due")
         return 0.0 if self.method == "flush" and self.records else None
 
-    def close(self):
+    def close(self) -> None:
         super().close()
         self._raise("close")
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("method", ["write", "flush", "due", "close"])
-def test_other_sinks_get_every_row_whatever_a_sink_raises(method, error):
+def test_other_sinks_get_every_row_whatever_a_sink_raises(method: str, error: Any) -> None:
     bad, good = Raising(method, error), Collecting()
     one = recorder(bad, good, flush_seconds=0.0)
 
-    def run():
+    def run() -> None:
         for step in range(10):
             one.push(payload(step), decode)
             until(lambda step=step: len(good.steps) == step + 1)
@@ -243,11 +247,11 @@ def test_other_sinks_get_every_row_whatever_a_sink_raises(method, error):
 
 
 @pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
-def test_later_rows_are_written_whatever_decode_or_a_rule_raises(error):
-    def broken(host):
+def test_later_rows_are_written_whatever_decode_or_a_rule_raises(error: Any) -> None:
+    def broken(host: Any) -> None:
         raise error
 
-    def rule(record, header):
+    def rule(record: Any, header: dict[str, Any]) -> None:
         raise error
 
     sink = Collecting()
@@ -266,15 +270,15 @@ class Odd:
 
     name, steps = "odd", 1
 
-    def __init__(self, findings):
+    def __init__(self, findings: Any) -> None:
         self.findings = findings
 
-    def check(self, record, header):
+    def check(self, record: Any, header: dict[str, Any]) -> Any:
         return self.findings
 
 
 @pytest.mark.parametrize("findings", [None, 3, {("a",): 1}, {"blocks.0": 5}, {"blocks.0": Finding("x", "text")}])
-def test_a_rule_with_an_invalid_result_causes_a_warning_and_loses_nothing(findings):
+def test_a_rule_with_an_invalid_result_causes_a_warning_and_loses_nothing(findings: Any) -> None:
     sink = Collecting()
     one = recorder(sink, alerts=[Odd(findings)])
     for step in range(3):
@@ -284,7 +288,7 @@ def test_a_rule_with_an_invalid_result_causes_a_warning_and_loses_nothing(findin
     assert sink.steps == [0, 1, 2]
 
 
-def test_texts_of_rules_can_be_written(tmp_path):
+def test_texts_of_rules_can_be_written(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     one = Recorder(
         [JsonlSink(path)], head(), alerts=[Odd({"blocks.0": Finding(torch.tensor(2.0), "half of a pair: \ud800")})]
@@ -297,8 +301,8 @@ def test_texts_of_rules_can_be_written(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
-def test_on_alert_may_end_training(error):
-    def stop(alert):
+def test_on_alert_may_end_training(error: Any) -> None:
+    def stop(alert: Any) -> None:
         raise error
 
     sink = Collecting()
@@ -311,8 +315,8 @@ def test_on_alert_may_end_training(error):
 
 
 @pytest.mark.parametrize("error", [Panic("no"), ValueError("no"), Speechless()])
-def test_other_exceptions_of_on_alert_become_warnings(error):
-    def fails(alert):
+def test_other_exceptions_of_on_alert_become_warnings(error: Any) -> None:
+    def fails(alert: Any) -> None:
         raise error
 
     one = recorder(Collecting(), on_alert=fails, alerts=[Odd({"blocks.0": Finding(1.0, "stop")})])

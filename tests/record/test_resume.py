@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ SCRIPT = """
 """
 
 
-def process(folder, saved, last):
+def process(folder: Path, saved: Any, last: Any) -> Any:
     folder.mkdir(exist_ok=True)
     head = f"import sys; sys.path.insert(0, {ROOT!r})\n"
     command = [sys.executable, "-c", head + textwrap.dedent(SCRIPT), str(folder), str(saved), str(last)]
@@ -60,7 +61,7 @@ def process(folder, saved, last):
     return done.stdout.strip()
 
 
-def test_a_resumed_run_is_one_continuous_run_in_every_sink(tmp_path):
+def test_a_resumed_run_is_one_continuous_run_in_every_sink(tmp_path: Path) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     process(straight, -1, 14)
     first = process(parts, 6, 9)  # continues for 3 steps that the next process repeats
@@ -88,7 +89,7 @@ def test_a_resumed_run_is_one_continuous_run_in_every_sink(tmp_path):
     assert [event.step for event in events.Scalars("fastfs/angle/blocks.0")] == [0, 4, 8, 12]
 
 
-def test_the_state_is_small_plain_data(tmp_path):
+def test_the_state_is_small_plain_data(tmp_path: Path) -> None:
     model, optimizer, _, monitor = watched(every=2, aligned_every=1)
     train(model, optimizer, 3)
     state = monitor.state_dict()
@@ -103,7 +104,7 @@ def test_the_state_is_small_plain_data(tmp_path):
     monitor.close()
 
 
-def test_predictions_continue_with_the_last_angle(tmp_path):
+def test_predictions_continue_with_the_last_angle(tmp_path: Path) -> None:
     """Even before anything has been measured again."""
     torch.manual_seed(0)
     model, optimizer, _, monitor = watched(every=100, aligned_every=1)
@@ -113,7 +114,7 @@ def test_predictions_continue_with_the_last_angle(tmp_path):
     (kind,) = state["engine"]["learned_structure"]["steps"]
     cosines = kind["cosine"].tolist()
     assert all(0.05 < cosine < 1 for cosine in cosines)
-    seen = []
+    seen: list[Any] = []
     other = fastfs.Monitor(model, optimizer, every=4, aligned_every=1, sinks=[seen.extend])
     other.load_state_dict(state)
     assert (other.step, other.due, other.run) == (3, False, monitor.run)
@@ -130,7 +131,7 @@ def test_predictions_continue_with_the_last_angle(tmp_path):
         assert row["update_rms"] == pytest.approx(expected, rel=1e-9)
 
 
-def test_wrong_states_are_refused():
+def test_wrong_states_are_refused() -> None:
     model, optimizer, _, monitor = watched()
     train(model, optimizer, 2)
     state = monitor.state_dict()
@@ -150,7 +151,7 @@ def test_wrong_states_are_refused():
     assert [row["step"] for row in seen] == [0, 0]
 
 
-def test_the_schedule_continues(tmp_path):
+def test_the_schedule_continues(tmp_path: Path) -> None:
     path = tmp_path / "record.jsonl"
     model = ResNet(8, 16, 2, 3)
     optimizer = sgd(model)

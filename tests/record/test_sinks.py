@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -33,7 +34,7 @@ STRUCTURE = Record(
 RECORDS = [STRUCTURE, measured(0), predicted(1), predicted(2), SKIPPED, alert(3), measured(4, angle=math.nan)]
 
 
-def filled(sink, header=None, records=RECORDS):
+def filled(sink: Any, header: Any = None, records: Any = RECORDS) -> Any:
     sink.open(header or head())
     sink.write(records[:3])
     sink.write(records[3:])
@@ -41,20 +42,20 @@ def filled(sink, header=None, records=RECORDS):
     return sink
 
 
-def tensorboard(folder):
+def tensorboard(folder: Path) -> Any:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
     return events
 
 
-def texts(events, tag):
+def texts(events: Any, tag: Any) -> Any:
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(f"{tag}/text_summary")]
 
 
 # Targets
 
 
-def test_paths_and_functions_become_sinks(tmp_path):
+def test_paths_and_functions_become_sinks(tmp_path: Path) -> None:
     kinds = {
         tmp_path / "a.jsonl": JsonlSink,
         os.fspath(tmp_path / "b"): JsonlSink,
@@ -79,7 +80,7 @@ def test_paths_and_functions_become_sinks(tmp_path):
     ("module", "target", "extra"),
     [("tensorboard", "tensorboard:x", "tensorboard"), ("pyarrow", "x.parquet", "parquet")],
 )
-def test_a_sink_without_its_extra_says_what_to_install(tmp_path, module, target, extra):
+def test_a_sink_without_its_extra_says_what_to_install(tmp_path: Path, module: str, target: str, extra: str) -> None:
     make = f"from fastfs._record.sinks.targets import as_sink; as_sink({target!r})"
     script = f"import sys; sys.modules[{module!r}] = None; {make}"
     done = subprocess.run(
@@ -93,7 +94,7 @@ def test_a_sink_without_its_extra_says_what_to_install(tmp_path, module, target,
 # JSON lines
 
 
-def test_jsonl_has_a_line_for_each_record(tmp_path):
+def test_jsonl_has_a_line_for_each_record(tmp_path: Path) -> None:
     filled(JsonlSink(tmp_path / "new" / "a.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "new" / "a.jsonl").read_text().splitlines()]
     assert lines[0] == head()
@@ -106,13 +107,13 @@ def test_jsonl_has_a_line_for_each_record(tmp_path):
     assert lines[6] == {"kind": "alert", "run": "a", "step": 3, "time": 103.0, **alert(3).scalars}
 
 
-def test_a_write_cut_short_says_how_much_is_safe(tmp_path, monkeypatch):
+def test_a_write_cut_short_says_how_much_is_safe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = JsonlSink(tmp_path / "a.jsonl")
     sink.open(head())
     line = len((json.dumps({**head()}, separators=(",", ":")) + "\n").encode())
     write, left = os.write, [3000]
 
-    def full(descriptor, data):
+    def full(descriptor: Any, data: Any) -> Any:
         take = min(left[0], len(data))
         left[0] -= take
         if not take:
@@ -155,7 +156,7 @@ DISK_FULL = """
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "tensorboard:tb"])
-def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path, name):
+def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path: Path, name: str) -> None:
     target = name.replace("tb", str(tmp_path / "tb")) if ":" in name else str(tmp_path / name)
     script = textwrap.dedent(DISK_FULL).format(root=str(Path(__file__).parents[2]), target=target)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
@@ -169,15 +170,15 @@ def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path, name):
     assert steps == list(range(41))
 
 
-def test_files_are_not_limited_here():
+def test_files_are_not_limited_here() -> None:
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
 # Functions
 
 
-def test_a_function_gets_plain_rows():
-    rows = []
+def test_a_function_gets_plain_rows() -> None:
+    rows: list[Any] = []
     filled(CallableSink(rows.extend))
     assert [row["kind"] for row in rows] == (
         ["structure"] + ["measured"] * 4 + ["predicted"] * 8 + ["skipped", "alert"] + ["measured"] * 4
@@ -197,7 +198,7 @@ def test_a_function_gets_plain_rows():
 # TensorBoard
 
 
-def test_tensorboard_shows_scalars_at_their_steps_and_alerts_as_text(tmp_path):
+def test_tensorboard_shows_scalars_at_their_steps_and_alerts_as_text(tmp_path: Path) -> None:
     filled(TensorBoardSink(tmp_path))
     events = tensorboard(tmp_path)
     scalars = events.Tags()["scalars"]
@@ -213,7 +214,7 @@ def test_tensorboard_shows_scalars_at_their_steps_and_alerts_as_text(tmp_path):
     assert '"run": "a"' in texts(events, "fastfs/run")[0][1]
 
 
-def test_tensorboard_can_show_every_step(tmp_path):
+def test_tensorboard_can_show_every_step(tmp_path: Path) -> None:
     filled(TensorBoardSink(tmp_path, predicted=True))
     events = tensorboard(tmp_path)
     assert [e.step for e in events.Scalars("fastfs/predicted_update_rms/blocks.0")] == [1, 2]
@@ -221,14 +222,14 @@ def test_tensorboard_can_show_every_step(tmp_path):
     assert [e.step for e in events.Scalars("fastfs/update_rms/blocks.0")] == [0, 4]
 
 
-def test_tensorboard_drops_steps_that_a_resumed_run_repeats(tmp_path):
+def test_tensorboard_drops_steps_that_a_resumed_run_repeats(tmp_path: Path) -> None:
     filled(TensorBoardSink(tmp_path), records=[measured(step) for step in range(10)])
     filled(TensorBoardSink(tmp_path), head(resumed_at=6), [measured(step, loss=0.25) for step in range(6, 12)])
     scalars = tensorboard(tmp_path).Scalars("fastfs/loss")
     assert [(event.step, event.value) for event in scalars] == [(s, 0.5 if s < 6 else 0.25) for s in range(12)]
 
 
-def test_torn_event_files_are_read_up_to_the_tear(tmp_path):
+def test_torn_event_files_are_read_up_to_the_tear(tmp_path: Path) -> None:
     filled(TensorBoardSink(tmp_path), records=[measured(step) for step in range(5)])
     (path,) = tmp_path.iterdir()
     data = path.read_bytes()
@@ -240,7 +241,7 @@ def test_torn_event_files_are_read_up_to_the_tear(tmp_path):
 # Parquet
 
 
-def test_parquet_gives_the_table_that_jsonl_gives(tmp_path):
+def test_parquet_gives_the_table_that_jsonl_gives(tmp_path: Path) -> None:
     filled(JsonlSink(tmp_path / "a.jsonl"))
     filled(ParquetSink(tmp_path / "a.parquet", part_rows=5))
     first, second = fastfs.load(tmp_path / "a.jsonl"), fastfs.load(tmp_path / "a.parquet")
@@ -251,7 +252,7 @@ def test_parquet_gives_the_table_that_jsonl_gives(tmp_path):
     assert len(whole) == len(first)
 
 
-def test_parquet_parts_are_written_when_due(tmp_path):
+def test_parquet_parts_are_written_when_due(tmp_path: Path) -> None:
     sink = ParquetSink(tmp_path, part_seconds=1000.0, part_rows=8)
     sink.open(head())
     assert len(list(tmp_path.iterdir())) == 1  # the header
@@ -274,7 +275,7 @@ def test_parquet_parts_are_written_when_due(tmp_path):
         ParquetSink(tmp_path, part_rows=0)
 
 
-def test_parquet_parts_are_written_even_if_the_loop_pauses(tmp_path):
+def test_parquet_parts_are_written_even_if_the_loop_pauses(tmp_path: Path) -> None:
     sink = ParquetSink(tmp_path, part_seconds=0.1)
     one = Recorder([sink], head(), alerts=(), flush_seconds=0.05)
     one.push(payload(5), decode)
@@ -286,12 +287,14 @@ def test_parquet_parts_are_written_even_if_the_loop_pauses(tmp_path):
     one.close()
 
 
-def test_a_part_that_cannot_be_written_is_kept_and_written_later(tmp_path, monkeypatch):
+def test_a_part_that_cannot_be_written_is_kept_and_written_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sink = ParquetSink(tmp_path, part_rows=1)
     one = Recorder([sink], head(), alerts=(), flush_seconds=60.0, retry_seconds=60.0)
     original = sink._write_part
 
-    def full():
+    def full() -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sink, "_write_part", full)
@@ -306,7 +309,7 @@ def test_a_part_that_cannot_be_written_is_kept_and_written_later(tmp_path, monke
     assert fastfs.load(tmp_path)["step"].unique().tolist() == [0, 1]
 
 
-def test_parquet_removes_temporary_files_that_its_killed_run_left(tmp_path):
+def test_parquet_removes_temporary_files_that_its_killed_run_left(tmp_path: Path) -> None:
     (tmp_path / ".part-a-000004.tmp").write_bytes(b"torn")
     (tmp_path / ".part-b-000004.tmp").write_bytes(b"somebody writes here")
     filled(ParquetSink(tmp_path))

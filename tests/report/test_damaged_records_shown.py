@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from io import StringIO
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -20,13 +21,13 @@ from tests.helpers.damaged_records import LINES, damaged_records, encode, senten
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tmp_path_factory.mktemp("fuzz")
 
 
 @settings(max_examples=40)
 @given(damaged_records())
-def test_the_page_and_the_terminal_show_what_can_be_read(folder, record):
+def test_the_page_and_the_terminal_show_what_can_be_read(folder: Any, record: Any) -> None:
     path = write(folder / "shown.jsonl", record[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -44,7 +45,7 @@ def test_the_page_and_the_terminal_show_what_can_be_read(folder, record):
 
 @settings(max_examples=15)
 @given(damaged_records())
-def test_commands_end_with_a_sentence(folder, record):
+def test_commands_end_with_a_sentence(folder: Any, record: Any) -> None:
     path = write(folder / "named.jsonl", record[0])
     for command in (["report", str(path), "-o", str(folder / "cli.html")], ["watch", "--once", str(path)]):
         with warnings.catch_warnings():
@@ -59,7 +60,7 @@ def test_commands_end_with_a_sentence(folder, record):
 @pytest.mark.parametrize(
     "start", [b"\x00" * 100, b"hello\n", b"\x1f\x8b\x08", b"[1, 2]\n", b'{"a": 1}\n', b"{" * 100_000]
 )
-def test_other_files_are_refused_in_one_sentence(folder, start):
+def test_other_files_are_refused_in_one_sentence(folder: Any, start: Any) -> None:
     path = folder / "other.jsonl"
     path.write_bytes(start)
     for read in (fastfs.load, read_header, lambda p: watch(p, once=True), lambda p: write_page(p, folder / "o.html")):
@@ -68,6 +69,6 @@ def test_other_files_are_refused_in_one_sentence(folder, start):
         sentence(caught.value)
 
 
-def test_a_report_reads_what_load_reads(folder):
+def test_a_report_reads_what_load_reads(folder: Any) -> None:
     path = write(folder / "both.jsonl", map(encode, LINES))
     assert page_data(load_compact(path, UNUSED), run="r1") == page_data(fastfs.load(path), run="r1")

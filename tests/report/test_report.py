@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,14 @@ from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._report.plots import PLOTS, plot_layers, plot_record
 
 
-def write(path, layers, steps, angle=lambda step, layer: 1.0 + 0.1 * math.sin(step + layer), run="a", prefix="blocks."):
+def write(
+    path: Any,
+    layers: Any,
+    steps: Any,
+    angle: Any = lambda step, layer: 1.0 + 0.1 * math.sin(step + layer),
+    run: str = "a",
+    prefix: str = "blocks.",
+) -> Any:
     sink = JsonlSink(path)
     names = [f"{prefix}{layer}" for layer in range(layers)]
     sink.open({"kind": "header", "schema": SCHEMA, "run": run, "layers": names, "groups": {"all": names}})
@@ -36,7 +45,7 @@ def write(path, layers, steps, angle=lambda step, layer: 1.0 + 0.1 * math.sin(st
     return path
 
 
-def measured(path):
+def measured(path: Any) -> Any:
     table = load(path)
     return table[(table["kind"] == "measured") & ~table["group"]]
 
@@ -44,13 +53,13 @@ def measured(path):
 @pytest.mark.parametrize(
     ("layers", "steps"), [(1, [0]), (4, range(0, 200, 5)), (26, [0, 1, 7, 100]), (100, range(0, 1000, 20))]
 )
-def test_every_plot_is_written(tmp_path, layers, steps):
+def test_every_plot_is_written(tmp_path: Path, layers: int, steps: Any) -> None:
     files = plot_record(write(tmp_path / "record.jsonl", layers, steps), tmp_path / "new", title="run")
     assert [file.name for file in files] == ["angle.png", "speed.png", "relative_update.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 10_000 for file in files)
 
 
-def test_labels_have_units_and_layers_have_names(tmp_path):
+def test_labels_have_units_and_layers_have_names(tmp_path: Path) -> None:
     table = measured(write(tmp_path / "record.jsonl", 4, range(5)))
     for plot, unit in zip(PLOTS, ("radians", "per step", "per step"), strict=True):
         figure = plot_layers(table, plot, title="a run")
@@ -65,7 +74,7 @@ def test_labels_have_units_and_layers_have_names(tmp_path):
         assert len(lines.get_legend().get_texts()) == 4
 
 
-def test_many_layers_get_a_color_bar_instead_of_names(tmp_path):
+def test_many_layers_get_a_color_bar_instead_of_names(tmp_path: Path) -> None:
     figure = plot_layers(measured(write(tmp_path / "record.jsonl", 100, range(3))), PLOTS[0])
     heat, lines, *bars = figure.axes
     assert len(bars) == 2
@@ -74,7 +83,7 @@ def test_many_layers_get_a_color_bar_instead_of_names(tmp_path):
     assert len(heat.get_yticks()) <= 12
 
 
-def test_layers_without_values_are_gray_and_labelled(tmp_path):
+def test_layers_without_values_are_gray_and_labelled(tmp_path: Path) -> None:
     path = write(tmp_path / "record.jsonl", 3, range(4), angle=lambda step, layer: math.nan if layer == 1 else 1.0)
     figure = plot_layers(measured(path), PLOTS[0])
     assert "grey: not measured" in figure.axes[0].get_xlabel()
@@ -84,12 +93,12 @@ def test_layers_without_values_are_gray_and_labelled(tmp_path):
 
 
 @pytest.mark.parametrize("value", [math.nan, 0.0, 1.0])
-def test_constant_or_missing_numbers_can_be_drawn(tmp_path, value):
+def test_constant_or_missing_numbers_can_be_drawn(tmp_path: Path, value: Any) -> None:
     path = write(tmp_path / "record.jsonl", 2, range(3), angle=lambda step, layer: value)
     plot_record(path, tmp_path)
 
 
-def test_the_last_run_is_drawn_unless_told_otherwise(tmp_path):
+def test_the_last_run_is_drawn_unless_told_otherwise(tmp_path: Path) -> None:
     path = write(tmp_path / "record.jsonl", 2, range(3), run="a")
     write(path, 3, range(3), run="b")
     plot_record(path, tmp_path)
@@ -98,18 +107,18 @@ def test_the_last_run_is_drawn_unless_told_otherwise(tmp_path):
         plot_record(path, tmp_path, run="c")
 
 
-def test_a_record_without_rows_is_an_error(tmp_path):
+def test_a_record_without_rows_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no measured step to draw"):
         plot_record(write(tmp_path / "record.jsonl", 2, []), tmp_path)
 
 
-def test_without_matplotlib_plots_say_what_to_install():
+def test_without_matplotlib_plots_say_what_to_install() -> None:
     script = "import sys; sys.modules['matplotlib'] = None; import fastfs._report.plots"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert 'fastfs._report.plots needs matplotlib: pip install "fastfs[plot]"' in done.stderr
 
 
-def test_importing_fastfs_imports_no_optional_packages():
+def test_importing_fastfs_imports_no_optional_packages() -> None:
     script = (
         "import sys, fastfs; fastfs.Monitor, fastfs.feature_stats; import fastfs.models; "
         "names = ('matplotlib', 'pandas', 'pyarrow', 'tensorboard', 'rich', 'typer', 'sklearn', 'scipy'); "

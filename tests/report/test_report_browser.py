@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,13 +22,13 @@ PLOTS = ("heat", "lines", "scatter", "speed", "residual", "loss")
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser() -> Iterator[Any]:
     with Browser() as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory):
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """One page per kind of record."""
     folder = tmp_path_factory.mktemp("pages")
     lines = {
@@ -46,34 +48,34 @@ def pages(tmp_path_factory):
     return found
 
 
-def load(browser, page, width=1280, *, dark=False):
+def load(browser: Any, page: Any, width: int = 1280, *, dark: bool = False) -> Any:
     browser.problems.clear()
     browser.requests.clear()
     browser.size(width, 900, dark=dark, mobile=width < 600)
     return browser.open(page)
 
 
-def assert_clean(browser, page):
+def assert_clean(browser: Any, page: Any) -> None:
     browser.evaluate("new Promise((done) => setTimeout(done, 100))")  # for pending events
     assert browser.problems == []
     outside = [url for url in browser.requests if not url.startswith(("data:", "blob:"))]
     assert outside == [page.resolve().as_uri()]
 
 
-def choose(browser, control, value):
+def choose(browser: Any, control: Any, value: Any) -> None:
     browser.evaluate(
         f"(() => {{ const c = document.getElementById('{control}'); c.value = '{value}';"
         " for (const name of ['input', 'change']) c.dispatchEvent(new Event(name, {bubbles: true})); })()"
     )
 
 
-def heat(browser, what):
+def heat(browser: Any, what: Any) -> Any:
     return browser.evaluate(f"(() => {{ const plot = document.getElementById('heat'); return {what}; }})()")
 
 
 @pytest.mark.parametrize("name", ["small", "middle", "invalid", "predicted", "empty", "evil", "large"])
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
-def test_pages_load(browser, pages, name, width, dark):
+def test_pages_load(browser: Any, pages: Any, name: str, width: int, dark: bool) -> None:
     seconds = load(browser, pages[name], width, dark=dark)
     assert_clean(browser, pages[name])
     assert browser.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
@@ -88,7 +90,7 @@ def test_pages_load(browser, pages, name, width, dark):
 
 @pytest.mark.parametrize("name", ["small", "middle", "large"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_labels_of_layers_do_not_overlap(browser, pages, name, width):
+def test_labels_of_layers_do_not_overlap(browser: Any, pages: Any, name: str, width: int) -> None:
     load(browser, pages[name], width)
     boxes = browser.evaluate(
         "[...document.querySelectorAll('#heat .ytick text')].map((t) => t.getBoundingClientRect())"
@@ -100,7 +102,7 @@ def test_labels_of_layers_do_not_overlap(browser, pages, name, width):
 
 
 @pytest.mark.parametrize("name", ["small", "large"])
-def test_controls_work(browser, pages, name):
+def test_controls_work(browser: Any, pages: Any, name: str) -> None:
     load(browser, pages[name])
     layers = 4 if name == "small" else 100
     before = heat(browser, "[plot.data[0].z.length, plot.data[0].z[0][1], plot.data[0].colorbar.title.text]")
@@ -151,7 +153,7 @@ def test_controls_work(browser, pages, name):
 
 
 @pytest.mark.parametrize("name", ["small", "predicted"])
-def test_no_button_sends_anything_anywhere(browser, pages, name):
+def test_no_button_sends_anything_anywhere(browser: Any, pages: Any, name: str) -> None:
     load(browser, pages[name])
     titles = browser.evaluate(
         "[...new Set([...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title))]"
@@ -165,7 +167,7 @@ def test_no_button_sends_anything_anywhere(browser, pages, name):
     assert any("Content Security Policy" in problem for problem in browser.problems)
 
 
-def test_zooming_one_plot_moves_the_others(browser, pages):
+def test_zooming_one_plot_moves_the_others(browser: Any, pages: Any) -> None:
     load(browser, pages["small"])
     browser.evaluate("Plotly.relayout('loss', {'xaxis.range[0]': 5, 'xaxis.range[1]': 10}).then(() => true)")
     browser.wait_for("document.getElementById('from').value === '5'")
@@ -175,7 +177,7 @@ def test_zooming_one_plot_moves_the_others(browser, pages):
     assert_clean(browser, pages["small"])
 
 
-def hover(browser, row, column):
+def hover(browser: Any, row: Any, column: Any) -> Any:
     """Moves the mouse to a cell. Returns the text of the tooltip."""
     browser.move(5, 5)
     browser.evaluate("document.getElementById('heat').scrollIntoView({block: 'center'})")
@@ -190,7 +192,7 @@ def hover(browser, row, column):
     return browser.evaluate("document.getElementById('tip').textContent")
 
 
-def test_the_tooltip_shows_values_validity_and_reasons(browser, pages):
+def test_the_tooltip_shows_values_validity_and_reasons(browser: Any, pages: Any) -> None:
     load(browser, pages["small"])
     width = heat(browser, "plot.data[0].x.length")
     flags = browser.evaluate("[...data.measured.invalid]")
@@ -211,13 +213,13 @@ def test_the_tooltip_shows_values_validity_and_reasons(browser, pages):
     assert heat(browser, "plot.data.some((t) => t.name === 'not valid')") is False
 
 
-def test_the_tooltip_of_a_thinned_page_says_what_a_cell_represents(browser, pages):
+def test_the_tooltip_of_a_thinned_page_says_what_a_cell_represents(browser: Any, pages: Any) -> None:
     load(browser, pages["large"])
     assert "recorded steps" in hover(browser, 50, 100)
     assert "of 10,000 measured steps are drawn" in browser.evaluate("document.getElementById('thinned').textContent")
 
 
-def test_a_click_on_the_heat_map_picks_the_layer(browser, pages):
+def test_a_click_on_the_heat_map_picks_the_layer(browser: Any, pages: Any) -> None:
     load(browser, pages["small"])
     browser.evaluate("document.getElementById('pick-none').click()")
     hover(browser, 2, 3)
@@ -230,7 +232,7 @@ def test_a_click_on_the_heat_map_picks_the_layer(browser, pages):
     browser.wait_for("document.querySelector('#picks button[aria-pressed=true]')?.textContent === 'blocks.2'", 10)
 
 
-def test_groups_can_be_shown(browser, pages):
+def test_groups_can_be_shown(browser: Any, pages: Any) -> None:
     load(browser, pages["small"])
     choose(browser, "kind", "groups")
     assert heat(browser, "plot.layout.yaxis.ticktext") == ["first half", "second half"]
@@ -238,7 +240,7 @@ def test_groups_can_be_shown(browser, pages):
     assert browser.evaluate("document.getElementById('kind-box').hidden") is True
 
 
-def test_alerts_are_listed_and_marked(browser, pages):
+def test_alerts_are_listed_and_marked(browser: Any, pages: Any) -> None:
     load(browser, pages["small"])
     assert browser.evaluate("document.getElementById('alarm').textContent") == (
         "Alerts: angle_collapse (1). Details are in the table below."
@@ -247,7 +249,7 @@ def test_alerts_are_listed_and_marked(browser, pages):
     assert heat(browser, "plot.data.find((t) => t.name === 'alerts').x") == [6]
 
 
-def test_names_are_plain_text(browser, pages):
+def test_names_are_plain_text(browser: Any, pages: Any) -> None:
     load(browser, pages["evil"])
     assert browser.evaluate("document.querySelector('#picks button').textContent") == EVIL
     assert browser.evaluate("document.querySelector('#structure tbody td:nth-child(2)').textContent") == EVIL

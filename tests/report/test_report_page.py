@@ -8,6 +8,8 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -23,22 +25,22 @@ from tests.helpers import report_cases as cases
 MOST_BYTES = 15_000_000
 
 
-def data_of(page):
+def data_of(page: Any) -> Any:
     """The data as a browser reads it: the text of the element up to the first end of a script."""
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script', page, re.S)[1])
 
 
-def column(part, name, dtype="<f4"):
+def column(part: Any, name: str, dtype: str = "<f4") -> Any:
     text = part["columns"][name] if name in part["columns"] else part[name]
     return np.frombuffer(base64.b64decode(text), dtype).reshape(-1, len(part["steps"]))
 
 
-def grid_of(steps, invalid):
+def grid_of(steps: int, invalid: Any) -> Any:
     empty = np.full(len(steps), np.nan)
     return Grid(np.array(steps), empty, empty, empty, {}, invalid, np.zeros(invalid.shape, np.uint8), [])
 
 
-def large_table(layers=100, steps=10_000, every=1, seed=0):
+def large_table(layers: int = 100, steps: int = 10_000, every: int = 1, seed: int = 0) -> Any:
     """A table of a large run as `load` returns it; 2 % of the cells are not valid."""
     random = np.random.default_rng(seed)
     size = layers * len(range(0, steps, every))
@@ -67,7 +69,7 @@ def large_table(layers=100, steps=10_000, every=1, seed=0):
     return table
 
 
-def test_a_small_run_is_drawn_whole(tmp_path):
+def test_a_small_run_is_drawn_whole(tmp_path: Path) -> None:
     path = cases.write(tmp_path / "record.jsonl", cases.run_lines(4, 20, every=2, groups=True))
     page = write_page(path, tmp_path / "new" / "report.html").read_text()
     data = data_of(page)
@@ -86,7 +88,7 @@ def test_a_small_run_is_drawn_whole(tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]
 
 
-def test_every_quantity_says_what_it_is():
+def test_every_quantity_says_what_it_is() -> None:
     for quantity in QUANTITIES:
         assert quantity.unit
         assert quantity.about.endswith(".")
@@ -94,7 +96,7 @@ def test_every_quantity_says_what_it_is():
 
 
 @pytest.mark.parametrize("most", [1, 7, 20, 99, 100, 101])
-def test_thinning_keeps_alerts_and_says_how_many_cells_were_not_valid(most):
+def test_thinning_keeps_alerts_and_says_how_many_cells_were_not_valid(most: int) -> None:
     invalid = np.zeros((3, 100), dtype=bool)
     invalid[1, [13, 14, 57]] = True
     invalid[:, 88] = True
@@ -111,13 +113,13 @@ def test_thinning_keeps_alerts_and_says_how_many_cells_were_not_valid(most):
     assert (np.diff(kept.index) > 0).all()
 
 
-def test_thinning_of_nothing():
+def test_thinning_of_nothing() -> None:
     kept = thin(grid_of([], np.zeros((3, 0), dtype=bool)), 10, [5])
     assert len(kept.index) == 0
     assert kept.invalid.shape == (3, 0)
 
 
-def test_a_line_keeps_its_spikes():
+def test_a_line_keeps_its_spikes() -> None:
     values = np.ones(10_000)
     values[[1234, 9999]] = 100.0
     values[5000] = -7.0
@@ -128,8 +130,8 @@ def test_a_line_keeps_its_spikes():
     assert (values[steps] == kept).all()
 
 
-def test_the_prediction_is_the_last_one_since_the_previous_measurement():
-    def grid(steps, speed):
+def test_the_prediction_is_the_last_one_since_the_previous_measurement() -> None:
+    def grid(steps: int, speed: Any) -> Any:
         values = np.array([speed], dtype=np.float32)
         return Grid(*(np.array(steps),) * 4, {"update_rms": values}, np.zeros((1, len(steps)), bool), values, [])
 
@@ -139,7 +141,7 @@ def test_the_prediction_is_the_last_one_since_the_previous_measurement():
     assert values[0].tolist() == pytest.approx([math.nan, 6, 7, math.nan], nan_ok=True)
 
 
-def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path):
+def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path: Path) -> None:
     names = cases.names_of(2)
     lines = [cases.header(names), *(cases.measured(names, step) for step in range(6))]
     lines += [cases.header(names, resumed_at=4), *(cases.measured(names, step, seed=3) for step in range(4, 8))]
@@ -150,7 +152,7 @@ def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path):
     assert column(data["measured"], "angle")[0] == pytest.approx(expected, rel=1e-5)
 
 
-def test_no_text_of_the_record_can_end_its_element(tmp_path):
+def test_no_text_of_the_record_can_end_its_element(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script><!-- <b>@@plotly.js@@ &amp; \u2028 \\u003c"
     lines = cases.run_lines(2, 3, names=[evil, "b"])
     lines[0]["metadata"] = {evil: [evil]}
@@ -181,7 +183,7 @@ def test_no_text_of_the_record_can_end_its_element(tmp_path):
         [cases.header(cases.names_of(3)), {"kind": "skipped", "run": "r1", "step": 1, "time": 0.0, "reason": "inf"}],
     ],
 )
-def test_a_record_without_rows_is_a_page(tmp_path, lines):
+def test_a_record_without_rows_is_a_page(tmp_path: Path, lines: list[Any]) -> None:
     data = page_data(load(cases.write(tmp_path / "record.jsonl", lines)))
     assert data["measured"]["steps"] == data["predicted"]["steps"] == []
     assert data["cards"][0]["value"] == "none"
@@ -189,7 +191,7 @@ def test_a_record_without_rows_is_a_page(tmp_path, lines):
     json.dumps(data, allow_nan=False)
 
 
-def test_only_predictions(tmp_path):
+def test_only_predictions(tmp_path: Path) -> None:
     path = cases.write(tmp_path / "record.jsonl", cases.run_lines(4, 10, kinds=("predicted",)))
     data = page_data(load(path))
     assert data["measured"]["total"] == 0
@@ -197,14 +199,14 @@ def test_only_predictions(tmp_path):
     assert "No step was measured" in data["findings"][0]
 
 
-def test_the_page_says_that_no_angle_is_valid(tmp_path):
+def test_the_page_says_that_no_angle_is_valid(tmp_path: Path) -> None:
     data = page_data(load(cases.write(tmp_path / "record.jsonl", cases.run_lines(4, 10, invalid=1.0))))
     assert any("No angle of this run is valid" in text and "noise floor" in text for text in data["findings"])
     assert next(card for card in data["cards"] if card["label"] == "Angles valid")["value"] == "0 %"
     assert column(data["measured"], "invalid", "u1").all()
 
 
-def test_numbers_that_are_missing_or_not_finite(tmp_path):
+def test_numbers_that_are_missing_or_not_finite(tmp_path: Path) -> None:
     names = cases.names_of(2)
     row = cases.measured(names, 0)
     row["layers"] = {**row["layers"], "angle": [None, 1.0], "update_rms": [1e300, None], "new_column": [1.0, None]}
@@ -216,7 +218,7 @@ def test_numbers_that_are_missing_or_not_finite(tmp_path):
     assert "new_column" in {q["key"] for q in data["measured"]["quantities"]}
 
 
-def test_runs_are_chosen_by_id(tmp_path):
+def test_runs_are_chosen_by_id(tmp_path: Path) -> None:
     lines = cases.run_lines(2, 3)
     other = [{**line, "run": "other"} for line in cases.run_lines(3, 5)]
     table = load(cases.write(tmp_path / "record.jsonl", lines + other))
@@ -228,7 +230,7 @@ def test_runs_are_chosen_by_id(tmp_path):
         page_data(table, run="nope")
 
 
-def test_a_large_run_stays_small():
+def test_a_large_run_stays_small() -> None:
     data = page_data(large_table())
     page = build_page(large_table())
     assert len(page.encode()) < MOST_BYTES
@@ -246,7 +248,7 @@ def test_a_large_run_stays_small():
     assert column(part, "angle")[:, 3] == pytest.approx(expected)
 
 
-def test_very_many_layers_and_alerts_stay_small():
+def test_very_many_layers_and_alerts_stay_small() -> None:
     table = large_table(layers=3000, steps=60)
     table.attrs["alerts"] = [{**cases.alert(step % 60), "message": "long " * 2000} for step in range(5000)]
     page = build_page(table)
@@ -257,7 +259,7 @@ def test_very_many_layers_and_alerts_stay_small():
     assert any("of 5,000" in text for text in data["thinned"])
 
 
-def test_durations_and_numbers_are_readable():
+def test_durations_and_numbers_are_readable() -> None:
     seconds = (0.5, 9.99, 10, 61, 3600, 90_061, math.nan)
     expected = ["0.5 s", "10 s", "10 s", "1 min 1 s", "1 h", "1 d 1 h", "-"]
     assert [summary.since(s) for s in seconds] == expected
@@ -265,14 +267,14 @@ def test_durations_and_numbers_are_readable():
     assert [summary.number(v) for v in values] == ["0", "12.3", "9,999", "1e-07", "2e+09", "-"]
 
 
-def test_reasons_beyond_a_byte_are_not_mixed_up():
+def test_reasons_beyond_a_byte_are_not_mixed_up() -> None:
     table = pandas.DataFrame({"step": range(400), "layer": 0, "valid": False, "why": [f"why {i}" for i in range(400)]})
     grid = make_grid(table, 1, [])
     assert grid.reasons[grid.why[0, 253]] == "why 253"
     assert grid.reasons[grid.why[0, 254]] == "no reason given"
 
 
-def test_without_plotly_it_says_what_to_install():
+def test_without_plotly_it_says_what_to_install() -> None:
     script = "import sys; sys.modules['plotly'] = None; import fastfs._report.page"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
     assert 'pip install "fastfs[report]"' in done.stderr

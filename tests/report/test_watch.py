@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -28,7 +29,7 @@ from tests.helpers.report_cases import append
 NOW = cases.START + 1000
 
 
-def checked(lines):
+def checked(lines: Any) -> Any:
     """Checks lines as a follower does, and drops those that do not conform."""
     checker, found = Checker(), []
     for line in lines:
@@ -37,7 +38,9 @@ def checked(lines):
     return found
 
 
-def text_of(lines, width=120, height=None, order="worst", search="", now=NOW):
+def text_of(
+    lines: Any, width: int = 120, height: Any = None, order: str = "worst", search: str = "", now: Any = NOW
+) -> Any:
     state = LatestRun()
     state.update(checked(lines))
     console = Console(width=width, record=True, file=io.StringIO())
@@ -48,7 +51,7 @@ def text_of(lines, width=120, height=None, order="worst", search="", now=NOW):
 NAMES = cases.names_of(2)
 
 
-def test_the_table_has_the_last_numbers():
+def test_the_table_has_the_last_numbers() -> None:
     lines = cases.run_lines(4, 41, every=10, alerts=(17,), groups=True)
     lines[-1]["loss"] = 1.2345
     text = text_of(lines)
@@ -69,13 +72,13 @@ def test_the_table_has_the_last_numbers():
     assert "first half" in text
 
 
-def test_invalid_cells_say_why():
+def test_invalid_cells_say_why() -> None:
     text = text_of(cases.run_lines(2, 3, invalid=1.0))
     assert text.count("no: update below 5x the noise floor") == 2
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (60, 12), (200, 50)])
-def test_a_hundred_layers_fit_and_the_worst_are_shown(width, height):
+def test_a_hundred_layers_fit_and_the_worst_are_shown(width: int, height: int) -> None:
     lines = cases.run_lines(100, 3, invalid=0.0, alerts=(1,))
     lines[-1]["layers"]["valid"][42] = False
     lines[-1]["layers"]["why"][42] = "too small"
@@ -94,7 +97,7 @@ def test_a_hundred_layers_fit_and_the_worst_are_shown(width, height):
     assert "blocks.1 " not in found.split("valid")[1]
 
 
-def test_another_run_starts_afresh_and_a_resumed_run_continues():
+def test_another_run_starts_afresh_and_a_resumed_run_continues() -> None:
     lines = cases.run_lines(3, 5, alerts=(2,))
     resumed = [cases.header(cases.names_of(3), resumed_at=3), cases.measured(cases.names_of(3), 3)]
     text = text_of([*lines, *resumed])
@@ -105,7 +108,7 @@ def test_another_run_starts_afresh_and_a_resumed_run_continues():
     assert "alerts" not in text
 
 
-def test_control_characters_do_not_reach_the_terminal():
+def test_control_characters_do_not_reach_the_terminal() -> None:
     name = "bad\x1b[2Jname\x07 [red]markup[/red]"
     lines = cases.run_lines(1, 2, names=[name])
     lines.append({**cases.alert(1, layer=name), "message": name})
@@ -115,7 +118,7 @@ def test_control_characters_do_not_reach_the_terminal():
     assert "[red]markup[/red]" in text
 
 
-def test_lines_without_values():
+def test_lines_without_values() -> None:
     empty = {"kind": "measured", "run": "r1", "step": 1, "time": None, "loss": None, "layers": {"angle": [None]}}
     text = text_of(
         [cases.header(cases.names_of(2)), empty, {"kind": "predicted", "run": "r1"}, {"kind": "new", "run": "r1"}]
@@ -129,12 +132,12 @@ def test_lines_without_values():
     assert "waiting for a run" in text_of([])
 
 
-def cli(*arguments, **more):
+def cli(*arguments: Any, **more: Any) -> Any:
     command = [sys.executable, "-m", "fastfs._cli.app", "watch", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, **more)
 
 
-def test_once_prints_one_table_and_ends(tmp_path):
+def test_once_prints_one_table_and_ends(tmp_path: Path) -> None:
     cases.write(tmp_path / "record.jsonl", cases.run_lines(100, 3))
     done = cli(tmp_path, "--once", env={**os.environ, "COLUMNS": "100"})
     assert done.returncode == 0
@@ -142,7 +145,7 @@ def test_once_prints_one_table_and_ends(tmp_path):
     assert "\x1b" not in done.stdout
 
 
-def test_which_record_a_folder_stands_for(tmp_path):
+def test_which_record_a_folder_stands_for(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no record in this folder"):
         find_record(tmp_path)
     parts = tmp_path / "numbers.parquet"
@@ -169,7 +172,7 @@ def test_which_record_a_folder_stands_for(tmp_path):
         ("a.jsonl", json.dumps(cases.header(NAMES)) + "\n", [], "not a terminal: use --once"),
     ],
 )
-def test_errors_are_one_line(tmp_path, name, content, arguments, message):
+def test_errors_are_one_line(tmp_path: Path, name: str, content: Any, arguments: list[Any], message: str) -> None:
     if content is not None:
         (tmp_path / name).write_text(content)
     done = cli(tmp_path / name, *arguments)
@@ -178,7 +181,7 @@ def test_errors_are_one_line(tmp_path, name, content, arguments, message):
     assert "Traceback" not in done.stderr
 
 
-def reset_interrupts():
+def reset_interrupts() -> None:
     """Resets SIGINT: background processes of a shell without job control, and their children, ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -186,7 +189,7 @@ def reset_interrupts():
 class Terminal:
     """A process on a pseudo-terminal of 24 lines."""
 
-    def __init__(self, *command):
+    def __init__(self, *command: Any) -> None:
         main, other = pty.openpty()
         environment = {**os.environ, "TERM": "xterm", "LINES": "24", "COLUMNS": "100"}
         self.process = subprocess.Popen(
@@ -195,7 +198,7 @@ class Terminal:
         os.close(other)
         self.main, self.seen = main, ""
 
-    def wait_for(self, pattern, seconds=60):
+    def wait_for(self, pattern: Any, seconds: int = 60) -> Any:
         """Reads new output until it matches the pattern."""
         self.seen, end = "", time.monotonic() + seconds
         while not re.search(pattern, self.seen):
@@ -205,14 +208,14 @@ class Terminal:
                 self.seen = re.sub(r"\s+", " ", self.seen + text)
         return self.seen
 
-    def close(self):
+    def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait(10)
         os.close(self.main)
 
 
-def test_a_growing_record_on_a_terminal(tmp_path):
+def test_a_growing_record_on_a_terminal(tmp_path: Path) -> None:
     path = tmp_path / "run" / "record.jsonl"
     terminal = Terminal(sys.executable, "-m", "fastfs._cli.app", "watch", str(path), "--interval", "0.05")
     try:
@@ -239,12 +242,12 @@ def test_a_growing_record_on_a_terminal(tmp_path):
         terminal.close()
 
 
-def test_watch_ends_with_an_interrupt_and_leaves_the_table(tmp_path):
+def test_watch_ends_with_an_interrupt_and_leaves_the_table(tmp_path: Path) -> None:
     path = cases.write(tmp_path / "record.jsonl", cases.run_lines(2, 3))
     console = Console(file=io.StringIO(), force_terminal=True, width=100, height=20)
 
-    def interrupt(_):
+    def interrupt(_: Any) -> None:
         raise KeyboardInterrupt
 
     watch(Path(path), console=console, sleep=interrupt, clock=lambda: NOW)
-    assert "blocks.1" in console.file.getvalue()
+    assert "blocks.1" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ The blocks of a page run in order in one namespace, which :func:`preamble` fills
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastfs._core import ops
 from fastfs.models import Transformer
 
 ROOT = Path(__file__).resolve().parents[2]
-MONITOR_PAGES = ("monitor.md",)
+MONITOR_PAGES = ("monitor.md", "validity.md", "loops_and_models.md", "record.md")
 """The pages on the monitor below docs/, in the order in which their blocks run."""
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="no native core")
@@ -97,7 +98,7 @@ def run_blocks(path: Path, names: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def one_process(tmp_path, monkeypatch):
+def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process group of size one, for all_reduce."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
     yield
@@ -105,7 +106,7 @@ def one_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("one_process")
-def test_readme(tmp_path, monkeypatch):
+def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = preamble()
     names["model"] = model = Transformer(vocabulary=11, width=8, depth=2, heads=2, context=6)
@@ -116,7 +117,7 @@ def test_readme(tmp_path, monkeypatch):
 
 
 @pytest.mark.graphs
-def test_the_monitor(tmp_path, monkeypatch, capsys):
+def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
     names = preamble()
@@ -142,7 +143,7 @@ def test_the_monitor(tmp_path, monkeypatch, capsys):
     assert [h.get("resumed_at") for h in tables["all"].attrs["headers"]] == [None, 3]
 
 
-def test_the_theory(capsys):
+def test_the_theory(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pandas")
     pytest.importorskip("scipy")
     names: dict[str, Any] = {}
@@ -153,7 +154,7 @@ def test_the_theory(capsys):
     assert names["calibration"].converged
 
 
-def test_links_of_the_documentation_resolve():
+def test_links_of_the_documentation_resolve() -> None:
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = path.read_text()
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
@@ -185,7 +186,7 @@ def first_column(title: str, table: int = 0) -> list[str]:
     return [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
 
 
-def test_every_reason_is_explained_and_no_other():
+def test_every_reason_is_explained_and_no_other() -> None:
     from fastfs._monitor import row_reasons
     from fastfs._monitor.measure import decrease_reasons
 
@@ -196,13 +197,13 @@ def test_every_reason_is_explained_and_no_other():
         assert sorted(first_column(section)) == sorted(sentence for sentence in sentences if sentence)
 
 
-def test_every_kind_of_record_is_explained_and_no_other():
+def test_every_kind_of_record_is_explained_and_no_other() -> None:
     from fastfs._record.columns import KINDS
 
     assert tuple(first_column("What is recorded")) == KINDS
 
 
-def test_the_tables_of_columns_are_up_to_date():
+def test_the_tables_of_columns_are_up_to_date() -> None:
     """`python scripts/record_columns.py` writes them."""
     from scripts.record_columns import updated
 
@@ -212,11 +213,11 @@ def test_the_tables_of_columns_are_up_to_date():
     assert sum(tables for _, tables in new.values()) == 2
 
 
-def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code():
+def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code() -> None:
     from fastfs._monitor import row_reasons
     from fastfs._monitor.measure import decrease_reasons
 
-    tables = section_text("What happens with which loop and model")
+    tables = section_text("Supported models and training loops")
     quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]
     sentences = [sentence for sentence in (*row_reasons.REASONS, *decrease_reasons.REASONS) if sentence]
     assert quoted

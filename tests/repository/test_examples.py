@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.slow
-def test_deep_mlp(tmp_path, monkeypatch):
+def test_deep_mlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = runpy.run_path(str(EXAMPLES / "deep_mlp.py"))
     assert (tmp_path / "runs/deep_mlp.png").stat().st_size > 10_000

@@ -51,7 +51,7 @@ def by_autograd(
     model: nn.Module, x: Tensor, network: Network, step: float
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], float]:
     """Return features, backward vectors and feature updates of l = 0..L, and the change of the loss."""
-    layers = list(model.blocks) if isinstance(model, MLP) else [model.stem, *model.blocks]
+    layers = list(model.blocks) if isinstance(model, MLP) else [model.stem, *model.blocks]  # type: ignore[misc]
     seen: list[Tensor] = []
     hooks = [layer.register_forward_hook(lambda _module, _args, output: seen.append(output)) for layer in layers]
     loss = (model(x) - 1).square().sum() / 2
@@ -69,7 +69,7 @@ def by_autograd(
                 rate = step * network.rates.hidden
             else:
                 rate = step * (network.rates.stem if i == 0 else network.rates.head)
-            matrix -= rate * gradient
+            matrix -= rate * gradient  # type: ignore[misc]
         change = (model(x) - 1).square().sum() / 2 - loss
     for hook in hooks:
         hook.remove()
@@ -83,7 +83,7 @@ def assert_near(actual: Tensor, expected: Tensor, relative: float, what: str) ->
 
 @pytest.mark.parametrize(("networks", "mlp"), CASES, ids=["automatic rates", "all trained", "mlp"])
 @pytest.mark.parametrize("step", [1e-3, 0.3])
-def test_vectors_of_every_layer_are_those_of_the_model(networks: Sequence[Network], mlp: bool, step: float):
+def test_vectors_of_every_layer_are_those_of_the_model(networks: Sequence[Network], mlp: bool, step: float) -> None:
     # A step of 0.3 flips ReLUs: the difference of the second forward is that of the finite step, not a linear one.
     weights = Weights.draw([3, 4], 9, WIDTH, INPUTS, readouts=3, dtype=torch.float64)
     chains = Chains.run(weights, networks, mlp=mlp, step=step)
@@ -107,7 +107,7 @@ def test_vectors_of_every_layer_are_those_of_the_model(networks: Sequence[Networ
             assert not chains.features[network.depth + 1 :, s, n].any()
 
 
-def test_own_part_of_an_update_is_what_the_layers_own_matrix_does():
+def test_own_part_of_an_update_is_what_the_layers_own_matrix_does() -> None:
     weights = Weights.draw([0], 4, WIDTH, INPUTS, dtype=torch.float64)
     network = Network(4, 0.6)
     chains = Chains.run(weights, [network])
@@ -133,7 +133,7 @@ def test_own_part_of_an_update_is_what_the_layers_own_matrix_does():
 )
 def test_single_precision_is_near_double(
     scales: list[float], mlp: bool, seeds: list[int], cosine: float, relative: float
-):
+) -> None:
     networks = [Network(100, scale) for scale in scales]
     single, double = (
         simulate(networks, width=200, seeds=seeds, mlp=mlp, dtype=dtype) for dtype in (torch.float32, torch.float64)
@@ -145,7 +145,7 @@ def test_single_precision_is_near_double(
         assert np.nanmax(np.abs(a[trained] / b[trained] - 1)) < relative, name
 
 
-def test_networks_do_not_depend_on_their_company():
+def test_networks_do_not_depend_on_their_company() -> None:
     networks = [Network(3, 0.2), Network(8, 1.0), Network(8, 0.4), Network(1, 0.7)]
     together = simulate(networks, width=32, seeds=[5, 6, 7], dtype=torch.float64)
     for n, network in enumerate(networks):
@@ -155,7 +155,7 @@ def test_networks_do_not_depend_on_their_company():
         assert np.isnan(together.cos_angle[1, n, size:]).all()
 
 
-def test_matrices_depend_on_seed_and_layer_alone():
+def test_matrices_depend_on_seed_and_layer_alone() -> None:
     few, many = Weights.draw([1], 2, 16, 3), Weights.draw([0, 1], 5, 16, 3, readouts=2)
     assert torch.equal(few.hidden[0], many.hidden[1, :2])
     assert torch.equal(few.x[0], many.x[1])
@@ -167,7 +167,7 @@ def test_matrices_depend_on_seed_and_layer_alone():
     assert unit.x.norm(dim=1).tolist() == pytest.approx([1.0, 1.0])
 
 
-def test_mistakes_are_named():
+def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"branch_scale: expected a number in \(0, 1\], got 1.5"):
         Network(3, 1.5)
     with pytest.raises(ValueError, match="depth: expected at least 1 hidden matrix, got 0"):

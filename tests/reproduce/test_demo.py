@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from fastfs._reproduce.demo import TASKS, OutputError, _overhead, run_demo
 # Data
 
 
-def test_the_text_is_the_standard_library_and_the_same_every_time():
+def test_the_text_is_the_standard_library_and_the_same_every_time() -> None:
     text = data.stdlib_text(300_000)
     again = data.stdlib_text(300_000)
     assert text.tokens.dtype == torch.uint8
@@ -30,7 +33,7 @@ def test_the_text_is_the_standard_library_and_the_same_every_time():
     assert b"import" in bytes(text.tokens.tolist())
 
 
-def test_windows_are_followed_by_their_next_tokens():
+def test_windows_are_followed_by_their_next_tokens() -> None:
     text = data.Text(torch.arange(100, dtype=torch.uint8), files=1, sha256="")
     batches = data.windows(text, batch=4, length=9, seed=0)
     for _ in range(20):
@@ -42,7 +45,7 @@ def test_windows_are_followed_by_their_next_tokens():
     assert torch.equal(first, next(data.windows(text, batch=4, length=9, seed=1))[0])
 
 
-def test_digits_are_standardized_and_batches_cover_an_epoch():
+def test_digits_are_standardized_and_batches_cover_an_epoch() -> None:
     inputs, labels = data.digits()
     assert inputs.shape == (1797, 64)
     assert sorted(set(labels.tolist())) == list(range(10))
@@ -63,7 +66,7 @@ def test_digits_are_standardized_and_batches_cover_an_epoch():
         (lambda: next(data.minibatches(torch.zeros(3, 1), torch.zeros(3), 4, 0)), "batch: expected 1 to 3, got 4"),
     ],
 )
-def test_bad_sizes_are_refused(call, message):
+def test_bad_sizes_are_refused(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -72,17 +75,17 @@ def test_bad_sizes_are_refused(call, message):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Return a smaller version of the transformer task."""
     from fastfs.models import Transformer
 
-    def model():
+    def model() -> Any:
         return Transformer(vocabulary=256, width=32, depth=2, heads=2, context=128, dropout=0.1)
 
     monkeypatch.setitem(TASKS, "transformer", dataclasses.replace(TASKS["transformer"], model=model))
 
 
-def test_both_models_end_to_end(tmp_path, small):
+def test_both_models_end_to_end(tmp_path: Path, small: None) -> None:
     threads = torch.get_num_threads()
     out, printed = tmp_path / "new" / "demo", io.StringIO()
     summary = run_demo(list(TASKS), steps=12, every=5, out=out, console=Console(file=printed, width=100))
@@ -122,7 +125,7 @@ def test_both_models_end_to_end(tmp_path, small):
 
 
 @pytest.mark.gpu
-def test_on_the_gpu(tmp_path, small):
+def test_on_the_gpu(tmp_path: Path, small: None) -> None:
     console = Console(file=io.StringIO())
     summary = run_demo(list(TASKS), steps=12, every=5, out=tmp_path, device=torch.device("cuda"), console=console)
     assert summary["device"] == torch.cuda.get_device_name(0)
@@ -134,7 +137,7 @@ def test_on_the_gpu(tmp_path, small):
 
 
 @pytest.mark.parametrize("device", ["meta", "gpu", "cuda:99"])
-def test_a_device_that_is_not_there(tmp_path, device):
+def test_a_device_that_is_not_there(tmp_path: Path, device: str) -> None:
     result = CliRunner().invoke(app, ["demo", "--device", device, "--out", str(tmp_path / "demo")])
     assert result.exit_code == 1
     assert "fastfs demo: --device" in result.output
@@ -142,7 +145,7 @@ def test_a_device_that_is_not_there(tmp_path, device):
 
 
 @pytest.mark.parametrize("name", ["summary.json", "resnet/record.jsonl", "resnet/angle.png", "resnet/report.html"])
-def test_files_of_others_are_not_overwritten(tmp_path, name):
+def test_files_of_others_are_not_overwritten(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
@@ -155,7 +158,7 @@ def test_files_of_others_are_not_overwritten(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["", "resnet"])
-def test_a_file_in_place_of_the_folder_is_refused(tmp_path, name):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"
     path = out / name
     path.parent.mkdir(exist_ok=True)
@@ -164,7 +167,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path, name):
         run_demo(["resnet"], steps=1, every=1, out=out, console=Console(file=io.StringIO()))
 
 
-def test_overhead_compares_medians_over_the_same_steps():
+def test_overhead_compares_medians_over_the_same_steps() -> None:
     cost = _overhead(plain=[9.0, 1.0, 1.0, 3.0, 1.0, 1.0], watched=[18.0, 1.0, 1.0, 6.0, 1.0, 1.0], every=3)
     assert cost["measured_step_ratio"] == 2.0
     assert cost["other_step_ratio"] == 1.0

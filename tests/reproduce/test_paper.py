@@ -29,7 +29,7 @@ def output_angle(depth: int, branch_scale: float, seed: int, device: str = "cpu"
         backward, *gradients = torch.autograd.grad(loss, [seen[0], *matrices])
         with torch.no_grad():
             for matrix, gradient in zip(matrices, gradients, strict=True):
-                matrix -= 1e-3 / (depth * gradient.square().sum()) * gradient
+                matrix -= 1e-3 / (depth * gradient.square().sum()) * gradient  # type: ignore[misc]
             model(x)
     return float(fastfs.feature_stats(seen[0], seen[1], backward).angle)
 
@@ -48,6 +48,6 @@ def output_angle(depth: int, branch_scale: float, seed: int, device: str = "cpu"
         (100, 1.0, 1.45, 1.45),  # the MLP
     ],
 )
-def test_output_angle_is_the_published_one(depth: int, branch_scale: float, low: float, high: float):
+def test_output_angle_is_the_published_one(depth: int, branch_scale: float, low: float, high: float) -> None:
     mean = statistics.mean(output_angle(depth, branch_scale, seed) for seed in range(5))
     assert low - 0.03 <= mean <= high + 0.03

@@ -26,7 +26,7 @@ QUICK = StudySettings(quick=True)
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_figure_at_small_size_has_the_published_numbers(name: str):
+def test_a_figure_at_small_size_has_the_published_numbers(name: str) -> None:
     study = STUDIES[name]
     done: list[float] = []
     outcome = study.compute(QUICK, done.append)
@@ -40,7 +40,7 @@ def test_a_figure_at_small_size_has_the_published_numbers(name: str):
     assert png(study.draw(outcome.table)).startswith(b"\x89PNG")
 
 
-def test_every_published_number_is_compared():
+def test_every_published_number_is_compared() -> None:
     # Repeated here to detect errors in the table of published numbers.
     ranges = {(entry.figure, entry.key): (entry.low, entry.high) for entry in PUBLISHED}
     assert len(ranges) == len(PUBLISHED)
@@ -56,7 +56,7 @@ def test_every_published_number_is_compared():
     assert ranges["g", "exponent"] == (-0.5, -0.5)
 
 
-def test_sensitivity_grows_with_mup_and_nowhere_else():
+def test_sensitivity_grows_with_mup_and_nowhere_else() -> None:
     seeds = range(10)
     mlps = mlp_sensitivity((5, 10, 20, 40), 400, seeds, lambda part: None)
     mup, fsc = mlps[:, :, 1].mean(axis=0), mlps[:, :, 2].mean(axis=0)
@@ -72,7 +72,7 @@ def test_sensitivity_grows_with_mup_and_nowhere_else():
 # Verdicts
 
 
-def test_verdicts():
+def test_verdicts() -> None:
     entry = Published("a", "x", "a number", 1.0, 2.0, margin=0.1, quick_margin=0.3)
 
     def verdict(value: Value | None, quick: bool, **changes: float) -> bool | None:
@@ -94,7 +94,7 @@ def test_verdicts():
         verdict(None, False)
 
 
-def test_slope_is_the_exponent_with_its_interval():
+def test_slope_is_the_exponent_with_its_interval() -> None:
     x = np.geomspace(1, 30, 12)
     exact = slope(x, np.stack([2 * x**-0.5, 5 * x**-0.5]))
     assert exact.mean == pytest.approx(-0.5)
@@ -114,7 +114,7 @@ def test_slope_is_the_exponent_with_its_interval():
 
 
 @pytest.mark.parametrize("scale", [0.2, 0.7])
-def test_dense_kernel_is_that_of_the_operator(scale: float):
+def test_dense_kernel_is_that_of_the_operator(scale: float) -> None:
     weights = Weights.draw([3], 5, 24, 4, dtype=torch.float64)
     network = Network(5, scale)
     chains = Chains.run(weights, [Network(5, 0.5), network], step=1e-6)
@@ -134,7 +134,7 @@ def test_dense_kernel_is_that_of_the_operator(scale: float):
     torch.testing.assert_close(chains.updates[5, 0, 1], moved, rtol=1e-4, atol=1e-4 * float(moved.abs().max()))
 
 
-def test_prediction_for_infinite_width_is_near_that_of_a_wide_network():
+def test_prediction_for_infinite_width_is_near_that_of_a_wide_network() -> None:
     networks = [Network(20, 1.0), Network(20, 1 / math.sqrt(20)), Network(20, 0.2 / math.sqrt(20))]
     weights = Weights.draw(range(3), 20, 512, 10)
     chains = Chains.run(weights, networks)
@@ -148,7 +148,7 @@ def test_prediction_for_infinite_width_is_near_that_of_a_wide_network():
 # The transformer
 
 
-def test_transformer_angles_are_those_of_a_small_real_step():
+def test_transformer_angles_are_those_of_a_small_real_step() -> None:
     torch.manual_seed(0)
     model = Transformer(vocabulary=16, width=16, depth=3, heads=2, context=8, residual_scale=0.5).double()
     tokens = torch.randint(16, (3, 9))
@@ -164,7 +164,7 @@ def test_transformer_angles_are_those_of_a_small_real_step():
     seen.clear()
     with torch.no_grad():
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter -= 1e-6 * gradient / (len(parameters) * gradient.square().sum())
+            parameter -= 1e-6 * gradient / (len(parameters) * gradient.square().sum())  # type: ignore[misc]
         model(batch[0])
     for hook in hooks:
         hook.remove()
@@ -174,7 +174,7 @@ def test_transformer_angles_are_those_of_a_small_real_step():
         assert angle == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_residual_scale_is_the_size_of_what_the_branches_write():
+def test_residual_scale_is_the_size_of_what_the_branches_write() -> None:
     def written(scale: float | None) -> float:
         model = Transformer(
             width=64, depth=2, heads=2, residual_scale=scale, generator=torch.Generator().manual_seed(0)
@@ -191,7 +191,7 @@ def test_residual_scale_is_the_size_of_what_the_branches_write():
 # The benchmark
 
 
-def test_the_benchmark_compares_the_same_statistics():
+def test_the_benchmark_compares_the_same_statistics() -> None:
     for figure in benchmark.figures(quick=True):
         result = benchmark.measured(figure, rounds=1)
         assert result["agreement"]["largest_in_errors"] <= benchmark.AGREE, result

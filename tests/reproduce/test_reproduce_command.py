@@ -23,7 +23,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, " ".join(re.sub(r"\x1b\[[0-9;]*m", "", result.output).split())
 
 
-def test_chosen_figures_are_written_with_a_summary(tmp_path: Path):
+def test_chosen_figures_are_written_with_a_summary(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     code, output = run("--quick", "--only", "b,a", "--out", out)
     assert code == 0, output
@@ -49,7 +49,7 @@ def test_chosen_figures_are_written_with_a_summary(tmp_path: Path):
     assert "✗" not in page
 
 
-def test_seeds_are_what_numbers_depend_on(tmp_path: Path):
+def test_seeds_are_what_numbers_depend_on(tmp_path: Path) -> None:
     tables = []
     for name, options in (("x", ()), ("y", ()), ("z", ("--seed", 7)), ("w", ("--seeds", 2))):
         run("--quick", "--only", "a", "--out", tmp_path / name, *options)
@@ -60,7 +60,7 @@ def test_seeds_are_what_numbers_depend_on(tmp_path: Path):
     assert set(fewer["seeds"]) == {2}
 
 
-def test_a_number_that_is_not_the_published_one_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_number_that_is_not_the_published_one_ends_with_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Published("a", "mlp", "an angle that it is not", 0.1, 0.2)
     monkeypatch.setattr("fastfs._reproduce.paper.published.PUBLISHED", (wrong,))
     code, output = run("--quick", "--only", "a", "--out", tmp_path)
@@ -71,7 +71,7 @@ def test_a_number_that_is_not_the_published_one_ends_with_1(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(("only", "message"), [("a,z", "no figure 'z'; available figures"), (" , ", "no figure given")])
-def test_unknown_figures_are_named_with_those_that_exist(tmp_path: Path, only: str, message: str):
+def test_unknown_figures_are_named_with_those_that_exist(tmp_path: Path, only: str, message: str) -> None:
     code, output = run("--quick", "--only", only, "--out", tmp_path / "out")
     assert code == 2
     assert message in output
@@ -81,7 +81,7 @@ def test_unknown_figures_are_named_with_those_that_exist(tmp_path: Path, only: s
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])
-def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, place: str):
+def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("mine")
     code, output = run("--quick", "--only", "a", "--out", tmp_path / place)
     assert code == 2
@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, place: str):
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "pandas", "scipy"])
-def test_a_missing_package_is_named_before_anything_is_computed(tmp_path: Path, package: str):
+def test_a_missing_package_is_named_before_anything_is_computed(tmp_path: Path, package: str) -> None:
     script = f"import sys; sys.modules['{package}'] = None; from fastfs._cli.app import app; app()"
     done = subprocess.run(
         [sys.executable, "-c", script, "reproduce", "--quick", "--out", str(tmp_path / "out")],
@@ -107,14 +107,16 @@ def test_a_missing_package_is_named_before_anything_is_computed(tmp_path: Path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_killed_process_could_not_clean_up_goes_with_the_next_run(tmp_path: Path):
+def test_what_a_killed_process_could_not_clean_up_goes_with_the_next_run(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"old")
     (tmp_path / f"{command._MARK}abc").write_bytes(b"half of it")
     command._prepare(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["a.csv"]
 
 
-def test_the_summary_of_an_earlier_run_goes_before_its_figures_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_summary_of_an_earlier_run_goes_before_its_figures_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run("--quick", "--only", "a", "--out", tmp_path)[0] == 0
     assert (tmp_path / "summary.html").exists()
 
@@ -126,7 +128,7 @@ def test_the_summary_of_an_earlier_run_goes_before_its_figures_do(tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.csv", "a.png"]
 
 
-def test_a_summary_that_is_not_ours_stays_until_it_is_replaced(tmp_path: Path):
+def test_a_summary_that_is_not_ours_stays_until_it_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "summary.html").write_text("mine")
     command._prepare(tmp_path)
     assert (tmp_path / "summary.html").read_text() == "mine"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,12 +21,12 @@ CASES = ["mlp", "resnet", "convolutional", "transformer"]
 
 
 @pytest.fixture(params=CASES)
-def task(request):
+def task(request: pytest.FixtureRequest) -> Any:
     return case(request.param)
 
 
 @pytest.mark.parametrize("rule", ["lr", "lrs", "adam", "updates"])
-def test_identity_against_forward_mode(task, rule):
+def test_identity_against_forward_mode(task: Any, rule: str) -> None:
     model, loss_fn, batch = task
     before = leave(model)
     names = [name for name, _ in model.named_parameters()]
@@ -48,7 +51,7 @@ def test_identity_against_forward_mode(task, rule):
     assert_left(model, before)
 
 
-def test_gradient_descent_decreases_by_lr_times_squared_gradients(task):
+def test_gradient_descent_decreases_by_lr_times_squared_gradients(task: Any) -> None:
     model, loss_fn, batch = task
     found = formula.measure(model, loss_fn, batch, lr=0.25, dtype=torch.float64)
     expected = 0.25 * found.parameter_stats.gradient_sq
@@ -56,7 +59,7 @@ def test_gradient_descent_decreases_by_lr_times_squared_gradients(task):
     assert math.isclose(found.total_decrease, expected.sum(), rel_tol=1e-13)
 
 
-def test_finite_steps_tend_to_the_first_order(task):
+def test_finite_steps_tend_to_the_first_order(task: Any) -> None:
     model, loss_fn, batch = task
     exact = formula.measure(model, loss_fn, batch, lr=1e-6, dtype=torch.float64, first_order=True)
     errors = []
@@ -69,7 +72,7 @@ def test_finite_steps_tend_to_the_first_order(task):
     assert errors[1] < 0.3 * errors[0]
 
 
-def test_parts_of_the_update_and_sensitivity(task):
+def test_parts_of_the_update_and_sensitivity(task: Any) -> None:
     model, loss_fn, batch = task
     found = formula.measure(model, loss_fn, batch, lr=0.1, dtype=torch.float64, first_order=True)
     both = (found.aligned_update_rms.square() + found.orthogonal_update_rms.square()).sqrt()
@@ -88,14 +91,14 @@ def test_parts_of_the_update_and_sensitivity(task):
         assert math.isclose(across.square().mean().sqrt(), orthogonal, rel_tol=1e-9)
 
 
-def test_groups_add_up_to_the_whole(task):
+def test_groups_add_up_to_the_whole(task: Any) -> None:
     model, loss_fn, batch = task
     found = formula.measure(model, loss_fn, batch, lr=0.1, groups={"blocks": r"^blocks", "rest": r"^(?!blocks)"})
     assert math.isclose(sum(found.groups.values()), found.total_decrease, rel_tol=1e-12)
     assert found.groups["blocks"] > 0
 
 
-def test_a_part_of_the_parameters(task):
+def test_a_part_of_the_parameters(task: Any) -> None:
     model, loss_fn, batch = task
     found = formula.measure(
         model, loss_fn, batch, lr=0.1, parameters=r"^blocks\.1\.", dtype=torch.float64, first_order=True
@@ -107,13 +110,13 @@ def test_a_part_of_the_parameters(task):
     assert torch.equal(found.contribution[2:], torch.zeros_like(found.contribution[2:]))
 
 
-def optimizers():
-    def muon(model):
+def optimizers() -> dict[str, Any]:
+    def muon(model: Any) -> Any:
         return torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], lr=1e-2)
 
-    def scheduled(model):
+    def scheduled(model: Any) -> Any:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        optimizer.schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        optimizer.schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)  # type: ignore[attr-defined]
         return optimizer
 
     return {
@@ -133,7 +136,7 @@ def optimizers():
 
 
 @pytest.mark.parametrize("name", optimizers())
-def test_the_update_is_the_one_that_the_optimizer_does(name):
+def test_the_update_is_the_one_that_the_optimizer_does(name: Any) -> None:
     model, loss_fn, batch = case("resnet")
     optimizer = optimizers()[name](model)
     called = []
@@ -166,7 +169,7 @@ def test_the_update_is_the_one_that_the_optimizer_does(name):
     assert any(bool(update.any()) for update in updates)
 
 
-def test_16_bit_parameters_have_updates_in_float32():
+def test_16_bit_parameters_have_updates_in_float32() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1)).bfloat16()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     updates = formula.optimizer_update(
@@ -177,13 +180,13 @@ def test_16_bit_parameters_have_updates_in_float32():
     assert torch.equal(updates[0], expected)
 
 
-def test_optimizer_that_keeps_another_inside():
+def test_optimizer_that_keeps_another_inside() -> None:
     class Lookahead(torch.optim.Optimizer):
-        def __init__(self, inner):
+        def __init__(self, inner: Any) -> None:
             self.inner = inner
             super().__init__([p for g in inner.param_groups for p in g["params"]], {})
 
-        def step(self, closure=None):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             self.inner.step()
             for group in self.param_groups:
                 for p in group["params"]:
@@ -199,12 +202,12 @@ def test_optimizer_that_keeps_another_inside():
         assert torch.allclose(update, 0.5 * (p - 0.1 * g) - p, atol=1e-6)
 
 
-def test_a_monitor_on_the_same_model_is_not_disturbed(tmp_path):
+def test_a_monitor_on_the_same_model_is_not_disturbed(tmp_path: Path) -> None:
     records = []
     for measured in (False, True):
         model, loss_fn, batch = case("resnet")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        seen = []
+        seen: list[Any] = []
         with fastfs.Monitor(model, optimizer, every=1, sinks=[seen.extend], verbose=False):
             for _ in range(3):
                 if measured:
@@ -219,11 +222,11 @@ def test_a_monitor_on_the_same_model_is_not_disturbed(tmp_path):
     assert repr(records[0]) == repr(records[1])
 
 
-def test_it_agrees_with_the_monitor():
+def test_it_agrees_with_the_monitor() -> None:
     model, loss_fn, batch = case("transformer")
     model.eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    seen = []
+    seen: list[Any] = []
     with fastfs.Monitor(model, optimizer, every=1, rows=None, sinks=[seen.extend], verbose=False):
         expected = formula.measure(model, loss_fn, batch, optimizer=optimizer)
         loss_fn(model, batch).backward()
@@ -237,7 +240,7 @@ def test_it_agrees_with_the_monitor():
         assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4), name
 
 
-def test_tables():
+def test_tables() -> None:
     model, loss_fn, batch = case("resnet")
     found = formula.measure(model, loss_fn, batch, lr=0.1)
     frame = found.to_frame()
@@ -250,7 +253,7 @@ def test_tables():
 # Layers that are not cuts, and invalid input.
 
 
-def test_no_prediction_where_the_layer_is_no_cut():
+def test_no_prediction_where_the_layer_is_no_cut() -> None:
     model, loss_fn, batch = case("transformer")
     found = formula.measure(
         model, loss_fn, batch, layers=r"blocks\.1(\.mlp_in)?$", lr=0.1, first_order=True, dtype=torch.float64
@@ -284,7 +287,7 @@ def test_no_prediction_where_the_layer_is_no_cut():
         ({"dtype": torch.int64}, TypeError, "floating-point dtype"),
     ],
 )
-def test_bad_arguments(change, error, message):
+def test_bad_arguments(change: dict[str, Any], error: Any, message: str) -> None:
     model, loss_fn, batch = case("resnet")
     before = leave(model)
     with pytest.raises(error, match=message):
@@ -303,13 +306,13 @@ def test_bad_arguments(change, error, message):
         ("mse", TypeError, "expected a function"),
     ],
 )
-def test_bad_losses(loss_fn, error, message):
+def test_bad_losses(loss_fn: Callable[..., Any] | str, error: Any, message: str) -> None:
     model, _, batch = case("resnet")
     with pytest.raises(error, match=message):
         formula.measure(model, loss_fn, batch, lr=0.1)
 
 
-def test_optimizers_that_have_no_update_of_one_gradient():
+def test_optimizers_that_have_no_update_of_one_gradient() -> None:
     model, loss_fn, batch = case("mlp")
     with pytest.raises(TypeError, match="LBFGS"):
         formula.measure(model, loss_fn, batch, optimizer=torch.optim.LBFGS(model.parameters()))
@@ -317,7 +320,7 @@ def test_optimizers_that_have_no_update_of_one_gradient():
         formula.measure(model, loss_fn, batch, optimizer=torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0))
 
 
-def test_a_model_that_has_moved_has_to_be_linearized_again():
+def test_a_model_that_has_moved_has_to_be_linearized_again() -> None:
     model, loss_fn, batch = case("mlp")
     lin = Linearization(model, loss_fn, batch)
     with torch.no_grad():
@@ -326,7 +329,7 @@ def test_a_model_that_has_moved_has_to_be_linearized_again():
         lin.forward(lin.parameters)
 
 
-def test_relations():
+def test_relations() -> None:
     decrease, cosine, norm = torch.tensor([2.0, 1.0]), torch.tensor([0.5, 0.25]), torch.tensor([4.0, 2.0])
     assert torch.equal(formula.predicted_update_norm(decrease, cosine, norm), torch.tensor([1.0, 2.0]))
     assert torch.equal(formula.residual(decrease, torch.tensor([-2.0, -2.0])), torch.tensor([0.0, 0.5]))

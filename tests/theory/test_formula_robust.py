@@ -6,25 +6,26 @@ import collections
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastfs import formula
 from tests.helpers.formula_cases import assert_left, case, leave, squared
 
 
-def test_a_loss_that_uses_another_model_or_parameters_past_it():
+def test_a_loss_that_uses_another_model_or_parameters_past_it() -> None:
     model, loss_fn, batch = case("resnet")
     another, parameters = copy.deepcopy(model), list(model.parameters())
     with pytest.raises(ValueError, match="depends on none of the 8 parameters of the model that it is given"):
         formula.measure(model, lambda m, b: loss_fn(another, b), batch, lr=0.1)
 
-    def penalty(m, b):
+    def penalty(m: Any, b: Any) -> Any:
         return loss_fn(m, b) + sum(p.square().sum() for p in parameters)
 
     with pytest.raises(ValueError, match=r"uses 'stem.weight' from outside of the model"):
@@ -34,18 +35,18 @@ def test_a_loss_that_uses_another_model_or_parameters_past_it():
 
 
 @pytest.mark.parametrize("first_order", [True, False])
-def test_a_loss_that_does_not_repeat(first_order):
+def test_a_loss_that_does_not_repeat(first_order: bool) -> None:
     model, loss_fn, batch = case("resnet")
     generator = torch.Generator().manual_seed(0)
 
-    def noisy(m, b):
+    def noisy(m: Any, b: Any) -> Any:
         return loss_fn(m, (b[0] + 0.1 * torch.randn(b[0].shape, generator=generator), b[1]))
 
     with pytest.raises(RuntimeError, match=r"the second time with the same parameters.*a generator of its own"):
         formula.measure(model, noisy, batch, lr=0.1, first_order=first_order)
 
 
-def test_batches_of_any_kind_are_copied_and_others_refused():
+def test_batches_of_any_kind_are_copied_and_others_refused() -> None:
     @dataclasses.dataclass
     class Batch:
         inputs: torch.Tensor
@@ -54,7 +55,7 @@ def test_batches_of_any_kind_are_copied_and_others_refused():
     model, loss_fn, batch = case("resnet")
     mine = Batch(*batch)
 
-    def scaling_in_place(m, b):
+    def scaling_in_place(m: Any, b: Any) -> Any:
         b.inputs *= 2
         return loss_fn(m, (b.inputs, b.targets))
 
@@ -69,7 +70,7 @@ def test_batches_of_any_kind_are_copied_and_others_refused():
         formula.measure(model, lambda m, b: loss_fn(m, next(b)), iter([batch, batch]), lr=0.1)
 
 
-def test_angles_that_rounding_drowns_are_not_valid():
+def test_angles_that_rounding_drowns_are_not_valid() -> None:
     model, loss_fn, batch = case("resnet")
     assert formula.measure(model, loss_fn, batch, lr=1e-1).to_frame()["valid"].all()
     frame = formula.measure(model, loss_fn, batch, lr=1e-7).to_frame()
@@ -77,9 +78,9 @@ def test_angles_that_rounding_drowns_are_not_valid():
     assert (frame["noise_floor"] > 0).all()
 
 
-def test_an_optimizer_that_draws_and_hooks_for_all_optimizers():
+def test_an_optimizer_that_draws_and_hooks_for_all_optimizers() -> None:
     class Noisy(torch.optim.SGD):
-        def step(self, closure=None):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
             super().step(closure)
             for group in self.param_groups:
                 for p in group["params"]:
@@ -95,10 +96,10 @@ def test_an_optimizer_that_draws_and_hooks_for_all_optimizers():
     assert_left(model, before)
 
 
-def test_a_loss_that_differentiates_inside():
+def test_a_loss_that_differentiates_inside() -> None:
     model, loss_fn, batch = case("mlp")
 
-    def penalised(m, b):
+    def penalised(m: Any, b: Any) -> Any:
         inputs = b[0].requires_grad_()
         (slope,) = torch.autograd.grad(m(inputs).sum(), inputs, create_graph=True)
         return loss_fn(m, b) + 0.1 * slope.square().sum()
@@ -109,7 +110,7 @@ def test_a_loss_that_differentiates_inside():
 
 @pytest.mark.parametrize("first_order", [True, False])
 @pytest.mark.parametrize("kind", ["encoder", "lstm"])
-def test_fused_modules(kind, first_order):
+def test_fused_modules(kind: str, first_order: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 5, 16)
     fastpath, onednn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
@@ -119,12 +120,12 @@ def test_fused_modules(kind, first_order):
         padding = torch.zeros(4, 5, dtype=torch.bool)
         padding[0, 3:] = True
 
-        def loss_fn(m, b):
+        def loss_fn(m: Any, b: Any) -> Any:
             return (m(b, src_key_padding_mask=padding) - b).square().mean()
     else:
         model = nn.LSTM(16, 16, batch_first=True)
 
-        def loss_fn(m, b):
+        def loss_fn(m: Any, b: Any) -> Any:
             return m(b)[0].square().mean()
 
     layers = "auto" if kind == "encoder" else [""]
@@ -136,7 +137,7 @@ def test_fused_modules(kind, first_order):
     assert torch.backends.mkldnn.enabled == onednn
 
 
-def test_operations_without_a_forward_mode_derivative_are_said():
+def test_operations_without_a_forward_mode_derivative_are_said() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 1))
     batch = torch.randn(3, 4), torch.randn(3, 1)
     with pytest.raises(NotImplementedError, match=r"Sequential has an operation without.*first_order=False"):
@@ -144,9 +145,9 @@ def test_operations_without_a_forward_mode_derivative_are_said():
     assert (formula.measure(model, squared, batch, lr=1e-3).residual.abs() < 0.1).all()
 
 
-def test_inference_mode_and_closures_are_refused():
+def test_inference_mode_and_closures_are_refused() -> None:
     class Needy(torch.optim.SGD):
-        def step(self, closure):
+        def step(self, closure: Any) -> None:  # type: ignore[override]
             super().step(closure)
 
     model, loss_fn, batch = case("mlp")
@@ -155,10 +156,10 @@ def test_inference_mode_and_closures_are_refused():
     with pytest.raises(TypeError, match="Needy evaluates the loss in its step"):
         formula.measure(model, loss_fn, batch, optimizer=Needy(model.parameters(), lr=0.1))
     with pytest.raises(TypeError, match=r"expected a tensor for head\.weight, got float"):
-        formula.measure(model, loss_fn, batch, updates={"head.weight": 0.1})
+        formula.measure(model, loss_fn, batch, updates={"head.weight": 0.1})  # type: ignore[dict-item]
 
 
-def test_learning_rates_of_other_number_types():
+def test_learning_rates_of_other_number_types() -> None:
     model, loss_fn, batch = case("mlp")
     sums = [
         formula.measure(model, loss_fn, batch, lr=lr).stats.sums for lr in (0.5, np.float32(0.5), torch.tensor(0.5))
@@ -167,7 +168,7 @@ def test_learning_rates_of_other_number_types():
     assert torch.equal(sums[0], sums[2])
 
 
-def test_an_optimizer_steps_in_the_dtype_of_the_measurement():
+def test_an_optimizer_steps_in_the_dtype_of_the_measurement() -> None:
     model, loss_fn, batch = case("mlp")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)  # below the rounding of the parameters
     loss_fn(model, batch).backward()
@@ -183,14 +184,14 @@ def test_an_optimizer_steps_in_the_dtype_of_the_measurement():
     assert torch.allclose(small.stats.update_rms * 1e4, large.stats.update_rms, rtol=1e-5)
 
 
-def test_checkpoints():
+def test_checkpoints() -> None:
     class Checkpointed(nn.Module):
-        def __init__(self, reentrant):
+        def __init__(self, reentrant: Any) -> None:
             super().__init__()
             self.reentrant, self.stem = reentrant, nn.Linear(10, 8)
             self.blocks, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(2)), nn.Linear(8, 1)
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             x = self.stem(x)
             for block in self.blocks:
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.reentrant).relu()

@@ -1,5 +1,9 @@
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ def names(model: torch.nn.Module) -> set[str]:
     return {name for name, _ in model.named_modules()}
 
 
-def test_mlp_is_the_chain_of_its_docstring():
+def test_mlp_is_the_chain_of_its_docstring() -> None:
     model = MLP(5, 16, depth=4, out_features=3, generator=seeded())
     x = torch.randn(7, 5, generator=seeded(1))
     f = x @ model.blocks[0].weight.T
@@ -27,7 +31,7 @@ def test_mlp_is_the_chain_of_its_docstring():
     assert sum(p.numel() for p in model.parameters()) == 5 * 16 + 2 * 16 * 16 + 16 * 3
 
 
-def test_resnet_is_the_chain_of_its_docstring():
+def test_resnet_is_the_chain_of_its_docstring() -> None:
     model = ResNet(5, 16, depth=3, out_features=2, branch_scale=0.6, generator=seeded())
     x = torch.randn(7, 5, generator=seeded(1))
     f = x @ model.stem.weight.T
@@ -37,7 +41,7 @@ def test_resnet_is_the_chain_of_its_docstring():
 
 
 @pytest.mark.parametrize("make", [MLP, ResNet])
-def test_gaussian_initialization_keeps_the_rms_of_features(make):
+def test_gaussian_initialization_keeps_the_rms_of_features(make: Any) -> None:
     model = make(64, 256, 20, generator=seeded())
     deviations = {name: p.std().item() for name, p in model.named_parameters()}
     assert deviations.pop("head.weight") == pytest.approx(1 / 256, rel=0.2)
@@ -49,7 +53,7 @@ def test_gaussian_initialization_keeps_the_rms_of_features(make):
         assert 0.4 < f.square().mean().sqrt() < 2.5
 
 
-def test_explicit_deviations_are_used():
+def test_explicit_deviations_are_used() -> None:
     model = ResNet(64, 128, 4, input_std=0.3, hidden_std=0.2, output_std=0.1, generator=seeded())
     assert model.stem.weight.std().item() == pytest.approx(0.3, rel=0.05)
     assert model.blocks[2].linear.weight.std().item() == pytest.approx(0.2, rel=0.05)
@@ -57,7 +61,7 @@ def test_explicit_deviations_are_used():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_transformer_starts_near_the_uniform_loss_and_is_causal(tied):
+def test_transformer_starts_near_the_uniform_loss_and_is_causal(tied: bool) -> None:
     model = Transformer(width=32, depth=3, heads=2, context=16, tied=tied, generator=seeded())
     tokens = torch.randint(256, (2, 16), generator=seeded(1))
     logits = model(tokens)
@@ -72,7 +76,7 @@ def test_transformer_starts_near_the_uniform_loss_and_is_causal(tied):
     assert ("head" in names(model)) is not tied
 
 
-def test_transformer_blocks_put_out_the_residual_stream():
+def test_transformer_blocks_put_out_the_residual_stream() -> None:
     model = Transformer(width=32, depth=3, heads=2, context=16, generator=seeded())
     tokens = torch.randint(256, (2, 16), generator=seeded(1))
     stream = []
@@ -81,10 +85,10 @@ def test_transformer_blocks_put_out_the_residual_stream():
     logits = model(tokens)
     for (_, out), (following, _) in pairwise(stream):
         assert out is following
-    torch.testing.assert_close(logits, model.head(model.norm(stream[-1][1])))
+    torch.testing.assert_close(logits, model.head(model.norm(stream[-1][1])))  # type: ignore[misc]
 
 
-def test_dropout_acts_in_training_only():
+def test_dropout_acts_in_training_only() -> None:
     model = Transformer(width=32, depth=2, heads=2, context=16, dropout=0.5, generator=seeded())
     tokens = torch.randint(256, (2, 16), generator=seeded(1))
     assert not torch.equal(model(tokens), model(tokens))
@@ -100,7 +104,7 @@ def test_dropout_acts_in_training_only():
         lambda g: Transformer(width=8, depth=1, heads=2, context=4, generator=g),
     ],
 )
-def test_a_generator_decides_and_spares_the_global_one(make):
+def test_a_generator_decides_and_spares_the_global_one(make: Callable[..., Any]) -> None:
     before = torch.get_rng_state()
     first, second, other = make(seeded(3)), make(seeded(3)), make(seeded(4))
     assert torch.equal(before, torch.get_rng_state())
@@ -124,6 +128,6 @@ def test_a_generator_decides_and_spares_the_global_one(make):
         ),
     ],
 )
-def test_bad_sizes_are_refused(make, message):
+def test_bad_sizes_are_refused(make: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()

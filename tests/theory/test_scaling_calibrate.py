@@ -1,27 +1,30 @@
 """Calibration: its results hold in independent measurements, and it makes a deep network trainable."""
 
+from __future__ import annotations
+
 import copy
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fastfs import formula, scaling
 from fastfs.models import MLP, ResNet, Transformer
 from tests.helpers.scaling_cases import cross_entropy
 
 
-def batch_of_vectors():
+def batch_of_vectors() -> tuple[Any, ...]:
     return torch.randn(24, 10), torch.randint(0, 5, (24,))
 
 
-def batch_of_tokens():
+def batch_of_tokens() -> tuple[Any, ...]:
     tokens = torch.randint(0, 50, (4, 16))
     return tokens, tokens.roll(1, 1)
 
 
-def sequence():
+def sequence() -> Any:
     return nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5))
 
 
@@ -48,7 +51,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", MODELS)
-def test_what_it_promises_holds_when_measured(name, optimizer):
+def test_what_it_promises_holds_when_measured(name: Any, optimizer: Any) -> None:
     make, data = MODELS[name]
     model, batch = make(), data()
     given, build = OPTIMIZERS[optimizer]
@@ -75,7 +78,7 @@ def test_what_it_promises_holds_when_measured(name, optimizer):
     assert share / (after.elements**0.5 * after.backward_norm * after.cos_angle) == pytest.approx(1.0, rel=0.03)
 
 
-def test_rates_follow_from_gradients():
+def test_rates_follow_from_gradients() -> None:
     model, batch = MLP(10, 32, 5, 5).double(), batch_of_vectors()
     batch = (batch[0].double(), batch[1])
     found = scaling.calibrate(model, cross_entropy, batch, target_loss_decrease=0.02)
@@ -87,7 +90,7 @@ def test_rates_follow_from_gradients():
 
 
 @pytest.mark.parametrize("target", [0.25, 4.0])
-def test_another_sensitivity(target):
+def test_another_sensitivity(target: float) -> None:
     model, batch = ResNet(10, 64, 4, 5), batch_of_vectors()
     found = scaling.calibrate(model, cross_entropy, batch, target_loss_decrease=0.01, target_sensitivity=target)
     moved = formula.measure(
@@ -96,7 +99,7 @@ def test_another_sensitivity(target):
     assert moved.sensitivity[-1].item() == pytest.approx(target, rel=0.03)
 
 
-def test_groups_of_a_transformer():
+def test_groups_of_a_transformer() -> None:
     model = Transformer(50, 32, 2, 4, 16)
     found = scaling.calibrate(model, cross_entropy, batch_of_tokens())
     assert [group.name for group in found.members] == ["input", "blocks.0", "blocks.1", "output"]
@@ -108,7 +111,7 @@ def test_groups_of_a_transformer():
     assert frame["lr"].tolist() == [group["lr"] for group in found.groups()]
 
 
-def test_tied_parameters_are_said():
+def test_tied_parameters_are_said() -> None:
     model = Transformer(50, 32, 2, 4, 16, tied=True)
     found = scaling.calibrate(model, cross_entropy, batch_of_tokens())
     assert found.shared == ("token.weight",)
@@ -119,7 +122,7 @@ def test_tied_parameters_are_said():
     assert model.norm.weight[0].item() == pytest.approx(found.output_scale)
 
 
-def test_dry_run_explains_each_number():
+def test_dry_run_explains_each_number() -> None:
     found = scaling.calibrate(MLP(10, 64, 4, 5), cross_entropy, batch_of_vectors(), target_loss_decrease=0.0123)
     text = str(found)
     assert "lr = D / (n c), c = |g|^2, D = 0.0123, n = 4 groups\n" in text
@@ -131,7 +134,7 @@ def test_dry_run_explains_each_number():
         assert f"{group.gradient_norm_before:.4g}" in text
 
 
-def test_apply_is_for_the_measured_model_and_once():
+def test_apply_is_for_the_measured_model_and_once() -> None:
     model, batch = MLP(10, 16, 3, 5), batch_of_vectors()
     found = scaling.calibrate(model, cross_entropy, batch)
     with pytest.raises(ValueError, match="no parameter"):
@@ -147,15 +150,15 @@ def test_apply_is_for_the_measured_model_and_once():
 class Normalized(nn.Module):
     """Its output does not depend on the scale of its last matrix."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.inner = MLP(10, 16, 4, 5)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return F.normalize(self.inner(x), dim=-1)
 
 
-def test_a_scale_without_effect_is_an_error():
+def test_a_scale_without_effect_is_an_error() -> None:
     model, batch = Normalized(), batch_of_vectors()
     found = scaling.calibrate(model, cross_entropy, batch, target_sensitivity=1e-3)
     assert not found.converged
@@ -164,13 +167,13 @@ def test_a_scale_without_effect_is_an_error():
         found.apply(model)
 
 
-def zero_output():
+def zero_output() -> Any:
     model = MLP(10, 16, 4, 5)
     nn.init.zeros_(model.head.weight)
     return model
 
 
-def unused():
+def unused() -> Any:
     model = MLP(10, 16, 4, 5)
     model.extra = nn.Linear(3, 3)
     return model
@@ -192,14 +195,14 @@ def unused():
         (nn.Sequential(nn.Linear(10, 5)), {}, ValueError, "only layer and nothing follows it"),
     ],
 )
-def test_errors(model, arguments, error, message):
+def test_errors(model: Any, arguments: dict[str, Any], error: Any, message: str) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=message):
         scaling.calibrate(model, cross_entropy, batch_of_vectors(), **arguments)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_an_update_that_raises_the_loss_is_said():
+def test_an_update_that_raises_the_loss_is_said() -> None:
     ascent = lambda groups, lr: torch.optim.SGD(groups, lr=lr, maximize=True)  # noqa: E731
     with pytest.raises(ValueError, match=r"group 'blocks\.0': the loss increases along the update of <lambda>"):
         scaling.calibrate(MLP(10, 16, 4, 5), cross_entropy, batch_of_vectors(), optimizer=ascent)
@@ -210,7 +213,7 @@ def test_an_update_that_raises_the_loss_is_said():
 STEPS = 200
 
 
-def digits():
+def digits() -> tuple[Any, ...]:
     """Return 128 images of digits with norm sqrt(64)."""
     from fastfs._reproduce import data
 
@@ -219,7 +222,7 @@ def digits():
     return 8 * F.normalize(inputs, dim=1), labels[:128]
 
 
-def train(model, optimizer, batch):
+def train(model: Any, optimizer: torch.optim.Optimizer, batch: Any) -> Any:
     """Return the lowest loss, because gradient descent at a constant learning rate has spikes."""
     losses = []
     for _ in range(STEPS):
@@ -231,7 +234,7 @@ def train(model, optimizer, batch):
     return min(losses)
 
 
-def standard(depth):
+def standard(depth: int) -> tuple[Any, ...]:
     torch.manual_seed(0)
     model = MLP(64, 128, depth, 10)
     groups = scaling.apply(model, scaling.mlp(depth, 128, 64, 10, scheme="standard"))
@@ -241,7 +244,7 @@ def standard(depth):
 @pytest.mark.parametrize(
     ("kind", "lr", "bound"), [(torch.optim.SGD, 0.3, 0.7), (torch.optim.Adam, 1e-2, 0.05)], ids=["sgd", "adam"]
 )
-def test_a_deep_network_trains_after_calibration(kind, lr, bound):
+def test_a_deep_network_trains_after_calibration(kind: Any, lr: float, bound: float) -> None:
     """A learning rate that suits 4 layers fails for 32; calibration with the same targets suits both."""
     batch = digits()
     model, parameters = standard(4)
@@ -255,7 +258,7 @@ def test_a_deep_network_trains_after_calibration(kind, lr, bound):
         assert train(model, kind(found.apply(model)), batch) < most
 
 
-def test_an_optimizer_in_use_keeps_its_state():
+def test_an_optimizer_in_use_keeps_its_state() -> None:
     """Balance refers to the update of the next step, including momentum; the optimizer is not changed."""
     model, batch = MLP(10, 32, 4, 5), batch_of_vectors()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -284,11 +287,11 @@ def test_an_optimizer_in_use_keeps_its_state():
     assert moved.sensitivity[-1].item() == pytest.approx(1.0, rel=0.03)
 
 
-def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused():
+def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused() -> None:
     model = MLP(4, 16, 4, generator=torch.Generator().manual_seed(0))
     batch = torch.randn(8, 4), torch.randn(8, 1)
 
-    def loss_fn(model, batch):
+    def loss_fn(model: Any, batch: Any) -> Any:
         return (model(batch[0]) - batch[1]).square().mean()
 
     optimizer = torch.optim.ASGD(model.parameters(), lr=0.1)
@@ -301,14 +304,14 @@ def test_optimizers_whose_update_is_not_in_proportion_to_the_rate_are_refused():
 
 
 class Doubled(nn.Module):
-    def forward(self, weight):
+    def forward(self, weight: Any) -> Tensor:
         return weight * 2.0 * 0.5 * 2.0
 
 
 @pytest.mark.parametrize("parametrized", [False, True])
-def test_the_output_is_what_acts_last_not_what_is_registered_last(parametrized):
+def test_the_output_is_what_acts_last_not_what_is_registered_last(parametrized: bool) -> None:
     class Model(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.head, self.norm, self.proj = nn.Linear(16, 1), nn.LayerNorm(16), nn.Linear(16, 16)
             self.blocks = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
@@ -316,12 +319,12 @@ def test_the_output_is_what_acts_last_not_what_is_registered_last(parametrized):
                 for _ in range(3):
                     nn.utils.parametrize.register_parametrization(self.head, "weight", Doubled())
 
-        def forward(self, x):
+        def forward(self, x: Tensor) -> Tensor:
             for block in self.blocks:
                 x = torch.relu(block(x))
             return self.head(self.norm(self.proj(x)))
 
-    def loss_fn(model, batch):
+    def loss_fn(model: Any, batch: Any) -> Any:
         return (model(batch[0]) - batch[1]).square().mean()
 
     torch.manual_seed(0)

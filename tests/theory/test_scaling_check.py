@@ -1,11 +1,14 @@
 """The check over widths and depths: exponents of the schemes and broken scalings."""
 
+from __future__ import annotations
+
 import math
 import types
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastfs import formula, scaling
 from fastfs.models import MLP, ResNet
@@ -17,7 +20,7 @@ WIDTHS, DEPTHS = (64, 128, 256, 512), (4, 8, 16)
 
 
 @pytest.fixture(scope="module")
-def reports():
+def reports() -> Any:
     """Return the reports of the four schemes, for a step small enough to be first order in all of them."""
     rates = {"standard": 1e-6, "ntk": 1e-4, "mup": 1e-4, "fsc": 1e-4}
     return {
@@ -29,14 +32,14 @@ def reports():
 
 
 @pytest.mark.parametrize("scheme", ["standard", "ntk", "mup", "fsc"])
-def test_schemes_are_told_apart(reports, scheme):
+def test_schemes_are_told_apart(reports: Any, scheme: str) -> None:
     assert reports[scheme].classify() == scheme
     assert f"as in the table's {scheme!r} MLP" in str(reports[scheme])
 
 
 @pytest.mark.parametrize("axis", ["width", "depth"])
 @pytest.mark.parametrize("scheme", ["standard", "ntk", "mup", "fsc"])
-def test_exponents_are_those_of_the_theory(reports, scheme, axis):
+def test_exponents_are_those_of_the_theory(reports: Any, scheme: str, axis: str) -> None:
     """Exponents lie within the intervals, widened by 0.1 for finite widths."""
     expected = expected_exponents(scheme, Sizes(WIDTHS, DEPTHS, 512, 4))
     for quantity in ("feature speed", "loss decrease", "sensitivity", "cos(angle)"):
@@ -44,7 +47,7 @@ def test_exponents_are_those_of_the_theory(reports, scheme, axis):
         assert fit.low - 0.1 <= expected[quantity, axis] <= fit.high + 0.1, (quantity, expected[quantity, axis], fit)
 
 
-def test_what_holds_by_construction_does_not_fail(reports):
+def test_what_holds_by_construction_does_not_fail(reports: Any) -> None:
     for scheme in ("ntk", "mup", "fsc"):
         for desideratum in ("SP", "LD", "BC"):
             assert reports[scheme].of(desideratum) is not Status.FAIL
@@ -55,7 +58,7 @@ def test_what_holds_by_construction_does_not_fail(reports):
     assert reports["standard"].of("BC") is Status.FAIL
 
 
-def test_advice_names_the_scaling_that_repairs(reports):
+def test_advice_names_the_scaling_that_repairs(reports: Any) -> None:
     ntk = {v.axis: v.advice for v in reports["ntk"].verdicts if v.desideratum == "FL"}
     assert "sensitivity falls like width^-0" in ntk["width"]
     assert "(muP)" in ntk["width"]
@@ -67,7 +70,7 @@ def test_advice_names_the_scaling_that_repairs(reports):
     assert all("multiply all learning rates by" in advice for advice in decrease)
 
 
-def test_unclear_is_said_with_the_seeds_that_would_tell():
+def test_unclear_is_said_with_the_seeds_that_would_tell() -> None:
     report = scaling.check(factory("fsc"), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2)
     assert report.status is Status.UNCLEAR
     assert not report.passed
@@ -76,7 +79,7 @@ def test_unclear_is_said_with_the_seeds_that_would_tell():
     assert "seeds instead of 2 would decide it" in str(report)
 
 
-def test_many_seeds_and_large_widths_pass():
+def test_many_seeds_and_large_widths_pass() -> None:
     report = scaling.check(
         factory("mup", resnet=True), widths=(128, 256, 512), depths=(2, 4, 8), seeds=40, at_depth=2, at_width=256,
         tolerance=0.3, dtype=None,
@@ -87,7 +90,7 @@ def test_many_seeds_and_large_widths_pass():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["ntk", "mup", "fsc"])
-def test_desiderata_from_width_64_to_1024_and_depth_4_to_64(scheme):
+def test_desiderata_from_width_64_to_1024_and_depth_4_to_64(scheme: str) -> None:
     """Predicted exponents lie in the intervals; these are widened by 0.1 for finite widths."""
     widths, depths = (64, 128, 256, 512, 1024), (4, 8, 16, 32, 64)
     report = scaling.check(factory(scheme), widths=widths, depths=depths, seeds=8, at_width=512, at_depth=4, dtype=None)
@@ -103,8 +106,8 @@ def test_desiderata_from_width_64_to_1024_and_depth_4_to_64(scheme):
 # Broken scalings
 
 
-def test_one_learning_rate_that_grows_with_the_width_is_found():
-    def broken(width, depth):
+def test_one_learning_rate_that_grows_with_the_width_is_found() -> None:
+    def broken(width: int, depth: int) -> tuple[Any, ...]:
         model, groups = made("fsc", width, depth, lr=1e-5)
         groups[2]["lr"] *= width / 16
         return model, squared, row(3.0), groups
@@ -118,15 +121,15 @@ def test_one_learning_rate_that_grows_with_the_width_is_found():
     assert "multiply its learning rate by width^-" in failed[0].advice
 
 
-def test_a_forgotten_branch_scale_is_found():
+def test_a_forgotten_branch_scale_is_found() -> None:
     """Branch scale 1 instead of 1/sqrt(depth), with the learning rates of muP for it: the angle degenerates."""
 
-    def broken(width, depth):
+    def broken(width: int, depth: int) -> tuple[Any, ...]:
         model = ResNet(IN, width, depth, branch_scale=1.0)
         rule = scaling.resnet(depth, width, 1.0, in_dim=IN, scheme="mup", input="sparse")
         return model, squared, row(3.0), scaling.apply(model, rule.scaled(lr=1e-4))
 
-    sizes = {"widths": (48, 64, 96), "depths": (4, 8, 16), "at_width": 256, "seeds": 48, "dtype": None}
+    sizes: dict[str, Any] = {"widths": (48, 64, 96), "depths": (4, 8, 16), "at_width": 256, "seeds": 48, "dtype": None}
     report = scaling.check(broken, **sizes)
     depth = next(v for v in report.verdicts if v.desideratum == "FL" and v.axis == "depth")
     assert depth.status is Status.FAIL
@@ -139,17 +142,17 @@ def test_a_forgotten_branch_scale_is_found():
 class Plain(nn.Module):
     """``f + V relu(f)`` without a scale."""
 
-    def __init__(self, width):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.linear = nn.Linear(width, width, bias=False)
         nn.init.normal_(self.linear.weight, std=math.sqrt(2 / width))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(x.relu())
 
 
-def test_exploding_features_are_said_to_be_exponential():
-    def broken(width, depth):
+def test_exploding_features_are_said_to_be_exponential() -> None:
+    def broken(width: int, depth: int) -> tuple[Any, ...]:
         model = nn.Sequential(nn.Linear(IN, width), *[Plain(width) for _ in range(depth)], nn.Linear(width, 1))
         return model, squared, row(3.0), None
 
@@ -160,8 +163,8 @@ def test_exploding_features_are_said_to_be_exponential():
     assert "branches by 1/sqrt(depth)" in size.advice
 
 
-def test_a_group_that_is_not_trained_is_said():
-    def head_alone(width, depth):
+def test_a_group_that_is_not_trained_is_said() -> None:
+    def head_alone(width: int, depth: int) -> tuple[Any, ...]:
         model, groups = made("mup", width, depth, lr=1e-4)
         return model, squared, row(3.0), torch.optim.SGD(groups[1:])
 
@@ -171,7 +174,7 @@ def test_a_group_that_is_not_trained_is_said():
 
 
 @pytest.mark.parametrize("span", [1.02, 1.5, 3.0, 6.0, 30.0, 5000.0])
-def test_axes_of_the_picture_have_few_plain_labels(span):
+def test_axes_of_the_picture_have_few_plain_labels(span: float) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -182,7 +185,7 @@ def test_axes_of_the_picture_have_few_plain_labels(span):
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     points = [types.SimpleNamespace(size=size, value=value) for size, value in zip((4, 8, 16), values, strict=True)]
-    _plots._draw(axes, points, lambda point: point.value)
+    _plots._draw(axes, points, lambda point: point.value)  # type: ignore[attr-defined]
     canvas.draw()
     low, high = axes.get_ylim()
     seen = [label.get_text() for label in axes.get_yticklabels() if low <= label.get_position()[1] <= high]
@@ -192,7 +195,7 @@ def test_axes_of_the_picture_have_few_plain_labels(span):
         assert all(low <= float(text) <= high for text in seen)  # plain numbers
 
 
-def test_a_step_beyond_first_order_is_said():
+def test_a_step_beyond_first_order_is_said() -> None:
     report = scaling.check(factory("standard", lr=0.1), widths=(32, 64, 128), depths=(3, 4, 5), seeds=4)
     assert report.curvature > 1
     assert "deviates from first order" in str(report)
@@ -202,7 +205,7 @@ def test_a_step_beyond_first_order_is_said():
 # Measurements
 
 
-def test_a_point_is_what_the_formula_measures():
+def test_a_point_is_what_the_formula_measures() -> None:
     model, groups = made("mup", 48, 5, lr=1e-3)
     optimizer = torch.optim.SGD(groups)
     before = [p.detach().clone() for p in model.parameters()]
@@ -219,7 +222,7 @@ def test_a_point_is_what_the_formula_measures():
     assert list(point.contributions.values()) == pytest.approx(moved.parameter_stats.aligned_decrease.tolist())
 
 
-def test_random_streams_are_left_alone():
+def test_random_streams_are_left_alone() -> None:
     state = torch.get_rng_state()
     first = scaling.check(factory("mup"), widths=(8, 16, 24), depths=(3, 4, 5), seeds=2)
     assert torch.equal(state, torch.get_rng_state())
@@ -229,7 +232,7 @@ def test_random_streams_are_left_alone():
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_optimizers_by_name(optimizer):
+def test_optimizers_by_name(optimizer: str) -> None:
     report = scaling.check(
         lambda w, d: (MLP(IN, w, d), squared, row(), None),
         widths=(16, 24, 32), depths=(3, 4, 5), seeds=2, optimizer=optimizer, lr=1e-4,
@@ -237,23 +240,23 @@ def test_optimizers_by_name(optimizer):
     assert report.optimizer == {"sgd": "SGD", "adam": "Adam"}[optimizer]
 
 
-def test_names_of_quantities(reports):
+def test_names_of_quantities(reports: Any) -> None:
     with pytest.raises(ValueError, match=r"no exponent of 'speed' over 'width'; there are: .*feature speed \(width\)"):
         reports["mup"].exponent("speed", "width")
     with pytest.raises(ValueError, match="one of SP, FL, LD, BC"):
         reports["mup"].of("XX")
 
 
-def test_updates_lost_in_single_precision_are_said():
+def test_updates_lost_in_single_precision_are_said() -> None:
     with pytest.raises(scaling.FactoryError, match="lost in the rounding of the parameters"):
         scaling.check(factory("ntk", lr=1e-8), widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, dtype=None)
 
 
-def test_small_learning_rates_are_not_lost_in_the_rounding_of_parameters():
+def test_small_learning_rates_are_not_lost_in_the_rounding_of_parameters() -> None:
     found = []
     for scale in (1e-4, 1e-9):
 
-        def small(width, depth, scale=scale):
+        def small(width: int, depth: int, scale: Any = scale) -> tuple[Any, ...]:
             model, loss_fn, batch, groups = factory("ntk")(width, depth)
             return model, loss_fn, batch, [{**group, "lr": scale * group["lr"]} for group in groups]
 
@@ -262,8 +265,8 @@ def test_small_learning_rates_are_not_lost_in_the_rounding_of_parameters():
     assert found[1] == pytest.approx(found[0], rel=1e-2)
 
 
-def test_features_of_constant_size():
-    def normalized(width, depth):
+def test_features_of_constant_size() -> None:
+    def normalized(width: int, depth: int) -> tuple[Any, ...]:
         model = nn.Sequential(nn.Linear(IN, width), *(nn.RMSNorm(width) for _ in range(depth)), nn.Linear(width, 1))
         return model, squared, row(), torch.optim.SGD(model.parameters(), lr=1e-4)
 

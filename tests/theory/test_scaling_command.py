@@ -1,6 +1,10 @@
 """The check over widths and depths: wrong factories and arguments, and the command."""
 
+from __future__ import annotations
+
 import textwrap
+from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
@@ -16,15 +20,15 @@ from tests.helpers.scaling_cases import IN, factory, row, squared
 SMALL = {"widths": (8, 16, 24), "depths": (3, 4, 5), "seeds": 2}
 
 
-def nan_loss(model, batch):
+def nan_loss(model: Any, batch: Any) -> Any:
     return model(batch[0]).sum() * float("nan")
 
 
-def fourth(model, batch):
+def fourth(model: Any, batch: Any) -> Any:
     return squared(model, batch) ** 4
 
 
-def zero_head(width, depth):
+def zero_head(width: int, depth: int) -> tuple[Any, ...]:
     model = MLP(IN, width, depth)
     nn.init.zeros_(model.head.weight)
     return model, squared, row(), torch.optim.SGD(model.head.parameters(), lr=0.1)
@@ -54,7 +58,7 @@ def zero_head(width, depth):
         (zero_head, "do not move in the step; an output initialized to zero"),
     ],
 )
-def test_factories_that_are_wrong(build, message):
+def test_factories_that_are_wrong(build: Any, message: str) -> None:
     with pytest.raises(scaling.FactoryError, match=message):
         scaling.check(build, **SMALL)
 
@@ -70,7 +74,7 @@ def test_factories_that_are_wrong(build, message):
         ({"confidence": 1.0}, "confidence"),
     ],
 )
-def test_arguments(arguments, message):
+def test_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scaling.check(factory("mup"), **{**SMALL, **arguments})
 
@@ -104,17 +108,17 @@ FILE = """
 
 
 @pytest.fixture
-def file(tmp_path):
+def file(tmp_path: Path) -> Any:
     path = tmp_path / "factories.py"
     path.write_text(textwrap.dedent(FILE))
     return path
 
 
-def command(*arguments):
+def command(*arguments: Any) -> Any:
     return CliRunner().invoke(app, ["scaling-check", *map(str, arguments)])
 
 
-def test_command_fails_with_the_table_and_the_files(file, tmp_path):
+def test_command_fails_with_the_table_and_the_files(file: Any, tmp_path: Path) -> None:
     sizes = ("--widths", "32,64,128,256", "--depths", "4,6,8", "--at-depth", 4, "--seeds", 8)
     result = command(f"{file}:ntk", *sizes, "--out", tmp_path / "out")
     assert result.exit_code == 1, result.output
@@ -130,20 +134,20 @@ def test_command_fails_with_the_table_and_the_files(file, tmp_path):
     assert (tmp_path / "out" / "scaling-check.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_command_tells_unclear_from_pass(file):
+def test_command_tells_unclear_from_pass(file: Any) -> None:
     result = command(f"{file}:fsc", "--widths", "48,64,80", "--depths", "4,5,6", "--seeds", 2)
     assert result.exit_code == 3, result.output
     assert "UNCLEAR: SP" in result.output
 
 
-def test_command_passes(file):
+def test_command_passes(file: Any) -> None:
     sizes = ("--widths", "64,128,256", "--depths", "8,12,16,24", "--at-depth", 4, "--at-width", 256)
     result = command(f"{file}:fsc", *sizes, "--seeds", 8, "--tolerance", 0.9)
     assert result.exit_code == 0, result.output
     assert "PASS: SP PASS, FL PASS, LD PASS, BC PASS" in result.output
 
 
-def test_command_finds_modules(file, monkeypatch):
+def test_command_finds_modules(file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
     result = command("factories:fsc", "--widths", "8,16,24", "--depths", "3,4,5", "--seeds", 2)
     assert result.exit_code in (1, 3), result.output
@@ -163,7 +167,7 @@ def test_command_finds_modules(file, monkeypatch):
         ("{}:fsc", ("--layers", "xyz"), "'xyz' matches no module"),
     ],
 )
-def test_command_errors(file, target, arguments, message):
+def test_command_errors(file: Any, target: str, arguments: tuple[Any, ...], message: str) -> None:
     given = {"--widths": "8,16,24", "--depths": "3,4,5", "--seeds": "2"}
     given.update(zip(arguments[::2], arguments[1::2], strict=True))
     result = command(target.format(file), *[x for pair in given.items() for x in pair])
@@ -172,7 +176,7 @@ def test_command_errors(file, target, arguments, message):
     assert message in result.output.replace("\n", "")
 
 
-def test_a_script_that_ends_itself_measures_nothing(tmp_path):
+def test_a_script_that_ends_itself_measures_nothing(tmp_path: Path) -> None:
     path = tmp_path / "script.py"
     path.write_text("import sys\nsys.exit(0)\n")
     done = CliRunner().invoke(app, ["scaling-check", f"{path}:make", "--widths", "4,8,16", "--depths", "2,4,6"])
@@ -183,8 +187,8 @@ def test_a_script_that_ends_itself_measures_nothing(tmp_path):
     assert f"{path}:x: expected a function" in done.output.replace("\n", "")
 
 
-def test_options_that_would_be_ignored_are_refused():
-    def with_optimizer(width, depth):
+def test_options_that_would_be_ignored_are_refused() -> None:
+    def with_optimizer(width: int, depth: int) -> tuple[Any, ...]:
         *parts, groups = factory("mup")(width, depth)
         return *parts, torch.optim.SGD(groups)
 
@@ -199,7 +203,7 @@ def test_options_that_would_be_ignored_are_refused():
             scaling.check(build, widths=(32, 48, 64), depths=(4, 6, 8), seeds=2, optimizer="lion")
 
 
-def test_command_refuses_options_that_would_be_ignored(file):
+def test_command_refuses_options_that_would_be_ignored(file: Any) -> None:
     sizes = ("--widths", "8,16,24", "--depths", "3,4,5", "--seeds", 2)
     for option, value, message in (
         ("--lr", 0.1, "returns parameter groups with their own learning rates: do not pass lr"),

@@ -1,8 +1,11 @@
 """Exponents, their intervals and their assessment."""
 
+from __future__ import annotations
+
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from fastfs.scaling._fit import Exponent, Status, fit_exponent, judge
 
 
-def test_an_exact_power_is_found():
+def test_an_exact_power_is_found() -> None:
     sizes = [64, 128, 256, 512]
     fit = fit_exponent(sizes, [3 * s**-0.5 for s in sizes])
     assert fit.exponent == pytest.approx(-0.5)
@@ -20,7 +23,7 @@ def test_an_exact_power_is_found():
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.95])
-def test_intervals_hold_the_truth_as_often_as_they_say(confidence):
+def test_intervals_hold_the_truth_as_often_as_they_say(confidence: float) -> None:
     """Coverage of 400 fits to noise around a power law, within four standard deviations of a binomial."""
     rng = np.random.default_rng(0)
     sizes = [s for s in (4, 8, 16) for _ in range(3)]
@@ -32,11 +35,11 @@ def test_intervals_hold_the_truth_as_often_as_they_say(confidence):
     assert abs(held / times - confidence) < 4 * math.sqrt(confidence * (1 - confidence) / times)
 
 
-def interval(low, high, points=100):
+def interval(low: Any, high: Any, points: int = 100) -> Any:
     return Exponent((low + high) / 2, low, high, 1.0, points, 3, 0.95)
 
 
-def test_an_interval_at_another_level():
+def test_an_interval_at_another_level() -> None:
     rng = np.random.default_rng(1)
     sizes = [4, 8, 16, 32] * 3
     values = np.exp(rng.standard_normal(12)).tolist()
@@ -58,31 +61,31 @@ def test_an_interval_at_another_level():
         (-2.0, 2.0, Status.UNCLEAR),
     ],
 )
-def test_verdicts(low, high, status):
+def test_verdicts(low: float, high: float, status: Any) -> None:
     found, factor = judge(interval(low, high), 0.0, 0.15)
     assert found is status
     assert (factor is None) == (status is not Status.UNCLEAR)
 
 
-def test_wanted_shifts_the_verdict():
+def test_wanted_shifts_the_verdict() -> None:
     assert judge(interval(0.45, 0.55), 0.5, 0.15)[0] is Status.PASS
     assert judge(interval(0.45, 0.55), 0.0, 0.15)[0] is Status.FAIL
 
 
 @pytest.mark.parametrize("centre", [0.05, 0.4])
-def test_that_many_more_measurements_make_it_clear(centre):
+def test_that_many_more_measurements_make_it_clear(centre: float) -> None:
     _, factor = judge(interval(centre - 0.5, centre + 0.5))
     for times, clear in ((factor * 1.01, True), (factor * 0.99, False)):
         half = 0.5 / math.sqrt(times)
         assert (judge(interval(centre - half, centre + half))[0] is not Status.UNCLEAR) == clear
 
 
-def test_few_points_take_much_to_fail():
+def test_few_points_take_much_to_fail() -> None:
     assert judge(interval(0.4, 0.9, points=100))[0] is Status.FAIL
     assert judge(interval(0.4, 0.9, points=4))[0] is Status.UNCLEAR
 
 
-def test_on_the_edge_no_number_will_do():
+def test_on_the_edge_no_number_will_do() -> None:
     assert judge(interval(-0.25, 0.25), 0.0, 0.0)[1] == math.inf
 
 
@@ -97,12 +100,12 @@ def test_on_the_edge_no_number_will_do():
         ([0, 128, 256], [1, 1, 1], "positive finite sizes"),
     ],
 )
-def test_errors(sizes, values, message):
+def test_errors(sizes: list[Any], values: list[Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_exponent(sizes, values)
 
 
-def test_confidence_is_in_range():
+def test_confidence_is_in_range() -> None:
     with pytest.raises(ValueError, match="confidence"):
         fit_exponent([1, 2, 3], [1, 1, 1], confidence=95)
 
@@ -123,7 +126,7 @@ for call in (lambda: scaling.fit_exponent([1, 2, 3], [1, 1, 1]), rule.to_frame):
 """
 
 
-def test_what_is_missing_is_named_where_it_is_needed():
+def test_what_is_missing_is_named_where_it_is_needed() -> None:
     done = subprocess.run([sys.executable, "-c", MISSING], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         'a fit of exponents needs scipy: pip install "fastfs[scaling]"',

@@ -1,6 +1,10 @@
 """The tables: entries, their application to a model, and measurements of the constants."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +25,9 @@ from tests.helpers.scaling_cases import IN, made, row, squared
         ("fsc", lambda m, n: n**0.5 / m, lambda m, n: (2 * m / n, 4 / n, 2 / m)),
     ],
 )
-def test_entries_of_the_mlp(scheme, std, rates, kind, norm_sq):
+def test_entries_of_the_mlp(
+    scheme: str, std: Callable[..., Any], rates: Callable[..., Any], kind: str, norm_sq: float
+) -> None:
     depth, width = 7, 50
     rule = scaling.mlp(depth, width, 9, 3, scheme=scheme, input=kind)
     first, hidden, last = (r / depth for r in rates(width, depth))
@@ -34,13 +40,13 @@ def test_entries_of_the_mlp(scheme, std, rates, kind, norm_sq):
 
 
 @pytest.mark.parametrize(("beta", "branch"), [(None, 2 * 25 / 27), (1 / 25, 2 * 625 / 27)])
-def test_branches_of_a_resnet_learn_at_rate_one_or_depth(beta, branch):
+def test_branches_of_a_resnet_learn_at_rate_one_or_depth(beta: Any, branch: Any) -> None:
     rule = scaling.resnet(25, 40, beta, in_dim=9)
     assert rule.layers[1].lr == pytest.approx(branch)
     assert rule.layers[-1].std == pytest.approx(1 / 40)
 
 
-def test_standard_has_one_rate_and_the_initialization_of_ntk():
+def test_standard_has_one_rate_and_the_initialization_of_ntk() -> None:
     standard, ntk = (scaling.mlp(5, 30, 9, scheme=s) for s in ("standard", "ntk"))
     assert {layer.lr for layer in standard.layers} == {1.0}
     assert [layer.std for layer in standard.layers] == [layer.std for layer in ntk.layers]
@@ -58,26 +64,26 @@ def test_standard_has_one_rate_and_the_initialization_of_ntk():
         {"decrease": math.nan},
     ],
 )
-def test_arguments_that_cannot_be_are_named(bad):
+def test_arguments_that_cannot_be_are_named(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         scaling.mlp(**{"depth": 4, "width": 8, "in_dim": 3, **bad})
 
 
 @pytest.mark.parametrize("name", ["depth", "width", "in_dim", "out_dim"])
 @pytest.mark.parametrize("size", [10.5, 8.0, True, "8"])
-def test_sizes_are_integers(name, size):
+def test_sizes_are_integers(name: str, size: Any) -> None:
     for kind in (scaling.mlp, scaling.resnet):
         with pytest.raises(TypeError, match=f"{name}: expected an integer, got"):
             kind(**{"depth": 4, "width": 8, "in_dim": 3, name: size})
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.5, -1.0])
-def test_branch_scale_is_in_range(beta):
+def test_branch_scale_is_in_range(beta: float) -> None:
     with pytest.raises(ValueError, match="branch_scale"):
         scaling.resnet(4, 8, beta, in_dim=3)
 
 
-def test_scaled_keeps_the_balance():
+def test_scaled_keeps_the_balance() -> None:
     rule = scaling.mlp(6, 40, 9, scheme="mup")
     other = rule.scaled(lr=0.5, output_std=3.0)
     before, after = scaling.predict(rule), scaling.predict(other)
@@ -90,7 +96,7 @@ def test_scaled_keeps_the_balance():
 # apply
 
 
-def chain(width=64, bias=True):
+def chain(width: int = 64, bias: bool = True) -> Any:
     return nn.Sequential(
         nn.Linear(9, width, bias=bias), nn.ReLU(), nn.Linear(width, width, bias=bias), nn.ReLU(), nn.Linear(width, 3)
     )
@@ -104,7 +110,7 @@ def chain(width=64, bias=True):
         (ResNet(9, 200, 3, 3), scaling.resnet(3, 200, in_dim=9, out_dim=3)),
     ],
 )
-def test_apply_draws_what_the_rule_says(model, rule):
+def test_apply_draws_what_the_rule_says(model: Any, rule: Any) -> None:
     groups = scaling.apply(model, rule, generator=torch.Generator().manual_seed(0))
     assert len(groups) == len(rule.layers)
     names = dict(model.named_modules())
@@ -123,7 +129,7 @@ def test_apply_draws_what_the_rule_says(model, rule):
     assert torch.equal(again[0]["params"][0], groups[0]["params"][0])
 
 
-def tied():
+def tied() -> Any:
     linear = nn.Linear(8, 8)
     return nn.Sequential(nn.Linear(9, 8), linear, nn.ReLU(), linear, nn.Linear(8, 3))
 
@@ -145,7 +151,7 @@ def tied():
         ),
     ],
 )
-def test_a_mismatch_is_an_error_and_nothing_is_written(model, rule, message):
+def test_a_mismatch_is_an_error_and_nothing_is_written(model: Any, rule: Any, message: str) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match=message):
         scaling.apply(model, rule)
@@ -159,7 +165,7 @@ SEEDS = 12
 
 @pytest.mark.parametrize("resnet", [False, True])
 @pytest.mark.parametrize("scheme", ["standard", "ntk", "mup", "fsc"])
-def test_constants(scheme, resnet):
+def test_constants(scheme: str, resnet: bool) -> None:
     """lr |g|^2 of every matrix, D, the angle and S are as predicted, for a residual of 1, over seeds."""
     width, depth = 512, 6
     rows = []
@@ -183,7 +189,7 @@ def test_constants(scheme, resnet):
 
 
 @pytest.mark.parametrize("c", [0.1, 0.5, 1.0, 2.0])
-def test_predicted_angle_has_the_known_limits(c):
+def test_predicted_angle_has_the_known_limits(c: float) -> None:
     depth = 2000
     limit = 1 / math.sqrt(1 + 2 * c**2 / 3)
     assert scaling.predicted_cos_angle(depth, branch_scale=c / math.sqrt(depth)) == pytest.approx(limit, rel=2e-3)
@@ -191,7 +197,7 @@ def test_predicted_angle_has_the_known_limits(c):
     assert mlp == pytest.approx(math.sqrt(1.5 / depth), rel=2e-3)
 
 
-def test_predicted_angle_of_published_figures():
+def test_predicted_angle_of_published_figures() -> None:
     """Output angles of the ResNet over sqrt(L) beta and of the MLP of depth 100, which vary by 0.03 over seeds."""
     for c, published in ((0.1, 0.075), (0.5, 0.355), (1.0, 0.675), (2.0, 1.045)):
         angle = math.acos(scaling.predicted_cos_angle(100, branch_scale=c / 10))
@@ -202,7 +208,7 @@ def test_predicted_angle_of_published_figures():
 @pytest.mark.parametrize(
     "bad", [{"depth": -1}, {"depth": 3, "branch_scale": 2.0}, {"depth": 1, "contributions": [1.0]}]
 )
-def test_predicted_angle_arguments(bad):
+def test_predicted_angle_arguments(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="expected"):
         scaling.predicted_cos_angle(**bad)
 
@@ -216,7 +222,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("depth", [5, 10, 20, 40])
 @pytest.mark.parametrize("scheme", ["ntk", "mup", "fsc"])
-def test_published_sensitivities(scheme, depth):
+def test_published_sensitivities(scheme: str, depth: int) -> None:
     """Sensitivity after the ReLU at width 400, |x| = 1, y = 1, to first order and in a small finite step."""
     seeds, step = 8, 1e-3
     found = []
@@ -239,5 +245,5 @@ def test_published_sensitivities(scheme, depth):
     assert torch.allclose(got[:, 0], got[:, 1], rtol=0.05)
 
 
-def rms(x):
+def rms(x: Any) -> Any:
     return x.square().mean().sqrt().item()

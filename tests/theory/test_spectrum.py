@@ -1,8 +1,11 @@
 """The kernel as an operator, against the matrix from explicit Jacobians."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +21,8 @@ from tests.helpers.compare import assert_matrix
 from tests.helpers.spectrum_cases import CASES, Case, convolution, jacobians, kernel, mlp, rows, squared, transformer
 
 
-def bfk(case: Case, **options: object) -> BFK:
-    options = {"dtype": torch.float64, **options}
-    return BFK(case.model, case.loss_fn, case.batch, case.layer, **options)
+def bfk(case: Case, **options: Any) -> BFK:
+    return BFK(case.model, case.loss_fn, case.batch, case.layer, **{"dtype": torch.float64, **options})
 
 
 @pytest.fixture(params=list(CASES))
@@ -153,7 +155,7 @@ def test_memory_is_bounded_by_the_chunk() -> None:
             super().__init__()
             self.numel = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = func(*args, **(kwargs or {}))
             for x in torch.utils._pytree.tree_leaves(result):
                 if isinstance(x, Tensor):
@@ -210,7 +212,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"unknown names \['blocks.9'\].*Candidates: blocks.0"):
         BFK(case.model, squared, case.batch, "blocks.9")
     with pytest.raises(TypeError, match="layer: expected the name of a module, got 3"):
-        BFK(case.model, squared, case.batch, 3)  # type: ignore[arg-type]
+        BFK(case.model, squared, case.batch, 3)
     with pytest.raises(ValueError, match="'inner': expected a layer that runs once, it runs 2 times"):
         BFK(twice, squared, batch, "inner")
     with pytest.raises(ValueError, match="'unused': expected a layer that runs once, it runs 0 times"):
@@ -231,7 +233,7 @@ def test_bad_arguments() -> None:
         BFK(case.model, squared, case.batch, case.layer, parameters="typo")
     for chunk in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="chunk: expected a number of vectors >= 1"):
-            BFK(case.model, squared, case.batch, case.layer, chunk=chunk)  # type: ignore[arg-type]
+            BFK(case.model, squared, case.batch, case.layer, chunk=chunk)
 
 
 def test_bad_vectors() -> None:
@@ -243,7 +245,7 @@ def test_bad_vectors() -> None:
     with pytest.raises(TypeError, match=r"expected a tensor of torch.float64 on cpu, got torch.float32"):
         operator.apply(good.float())
     with pytest.raises(TypeError, match="got ndarray"):
-        operator.apply(np.zeros((3, 8)))  # type: ignore[arg-type]
+        operator.apply(np.zeros((3, 8)))
     with pytest.raises(TypeError, match="expected real vectors, got complex128"):
         operator @ np.zeros(24, dtype=np.complex128)
     with pytest.raises(ValueError, match="dimension mismatch"):

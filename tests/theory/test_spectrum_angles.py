@@ -287,9 +287,9 @@ def test_bad_jacobians() -> None:
     with pytest.raises(ValueError, match="unknown names"):
         LayerJacobian(case.model, squared, case.batch, "blocks.0", "typo")
     with pytest.raises(TypeError, match="start: expected the name of a module"):
-        LayerJacobian(case.model, squared, case.batch, 0, "blocks.1")  # type: ignore[arg-type]
+        LayerJacobian(case.model, squared, case.batch, 0, "blocks.1")
     with pytest.raises(TypeError, match="expected a LayerJacobian, got ndarray"):
-        singular_values(np.eye(3))  # type: ignore[arg-type]
+        singular_values(np.eye(3))
     same = LayerJacobian(case.model, squared, case.batch, "blocks.1", "blocks.1", dtype=torch.float64)
     assert torch.equal(same.dense(), torch.eye(24, dtype=torch.float64))
 

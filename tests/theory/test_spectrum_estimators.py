@@ -1,6 +1,9 @@
 """Moments, quadrature and extreme eigenvalues of operators with known spectra."""
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +30,13 @@ def exact_moments(values: Tensor, order: int) -> Tensor:
 def test_moments_within_their_standard_errors(spectrum: str, sketch: int, distribution: str) -> None:
     values = SPECTRA[spectrum]
     matrix = spectrum_of(values)
-    options = {"order": 4, "rtol": 0.0, "max_probes": 400, "sketch": sketch, "distribution": distribution}
+    options: dict[str, Any] = {
+        "order": 4,
+        "rtol": 0.0,
+        "max_probes": 400,
+        "sketch": sketch,
+        "distribution": distribution,
+    }
     found = moments(matrix, seed=5, **options)
     assert found.probes == 400
     assert found.products == 2 * 400 + 3 * sketch
@@ -308,14 +317,14 @@ def test_bad_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             moments(matrix, **options)
     with pytest.raises(TypeError, match="seed: expected a whole number"):
-        moments(matrix, seed=0.5)  # type: ignore[arg-type]
+        moments(matrix, seed=0.5)
     for options in ({"probes": 0}, {"steps": 0}, {"steps": 1.5}):
         with pytest.raises(ValueError, match="expected a whole number >= 1"):
             quadrature(matrix, **options)
     rule = quadrature(matrix, probes=1, steps=2)
     for sigma in (0.0, -1.0, float("inf"), "wide"):
         with pytest.raises(ValueError, match="sigma: expected a positive number"):
-            rule.density(torch.zeros(2), sigma)  # type: ignore[arg-type]
+            rule.density(torch.zeros(2), sigma)
     with pytest.raises(ValueError, match="grid: expected a tensor of one dimension"):
         rule.density(torch.zeros(2, 2), 1.0)
     with pytest.raises(ValueError, match="q: expected a share"):

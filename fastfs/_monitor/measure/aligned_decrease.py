@@ -75,7 +75,7 @@ class Aligned:
 
 
 def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) -> Aligned:
-    """Sums the update of the parameters over those of each layer.
+    """Returns the sums over each layer of what a step did to the parameters.
 
     Args:
         found: What the step did to every parameter, shape (P,).

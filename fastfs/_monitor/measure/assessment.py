@@ -50,11 +50,12 @@ class UpdateAssessor:
         self.kappa: Tensor | None = None
 
     def assess_replay(self, found: LayerSums, eps: Tensor, depth: Tensor) -> trust.AssessedUpdate:
-        """Assesses a plain replay.
+        """Returns the assessed update of a plain replay.
 
         Args:
             found: Its sums.
-            eps, depth: See :func:`trust.assess`.
+            eps: See :func:`trust.assess`.
+            depth: See :func:`trust.assess`.
         """
         rows, width = found.one_visit()
         return trust.assess(found.stats, eps=eps, depth=depth, rows=rows, width=width)
@@ -74,7 +75,8 @@ class UpdateAssessor:
 
         Args:
             found: Sums of the plain replay.
-            eps, depth: See :func:`trust.assess`.
+            eps: See :func:`trust.assess`.
+            depth: See :func:`trust.assess`.
             coarsest: The largest of `eps`, on the host.
             updates: Of the parameters.
             decrease: Aligned decrease in the scale of the backward vectors, NaN for a layer that is no cut.
@@ -118,7 +120,7 @@ class UpdateAssessor:
 
     @staticmethod
     def refuse_other_masks(update: trust.AssessedUpdate, difference: FeatureStats) -> trust.AssessedUpdate:
-        """Refuses layers whose features from a compiled graph and from eager execution differ by more than rounding.
+        """Returns the update without layers whose features from compiled and eager execution are different functions.
 
         torch.compile draws other random numbers than eager execution: the backward vectors are of other dropout masks.
         """

@@ -106,7 +106,7 @@ class GradientSampler:
         complete: bool = True,
         like: GradientSnapshot | None = None,
     ) -> GradientSnapshot:
-        """Takes a snapshot of the gradients.
+        """Returns a snapshot of the gradients.
 
         Args:
             parameters: The parameters.

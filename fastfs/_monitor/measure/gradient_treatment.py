@@ -292,7 +292,7 @@ class _Factors:
 
 
 def _factors(squares: Tensor, precision: tuple[float, float], same: bool) -> _Factors:
-    """Computes factors and reasons.
+    """Returns factors and reasons.
 
     Args:
         squares: From `_squares`, float64 (P, 4).

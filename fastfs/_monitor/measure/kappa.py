@@ -63,7 +63,7 @@ def choose_kappa(
 
 
 def first_kappa(update_norms: Tensor, parameter_norms: Tensor, target: float = TARGET) -> Tensor:
-    """Chooses a small first kappa from the norms of parameters and their updates.
+    """Returns a small first kappa from the norms of parameters and their updates.
 
     Features move relatively more than their parameters, 2 to 30 times as much in the study, as the moves of several
     layers add up. So the first kappa aims at a sixteenth of the target for the parameter that moves most.

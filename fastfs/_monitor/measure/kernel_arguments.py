@@ -78,7 +78,7 @@ def kernel_arguments(
     rewritten: Sequence[bool],
     known_counts: Sequence[float | None],
 ) -> KernelArguments:
-    """Collects the arguments of one call.
+    """Returns the arguments of one call.
 
     Args:
         optimizer: The optimizer after its step.

@@ -159,11 +159,12 @@ class Parameters:
 
 
 def _of_backward(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Tensor | None) -> MeasuredUpdate:
-    """Replaces the gradients that the step was given by those that the backward computed.
+    """Returns the update with the gradients that the backward computed, not those that the step was given.
 
     Args:
         found: The update.
-        factor, code: See :class:`Treatment`.
+        factor: See :class:`Treatment`.
+        code: See :class:`Treatment`.
         scale: By what a fused optimizer divided the gradients itself; None for nothing.
     """
     sums = found.stats.sums

@@ -46,7 +46,14 @@ class Probe:
         self.dtype = dtype
 
     def cast(self, x: Tensor) -> Tensor:
-        """Returns a tensor in the dtype of the probe, if it is floating-point."""
+        """Casts a tensor to the dtype of the probe.
+
+        Args:
+            x: Any tensor.
+
+        Returns:
+            The tensor in :attr:`dtype` if it is floating-point and the probe has one, else ``x``.
+        """
         return self._cast(x, self.dtype)
 
     @staticmethod

@@ -70,12 +70,13 @@ class ReplayChecks:
     def refuse_unrepeated(
         self, graphs: Hashable, update: trust.AssessedUpdate, eps: Tensor, depth: Tensor
     ) -> trust.AssessedUpdate:
-        """Refuses layers whose second forward has not given the features of the first.
+        """Returns the update without layers whose second forward has not given the features of the first.
 
         Args:
             graphs: Of the step.
             update: The measurement.
-            eps, depth: See :func:`fastfs._monitor.measure.trust.assess`.
+            eps: See :func:`fastfs._monitor.measure.trust.assess`.
+            depth: See :func:`fastfs._monitor.measure.trust.assess`.
         """
         relative = self._results[graphs][1] if graphs in self._results else self._unknown()
         rounding = (_ROUNDINGS * trust.rounding_variance(eps, depth)).clamp_max(_LARGEST**2)

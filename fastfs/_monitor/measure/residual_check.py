@@ -27,7 +27,8 @@ def probe_residual_is_large(
     Args:
         plain: The plain replay.
         probe: The probe.
-        aligned_decrease, dot_se: See :func:`fastfs._monitor.measure.trust.assess`.
+        aligned_decrease: See :func:`fastfs._monitor.measure.trust.assess`.
+        dot_se: See :func:`fastfs._monitor.measure.trust.assess`.
     """
     kappa = probe.kappa.to(torch.float64)
     dot = (probe.plus.update_dot_backward - probe.minus.update_dot_backward) / (2 * kappa)
@@ -46,7 +47,8 @@ def rms_residual(
         stats: Of the features.
         dot: <b, df>, (L,).
         update_sq: |df|^2, (L,).
-        aligned_decrease, dot_se: See :func:`fastfs._monitor.measure.trust.assess`.
+        aligned_decrease: See :func:`fastfs._monitor.measure.trust.assess`.
+        dot_se: See :func:`fastfs._monitor.measure.trust.assess`.
     """
     if aligned_decrease is None:
         return torch.zeros((), dtype=torch.float64, device=stats.device), torch.zeros_like(dot, dtype=torch.bool)

@@ -109,7 +109,7 @@ def assess(
     exact_before_sq: Tensor | None = None,
     dot_se: Tensor | None = None,
 ) -> AssessedUpdate:
-    """Takes for each layer the estimate with the smaller error, and tests whether it can be trusted.
+    """Returns for each layer the estimate with the smaller error, and whether it can be trusted.
 
     Args:
         plain: Sums of f(w) and f(w + dw): shape (L,), layers in the order of the forward.
@@ -118,8 +118,9 @@ def assess(
             whatever their own dtype: 2^-7 under bf16 autocast, 2^-10 for float16 and TF32 products, 2^-23 in float32.
         depth: float64 (L,), number of layers before each one; 0, 1, 2, ... by default. Pass it if few layers are
             watched.
-        rows, width: float64 (L,), average number of kept rows of one visit, and their length. By default every entry
-            that was counted has noise of its own.
+        rows: float64 (L,), average number of kept rows of one visit. By default every entry that was counted has noise
+            of its own.
+        width: float64 (L,), length of a row.
         aligned_decrease: float64 (L,), D of the step, in the scale of the backward vectors; NaN for a layer that is no
             cut. The update is that of the rounded parameters.
         exact_before_sq: float64 (L,), |f|^2 in float32, on the same rows; one forward now and then is enough.
@@ -187,10 +188,10 @@ def assess(
 def assess_tangent(
     stats: FeatureStats, *, eps: Tensor, aligned_decrease: Tensor | None = None, dot_se: Tensor | None = None
 ) -> AssessedUpdate:
-    """Tests a first-order update from forward-mode differentiation, which has no error by subtraction.
+    """Returns a first-order update from forward-mode differentiation, and whether it can be trusted.
 
-    In 16 bits the derivative is that of a rounded network; the residual shows that. Arguments and errors are those of
-    :func:`assess`.
+    It has no error by subtraction. In 16 bits the derivative is that of a rounded network; the residual shows that.
+    Arguments and errors are those of :func:`assess`.
     """
     optional = {"aligned_decrease": aligned_decrease, "dot_se": dot_se}
     _check_shapes(stats, None, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
@@ -222,7 +223,8 @@ def rounding_variance(eps: Tensor, depth: Tensor) -> Tensor:
     """Returns a bound of the variance of rounding noise in features relative to their square: (L,).
 
     Args:
-        eps, depth: See :func:`assess`.
+        eps: See :func:`assess`.
+        depth: See :func:`assess`.
     """
     roundings = (_AT_FIRST + _PER_LAYER * depth) * torch.where(eps < _SINGLE, _ACCUMULATED, 1.0)
     return roundings * (_ROUNDING * eps).square()
@@ -248,7 +250,7 @@ def _last_code(stats: FeatureStats, conditions: Sequence[tuple[int, Tensor]]) ->
 
 
 def _bias(before_sq: Tensor, exact_before_sq: Tensor | None) -> Tensor:
-    """Relative error of the norms of the features, which no difference of features can show.
+    """Returns the relative error of the norms of the features, which no difference of features can show.
 
     Example: multiplying by 0.998 leaves many bf16 numbers as they are, and the error adds up over the layers.
     """
@@ -258,7 +260,7 @@ def _bias(before_sq: Tensor, exact_before_sq: Tensor | None) -> Tensor:
 
 
 def _angle_error(cosine: Tensor, norm_error: Tensor, backward: Tensor, entries: Tensor) -> Tensor:
-    """The larger relative change of the angle, of both signs.
+    """Returns the relative change of the angle, the larger one of both signs.
 
     Args:
         cosine: Cosine of the angle.

@@ -71,7 +71,7 @@ def second_difference(probe: CentralProbe) -> Tensor:
 
 
 def from_probe(plain: FeatureStats, probe: CentralProbe, second: Tensor, entries: Tensor) -> UpdateEstimate:
-    """Estimates the update from the central difference, and its curvature from the second difference.
+    """Returns the update from the central difference, with its curvature from the second difference.
 
     With f(w + k dw) = f + k d + k^2 c / 2 the update is d + c/2: <.,b> and |.|^2 of it follow from the three sums. At
     kappa = 1 this is the plain replay, exactly.
@@ -114,7 +114,7 @@ def from_probe(plain: FeatureStats, probe: CentralProbe, second: Tensor, entries
 
 
 def from_replay(plain: FeatureStats, second: Tensor, entries: Tensor) -> UpdateEstimate:
-    """Estimates the update from the plain replay.
+    """Returns the update from the plain replay.
 
     Args:
         plain: The plain replay.
@@ -131,7 +131,7 @@ def from_replay(plain: FeatureStats, second: Tensor, entries: Tensor) -> UpdateE
 
 
 def _along(q: Tensor, entries: Tensor) -> Tensor:
-    """Noise along the update, relative to it: three standard deviations if every entry is rounded by itself.
+    """Returns noise along the update, relative to it: three standard deviations if every entry is rounded by itself.
 
     It averages out in layers with many entries; in those with few it is the error of the norm.
     """

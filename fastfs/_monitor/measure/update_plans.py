@@ -88,7 +88,7 @@ class Plan:
 
 
 def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedForm | None], *, copy_all: bool) -> Plan:
-    """Decides how the parameters of an optimizer are measured that have these gradients.
+    """Returns how the parameters of an optimizer are measured that have these gradients.
 
     Args:
         optimizer: The optimizer right before its step.

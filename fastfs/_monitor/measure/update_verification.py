@@ -117,7 +117,8 @@ def same_gradients(before: Samples, after: Samples, added: Samples | None, facto
     """Returns whether gradients are what they were, up to rounding, once an addition or a factor is taken out.
 
     Args:
-        before, after: Their samples.
+        before: Their samples before.
+        after: Their samples after.
         added: Samples of what was added to them, `factor` times; None if they were multiplied by the factor.
         factor: The factor.
 

@@ -27,7 +27,7 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
     The columns are ``kind`` (measured or predicted), ``run``, ``step``, ``time`` (seconds since 1970), ``layer`` (its
     index; groups follow the layers), ``name`` and ``group`` (bool), followed by the values per layer (``angle`` in
     radians, ``update_rms`` in feature units per step, ...) and the values per step (``loss``, ``micro_batches``,
-    ``overhead_seconds``, ``loss_scale``; ``kappa`` and others if recorded). ``docs/monitor.md`` lists all of them. A
+    ``overhead_seconds``, ``loss_scale``; ``kappa`` and others if recorded). ``docs/record.md`` lists all of them. A
     missing or undefined number is NaN, a missing string None. ``valid`` and ``linear`` have the dtype ``boolean``, and
     columns of integers the dtype ``float64``, if values are missing.
 

@@ -31,7 +31,9 @@ _MESSAGES = 1000
 
 
 class Recorder:
-    """Brings payloads on the device and records on the host to the sinks, in order and in the background::
+    """Brings payloads on the device and records on the host to the sinks, in order and in the background.
+
+    Usage::
 
         recorder = Recorder(sinks, header)
         recorder.push(payload, decode)      # copies on the device; decode(host tensor) -> records, in another thread
