@@ -189,8 +189,8 @@ COLUMNS = (
     Column(
         name="valid",
         type="boolean",
-        meaning="whether the measurement is right: [by estimate](validity.md#when-an-angle-is-valid), the errors of norm "
-        "and angle are at most 2 %",
+        meaning="whether the measurement is right: [by estimate](validity.md#when-an-angle-is-valid), the errors of "
+        "norm and angle are at most 2 %",
         since=1,
     ),
     Column(name="why", type="string", meaning="[why](loops_and_models.md#why-a-row-is-not-valid) the row is not valid"),

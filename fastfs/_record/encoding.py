@@ -27,6 +27,9 @@ _ENCODE = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 def to_json(value: Any) -> str:
     """Encodes a value on one line. NaN and infinities, which JSON does not have, become null.
 
+    Returns:
+        The text, without a newline.
+
     Raises:
         TypeError: JSON cannot represent the value.
     """
@@ -38,6 +41,9 @@ def to_json(value: Any) -> str:
 
 def parse(raw: bytes) -> Any:
     """Decodes one line.
+
+    Returns:
+        The value.
 
     Raises:
         ValueError: not UTF-8, not JSON (NaN and Infinity are not), an object with a repeated name, a string with an

@@ -41,6 +41,9 @@ def make_header(
         resumed_at: first optimizer step of a run that continues.
         groups: members of each group of layers. The values of groups follow those of the layers in every column.
         settings: of the monitor (``mode``, ``every``, ``rows``, ``memory_bytes``, ...).
+
+    Returns:
+        The header.
     """
     parameters = list(model.parameters())
     devices = dict.fromkeys(str(p.device) for p in parameters)
@@ -76,6 +79,9 @@ def make_header(
 
 def checked_metadata(metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """Copies the user's metadata.
+
+    Returns:
+        The copy; empty if there are no metadata.
 
     Raises:
         TypeError: not a dictionary, or JSON cannot represent it.

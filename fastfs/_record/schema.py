@@ -89,6 +89,9 @@ class Checker:
     def check(self, line: Any) -> CheckedLine:
         """Checks a decoded line.
 
+        Returns:
+            The line with typed values.
+
         Raises:
             UnknownSchemaError: a header of another version; the record cannot be read.
             ValueError: the line does not conform to the schema; the message says why.
@@ -171,6 +174,9 @@ def _check_first_schema_row(line: Line, header: Line) -> CheckedLine:
 
 def _column(name: str, values: Any, length: int) -> Array:
     """Converts a column of one record to an array, as described at :class:`CheckedLine`.
+
+    Returns:
+        The array.
 
     Raises:
         ValueError: not a list of that length, or values of another type than the column's.

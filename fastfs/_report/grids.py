@@ -51,6 +51,9 @@ def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Q
     Args:
         table: with a column per quantity.
         where: mask of the rows to look at; all of them if None.
+
+    Returns:
+        The quantities, in the order of the menu.
     """
     errors = {quantity.error for quantity in QUANTITIES}
     known = {quantity.key: quantity for quantity in QUANTITIES}
@@ -82,6 +85,9 @@ def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where:
         rows: number of layers and groups.
         columns: to convert; those that the table does not have become NaN.
         where: mask of the rows of that kind, so that a large table need not be copied; all of them if None.
+
+    Returns:
+        The grids.
     """
     import pandas
 
@@ -159,7 +165,15 @@ def thin(grid: Grid, most: int, alert_steps: Sequence[int] = ()) -> Thinned:
     """Chooses at most ``most`` steps, one of each group of neighbors. Nothing is averaged.
 
     It is the step with the most alerts, then the one with the most cells that are not valid, then the last one. The
-    result says how many cells of the group were not valid.
+    result also says how many cells of the group were not valid.
+
+    Args:
+        grid: of one kind of rows.
+        most: number of steps.
+        alert_steps: steps of the alerts.
+
+    Returns:
+        The chosen steps.
     """
     total = len(grid.steps)
     edges = np.unique(np.linspace(0, total, min(total, most) + 1).round().astype(np.int64))

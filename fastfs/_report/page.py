@@ -52,6 +52,9 @@ def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str], *, run
         out: path of the page; its folder is created if missing.
         run: id of the run; the last one in the record by default.
 
+    Returns:
+        The path of the page.
+
     Raises:
         ImportError: plotly or pandas is not installed.
         OSError: the record cannot be read, or the page cannot be written.
@@ -69,6 +72,9 @@ def build_page(table: pandas.DataFrame, *, run: str | None = None, source: str =
         table: of :func:`fastfs.load`, with its ``attrs``.
         run: id of the run; the last one by default.
         source: name of the record, shown on the page.
+
+    Returns:
+        The page as HTML.
 
     Raises:
         ValueError: the table has no such run.

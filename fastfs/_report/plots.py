@@ -114,6 +114,9 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
 
     Gray cells were not measured; dots mark rows that are not valid.
 
+    Returns:
+        The figure.
+
     Raises:
         ValueError: the table is empty.
     """

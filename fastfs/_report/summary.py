@@ -106,6 +106,9 @@ def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, p
         measured: grid of the measured rows.
         before: speeds of :func:`fastfs._report.grids.predicted_before`.
         predicted: whether there are predicted rows.
+
+    Returns:
+        The sentences.
     """
     if not len(measured.steps):
         return (

@@ -49,6 +49,9 @@ def screen(
             then those with the largest angle; ``layer``: the first ones of the network.
         search: show only layers whose name contains this.
         name: of the record.
+
+    Returns:
+        What rich can print.
     """
     lines = _heading(state, now, name)
     rows = [i for i, layer in enumerate(state.names) if search.lower() in layer.lower()]

@@ -94,7 +94,7 @@ def test_on_alert_has_to_be_a_function(tmp_path: Path) -> None:
     [{"metadata": {"a": "\ud800"}}, {"metadata": {1: "a", "1": "b"}}, {"run": ""}, {"layers": [3]}, {"schema": 99}],
 )
 def test_a_header_that_readers_would_refuse_is_not_written(tmp_path: Path, more: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"surrogate|twice|run|layers|schema"):
+    with pytest.raises(ValueError, match=r"surrogate|repeated|run|layers|schema"):
         open_recorder(tmp_path / "a.jsonl", [], {**head(), **more})
     assert list(tmp_path.iterdir()) == []
 

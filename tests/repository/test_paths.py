@@ -7,6 +7,7 @@ import builtins
 import importlib
 import re
 from functools import cache
+from importlib.metadata import metadata
 from pathlib import PurePosixPath
 
 import pytest
@@ -54,7 +55,7 @@ def paths_in(text: str) -> list[str]:
     spans = re.findall(r"`+([^`\n]+)`+", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL))
     words = [word for span in [*spans, *(part for block in blocks for part in block)] for word in span.split()]
     names = [name for word in words for name in alternatives(word.strip("()[]\"',;:"))]
-    return [name for name in names if PATH.fullmatch(name) and not GENERATED.fullmatch(name)]
+    return [name for name in names if PATH.fullmatch(name) and not GENERATED.fullmatch(name) and "NAME" not in name]
 
 
 def missing(text: str) -> list[str]:
@@ -78,6 +79,7 @@ def test_paths_and_modules_of_package_docstrings_exist(name: str) -> None:
     package = importlib.import_module(".".join(folder.relative_to(ROOT).parts))
     names = re.findall(r"``(\w+)``", docstring)
     known = {path.stem for path in folder.iterdir()} | {package.__name__.partition(".")[0], *vars(package)}
+    known |= set(metadata("fastfs").get_all("Provides-Extra", []))
     assert [word for word in names if word not in known and not hasattr(builtins, word)] == []
 
 

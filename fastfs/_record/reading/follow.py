@@ -60,6 +60,9 @@ class Follower:
     def poll(self) -> NewLines:
         """Reads what was written since the last call.
 
+        Returns:
+            The new lines.
+
         Raises:
             OSError: the file exists but cannot be read.
             ValueError: the file is not a record.

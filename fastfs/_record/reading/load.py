@@ -38,6 +38,9 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
         path: a JSONL file or a folder of Parquet parts that :class:`fastfs.Monitor` wrote or is still writing, with
             schema 1 or 2.
 
+    Returns:
+        The table.
+
     Raises:
         ImportError: pandas is not installed, or pyarrow for Parquet.
         OSError: the file cannot be read.
@@ -60,6 +63,9 @@ def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[st
     Args:
         path: a file or folder written by :class:`fastfs.Monitor`.
         run: id of the run; the last one by default. A resumed run has several headers, of which the last one counts.
+
+    Returns:
+        The header.
 
     Raises:
         OSError: the file cannot be read.
@@ -86,6 +92,9 @@ def load_compact(path: Path, leave_out: Iterable[str] = ()) -> pandas.DataFrame:
     Args:
         path: of the record.
         leave_out: columns that are not needed.
+
+    Returns:
+        The table.
     """
     return _table(path, Store(np.float32, leave_out), compact=True)
 

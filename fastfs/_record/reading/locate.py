@@ -18,6 +18,9 @@ def find_record(path: str | os.PathLike[str]) -> Path:
     otherwise for the only record in it, otherwise for the only record in its subfolders. If there are several
     candidates, only those that begin like a record, or are still empty, count.
 
+    Returns:
+        The path of the record.
+
     Raises:
         FileNotFoundError: there is no such file or folder, or no record in the folder or one level down.
         ValueError: neither a file nor a folder, or there are several records, which the message lists.

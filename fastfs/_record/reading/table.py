@@ -25,6 +25,9 @@ def make_table(
         headers: of their runs.
         others: lines of other kinds.
         compact: whether to represent strings as categories and leave out columns that were not recorded.
+
+    Returns:
+        The table.
     """
     builder = _Builder(store, compact)
     data = builder.keys()

@@ -56,6 +56,9 @@ class JsonlSink:
     def open(self, header: Mapping[str, Any]) -> None:
         """Appends the header.
 
+        Raises:
+            ValueError: the sink is closed.
+
         Warns:
             RuntimeWarning: another process is writing to this file.
         """

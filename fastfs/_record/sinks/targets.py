@@ -57,6 +57,9 @@ def as_sink(target: Any) -> Sink:
 def checked_targets(targets: Any) -> list[Any]:
     """Checks the list of targets given as ``sinks=``. Opens nothing.
 
+    Returns:
+        The targets, each for :func:`as_sink`.
+
     Raises:
         TypeError: not a list, for example a single path or function.
     """

@@ -101,6 +101,9 @@ class Alerts:
 def checked_streaks(state: Any) -> dict[str, dict[str | None, int]]:
     """Checks a state of :meth:`Alerts.state_dict`, which may have been stored as JSON.
 
+    Returns:
+        The streaks of each rule by layer.
+
     Raises:
         ValueError: not such a state; the message names the entry.
     """
