@@ -31,7 +31,8 @@ from benchmarks.harness import environment, print_table
 from benchmarks.monitor.accuracy_networks import ON_GPU, SETTINGS, Case, Network, Parameters, Setting, loss
 from fastfs import feature_stats
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.trust import CentralProbe, Trusted, judge
+from fastfs._monitor.measure.trust import AssessedUpdate, assess
+from fastfs._monitor.measure.update_estimates import CentralProbe
 from fastfs._monitor.row_reasons import REASONS
 from fastfs._network.precision import SINGLE
 from fastfs._reproduce.data import digits, stdlib_text, windows
@@ -135,18 +136,18 @@ def measure(case: Case, setting: Setting, optimizer: str, ratios: tuple[float, .
         plain = feature_stats(before, run.features(after), vectors)
         single_plain = feature_stats(single_before, single.features(after), single_vectors)
         judged = {
-            "plain": judge(plain, eps=eps, rows=rows, width=width),
-            "float32": judge(single_plain, eps=torch.full_like(eps, SINGLE), rows=rows, width=width),
+            "plain": assess(plain, eps=eps, rows=rows, width=width),
+            "float32": assess(single_plain, eps=torch.full_like(eps, SINGLE), rows=rows, width=width),
         }
         norms = torch.stack([torch.stack([step[n].norm(), start[n].double().norm()]) for n in start]).T
         kappa = first_kappa(norms[0], norms[1], target).clamp_max(largest)
         for attempt in range(PROBES):
             probe = central_probe(run, start, step, before, vectors, kappa)
-            found = judge(
+            found = assess(
                 plain, probe, eps=eps, rows=rows, width=width, aligned_decrease=decrease, exact_before_sq=exact_sq
             )
             judged["amplified" if attempt else "cold"] = found
-            judged["no checks"] = judge(plain, probe, eps=eps, rows=rows, width=width)
+            judged["no checks"] = assess(plain, probe, eps=eps, rows=rows, width=width)
             if attempt < PROBES - 1:
                 kappa = choose_kappa(kappa, found.stats.relative_update, target, largest)
         derivative = single.jvp(start, step)
@@ -173,7 +174,9 @@ def central_probe(
     )
 
 
-def compare(truth: FeatureStats, stats: FeatureStats, valid: Tensor | None, judged: Trusted | None) -> dict[str, Any]:
+def compare(
+    truth: FeatureStats, stats: FeatureStats, valid: Tensor | None, judged: AssessedUpdate | None
+) -> dict[str, Any]:
     """Return the errors of a method over the layers that move, with details of the first, middle and last of them."""
     moves = truth.update_sq > 0
     norm = (stats.update_norm / truth.update_norm - 1).abs().nan_to_num(nan=torch.inf)

@@ -16,15 +16,15 @@ from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.measure import decrease_reasons, trust
 from fastfs._monitor.measure.aligned_decrease import Aligned, LossScale, aligned
-from fastfs._monitor.measure.assessment import Judge
+from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import CaptureMode, StepInputs, UpdateEvidence
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.layer_norms import LayerNorms
 from fastfs._monitor.measure.learned_structure import LearnedStructure, StepStructure
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import changed_choices, is_linear, reported, unscaled
 from fastfs._monitor.measure.parameters import Parameters
-from fastfs._monitor.measure.replay_checks import Proofs
-from fastfs._monitor.measure.update_meter import MeasuredUpdate
+from fastfs._monitor.measure.replay_checks import ReplayChecks
 from fastfs._monitor.payload import ColumnLayout, MeasuredCodec, PredictedCodec, StepCodec
 from fastfs._network.guard import WriteError
 from fastfs._network.layers import Layer, parameter_names
@@ -63,7 +63,7 @@ class Engine:
     layout: ColumnLayout
     mode: CaptureMode
     quantiles: Sequence[float]
-    assessor: Judge
+    assessor: UpdateAssessor
     capture: Capture
     parameters: Parameters
     factor: GradientFactor
@@ -76,7 +76,7 @@ class Engine:
         self.learned = LearnedStructure(self.model, len(self.layers), self.device)
         self._perturbed: Perturbed
         self._note_parameters()
-        self.replay_checks = Proofs(len(self.layers), self.device)
+        self.replay_checks = ReplayChecks(len(self.layers), self.device)
         self._norms = LayerNorms(self.device)
         self._loss_scale: Tensor | None = None  # of the current step
         self._found_inf: Tensor | None = None
@@ -124,7 +124,7 @@ class Engine:
             return
         graphs = mode.graphs(forwards)
         if self.replay_checks.due(graphs):
-            self.replay_checks.keep(graphs, mode.check(step))
+            self.replay_checks.record(graphs, mode.check(step))
 
     def _written_since(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> Tensor | None:
         """Returns whether a parameter was written to since one of the forwards began: bool (), None if unknown."""
@@ -225,8 +225,8 @@ class Engine:
         decrease = torch.where(cuts, done.decrease * scale, torch.nan)
         observed = mode.observe(inputs, UpdateEvidence(update.stats, decrease, depth))
         graphs = mode.graphs(forwards)
-        verdict = self.replay_checks.judge(graphs, observed.verdict, observed.eps, depth)
-        self.replay_checks.count(graphs)
+        verdict = self.replay_checks.refuse_unrepeated(graphs, observed.verdict, observed.eps, depth)
+        self.replay_checks.count_step(graphs)
         self._idle -= {i for i, code in enumerate(observed.absent) if code != row_reasons.NOT_RUN}
         verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, forwards, observed.absent)
@@ -317,8 +317,8 @@ class Engine:
         return ~torch.stack([flag.to(self.device, non_blocking=True) for flag in self.capture.rewritten]).any()
 
     def _refused(
-        self, verdict: trust.Trusted, cuts: Tensor, forwards: Sequence[ForwardCapture], absent: Sequence[int]
-    ) -> tuple[trust.Trusted, Tensor]:
+        self, verdict: trust.AssessedUpdate, cuts: Tensor, forwards: Sequence[ForwardCapture], absent: Sequence[int]
+    ) -> tuple[trust.AssessedUpdate, Tensor]:
         """Refuses all rows of the step, or single ones, for what else has happened in it."""
         everywhere = torch.ones_like(verdict.valid)
         if self.capture.dropped:

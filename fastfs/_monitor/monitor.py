@@ -19,7 +19,7 @@ from fastfs._monitor.capture.memory_budget import MemoryBudget
 from fastfs._monitor.capture.sampling import RowSampler
 from fastfs._monitor.engine import Engine
 from fastfs._monitor.measure.aligned_decrease import LossScale
-from fastfs._monitor.measure.assessment import Judge
+from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import ModeResources
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.modes import find_mode
@@ -179,7 +179,7 @@ class Monitor:
             undo.callback(self._capture.close)
             factor = GradientFactor(parameters.groups, self._capture.switch, always=scale.given, failed=runner.failed)
             undo.callback(factor.close)
-            assessor = Judge(parameters.tensors, device)
+            assessor = UpdateAssessor(parameters.tensors, device)
             resources = ModeResources(
                 model=model,
                 layers=self._layers,

@@ -1,4 +1,4 @@
-"""Why a row is not valid, as codes that devices can hold and sentences for the record."""
+"""Why a row is not valid: codes, and sentences for the record."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ REASONS: tuple[str | None, ...] = (
     "the feature speed formula does not hold: rounding has changed the Jacobian",
     "the angle is too small for this precision",
     "rounding is biased: the features differ from those in float32",
-    "torch.compile has other random numbers than the eager forward that this mode needs",
+    "torch.compile draws other random numbers than the eager forward that this mode needs",
     "a micro-batch of the step was left out",
     "parameters were written to between the forward and the step",
     "the layer did not run",
     "the layer runs inside a torch.func transform, where its features cannot be seen",
     "the layer is outside the autograd graph",
-    "there is no room for its rows in memory=",
-    "the layer ran another number of times, or on other shapes, in the second forward",
+    "the rows of the layer do not fit into memory=",
+    "the layer ran a different number of times, or on different shapes, in the second forward",
     "a second forward with the parameters of the first gives other features",
     "the forward ran with other weights than the model's own (torch.func.functional_call)",
     "the inputs depend on trained parameters, whose effect a second forward does not see",
     "gradients were written to between the micro-batches of the step",
     "the forward detaches something that depends on parameters: its first-order change is not complete",
-    "parameters moved between the begin of the step and the evaluation of its closure",
+    "parameters changed between the beginning of the step and the evaluation of its closure",
     "the layer runs inside a graph of torch.compile, which can be seen from torch 2.13 on",
-    "the layer runs several times in recomputations, and which backward vector is of which run is not known",
+    "the layer runs several times in recomputations, and its backward vectors cannot be matched to the runs",
 )
 
 (

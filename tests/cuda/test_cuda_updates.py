@@ -16,7 +16,7 @@ from fastfs._functional import optimizer_stats
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from tests.helpers.cases import step_arguments, step_inputs
 from tests.helpers.compare import assert_same, assert_step
-from tests.monitor.test_update_meter import give_gradients, make_parameters, name_of, truth
+from tests.helpers.optimizer_cases import give_gradients, make_parameters, name_of, truth
 
 pytestmark = pytest.mark.gpu
 

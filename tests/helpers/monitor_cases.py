@@ -64,6 +64,11 @@ def rows(step: int, width: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(16, width, generator=generator), torch.randint(3, (16,), generator=generator)
 
 
+def wide_rows(step: int) -> tuple[Tensor, Tensor]:
+    x, y = rows(step)
+    return x.double(), y
+
+
 def tokens(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + step)
     text = torch.randint(256, (2, 13), generator=generator)

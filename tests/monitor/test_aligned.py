@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
-from tests.helpers.monitor_cases import rows
+from tests.helpers.monitor_cases import wide_rows
 from tests.helpers.monitor_loops import BLOCKS, Net, muon
 
 LAYERS = [f"blocks.{i}" for i in range(3)]
@@ -22,11 +22,6 @@ Row = dict[str, Any]
 @pytest.fixture(autouse=True)
 def one_thread(threads: Any) -> None:
     threads(1)
-
-
-def wide_rows(step: int) -> tuple[Tensor, Tensor]:
-    x, y = rows(step)
-    return x.double(), y
 
 
 def one(kind: type[torch.optim.Optimizer], **options: Any) -> Callable[[nn.Module], list[torch.optim.Optimizer]]:
@@ -168,13 +163,20 @@ def test_a_scaler_changes_no_number(clip: float | None, micro_batches: int) -> N
             assert b[key] == pytest.approx(a[key], rel=1e-5, nan_ok=True), key  # clip_grad_norm_ adds 1e-6 to the norm
 
 
-def test_a_closure_begins_the_step_when_it_is_over() -> None:
-    """With clipping inside of it, and in the first step, where no gradient is there before."""
+def first_order_loop() -> tuple[Net, torch.optim.Optimizer, list[Row], fastfs.Monitor]:
+    """A model, its optimizer, the rows and a monitor in jvp mode."""
     torch.manual_seed(1)
     model = Net().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     seen: list[Row] = []
-    with fastfs.Monitor(model, optimizer, layers=BLOCKS, every=1, mode="jvp", sinks=[seen.extend], verbose=False):
+    monitor = fastfs.Monitor(model, optimizer, layers=BLOCKS, every=1, mode="jvp", sinks=[seen.extend], verbose=False)
+    return model, optimizer, seen, monitor
+
+
+def test_a_closure_begins_the_step_when_it_is_over() -> None:
+    """With clipping inside of it, and in the first step, where no gradient is there before."""
+    model, optimizer, seen, monitor = first_order_loop()
+    with monitor:
         for step in range(3):
 
             def closure(step: int = step) -> Tensor:
@@ -192,11 +194,8 @@ def test_a_closure_begins_the_step_when_it_is_over() -> None:
 
 
 def test_a_step_that_raised_leaves_its_clipping_behind() -> None:
-    torch.manual_seed(1)
-    model = Net().double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    seen: list[Row] = []
-    with fastfs.Monitor(model, optimizer, layers=BLOCKS, every=1, mode="jvp", sinks=[seen.extend], verbose=False):
+    model, optimizer, seen, monitor = first_order_loop()
+    with monitor:
         for step in range(3):
             optimizer.zero_grad()
             F.cross_entropy(model(wide_rows(step)[0]), wide_rows(step)[1]).backward()

@@ -179,7 +179,7 @@ def test_modes_that_run_eagerly_say_when_they_see_other_masks(
             for key in ("angle", "update_rms", "residual"):
                 assert b[key] == pytest.approx(a[key], rel=0.02, abs=1e-3), key
         else:
-            assert b["why"].startswith("torch.compile has other random numbers")
+            assert b["why"].startswith("torch.compile draws other random numbers")
     assert all(b["valid"] for b in found[1]) == (drop == 0.0 or backend != "inductor")
 
 

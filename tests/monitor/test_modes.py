@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fastfs
 from fastfs.models import Transformer
 from fastfs.monitor import Probe
-from tests.helpers.monitor_cases import measured_into, rows, sgd, tokens, train
+from tests.helpers.monitor_cases import measured_into, rows, sgd, tokens, train, wide_rows
 from tests.helpers.monitor_loops import BLOCKS, Net
 
 TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "context": 12}
@@ -26,11 +26,6 @@ TINY: dict[str, Any] = {"width": 16, "depth": 2, "heads": 2, "context": 12}
 @pytest.fixture(autouse=True)
 def one_thread(threads: Any) -> None:
     threads(1)
-
-
-def wide_rows(step: int) -> tuple[Tensor, Tensor]:
-    x, y = rows(step)
-    return x.double(), y
 
 
 def features(model: nn.Module, x: Tensor, values: dict[str, Tensor] | None = None) -> list[Tensor]:

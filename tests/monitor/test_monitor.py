@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfs
-from fastfs._monitor.capture import fingerprints
-from fastfs._monitor.measure import closed_forms, full_checks, update_verification
+from fastfs._monitor.measure import full_checks
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import (
     CASES,
@@ -26,6 +25,7 @@ from tests.helpers.monitor_cases import (
     tokens,
     train,
 )
+from tests.helpers.optimizer_cases import as_on_a_device
 
 # Not perturbing
 
@@ -92,16 +92,8 @@ def test_no_item_in_the_step_path(options: dict[str, Any], monkeypatch: pytest.M
     assert monitor.flush()
     seen.clear()
     loss = F.cross_entropy(model(x), y)
-    for module in (
-        closed_forms,
-        fingerprints,
-        update_verification,
-    ):  # as on a device: what the host may read at once is not read
-        if hasattr(module, "known_equal"):
-            monkeypatch.setattr(module, "known_equal", lambda a, b: False)
-        if hasattr(module, "on_host"):
-            monkeypatch.setattr(module, "on_host", lambda tensor: tensor)
-    monkeypatch.setattr(full_checks.Flag, "known", lambda _: None)
+    as_on_a_device(monkeypatch)  # what the host may read at once is not read
+    monkeypatch.setattr(full_checks.DeviceFlag, "known", lambda _: None)
     for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, method, refuse)
     monitor.log(loss=loss)

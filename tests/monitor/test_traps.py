@@ -171,7 +171,7 @@ def test_features_of_a_closure_at_other_parameters_are_not_valid(kind: Any, opti
                 return loss
 
             optimizer.step(closure)
-    reason = "parameters moved between the begin of the step and the evaluation of its closure"
+    reason = "parameters changed between the beginning of the step and the evaluation of its closure"
     assert {(row["why"], row["decrease_why"]) for row in seen} == {(reason, reason)}
 
 

@@ -1,4 +1,4 @@
-"""What the judgement of measured angles does: exact where it can be, flagged where it must be, and never waiting."""
+"""Assessed updates: exact where they can be, refused where they must be, and never waiting for the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from benchmarks.monitor import accuracy, accuracy_networks
 from fastfs import feature_stats
 from fastfs._monitor.measure.kappa import KAPPA_MAX, TARGET, choose_kappa, first_kappa, largest_kappa, target_for
-from fastfs._monitor.measure.trust import CentralProbe, judge
+from fastfs._monitor.measure.trust import assess
+from fastfs._monitor.measure.update_estimates import CentralProbe
 from fastfs._monitor.row_reasons import REASONS
 from fastfs._stats import FeatureStats
 
@@ -70,7 +71,7 @@ def off(found: FeatureStats, truth: FeatureStats) -> float:
 @pytest.mark.parametrize("kappa", [1.0, 2.0, 8.0])
 def test_curvature_of_the_real_step_comes_out(kappa: float) -> None:
     toy = Toy(step=0.02, curvature=3.0)
-    found = judge(toy.stats(toy.f, toy.at(1.0)), toy.probe(kappa), eps=eps_of(BF16))
+    found = assess(toy.stats(toy.f, toy.at(1.0)), toy.probe(kappa), eps=eps_of(BF16))
     truth = toy.truth()
     assert found.amplified.all() or kappa == 1.0
     assert float(found.stats.update_dot_backward) == pytest.approx(float(truth.update_dot_backward), rel=1e-9)
@@ -83,17 +84,17 @@ def test_noise_of_few_entries_does_not_average_out(rows: float, width: float, va
     """All rows share the rounding of the weights, so many rows of a narrow layer are few entries, too."""
     toy = Toy(step=0.1, noise=1e-3)
     shape: dict[str, Any] = {"rows": torch.tensor([rows]).double(), "width": torch.tensor([width]).double()}
-    found = judge(toy.plain(), eps=eps_of(BF16), **shape)
+    found = assess(toy.plain(), eps=eps_of(BF16), **shape)
     assert bool(found.valid) is valid
-    assert bool(found.angle_error > judge(toy.plain(), eps=eps_of(BF16)).angle_error) is not valid
+    assert bool(found.angle_error > assess(toy.plain(), eps=eps_of(BF16)).angle_error) is not valid
 
 
 @pytest.mark.parametrize("step", [1e-2, 1e-3, 1e-4, 1e-5])
 def test_noise_is_seen_through(step: float) -> None:
     toy = Toy(step, noise=5e-3)
     kappa = 2.0 ** round(math.log2(TARGET / step))
-    plain = judge(toy.plain(), eps=eps_of(BF16))
-    found = judge(toy.plain(), toy.probe(kappa), eps=eps_of(BF16), aligned_decrease=toy.decrease())
+    plain = assess(toy.plain(), eps=eps_of(BF16))
+    found = assess(toy.plain(), toy.probe(kappa), eps=eps_of(BF16), aligned_decrease=toy.decrease())
     assert not plain.valid.any()
     assert REASONS[int(plain.reason)] == "rounding noise"
     assert found.valid.all()
@@ -105,20 +106,20 @@ def test_noise_is_seen_through(step: float) -> None:
 
 def test_noise_beyond_the_probe_is_flagged() -> None:
     toy = Toy(1e-4, noise=2e-2)
-    found = judge(toy.plain(), toy.probe(512.0), eps=eps_of(BF16), depth=torch.tensor([100.0]).double())
+    found = assess(toy.plain(), toy.probe(512.0), eps=eps_of(BF16), depth=torch.tensor([100.0]).double())
     assert not found.valid.any()
     assert REASONS[int(found.reason)] == "rounding noise"
 
 
 def test_amplified_too_far_is_flagged() -> None:
     toy = Toy(0.01, noise=1e-2)
-    found = judge(toy.plain(), toy.probe(32.0), eps=eps_of(BF16), depth=torch.tensor([100.0]).double())
+    found = assess(toy.plain(), toy.probe(32.0), eps=eps_of(BF16), depth=torch.tensor([100.0]).double())
     assert REASONS[int(found.reason)] == "amplified beyond the linear range"
 
 
 def test_the_better_of_both_is_taken() -> None:
     toy = Toy(0.2, noise=1e-3)
-    found = judge(toy.plain(), toy.probe(2.0), eps=eps_of(BF16))
+    found = assess(toy.plain(), toy.probe(2.0), eps=eps_of(BF16))
     assert not found.amplified.any()
     assert found.valid.all()
     assert off(found.stats, toy.truth()) < 0.005
@@ -136,21 +137,21 @@ def test_the_better_of_both_is_taken() -> None:
         (2.0**-52, 1e-9, True),
     ],
 )
-def test_a_plain_replay_is_judged_by_precision(eps: Any, step: float, valid: bool) -> None:
+def test_a_plain_replay_is_assessed_by_precision(eps: Any, step: float, valid: bool) -> None:
     toy = Toy(step)
-    assert bool(judge(toy.plain(), eps=eps_of(eps)).valid) is valid
+    assert bool(assess(toy.plain(), eps=eps_of(eps)).valid) is valid
 
 
 @pytest.mark.parametrize("step", [1e-1, 1e-2, 1e-3, 1e-5])
 def test_single_precision_stays_valid_with_a_probe(step: float) -> None:
     toy = Toy(step, curvature=1.0, noise=1e-7)
     kappa = max(1.0, 2.0 ** round(math.log2(TARGET / step)))
-    found = judge(toy.plain(), toy.probe(kappa), eps=eps_of(SINGLE), aligned_decrease=toy.decrease())
+    found = assess(toy.plain(), toy.probe(kappa), eps=eps_of(SINGLE), aligned_decrease=toy.decrease())
     assert found.valid.all()
     assert off(found.stats, toy.truth()) < 1e-3
 
 
-def test_what_cannot_be_judged() -> None:
+def test_what_cannot_be_assessed() -> None:
     f = torch.randn(4, 100, dtype=torch.float64)
     after = f + torch.randn_like(f)
     after[0, 0] = torch.inf
@@ -158,7 +159,7 @@ def test_what_cannot_be_judged() -> None:
     b = torch.randn_like(f)
     b[2] = 0
     plain = feature_stats(list(f), list(after), list(b))
-    found = judge(plain, eps=eps_of(SINGLE, 4))
+    found = assess(plain, eps=eps_of(SINGLE, 4))
     expected = ["values that are not finite", "no update of the features", "no backward vector", None]
     assert [REASONS[code] for code in found.reason.tolist()] == expected
     assert found.valid.tolist() == [False, False, False, True]
@@ -167,7 +168,7 @@ def test_what_cannot_be_judged() -> None:
 def test_noise_in_a_layer_below_spoils_those_above() -> None:
     small, large = Toy(1e-3), Toy(0.5)
     layers = FeatureStats(torch.cat([large.plain().sums, small.plain().sums, large.plain().sums]))
-    found = judge(layers, eps=eps_of(BF16, 3))
+    found = assess(layers, eps=eps_of(BF16, 3))
     reasons = [None, "rounding noise", "rounding noise in a layer below"]
     assert [REASONS[code] for code in found.reason.tolist()] == reasons
 
@@ -175,17 +176,17 @@ def test_noise_in_a_layer_below_spoils_those_above() -> None:
 def test_formula_residual() -> None:
     toy = Toy(1e-3)
     probe, decrease = toy.probe(64.0), toy.decrease()
-    assert judge(toy.plain(), probe, eps=eps_of(BF16), aligned_decrease=decrease).valid.all()
-    assert judge(toy.plain(), probe, eps=eps_of(BF16), aligned_decrease=decrease * torch.nan).valid.all()
-    found = judge(toy.plain(), probe, eps=eps_of(BF16), aligned_decrease=decrease * 1.03)
+    assert assess(toy.plain(), probe, eps=eps_of(BF16), aligned_decrease=decrease).valid.all()
+    assert assess(toy.plain(), probe, eps=eps_of(BF16), aligned_decrease=decrease * torch.nan).valid.all()
+    found = assess(toy.plain(), probe, eps=eps_of(BF16), aligned_decrease=decrease * 1.03)
     assert "Jacobian" in (REASONS[int(found.reason)] or "")
 
 
 def test_biased_rounding() -> None:
     toy = Toy(1e-3)
     exact = toy.plain().before_sq
-    assert judge(toy.plain(), toy.probe(64.0), eps=eps_of(BF16), exact_before_sq=exact).valid.all()
-    found = judge(toy.plain(), toy.probe(64.0), eps=eps_of(BF16), exact_before_sq=exact * 1.05)
+    assert assess(toy.plain(), toy.probe(64.0), eps=eps_of(BF16), exact_before_sq=exact).valid.all()
+    found = assess(toy.plain(), toy.probe(64.0), eps=eps_of(BF16), exact_before_sq=exact * 1.05)
     assert "biased" in (REASONS[int(found.reason)] or "")
 
 
@@ -197,14 +198,14 @@ def test_a_frozen_layer_does_not_spoil_those_above() -> None:
 
     a, b = frozen.probe(64.0), moving.probe(64.0)
     probe = CentralProbe(both(a.minus, b.minus), both(a.plus, b.plus), both(a.central, b.central), a.kappa)
-    found = judge(both(frozen.plain(), moving.plain()), probe, eps=eps_of(BF16, 2))
+    found = assess(both(frozen.plain(), moving.plain()), probe, eps=eps_of(BF16, 2))
     assert [REASONS[code] for code in found.reason.tolist()] == ["no update of the features", None]
 
 
 def test_small_angles_need_better_vectors() -> None:
     toy = Toy(1e-3, noise=2e-3)
     toy.b = -toy.d * 1e3 + 0.05 * toy.b
-    found = judge(toy.plain(), toy.probe(64.0), eps=eps_of(BF16))
+    found = assess(toy.plain(), toy.probe(64.0), eps=eps_of(BF16))
     assert float(found.stats.angle) < 0.1
     assert "angle is too small" in (REASONS[int(found.reason)] or "")
 
@@ -236,31 +237,31 @@ def test_nothing_waits_for_the_device() -> None:
     stats = FeatureStats(torch.empty(3, 9, dtype=torch.float64, device="meta"))
     vector = torch.empty(3, dtype=torch.float64, device="meta")
     kappa = choose_kappa(first_kappa(vector, vector), vector)
-    found = judge(stats, CentralProbe(stats, stats, stats, kappa), eps=vector, aligned_decrease=vector)
+    found = assess(stats, CentralProbe(stats, stats, stats, kappa), eps=vector, aligned_decrease=vector)
     assert found.valid.shape == found.reason.shape == found.norm_error.shape == (3,)
-    assert judge(stats, eps=vector, depth=vector).valid.is_meta
+    assert assess(stats, eps=vector, depth=vector).valid.is_meta
 
 
 def test_wrong_shapes() -> None:
     stats = FeatureStats(torch.zeros(3, 9, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"eps: expected shape \(3,\), got \(2,\)"):
-        judge(stats, eps=eps_of(BF16, 2))
+        assess(stats, eps=eps_of(BF16, 2))
     with pytest.raises(ValueError, match=r"plus: expected shape \(3,\), got \(1,\)"):
-        judge(stats, CentralProbe(stats, stats[:1], stats, torch.tensor(1.0)), eps=eps_of(BF16, 3))
+        assess(stats, CentralProbe(stats, stats[:1], stats, torch.tensor(1.0)), eps=eps_of(BF16, 3))
     with pytest.raises(ValueError, match="0-d tensor"):
-        judge(stats, CentralProbe(stats, stats, stats, torch.ones(1)), eps=eps_of(BF16, 3))
+        assess(stats, CentralProbe(stats, stats, stats, torch.ones(1)), eps=eps_of(BF16, 3))
     with pytest.raises(ValueError, match=r"expected statistics of shape \(L,\)"):
-        judge(stats[0], eps=eps_of(BF16, 3))
+        assess(stats[0], eps=eps_of(BF16, 3))
 
 
 def test_committed_study() -> None:
     written = json.loads((Path(__file__).parents[2] / "benchmarks/results/accuracy-cpu.json").read_text())
     cells = [dict(zip(written["columns"], values, strict=True)) for values in written["results"]]
-    judged = [cell for cell in cells if cell["method"] in accuracy.CLAIMED]
-    assert {cell["setting"] for cell in judged} == set(accuracy_networks.SETTINGS)
-    assert {cell["model"] for cell in judged} == set(accuracy.NAMES)
-    assert {cell["ratio"] for cell in judged} == set(accuracy.RATIOS)
-    assert not any(cell["wrong"] for cell in judged)
+    claimed = [cell for cell in cells if cell["method"] in accuracy.CLAIMED]
+    assert {cell["setting"] for cell in claimed} == set(accuracy_networks.SETTINGS)
+    assert {cell["model"] for cell in claimed} == set(accuracy.NAMES)
+    assert {cell["ratio"] for cell in claimed} == set(accuracy.RATIOS)
+    assert not any(cell["wrong"] for cell in claimed)
 
 
 @pytest.mark.parametrize(

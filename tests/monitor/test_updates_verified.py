@@ -11,15 +11,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adamax, AdamW, NAdam, Optimizer, RMSprop
 
-from fastfs._monitor.capture import fingerprints
 from fastfs._monitor.capture.taps import EVERYTHING, Switch
-from fastfs._monitor.measure import closed_forms, decrease_reasons, update_verification
+from fastfs._monitor.measure import decrease_reasons
+from fastfs._monitor.measure.closed_forms import CLOSED_FORMS
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import check_optimizers
+from tests.helpers.optimizer_cases import COPIED, OPTIONS, as_on_a_device
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.bfloat16)
 Hook = Callable[[Optimizer, list[Tensor]], None]
@@ -33,10 +35,7 @@ def _raise(error: Exception) -> None:
 def where(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With and without what can be known of tensors on the CPU at once."""
     if request.param == "device":
-        for module in (closed_forms, fingerprints):
-            monkeypatch.setattr(module, "known_equal", lambda a, b: False)
-        for module in (fingerprints, update_verification):
-            monkeypatch.setattr(module, "on_host", lambda tensor: tensor)
+        as_on_a_device(monkeypatch)
 
 
 def _lr(factor: float) -> Hook:
@@ -75,14 +74,12 @@ HOOKS: dict[str, Hook] = {
     "parameters shrunk": _each(lambda p: p.data.mul_(0.99)),
 }
 KINDS: dict[type[Optimizer], list[dict[str, Any]]] = {
-    SGD: [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"weight_decay": 0.1, "maximize": True}],
-    Adam: [{}, {"amsgrad": True}, {"weight_decay": 0.1}],
-    AdamW: [{}, {"amsgrad": True, "maximize": True}, {"differentiable": True}],
-    Adamax: [{}, {"weight_decay": 0.1}],
-    RMSprop: [{}, {"centered": True}, {"momentum": 0.9, "weight_decay": 0.1}],
-    torch.optim.NAdam: [{}],
-    torch.optim.Adagrad: [{}],
+    kind: [options for form in CLOSED_FORMS if form.optimizer is kind for options in OPTIONS[form.name]]
+    for kind in dict.fromkeys(form.optimizer for form in CLOSED_FORMS)
 }
+KINDS[AdamW].append({"differentiable": True})
+KINDS.update({kind: [options] for kind, options in COPIED if kind in (NAdam, Adagrad)})
+FUSED = {form.optimizer for form in CLOSED_FORMS if "fused" in form.implementations}
 SHAPES = ((5, 3), (40, 9), (), (7,), (0, 2), (6,))
 
 
@@ -91,27 +88,22 @@ def loops(draw: st.DrawFn) -> dict[str, Any]:
     kind = draw(st.sampled_from(list(KINDS)))
     options = dict(draw(st.sampled_from(KINDS[kind])))
     dtype = draw(st.sampled_from(DTYPES))
-    if kind is torch.optim.Adagrad and dtype.is_complex:
+    if kind is Adagrad and dtype.is_complex:
         dtype = torch.float32
     how = draw(st.sampled_from(["loop", "foreach", "fused"]))
-    if (
-        how == "fused"
-        and kind in (SGD, Adam, AdamW)
-        and "differentiable" not in options
-        and dtype in (torch.float32, torch.float64)
-    ):
+    if how == "fused" and kind in FUSED and "differentiable" not in options and dtype in (torch.float32, torch.float64):
         options["fused"] = True
     elif not options.get("differentiable"):
         options["foreach"] = how == "foreach"
     lr: Any = 0.01
-    if draw(st.booleans()) and not options.get("foreach") and kind is not torch.optim.NAdam:
+    if draw(st.booleans()) and not options.get("foreach") and kind is not NAdam:
         lr = torch.tensor(0.01, dtype=draw(st.sampled_from([torch.float32, torch.float64])))
     return {
         "kind": kind,
         "options": options | {"lr": lr},
         "dtype": dtype,
         "hooks": draw(st.lists(st.tuples(st.sampled_from(list(HOOKS)), st.sampled_from(["pre", "post"])), max_size=2)),
-        "snapshot": draw(st.booleans()),
+        "copy_all": draw(st.booleans()),
         "seed": draw(st.integers(0, 100)),
     }
 
@@ -129,7 +121,7 @@ def test_right_or_nan_with_a_reason(loop: dict[str, Any]) -> None:
     torch.manual_seed(loop["seed"])
     parameters = [torch.randn(s, dtype=loop["dtype"]) for s in SHAPES]
     optimizer = loop["kind"](parameters, **loop["options"])
-    meter = UpdateMeter(optimizer, snapshot=loop["snapshot"])
+    meter = UpdateMeter(optimizer, copy_all=loop["copy_all"])
     fine = 0
     for step in range(3):
         for i, p in enumerate(parameters):
@@ -165,7 +157,7 @@ def test_right_or_nan_with_a_reason(loop: dict[str, Any]) -> None:
             fine += code == decrease_reasons.FINE
             assert code == decrease_reasons.FINE or decrease_reasons.REASONS[code]
     if not loop["hooks"]:
-        assert fine == 15, "nothing happened, and yet something is not known"
+        assert fine == 15, "an update is not known although nothing else changed"
 
 
 def test_what_a_post_hook_does_changes_nothing(where: None) -> None:
@@ -225,10 +217,17 @@ def make(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Optimizer, Para
     return model, optimizer, parameters, GradientFactor(parameters.groups, switch, always=False, failed=_raise)
 
 
+def take_step(optimizer: Optimizer, parameters: Parameters, factor: GradientFactor) -> MeasuredUpdate:
+    parameters.before(0, False, factor)
+    optimizer.step()
+    parameters.after(0, False)
+    return parameters.take(torch.device("cpu"))
+
+
 def step_of(
     between: Callable[[nn.Module], object], backwards: int = 1, seed: int = 0
 ) -> tuple[Any, Tensor, list[float]]:
-    """What is found of a step, and <g, dw> and |g|^2 with the gradients of the backward."""
+    """Returns what is found of a step, and the true <g, dw> and |g|^2 with the gradients of the backward."""
     model, optimizer, parameters, factor = make()
     torch.manual_seed(seed)
     for _ in range(backwards):
@@ -238,10 +237,7 @@ def step_of(
     gradients = [p.grad.clone() for p in own]
     old = [p.detach().clone() for p in own]
     between(model)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     dots = [float((g * (p.detach() - q)).sum()) for g, p, q in zip(gradients, own, old, strict=True)]
     factor.close()
     return found, torch.tensor([float(g.square().sum()) for g in gradients], dtype=torch.float64), dots
@@ -271,7 +267,7 @@ def test_factors_are_taken_out(how: str, backwards: int, where: None) -> None:
     assert found.stats.gradient_sq.tolist() == pytest.approx(squares.tolist(), rel=1e-9)
 
 
-def test_other_changes_are_told_parameter_by_parameter(where: None) -> None:
+def test_other_changes_are_detected_by_parameter(where: None) -> None:
     def by_value(model: Any) -> None:
         nn.utils.clip_grad_value_([model[0].weight], 1e-3)
 
@@ -294,10 +290,7 @@ def test_gradients_that_are_all_zero_take_the_factor_of_the_others(where: None) 
     model(torch.randn(8, 6, dtype=torch.float64)).sum().backward()
     assert not model[0].weight.grad.any()
     zero(model)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     assert found.reason.tolist() == [decrease_reasons.FINE] * 4
     assert found.stats.dot.isfinite().all()
 
@@ -306,15 +299,12 @@ def test_gradients_from_elsewhere() -> None:
     model, optimizer, parameters, factor = make()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     assert found.reason.tolist() == [decrease_reasons.UNSEEN] * 4
     assert found.stats.dot.isnan().all()
 
 
-def test_what_is_told_of_gradients_between_backwards() -> None:
+def test_gradients_between_backwards() -> None:
     model, _, _, factor = make()
     assert not factor.waiting
     assert not factor.written_since_backward()
@@ -339,7 +329,7 @@ def test_what_is_told_of_gradients_between_backwards() -> None:
     assert not factor.waiting
 
 
-def test_a_backward_that_fails_is_not_waited_for() -> None:
+def test_a_failed_backward_is_forgotten() -> None:
     model, optimizer, parameters, factor = make()
     out = model(torch.randn(8, 6, dtype=torch.float64))
     handle = model[0].weight.register_hook(lambda g: 1 / 0)
@@ -350,10 +340,7 @@ def test_a_backward_that_fails_is_not_waited_for() -> None:
     optimizer.zero_grad()
     model(torch.randn(8, 6, dtype=torch.float64)).sum().backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    assert parameters.take(torch.device("cpu")).reason.tolist() == [decrease_reasons.FINE] * 4
+    assert take_step(optimizer, parameters, factor).reason.tolist() == [decrease_reasons.FINE] * 4
 
 
 def test_a_group_that_is_added_between_backward_and_step_is_no_write() -> None:
@@ -361,9 +348,6 @@ def test_a_group_that_is_added_between_backward_and_step_is_no_write() -> None:
     model(torch.randn(8, 6, dtype=torch.float64)).sum().backward()
     optimizer.add_param_group({"params": [nn.Parameter(torch.randn(5, dtype=torch.float64))]})
     nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
-    parameters.before(0, False, factor)
-    optimizer.step()
-    parameters.after(0, False)
-    found = parameters.take(torch.device("cpu"))
+    found = take_step(optimizer, parameters, factor)
     assert found.reason.tolist() == [decrease_reasons.FINE] * 5
     assert found.stats.dot.isfinite().all()

@@ -1,8 +1,8 @@
-"""What tensors hold at a moment, from a few of their elements: to see later whether something wrote to them.
+"""Samples of the elements of tensors, by which writes to them are detected later.
 
 A write through ``.data`` changes neither the identity of a tensor nor its version or address, so the content has to be
-looked at: up to 64 elements of each tensor, gathered by one concatenation per device and dtype. A write that leaves
-these elements as they were is not seen.
+compared: up to 64 elements of each tensor, gathered by one concatenation per device and dtype. A write that leaves
+these elements unchanged is not detected.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 __all__ = ["ELEMENTS", "Fingerprint", "Places", "Samples", "Views", "real"]
 
 ELEMENTS = 64
-"""How many elements of a tensor are looked at, at most."""
+"""Number of elements of a tensor that are sampled, at most."""
 
 KEPT = 2**26
-"""Bytes of tensors up to which views of them are kept between steps."""
+"""Bytes of tensors up to which views of them are kept between steps, which keeps their memory, too."""
 
 _PLAIN = {Tensor}
 _OF_NUMPY = (
@@ -39,7 +39,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def real(tensor: Tensor) -> Tensor:
-    """The tensor of numbers that this rank holds of it: local, and complex numbers as pairs of real ones."""
+    """Returns the real numbers that this rank holds of a tensor: its local part, complex numbers as pairs."""
     if hasattr(tensor, "to_local"):
         tensor = tensor.to_local()
     if tensor.is_complex():
@@ -48,37 +48,46 @@ def real(tensor: Tensor) -> Tensor:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether the tensor has elements in memory that can be picked."""
+    """Returns whether the tensor has elements in memory that can be sampled."""
     if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta or not tensor.numel():
         return False
     return tensor.data_ptr() != 0
 
 
 Pick = Callable[[], Tensor]
-"""Takes the elements of a tensor of which they are no view."""
+"""Returns the sampled elements of a tensor of which they cannot be a view."""
 
 
 @dataclass
 class _Block:
-    """The tensors of one device and dtype."""
+    """The tensors of one device and dtype.
+
+    Attributes:
+        device, dtype: Of the tensors.
+        order: Indices of the tensors, ascending.
+        pick: For each tensor a function that returns its sampled elements.
+        width: Largest number of sampled elements of a tensor.
+        index: (P, width) indices into the flat samples followed by a zero; None if the samples are rows of that width.
+        zero: That zero.
+        place: `order` on the device.
+    """
 
     device: torch.device
     dtype: torch.dtype
-    order: list[int] = field(default_factory=list)  # indices of the tensors, ascending
+    order: list[int] = field(default_factory=list)
     pick: list[Callable[[Tensor], Tensor | Pick]] = field(default_factory=list)
     width: int = ELEMENTS
-    # (P, width) into the flat samples and a zero after them; None: they are rows as is.
     index: Tensor | None = None
     zero: Tensor = field(default_factory=lambda: torch.zeros(1))
-    place: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))  # `order` on the device
+    place: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 class Places:
-    """Which elements of some tensors are looked at: the same for all lists of tensors of these shapes.
+    """The places of the sampled elements, the same for all lists of tensors of these shapes.
 
     Args:
-        tensors: as :func:`real` gives them. None, and those of which nothing can be read (sparse, nested, meta, empty,
-            without memory), have no elements.
+        tensors: Results of :func:`real`. None, and those of which nothing can be read (sparse, nested, meta, empty,
+            without memory), have no sampled elements.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
@@ -107,15 +116,15 @@ class Places:
 
     @property
     def whole(self) -> bool:
-        """Whether there is one block with all tensors."""
+        """Whether all tensors are in one block."""
         return len(self.blocks) == 1 and len(self.blocks[0].order) == self.count
 
     def views(self, tensors: Sequence[Any]) -> list[list[Any]]:
-        """The picked elements of tensors of these shapes, per block; read them with :meth:`read`."""
+        """Returns views of the sampled elements of tensors of these shapes, per block, for :meth:`read`."""
         return [[pick(tensors[i]) for i, pick in zip(block.order, block.pick, strict=True)] for block in self.blocks]
 
     def read(self, *views: list[list[Any]]) -> Samples:
-        """A copy of the elements that one or several lists of views show now."""
+        """Returns a copy of the elements in one or several lists of views."""
         flats = []
         for number, block in enumerate(self.blocks):
             parts: list[Any] = []
@@ -129,11 +138,11 @@ class Places:
         return Samples(self, flats)
 
     def rows(self, number: int, flat: Tensor) -> Tensor:
-        """Flat samples (lists, elements) of a block as float64 (lists, tensors, width), filled up with zeros."""
+        """Returns flat samples (lists, elements) of a block as float64 (lists, tensors, width), padded with zeros."""
         return self.arranged(number, flat).to(torch.float64)
 
     def host_rows(self, number: int, *flats: Tensor) -> Any:
-        """What :meth:`rows` makes of flat samples behind one another; an array of numpy if they are on the host."""
+        """Returns :meth:`rows` of concatenated flat samples, as an array of NumPy if they are on the host."""
         block, found = self.blocks[number], [on_host(flat) for flat in flats]
         if isinstance(found[0], Tensor):
             return self.rows(number, torch.cat(flats))
@@ -143,14 +152,14 @@ class Places:
         return rows.reshape(len(rows), -1, block.width).astype(numpy.float64)
 
     def arranged(self, number: int, flat: Tensor) -> Tensor:
-        """The same in the dtype that it has."""
+        """Returns the same as :meth:`rows` in the dtype of the samples."""
         block = self.blocks[number]
         if block.index is not None:
             flat = flat.index_select(1, block.index)
         return flat.view(flat.shape[0], -1, block.width)
 
     def gather(self, parts: Sequence[Tensor], missing: float = 0.0) -> Tensor:
-        """Results of all blocks, each with a tensor's result a row, in the order of the tensors."""
+        """Puts results of all blocks, with a row for each tensor, into the order of the tensors."""
         moved = [part.to(self.home, non_blocking=True) for part in parts]
         if self._order is None and len(moved) == 1:
             return moved[0]
@@ -163,39 +172,37 @@ class Places:
 
 
 class Views:
-    """Views of tensors at their places, kept while the tensors stay where they are.
-
-    They keep the memory of the tensors, too: of large ones they are made anew each time.
-    """
+    """Views of sampled elements, kept while the tensors stay where they are and are not large."""
 
     def __init__(self) -> None:
         self._of: tuple[Places | None, list[Tensor], list[int]] = (None, [], [])
         self._views: list[list[Any]] = []
 
     def of(self, places: Places, tensors: list[Tensor]) -> list[list[Any]]:
+        """Returns the views of these tensors."""
         if places.bytes > KEPT:
             return places.views(tensors)
         pointers = [t.data_ptr() for t in tensors]
         known, last, addresses = self._of
         if known is not places or addresses != pointers or list(map(id, last)) != list(map(id, tensors)):
-            views = places.views(tensors)  # a failure leaves both as they are
+            views = places.views(tensors)  # a failure leaves both attributes unchanged
             self._of, self._views = (places, tensors, pointers), views
         return self._views
 
 
 class Samples:
-    """Elements of tensors at a moment: per block of ``places`` a tensor (lists of views, elements)."""
+    """Elements of tensors at a moment: for each block of ``places`` a tensor (lists of views, elements)."""
 
     def __init__(self, places: Places, flats: list[Tensor]) -> None:
         self.places = places
         self.flats = flats
 
     def rows(self, number: int) -> Tensor:
-        """Of one block: see :meth:`Places.rows`."""
+        """Returns :meth:`Places.rows` of one block."""
         return self.places.rows(number, self.flats[number])
 
     def wide(self) -> Tensor:
-        """Of every tensor, in their order, the first list of views: float64 (P, ``ELEMENTS``), filled up with zeros."""
+        """Returns the first list of views, a row for each tensor: float64 (P, ``ELEMENTS``), padded with zeros."""
         parts = []
         for number, block in enumerate(self.places.blocks):
             parts.append(torch.nn.functional.pad(self.rows(number)[0], (0, ELEMENTS - block.width)))
@@ -204,7 +211,7 @@ class Samples:
         return self.places.gather(parts)
 
     def bits(self) -> Tensor:
-        """Of every tensor, in their order: int64 (P, ``ELEMENTS``), zeros where it has fewer elements."""
+        """Returns the bits of the first list of views: int64 (P, ``ELEMENTS``), padded with zeros."""
         parts = []
         for number, (block, flat) in enumerate(zip(self.places.blocks, self.flats, strict=True)):
             rows = self.places.arranged(number, _bits(flat[:1]))[0].to(torch.int64)
@@ -214,12 +221,12 @@ class Samples:
         return self.places.gather(parts)
 
     def known_same(self, other: Samples) -> bool:
-        """Whether it is known without waiting for a device that the other samples have the same bits."""
+        """Returns whether the other samples are known to have the same bits, without waiting for a device."""
         pairs = zip(self.flats, other.flats, strict=True)
         return self.places is other.places and all(known_equal(_bits(a), _bits(b)) for a, b in pairs)
 
     def changed(self, other: Samples) -> Tensor:
-        """Per tensor whether the other samples, of the same places, have other bits: bool (P,)."""
+        """Returns which tensors have other bits in the other samples, of the same places: bool (P,)."""
         parts = []
         for number, (block, a, b) in enumerate(zip(self.places.blocks, self.flats, other.flats, strict=True)):
             if a.dtype != b.dtype:
@@ -233,12 +240,12 @@ class Samples:
 
 
 def on_host(tensor: Tensor) -> Any:
-    """The tensor as an array of numpy where its elements can be read without waiting for a device; else itself."""
+    """Returns a tensor as an array of NumPy if its elements can be read without waiting for a device, else as is."""
     return tensor.numpy() if tensor.is_cpu and tensor.dtype in _OF_NUMPY else tensor
 
 
 def known_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether the elements are equal, if that can be told without waiting for a device; else False."""
+    """Returns whether the elements are known to be equal, without waiting for a device."""
     return a.is_cpu and b.is_cpu and torch.equal(a, b)
 
 
@@ -246,8 +253,8 @@ class Fingerprint:
     """Identity, version, address and sampled content of tensors at a moment.
 
     Args:
-        tensors: of any kind. Of sparse, nested, meta and empty ones the content is not looked at.
-        like: another fingerprint, perhaps of the same tensors: what it has found out is used again.
+        tensors: Tensors of any kind. The content of sparse, nested, meta and empty ones is not sampled.
+        like: Another fingerprint, perhaps of the same tensors, whose places and views are then shared.
     """
 
     def __init__(self, tensors: Sequence[Tensor], like: Fingerprint | None = None) -> None:
@@ -256,7 +263,7 @@ class Fingerprint:
         self._form: list[object]
         self._places: Places
         self._views: list[list[Any]]
-        self._tensors = list(tensors)  # kept: the id of a tensor that is gone may be given to another one
+        self._tensors = list(tensors)  # kept, since the id of a deleted tensor may be reused
         with torch.no_grad():
             reals = [real(t) for t in tensors]
             self.pointers = [t.data_ptr() if readable(t) else 0 for t in reals]
@@ -270,23 +277,23 @@ class Fingerprint:
             self._samples = self._places.read(self._views)
 
     def changed_objects(self, other: Fingerprint) -> list[int]:
-        """Indices of the tensors, of those that the other one has, too, whose version or address differs."""
+        """Returns the indices of the tensors in both fingerprints whose version or address differs."""
         theirs = dict(zip(other.ids, zip(other.versions, other.pointers, strict=True), strict=True))
         own = zip(self.ids, self.versions, self.pointers, strict=True)
         return [i for i, (key, *state) in enumerate(own) if key in theirs and tuple(state) != theirs[key]]
 
     def differs(self, other: Fingerprint) -> Tensor:
-        """Whether the content of a tensor that both have differs: bool (), on the device."""
+        """Returns whether the content of a tensor in both fingerprints differs: bool (), on the device."""
         return self.differing(other).any()
 
     def differing(self, other: Fingerprint) -> Tensor:
-        """Per tensor: bool (P,) on the device; false for those that the other fingerprint does not have."""
+        """Returns the same for each tensor: bool (P,); False for those that are not in the other fingerprint."""
         if self._places is other._places and self.ids == other.ids:
             return self._samples.changed(other._samples)
         theirs = {key: index for index, key in enumerate(other.ids)}
         home = self._places.home
         pairs = [(i, theirs[key]) for i, key in enumerate(self.ids) if key in theirs]
-        # Of another shape or dtype than it was: the elements are at other places.
+        # If shape or dtype have changed, the samples are at other places.
         anew = {i for i, j in pairs if self._form[i] != other._form[j]}
         pairs = [(i, j) for i, j in pairs if i not in anew]
 
@@ -303,7 +310,7 @@ class Fingerprint:
 
 
 def _picker(tensor: Tensor) -> Callable[[Tensor], Tensor | Pick]:
-    """Takes at most ``ELEMENTS`` elements of tensors with the shape of this one, in the order of its memory."""
+    """Returns a function that samples tensors with the shape of this one, in the order of its memory."""
     count, distance = min(tensor.numel(), ELEMENTS), _distance(tensor)
     shape, strides = tensor.shape, tensor.stride()
     size, step = (count,), (distance,)
@@ -315,7 +322,7 @@ def _picker(tensor: Tensor) -> Callable[[Tensor], Tensor | Pick]:
         return lambda: other[coordinates(other.device)]
 
     def coordinates(device: torch.device) -> tuple[Tensor, ...]:
-        """The same elements, whatever the strides."""
+        """The coordinates of the same elements, for any strides."""
         places = torch.arange(0, count * distance, distance, device=device)
         order = sorted(range(len(shape)), key=lambda d: -strides[d]) if dense else range(len(shape))
         found: dict[int, Tensor] = {}
@@ -328,7 +335,7 @@ def _picker(tensor: Tensor) -> Callable[[Tensor], Tensor | Pick]:
 
 
 def _distance(tensor: Tensor) -> int:
-    """Between elements that are looked at: no multiple of a row, so that it is not always the same column."""
+    """Distance of the sampled elements: coprime to the width, so that they are not all in one column."""
     distance = max(tensor.numel() // ELEMENTS, 1)
     width = tensor.shape[-1] if tensor.dim() else 1
     while distance > 1 and math.gcd(distance, width) > 1:
@@ -337,7 +344,7 @@ def _distance(tensor: Tensor) -> int:
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a piece of memory, each once."""
+    """Whether the elements fill a contiguous piece of memory, without overlap."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
@@ -349,7 +356,7 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def _arrange(block: _Block, sizes: dict[int, int]) -> None:
-    """How the flat samples of a block, of these sizes by index, become rows."""
+    """Sets how the flat samples of a block, of these sizes by index, become rows."""
     block.place = _on(block.device, block.order)
     block.width = max(sizes[i] for i in block.order)
     end = sum(sizes[i] for i in block.order)

@@ -1,1 +1,1 @@
-"""From what was captured to numbers: sums over features and parameters, ways to see an update, and their verdict."""
+"""From captured tensors to numbers on the device: sums over features and parameters, and how far to trust them."""

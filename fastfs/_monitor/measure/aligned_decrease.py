@@ -1,9 +1,9 @@
-"""The aligned decrease of every layer, from gradients and the optimizer's own update: no extra forward.
+"""The aligned decrease of every layer, from gradients and the optimizer's own update, without an extra forward.
 
 D_l = - sum of <g, dw> over the parameters upstream of layer l (section 2, identity). g is the gradient as
-``backward()`` computed it and dw what the optimizer really did. What a loop does to gradients in between (clipping, a
-gradient scaler) is found by :class:`fastfs._monitor.measure.gradient_treatment.GradientFactor`, so that D_l fits the
-backward vector.
+``backward()`` computed it and dw the update that the optimizer made. The class
+:class:`fastfs._monitor.measure.gradient_treatment.GradientFactor` finds what a loop does to gradients in between
+(clipping, a gradient scaler), so that D_l is in the scale of the backward vector.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.incidence import Incidence
-from fastfs._monitor.measure.update_meter import MeasuredUpdate
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._stats import ParameterStats
 
 __all__ = ["Aligned", "Incidence", "LossScale", "aligned"]
 
 
 class LossScale:
-    """What a gradient scaler multiplies the loss with, asked without waiting for the device."""
+    """The factor by which a gradient scaler multiplies the loss, read without waiting for the device."""
 
     def __init__(self, scaler: Any) -> None:
         if scaler is not None and not callable(getattr(scaler, "scale", None)):
@@ -32,10 +32,11 @@ class LossScale:
 
     @property
     def given(self) -> bool:
+        """Whether there is a gradient scaler."""
         return self._scaler is not None
 
     def take(self, device: torch.device) -> Tensor:
-        """float64 0-d: 1 without a scaler."""
+        """Returns the factor, float64 0-d; 1 without a scaler."""
         if self._scaler is not None:
             scaled: Tensor = self._scaler.scale(torch.ones((), device=device))
             return scaled.to(torch.float64)
@@ -45,13 +46,13 @@ class LossScale:
 
 
 class Aligned:
-    """What one optimizer step did, per layer: tensors (L,) on the device of the parameters.
+    """What one optimizer step did for each layer: tensors (L,) on the device of the parameters.
 
     Attributes:
-        decrease: D_l, in units of the loss, float64; nan where it is not known.
-        parameter_norm, update_norm, gradient_norm: of the parameters between this layer and the watched ones before.
+        decrease: D_l, in units of the loss, float64; NaN where it is not known.
+        parameter_norm, update_norm, gradient_norm: Of the parameters between this layer and the watched ones before.
         reason: int64, why the decrease is not known: a code of :mod:`fastfs._monitor.measure.decrease_reasons`, 0 where
-            it is.
+            it is known.
     """
 
     __slots__ = ("decrease", "gradient_norm", "parameter_norm", "reason", "update_norm")
@@ -67,22 +68,22 @@ class Aligned:
 
     @classmethod
     def unknown(cls, layers: int, device: torch.device) -> Aligned:
-        """Of a step whose structure is not known."""
+        """Returns the result for a step whose structure is not known."""
         nothing = torch.full((layers,), torch.nan, dtype=torch.float64, device=device)
         code = torch.full((layers,), decrease_reasons.STRUCTURE, dtype=torch.int64, device=device)
         return cls(nothing, nothing, nothing, nothing, code)
 
 
 def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) -> Aligned:
-    """Sums over parameters to sums over layers.
+    """Returns the sums over each layer of what a step did to the parameters.
 
     Args:
-        found: what the step did to every parameter, shape (P,).
-        incidence: of L layers and P parameters.
-        factor: what the gradients have to be divided by; None for 1.
+        found: What the step did to every parameter, shape (P,).
+        incidence: Of L layers and P parameters.
+        factor: By what the gradients have to be divided; None for 1.
     """
     if factor is None and found.fine and incidence.everywhere:
-        return _plainly(found.stats, incidence)
+        return _all_known(found.stats, incidence)
     stats = found.stats
     if factor is None:
         factor = torch.ones((), dtype=torch.float64, device=stats.sums.device)
@@ -105,8 +106,8 @@ _DOT, _PARAMETER, _UPDATE, _GRADIENT = (
 )
 
 
-def _plainly(stats: ParameterStats, incidence: Incidence) -> Aligned:
-    """The same where the host knows that nothing speaks against any parameter, in few operations."""
+def _all_known(stats: ParameterStats, incidence: Incidence) -> Aligned:
+    """The same in fewer operations, if the host knows that all updates are known."""
     upstream, own = incidence.both(stats.sums)
     norms = own.sqrt().unbind(dim=1)
     decrease = -upstream[:, _DOT]

@@ -1,4 +1,4 @@
-"""How much to trust a measured step: brings together what trust.py asks for, and remembers the amplification."""
+"""Assesses measured steps: collects what `trust` needs, and keeps the amplification from one step to the next."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs._monitor.measure.row_sums import LayerSums
+from fastfs._monitor.measure.update_estimates import CentralProbe, curvature
 from fastfs._monitor.row_reasons import OTHER_MASKS
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 from fastfs._network.structure import Structure
 from fastfs._stats import FeatureStats, ParameterStats
 
-__all__ = ["Amplified", "Judge"]
+__all__ = ["ProbeSums", "UpdateAssessor"]
 
-_FIRST_ROUNDS = 3  # of amplification at the first measured step, where nothing is known yet
-_OTHER_FUNCTION = 0.1  # |f compiled - f eager| / |f| above which they are two functions: other dropout masks
+_FIRST_ROUNDS = 3  # of amplification at the first measured step, where no kappa is known yet
+_OTHER_FUNCTION = 0.1  # |f compiled - f eager| / |f| above which dropout masks differ
 
 
-class Amplified:
+class ProbeSums:
     """Sums of the three differences of the central amplified probe, of all layers."""
 
     def __init__(self, minus: LayerSums, plus: LayerSums, central: LayerSums) -> None:
@@ -31,12 +32,15 @@ class Amplified:
         self.central = central
 
 
-class Judge:
-    """Decides per layer what the feature update was and whether it can be trusted.
+class UpdateAssessor:
+    """Decides for each layer what the feature update was and whether it can be trusted.
 
     Args:
-        parameters: those that the optimizers update.
-        device: of the sums.
+        parameters: Parameters that the optimizers update.
+        device: Of the sums.
+
+    Attributes:
+        kappa: The amplification of the next probe, 0-d; None before the first.
     """
 
     def __init__(self, parameters: Sequence[Tensor], device: torch.device) -> None:
@@ -45,12 +49,18 @@ class Judge:
         self._device = device
         self.kappa: Tensor | None = None
 
-    def plain(self, found: LayerSums, eps: Tensor, depth: Tensor) -> trust.Trusted:
-        """Of a replay alone; ``eps`` and ``depth`` of the layers as for :func:`trust.judge`."""
-        rows, width = found.one_visit()
-        return trust.judge(found.stats, eps=eps, depth=depth, rows=rows, width=width)
+    def assess_replay(self, found: LayerSums, eps: Tensor, depth: Tensor) -> trust.AssessedUpdate:
+        """Returns the assessed update of a plain replay.
 
-    def amplified(
+        Args:
+            found: Its sums.
+            eps: See :func:`trust.assess`.
+            depth: See :func:`trust.assess`.
+        """
+        rows, width = found.one_visit()
+        return trust.assess(found.stats, eps=eps, depth=depth, rows=rows, width=width)
+
+    def assess_amplified(
         self,
         found: LayerSums,
         eps: Tensor,
@@ -58,23 +68,24 @@ class Judge:
         coarsest: float,
         updates: ParameterStats,
         decrease: Tensor,
-        probe: Callable[[Tensor], Amplified],
+        probe: Callable[[Tensor], ProbeSums],
         exact: Callable[[], FeatureStats],
-    ) -> tuple[trust.Trusted, LayerSums, Tensor]:
-        """With the central amplified probe, at an amplification that fits what the last one saw.
+    ) -> tuple[trust.AssessedUpdate, LayerSums, Tensor]:
+        """Assesses a plain replay with the central probe, at an amplification that follows from the last one.
 
         Args:
-            found: the plain replay.
-            eps, depth: of the layers as for :func:`trust.judge`.
-            coarsest: the largest of ``eps``, on the host.
-            updates: of the parameters.
-            decrease: aligned decrease in the scale of the backward vectors, nan for a layer that is no cut.
-            probe: measures at a given amplification.
-            exact: features of a float32 forward; asked only where the precision is below that.
+            found: Sums of the plain replay.
+            eps: See :func:`trust.assess`.
+            depth: See :func:`trust.assess`.
+            coarsest: The largest of `eps`, on the host.
+            updates: Of the parameters.
+            decrease: Aligned decrease in the scale of the backward vectors, NaN for a layer that is no cut.
+            probe: Measures at a given amplification.
+            exact: Returns the features of a float32 forward; called only if the precision is below that.
 
         Returns:
-            The verdict; the plain replay with the standard errors and quantiles of the probe; and the curvature of the
-            step: what is of second order in the update, relative to the first, at most, float64 (L,).
+            The assessed update; the plain replay with the standard errors and quantiles of the probe; and the curvature
+            of the step, see :func:`update_estimates.curvature`, float64 (L,).
         """
         target = target_for(coarsest)
         largest = largest_kappa(self._parameter_eps)
@@ -88,8 +99,8 @@ class Judge:
         for _ in range(rounds):
             kappa = self.kappa
             sums = probe(kappa)
-            parts = trust.CentralProbe(sums.minus.stats, sums.plus.stats, sums.central.stats, kappa)
-            verdict = trust.judge(
+            parts = CentralProbe(sums.minus.stats, sums.plus.stats, sums.central.stats, kappa)
+            update = trust.assess(
                 found.stats,
                 parts,
                 eps=eps,
@@ -100,37 +111,37 @@ class Judge:
                 exact_before_sq=before_sq,
                 dot_se=sums.central.dot_se,
             )
-            self.kappa = choose_kappa(kappa, verdict.stats.relative_update, target, largest)
-        return verdict, sums.central.in_place_of(found, 1 / (2 * kappa)), trust.curvature(parts)
+            self.kappa = choose_kappa(kappa, update.stats.relative_update, target, largest)
+        return update, sums.central.in_place_of(found, 1 / (2 * kappa)), curvature(parts)
 
-    def tangent(self, found: LayerSums, eps: Tensor, decrease: Tensor) -> trust.Trusted:
-        """Of the first-order update, which has no rounding noise but that of the derivative itself."""
-        return trust.judge_tangent(found.stats, eps=eps, aligned_decrease=decrease, dot_se=found.dot_se)
+    def assess_tangent(self, found: LayerSums, eps: Tensor, decrease: Tensor) -> trust.AssessedUpdate:
+        """Assesses a first-order update, whose only rounding noise is that of the derivative itself."""
+        return trust.assess_tangent(found.stats, eps=eps, aligned_decrease=decrease, dot_se=found.dot_se)
 
     @staticmethod
-    def same_function(verdict: trust.Trusted, difference: FeatureStats) -> trust.Trusted:
-        """Not valid where features from a compiled graph and from eager execution are no roundings of each other.
+    def refuse_other_masks(update: trust.AssessedUpdate, difference: FeatureStats) -> trust.AssessedUpdate:
+        """Returns the update without layers whose features from compiled and eager execution are different functions.
 
-        torch.compile draws other random numbers than eager execution: backward vectors are then of other dropout masks.
+        torch.compile draws other random numbers than eager execution: the backward vectors are of other dropout masks.
         """
-        return trust.refuse(verdict, OTHER_MASKS, ~(difference.relative_update <= _OTHER_FUNCTION))
+        return trust.refuse(update, OTHER_MASKS, ~(difference.relative_update <= _OTHER_FUNCTION))
 
     def precision(self, layers: int, forwards: Sequence[ForwardCapture], seen: list[float] | None) -> list[float]:
-        """Spacing at 1 of the coarsest numbers that each layer's features come from.
+        """Returns for each layer the spacing at 1 of the coarsest numbers that its features are computed from.
 
         Args:
-            layers: how many.
-            forwards: what was captured.
-            seen: what the second forwards computed with; None where compiled graphs hide it. Then parameters and
-                autocast around the model tell.
+            layers: Number of layers.
+            forwards: Captured forwards.
+            seen: What second forwards computed with; None where compiled graphs hide it, so that the parameters and
+                the autocast settings around the model have to tell.
         """
         if seen is None:
             common = self._parameter_eps
             for captured in forwards:
                 if captured.state is not None:
-                    enabled = [kind for on, kind in captured.state.autocast.values() if on]
+                    enabled = [dtype for on, dtype in captured.state.autocast.values() if on]
                     common = max([common, *map(coarseness, enabled)])
-            products = [product_coarseness(kind, self._device.type) for kind in ("matmul", "conv")]
+            products = [product_coarseness(operation, self._device.type) for operation in ("matmul", "conv")]
             seen = [max(common, *products) if common > torch.finfo(torch.float64).eps else common] * layers
         found = list(seen)
         for captured in forwards:
@@ -141,7 +152,7 @@ class Judge:
         return found
 
     def depth(self, structure: Structure | None, layers: int) -> Tensor:
-        """Layers before each watched one: products with matrices upstream of it, where that is known."""
+        """Returns the number of layers before each one: matrix products upstream of it, where that is known."""
         depth = torch.arange(layers, dtype=torch.float64)
         if structure is not None:
             depth = torch.maximum(depth, structure.products.to(torch.float64) - 1.0)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastfs._monitor.measure import trust
-from fastfs._monitor.measure.assessment import Amplified
+from fastfs._monitor.measure.assessment import ProbeSums
 from fastfs._monitor.measure.capture_mode import StepInputs, UpdateEvidence
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, Triple, from_replay
 from fastfs._monitor.measure.training_mode import ReplaySums, TrainingMode, model_at
@@ -32,8 +32,8 @@ class BatchMode(TrainingMode):
 
     def _assess(
         self, step: StepInputs, evidence: UpdateEvidence, sums: LayerSums, eps: Tensor, coarsest: float
-    ) -> tuple[trust.Trusted, LayerSums, Tensor | None]:
-        return self._resources.assessor.plain(sums, eps, evidence.depth), sums, None
+    ) -> tuple[trust.AssessedUpdate, LayerSums, Tensor | None]:
+        return self._resources.assessor.assess_replay(sums, eps, evidence.depth), sums, None
 
 
 class AmplifiedMode(BatchMode):
@@ -49,16 +49,16 @@ class AmplifiedMode(BatchMode):
 
     def _assess(
         self, step: StepInputs, evidence: UpdateEvidence, sums: LayerSums, eps: Tensor, coarsest: float
-    ) -> tuple[trust.Trusted, LayerSums, Tensor | None]:
+    ) -> tuple[trust.AssessedUpdate, LayerSums, Tensor | None]:
         totals, previous = self._resources.totals, step.previous
 
-        def amplified(kappa: Tensor) -> Amplified:
-            return Amplified(*map(totals, self._amplified(step, previous, kappa)))
+        def amplified(kappa: Tensor) -> ProbeSums:
+            return ProbeSums(*map(totals, self._amplified(step, previous, kappa)))
 
         def exact() -> FeatureStats:
             return totals(self._in_float32(step, previous)).stats
 
-        verdict, sums, curvature = self._resources.assessor.amplified(
+        verdict, sums, curvature = self._resources.assessor.assess_amplified(
             sums, eps, evidence.depth, coarsest, evidence.stats, evidence.decrease, amplified, exact
         )
         return self._same_function(verdict, step), sums, curvature

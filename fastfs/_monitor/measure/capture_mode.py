@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.replay import Replayer
 from fastfs._monitor.capture.row_keeper import RowKeeper
-from fastfs._monitor.measure.assessment import Judge
+from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.learned_structure import LearnedStructure
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, totals
-from fastfs._monitor.measure.update_meter import MeasuredUpdate
 from fastfs._network.layers import Layer
 from fastfs._network.perturbed import Perturbed
 from fastfs._network.structure import Structure
@@ -62,7 +62,7 @@ class ModeResources:
     replayer: Replayer
     keeper: RowKeeper
     hidden: Callable[[int], bool]
-    assessor: Judge
+    assessor: UpdateAssessor
     quantiles: Sequence[float]
     device: torch.device
     warn: Callable[[str, str], None]

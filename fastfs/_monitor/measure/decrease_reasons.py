@@ -1,4 +1,4 @@
-"""Why the update of a parameter, or its decrease of the loss, is not known: codes on the device, and sentences."""
+"""Why the update of a parameter, or the decrease of the loss by it, is not known: codes and sentences."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FINE, NOT_THE_UPDATE, SETTINGS, REWRITTEN, CHANGED, EMPTY, UNSEEN, MOVED, STRUCT
 
 REASONS: tuple[str, ...] = (
     "",
-    "the step changed a parameter by something else than its optimizer's update: a hook, a clamp, a step in the step",
+    "something other than the optimizer's update changed a parameter in the step: a hook, a clamp, a step in the step",
     "hyper-parameters changed while the step ran, and rounding hides which ones it used",
     "the step rewrote the gradients",
     "gradients were changed between backward and step by more than a factor",
-    "gradients were changed between backward and step; the factor is not known, for all that was looked at is zero",
-    "gradients came from elsewhere than a backward that was seen",
-    "parameters moved between the begin of the step and the evaluation of its closure",
-    "no measured step has run the same parts of the model: which parameters are upstream is not known",
+    "gradients were changed between backward and step by an unknown factor: all compared elements are zero",
+    "gradients were not computed by a backward that was seen",
+    "parameters changed between the beginning of the step and the evaluation of its closure",
+    "the parameters upstream are not known: no measured step has run the same parts of the model",
     "no parameter is known to be upstream: the layer did not run, or the graph hides it",
 )
-"""A sentence per code."""
+"""A sentence for every code, in the order of the codes."""

@@ -1,4 +1,4 @@
-"""When contents are looked at in full, and when the last full look may be relied on."""
+"""When the contents of tensors are compared in full, and when cheaper checks on the host replace that."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections import deque
 import torch
 from torch import Tensor
 
-__all__ = ["FIRST", "PERIOD", "Flag", "Occasions", "both"]
+__all__ = ["FIRST", "PERIOD", "DeviceFlag", "FullCheckSchedule", "both"]
 
 FIRST = 4
-"""Steps that are looked at in full at the beginning, and after anything has changed."""
+"""Number of full checks at the beginning, and after anything has changed."""
 
 PERIOD = 16
-"""From then on every so many-th step is."""
+"""From then on every so many-th step is checked in full."""
 
 
-class Flag:
-    """A bool of a device that the host learns of later, without waiting.
+class DeviceFlag:
+    """A bool on a device whose value the host gets later, without waiting.
 
     Args:
-        value: bool (), on any device; or a bool.
+        value: A bool, or a tensor bool () on any device.
     """
 
     def __init__(self, value: Tensor | bool) -> None:
         self._event: torch.cuda.Event | None = None
         self._host: Tensor | bool | None = value
         if isinstance(value, Tensor) and not value.is_cpu:
-            self._host = None  # of other devices it is never known
+            self._host = None  # never known, unless the device is a CUDA device
             if value.is_cuda:
                 self._host = torch.empty((), dtype=torch.bool, pin_memory=True)
                 self._host.copy_(value, non_blocking=True)
@@ -35,65 +35,65 @@ class Flag:
                 self._event.record(torch.cuda.current_stream(value.device))
 
     def known(self) -> bool | None:
-        """The value, once it has arrived."""
+        """Returns the value, None as long as it has not arrived."""
         if self._host is None or (self._event is not None and not self._event.query()):
             return None
         return bool(self._host)
 
 
-class Occasions:
-    """Which steps are looked at in full: the first ones, those after a change, then every ``PERIOD``-th.
+class FullCheckSchedule:
+    """Decides which steps are checked in full: the first ones, those after a change, then every `PERIOD`-th.
 
-    Steps count as first ones until ``FIRST`` of them in a row were as they should be. As long as it is not known
-    whether the last one was, the next is looked at in full, too.
+    Full checks go on until `FIRST` of them in a row have passed, and as long as the result of the last one is not
+    known. In between steps are checked on the host alone.
     """
 
     def __init__(self) -> None:
-        self._good = 0  # full looks in a row that were
-        self._since = 0  # steps since the last full look
-        self._flags: deque[Flag] = deque()
-        self._doubts: deque[Flag] = deque()
+        self._passed = 0  # full checks in a row
+        self._since = 0  # steps since the last full check
+        self._results: deque[DeviceFlag] = deque()
+        self._late_results: deque[DeviceFlag] = deque()
 
-    def again(self) -> None:
-        """Something has changed: begin anew."""
-        self._good = self._since = 0
-        self._flags.clear()
-        self._doubts.clear()
+    def restart(self) -> None:
+        """Begins anew, since something has changed."""
+        self._passed = self._since = 0
+        self._results.clear()
+        self._late_results.clear()
 
-    def looked(self, good: Tensor | bool) -> None:
-        """A step was looked at in full; whether the next ones may rely on it."""
+    def record_full_check(self, passed: Tensor | bool) -> None:
+        """Records that a step was checked in full, and whether the next ones can do without."""
         self._since = 0
-        self._flags.append(Flag(good))
-        while len(self._flags) > FIRST:  # on a device of which nothing is ever known
-            self._flags.popleft()
+        self._results.append(DeviceFlag(passed))
+        while len(self._results) > FIRST:  # on a device from which nothing ever arrives
+            self._results.popleft()
 
-    def relied(self) -> None:
-        """A step has relied on the last full look."""
+    def record_host_check(self) -> None:
+        """Records that a step was checked on the host alone."""
         self._since += 1
 
-    def told(self, good: Tensor) -> None:
-        """Whether what a step has relied on was right, once that is known."""
-        self._doubts.append(Flag(good))
-        while len(self._doubts) > PERIOD:
-            self._doubts.popleft()
+    def record_late_result(self, passed: Tensor) -> None:
+        """Records whether a step that was checked on the host alone was right, once a device has told."""
+        self._late_results.append(DeviceFlag(passed))
+        while len(self._late_results) > PERIOD:
+            self._late_results.popleft()
 
     def due(self) -> bool:
-        """Whether the coming step is to be looked at in full."""
-        while self._doubts and (known := self._doubts[0].known()) is not None:
-            self._doubts.popleft()
+        """Returns whether the coming step has to be checked in full."""
+        while self._late_results and (known := self._late_results[0].known()) is not None:
+            self._late_results.popleft()
             if not known:
-                self.again()
-        while self._flags:
-            known = self._flags[0].known()
+                self.restart()
+        while self._results:
+            known = self._results[0].known()
             if known is None:
                 return True
-            self._flags.popleft()
-            self._good = self._good + 1 if known else 0
-        return self._good < FIRST or self._since >= PERIOD - 1
+            self._results.popleft()
+            self._passed = self._passed + 1 if known else 0
+        return self._passed < FIRST or self._since >= PERIOD - 1
 
 
 def both(a: Tensor | bool, b: Tensor | bool) -> Tensor | bool:
-    """Whether two things hold, of which each may be known on a device only."""
+    """Returns whether two conditions hold, each of which may be known on a device only."""
     if a is False or b is False:
         return False
     if isinstance(a, Tensor) and isinstance(b, Tensor):

@@ -1,4 +1,4 @@
-"""Which parameters count for which layer, on the device."""
+"""Sums over the parameters that belong to each layer, on the device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastfs._network.parameter_sets import ParameterSets
 
 __all__ = ["Incidence"]
 
-_FEW = 2**14  # members of all sets up to which they are listed one by one
+_FEW = 2**14  # total size of the sets up to which their members are listed one by one
 
 
 def _direct(sets: Sequence[ParameterSets], device: torch.device) -> SegmentSums | None:
-    """Sums over all members of all sets; None if these are many."""
+    """Sums over listed members of all sets; None if there are too many."""
     if sum(int(each.counts().sum()) for each in sets) > _FEW:
         return None
     lengths = np.concatenate([each.counts() for each in sets])
@@ -31,15 +31,18 @@ class Incidence:
     """Sums over the parameters upstream of each layer, and over its own. Memory is linear in layers and parameters.
 
     Args:
-        upstream: ``Structure.upstream_sets``; or bool (L, P).
-        own: ``Structure.own_sets``; or bool (L, P).
-        device: of the numbers that are summed.
+        upstream: ``Structure.upstream_sets``, or bool (L, P).
+        own: ``Structure.own_sets``, or bool (L, P): parameters upstream of a layer and of no watched layer before it.
+        device: Of the numbers to be summed.
+
+    Attributes:
+        known: Whether a layer has any parameters upstream, bool (L,); if not, it did not run or the graph hides it.
+        everywhere: Whether all layers have.
     """
 
     def __init__(self, upstream: ParameterSets | Tensor, own: ParameterSets | Tensor, device: torch.device) -> None:
         self._upstream = ParameterSets.from_dense(upstream) if isinstance(upstream, Tensor) else upstream
         self._own = ParameterSets.from_dense(own) if isinstance(own, Tensor) else own
-        # Without any parameter upstream nothing is known: the layer did not run, or is hidden from the graph.
         self.known = on_device(self._upstream.counts() > 0, device)
         self.everywhere = bool((self._upstream.counts() > 0).all())
         self._sum_upstream = IntervalSums(self._upstream, device)
@@ -48,15 +51,15 @@ class Incidence:
         self._parameters = self._upstream.columns
 
     def upstream(self, values: Tensor) -> Tensor:
-        """float64 (P, C), numbers of each parameter, to (L, C)."""
+        """Sums float64 (P, C) over the parameters upstream of each layer: (L, C)."""
         return self._sum_upstream(values)
 
     def own(self, values: Tensor) -> Tensor:
-        """The same over the parameters upstream of this layer and of no watched layer before."""
+        """Sums float64 (P, C) over each layer's own parameters: (L, C)."""
         return self._sum_own(values)
 
     def both(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(P, C) to (L, C) twice: upstream, and own. In as few operations as there can be where the sets are small."""
+        """Returns :meth:`upstream` and :meth:`own`, in fewer operations if the sets are small."""
         if self._sum_both is None or values.shape[0] != self._parameters:
             return self.upstream(values), self.own(values)
         sums = self._sum_both(values)
@@ -64,9 +67,10 @@ class Incidence:
         return sums[:half], sums[half:]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors on the CPU: for :meth:`from_state`."""
+        """Returns tensors on the CPU, for :meth:`from_state`."""
         return {"upstream": self._upstream.state_dict(), "own": self._own.state_dict()}
 
     @classmethod
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Incidence:
+        """Restores what :meth:`state_dict` has returned."""
         return cls(ParameterSets.from_state(state["upstream"]), ParameterSets.from_state(state["own"]), device)

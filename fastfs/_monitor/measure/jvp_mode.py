@@ -47,6 +47,6 @@ class JvpMode(TrainingMode):
 
     def _assess(
         self, step: StepInputs, evidence: UpdateEvidence, sums: LayerSums, eps: Tensor, coarsest: float
-    ) -> tuple[trust.Trusted, LayerSums, Tensor | None]:
-        verdict = self._resources.assessor.tangent(sums, eps, evidence.decrease)
+    ) -> tuple[trust.AssessedUpdate, LayerSums, Tensor | None]:
+        verdict = self._resources.assessor.assess_tangent(sums, eps, evidence.decrease)
         return self._same_function(verdict, step), sums, None

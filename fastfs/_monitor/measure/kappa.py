@@ -1,7 +1,4 @@
-"""How far to enlarge an update that rounding hides: the amplification kappa of the probe in trust.py.
-
-All on the device, without waiting for it.
-"""
+"""The amplification kappa of the central probe (`trust`), chosen on the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -13,25 +10,25 @@ from torch import Tensor
 __all__ = ["KAPPA_MAX", "TARGET", "choose_kappa", "first_kappa", "largest_kappa", "target_for"]
 
 TARGET = 6e-2
-"""Relative move of the features that the amplified probe aims at in bf16; see :func:`target_for`."""
+"""Relative move of the features that the probe aims at in bf16; see :func:`target_for`."""
 
 KAPPA_MAX = 2.0**14
-"""Updates that need more than this are too small for 16 bits; see :func:`largest_kappa`."""
+"""Largest amplification; updates that need more are too small for 16 bits. See :func:`largest_kappa`."""
 
 
 def target_for(eps: float) -> float:
-    """Relative move that a probe in a precision of spacing ``eps`` aims at: :data:`TARGET` for bf16.
+    """Returns the relative move that a probe in a precision of spacing ``eps`` aims at: :data:`TARGET` for bf16.
 
-    Noise falls with the move, curvature grows: the best grows like the square root of eps.
+    The relative noise falls with the move and the curvature grows; the best move is proportional to the root of eps.
     """
     return TARGET * math.sqrt(min(eps, 2.0**-7) / 2.0**-7)
 
 
 def largest_kappa(parameter_eps: float) -> float:
-    """The largest sensible kappa for parameters in a precision of spacing ``parameter_eps``: 2^10 for bf16.
+    """Returns the largest sensible kappa for parameters in a precision of spacing ``parameter_eps``: 2^10 for bf16.
 
-    What is left of a small update after rounding is a few parameters that have moved by one spacing each. With more
-    than this each of them would become several times itself, and the features would no longer move in a straight line.
+    After rounding, a small update consists of a few parameters that have moved by one spacing each. A larger kappa
+    would multiply each of them several times, and the features would no longer move linearly.
     """
     return min(KAPPA_MAX, 8 / parameter_eps)
 
@@ -39,17 +36,17 @@ def largest_kappa(parameter_eps: float) -> float:
 def choose_kappa(
     previous: Tensor, relative_update: Tensor, target: float = TARGET, largest: float = KAPPA_MAX
 ) -> Tensor:
-    """The amplification for the next probe, from what the last one saw.
+    """Chooses the amplification of the next probe from the result of the last one.
 
-    The geometric mean over the layers is to move by ``target``, none by more than twice that. An update that reads as
-    too large for its noise makes the next kappa too small, never too large; it grows by at most 64 at a time, so from a
-    cold start it is right after two or three probes.
+    The layers are to move by ``target`` in the geometric mean, none by more than twice that. Noise that is measured as
+    update makes the next kappa too small, never too large. It grows by a factor of at most 64, so that from a cold
+    start it is right after two or three probes.
 
     Args:
         previous: 0-d tensor: the last kappa, or :func:`first_kappa`.
-        relative_update: float64 (L,): |df|/|f| of one unscaled step; layers with 0, nan or inf do not count.
-        target: see :func:`target_for`.
-        largest: see :func:`largest_kappa`.
+        relative_update: float64 (L,): |df|/|f| of one unscaled step; layers with 0, NaN or infinity do not count.
+        target: See :func:`target_for`.
+        largest: See :func:`largest_kappa`.
 
     Returns:
         0-d float64 tensor: a power of two from 1 to ``largest``; ``previous`` if no layer counts.
@@ -66,14 +63,15 @@ def choose_kappa(
 
 
 def first_kappa(update_norms: Tensor, parameter_norms: Tensor, target: float = TARGET) -> Tensor:
-    """A careful first kappa, from norms of the parameters' updates and of the parameters themselves.
+    """Returns a small first kappa from the norms of parameters and their updates.
 
-    Features move by more than their parameters, relatively: 2 to 30 times as much in the study, as moves of several
+    Features move relatively more than their parameters, 2 to 30 times as much in the study, as the moves of several
     layers add up. So the first kappa aims at a sixteenth of the target for the parameter that moves most.
 
     Args:
-        update_norms: (P,) |dw|.
-        parameter_norms: (P,) |w|; parameters with |w| = 0 (fresh biases) do not count.
+        update_norms: |dw|, (P,).
+        parameter_norms: |w|, (P,); parameters with |w| = 0 (new biases) do not count.
+        target: See :func:`target_for`.
     """
     counts = (parameter_norms > 0) & (update_norms > 0)
     ratio = torch.where(counts, update_norms.double() / parameter_norms.double().clamp_min(1e-300), 0.0).amax(dim=0)

@@ -1,4 +1,4 @@
-"""What the op that measures updates takes: gradients, parameters, states and coefficients of the parts of a call."""
+"""The arguments of `optimizer_stats` for one call: gradients, parameters, states and coefficients of its parts."""
 
 from __future__ import annotations
 
@@ -10,52 +10,54 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.capture.fingerprints import real
-from fastfs._monitor.measure import closed_forms
-from fastfs._monitor.measure.closed_forms import Group, Settings, coefficients
+from fastfs._monitor.measure.closed_forms import coefficient_uncertainty, coefficients
+from fastfs._monitor.measure.completed_step import CompletedStep
+from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.update_plans import Call, Part
 
-__all__ = ["Arguments", "States", "arguments", "states_of"]
+__all__ = ["KernelArguments", "PartState", "kernel_arguments", "state_of"]
 
-_SNAPSHOT = (1.0, 0.0, -1.0, 0.0)  # dw = w - s
+_FROM_COPY = (1.0, 0.0, -1.0, 0.0)  # dw = w - s, with the copy as the state
 
 
 @dataclass
-class States:
-    """First and second state and step counters of the parameters of a part, empty where its form has none."""
+class PartState:
+    """The states and step counters of a part's parameters; lists are empty for what its closed form does not read."""
 
     first: list[Tensor]
     second: list[Tensor]
-    steps: list[Tensor]
+    counters: list[Tensor]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*self.first, *self.second, *self.steps]
+        return [*self.first, *self.second, *self.counters]
 
 
-def states_of(optimizer: Any, part: Part) -> States | None:
-    """None where some are missing."""
+def state_of(optimizer: Any, part: Part) -> PartState | None:
+    """Returns the state of a part, None if some of it is missing."""
     form = part.form
-    if form is None or not (form.states or form.steps):
-        return States([], [], [])
+    if form is None or not (form.first or form.counted):
+        return PartState([], [], [])
     state = optimizer.state
     try:
-        kept = [state[p] for p in part.params] if all(p in state for p in part.params) else []
-        if len(kept) < len(part.params):
+        own = [state[p] for p in part.params] if all(p in state for p in part.params) else []
+        if len(own) < len(part.params):
             return None
-        first = [] if form.first is None else [s[form.first] for s in kept]
-        second = [] if form.second is None else [s[form.second] for s in kept]
-        return States(first, second, [s["step"] for s in kept] if form.steps else [])
+        first = [] if form.first is None else [s[form.first] for s in own]
+        second = [] if form.second is None else [s[form.second] for s in own]
+        return PartState(first, second, [s["step"] for s in own] if form.counted else [])
     except KeyError:
         return None
 
 
 @dataclass
-class Arguments:
-    """Of the op.
+class KernelArguments:
+    """Arguments of `optimizer_stats` for P parameters.
 
     Attributes:
-        table: coefficients, (P, C).
-        uncertain: relative error of the update that is to be expected, (P,); None for none.
+        gradients, params, first, second: One tensor per parameter; `second` is empty for a rule with one state.
+        table: Coefficients, float64 (P, C).
+        uncertainty: Relative error of the update that is to be expected, float64 (P,); None for none.
     """
 
     gradients: list[Tensor]
@@ -63,48 +65,49 @@ class Arguments:
     first: list[Tensor]
     second: list[Tensor]
     table: Tensor
-    uncertain: Tensor | None
+    uncertainty: Tensor | None
 
 
-def arguments(
+def kernel_arguments(
     optimizer: Any,
     call: Call,
-    states: Sequence[States | None],
+    states: Sequence[PartState | None],
     gradients: Sequence[Tensor | None],
-    buffers: dict[Tensor, Tensor],
-    settings: Sequence[Settings],
+    copies: dict[Tensor, Tensor],
+    hyper_parameters: Sequence[HyperParameters],
     rewritten: Sequence[bool],
-    counts: Sequence[float | None],
-) -> Arguments:
-    """The arguments for one call.
+    known_counts: Sequence[float | None],
+) -> KernelArguments:
+    """Returns the arguments of one call.
 
     Args:
-        optimizer: after its step.
-        states: of the parts of the call.
-        gradients: of all parameters.
-        buffers: copies of parameters from before the step.
-        settings: of all groups, from before the step.
-        rewritten: by part, see ``closed_forms.rewrites_gradients``.
-        counts: by part, the step counter that all its parameters are known to have, if that is known.
+        optimizer: The optimizer after its step.
+        call: The call.
+        states: State of each part of the call.
+        gradients: Gradients of all parameters of the optimizer.
+        copies: Copies of parameters from before the step.
+        hyper_parameters: Those of all groups, from before the step.
+        rewritten: For each part whether its gradients were rewritten, see `closed_forms.rewrites_gradients`.
+        known_counts: For each part the step counter of all its parameters, if the host knows it.
 
     Raises:
-        RuntimeError: state is missing.
+        RuntimeError: State is missing.
     """
     own: list[Tensor] = [gradients[i] for i in call.indices]  # type: ignore[misc]
     first: list[Tensor] = []
     second: list[Tensor] = []
     tables: list[Tensor] = []
-    doubts: list[Tensor | int] = []
+    uncertainties: list[Tensor | int] = []
     begin = 0
-    for part, state, does, together in zip(call.parts, states, rewritten, counts, strict=True):
-        form, params, group = part.form, part.params, settings[part.group].values
+    for part, state, rewrote, count in zip(call.parts, states, rewritten, known_counts, strict=True):
+        form, params, group = part.form, part.params, hyper_parameters[part.group].values
         end = begin + len(params)
         if form is None:
             pairs = zip(params, own[begin:end], strict=True)
-            dense = [_dense(optimizer, p, g, group if does else None) for p, g in pairs]
+            dense = [_dense(optimizer, p, g, group if rewrote else None) for p, g in pairs]
             own[begin:end] = dense
-            first += [real(buffers[p]).to(g.dtype) for p, g in zip(params, dense, strict=True)]
-            tables.append(torch.tensor([_SNAPSHOT], dtype=torch.float64, device="cpu").expand(len(params), -1))
+            first += [real(copies[p]).to(g.dtype) for p, g in zip(params, dense, strict=True)]
+            tables.append(torch.tensor([_FROM_COPY], dtype=torch.float64, device="cpu").expand(len(params), -1))
         else:
             if state is None:
                 raise RuntimeError(
@@ -113,9 +116,10 @@ def arguments(
                 )
             first += own[begin:end] if form.first is None else state.first
             second += params if form.second is None else state.second
-            tables.append(coefficients(optimizer, group, form, len(params), state.steps, does, together))
-            doubt = closed_forms.uncertainty(group, form, state.steps, call.device)
-            doubts.append(doubt if doubt is not None else len(params))
+            step = CompletedStep(group, state.counters, count, rewrote)
+            tables.append(coefficients(form, step, len(params)))
+            uncertainty = coefficient_uncertainty(form, step, call.device)
+            uncertainties.append(uncertainty if uncertainty is not None else len(params))
         begin = end
     params = call.params
     if not call.closed:
@@ -124,17 +128,17 @@ def arguments(
         own, params, first, second = (list(map(real, x)) for x in (own, params, first, second))
     if call.rule.states < 2:
         second = []
-    uncertain = None
-    if any(isinstance(doubt, Tensor) for doubt in doubts):
+    together = None
+    if any(isinstance(each, Tensor) for each in uncertainties):
         zero = torch.zeros(1, dtype=torch.float64, device=call.device)
-        uncertain = torch.cat([d if isinstance(d, Tensor) else zero.expand(d) for d in doubts])
-    return Arguments(own, params, first, second, _together(tables, call.device), uncertain)
+        together = torch.cat([each if isinstance(each, Tensor) else zero.expand(each) for each in uncertainties])
+    return KernelArguments(own, params, first, second, _concatenated(tables, call.device), together)
 
 
 def _missing(optimizer: Any, part: Part) -> str:
     form = part.form
     assert form is not None
-    names = [*(["step"] if form.steps else []), *form.states]
+    names = [*(["step"] if form.counted else []), *form.states]
     for p in part.params:
         for name in names:
             if name not in optimizer.state.get(p, {}):
@@ -143,7 +147,7 @@ def _missing(optimizer: Any, part: Part) -> str:
 
 
 def _dense(optimizer: Any, p: Tensor, gradient: Tensor, rewritten: Group | None) -> Tensor:
-    """The gradient as the op takes it, of the wider dtype of gradient and parameter."""
+    """The gradient as the op takes it, in the wider dtype of gradient and parameter."""
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
     gradient = gradient.to(torch.promote_types(gradient.dtype, p.dtype))
@@ -152,8 +156,8 @@ def _dense(optimizer: Any, p: Tensor, gradient: Tensor, rewritten: Group | None)
     return real(gradient)
 
 
-def _together(tables: list[Tensor], device: torch.device) -> Tensor:
-    """Tables of coefficients as one: on the CPU if all of them are."""
+def _concatenated(tables: list[Tensor], device: torch.device) -> Tensor:
+    """One table of coefficients, on the CPU if all of them are."""
     if len(tables) == 1:
         return tables[0].contiguous()
     if all(table.is_cpu for table in tables):

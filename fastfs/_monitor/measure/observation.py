@@ -29,7 +29,7 @@ class FeatureObservation:
         checked_choices: The same in the check before the step; empty if there was no check.
     """
 
-    verdict: trust.Trusted
+    verdict: trust.AssessedUpdate
     sums: LayerSums
     eps: Tensor
     absent: list[int]
@@ -82,7 +82,7 @@ def without_update(stats: FeatureStats) -> FeatureStats:
     )
 
 
-def reported(verdict: trust.Trusted, plain: FeatureStats) -> Tensor:
+def reported(verdict: trust.AssessedUpdate, plain: FeatureStats) -> Tensor:
     """Returns the sums for the record, float64 (L, 9).
 
     Where an enlarged update was measured, these are the verdict's sums. Elsewhere they are the plain sums, with the

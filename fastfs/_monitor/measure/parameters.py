@@ -1,4 +1,4 @@
-"""What the optimizers do to the parameters, in one order for all of them."""
+"""The updates of the parameters of all optimizers, in one order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.full_checks import both
 from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
-from fastfs._monitor.measure.update_meter import OF_STEP, MeasuredUpdate, UpdateMeter
+from fastfs._monitor.measure.measured_update import OF_STEP, MeasuredUpdate
+from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import TrainingOptimizer
 from fastfs._stats import ParameterStats
 
@@ -22,29 +23,29 @@ class Parameters:
     """The parameters of all optimizers: optimizer by optimizer, group by group.
 
     Args:
-        optimizers: those of the loop.
-        snapshot: in steps that are watched in full, copy the parameters before the step.
+        optimizers: The optimizers of the loop.
+        snapshot: Copy the parameters before measured steps.
     """
 
     def __init__(self, optimizers: Sequence[TrainingOptimizer], *, snapshot: bool) -> None:
         self._optimizers = tuple(optimizers)
-        self._full = snapshot
+        self._copies = snapshot
         self._meters: list[UpdateMeter] = []
-        self._snapshots: list[UpdateMeter] = []
+        self._copying: list[UpdateMeter] = []
         self.renew()
         self._results: list[list[MeasuredUpdate]] = [[] for _ in optimizers]
         self._treatments: list[Treatment | None] = [None for _ in optimizers]
-        self._complete = [True for _ in optimizers]  # whether all gradients were looked at before the step
+        self._complete = [True for _ in optimizers]  # whether all gradients were sampled before the step
         self._factor: GradientFactor | None = None
         self._entries: list[Fingerprint | None] = [None for _ in optimizers]
         self._moved: list[Tensor | None] = [None for _ in optimizers]
 
     def renew(self) -> None:
-        """Begin anew, as if no step had been seen."""
-        # Closed forms do not hold for a wrapper whose step may do more than that of the optimizer in it.
-        self._meters = [UpdateMeter(found.optimizer, snapshot=found.copied) for found in self._optimizers]
-        self._snapshots = [
-            meter if meter.snapshot else UpdateMeter(meter.optimizer, snapshot=True) for meter in self._meters
+        """Begins anew, as if no step had been seen."""
+        # Closed forms do not hold for a wrapper, whose step may do more than that of the optimizer within it.
+        self._meters = [UpdateMeter(found.optimizer, copy_all=found.copied) for found in self._optimizers]
+        self._copying = [
+            meter if meter.copy_all else UpdateMeter(meter.optimizer, copy_all=True) for meter in self._meters
         ]
 
     @property
@@ -52,71 +53,72 @@ class Parameters:
         return [p for meter in self._meters for p in meter.parameters]
 
     def groups(self) -> list[list[Tensor]]:
-        """Of every optimizer."""
+        """Returns the parameters of every optimizer."""
         return [meter.parameters for meter in self._meters]
 
     @property
     def previous(self) -> list[Tensor]:
-        """Values before the step; only with ``snapshot``, after a step that was watched in full."""
-        return [p for meter in self._snapshots for p in meter.previous] if self._full else []
+        """The parameters before the last measured step; empty without ``snapshot``."""
+        return [p for meter in self._copying for p in meter.previous] if self._copies else []
 
     @property
     def snapshot_bytes(self) -> int:
-        meters = {id(meter): meter for meter in (*self._meters, *(self._snapshots if self._full else ()))}
-        return sum(meter.snapshot_bytes for meter in meters.values())
+        """Memory of all copies."""
+        meters = {id(meter): meter for meter in (*self._meters, *(self._copying if self._copies else ()))}
+        return sum(meter.copied_bytes for meter in meters.values())
 
     def enter(self, index: int) -> None:
-        """A step with a closure begins."""
+        """Notes that a step with a closure begins."""
         self._entries[index] = Fingerprint(self._meters[index].parameters)
         self._moved[index] = None
 
     def evaluate(self, index: int) -> None:
-        """Its closure is evaluated: the gradients are those of the parameters as they are now."""
+        """Notes that its closure is evaluated, so that the gradients are those of the parameters as they are now."""
         entry = self._entries[index]
         if entry is not None:
             self._moved[index] = Fingerprint(self._meters[index].parameters, entry).differs(entry)
 
-    def before(self, index: int, full: bool, factor: GradientFactor | None = None) -> None:
-        """Right before the step of an optimizer.
+    def before(self, index: int, measured: bool, factor: GradientFactor | None = None) -> None:
+        """To be called right before the step of an optimizer.
 
         Args:
-            index: which.
-            full: whether the step is watched in full.
-            factor: tells what happened to the gradients since the backward; None if nothing did.
+            index: Of the optimizer.
+            measured: Whether the step is a measured one, whose update is verified.
+            factor: Finds what was done to the gradients since the backward; None if nothing was.
         """
-        meter, self._factor = self._of(index, full), factor
+        meter, self._factor = self._of(index, measured), factor
         if factor is None:
             self._treatments[index] = None
             meter.before()
             return
         parameters = meter.parameters
-        look = factor.look(index, parameters)
-        self._treatments[index] = factor.compare(index, look)
-        meter.before(look, complete=full or look.complete)
-        self._complete[index] = look.complete
+        gradients = factor.snapshot(index, parameters)
+        self._treatments[index] = factor.compare(index, gradients)
+        meter.before(gradients, complete=measured or gradients.complete)
+        self._complete[index] = gradients.complete
 
-    def after(self, index: int, full: bool) -> None:
-        """Right after it. The gradients of the result are those of the backward."""
-        meter = self._of(index, full)
+    def after(self, index: int, measured: bool) -> None:
+        """To be called right after the step. The gradients of the result are those of the backward."""
+        meter = self._of(index, measured)
         found, scale = meter.after(), getattr(meter.optimizer, "grad_scale", None)
         treatment, self._treatments[index] = self._treatments[index], None
         if treatment is not None and self._factor is not None:
-            # What was verified in a step of which only the witnesses were looked at says that something has changed.
-            good = both(treatment.good, both(meter.good, self._complete[index] or not meter.verified))
-            if meter is self._meters[index] or good is False:
-                self._factor.judged(index, good, complete=self._complete[index])
+            # An update that was verified although only representatives were sampled shows that something has changed.
+            passed = both(treatment.uniform, both(meter.passed, self._complete[index] or not meter.verified))
+            if meter is self._meters[index] or passed is False:
+                self._factor.record_step(index, passed, complete=self._complete[index])
         if (treatment is not None and treatment.factor is not None) or scale is not None:
             known = None if treatment is None else treatment.known
-            found = _as_computed(found, *(known or _nothing_done(found.reason)), scale)
+            found = _of_backward(found, *(known or _nothing_done(found.reason)), scale)
         moved, self._moved[index], self._entries[index] = self._moved[index], None, None
         if moved is not None:
-            found = _from_elsewhere(found, moved)
+            found = _unless_moved(found, moved)
         self._results[index].append(found)
 
     def take(self, device: torch.device) -> MeasuredUpdate:
-        """Of all parameters since the last call; zeros for those of an optimizer that did not step.
+        """Returns the update of all parameters since the last call; zeros for an optimizer that did not step.
 
-        <g, dw> and |g| are of the gradients that the backward computed, a loss scale included.
+        <g, dw> and |g| are of the gradients that the backward computed, including a loss scale.
         """
         if len(self._results) == 1 and len(self._results[0]) == 1:
             found = self._results[0][0]
@@ -143,25 +145,27 @@ class Parameters:
         return MeasuredUpdate(ParameterStats(torch.cat(sums)), torch.cat(codes))
 
     def clear(self) -> None:
+        """Forgets the steps since the last call of `take`."""
         for results in self._results:
             results.clear()
-        for meter in (*self._meters, *self._snapshots):
+        for meter in (*self._meters, *self._copying):
             meter.forget()
         self._treatments = [None for _ in self._treatments]
         self._moved = [None for _ in self._moved]
         self._entries = [None for _ in self._entries]
 
-    def _of(self, index: int, full: bool) -> UpdateMeter:
-        return (self._snapshots if full and self._full else self._meters)[index]
+    def _of(self, index: int, measured: bool) -> UpdateMeter:
+        return (self._copying if measured and self._copies else self._meters)[index]
 
 
-def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Tensor | None) -> MeasuredUpdate:
-    """With the gradients that the backward computed in the place of those that the step was given.
+def _of_backward(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Tensor | None) -> MeasuredUpdate:
+    """Returns the update with the gradients that the backward computed, not those that the step was given.
 
     Args:
-        found: of the step.
-        factor, code: see :class:`Treatment`.
-        scale: what a fused optimizer took out of the gradients itself.
+        found: The update.
+        factor: See :class:`Treatment`.
+        code: See :class:`Treatment`.
+        scale: By what a fused optimizer divided the gradients itself; None for nothing.
     """
     sums = found.stats.sums
     if factor.device != sums.device:
@@ -170,7 +174,7 @@ def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
         factor = factor / scale.to(sums.device, torch.float64, non_blocking=True)
     columns = dict(zip(ParameterStats.names, sums.unbind(dim=1), strict=True))
     dot, update, gradient = columns["dot"], columns["update_sq"], columns["gradient_sq"]
-    # Without an update the factor does not matter, and without a gradient there is nothing to be scaled.
+    # Without an update the factor does not matter, and without a gradient there is nothing to scale.
     nothing = (gradient == 0) & (code != decrease_reasons.CHANGED) & (code != decrease_reasons.UNSEEN)
     still = (update == 0) | nothing
     columns["dot"] = torch.where(still, 0.0, dot / factor)
@@ -180,12 +184,12 @@ def _as_computed(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
 
 
 def _nothing_done(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors and codes of gradients that nothing was done to."""
+    """Factors and codes of unchanged gradients."""
     return torch.ones_like(like, dtype=torch.float64), torch.zeros_like(like)
 
 
-def _from_elsewhere(found: MeasuredUpdate, moved: Tensor) -> MeasuredUpdate:
-    """If the parameters had moved when the gradients were computed, nothing is known of the step."""
+def _unless_moved(found: MeasuredUpdate, moved: Tensor) -> MeasuredUpdate:
+    """The update; unknown if the parameters had moved when the gradients were computed."""
     moved = moved.to(found.reason.device, non_blocking=True)
     sums = found.stats.sums.clone()
     sums[:, OF_STEP].masked_fill_(moved, torch.nan)

@@ -20,9 +20,9 @@ from fastfs._monitor.measure.capture_mode import (
     UpdateEvidence,
 )
 from fastfs._monitor.measure.learned_structure import LearnedStructure
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
 from fastfs._monitor.measure.row_sums import RowSums, Triple, from_replay
-from fastfs._monitor.measure.update_meter import MeasuredUpdate
 from fastfs._monitor.row_reasons import NO_ROOM, NOT_RUN
 from fastfs._network.feature_tensors import strided
 from fastfs._network.guard import Guard
@@ -140,7 +140,9 @@ class ProbeMode(CaptureMode):
         resources = self._resources
         sums = resources.totals([self._second_forward(step)])
         eps = resources.on_device(self._coarsest)
-        return FeatureObservation(resources.assessor.plain(sums, eps, evidence.depth), sums, eps, self._absent())
+        return FeatureObservation(
+            resources.assessor.assess_replay(sums, eps, evidence.depth), sums, eps, self._absent()
+        )
 
     def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns copies of the probe's inputs, to which the forward may write."""

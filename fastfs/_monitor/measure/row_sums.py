@@ -1,9 +1,9 @@
-"""Kept rows in, sums per layer out: pure, and without waiting for the device.
+"""Sums per layer from kept rows, without waiting for the device.
 
 Sums are estimates for all rows from those that were kept, each with its standard error (the linearised error of a ratio
-of totals, rows drawn without replacement). Where all rows were kept the sums are exact and the errors zero.
+of totals, with rows drawn without replacement). If all rows were kept, the sums are exact and the errors zero.
 
-Rows of all layers are one matrix, so that the number of operations does not grow with the layers.
+Rows of all layers are one matrix, so that the number of operations does not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -27,29 +27,34 @@ _NAMES = FeatureStats.names
 DOT, UPDATE, BACKWARD = (_NAMES.index(n) for n in ("update_dot_backward", "update_sq", "backward_sq"))
 BEFORE, RADIAL, ROUNDING = (_NAMES.index(n) for n in ("before_sq", "before_dot_update", "rounding_sq"))
 NONFINITE = _NAMES.index("nonfinite")
-_SORTED = 1 << 24  # numbers that torch.nanquantile takes at most
+_SORTED = 1 << 24  # torch.nanquantile takes no more numbers
 
 _Ints = npt.NDArray[np.int64]
 
 
 class Triple(NamedTuple):
-    """One visit of a layer: kept rows (k, width) of features before, what came after, and the backward vector."""
+    """The kept rows (k, width) of one visit of a layer.
+
+    Attributes:
+        before, after, backward: Features before and after the step, and the backward vector.
+        total: Number of rows that there were.
+    """
 
     before: Tensor
     after: Tensor
     backward: Tensor
-    total: int  # rows that there were
+    total: int
 
 
 @dataclass(frozen=True)
 class RowSums:
-    """Sums of the kept rows of every visit of L layers, visit after visit.
+    """Sums of each kept row, for all visits of L layers one after the other.
 
     Attributes:
         sums: float64 (N, 9), or None without any visit.
-        layer: of each visit, ascending.
-        kept: how many rows each visit has.
-        total: out of how many.
+        layer: Index of each visit's layer, ascending.
+        kept: Number of kept rows of each visit.
+        total: Number of rows of each visit.
         layers: L.
     """
 
@@ -65,13 +70,13 @@ class LayerSums:
     """Sums of L layers, with their standard errors.
 
     Attributes:
-        stats: shape (L,).
-        angle_se: standard error of the angle in radians, float64 (L,).
-        update_se: relative standard error of the norm of df, float64 (L,).
-        dot_se: relative standard error of <b, df>, float64 (L,).
-        rows: rows kept of each layer, and how many there were.
-        visits: of each layer, in all passes.
-        quantiles: float64 (L, 2, Q): of the rows' cosines, and of their speeds (rms of a row's df).
+        stats: FeatureStats of shape (L,).
+        angle_se: Standard error of the angle in radians, float64 (L,).
+        update_se: Relative standard error of the norm of df, float64 (L,).
+        dot_se: Relative standard error of <b, df>, float64 (L,).
+        rows: Numbers of kept rows and of all rows of each layer.
+        visits: Number of visits of each layer, in all passes.
+        quantiles: Quantiles of the rows' cosines, and of their speeds (rms of a row's df), float64 (L, 2, Q).
     """
 
     stats: FeatureStats
@@ -83,38 +88,38 @@ class LayerSums:
     quantiles: Tensor
 
     def one_visit(self) -> tuple[Tensor, Tensor]:
-        """Rows kept of a visit, on average, and their width: float64 (L,) each."""
+        """Returns the average number of kept rows of a visit, and their width: float64 (L,) each."""
         kept, total = np.asarray(self.rows, dtype=np.float64).reshape(-1, 2).T
         rows = on_device(kept / np.maximum(self.visits, 1), self.stats.device)
         return rows, self.stats.count / on_device(np.maximum(total, 1.0), self.stats.device)
 
     def in_place_of(self, other: LayerSums, factor: Tensor) -> LayerSums:
-        """The sums of another look at the same rows, with the errors and quantiles of this one.
+        """Returns the sums of another measurement of the same rows, with the errors and quantiles of this one.
 
         Args:
-            other: where the sums are from.
-            factor: between the speeds of this look and of the other; relative errors and cosines need none.
+            other: The other measurement.
+            factor: Between the speeds of this one and of the other; relative errors and cosines need none.
         """
         quantiles = torch.stack([self.quantiles[:, 0], self.quantiles[:, 1] * factor], dim=1)
         return replace(self, stats=other.stats, quantiles=quantiles)
 
 
 def from_replay(layers: Sequence[Sequence[Triple]]) -> RowSums:
-    """Sums of every row, with df = after - before: one call for all layers and visits."""
+    """Returns the sums of every row, with df = after - before, by one call for all layers and visits."""
     flat = [visit for visits in layers for visit in visits]
     before, after, backward = _columns(flat)
     return _of_visits(layers, flat, _per_row(before, after, backward) if flat else None)
 
 
 def from_direction(layers: Sequence[Sequence[Triple]]) -> RowSums:
-    """The same where ``after`` holds df itself: nothing is subtracted, so there is no rounding noise."""
+    """Returns the same if ``after`` is df itself: nothing is subtracted, so there is no rounding noise."""
     flat = [visit for visits in layers for visit in visits]
     if not flat:
         return _of_visits(layers, flat, None)
     before, changes, backward = _columns(flat)
     zeros = [torch.zeros_like(change) for change in changes]
     sums = _per_row(zeros, changes, backward)
-    # <f, df> and |f|^2, which the call above has taken of zeros.
+    # <f, df> and |f|^2, for which the call above was given zeros.
     same = [f.to(change.dtype) for f, change in zip(before, changes, strict=True)]
     radial = _per_row(zeros, same, changes)
     sums.select(1, BEFORE).copy_(radial.select(1, UPDATE))
@@ -142,12 +147,12 @@ def _of_visits(layers: Sequence[Sequence[Triple]], flat: Sequence[Triple], sums:
 
 
 def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.device) -> LayerSums:
-    """Everything of a step: the passes' rows are strata of one sample.
+    """Returns the sums of a step. The rows of its passes are strata of one sample.
 
     Args:
-        passes: of each micro-batch.
-        quantiles: which quantiles of the rows to take; none for none.
-        device: of the result, where there is no visit at all.
+        passes: Row sums of each micro-batch.
+        quantiles: Which quantiles of the rows to compute.
+        device: Of the result, if there is no visit at all.
     """
     count = passes[0].layers
     layer, kept, total = (
@@ -181,12 +186,12 @@ def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.
 
 
 class _Sample:
-    """The rows of all visits, and which they are of.
+    """The rows of all visits.
 
     Args:
         rows: float64 (N, 9).
-        layer, kept, total: of each of V visits: its layer, how many rows it has here, and how many there were.
-        layers: how many there are.
+        layer, kept, total: Layer, number of kept rows and number of all rows of each visit, (V,).
+        layers: Number of layers.
     """
 
     def __init__(self, rows: Tensor, layer: _Ints, kept: _Ints, total: _Ints, layers: int) -> None:
@@ -200,7 +205,7 @@ class _Sample:
         self._per_layer = SegmentSums(visits, self.device, None if in_order else order)
 
     def totals(self) -> Tensor:
-        """(L, 9) for all rows. Non-finite entries are counted, not estimated."""
+        """Returns estimates for all rows, (L, 9). Non-finite entries are counted, not estimated."""
         sums = self._per_visit(self.rows)
         if (self._kept < self._total).any():
             scale = np.repeat((self._total / np.maximum(self._kept, 1))[:, None], len(_NAMES), axis=1)
@@ -210,7 +215,7 @@ class _Sample:
         return self._per_layer(sums)
 
     def standard_errors(self, sums: Tensor) -> Tensor:
-        """Relative standard errors of the cosine, of |df| and of <b, df>: float64 (L, 3)."""
+        """Returns relative standard errors of the cosine, of |df| and of <b, df>: float64 (L, 3)."""
         sampled = self._kept < self._total
         if not sampled.any():
             return torch.zeros_like(sums[:, :3])
@@ -220,7 +225,7 @@ class _Sample:
         dot, update, backward = (
             self.rows[:, column] * inverse[:, index][of_row] for index, column in enumerate((DOT, UPDATE, BACKWARD))
         )
-        # What a row adds to log cos, log |df| and log <b, df>.
+        # The contributions of a row to log cos, log |df| and log <b, df>.
         adds = torch.stack([dot - 0.5 * update - 0.5 * backward, 0.5 * update, dot], dim=1)
         kept = np.maximum(self._kept, 1)
         mean = self._per_visit(adds) / on_device(kept[:, None].astype(np.float64), self.device)
@@ -228,13 +233,13 @@ class _Sample:
         squares = self._per_visit((adds - mean[visit]).square())
         ratio = self._total / kept
         factor = ratio**2 * kept * (1.0 - 1.0 / np.maximum(ratio, 1.0)) / np.maximum(kept - 1, 1)
-        factor[kept == 1] = np.nan  # one row tells no error
-        unknown = torch.where(on_device(sampled[:, None], self.device), squares, 0.0)  # also where they are not finite
+        factor[kept == 1] = np.nan  # of one row the error is not known
+        unknown = torch.where(on_device(sampled[:, None], self.device), squares, 0.0)  # also if they are not finite
         factor[~sampled] = 0.0
         return self._per_layer(unknown * on_device(factor[:, None], self.device)).sqrt()
 
     def quantiles(self, wanted: Sequence[float]) -> Tensor:
-        """(L, 2, Q) of the rows' cosines and speeds."""
+        """Returns quantiles of the rows' cosines and speeds, (L, 2, Q)."""
         result = torch.full((self._layers, 2, len(wanted)), torch.nan, dtype=torch.float64, device=self.device)
         if not wanted:
             return result
@@ -246,7 +251,8 @@ class _Sample:
         order = np.argsort(owner, kind="stable")
         lengths = np.bincount(owner, minlength=self._layers)
         starts = np.cumsum(lengths) - lengths
-        sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)  # layers of about as many rows go together
+        # Layers with similar numbers of rows are sorted together.
+        sizes = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
         for size in np.unique(sizes[lengths > 0]).tolist():
             every = np.flatnonzero((sizes == size) & (lengths > 0))
             width = int(lengths[every].max())

@@ -1,4 +1,4 @@
-"""Sums over many sets of rows at once, on the device, in a number of operations that does not grow with the sets."""
+"""Sums over many sets of rows at once, on the device, in a fixed number of operations."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from fastfs._network.parameter_sets import ParameterSets
 
 __all__ = ["IntervalSums", "SegmentSums", "on_device"]
 
-_WIDTH = 32  # of a row of the tables; longer segments take several rows, which are summed in turn
+_WIDTH = 32  # of the tables; longer segments take several rows, which are summed in turn
 
 _Ints = npt.NDArray[np.int64]
 
 
 def on_device(numbers: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """Without waiting for the device."""
+    """Copies an array to the device, without waiting for it."""
     host = torch.from_numpy(np.ascontiguousarray(numbers))
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 class SegmentSums:
-    """Sums of chosen rows of a matrix, S segments of them.
+    """Sums of S segments of rows of a matrix.
 
-    By tables of rows, padded to equal length, and not by scattering: the order of every sum is fixed, on every device,
-    and a number that is not finite stays in the segments that hold it.
+    The segments are gathered by tables padded to equal length, not scattered: the order of every sum is fixed on every
+    device, and a non-finite number stays in the segments that contain it.
 
     Args:
-        lengths: of the segments, (S,).
-        rows: the rows of each segment, one after the other; by default all rows in their order.
-        device: of the matrix.
+        lengths: Lengths of the segments, (S,).
+        device: Of the matrix.
+        rows: The rows of each segment, one after the other; by default all rows in their order.
     """
 
     def __init__(self, lengths: _Ints, device: torch.device, rows: _Ints | None = None) -> None:
@@ -40,7 +40,7 @@ class SegmentSums:
         self._tables: list[Tensor] = []
         self._length = int(lengths[0]) if len(lengths) else 0
         if rows is None and (lengths == self._length).all():
-            return  # no table: the matrix has that form
+            return  # no table is needed
         rows = np.arange(int(lengths.sum())) if rows is None else rows
         while True:
             width = int(min(max(lengths.max(initial=1), 1), _WIDTH))
@@ -50,13 +50,13 @@ class SegmentSums:
             segment = np.repeat(np.arange(len(lengths)), lengths)
             place = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             table[first[segment] + place // width, place % width] = rows
-            self._tables.append(on_device(table + 1, device))  # row 0 is of zeros
+            self._tables.append(on_device(table + 1, device))  # row 0 contains zeros
             if (parts == 1).all():
                 return
             lengths, rows = parts, np.arange(int(parts.sum()))
 
     def __call__(self, matrix: Tensor) -> Tensor:
-        """(N, C) to (S, C)."""
+        """Sums (N, C) to (S, C)."""
         if not self._tables:
             return matrix.reshape(self._segments, self._length, matrix.shape[1]).sum(dim=1)
         for table in self._tables:
@@ -66,10 +66,14 @@ class SegmentSums:
 
 
 class IntervalSums:
-    """Sums of numbers of each parameter over sets of parameters.
+    """Sums over sets of parameters, which are unions of intervals.
 
-    An interval is a few nodes of a binary tree of sums, as differences of running totals would be, but without their
-    cancellation: a layer with small numbers keeps them beside one with large ones, or with NaN.
+    An interval is the sum of a few nodes of a binary tree of sums. Unlike differences of running totals, these have no
+    cancellation: a layer with small numbers is not affected by one with large numbers or NaN.
+
+    Args:
+        sets: The sets.
+        device: Of the values.
     """
 
     def __init__(self, sets: ParameterSets, device: torch.device) -> None:
@@ -94,7 +98,7 @@ class IntervalSums:
         self._sums = SegmentSums(np.bincount(owner, minlength=len(sets)), device, np.concatenate(nodes)[order])
 
     def __call__(self, values: Tensor) -> Tensor:
-        """(P, C) to (L, C)."""
+        """Sums (P, C) to (L, C)."""
         level = torch.nn.functional.pad(values[self._numbering], (0, 0, 0, self._padding))
         levels = [level]
         for _ in range(self._depth):

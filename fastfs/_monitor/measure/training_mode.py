@@ -105,7 +105,7 @@ class TrainingMode(CaptureMode):
             sums = resources.totals([self._unmoved(p) for p in step.forwards])
             eps = resources.on_device(assessor.precision(layers, step.forwards, None))
             sums = dataclasses.replace(sums, stats=without_update(sums.stats))
-            verdict = assessor.plain(sums, eps, evidence.depth)
+            verdict = assessor.assess_replay(sums, eps, evidence.depth)
             return FeatureObservation(verdict, sums, eps, self._absent(step.forwards))
         self._rehearse(step)
         result = self._replay(step)
@@ -129,7 +129,7 @@ class TrainingMode(CaptureMode):
     @abstractmethod
     def _assess(
         self, step: StepInputs, evidence: UpdateEvidence, sums: LayerSums, eps: Tensor, coarsest: float
-    ) -> tuple[trust.Trusted, LayerSums, Tensor | None]:
+    ) -> tuple[trust.AssessedUpdate, LayerSums, Tensor | None]:
         """Returns the verdict, the sums for the record, and the curvature of the step if it is known.
 
         Args:
@@ -156,12 +156,12 @@ class TrainingMode(CaptureMode):
         """Returns sums between the training step's features and those of eager forwards with these parameters."""
         return self._run(step.forwards, model_at(step.model, values))
 
-    def _same_function(self, verdict: trust.Trusted, step: StepInputs) -> trust.Trusted:
+    def _same_function(self, verdict: trust.AssessedUpdate, step: StepInputs) -> trust.AssessedUpdate:
         """Refuses layers where eager forwards differ from the compiled ones that the backward vectors come from."""
         if not step.model.compiled:
             return verdict
         result = self._eager(step, step.previous)
-        return self._resources.assessor.same_function(verdict, self._resources.totals(result.rows).stats)
+        return self._resources.assessor.refuse_other_masks(verdict, self._resources.totals(result.rows).stats)
 
     def _run_one(self, captured: ForwardCapture, forward: Callable[..., Any], **options: Any) -> ReplayedForward:
         return self._resources.replayer.replay(captured, forward, **options)

@@ -1,4 +1,4 @@
-"""How the parameters of an optimizer are measured in a step: by a closed form or from a copy, and in which calls."""
+"""Which parameters of an optimizer are measured by a closed form and which from a copy, and in which calls."""
 
 from __future__ import annotations
 
@@ -9,29 +9,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastfs._core.checks import DTYPES
+from fastfs._core import checks
 from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._monitor.capture.fingerprints import Places, Views, real
 from fastfs._monitor.measure import closed_forms
-from fastfs._monitor.measure.closed_forms import Form, rewrites_gradients
+from fastfs._monitor.measure.closed_forms import ClosedForm, rewrites_gradients
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
 from fastfs._stats import ParameterStats
 
-__all__ = ["Call", "InOrder", "Part", "Plan", "follows", "make_plan"]
+__all__ = ["Call", "ParameterOrder", "Part", "Plan", "has_closed_form", "make_plan"]
 
 
 @dataclass
 class Part:
-    """Parameters of one group that are measured in the same way."""
+    """Parameters of one group that are measured in the same way.
+
+    Attributes:
+        group: Index of the group.
+        form: Their closed form; None if they are copied before the step.
+        params: The parameters.
+    """
 
     group: int
-    form: Form | None  # None: by a snapshot
+    form: ClosedForm | None
     params: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Call:
-    """The parts that one call of the op measures: those of one rule and device, closed or not."""
+    """The parts that one call of `optimizer_stats` measures: those of one rule and device, with closed forms or not.
+
+    Attributes:
+        rule, device: Of all parts.
+        parts: The parts.
+        indices, params: Their parameters, and the positions of these among all parameters of the optimizer.
+        is_complex: Whether a parameter is complex.
+        places: Which elements of the parameters verify the update.
+        shares_places: Whether those are the places of the gradients, too.
+        views: Views of the parameters at their places, and of the states behind them.
+    """
 
     rule: OptimizerRule
     device: torch.device
@@ -40,8 +56,8 @@ class Call:
     params: list[Tensor] = field(default_factory=list)
     is_complex: bool = False
     places: Places = field(default_factory=lambda: Places(()))
-    shared: bool = False  # the places are those of the gradients
-    views: dict[int, Views] = field(default_factory=dict)  # of the parameters, and of the states after them
+    shares_places: bool = False
+    views: dict[int, Views] = field(default_factory=dict)
 
     @property
     def closed(self) -> bool:
@@ -50,41 +66,52 @@ class Call:
 
 @dataclass
 class Plan:
-    """How the parameters that have a gradient are measured, as long as nothing changes."""
+    """How the parameters that have a gradient are measured, as long as nothing changes.
 
-    key: list[object]  # of a GradientSnapshot
-    forms: list[Form | None]
-    settled: bool  # the optimizer has its state: nothing else will be found next time
+    Attributes:
+        key: Of the `GradientSnapshot` that the plan is for.
+        forms: The closed form of each group.
+        settled: Whether the optimizer has made its state, so that the next plan would be the same.
+        calls: What is measured together.
+        copied: Parameters that are copied before the step.
+        copies_gradients: Whether the step rewrites 16-bit gradients, which cannot be restored from the result.
+        device: Device of the first parameter.
+    """
+
+    key: list[object]
+    forms: list[ClosedForm | None]
+    settled: bool
     calls: list[Call]
     copied: list[Tensor]
-    coarse: bool  # 16-bit gradients are rewritten by the step, so that they cannot be brought back
+    copies_gradients: bool
+    device: torch.device
 
 
-def make_plan(optimizer: Any, look: GradientSnapshot, forms: list[Form | None], *, snapshot: bool) -> Plan:
-    """How the parameters of an optimizer are to be measured that have these gradients.
+def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedForm | None], *, copy_all: bool) -> Plan:
+    """Returns how the parameters of an optimizer are measured that have these gradients.
 
     Args:
-        optimizer: right before its step.
-        look: at the gradients of its parameters.
-        forms: the closed forms of its groups.
-        snapshot: whether parameters without a gradient are copied, too.
+        optimizer: The optimizer right before its step.
+        gradients: The gradients of its parameters.
+        forms: The closed forms of its groups.
+        copy_all: Whether parameters without a gradient are copied, too.
 
     Raises:
-        ValueError: for a parameter of a dtype that cannot be measured, or a DTensor.
+        ValueError: A parameter is a DTensor or has a dtype that cannot be measured.
     """
     calls: dict[tuple[OptimizerRule, torch.device, bool], Call] = {}
     copied: list[Tensor] = []
-    settled, coarse, index = True, False, -1
+    settled, copies_gradients, index = True, False, -1
     for number, (group, form) in enumerate(zip(optimizer.param_groups, forms, strict=True)):
         parts: dict[tuple[OptimizerRule, torch.device, bool], Part] = {}
         for p in group["params"]:
             index += 1
-            if look.gradients[index] is None:
-                if snapshot:
+            if gradients.tensors[index] is None:
+                if copy_all:
                     copied.append(p)
                 continue
-            closed = follows(optimizer, p, form)
-            check(index, p)
+            closed = has_closed_form(optimizer, p, form)
+            _check(index, p)
             if not closed:
                 copied.append(p)
             elif form is not None and form.states and not optimizer.state.get(p):
@@ -96,26 +123,27 @@ def make_plan(optimizer: Any, look: GradientSnapshot, forms: list[Form | None], 
                 call.parts.append(parts[key])
             parts[key].params.append(p)
             if p.element_size() < 4 and rewrites_gradients(optimizer, group, [p]):
-                coarse = True
+                copies_gradients = True
             call.indices.append(index)
             call.params.append(p)
             call.is_complex = call.is_complex or p.is_complex()
-    present = [i for i, g in enumerate(look.gradients) if g is not None]
+    present = [i for i, g in enumerate(gradients.tensors) if g is not None]
     for call in calls.values():
         if call.closed:
-            call.shared = call.indices == present and len(present) == len(look.gradients)
-            call.places = look.places if call.shared else Places([real(p) for p in call.params])
-    return Plan(look.key, forms, settled, list(calls.values()), copied, coarse)
+            call.shares_places = call.indices == present and len(present) == len(gradients.tensors)
+            call.places = gradients.places if call.shares_places else Places([real(p) for p in call.params])
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+    return Plan(gradients.key, forms, settled, list(calls.values()), copied, copies_gradients, device)
 
 
-def follows(optimizer: Any, p: Tensor, form: Form | None) -> bool:
-    """Whether the update of this parameter follows from the state."""
+def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
+    """Returns whether the closed form of its group holds for this parameter, with its dtypes and layouts."""
     dtype = p.dtype
     if form is None or dtype.to_real() not in closed_forms.DTYPES:
         return False
     if p.grad is not None and (p.grad.dtype != dtype or p.grad.layout is not torch.strided):
         return False
-    if form.coarse is not None and torch.finfo(form.coarse).eps > torch.finfo(dtype).eps:
+    if form.narrowest is not None and torch.finfo(form.narrowest).eps > torch.finfo(dtype).eps:
         return False  # the update has the precision of a hyper-parameter's dtype
     state = optimizer.state.get(p)
     if not state:
@@ -127,21 +155,27 @@ def follows(optimizer: Any, p: Tensor, form: Form | None) -> bool:
     return True
 
 
-def check(index: int, p: Tensor) -> None:
+def _check(index: int, p: Tensor) -> None:
     if hasattr(p, "to_local"):
         raise ValueError(f"parameter {index} is a {type(p).__name__}, expected a tensor of this rank alone")
-    if p.dtype.to_real() not in DTYPES:
-        raise ValueError(f"parameter {index} has dtype {p.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if p.dtype.to_real() not in checks.DTYPES:
+        raise ValueError(f"parameter {index} has dtype {p.dtype}, expected one of {', '.join(map(str, checks.DTYPES))}")
 
 
-class InOrder:
-    """Puts results of calls into the order of the parameters."""
+class ParameterOrder:
+    """Puts the results of several calls into the order of the parameters."""
 
     def __init__(self) -> None:
         self._orders: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, results: Sequence[tuple[list[int], Tensor]], count: int, device: torch.device) -> Tensor:
-        """One row for each of ``count`` parameters, on the device; zeros for those that no result has."""
+        """Returns one row for each of `count` parameters, on the device; zeros for those without a result.
+
+        Args:
+            results: Indices of parameters, with a row for each.
+            count: Number of parameters.
+            device: Of the result.
+        """
         if len(results) == 1 and len(results[0][0]) == count:
             return results[0][1]
         if not results:

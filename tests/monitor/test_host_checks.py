@@ -1,4 +1,4 @@
-"""Aligned steps between full looks: what is relied on holds, and what breaks it is seen or given a reason."""
+"""Steps that are checked on the host alone: their numbers are right, and what the checks detect has a reason."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 
 from fastfs._monitor.capture.taps import GRADIENTS, Switch
 from fastfs._monitor.measure import decrease_reasons
-from fastfs._monitor.measure.full_checks import FIRST, PERIOD, Occasions
+from fastfs._monitor.measure.full_checks import FIRST, PERIOD, FullCheckSchedule
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
+from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.parameters import Parameters
-from fastfs._monitor.measure.update_meter import MeasuredUpdate, UpdateMeter
+from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import check_optimizers
 
 Change = Callable[["Loop"], object]
@@ -41,7 +42,7 @@ class Loop:
         switch = Switch()
         switch.level = GRADIENTS
         self.factor = GradientFactor(self.parameters.groups, switch, always=False, failed=_raise)
-        self.relied = 0
+        self.unverified = 0
         self.number = 0
 
     def step(
@@ -55,7 +56,7 @@ class Loop:
         if between is not None:
             between(self)
         self.parameters.before(0, False, self.factor)
-        self.relied += not self.meter._step.complete
+        self.unverified += not self.meter._step.complete
         self.optimizer.step()
         if within is not None:
             within(self)
@@ -72,10 +73,10 @@ class Loop:
         return self.parameters._meters[0]
 
     def settle(self) -> None:
-        """Steps until full looks have become rare."""
+        """Makes steps until full checks have become rare."""
         for _ in range(FIRST + 3):
             check(*self.step())
-        assert self.relied > 0
+        assert self.unverified > 0
 
 
 def check(found: MeasuredUpdate, dots: list[float], squares: list[float]) -> None:
@@ -113,13 +114,13 @@ def schedule(loop: Loop) -> None:
         (torch.optim.NAdam, {}),
     ],
 )
-def test_most_steps_are_relied_on_and_all_are_right(
+def test_most_steps_are_not_verified_and_all_are_right(
     kind: type[Optimizer], options: dict[str, Any], between: Change | None
 ) -> None:
     loop = Loop(kind, **options)
     for _ in range(FIRST + 2 * PERIOD + 4):
         check(*loop.step(between))
-    assert loop.relied >= 2 * PERIOD - 4
+    assert loop.unverified >= 2 * PERIOD - 4
 
 
 def _of(change: Callable[[Tensor], object], *which: int) -> Change:
@@ -152,19 +153,19 @@ WITHIN: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("name", WITHIN)
-def test_what_comes_behind_a_step_that_is_relied_on_is_seen(name: str) -> None:
+def test_what_comes_behind_a_step_that_is_not_verified_is_detected(name: str) -> None:
     loop = Loop()
     loop.settle()
-    before = loop.relied
+    before = loop.unverified
     found, dots, _ = loop.step(within=WITHIN[name])
-    assert loop.relied == before + 1, "this step was to be relied on"
+    assert loop.unverified == before + 1, "this step was to be checked on the host alone"
     right_or_null(found, dots)
     assert any(found.reason.tolist())
-    relied = loop.relied
+    unverified = loop.unverified
     for _ in range(FIRST):
         found, dots, _ = loop.step()
         right_or_null(found, dots)
-        assert loop.relied == relied, "after a change steps are looked at in full"
+        assert loop.unverified == unverified, "after a change steps are verified"
 
 
 BETWEEN: dict[str, Change] = {
@@ -195,24 +196,24 @@ def test_what_comes_before_a_step_is_right_or_null(name: str, often: int) -> Non
     assert name in ("by value", "noise") or found.reason.tolist() == [decrease_reasons.FINE] * len(dots)
 
 
-def test_occasions() -> None:
-    occasions = Occasions()
+def test_schedule() -> None:
+    schedule = FullCheckSchedule()
     due = []
     for _ in range(FIRST + 2 * PERIOD):
-        due.append(occasions.due())
+        due.append(schedule.due())
         if due[-1]:
-            occasions.looked(True)
+            schedule.record_full_check(True)
         else:
-            occasions.relied()
+            schedule.record_host_check()
     assert due == [True] * FIRST + ([False] * (PERIOD - 1) + [True]) * 2
-    occasions.looked(torch.tensor(False))
-    assert occasions.due()
+    schedule.record_full_check(torch.tensor(False))
+    assert schedule.due()
     for _ in range(FIRST):
-        occasions.looked(torch.tensor(True))
-    assert not occasions.due()
-    occasions.told(torch.tensor(False))
-    assert occasions.due(), "what was relied on was wrong"
-    on_a_device = Occasions()
+        schedule.record_full_check(torch.tensor(True))
+    assert not schedule.due()
+    schedule.record_late_result(torch.tensor(False))
+    assert schedule.due(), "a step that was not verified was wrong"
+    on_a_device = FullCheckSchedule()
     for _ in range(2 * FIRST):
-        on_a_device.looked(torch.ones((), dtype=torch.bool, device="meta"))
+        on_a_device.record_full_check(torch.ones((), dtype=torch.bool, device="meta"))
         assert on_a_device.due(), "as long as it is not known"

@@ -1,0 +1,107 @@
+"""The result of measuring a step, with a reason for every parameter whose update is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastfs._monitor.measure import decrease_reasons
+from fastfs._monitor.measure.update_plans import Call, ParameterOrder
+from fastfs._stats import ParameterStats, span
+
+__all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateAssembler", "refuted"]
+
+OF_UPDATE = span(ParameterStats, "update")
+"""The columns of the sums that depend on the update."""
+
+OF_STEP = span(ParameterStats, "update", "gradient")
+"""The columns of the sums that depend on the update or the gradient."""
+
+
+@dataclass
+class MeasuredUpdate:
+    """What a step did to P parameters.
+
+    Attributes:
+        stats: ParameterStats of shape (P,); NaN where the update, or the gradient, is not known.
+        reason: int64 (P,), on the same device: why not, a code of :mod:`fastfs._monitor.measure.decrease_reasons`.
+        fine: Whether the host knows that all reasons are `FINE`.
+    """
+
+    stats: ParameterStats
+    reason: Tensor
+    fine: bool = False
+
+
+class UpdateAssembler:
+    """Puts the results of the calls of a step together."""
+
+    def __init__(self) -> None:
+        self._order = ParameterOrder()
+        self._fine = torch.zeros(0, dtype=torch.int64)
+
+    def __call__(
+        self,
+        calls: Sequence[Call],
+        sums: Sequence[Tensor],
+        codes: Sequence[Tensor | None],
+        preserved: Tensor | None,
+        count: int,
+        device: torch.device,
+    ) -> MeasuredUpdate:
+        """Returns the update of all parameters.
+
+        Args:
+            calls: The calls.
+            sums: Sums of each call.
+            codes: Codes of each call's parameters; None if all are `FINE`.
+            preserved: Whether the gradients after the step are those before it, bool (P,); None if all are.
+            count: P.
+            device: Of the result.
+        """
+        total = self._order([(call.indices, part) for call, part in zip(calls, sums, strict=True)], count, device)
+        found = [(call.indices, code) for call, code in zip(calls, codes, strict=True) if code is not None]
+        if not found and preserved is None:
+            if self._fine.shape[0] != total.shape[0] or self._fine.device != total.device:
+                self._fine = torch.full(
+                    (total.shape[0],), decrease_reasons.FINE, dtype=torch.int64, device=total.device
+                )
+            return MeasuredUpdate(ParameterStats(total), self._fine, fine=True)
+        reason = torch.zeros(count, dtype=torch.int64, device=total.device)
+        if found:
+            reason = self._order(found, count, device)
+        bad = reason != decrease_reasons.FINE
+        if preserved is None:
+            unknown = bad[:, None]
+        else:
+            preserved = preserved.to(total.device, non_blocking=True)
+            unknown = torch.stack(_unknown(bad, ~preserved), dim=1)
+            reason = torch.where(bad | preserved, reason, decrease_reasons.REWRITTEN)
+        total[:, OF_STEP].masked_fill_(unknown, torch.nan)
+        return MeasuredUpdate(ParameterStats(total), reason)
+
+
+def refuted(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
+    """Returns the update of a step that was not verified and did not pass the checks on the host.
+
+    Args:
+        found: The update.
+        codes: Of every parameter, from the checks.
+    """
+    reason = torch.tensor(codes, dtype=torch.int64, device="cpu").to(found.reason.device, non_blocking=True)
+    sums = found.stats.sums
+    sums[:, OF_STEP].masked_fill_((reason != decrease_reasons.FINE)[:, None], torch.nan)
+    return MeasuredUpdate(
+        ParameterStats(sums), torch.where(found.reason == decrease_reasons.FINE, reason, found.reason)
+    )
+
+
+def _unknown(update: Tensor, gradient: Tensor) -> list[Tensor]:
+    """Whether the sums of each parameter are unknown, by column of `OF_STEP`, if its update or gradient is."""
+    return [
+        update | gradient if {"update", "gradient"} <= {*pair} else update if "update" in pair else gradient
+        for pair in list(ParameterStats.factors.values())[OF_STEP]
+    ]
