@@ -100,7 +100,8 @@ def feature_stats(
         else:  # no layers: nothing that has a device, which the dispatcher goes by
             return reference.feature_stats(before, after, backward, per_row=per_row)
     except Exception as failure:
-        raise _clearest(failure, checks.check_feature_inputs, before, after, backward) from None
+        error = _clearest(failure, checks.check_feature_inputs, before, after, backward)
+        raise error from None
 
     if single:
         return FeatureStats(sums if per_row else sums.squeeze(0))
@@ -179,7 +180,8 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
         else:  # as above
             return reference.update_stats(gradients, updates)
     except Exception as failure:
-        raise _clearest(failure, checks.check_update_inputs, gradients, updates) from None
+        error = _clearest(failure, checks.check_update_inputs, gradients, updates)
+        raise error from None
     return UpdateStats(sums.squeeze(0) if single else sums)
 
 
@@ -222,7 +224,8 @@ def optimizer_stats(
     try:
         return ParameterStats(torch.ops.fastfs.optimizer_stats(*arguments))
     except Exception as failure:
-        raise _clearest(failure, checks.check_optimizer_inputs, *arguments) from None
+        error = _clearest(failure, checks.check_optimizer_inputs, *arguments)
+        raise error from None
 
 
 def _listed(layers: Any) -> list[Tensor] | tuple[Tensor, ...]:

@@ -64,10 +64,13 @@ def why_not_native() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What the native core was built with and uses; see `csrc/binding/module.cpp`.
+    """Describes the native core: what it was built with and uses, see `csrc/binding/module.cpp`.
+
+    Returns:
+        Property to value.
 
     Raises:
-        RuntimeError: if the native core is missing, or FASTFS_CPU names an instruction set that it cannot use.
+        RuntimeError: If the native core is missing, or FASTFS_CPU names an instruction set that it cannot use.
     """
     if _C is None:
         raise RuntimeError(why_not_native())
@@ -89,10 +92,8 @@ def _empty(like: list[Tensor], rows: int, columns: int) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _tickets(device: torch.device, stream: int, count: int) -> Tensor:
-    """Counters by which the last block of a group is recognised: zero here, and left at zero by every launch.
-
-    Calls on one stream run one after another, so they share the counters without a memset each.
-    """
+    """Returns counters by which the last block of a group is recognized; every launch leaves them at zero."""
+    # Calls on one stream run one after another, so they share the counters without a memset each.
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 

@@ -63,7 +63,7 @@ class KnownMode(CaptureMode):
     def observe(self, step: StepInputs, evidence: UpdateEvidence) -> FeatureObservation:
         sums = self._sums(moved=1.0)
         eps = self._resources.on_device([2.0**-52] * len(self._resources.layers))
-        verdict = self._resources.assessor.tangent(sums, eps, evidence.decrease)
+        verdict = self._resources.assessor.assess_tangent(sums, eps, evidence.decrease)
         return FeatureObservation(verdict, sums, eps, [0] * len(self._resources.layers))
 
     def clear(self) -> None:

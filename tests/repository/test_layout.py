@@ -34,7 +34,7 @@ def imports(package: str) -> dict[str, set[str]]:
     paths = modules(package)
     graph: dict[str, set[str]] = {}
     for name, path in paths.items():
-        targets = set()
+        targets: set[str] = set()
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module:
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
