@@ -14,6 +14,7 @@
 //   RMSprop   with momentum: w = w' - lr buf                             dw = -lr buf
 //             without: h = sqrt(square_avg - [centered] grad_avg^2) + eps, w = w' - lr (s g + wd w') / h
 //               <=> (h - lr wd) w' = h w + lr s g                        dw = -lr (s g + wd w) / (h - lr wd)
+//   Adagrad   h = sqrt(sum) + eps, lr' = lr / (1 + (t - 1) lr_decay): as RMSprop without momentum
 //   Adam      u = -lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps), v the maximum with amsgrad
 //             w = w' + u; decay is in m                                  dw = u
 //   AdamW     w = (1 - lr wd) w' + u                                     dw = (u - lr wd w) / (1 - lr wd)

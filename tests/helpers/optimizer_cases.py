@@ -42,6 +42,7 @@ OPTIONS: dict[str, tuple[Options, ...]] = {
     "RMSprop with momentum": ({"momentum": 0.9, "weight_decay": 0.1}, {"momentum": 0.9, "centered": True}),
     "RMSprop centered, without momentum and weight decay": ({"centered": True},),
     "RMSprop without momentum and weight decay": ({}, {"maximize": True}),
+    "Adagrad without weight decay": ({}, {"lr_decay": 0.1, "maximize": True}, {"initial_accumulator_value": 0.5}),
 }
 """Options that select each row of the table, by its name."""
 
@@ -58,7 +59,7 @@ class Doubled(SGD):
 COPIED: tuple[Case, ...] = (
     (NAdam, {}),
     (torch.optim.RAdam, {}),
-    (Adagrad, {}),
+    (Adagrad, {"weight_decay": 0.1}),
     (torch.optim.Rprop, {}),
     (torch.optim.Muon, {}),
     (Doubled, {"lr": 0.1, "momentum": 0.9}),

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, Optimizer, RMSprop
 from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from fastfs._core.optimizer_rules import OptimizerRule
@@ -115,6 +115,13 @@ def _rmsprop(step: CompletedStep, *, centered: float) -> list[Number]:
     return [0.0, -double(group["lr"]) * _sign(group), centered, double(group["eps"])]
 
 
+def _adagrad(step: CompletedStep) -> list[Number]:
+    group, lr = step.group, double(step.group["lr"])
+    if group["lr_decay"] != 0:
+        lr = lr / (1.0 + (step.count(lr) - 1.0) * group["lr_decay"])
+    return [0.0, -lr * _sign(group), 0.0, double(group["eps"])]
+
+
 def _sign(group: Group) -> float:
     return -1.0 if group["maximize"] else 1.0
 
@@ -205,6 +212,17 @@ CLOSED_FORMS: tuple[ClosedForm, ...] = (
         rule=OptimizerRule.RMSPROP,
         coefficients=functools.partial(_rmsprop, centered=0.0),
         first="square_avg",
+    ),
+    ClosedForm(
+        Adagrad,
+        options="without weight decay",
+        applies=lambda group: is_zero(group["weight_decay"]),
+        update="-lr / (1 + (t - 1) lr_decay) s g / (sqrt(sum) + eps)",
+        rule=OptimizerRule.RMSPROP,
+        coefficients=_adagrad,
+        implementations=("foreach", "fused", "differentiable"),
+        first="sum",
+        counted=True,
     ),
 )
 """The table."""
