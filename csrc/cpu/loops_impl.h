@@ -13,14 +13,6 @@ FASTFS_HD V load_at(const char* p, int64_t left) {
   return V::template load<F>(padded);
 }
 
-// The sum over the lanes, as a fixed tree.
-FASTFS_HD double lanes_sum(double (&lanes)[kLanes]) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
 // One run of kChain * kLanes elements (fewer if Partial), lanes [half * V::kLanes, (half + 1) * V::kLanes).
 template <class Sums, class F, class B, class V, bool Partial>
 FASTFS_HD void run(const char* const* inputs, int64_t start, int64_t left, int half,
@@ -69,7 +61,12 @@ void chunk(const char* const* inputs, int64_t n, const double* coefficients, dou
   for (int half = 0; start < n && half < kLanes / V::kLanes; ++half) {
     run<Sums, F, B, V, true>(inputs, start, n - start, half, c, total);
   }
-  for (int k = 0; k < Sums::kSums; ++k) sums[k] = lanes_sum(total[k]) * Sums::template factor<F, V>(k);
+  for (int k = 0; k < Sums::kSums; ++k) {
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) total[k][i] += total[k][i + width];
+    }
+    sums[k] = total[k][0] * Sums::template factor<F, V>(k);
+  }
 }
 
 template <class Sums, class V>

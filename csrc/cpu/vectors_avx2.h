@@ -102,6 +102,14 @@ FASTFS_HD Double where_at_least(Double a, double bound, Double value, double oth
   const __m256d m = _mm256_cmp_pd(absolute(a).v, _mm256_set1_pd(bound), _CMP_NLT_UQ);
   return {_mm256_blendv_pd(_mm256_set1_pd(otherwise), value.v, m)};
 }
+FASTFS_HD void add_to(Double* t, Single x) {
+  t[0] = add(t[0], {_mm256_cvtps_pd(_mm256_castps256_ps128(x.v))});
+  t[1] = add(t[1], {_mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))});
+}
+FASTFS_HD double sum_of_lanes(Double a) {
+  const __m128d w = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(w, _mm_unpackhi_pd(w, w)));
+}
 }  // namespace
 
 template <>

@@ -104,6 +104,15 @@ FASTFS_HD Double where_at_least(Double a, double bound, Double value, double oth
   const __mmask8 m = _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), _mm512_set1_pd(bound), _CMP_NLT_UQ);
   return {_mm512_mask_blend_pd(m, _mm512_set1_pd(otherwise), value.v)};
 }
+FASTFS_HD void add_to(Double* t, Single x) {
+  t[0] = add(t[0], {_mm512_cvtps_pd(_mm512_castps512_ps256(x.v))});
+  t[1] = add(t[1], {_mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1))});
+}
+FASTFS_HD double sum_of_lanes(Double a) {
+  const __m256d u = _mm256_add_pd(_mm512_castpd512_pd256(a.v), _mm512_extractf64x4_pd(a.v, 1));
+  const __m128d w = _mm_add_pd(_mm256_castpd256_pd128(u), _mm256_extractf128_pd(u, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(w, _mm_unpackhi_pd(w, w)));
+}
 }  // namespace
 
 template <>

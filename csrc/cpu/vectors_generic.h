@@ -7,7 +7,9 @@
 //   load<F>(p)     kLanes elements of the storage dtype F
 //   store<To>(p)   Single only: casts to To, rounding to nearest even. A NaN becomes 0x7fc0 in bfloat16; in float16 it
 //                  keeps its sign and upper digits, as in the processor's instruction.
-//   add_to(t)      adds the lanes to kLanes doubles
+//   add_to(t)      adds the lanes to kLanes doubles in memory
+//   add_to(t, x)   adds the lanes of the Single x to the first registers of Double at t
+//   sum_of_lanes   of a Double, as a fixed tree
 #pragma once
 
 #include "../arithmetic.h"
@@ -166,6 +168,13 @@ FASTFS_HD Vec<T> where_at_least(const Vec<T>& a, double bound, const Vec<T>& val
   FASTFS_LANES(fastfs::where_at_least(a.v[i], bound, value.v[i], otherwise));
 }
 #undef FASTFS_LANES
+FASTFS_HD void add_to(Double* t, const Single& x) { x.add_to(t->v); }
+FASTFS_HD double sum_of_lanes(Double a) {
+  for (int width = Double::kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  }
+  return a.v[0];
+}
 }  // namespace
 
 template <>
