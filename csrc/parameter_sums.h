@@ -21,8 +21,10 @@
 //   Adamax    w = w' - lr / (1 - beta1^t) m / u_inf                      dw = -lr / (1 - beta1^t) m / u_inf
 //   any       with a copy of w'                                          dw = w - w'
 //
-// These are four rules. All that depends on hyper-parameters and t only goes into coefficients per parameter, in
-// double, so that one launch takes parameters of several groups.
+// These are four rules. In Python, fastfs/_core/optimizer_rules.py declares them, and the table in
+// fastfs/_monitor/measure/closed_forms.py says which optimizer of torch follows which of them, with which coefficients.
+// All that depends on hyper-parameters and t only goes into coefficients per parameter, in double, so that one launch
+// takes parameters of several groups.
 #pragma once
 
 #include "sums.h"
