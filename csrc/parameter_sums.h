@@ -59,18 +59,19 @@ struct UpdateSums {
 template <class Rule>
 struct OptimizerSums {
   static constexpr int kInputs = Rule::kInputs;
-  static constexpr int kSums = 4;  // in the order of ParameterStats.names
+  static constexpr int kSums = 5;  // in the order of ParameterStats.names
   static constexpr int kCounted = 2, kCoefficients = Rule::kCoefficients;
   static constexpr bool kOneDtype = true, kSixteenBit = Rule::kSixteenBit;
-  FASTFS_HD static constexpr bool is_square(int k) { return k >= 1; }
+  FASTFS_HD static constexpr bool is_square(int k) { return k >= 2; }
 
   template <class F, class V>
   FASTFS_HD static void add_terms(V (&acc)[kSums], const V (&x)[kInputs], const Coefficients<V, kCoefficients>& c) {
     const V parameter = x[1], gradient = Rule::gradient(x, c.value), update = Rule::update(x, c.value);
     acc[0] = mul_add(gradient, update, acc[0]);
-    acc[1] = mul_add(update, update, acc[1]);
-    acc[2] = mul_add(gradient, gradient, acc[2]);
-    acc[3] = mul_add(parameter, parameter, acc[3]);
+    acc[1] = mul_add(parameter, update, acc[1]);
+    acc[2] = mul_add(update, update, acc[2]);
+    acc[3] = mul_add(gradient, gradient, acc[3]);
+    acc[4] = mul_add(parameter, parameter, acc[4]);
   }
   template <class F, class V>
   FASTFS_HD static double factor(int) {

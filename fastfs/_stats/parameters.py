@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from fastfs._stats.base import Stats, cosine
@@ -106,16 +107,19 @@ class ParameterStats(UpdateStats):
     __slots__ = ()
     factors: ClassVar[dict[str, tuple[str, str]]] = {
         "dot": ("gradient", "update"),
+        "parameter_dot_update": ("parameter", "update"),
         "update_sq": ("update", "update"),
         "gradient_sq": ("gradient", "gradient"),
         "parameter_sq": ("parameter", "parameter"),
     }
     names = (*factors, "nonfinite", "count")
-    derived = (*UpdateStats.derived, "parameter_norm", "parameter_rms", "relative_update")
+    derived = (*UpdateStats.derived, "parameter_norm", "parameter_rms", "relative_update", "rotation", "radial_growth")
     columns = (
         "aligned_decrease",
         "angle",
         "relative_update",
+        "rotation",
+        "radial_growth",
         "update_rms",
         "gradient_rms",
         "parameter_rms",
@@ -142,6 +146,39 @@ class ParameterStats(UpdateStats):
     def relative_update(self) -> Tensor:
         """|dw| / |w|, w after the step. inf where only w is zero, nan where both are."""
         return (self.update_sq / self.parameter_sq).sqrt()
+
+    @property
+    def parameter_dot_update(self) -> Tensor:
+        """<w, dw>, of the parameter after the step."""
+        return self._sum("parameter_dot_update")
+
+    @property
+    def rotation(self) -> Tensor:
+        """Effective rotation: the angle between w - dw and w, the parameter before and after the step, in radians.
+
+        The angular update of Kosson, Messmer and Jaggi, "Rotational Equilibrium" (arXiv 2305.17212), section 2. With
+        dw = p w + v, v orthogonal to w, it is that between (1 - p) w - v and w, so that small angles keep their digits.
+        nan where the parameter is zero before or after the step.
+        """
+        p = self.parameter_dot_update / self.parameter_sq
+        across = (self.update_sq - p * self.parameter_dot_update).clamp_min(0.0).sqrt()
+        angle = torch.atan2(across, (1 - p) * self.parameter_norm)
+        return torch.where((self._before_sq > 0) & (self.parameter_sq > 0), angle, torch.nan)
+
+    @property
+    def radial_growth(self) -> Tensor:
+        """|w| / |w - dw| - 1: by how much of itself the norm of the parameter grew.
+
+        From 2 <w, dw> - |dw|^2, the growth of |w|^2, so that a small one keeps its digits. inf where only w - dw is
+        zero, nan where both are.
+        """
+        before, after = self._before_sq.sqrt(), self.parameter_norm
+        return (2 * self.parameter_dot_update - self.update_sq) / (before * (before + after))
+
+    @property
+    def _before_sq(self) -> Tensor:
+        """Sum of (w - dw)^2, of the parameter before the step."""
+        return (self.parameter_sq - 2 * self.parameter_dot_update + self.update_sq).clamp_min(0.0)
 
     @property
     def nonfinite(self) -> Tensor:

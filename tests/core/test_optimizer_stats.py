@@ -94,6 +94,43 @@ def test_a_copy_of_the_parameter_gives_the_exact_update(rule: OptimizerRule, dty
     assert sums[UPDATE].item() == pytest.approx(expected.item(), rel=1e-6 if dtype != torch.float64 else 1e-12)
 
 
+def stats_of_copies(old: Tensor, new: Tensor) -> ParameterStats:
+    """Of the step from `old` to `new`, with a gradient of ones."""
+    table = torch.tensor([[1.0, 0.0, -1.0, 0.0]], dtype=torch.float64)
+    return optimizer_stats(OptimizerRule.LINEAR, [torch.ones_like(old)], [new], [old], [], table)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("step", [1e-4, 1e-2, 3.0])
+@pytest.mark.parametrize("radial", [-0.5, 0.0, 0.5])
+def test_rotation_and_radial_growth(dtype: torch.dtype, step: float, radial: float, device: str) -> None:
+    old = torch.randn(999, dtype=dtype, device=device)
+    new = old + step * (torch.randn_like(old) + radial * old)
+    stats, relative = stats_of_copies(old, new), 1e-9 if dtype == torch.float64 else 2e-5
+    a, b = old.double(), new.double()
+    chord = (a / a.norm() - b / b.norm()).norm()
+    assert stats.rotation.item() == pytest.approx(2 * (chord / 2).asin().item(), rel=relative)
+    growth = ((b - a) @ (b + a) / (a.norm() * (a.norm() + b.norm()))).item()
+    assert stats.radial_growth.item() == pytest.approx(growth, rel=relative, abs=relative * step)
+
+
+def test_rotation_and_radial_growth_of_special_steps() -> None:
+    w, zero = torch.tensor([3.0, 0.0, 4.0]), torch.zeros(3)
+    across = torch.tensor([-4.0, 0.0, 3.0])
+    for old, new, rotation, growth in (
+        (w, w, 0.0, 0.0),
+        (w, 2 * w, 0.0, 1.0),
+        (w, -w, torch.pi, 0.0),
+        (w, across, torch.pi / 2, 0.0),
+        (w, zero, torch.nan, -1.0),
+        (zero, w, torch.nan, torch.inf),
+        (zero, zero, torch.nan, torch.nan),
+    ):
+        stats = stats_of_copies(old, new)
+        assert stats.rotation.item() == pytest.approx(rotation, rel=1e-6, abs=1e-6, nan_ok=True)
+        assert stats.radial_growth.item() == pytest.approx(growth, rel=1e-6, abs=1e-6, nan_ok=True)
+
+
 @pytest.mark.parametrize(("rule", "dtype"), RULES)
 def test_no_update_of_nothing(rule: OptimizerRule, dtype: torch.dtype, device: str) -> None:
     """0 / 0 counts as no update: elements beyond the end are zeros, and so are parameters that were never used."""
