@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/fastfs demo
 
 # A file of tests is run by one process. More than eight would mostly wait for memory.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test: install
 	$(PYTEST)

@@ -1,7 +1,7 @@
-"""The public stateless measurements: call the native op, wrap the result.
+"""The stateless measurements: each calls its native op and wraps the result.
 
-Inputs that the op takes pass through here without being looked at. Only when it fails are they checked
-(fastfs._core.checks), for an error that says which layer is wrong and how.
+Inputs are not checked before the call. If the op fails, `fastfs._core.checks` finds the error, which names the layer
+and the cause.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def feature_stats(
     per_row: bool = False,
     backend: Backend = None,
 ) -> FeatureStats | list[FeatureStats]:
-    """Measures how features moved in a step and how the move is aligned with the backward pass.
+    """Measures how features moved in a step and how their update is aligned with the backward pass.
 
-    All sums over all elements of all layers in one pass over the memory, in float64, without waiting for the device.
-    The same inputs give the same bits whatever the number of threads and the other layers. The result is detached.
+    One pass over the memory computes all sums of all layers in float64, without synchronizing with the device. The bits
+    of the result depend neither on the number of threads nor on the other layers. The result is detached.
 
     Args:
         before: Features before the update of the parameters: a tensor of any shape and layout, or a sequence of one
             tensor per layer. float16, bfloat16, float32 or float64; layers may differ in shape and dtype.
         after: Features after the update, on the same rows; shape and dtype of `before`.
         backward: Backward vector, dLoss/d(features); shape of `before`, any of the dtypes.
-        per_row: Sums per row instead of per layer; a row is the last dimension.
+        per_row: Whether to sum per row (last dimension) instead of per layer.
         backend: None for the native core where it is built, or "native", or "reference" (plain torch).
 
     Returns:
@@ -153,7 +153,7 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
     Args:
         gradients: Gradient of the loss, a tensor, or a sequence of one tensor per parameter. Unclipped and unscaled,
             for the feature speed formula to hold. Any shape and layout; float16, bfloat16, float32 or float64.
-        updates: What the optimizer's step really changed, w_after - w_before; shape of the gradient, any of the dtypes.
+        updates: Change of the parameter in the step, w_after - w_before; shape of the gradient, any of the dtypes.
         backend: None for the native core where it is built, or "native", or "reference" (plain torch).
 
     Returns:
@@ -195,17 +195,19 @@ def optimizer_stats(
     *,
     backend: Backend = None,
 ) -> ParameterStats:
-    """What a step of an optimizer did to P parameters, from what it left behind: dw is not written anywhere.
+    """Measures the updates of P parameters in an optimizer step, from the state after the step.
+
+    The update dw follows from gradient, parameter and optimizer state by a closed form, and is not written to memory.
 
     Args:
         rule: A `fastfs.OptimizerRule`: how dw follows from the tensors and the coefficients.
         gradients: Gradients, one tensor per parameter. Any layout. All tensors of one parameter have its shape and
             dtype: float32 or float64, with `OptimizerRule.LINEAR` also float16 or bfloat16.
         parameters: The parameters after the step.
-        first: The first state of every parameter. A rule of which it has none takes the gradients again.
+        first: The first state of every parameter; the gradients where an optimizer has none.
         second: The second state; an empty list for `OptimizerRule.LINEAR`.
-        coefficients: float64 (P, C), contiguous, with the columns `rule.coefficients`. On the CPU (they then travel
-            with the launch) or on the parameters' device (they are then read by the kernel, so nothing waits).
+        coefficients: float64 (P, C), contiguous, with the columns `rule.coefficients`. On the CPU (passed with
+            the launch) or on the parameters' device (read by the kernel, without synchronization).
         backend: None for the native core where it is built, or "native", or "reference" (plain torch).
 
     Returns:
@@ -229,7 +231,7 @@ def optimizer_stats(
 
 
 def _listed(layers: Any) -> list[Tensor] | tuple[Tensor, ...]:
-    """A sequence as the list or tuple that the op takes. Everything else would be iterated over, so it is refused."""
+    """Returns a sequence as a list or tuple, which the op accepts; other iterables are an error."""
     kind = type(layers)
     if kind is list or kind is tuple:
         return layers  # type: ignore[no-any-return]
@@ -239,7 +241,7 @@ def _listed(layers: Any) -> list[Tensor] | tuple[Tensor, ...]:
 
 
 def _clearest(failure: Exception, check: Callable[..., object], *arguments: object) -> Exception:
-    """The error that `check` has for the arguments, or else the failure itself."""
+    """Returns the error that `check` raises for the arguments, or the failure itself if it raises none."""
     try:
         check(*arguments)
     except (TypeError, ValueError) as error:
@@ -263,7 +265,7 @@ def _use_reference(backend: Any) -> bool:
 @functools.cache
 def _warn_once() -> None:
     warnings.warn(
-        f"fastfs measures with its slow reference, because the native core is not in use: {ops.why_not_native()} "
+        f"fastfs uses its slow reference implementation, because the native core is not in use: {ops.why_not_native()} "
         "(backend='reference' chooses the reference without this warning)",
         RuntimeWarning,
         stacklevel=4,

@@ -6,6 +6,7 @@ import functools
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,6 +58,12 @@ NEEDS = {
 def pytest_configure(config: pytest.Config) -> None:
     for marker, (_, variable) in NEEDS.items():
         config.addinivalue_line("markers", f"{marker}: needs a {marker}; skipped without, a failure with {variable}=1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Runs files with slow tests first, so that no process is left with one of them when the others have finished."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,7 @@
-"""What the measurements accept, and the errors for everything else.
+"""Checks of the inputs of measurements.
 
-The only place with these rules. The native call does not come here unless it fails; the fake kernels and the
-reference come here on every call. Nothing here reads data, so it works on fake and meta tensors and while tracing.
+The native path calls them only after a failure, to raise the clearest error; the fake kernels and the reference call
+them first. They read no data, so they work on fake and meta tensors and while tracing.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Layers = Tensor | Sequence[Tensor]
 
 
 def as_layers(**arguments: Layers) -> tuple[bool, list[list[Tensor]]]:
-    """Brings the arguments into one form: a list of tensors each.
+    """Converts every argument to a list of tensors.
 
     Returns:
         Whether the arguments are single tensors, and a list of layers per argument.
 
     Raises:
-        TypeError: if the arguments are not all tensors or all sequences of tensors.
-        ValueError: if the sequences differ in length.
+        TypeError: If the arguments are not all tensors or all sequences of tensors.
+        ValueError: If the sequences differ in length.
     """
     single = [isinstance(value, Tensor) for value in arguments.values()]
     if all(single):
@@ -66,8 +66,8 @@ def check_feature_inputs(before: Layers, after: Layers, backward: Layers) -> tup
         Whether the arguments are single tensors, and the layers of `before`, `after` and `backward` as lists.
 
     Raises:
-        TypeError: for anything that is not a tensor or a sequence of tensors, or a mixture of the two.
-        ValueError: for a wrong dtype, layout, shape, device or number of layers; names the layer and the argument.
+        TypeError: For anything that is not a tensor or a sequence of tensors, or a mixture of the two.
+        ValueError: For a wrong dtype, layout, shape, device or number of layers; names the layer and the argument.
     """
     single, layers = as_layers(before=before, after=after, backward=backward)
     _check_layers(("before", "after", "backward"), layers, single)
@@ -86,8 +86,8 @@ def check_update_inputs(gradients: Layers, updates: Layers) -> tuple[bool, list[
         Whether the arguments are single tensors, and the layers of `gradients` and `updates` as lists.
 
     Raises:
-        TypeError: for anything that is not a tensor or a sequence of tensors, or a mixture of the two.
-        ValueError: for a wrong dtype, layout, shape, device or number of layers; names the layer and the argument.
+        TypeError: For anything that is not a tensor or a sequence of tensors, or a mixture of the two.
+        ValueError: For a wrong dtype, layout, shape, device or number of layers; names the layer and the argument.
     """
     single, layers = as_layers(gradients=gradients, updates=updates)
     _check_layers(("gradients", "updates"), layers, single)
@@ -95,11 +95,11 @@ def check_update_inputs(gradients: Layers, updates: Layers) -> tuple[bool, list[
 
 
 def check_row_inputs(x: Tensor, rows: Tensor, row_dims: int, dtype: torch.dtype | None = None) -> None:
-    """Checks the inputs of `gather_rows` and `row_squares`, without the numbers in `rows`: they are data.
+    """Checks the inputs of `gather_rows` and `row_squares`, except the values of `rows`, which are data.
 
     Raises:
-        TypeError: if `x` or `rows` is not a tensor.
-        ValueError: for a wrong dtype, layout, shape or device; names the argument.
+        TypeError: If `x` or `rows` is not a tensor.
+        ValueError: For a wrong dtype, layout, shape or device; names the argument.
     """
     for name, tensor in (("x", x), ("rows", rows)):
         if not isinstance(tensor, Tensor):
@@ -131,8 +131,8 @@ def check_optimizer_inputs(
         The rule, and the gradients, parameters and states that it takes as lists.
 
     Raises:
-        TypeError: for anything that is not a sequence of tensors.
-        ValueError: for an unknown rule, or a wrong dtype, layout, shape, device or number of tensors.
+        TypeError: For anything that is not a sequence of tensors.
+        ValueError: For an unknown rule, or a wrong dtype, layout, shape, device or number of tensors.
     """
     if rule not in list(OptimizerRule):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Stats: named sums of products, what is merged, and what every kind of statistics can do."""
+"""Base class of statistics: named sums of products, merging, and conversion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Stats:
     """Named sums in the last dimension of one float64 tensor: shape (*shape, len(names)).
 
     Base of `FeatureStats`, `UpdateStats`, `ParameterStats`. Objects compare equal when all sums are equal (NaN equals
-    NaN); comparing, printing and `to_dict` wait for the device, nothing else does.
+    NaN); only comparing, printing and `to_dict` synchronize with the device.
     """
 
     __slots__ = ("sums",)
@@ -50,7 +50,7 @@ class Stats:
 
     @property
     def device(self) -> torch.device:
-        """Where the sums are."""
+        """Device of the sums."""
         return self.sums.device
 
     def __len__(self) -> int:

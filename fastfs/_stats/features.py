@@ -1,4 +1,4 @@
-"""FeatureStats: how the features of layers moved."""
+"""Statistics of the features of layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastfs._stats.base import Stats, cosine
 
 
 class FeatureStats(Stats):
-    """How the features of layers moved, and how the move is aligned with the backward pass.
+    """Statistics of how the features of layers moved, and how their update is aligned with the backward pass.
 
     Args:
         sums: float64 tensor (..., 9), columns as in `names`.
@@ -95,14 +95,14 @@ class FeatureStats(Stats):
 
     @property
     def abs_update_dot_backward(self) -> Tensor:
-        """Sum of |df b|: what the dot product is made of, before cancellation."""
+        """Sum of |df b|: the terms of the dot product without cancellation."""
         return self._sum("abs_update_dot_backward")
 
     @property
     def rounding_sq(self) -> Tensor:
-        """Sum of (ulp(f)^2 + ulp(f')^2) / 12: what rounding f and f' to their dtype alone adds to update_sq.
+        """Sum of (ulp(f)^2 + ulp(f')^2) / 12: the expected contribution of rounding to update_sq.
 
-        ulp is the spacing of the storage dtype at the value. The estimate takes the two roundings as independent.
+        ulp is the spacing of the storage dtype at the value. The estimate assumes that both roundings are independent.
         """
         return self._sum("rounding_sq")
 
@@ -145,7 +145,7 @@ class FeatureStats(Stats):
     def cos_angle(self) -> Tensor:
         """Cosine of the backward-feature angle: -<df, b> / (|df| |b|), in [-1, 1] (section 1).
 
-        Against -b, so 1 is a move straight down the loss. nan where df or b is zero or not finite.
+        With respect to -b: 1 is steepest descent. nan where df or b is zero or not finite.
         """
         return cosine(-self.update_dot_backward, self.update_sq, self.backward_sq)
 
@@ -156,17 +156,20 @@ class FeatureStats(Stats):
 
     @property
     def radial_update(self) -> Tensor:
-        """<f, df> / |f|^2: relative growth of the features; what is left of relative_update turns them."""
+        """<f, df> / |f|^2: relative growth of the features."""
         return self.before_dot_update / self.before_sq
 
     @property
     def tangential_update(self) -> Tensor:
-        """|df - (radial_update) f| / |f|: how far the features turn. relative_update^2 is the sum of both squares."""
+        """|df - (radial_update) f| / |f|: the component of the relative update across the features.
+
+        relative_update^2 is radial_update^2 + tangential_update^2.
+        """
         return (self.relative_update.square() - self.radial_update.square()).clamp_min(0.0).sqrt()
 
     @property
     def dot_conditioning(self) -> Tensor:
-        """|<df, b>| / sum |df b|, in [0, 1]: near 0 the dot product is the small rest of a large cancellation."""
+        """|<df, b>| / sum |df b|, in [0, 1]: near 0, almost all terms of the dot product cancel."""
         return self.update_dot_backward.abs() / self.abs_update_dot_backward
 
     @property
@@ -176,11 +179,10 @@ class FeatureStats(Stats):
 
     @property
     def valid(self) -> Tensor:
-        """Can |df| and the angle be trusted? bool.
+        """Whether |df| and the angle are accurate: bool.
 
         True if everything is finite, df and b are not zero, and update_sq >= 25 rounding_sq: rounding noise below a
-        fifth of the update, so that |df| is right to about 2%. The dot product needs no such care, since rounding
-        noise averages out of it.
+        fifth of the update, so that |df| is accurate to about 2%. Rounding noise averages out of the dot product.
         """
         finite = (self._sum("nonfinite") == 0) & self.sums.isfinite().all(dim=-1)
         nonzero = (self.update_sq > 0) & (self.backward_sq > 0)
