@@ -21,7 +21,7 @@ steps=(
 # The files with tests marked gpu, so that what the other files import need not be there.
 tests=(
   tests/cuda/test_{cuda,cuda_grids,cuda_memory,cuda_streams,cuda_updates,theory_cuda}.py
-  tests/core/test_{determinism,functional,gather,ops,optimizer_stats,reference,stats}.py
+  tests/core/test_{determinism,functional,gather,gather_op,measurements,ops,optimizer_stats,reference,stats}.py
   tests/cli/test_doctor.py tests/record/test_recorder.py
 )
 training_tests=(

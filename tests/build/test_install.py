@@ -22,9 +22,8 @@ from fastfs._version import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = [path for path in sys.path if path.endswith("-packages")]
-NOT_SOURCE = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache"
-)
+NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", "*.so", "*.egg-info", "__pycache__", ".*_cache")
+MADE_AT_THE_TOP = {"build", "dist", "runs"}
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the native core is for Linux")
 
@@ -47,7 +46,10 @@ def run(*command: object, cwd: Path, env: dict[str, str] | None = None, code: in
 
 
 def copy_of_source(folder: Path) -> Path:
-    return Path(shutil.copytree(ROOT, folder / "source", ignore=NOT_SOURCE))
+    def ignored(where: str, names: list[str]) -> set[str]:
+        return NOT_SOURCE(where, names) | (MADE_AT_THE_TOP if Path(where) == ROOT else set())
+
+    return Path(shutil.copytree(ROOT, folder / "source", ignore=ignored))
 
 
 def environment_with_torch(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import importlib.util
 import json
 import os
@@ -87,7 +86,9 @@ def test_counts_failures_skips_crashes_and_what_does_not_import(script: Any, tmp
     assert written["selected"] == "all test files"
 
 
-def test_a_second_call_runs_what_is_missing_and_again_after_a_change(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_runs_what_is_missing_and_again_after_a_change(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--releases", "2.11.0", "--select", "tests/test_good.py", "tests/test_mixed.py"]
     first = run(script, tmp_path, *words)
     assert "tests/test_good.py: 2 passed" in capsys.readouterr().out
@@ -144,7 +145,9 @@ def test_a_file_that_hangs_is_ended_with_what_it_started(script: Any, tmp_path: 
     assert written["releases"][0]["failures"] == [{"test": "tests/test_hang.py", "why": "not finished after 3 s"}]
 
 
-def test_an_interrupt_keeps_what_has_run_and_nothing_else(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_keeps_what_has_run_and_nothing_else(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (script.ROOT / "tests" / "test_hang.py").write_text("import time\ndef test_hang(): time.sleep(600)\n")
     words = ["--releases", "2.11.0", "--select", "tests/test_good.py", "tests/test_hang.py"]
     kept = tmp_path / "work" / "torch-2.11.0" / "results"

@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_MADE = {".git", ".venv", ".hypothesis", "build", "dist", "runs", "__pycache__"}
+_MADE = {".git", ".venv", ".hypothesis", "__pycache__"}
+_MADE_AT_THE_TOP = {"build", "dist", "runs"}
 _OF_DISTRIBUTIONS = {"PKG-INFO", "setup.cfg"}
 
 
@@ -21,6 +22,7 @@ def source_files() -> tuple[str, ...]:
         return tuple(sorted(name for name in listed.split("\0") if name and (ROOT / name).is_file()))
     found = []
     for folder, folders, names in os.walk(ROOT):
-        folders[:] = [name for name in folders if name not in _MADE and not name.endswith(("_cache", ".egg-info"))]
+        made = _MADE | (_MADE_AT_THE_TOP if Path(folder) == ROOT else set())
+        folders[:] = [name for name in folders if name not in made and not name.endswith(("_cache", ".egg-info"))]
         found += [(Path(folder) / name).relative_to(ROOT).as_posix() for name in names if name not in _OF_DISTRIBUTIONS]
     return tuple(sorted(found))
