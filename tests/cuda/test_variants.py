@@ -80,7 +80,8 @@ BUGS = {
 def test_policies_have_the_figures_of_the_catalogue(name: str, tmp_path: Path) -> None:
     """Compiles assertions. Those on the baseline are that the defaults of the catalogue are the library's figures."""
     v = variant(name)
-    lines = ['#include "shim.h"', '#include "policy.cuh"', "using namespace fastfs;", "using namespace fastfs::cuda;"]
+    lines = ['#include "shim.h"', '#include "../feature_sums.h"', '#include "policy.cuh"']
+    lines += ["using namespace fastfs;", "using namespace fastfs::cuda;"]
     order = {"kChunk": v.chunk, "kWarpRow": v.chunk, "kChain": v.chain, "kThreads": v.threads}
     lines += [f"static_assert(Policies::Order::{member} == {value});" for member, value in order.items()]
     lines.append("template <class F> using Policy = Policies::Active::SegmentSums<FeatureSums, F, F>;")
