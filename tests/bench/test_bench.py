@@ -40,6 +40,7 @@ app()
 """
 
 
+@pytest.mark.slow
 @native
 def test_without_a_compiler_it_measures_the_rest_and_says_why(tmp_path: Path) -> None:
     path = tmp_path / "new" / "bench.json"
@@ -84,6 +85,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
+@pytest.mark.slow
 @native
 def test_it_measures_and_gives_a_verdict(small: None, tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
@@ -100,6 +102,7 @@ def test_it_measures_and_gives_a_verdict(small: None, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_without_native_core_it_measures_the_reference(
     small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -65,6 +65,7 @@ def test_quick(tmp_path: Path, compiled: bool) -> None:
     assert len(re.findall(r"^(PASS|FAIL)  ", printed, re.MULTILINE)) == 3
 
 
+@pytest.mark.slow
 def test_timeline(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     result, printed = quick("benchmarks.monitor.timeline", path)

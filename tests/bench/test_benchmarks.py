@@ -218,6 +218,7 @@ def test_options_are_refused_before_anything_is_measured(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_written_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A benchmark that fails or is killed loses only the current workload."""
     path = tmp_path / "result.json"
@@ -283,6 +284,7 @@ def test_triton_takes_the_same_sums() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not ops.native_available(), reason="no native core")
 def test_quick_benchmark_of_gather_rows(tmp_path: Path) -> None:
     path = tmp_path / "result.json"

@@ -46,6 +46,7 @@ def test_medians_and_ratios_within_a_round() -> None:
     assert call_cost.rows({"now": now}) == [{"call": "a", "now, us": 2.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("--against", "tests"), "expected a checkout of fastfs, got tests"), (("--rounds", "0"), "expected at least 1")],

@@ -132,6 +132,7 @@ def fingerprint(instruction_set: str) -> list[str]:
     return run_apart(FINGERPRINT, FASTFS_CPU=instruction_set).split()
 
 
+@pytest.mark.slow
 def test_instruction_sets() -> None:
     names = ops.build_info()["usable_instruction_sets"]
     expected = None

@@ -47,6 +47,7 @@ def worker(rank: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_reduce_gives_the_whole_batch(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=RANKS, join=True)  # type: ignore[attr-defined]
     f, g, b = batch()

@@ -55,6 +55,7 @@ def test_every_layout(layout: Any, device: str) -> None:
         check_layer(*inputs(shape, DTYPES[i % 4], DTYPES[(i + i // 4) % 4], (layout,) * 3, device=device), layout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(64, 33), (5, 8200), (2, 8, 6, 7)], ids=str)
 def test_mixed_layouts(shape: tuple[Any, ...], device: str) -> None:
     every = 29 if torch.Size(shape).numel() < 10_000 else 151
@@ -254,6 +255,7 @@ def test_thousands_of_layers(device: str) -> None:
     assert_close(update_stats(list(f), list(b))[4999].sums, update_truth(f[4999], b[4999]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2**31 + 5,), (2**19 + 1, 4096)], ids=str)
 def test_more_than_2_to_the_31_elements(shape: tuple[Any, ...]) -> None:
     """Stride 0 in every dimension, or in that of the rows: no memory behind it."""
@@ -270,6 +272,7 @@ def test_more_than_2_to_the_31_elements(shape: tuple[Any, ...]) -> None:
     assert stats.angle == pytest.approx(0, abs=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak memory the Linux way")
 @pytest.mark.parametrize(
     "view",

@@ -193,6 +193,7 @@ def everything() -> list[Tensor]:
     return results
 
 
+@pytest.mark.slow
 def test_number_of_threads(threads: Any) -> None:
     threads(1)
     torch.manual_seed(1)
@@ -216,6 +217,7 @@ print(ops.build_info()["instruction_set"], *data)
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets() -> None:
     names = ops.build_info()["usable_instruction_sets"]
     expected = None

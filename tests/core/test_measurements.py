@@ -81,6 +81,7 @@ def test_the_core_agrees_with_the_reference(
             assert compare(example, per_row=True) == []
 
 
+@pytest.mark.slow
 @needs_core
 @EVERY
 @pytest.mark.parametrize("requires_grad", [False, True])

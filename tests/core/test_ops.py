@@ -101,6 +101,7 @@ def resolved(tensors: Any) -> Any:
     return [x.resolve_neg() for x in tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 def test_compiled_in_one_graph_with_the_same_bits(backend: str, device: str) -> None:
     compiled = torch.compile(measure, fullgraph=True, backend=backend)

@@ -52,12 +52,14 @@ def check(rule: OptimizerRule, parameters: Any, device: str = "cpu", backend: st
     return sums
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize(("rule", "dtype"), RULES)
 def test_sums(rule: OptimizerRule, dtype: torch.dtype, backend: str | None, device: str) -> None:
     check(rule, many(rule, dtype, (*SHAPES, LARGE), device), device, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "dtype"), RULES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout: str, rule: OptimizerRule, dtype: torch.dtype, device: str) -> None:
@@ -207,6 +209,7 @@ print(ops.build_info()["instruction_set"], *(hashlib.sha256(repr(x).encode()).he
 """
 
 
+@pytest.mark.slow
 def test_instruction_sets() -> None:
     names = ops.build_info()["usable_instruction_sets"]
     found = {name: run_apart(APART, FASTFS_CPU=name).split() for name in names}
@@ -234,6 +237,7 @@ def test_neighbours_and_alignment(rule: OptimizerRule, dtype: torch.dtype, devic
 # the dispatcher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "dtype"), RULES)
 def test_opcheck(rule: OptimizerRule, dtype: torch.dtype, device: str) -> None:
     pytest.importorskip("expecttest")

@@ -75,6 +75,7 @@ BUGS = {
 # the catalogue
 
 
+@pytest.mark.slow
 @on_host
 @pytest.mark.parametrize("name", [v.name for v in VARIANTS])
 def test_policies_have_the_figures_of_the_catalogue(name: str, tmp_path: Path) -> None:

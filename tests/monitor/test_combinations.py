@@ -129,6 +129,7 @@ def without(device: str, name: str) -> dict[str, Any]:
     return on(device, name).train(STEPS, None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [pytest.param(x.name, marks=IN_GRAPHS.get(x.name, ())) for x in LOOPS])
 def test_training_is_the_same_with_the_monitor_on_and_off(name: Any, mode: Any, device: str) -> None:

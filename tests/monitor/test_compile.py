@@ -85,6 +85,7 @@ def test_records_are_those_of_the_eager_model(way: Any, backend: Any) -> None:
         assert b["residual"] == pytest.approx(a["residual"], abs=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_the_number_of_graphs_does_not_grow_with_blocks_and_steps(way: Any) -> None:
     """There is one graph for taps on and one for off, and none is compiled for the next block or step.
@@ -223,6 +224,7 @@ class InHalf(nn.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("how", ["autocast", "cast"])
 def test_the_precision_within_a_compiled_forward_is_seen(how: str, late: bool) -> None:

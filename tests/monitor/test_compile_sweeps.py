@@ -87,6 +87,7 @@ def expected() -> Any:
     return watched.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True], ids=["one after the other", "together"])
 @pytest.mark.parametrize("order", ["pm", "mp", "ppmmp", "mpmpm", "mmmmm"])
 @pytest.mark.parametrize("way", WAYS)
@@ -271,6 +272,7 @@ def test_graphs_made_past_the_settings_are_found_when_nothing_is_measured() -> N
     assert [row["step"] for row in watched.rows] == [1, 1]
 
 
+@pytest.mark.slow
 def test_no_more_kinds_of_calls_are_too_many_than_without_a_monitor() -> None:
     """Four sizes, trained and evaluated: as many graphs as Dynamo allows. ``fullgraph`` makes one more an error."""
     for attach in (False, True):

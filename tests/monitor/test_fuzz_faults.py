@@ -25,6 +25,7 @@ def first_calls(mode: str) -> list[int]:
     return list({site: number for number, site in reversed(list(enumerate(seen)))}.values())[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_failure_anywhere_does_not_reach_the_loop(mode: Any) -> None:
     off = train(mode)

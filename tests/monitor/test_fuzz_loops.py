@@ -36,6 +36,7 @@ def assert_right(recipes: list[Recipe]) -> None:
         pytest.fail(f"{len(failed)} of {len(recipes)} loops:\n{listed}", pytrace=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", AXES)
 def test_every_ingredient_alone(axis: Any) -> None:
     recipes = [possible(Recipe(**{axis: value})) for value in AXES[axis]]
@@ -52,6 +53,7 @@ def test_every_monitor_with_every_ingredient(axis: str, monitor: Any) -> None:
     assert_right(recipes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_loops(chunk: Any) -> None:
     size = LOOPS // CHUNKS

@@ -57,6 +57,7 @@ def test_nothing_is_written(mode: Any) -> None:
     assert_unaltered([Plan((), mode), Plan((), mode, aligned=True, evaluates=True, checkpoint=True)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_way_of_writing_to_a_tensor(mode: Any) -> None:
     targets = itertools.cycle(TARGETS)
@@ -64,17 +65,20 @@ def test_every_way_of_writing_to_a_tensor(mode: Any) -> None:
     assert_unaltered([Plan((write,), mode) for write in writes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["lerp_", "data ="])
 def test_everything_that_can_be_written_to(how: str, mode: Any) -> None:
     assert_unaltered([Plan((Write(how, target, "always", place(how, target)),), mode) for target in TARGETS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_way_of_changing_the_module(mode: Any) -> None:
     assert_unaltered([Plan((Write(how, None, "always", place(how)),), mode) for how in MODULE_WRITES])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("target", ["weight", "frozen", "attribute", None])
 def test_every_condition(target: str | None, mode: Any) -> None:
@@ -83,6 +87,7 @@ def test_every_condition(target: str | None, mode: Any) -> None:
     assert_unaltered([Plan((Write(how, target, when, "start"),), mode) for when in CONDITIONS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_modules(chunk: Any) -> None:
     assert_unaltered([random_plan(seed) for seed in seeds(chunk)])
@@ -96,11 +101,13 @@ def test_no_row_of_a_random_module_is_valid_and_wrong(chunk: Any) -> None:
     assert_right([random_plan(seed) for seed in seeds(chunk)])
 
 
+@pytest.mark.slow
 def test_no_row_of_a_single_write_is_valid_and_wrong() -> None:
     plans = [Plan((Write(how, None, "always", place(how)),)) for how in MODULE_WRITES]
     assert_right(plans + [Plan((Write("lerp_", target, "always", place("lerp_", target)),)) for target in TARGETS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     "write",
@@ -121,6 +128,7 @@ def test_compiled(write: Any, backend: str) -> None:
     assert_unaltered([Plan((write,), compiled=backend)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["mul_", "lerp_", "data.mul_", "copy_"])
 def test_compiled_in_every_mode(how: str, mode: Any) -> None:
@@ -129,6 +137,7 @@ def test_compiled_in_every_mode(how: str, mode: Any) -> None:
     assert_unaltered([Plan((Write(how, "weight", when, "start"),), mode, compiled="aot_eager")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["data.mul_", "index_copy_"])
 def test_compiled_and_written_now_and_then(how: str) -> None:
     """After the forward has been seen without a write."""

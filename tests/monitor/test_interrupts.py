@@ -34,6 +34,7 @@ def assert_recovered(mode: str, places: list[tuple[Place, int]]) -> None:
         pytest.fail(f"{len(found)} of {len(places)} interrupts:\n{listed}", pytrace=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_an_interrupt_in_code_of_ours(mode: Any) -> None:
     """And in the context managers that it enters, where most could be left undone."""
@@ -45,6 +46,7 @@ def test_an_interrupt_in_code_of_ours(mode: Any) -> None:
     assert_recovered(mode, chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_an_interrupt_anywhere_below(mode: Any) -> None:
     """Also in torch and in the model, where they run for the monitor."""
@@ -60,6 +62,7 @@ def of_file(seen: dict[Place, int], file: str) -> list[Place]:
     return found
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_settings_are_put_back() -> None:
     """What is left for the next call is put back in the middle of the loop's own settings."""
     seen = bytecodes("jvp")
@@ -67,6 +70,7 @@ def test_an_interrupt_while_settings_are_put_back() -> None:
     assert_recovered("jvp", [(at, seen[at] - 1) for at in places[:: -(-len(places) // POINTS)]])
 
 
+@pytest.mark.slow
 def test_an_interrupt_that_leaves_a_generator_of_torch_suspended() -> None:
     """It goes on when it is freed, after everything was put back: it puts modes back that are over."""
     seen = bytecodes("autocast")

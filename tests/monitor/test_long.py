@@ -25,6 +25,7 @@ from tests.helpers.monitor_cases import measured_into, rows, sgd, train, watched
 ROOT = str(Path(__file__).parents[2])
 
 
+@pytest.mark.slow
 def test_nothing_grows_over_ten_thousand_steps(tmp_path: Path, threads: Any) -> None:
     threads(1)
     model = ResNet(8, 4, 1, 3)
@@ -104,6 +105,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 @pytest.mark.parametrize("after", [41, 60, 137])
 def test_a_killed_run_leaves_files_that_can_be_read(after: int, tmp_path: Path) -> None:
@@ -185,6 +187,7 @@ def test_monitors_of_all_modes_at_once_do_not_see_each_other() -> None:
                 assert a[key] == b[key], (options, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before forward", "in forward", "after forward", "in backward", "after backward"])
 def test_a_monitor_closed_in_the_middle_of_a_step(when: str) -> None:
     def run(attach: Any) -> tuple[Any, ...]:

@@ -73,6 +73,7 @@ def test_forwards_without_a_backward_hold_no_memory() -> None:
     monitor.close()
 
 
+@pytest.mark.slow
 def test_a_measured_step_leaves_no_tensor_behind() -> None:
     model, optimizer, _, monitor = watched()
     counts = []

@@ -49,6 +49,7 @@ def both(steps: int, kept: Any, micro_batches: int = 1) -> list[Any]:
     return list(zip(seen[kept], seen[None], strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "micro_batches"), [(48, 1), (144, 1), (32, 3)], ids=["a quarter", "three quarters", "micro-batches"]
 )

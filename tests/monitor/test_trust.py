@@ -264,6 +264,7 @@ def test_committed_study() -> None:
     assert not any(cell["wrong"] for cell in claimed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting", ["autocast bf16", "bf16", "autocast fp16", "autocast bf16 inside", "casts to bf16", "fp8 products"]
 )

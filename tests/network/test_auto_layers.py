@@ -281,6 +281,7 @@ def test_a_forward_of_an_instance_is_a_forward() -> None:
 # Sizes
 
 
+@pytest.mark.slow
 def test_ten_thousand_layers_are_picked_in_proportion() -> None:
     class Unit(nn.Module):
         def __init__(self) -> None:

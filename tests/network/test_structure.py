@@ -325,6 +325,7 @@ def test_arguments() -> None:
     assert found.unreached == ["p"]
 
 
+@pytest.mark.slow
 def test_deep_recurrence_is_fast_and_leaves_nothing_alive() -> None:
     class Deep(nn.Module):
         def __init__(self) -> None:

@@ -249,6 +249,7 @@ class Deep(nn.Module):
         return x @ self.first.weight if self.branches else x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", [False, True])
 def test_many_layers_take_memory_and_calls_in_proportion(branches: bool) -> None:
     calls, peaks = [], []

@@ -37,6 +37,7 @@ def whole(folder: Any) -> Any:
     return rows_of(table)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(damaged_records())
 def test_damaged_lines_do_not_affect_the_others(folder: Any, whole: Any, record: Any) -> None:

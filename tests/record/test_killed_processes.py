@@ -100,6 +100,7 @@ def test_killed_at_any_moment_every_file_can_be_read_and_has_what_was_due(tmp_pa
     assert total > 10 * kills
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path: Path) -> None:
     script = """
@@ -127,6 +128,7 @@ def test_a_killed_run_that_goes_on_has_every_step_once(tmp_path: Path) -> None:
         assert [header.get("resumed_at") for header in table.attrs["headers"]] == [None, 5, 13]
 
 
+@pytest.mark.slow
 def test_what_waits_is_written_when_the_interpreter_exits(tmp_path: Path) -> None:
     script = """
         from tests.helpers.record_cases import *

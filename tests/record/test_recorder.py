@@ -208,6 +208,7 @@ def test_many_threads_may_push_while_the_writer_writes() -> None:
         assert own == sorted(own)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_over_ten_thousand_steps(tmp_path: Path) -> None:
     columns = 5
 

@@ -250,6 +250,7 @@ def start(path: Any, run: Any, steps: int = 0) -> Any:
     return process
 
 
+@pytest.mark.slow
 def test_a_second_process_gets_a_warning_and_no_line_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     first = start(path, "one", 200)

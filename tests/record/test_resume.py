@@ -61,6 +61,7 @@ def process(folder: Path, saved: Any, last: Any) -> Any:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_continuous_run_in_every_sink(tmp_path: Path) -> None:
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     process(straight, -1, 14)

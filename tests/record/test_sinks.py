@@ -76,6 +76,7 @@ def test_paths_and_functions_become_sinks(tmp_path: Path) -> None:
         as_sink(JsonlSink)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "target", "extra"),
     [("tensorboard", "tensorboard:x", "tensorboard"), ("pyarrow", "x.parquet", "parquet")],
@@ -155,6 +156,7 @@ DISK_FULL = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.jsonl", "tensorboard:tb"])
 def test_a_full_disk_loses_nothing_once_there_is_room_again(tmp_path: Path, name: str) -> None:
     target = name.replace("tb", str(tmp_path / "tb")) if ":" in name else str(tmp_path / name)

@@ -50,6 +50,7 @@ def measured(path: Any) -> Any:
     return table[(table["kind"] == "measured") & ~table["group"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "steps"), [(1, [0]), (4, range(0, 200, 5)), (26, [0, 1, 7, 100]), (100, range(0, 1000, 20))]
 )

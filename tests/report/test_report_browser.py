@@ -249,6 +249,7 @@ def test_alerts_are_listed_and_marked(browser: Any, pages: Any) -> None:
     assert heat(browser, "plot.data.find((t) => t.name === 'alerts').x") == [6]
 
 
+@pytest.mark.slow
 def test_names_are_plain_text(browser: Any, pages: Any) -> None:
     load(browser, pages["evil"])
     assert browser.evaluate("document.querySelector('#picks button').textContent") == EVIL

@@ -162,6 +162,7 @@ def test_which_record_a_folder_stands_for(tmp_path: Path) -> None:
     assert find_record(tmp_path / "other.jsonl") == tmp_path / "other.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "arguments", "message"),
     [

@@ -85,6 +85,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TASKS, "transformer", dataclasses.replace(TASKS["transformer"], model=model))
 
 
+@pytest.mark.slow
 def test_both_models_end_to_end(tmp_path: Path, small: None) -> None:
     threads = torch.get_num_threads()
     out, printed = tmp_path / "new" / "demo", io.StringIO()

@@ -25,6 +25,7 @@ from fastfs.spectrum import BFK
 QUICK = StudySettings(quick=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_figure_at_small_size_has_the_published_numbers(name: str) -> None:
     study = STUDIES[name]

@@ -90,6 +90,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path, place: str) ->
     assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["matplotlib", "pandas", "scipy"])
 def test_a_missing_package_is_named_before_anything_is_computed(tmp_path: Path, package: str) -> None:
     script = f"import sys; sys.modules['{package}'] = None; from fastfs._cli.app import app; app()"

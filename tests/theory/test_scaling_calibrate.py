@@ -241,6 +241,7 @@ def standard(depth: int) -> tuple[Any, ...]:
     return model, [p for group in groups for p in group["params"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "lr", "bound"), [(torch.optim.SGD, 0.3, 0.7), (torch.optim.Adam, 1e-2, 0.05)], ids=["sgd", "adam"]
 )

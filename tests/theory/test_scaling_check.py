@@ -31,6 +31,7 @@ def reports() -> Any:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["standard", "ntk", "mup", "fsc"])
 def test_schemes_are_told_apart(reports: Any, scheme: str) -> None:
     assert reports[scheme].classify() == scheme
@@ -79,6 +80,7 @@ def test_unclear_is_said_with_the_seeds_that_would_tell() -> None:
     assert "seeds instead of 2 would decide it" in str(report)
 
 
+@pytest.mark.slow
 def test_many_seeds_and_large_widths_pass() -> None:
     report = scaling.check(
         factory("mup", resnet=True), widths=(128, 256, 512), depths=(2, 4, 8), seeds=40, at_depth=2, at_width=256,
@@ -121,6 +123,7 @@ def test_one_learning_rate_that_grows_with_the_width_is_found() -> None:
     assert "multiply its learning rate by width^-" in failed[0].advice
 
 
+@pytest.mark.slow
 def test_a_forgotten_branch_scale_is_found() -> None:
     """Branch scale 1 instead of 1/sqrt(depth), with the learning rates of muP for it: the angle degenerates."""
 

@@ -163,6 +163,7 @@ def test_a_mismatch_is_an_error_and_nothing_is_written(model: Any, rule: Any, me
 SEEDS = 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resnet", [False, True])
 @pytest.mark.parametrize("scheme", ["standard", "ntk", "mup", "fsc"])
 def test_constants(scheme: str, resnet: bool) -> None:
@@ -220,6 +221,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [5, 10, 20, 40])
 @pytest.mark.parametrize("scheme", ["ntk", "mup", "fsc"])
 def test_published_sensitivities(scheme: str, depth: int) -> None:

@@ -130,6 +130,7 @@ def test_precision_is_that_of_the_model_or_as_asked_for() -> None:
     assert bfk(half).dtype == np.float64
 
 
+@pytest.mark.slow
 def test_scipy_runs_on_it(case: Case) -> None:
     operator = bfk(case)
     assert isinstance(operator, LinearOperator)

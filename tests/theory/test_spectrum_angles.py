@@ -230,6 +230,7 @@ def explicit_jacobian(case: Case, start: str, end: str) -> Tensor:
     return full.reshape(lin.features[places[end]][0].numel(), zero.numel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(PAIRS))
 def test_jacobian_against_the_explicit_one(name: str) -> None:
     make, start, end = PAIRS[name]

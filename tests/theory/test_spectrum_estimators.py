@@ -139,6 +139,7 @@ def test_seeds_and_generators() -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(CASES))
 def test_of_kernels_of_networks(name: str) -> None:
     case = CASES[name]()
