@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 from tests.cuda.on_cpu import harness
-from tests.cuda.on_cpu.harness import STREAM_READ, UPDATES, Case, rows, run
+from tests.cuda.on_cpu.harness import STREAM_READ, UPDATES, Case, Programs, rows, run
 from tests.cuda.on_cpu.seeded_bugs import BUGS
 from tests.helpers.cases import DTYPES, LAYOUTS, SHAPES, inputs
 from tests.helpers.compare import assert_close, assert_same, feature_truth, update_truth
@@ -30,22 +29,6 @@ BF16 = torch.bfloat16
 # Layouts that a kernel sees (negative bits are resolved before).
 STRIDED = [name for name in LAYOUTS if name not in ("contiguous", "negative", "negative_imaginary")]
 REORDERED = ("transposed", "reversed_dims", "channels_last")  # strides in another order than dimensions
-
-
-@dataclass
-class Programs:
-    """Drivers, compiled beside one another from the start of the session; ask for one to wait for it."""
-
-    folder: Path
-    pool: ThreadPoolExecutor
-    built: dict[str, Future[Path]] = field(default_factory=dict)
-
-    def start(self, name: str, build: str, sources: Path, *flags: str) -> None:
-        folder = self.folder / name.replace(" ", "_")
-        self.built[name] = self.pool.submit(harness.compile_driver, build, folder, sources, *flags)
-
-    def __getitem__(self, name: str) -> Path:
-        return self.built[name].result()
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.cuda.on_cpu import harness
+from tests.cuda.on_cpu.harness import Programs
 from tests.cuda.on_cpu.row_cases import RowCase, RowResult, run_rows
 from tests.helpers.cases import DTYPES, LAYOUTS
 from tests.helpers.compare import assert_close_squares, assert_same, assert_same_values
@@ -64,33 +65,17 @@ BUGS = {
 }
 
 
-@dataclass
-class Programs:
-    """Drivers, compiled beside one another from the start of the session; ask for one to wait for it."""
-
-    folder: Path
-    pool: ThreadPoolExecutor
-    built: dict[str, Future[Path]] = field(default_factory=dict)
-
-    def start(self, name: str, build: str, sources: Path) -> None:
-        folder = self.folder / name.replace(" ", "_")
-        self.built[name] = self.pool.submit(harness.compile_driver, build, folder, sources, driver=DRIVER)
-
-    def __getitem__(self, name: str) -> Path:
-        return self.built[name].result()
-
-
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("rows_on_cpu")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         result = Programs(folder, pool)
         for build in ("plain", "asan", "tsan"):
-            result.start(build, build, harness.CUDA_SOURCES)
+            result.start(build, build, harness.CUDA_SOURCES, driver=DRIVER)
         for name, bug in BUGS.items():
             sources = folder / "sources" / name.replace(" ", "_")
             harness.with_change(sources, harness.CUDA_SOURCES / "cuda" / "gather_rows.cuh", bug.old, bug.new)
-            result.start(name, bug.build, sources)
+            result.start(name, bug.build, sources, driver=DRIVER)
         yield result
         pool.shutdown(cancel_futures=True)
 

@@ -4,6 +4,8 @@ import os
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -148,6 +150,22 @@ def compile_library(driver: str, folder: Path, *flags: str) -> Path:
     return library
 
 
+@dataclass
+class Programs:
+    """Drivers, compiled beside one another from the start of the session; ask for one to wait for it."""
+
+    folder: Path
+    pool: ThreadPoolExecutor
+    built: dict[str, Future[Path]] = field(default_factory=dict)
+
+    def start(self, name: str, build: str, sources: Path, *flags: str, driver: str = "driver.cpp") -> None:
+        folder = self.folder / name.replace(" ", "_")
+        self.built[name] = self.pool.submit(compile_driver, build, folder, sources, *flags, driver=driver)
+
+    def __getitem__(self, name: str) -> Path:
+        return self.built[name].result()
+
+
 def environment(seed: int) -> dict[str, str]:
     """That of a driver: the order of blocks and threads, and sanitizers that end at the first finding."""
     return dict(
@@ -158,19 +176,32 @@ def environment(seed: int) -> dict[str, str]:
     )
 
 
-def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) -> Run:
-    """Runs the cases in one process; `seed` shuffles the order of blocks and threads."""
+def exchange(program: Path, cases: Sequence[bytes], seed: int, check: bool) -> tuple[int, str, bytes]:
+    """Runs a driver on encoded cases; `seed` shuffles the order of blocks and threads.
+
+    Returns:
+        The exit status, the end of what the driver printed, and the encoded results.
+    """
     given, found = program.parent / f"cases.{os.getpid()}", program.parent / f"results.{os.getpid()}"
-    given.write_bytes(struct.pack("q", len(cases)) + b"".join(_encode(case) for case in cases))
+    given.write_bytes(struct.pack("q", len(cases)) + b"".join(cases))
     found.write_bytes(b"")
     done = subprocess.run(
         [str(program), str(given), str(found)], capture_output=True, text=True, check=False, env=environment(seed)
     )
-    outcome = Run(done.returncode, (done.stdout + done.stderr)[-6000:])
+    text = (done.stdout + done.stderr)[-6000:]
     if check:
-        assert done.returncode == 0, f"the driver ended with {done.returncode}\n{outcome.text}"
-    if done.returncode == 0:
-        data = found.read_bytes()
+        assert done.returncode == 0, f"the driver ended with {done.returncode}\n{text}"
+    data = found.read_bytes()
+    given.unlink()
+    found.unlink()
+    return done.returncode, text, data
+
+
+def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) -> Run:
+    """Runs the cases in one process; `seed` shuffles the order of blocks and threads."""
+    code, text, data = exchange(program, [_encode(case) for case in cases], seed, check)
+    outcome = Run(code, text)
+    if code == 0:
         at = 0
         for case in cases:
             launches, dirty, size = struct.unpack_from("3q", data, at)
@@ -179,8 +210,6 @@ def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) 
             columns = 1 if case.op == STREAM_READ else COLUMNS[case.op]
             outcome.results.append(Result(rows[:size].view(-1, columns), launches, dirty))
         assert at == len(data)
-    given.unlink()
-    found.unlink()
     return outcome
 
 

@@ -1,16 +1,14 @@
 """Runs cases of the row ops through their kernels, compiled for the host."""
 
 import math
-import os
 import struct
-import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tests.cuda.on_cpu.harness import DTYPES, environment, reached
+from tests.cuda.on_cpu.harness import DTYPES, exchange, reached
 
 
 @dataclass
@@ -46,17 +44,9 @@ class RowRun:
 
 def run_rows(program: Path, cases: list[RowCase], *, seed: int = 0, check: bool = True) -> RowRun:
     """Runs the cases in one process; `seed` shuffles the order of blocks and threads."""
-    given, found = program.parent / f"cases.{os.getpid()}", program.parent / f"results.{os.getpid()}"
-    given.write_bytes(struct.pack("q", len(cases)) + b"".join(_encode(case) for case in cases))
-    found.write_bytes(b"")
-    done = subprocess.run(
-        [str(program), str(given), str(found)], capture_output=True, text=True, check=False, env=environment(seed)
-    )
-    outcome = RowRun(done.returncode, (done.stdout + done.stderr)[-6000:])
-    if check:
-        assert done.returncode == 0, f"the driver ended with {done.returncode}\n{outcome.text}"
-    if done.returncode == 0:
-        data = found.read_bytes()
+    code, text, data = exchange(program, [_encode(case) for case in cases], seed, check)
+    outcome = RowRun(code, text)
+    if code == 0:
         at = 0
         for case in cases:
             launches, size = struct.unpack_from("2q", data, at)
@@ -71,8 +61,6 @@ def run_rows(program: Path, cases: list[RowCase], *, seed: int = 0, check: bool 
             at += 8 + 8 * kept
             outcome.results.append(RowResult(copy, squares, launches))
         assert at == len(data)
-    given.unlink()
-    found.unlink()
     return outcome
 
 
