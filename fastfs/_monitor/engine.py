@@ -123,7 +123,7 @@ class Engine:
         if mode.refusal(forwards) is not None:
             return
         graphs = mode.graphs(forwards)
-        if self.replay_checks.due(graphs):
+        if mode.checks_every_step or self.replay_checks.due(graphs):
             self.replay_checks.record(graphs, mode.check(step))
 
     def _written_since(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> Tensor | None:
@@ -225,15 +225,15 @@ class Engine:
         decrease = torch.where(cuts, done.decrease * scale, torch.nan)
         observed = mode.observe(inputs, UpdateEvidence(update.stats, decrease, depth))
         graphs = mode.graphs(forwards)
-        verdict = self.replay_checks.refuse_unrepeated(graphs, observed.verdict, observed.eps, depth)
+        verdict = self.replay_checks.refuse_unrepeated(graphs, observed.verdict, observed.eps, depth, mode.unrepeated)
         self.replay_checks.count_step(graphs)
         self._idle -= {i for i, code in enumerate(observed.absent) if code != row_reasons.NOT_RUN}
         verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
         verdict, cuts = self._refused(verdict, cuts, forwards, observed.absent)
         sums = FeatureStats(unscaled(reported(verdict, observed.sums.stats), scale))
         residual = torch.where(cuts, _relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
-        residual_se = observed.sums.dot_se * (1.0 - residual).abs()
-        linear = is_linear(residual, residual_se, observed.curvature)
+        part = (1.0 - residual).abs()
+        linear = is_linear(residual, observed.sums.dot_margin * part, observed.curvature)
         self.learned.keep_cosines(key, sums.cos_angle, verdict.valid & cuts & (linear == 1))
         fields = {
             "sums": self.layout.with_groups(sums.sums),
@@ -241,7 +241,7 @@ class Engine:
             "amplified": self.layout.worst(verdict.amplified.long()),
             "angle_se": observed.sums.angle_se,
             "update_se": observed.sums.update_se,
-            "residual_se": residual_se,
+            "residual_se": observed.sums.dot_se * part,
             "quantiles": observed.sums.quantiles,
             "residual": residual,
             "linear": linear,

@@ -79,6 +79,9 @@ class Monitor:
             16 bits), so that rounding does not hide it. For ``mode="batch"``.
         rows: The most rows (tokens, images) kept of a layer, a fixed random subset; None for all. Sampled statistics
             have standard errors.
+        samples: Run the second forwards on so many samples of each batch only, a fixed random subset, and keep rows of
+            these; None for all. For ``mode="batch"`` and ``"jvp"``, and models whose samples do not act on one another,
+            which is checked at every measured step. The first dimension of the inputs counts the samples.
         memory: Bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
         groups: Name -> regular expression on the names of watched layers; totals of groups are recorded, too.
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
@@ -114,6 +117,7 @@ class Monitor:
         probe: Probe | tuple[Any, Callable[[Any], Tensor]] | None = None,
         amplify: bool = False,
         rows: int | None = 1024,
+        samples: int | None = None,
         memory: int = 2**29,
         groups: dict[str, str] | None = None,
         quantiles: Sequence[float] = (),
@@ -133,6 +137,7 @@ class Monitor:
         aligned = None if aligned_every is None else as_schedule(aligned_every)
         chosen = settings.check_mode(mode, probe, amplify)
         settings.check_sizes(rows, memory, quantiles)
+        settings.check_samples(samples, rows, mode)
         self._layers = select_layers(
             model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
         )
@@ -158,6 +163,7 @@ class Monitor:
             every=settings.shown(self._schedule),
             aligned_every=settings.shown(aligned),
             rows=rows,
+            samples=samples,
             memory_bytes=memory,
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
         )
@@ -170,8 +176,8 @@ class Monitor:
                 model,
                 self._layers,
                 names,
-                RowSampler(rows),
-                MemoryBudget(memory, mode_class.row_copies, len(self._layers)),
+                RowSampler(rows, samples),
+                MemoryBudget(memory, mode_class.row_copies + (samples is not None), len(self._layers)),
                 select,
                 runner,
                 TrainingState(model, optimizers),

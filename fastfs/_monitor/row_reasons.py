@@ -31,6 +31,10 @@ REASONS: tuple[str | None, ...] = (
     "parameters changed between the beginning of the step and the evaluation of its closure",
     "the layer runs inside a graph of torch.compile, which can be seen from torch 2.13 on",
     "the layer runs several times in recomputations, and its backward vectors cannot be matched to the runs",
+    "the first dimension of the features does not count the samples of the batch, which samples= needs",
+    "the chosen samples alone have other features than in the batch, as with batch norm, dropout, or routing with a "
+    "capacity, which samples= does not allow",
+    "the chosen samples were not run alone before the step, as samples= needs",
 )
 
 (
@@ -60,4 +64,7 @@ REASONS: tuple[str | None, ...] = (
     MOVED,
     IN_GRAPH,
     UNMATCHED,
+    NO_SAMPLES,
+    NOT_ALONE,
+    UNCHECKED,
 ) = range(len(REASONS))

@@ -21,6 +21,7 @@ __all__ = [
     "aligned_work",
     "check_compiled",
     "check_mode",
+    "check_samples",
     "check_select",
     "check_sizes",
     "check_state",
@@ -65,21 +66,36 @@ def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
 
 def check_sizes(rows: Any, memory: Any, quantiles: Any) -> None:
     """Raises ValueError for a number out of range, TypeError for what is no number."""
-    for name, value, least in (("rows", rows, 2), ("memory", memory, 1)):
-        if name == "rows" and value is None:
-            continue
-        try:
-            number = -1 if isinstance(value, bool) else operator.index(value)
-        except TypeError:
-            number = -1
-        if number < least:
-            unit = "rows kept of a layer, or None for all" if name == "rows" else "bytes"
-            raise ValueError(f"{name}: expected an integer >= {least} ({unit}), got {value!r}")
+    if rows is not None:
+        _check_integer("rows", rows, 2, "rows kept of a layer, or None for all")
+    _check_integer("memory", memory, 1, "bytes")
     if isinstance(quantiles, str) or not isinstance(quantiles, Sequence):
         raise TypeError(f"quantiles: expected numbers between 0 and 1, got {quantiles!r}")
     for quantile in quantiles:
         if not isinstance(quantile, (int, float)) or not 0.0 <= quantile <= 1.0:
             raise ValueError(f"quantiles: expected numbers between 0 and 1, got {quantile!r}")
+
+
+def check_samples(samples: Any, rows: int | None, mode: str) -> None:
+    """Raises ValueError for a number out of range, or if the mode or ``rows`` excludes ``samples``."""
+    if samples is None:
+        return
+    _check_integer("samples", samples, 2, "samples of a batch that second forwards run on, or None for all")
+    if mode == "probe":
+        raise ValueError(
+            'samples: is for mode="batch" and mode="jvp"; in mode="probe", pass fewer samples as the probe'
+        )
+    if rows is not None and rows < samples:
+        raise ValueError(f"samples: expected at most rows={rows}, since a row of each sample is kept, got {samples!r}")
+
+
+def _check_integer(name: str, value: Any, least: int, unit: str) -> None:
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < least:
+        raise ValueError(f"{name}: expected an integer >= {least} ({unit}), got {value!r}")
 
 
 def check_select(select: Any) -> None:
@@ -173,6 +189,8 @@ def describe(
         steps = ("every step" if how == 1 else f"every {how} steps") if isinstance(how, int) else f"every {how}"
         aligned = f", aligned decrease {steps}" + (f" ({aligned_step})" if aligned_step else "")
     rows = "all rows" if header["rows"] is None else f"{header['rows']} rows a layer"
+    if header["samples"] is not None:
+        rows += f" from {header['samples']} samples of a batch"
     snapshot = f", {snapshot_bytes / _MIB:.1f} MiB for parameters before the step" if snapshot_bytes else ""
     snapshot += f" and {momentary / _MIB:.1f} MiB for a moment after it" if momentary else ""
     budget = f"at most {header['memory_bytes'] / _MIB:.1f} MiB for inputs and {rows}"

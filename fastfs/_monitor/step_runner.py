@@ -202,6 +202,9 @@ class StepRunner:
             if self._any_hidden():
                 self._why = f"the watched layers {IN_GRAPHS}"
                 return
+            if self._capture.rowless:
+                self._why = "no rows of any watched layer could be kept"
+                return
             self._why = "no forward and backward of the model was seen before the step"
             if self._capture.transformed:
                 self._why += ": the model was called inside a torch.func transform, where its features cannot be seen"

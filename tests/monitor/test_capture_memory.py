@@ -11,7 +11,7 @@ from torch import Tensor
 from fastfs._core import ops
 from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.memory_budget import MemoryBudget
-from fastfs._monitor.capture.sampling import BudgetError, RowSampler, row_dims
+from fastfs._monitor.capture.sampling import BudgetError, RowChoice, RowSampler, row_dims
 
 
 @pytest.mark.skipif(not ops.native_available(), reason="no native core")
@@ -21,9 +21,10 @@ def test_all_rows_are_copied_as_the_operator_does(shape: tuple[Any, ...], dtype:
     x = torch.randn(shape).to(dtype)
     transposed = x.transpose(0, -1) if x.dim() > 1 else x
     for features in (x, transposed, x.expand(2, *shape), x.requires_grad_()):
-        kept = RowSampler(None).keep(features, total := rows_of(features))
+        total = rows_of(features)
+        kept = RowSampler(None).keep(features, RowChoice(total, total))
         expected, _ = torch.ops.fastfs.gather_rows(features.detach(), torch.arange(total), row_dims(features))
-        assert kept.total == total
+        assert kept.choice.total == total
         assert kept.values.shape == expected.shape
         assert kept.values.is_contiguous()
         assert not kept.values.requires_grad
@@ -35,7 +36,7 @@ def test_all_rows_are_copied_as_the_operator_does(shape: tuple[Any, ...], dtype:
 def test_a_view_with_a_pending_sign_is_copied_with_it() -> None:
     imaginary = torch.randn(3, 4, dtype=torch.complex64).conj().imag  # a view that is negated when it is read
     assert imaginary.is_neg()
-    kept = RowSampler(None).keep(imaginary, 3)
+    kept = RowSampler(None).keep(imaginary, RowChoice(3, 3))
     assert torch.equal(kept.values, imaginary.resolve_neg())
     assert not kept.values.is_neg()
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastfs
+from fastfs._monitor.capture.sampling import RowChoice
 from fastfs._monitor.measure.capture_mode import CaptureMode, StepInputs, UpdateEvidence
 from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.modes import MODES
@@ -51,7 +52,7 @@ class KnownMode(CaptureMode):
         for layer in self._resources.layers:
             angle = 0.5 + 0.1 * layer.index
             update = 2.0 * moved * (math.cos(angle) * u + math.sin(angle) * v)
-            layers.append([Triple(3.0 * u, update, -5.0 * u, 2 * ROWS)])
+            layers.append([Triple(3.0 * u, update, -5.0 * u, RowChoice(2 * ROWS, ROWS))])
         return self._resources.totals([from_direction(layers)])
 
     def check(self, step: StepInputs) -> FeatureStats:

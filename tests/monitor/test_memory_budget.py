@@ -34,8 +34,8 @@ class Held:
         self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
         keep, copy = RowSampler.keep, capture_module.copy_arguments  # type: ignore[attr-defined]
 
-        def counted_keep(sampler: Any, x: Any, kept: Any) -> Any:
-            found = keep(sampler, x, kept)
+        def counted_keep(sampler: Any, x: Any, choice: Any, **options: Any) -> Any:
+            found = keep(sampler, x, choice, **options)
             self._count(found.values)
             return found
 

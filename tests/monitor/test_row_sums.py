@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs._functional import feature_stats, first_order_stats
+from fastfs._monitor.capture.sampling import RowChoice, SampleSubset
 from fastfs._monitor.measure.incidence import Incidence
 from fastfs._monitor.measure.row_sums import (
     BACKWARD,
@@ -46,14 +47,23 @@ class Operators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def visit(draw: random.Random, rows: int, total: int) -> Triple:
+def visit(draw: random.Random, choice: RowChoice) -> Triple:
+    rows = choice.kept
     width = draw.randint(1, 5)
     before = torch.randn(rows, width)
     if draw.random() < 0.1:
         before[0, 0] = torch.nan
-    return Triple(
-        before, before + 1e-2 * torch.randn(rows, width), torch.randn(rows, width) * draw.choice([1, 0]), total
-    )
+    after, backward = before + 1e-2 * torch.randn(rows, width), torch.randn(rows, width) * draw.choice([1, 0])
+    return Triple(before, after, backward, choice)
+
+
+def choice(draw: random.Random, rows: int, factor: int) -> RowChoice:
+    """So many rows of `factor` times as many; of every other tensor, by samples."""
+    if draw.random() < 0.5:
+        return RowChoice(rows * factor, rows)
+    samples = draw.choice([n for n in range(1, rows + 1) if rows % n == 0])
+    batch = samples * draw.choice([n for n in range(1, factor + 1) if factor % n == 0])
+    return RowChoice(rows * factor, rows, SampleSubset(samples, batch))
 
 
 def step(seed: int) -> list[list[list[Triple]]]:
@@ -65,18 +75,34 @@ def step(seed: int) -> list[list[list[Triple]]]:
 
     def visits() -> list[Triple]:
         if even:
-            return [visit(draw, rows, rows * draw.choice([1, 3]))]
+            return [visit(draw, choice(draw, rows, draw.choice([1, 3])))]
         sizes = [draw.choice([1, 2, draw.randint(3, 80)]) for _ in range(draw.choice([0, 1, 1, 2]))]
-        return [visit(draw, size, size * draw.choice([1, 1, 4])) for size in sizes]
+        return [visit(draw, choice(draw, size, draw.choice([1, 1, 4]))) for size in sizes]
 
     return [[visits() for _ in range(layers)] for _ in range(passes)]
 
 
-def one_layer(visits: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+def variance_of_total(values: Tensor, chosen: RowChoice) -> Tensor:
+    """Of an estimate of a total over all rows, from those of a two-stage sample (Cochran 1977, equation 10.15)."""
+    units, all_units = chosen.samples or (chosen.kept, chosen.total)
+    rows, all_rows = chosen.kept // units, chosen.total // all_units
+    first, second = units / all_units, rows / all_rows
+    within = torch.zeros(3, dtype=torch.float64)
+    means = values.reshape(units, rows, 3)
+    if rows > 1:
+        within = means.var(dim=1).mean(dim=0)
+    elif second < 1:
+        first = 0.0  # on the safe side
+    between = means.mean(dim=1).var(dim=0) if units > 1 else torch.full((3,), torch.nan if first < 1 else 0.0)
+    relative = (1 - first) / units * between + first * (1 - second) / (units * rows) * within
+    return chosen.total**2 * relative
+
+
+def one_layer(visits: list[tuple[Tensor, RowChoice]]) -> tuple[Tensor, Tensor, Tensor]:
     """Sums, relative standard errors and quantiles of a layer, from the sums of its rows."""
     total = torch.zeros(9, dtype=torch.float64)
-    for rows, count in visits:
-        scale = torch.full((9,), count / len(rows), dtype=torch.float64)
+    for rows, chosen in visits:
+        scale = torch.full((9,), chosen.total / chosen.kept, dtype=torch.float64)
         scale[NONFINITE] = 1.0
         total = total + rows.sum(dim=0) * scale
     halves = torch.zeros((3, 9), dtype=torch.float64)
@@ -85,13 +111,9 @@ def one_layer(visits: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]
     weights = (halves / total).T
     weights = torch.where(weights.isfinite(), weights, 0.0)
     variance = torch.zeros(3, dtype=torch.float64)
-    for rows, count in visits:
-        kept = len(rows)
-        if 1 < kept < count:
-            factor = (count / kept) ** 2 * kept * (1.0 - kept / count)
-            variance = variance + factor * (rows @ weights).var(dim=0)
-        elif kept < count:
-            variance = variance + torch.nan
+    for rows, chosen in visits:
+        if chosen.kept < chosen.total:
+            variance = variance + variance_of_total(rows @ weights, chosen)
     if not visits:
         return total, variance, torch.full((2, len(QUANTILES)), torch.nan, dtype=torch.float64)
     stats = FeatureStats(torch.cat([rows for rows, _ in visits]))
@@ -109,7 +131,7 @@ def test_totals_are_those_of_one_layer_at_a_time(start: Any, direction: bool) ->
             visits = [triple for layers in passes for triple in layers[layer]]
             function = first_order_stats if direction else feature_stats
             rows = [function([t.before], [t.after], [t.backward], per_row=True)[0].sums for t in visits]
-            sums, errors, quantiles = one_layer([(r, t.total) for r, t in zip(rows, visits, strict=True)])
+            sums, errors, quantiles = one_layer([(r, t.choice) for r, t in zip(rows, visits, strict=True)])
             what = f"seed {seed}, layer {layer}"
             options: dict[str, Any] = {
                 "rtol": 1e-9,
@@ -125,15 +147,19 @@ def test_totals_are_those_of_one_layer_at_a_time(start: Any, direction: bool) ->
             cosine = FeatureStats(sums).cos_angle
             angle = errors[0] * cosine.abs() / (1.0 - cosine.square()).clamp_min(0.0).sqrt()
             torch.testing.assert_close(found.angle_se[layer], angle, **{**options, "rtol": 1e-6})
-            assert found.rows[layer] == (sum(map(len, rows)), sum(t.total for t in visits))
+            assert found.rows[layer] == (sum(map(len, rows)), sum(t.choice.total for t in visits))
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-def test_operators_do_not_grow_with_layers_and_none_waits(uneven: bool) -> None:
+@pytest.mark.parametrize("samples", [False, True])
+def test_operators_do_not_grow_with_layers_and_none_waits(uneven: bool, samples: bool) -> None:
     counts = []
     for layers in (3, 200):
         draw = random.Random(0)
-        triples = [[visit(draw, 7 + uneven * (layer % 3), 30)] for layer in range(layers)]
+        choices = [RowChoice(30, 6 + uneven * (layer % 3)) for layer in range(layers)]
+        if samples:
+            choices = [RowChoice(30, 4 + 2 * uneven * (layer % 3), SampleSubset(2, 3)) for layer in range(layers)]
+        triples = [[visit(draw, choice)] for choice in choices]
         found = from_replay(triples)
         with Operators() as operators:
             totals([found, found], (), CPU)

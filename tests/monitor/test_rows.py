@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
-from fastfs._monitor.capture.sampling import RowSampler
+from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs.models import ResNet
 from tests.helpers.monitor_cases import measured_into, rows, sgd, small_transformer, tokens, train, watched
+
+CPU = torch.device("cpu")
 
 # Estimates
 
@@ -110,7 +112,7 @@ def test_the_three_tensors_have_the_same_rows_and_the_subset_is_the_same_in_ever
         batch = rows(step)[0].double(), rows(step)[1]
         train(model, optimizer, 1, lambda _, batch=batch: batch)  # type: ignore[misc]
         before, backward, after = features_by_hand(twin, other, batch, twin.blocks[1])
-        subset = RowSampler(5).subset(16, 5, torch.device("cpu"))
+        subset = RowSampler(5).rows_of(RowChoice(16, 5), CPU)
         assert len(set(subset.tolist())) == 5
         f, b, df = before[subset], backward[subset], (after - before)[subset]
         monitor.flush()
@@ -222,7 +224,7 @@ def test_what_a_row_is(shape: Callable[..., Any], total: int, width: int) -> Non
     kept = min(3, total)
     assert (row["rows"], row["count"]) == (kept, total * width)
     before, backward, after = features_by_hand(twin, other, (x, y), twin.inner)
-    subset = RowSampler(3).subset(total, kept, torch.device("cpu"))
+    subset = RowSampler(3).rows_of(RowChoice(total, kept), CPU)
     f, b, df = (t.reshape(total, width)[subset] for t in (before, backward, after - before))
     assert row["feature_rms"] == pytest.approx(f.square().mean().sqrt().item(), rel=1e-10)
     assert row["backward_rms"] == pytest.approx(b.square().mean().sqrt().item(), rel=1e-10)
@@ -243,7 +245,7 @@ def test_quantiles_are_those_of_the_rows(kept: int | None) -> None:
     monitor.close()
     before, backward, after = features_by_hand(twin, other, tokens(0), twin.blocks[2])
     number = 24 if kept is None else kept
-    subset = RowSampler(kept).subset(24, number, torch.device("cpu"))
+    subset = RowSampler(kept).rows_of(RowChoice(24, number), CPU)
     df, b = ((after - before).reshape(24, 16)[subset], backward.reshape(24, 16)[subset])
     row = next(row for row in seen if row["name"] == "blocks.2")
     for quantile, suffix in zip(wanted, ("q0", "q10", "q50", "q97.5", "q100"), strict=True):

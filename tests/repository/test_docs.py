@@ -126,7 +126,7 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
             run_blocks(ROOT / "docs" / page, names)
     records = sorted(path.stem for path in Path("run").glob("*.jsonl"))
     tables = {name: fastfs.load(f"run/{name}.jsonl") for name in records}
-    wanted = "accumulated alerts all backward compiled groups jvp probe record scaled several"
+    wanted = "accumulated alerts all backward compiled groups jvp probe record samples scaled several"
     assert records == wanted.split()
     for name, table in tables.items():
         measured = table[table["kind"] == "measured"]

@@ -167,7 +167,7 @@ class Capture(StepCapture):
         self.rewritten = []
         self.seconds = 0.0
         self.dropped = 0
-        self.transformed = False
+        self.rowless = self.transformed = False
 
     def backward_norms(self) -> list[tuple[int, list[tuple[Tensor, float]]]]:
         """Returns per layer the number of elements of its backward vectors and their sampled squared norms.
@@ -234,6 +234,7 @@ class Capture(StepCapture):
         captured.other_weights = not runs_on_own(self._slots)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         captured.dependent = depends_on(tensors, self._tensors)
+        captured.samples = self._sampler.subset_of((args, kwargs))
         # Inputs are copied. Parameters are passed by reference: the second forward has to use their new values.
         own = set(map(id, self._tensors))
         captured.args, captured.kwargs = copy_arguments(

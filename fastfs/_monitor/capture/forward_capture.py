@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.capture.fingerprints import Fingerprint
-from fastfs._monitor.capture.sampling import KeptRows
+from fastfs._monitor.capture.sampling import KeptRows, SampleSubset
 from fastfs._network.autograd_graph import Edge, Trace
 from fastfs._network.state import ForwardState
 
@@ -74,6 +74,7 @@ class ForwardCapture:
     def __init__(self, layers: int, generation: int) -> None:
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
+        self.samples: SampleSubset | None = None  # of the batch, which the arguments are cut to; None for all
         self.state: ForwardState | None = None
         self.generation = generation
         self.bytes = 0  # charged to the memory budget
@@ -100,11 +101,15 @@ class ForwardCapture:
         # A parameter and its gradient at the begin of the next forward: the same object later means accumulation.
         self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
 
+    def replayed_shape(self, shape: torch.Size) -> torch.Size | None:
+        """Returns the shape in a second forward of features that had ``shape`` in the first; None if there is none."""
+        return shape if self.samples is None else self.samples.shape(shape)
+
     def with_(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: ForwardState) -> ForwardCapture:
         """Returns a capture with the same layer calls, for a forward on other inputs and in another state."""
         other = ForwardCapture(0, self.generation)
         other.args, other.kwargs, other.state, other.calls = args, kwargs, state, self.calls
-        other.writes_inputs = self.writes_inputs
+        other.samples, other.writes_inputs = self.samples, self.writes_inputs
         return other
 
     def drop(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastfs._monitor.capture import taps
 from fastfs._monitor.capture.forward_capture import ForwardCapture
-from fastfs._monitor.capture.sampling import RowSampler
+from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs._network.feature_tensors import strided
 from fastfs._network.guard import FunctionGuard, Guard, Plans, WriteError, pop_ended
 from fastfs._network.input_copies import copy_arguments, tensors_in
@@ -24,10 +24,13 @@ from fastfs._network.journal import Journal
 from fastfs._network.layers import Layer
 from fastfs._network.state import ForwardState
 
-__all__ = ["FeatureHandler", "OwnedState", "ReplayedForward", "Replayer"]
+__all__ = ["FeatureHandler", "Features", "OwnedState", "ReplayedForward", "Replayer"]
 
 FeatureHandler = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a second forward."""
+
+Features = list[list[tuple[torch.Size, Tensor | None]]]
+"""Shape and kept rows of the features, per layer and call."""
 
 
 class OwnedState(Protocol):
@@ -50,13 +53,14 @@ class ReplayedForward:
     """The result of a second forward.
 
     Attributes:
-        after: Per layer and call, the shape of the features and the rows of them that the first forward kept.
+        after: Per layer and call, the shape of the features and the rows of them that the first forward kept. A forward
+            on some samples gives the shape for the whole batch.
         coarsest: Per layer, spacing at 1 of the coarsest numbers that were computed with up to it; None if unknown.
         choices: Integer results of top-k and argmax, in order.
         cut: Layers before which the forward detached a first-order change.
     """
 
-    after: list[list[tuple[torch.Size, Tensor | None]]]
+    after: Features
     coarsest: list[float] | None
     choices: list[Tensor]
     cut: set[int]
@@ -202,7 +206,7 @@ class Replayer:
         strict: bool,
     ) -> ReplayedForward:
         assert captured.state is not None
-        after: list[list[tuple[torch.Size, Tensor | None]]] = [[] for _ in self._layers]
+        after: Features = [[] for _ in self._layers]
         coarsest = [0.0] * len(self._layers)
         watching: list[Guard] = []
         cut: set[int] = set()
@@ -210,11 +214,12 @@ class Replayer:
         def handle(layer: Layer, features: Tensor) -> None:
             number = len(after[layer.index])
             calls = captured.calls[layer.index]
-            before = calls[number].before if number < len(calls) else None
-            rows = None
-            if before is not None and features.shape == calls[number].shape:
-                rows = self._rows(features, see, before.values.shape[0])
-            after[layer.index].append((features.shape, rows))
+            shape, rows = features.shape, None
+            if number < len(calls) and captured.replayed_shape(calls[number].shape) in (None, shape):
+                shape, before = calls[number].shape, calls[number].before
+                if before is not None:
+                    rows = self._rows(features, see, before.choice, captured.samples is not None)
+            after[layer.index].append((shape, rows))
             for guard in watching:
                 coarsest[layer.index] = guard.coarsest
                 if guard.cut:
@@ -238,13 +243,13 @@ class Replayer:
             return ReplayedForward(after, None, [], cut)
         return ReplayedForward(after, coarsest, watching[0].choices, cut)
 
-    def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], kept: int) -> Tensor:
+    def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], choice: RowChoice, within: bool) -> Tensor:
         """Copies rows, as of the features before: a later operation may modify the features in place."""
         if type(features) is not Tensor:
-            return self._sampler.keep(see(strided(features)), kept).values
+            return self._sampler.keep(see(strided(features)), choice, within=within).values
         past_dispatch: Any = torch._C._DisableTorchDispatch()
         with past_dispatch, torch._C.DisableTorchFunction():  # the guard must not see these operations
-            return self._sampler.keep(see(strided(features)), kept).values
+            return self._sampler.keep(see(strided(features)), choice, within=within).values
 
 
 class OwnForward:

@@ -41,17 +41,18 @@ class RowKeeper:
         return captured
 
     def keep(self, captured: ForwardCapture, features: Tensor) -> KeptRows | None:
-        """Copies rows of one layer call, or returns None if the budget has no room for a single row."""
+        """Copies rows of one layer call, or returns None if the budget has no room for a single row of each sample."""
         features = strided(features)
         total = math.prod(features.shape[: row_dims(features)])
         size = self.budget.row_bytes(features)
-        kept = min(self.sampler.wanted(total), self.budget.room(captured, size) if size else total)
-        if kept == 0 < total:
+        choice = self.sampler.choose(total, self.budget.room(captured, size) if size else total, captured.samples)
+        if choice.kept == 0 < total:
+            each = "" if captured.samples is None else f" for each of {captured.samples.kept} samples"
             self._warn(
                 "budget",
-                f"has no room for even one row of {size // self.budget.copies:,} bytes of a layer: it gets a row of "
-                f"nulls. Raise memory= above {self.budget.limit:,} bytes or watch fewer layers",
+                f"has no room for even one row of {size // self.budget.copies:,} bytes of a layer{each}: it gets a "
+                f"row of nulls. Raise memory= above {self.budget.limit:,} bytes or watch fewer layers",
             )
             return None
-        self.budget.take(captured, kept * size, "rows of features")
-        return self.sampler.keep(features, kept)
+        self.budget.take(captured, choice.kept * size, "rows of features")
+        return self.sampler.keep(features, choice)

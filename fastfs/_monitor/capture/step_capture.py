@@ -18,7 +18,7 @@ from fastfs._monitor.capture.memory_budget import MemoryBudget
 from fastfs._monitor.capture.recomputation import Recomputation, contexts
 from fastfs._monitor.capture.row_keeper import RowKeeper
 from fastfs._monitor.capture.sampling import KeptRows, RowSampler
-from fastfs._monitor.row_reasons import NO_GRAPH, NO_ROOM, TRANSFORMED
+from fastfs._monitor.row_reasons import NO_GRAPH, NO_ROOM, NO_SAMPLES, TRANSFORMED
 from fastfs._network.autograd_graph import edge_of
 from fastfs._network.feature_tensors import strided
 from fastfs._network.input_copies import UnknownArgumentError
@@ -51,6 +51,7 @@ class StepCapture:
         self.failed = listener.failed
         self.seconds = 0.0  # host time spent in the hooks since clear()
         self.dropped = 0  # forwards that could not be captured since clear()
+        self.rowless = False  # a layer call had no rows that could be kept, since clear()
         self._layers = tuple(layers)
         self._backwards = backwards
         self._sampler = sampler
@@ -66,11 +67,19 @@ class StepCapture:
         return self._forwards
 
     def _copy(self, captured: ForwardCapture, argument: Tensor) -> Tensor:
-        """Copies an input, which may be modified in place after the forward."""
-        size = nbytes(argument)
+        """Copies an input, which may be modified in place after the forward, or the chosen samples of it."""
+        samples, size = captured.samples, nbytes(argument)
+        if samples is not None and not samples.splits(argument):
+            samples = None
+        if samples is not None:
+            size = size // samples.batch * samples.kept
         self.budget.take(captured, size, "a copy of the model's inputs")
         captured.inputs += size
-        copy = argument.detach().clone()
+        copy = argument.detach()
+        if samples is None:
+            copy = copy.clone()
+        else:
+            copy = copy.index_select(0, self._sampler.samples_of(samples, argument.device))
         return copy.requires_grad_() if argument.requires_grad and copy.is_leaf else copy
 
     def _record_call(self, captured: ForwardCapture, index: int, features: Tensor) -> None:
@@ -80,8 +89,7 @@ class StepCapture:
             return
         inside = features.requires_grad
         hidden = not inside and not torch.is_grad_enabled()  # a recomputation may compute its gradient
-        kept = self.keeper.keep(captured, features) if inside or hidden else None
-        absent = 0 if kept is not None else NO_ROOM if inside or hidden else NO_GRAPH
+        kept, absent = self._keep(captured, features) if inside or hidden else (None, NO_GRAPH)
         call = LayerCall(features.shape, kept, inside, absent)
         captured.calls[index].append(call)
         captured.edges[index].append(edge_of(features))
@@ -92,8 +100,24 @@ class StepCapture:
             self._hook(features, BackwardHook(self, captured, call))
 
     def _record_compiled_call(self, captured: ForwardCapture, index: int, features: Tensor) -> None:
-        captured.calls[index].append(LayerCall(features.shape, self.keeper.keep(captured, features), False))
+        kept, absent = self._keep(captured, features)
+        captured.calls[index].append(LayerCall(features.shape, kept, False, absent))
         self._hold(captured)
+
+    def _keep(self, captured: ForwardCapture, features: Tensor) -> tuple[KeptRows | None, int]:
+        """Copies rows of a layer call; returns them, or None and the reason."""
+        samples = captured.samples
+        if samples is not None and samples.shape(features.shape) is None:
+            self.rowless = True
+            self._warn(
+                "samples",
+                f"has features of shape {tuple(features.shape)}, whose first dimension does not count the "
+                f"{samples.batch} samples of the batch, as samples= needs: the layer gets a row of nulls",
+            )
+            return None, NO_SAMPLES
+        kept = self.keeper.keep(captured, features)
+        self.rowless = self.rowless or kept is None
+        return kept, 0 if kept is not None else NO_ROOM
 
     def _recomputed(self, layer: Layer, features: Tensor) -> None:
         """Handles a layer call outside of a model forward: a reentrant checkpoint's recomputation, or none of ours."""
@@ -130,7 +154,7 @@ class StepCapture:
             self._forwards = [*(p for p in self._forwards if p.accumulates()), captured]
         if call.parts:  # the budget has accounted for one backward vector only
             self.budget.take(captured, before.values.nbytes, "another backward vector")
-        rows = self._sampler.keep(strided(gradient), before.values.shape[0]).values
+        rows = self._sampler.keep(strided(gradient), before.choice).values
         number = self._backwards.note()
         captured.backwards.add(number)
         call.arrive(number, rows)

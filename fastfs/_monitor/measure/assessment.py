@@ -109,14 +109,14 @@ class UpdateAssessor:
                 width=width,
                 aligned_decrease=decrease,
                 exact_before_sq=before_sq,
-                dot_se=sums.central.dot_se,
+                dot_margin=sums.central.dot_margin,
             )
             self.kappa = choose_kappa(kappa, update.stats.relative_update, target, largest)
         return update, sums.central.in_place_of(found, 1 / (2 * kappa)), curvature(parts)
 
     def assess_tangent(self, found: LayerSums, eps: Tensor, decrease: Tensor) -> trust.AssessedUpdate:
         """Assesses a first-order update, whose only rounding noise is that of the derivative itself."""
-        return trust.assess_tangent(found.stats, eps=eps, aligned_decrease=decrease, dot_se=found.dot_se)
+        return trust.assess_tangent(found.stats, eps=eps, aligned_decrease=decrease, dot_margin=found.dot_margin)
 
     @staticmethod
     def refuse_other_masks(update: trust.AssessedUpdate, difference: FeatureStats) -> trust.AssessedUpdate:

@@ -25,6 +25,8 @@ class BatchMode(TrainingMode):
     needs_previous = False
 
     def _replay(self, step: StepInputs) -> ReplaySums:
+        if self._subsets and step.model.compiled:
+            return self._eager(step, step.parameters)
         return self._run(step.forwards, self._forward, guarded=not self._runs_compiled)
 
     def _repeat(self, step: StepInputs) -> ReplaySums:
@@ -40,7 +42,7 @@ class AmplifiedMode(BatchMode):
     """Measures f(w + dw) - f(w) and, so that rounding does not hide it, f(w + kappa dw) - f(w - kappa dw)."""
 
     needs_previous = True
-    row_copies = 6  # both sides of the enlarged update, and features before in eager execution
+    row_copies = 6  # both sides of the enlarged update, and features before of a second forward
 
     @staticmethod
     def momentary_bytes(parameters: Sequence[Tensor]) -> int:
@@ -75,12 +77,14 @@ class AmplifiedMode(BatchMode):
         below, above = interpolate(previous, step.parameters, -kappa), interpolate(previous, step.parameters, kappa)
         result: tuple[list[RowSums], list[RowSums], list[RowSums]] = ([], [], [])
         for captured in step.forwards:
-            base = self._run_one(captured, model_at(model, previous)).after if model.compiled else None
+            base = self._base.get(captured)
+            if base is None and model.compiled:
+                base = self._run_one(captured, model_at(model, previous)).after
             minus, plus = (
                 self._triples(captured, self._run_one(captured, model_at(model, v)).after, base) for v in (below, above)
             )
             central = [
-                [Triple(m.after, p.after, p.backward, p.total) for m, p in zip(*calls, strict=True)]
+                [Triple(m.after, p.after, p.backward, p.choice) for m, p in zip(*calls, strict=True)]
                 for calls in zip(minus, plus, strict=True)
             ]
             for sums, triples in zip(result, (minus, plus, central), strict=True):
@@ -101,5 +105,5 @@ class AmplifiedMode(BatchMode):
             exact = captured.with_(args, kwargs, captured.state.without_autocast(cast))
             after = self._run_one(exact, model_at(step.model, values), single=True).after
             triples = self._triples(exact, after)
-            result.append(from_replay([[Triple(t.after, t.after, t.backward, t.total) for t in v] for v in triples]))
+            result.append(from_replay([[Triple(t.after, t.after, t.backward, t.choice) for t in v] for v in triples]))
         return result

@@ -32,6 +32,7 @@ from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, totals
+from fastfs._monitor.row_reasons import UNREPEATED
 from fastfs._network.layers import Layer
 from fastfs._network.perturbed import Perturbed
 from fastfs._network.structure import Structure
@@ -147,12 +148,16 @@ class CaptureMode(ABC):
             measured step, and a step without a captured forward is not measured.
         needs_previous: Whether the mode reads the parameters' values before the step, which are then copied.
         row_copies: Copies of each kept row that the mode holds at a time, for the memory budget.
+        checks_every_step: Whether :meth:`check` is due at every measured step.
+        unrepeated: Why a layer is not valid whose features the check has not repeated, a code of ``row_reasons``.
     """
 
     method: ClassVar[str]
     captures_training: ClassVar[bool]
     needs_previous: ClassVar[bool]
     row_copies: ClassVar[int] = 3
+    checks_every_step: bool = False
+    unrepeated: int = UNREPEATED
 
     def __init__(self, resources: ModeResources) -> None:
         self._resources = resources

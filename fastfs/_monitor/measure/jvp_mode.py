@@ -34,7 +34,7 @@ class JvpMode(TrainingMode):
     def _replay(self, step: StepInputs) -> ReplaySums:
         previous = step.previous
         directions = [n.detach() - b for b, n in zip(previous, step.parameters, strict=True)]
-        result = ReplaySums([], None, [])
+        result = ReplaySums()
         for captured in step.forwards:
             with step.model.duals(previous, directions) as duals:
                 replay = self._run_one(captured, model_at(step.model, duals), see=tangents)

@@ -41,15 +41,15 @@ class FeatureObservation:
 _LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
 
 
-def is_linear(residual: Tensor, residual_se: Tensor, curvature: Tensor | None) -> Tensor:
+def is_linear(residual: Tensor, margin: Tensor, curvature: Tensor | None) -> Tensor:
     """Returns whether first order describes the step: float64 (L,), 1 or 0, nan if that is unknown.
 
     Args:
         residual: Residual of the feature speed formula, nan where it does not apply.
-        residual_se: Its standard error.
+        margin: Half of its 95 % interval.
         curvature: Second-order part of the update, which decides where there is no residual.
     """
-    by_residual = (residual.abs() <= _LINEAR + 2 * residual_se.nan_to_num(0.0)).to(torch.float64)
+    by_residual = (residual.abs() <= _LINEAR + margin.nan_to_num(0.0)).to(torch.float64)
     unknown = torch.full_like(residual, torch.nan)
     other = unknown if curvature is None else torch.where(curvature.isnan(), unknown, (curvature <= _LINEAR).double())
     return torch.where(residual.isnan(), other, by_residual)

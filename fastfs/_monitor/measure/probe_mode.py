@@ -93,9 +93,7 @@ class ProbeMode(CaptureMode):
             self._before[layer.index].append((kept, arrived))
             edges[layer.index].append(edge_of(features))
             if features.requires_grad:  # a tensor hook, since a later operation may modify the features in place
-                features.register_hook(
-                    lambda b: arrived.append(self._sampler.keep(strided(b), kept.values.shape[0]).values)
-                )
+                features.register_hook(lambda b: arrived.append(self._sampler.keep(strided(b), kept.choice).values))
 
         def run(model: nn.Module) -> None:
             args, kwargs = self._called_with
@@ -157,7 +155,7 @@ class ProbeMode(CaptureMode):
             if len(after[layer.index]) == len(self._before[layer.index]):  # there was no room for its rows
                 return
             kept, _ = self._before[layer.index][len(after[layer.index])]
-            after[layer.index].append(self._sampler.keep(strided(features), kept.values.shape[0]).values)
+            after[layer.index].append(self._sampler.keep(strided(features), kept.choice).values)
 
         values = [self._probe.cast(p.detach()) for p in step.parameters]
 
@@ -175,7 +173,7 @@ class ProbeMode(CaptureMode):
         self._replayer.with_graph_if_needed(forward)
         triples = [
             [
-                Triple(kept.values, rows, arrived[0], kept.total)
+                Triple(kept.values, rows, arrived[0], kept.choice)
                 for (kept, arrived), rows in zip(calls, found, strict=True)
                 if arrived
             ]

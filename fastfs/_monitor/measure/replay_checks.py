@@ -68,7 +68,7 @@ class ReplayChecks:
         self._put(graphs, count + 1, relative)
 
     def refuse_unrepeated(
-        self, graphs: Hashable, update: trust.AssessedUpdate, eps: Tensor, depth: Tensor
+        self, graphs: Hashable, update: trust.AssessedUpdate, eps: Tensor, depth: Tensor, code: int = UNREPEATED
     ) -> trust.AssessedUpdate:
         """Returns the update without layers whose second forward has not given the features of the first.
 
@@ -77,13 +77,14 @@ class ReplayChecks:
             update: The measurement.
             eps: See :func:`fastfs._monitor.measure.trust.assess`.
             depth: See :func:`fastfs._monitor.measure.trust.assess`.
+            code: The reason for the refusal.
         """
         relative = self._results[graphs][1] if graphs in self._results else self._unknown()
         rounding = (_ROUNDINGS * trust.rounding_variance(eps, depth)).clamp_max(_LARGEST**2)
         moved = update.stats.update_sq / update.stats.before_sq
         limit = torch.where(update.self_contained, rounding, PLAIN**2 * moved)
         bad = ~(relative <= limit) & (update.stats.update_sq > 0)
-        return trust.refuse(update, UNREPEATED, bad & (update.valid | (relative > rounding)))
+        return trust.refuse(update, code, bad & (update.valid | (relative > rounding)))
 
     def clear(self) -> None:
         """Forgets all results, since the model has changed."""

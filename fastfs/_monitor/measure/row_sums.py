@@ -1,13 +1,15 @@
 """Sums per layer from kept rows, without waiting for the device.
 
-Sums are estimates for all rows from those that were kept, each with its standard error (the linearised error of a ratio
-of totals, with rows drawn without replacement). If all rows were kept, the sums are exact and the errors zero.
+Sums are estimates for all rows from those that were kept, each with its standard error: the linearised error of a ratio
+of totals, with rows drawn without replacement, or in two stages, samples of the batch and then rows of each of them
+(Cochran, Sampling Techniques, section 10.3). If all rows were kept, the sums are exact and the errors zero.
 
 Rows of all layers are one matrix, so that the number of operations does not grow with the number of layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastfs._functional import feature_stats
+from fastfs._monitor.capture.sampling import RowChoice
 from fastfs._monitor.measure.segment_sums import SegmentSums, on_device
 from fastfs._stats import FeatureStats
 
@@ -37,13 +40,13 @@ class Triple(NamedTuple):
 
     Attributes:
         before, after, backward: Features before and after the step, and the backward vector.
-        total: Number of rows that there were.
+        choice: Which rows they are.
     """
 
     before: Tensor
     after: Tensor
     backward: Tensor
-    total: int
+    choice: RowChoice
 
 
 @dataclass(frozen=True)
@@ -53,15 +56,13 @@ class RowSums:
     Attributes:
         sums: float64 (N, 9), or None without any visit.
         layer: Index of each visit's layer, ascending.
-        kept: Number of kept rows of each visit.
-        total: Number of rows of each visit.
+        choices: Which rows of each visit were kept.
         layers: L.
     """
 
     sums: Tensor | None
     layer: list[int]
-    kept: list[int]
-    total: list[int]
+    choices: list[RowChoice]
     layers: int
 
 
@@ -74,6 +75,8 @@ class LayerSums:
         angle_se: Standard error of the angle in radians, float64 (L,).
         update_se: Relative standard error of the norm of df, float64 (L,).
         dot_se: Relative standard error of <b, df>, float64 (L,).
+        dot_margin: How far <b, df> may be off by the choice of rows, relative: two standard errors; with ``samples=``
+            the bound of Student's t that is exceeded as often as three sigma.
         rows: Numbers of kept rows and of all rows of each layer.
         visits: Number of visits of each layer, in all passes.
         quantiles: Quantiles of the rows' cosines, and of their speeds (rms of a row's df), float64 (L, 2, Q).
@@ -83,6 +86,7 @@ class LayerSums:
     angle_se: Tensor
     update_se: Tensor
     dot_se: Tensor
+    dot_margin: Tensor
     rows: list[tuple[int, int]]
     visits: list[int]
     quantiles: Tensor
@@ -140,8 +144,7 @@ def _of_visits(layers: Sequence[Sequence[Triple]], flat: Sequence[Triple], sums:
     return RowSums(
         sums=sums,
         layer=[layer for layer, visits in enumerate(layers) for _ in visits],
-        kept=[visit.before.shape[0] for visit in flat],
-        total=[visit.total for visit in flat],
+        choices=[visit.choice for visit in flat],
         layers=len(layers),
     )
 
@@ -155,21 +158,22 @@ def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.
         device: Of the result, if there is no visit at all.
     """
     count = passes[0].layers
-    layer, kept, total = (
-        np.asarray([number for each in passes for number in getattr(each, name)], dtype=np.int64)
-        for name in ("layer", "kept", "total")
-    )
+    layer = np.asarray([number for each in passes for number in each.layer], dtype=np.int64)
+    choices = [choice for each in passes for choice in each.choices]
+    kept, total = np.asarray([(choice.kept, choice.total) for choice in choices], dtype=np.int64).reshape(-1, 2).T
     rows = tuple(np.bincount(layer, weights=each, minlength=count).astype(np.int64).tolist() for each in (kept, total))
     parts = [each.sums for each in passes if each.sums is not None]
     if parts:
-        sample = _Sample(torch.cat(parts) if len(parts) > 1 else parts[0], layer, kept, total, count)
+        sample = _Sample(torch.cat(parts) if len(parts) > 1 else parts[0], layer, choices, count)
         sums = sample.totals()
         errors = sample.standard_errors(sums)
         found = sample.quantiles(quantiles)
+        margin = sample.margin_factors()
     else:
         sums = torch.zeros((count, len(_NAMES)), dtype=torch.float64, device=device)
         errors = torch.zeros((count, 3), dtype=torch.float64, device=device)
         found = torch.full((count, 2, len(quantiles)), torch.nan, dtype=torch.float64, device=device)
+        margin = torch.full((count,), 2.0, dtype=torch.float64, device=device)
     stats = FeatureStats(sums)
     cosine_se, update_se, dot_se = errors.unbind(dim=1)
     cosine = stats.cos_angle
@@ -179,6 +183,7 @@ def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.
         angle_se=cosine_se * cosine.abs() / sine,
         update_se=update_se,
         dot_se=dot_se,
+        dot_margin=dot_se * margin,
         rows=list(zip(*rows, strict=True)),
         visits=np.bincount(layer, minlength=count).tolist(),
         quantiles=found,
@@ -190,15 +195,20 @@ class _Sample:
 
     Args:
         rows: float64 (N, 9).
-        layer, kept, total: Layer, number of kept rows and number of all rows of each visit, (V,).
+        layer: Layer of each visit, (V,).
+        choices: Which rows of each visit were kept.
         layers: Number of layers.
     """
 
-    def __init__(self, rows: Tensor, layer: _Ints, kept: _Ints, total: _Ints, layers: int) -> None:
+    def __init__(self, rows: Tensor, layer: _Ints, choices: Sequence[RowChoice], layers: int) -> None:
         self.rows = rows
         self.device = rows.device
-        self._layer, self._kept, self._total, self._layers = layer, kept, total, layers
-        self._per_visit = SegmentSums(kept, self.device)
+        self._layer, self._layers = layer, layers
+        # The units of the first stage are samples; where there is one stage only, each row is a unit of its own.
+        numbers = [(c.kept, c.total, *(c.samples or (c.kept, c.total))) for c in choices]
+        self._kept, self._total, self._kept_units, self._units = np.asarray(numbers, dtype=np.int64).T
+        self._of_samples = np.asarray([choice.samples is not None for choice in choices])
+        self._per_visit = SegmentSums(self._kept, self.device)
         order = np.argsort(layer, kind="stable")
         in_order = np.array_equal(order, np.arange(len(order)))
         visits = np.bincount(layer, minlength=layers)
@@ -227,16 +237,48 @@ class _Sample:
         )
         # The contributions of a row to log cos, log |df| and log <b, df>.
         adds = torch.stack([dot - 0.5 * update - 0.5 * backward, 0.5 * update, dot], dim=1)
-        kept = np.maximum(self._kept, 1)
-        mean = self._per_visit(adds) / on_device(kept[:, None].astype(np.float64), self.device)
-        visit = on_device(np.repeat(np.arange(len(kept)), self._kept), self.device)
-        squares = self._per_visit((adds - mean[visit]).square())
-        ratio = self._total / kept
-        factor = ratio**2 * kept * (1.0 - 1.0 / np.maximum(ratio, 1.0)) / np.maximum(kept - 1, 1)
-        factor[kept == 1] = np.nan  # of one row the error is not known
-        unknown = torch.where(on_device(sampled[:, None], self.device), squares, 0.0)  # also if they are not finite
-        factor[~sampled] = 0.0
-        return self._per_layer(unknown * on_device(factor[:, None], self.device)).sqrt()
+        units, kept_units = np.maximum(self._units, 1), np.maximum(self._kept_units, 1)
+        of_unit, kept_of_unit = np.maximum(self._total, 1) / units, np.maximum(self._kept, 1) / kept_units
+        complete = kept_of_unit >= of_unit
+        first = units**2 * of_unit**2 / kept_of_unit**2 / kept_units / np.maximum(kept_units - 1, 1)
+        # From one row of a sample the variance within samples is not known. The one between samples contains it if the
+        # fraction of samples that were drawn does not reduce it; by that fraction the error is then too large.
+        seen = complete | (kept_of_unit > 1)
+        first = first * np.where(seen, 1.0 - kept_units / units, 1.0)
+        first[(kept_units == 1) & ((units > 1) | ~seen)] = np.nan  # of one unit the error is not known
+        first[~sampled] = 0.0
+        variances = self._variances(self._per_unit(adds), self._kept_units, first)
+        if not complete.all():
+            second = units / kept_units * of_unit**2 * (1.0 - kept_of_unit / of_unit) / kept_of_unit
+            second = np.where(complete, 0.0, second / np.maximum(kept_of_unit - 1, 1))
+            rows_of_units = np.repeat(kept_of_unit.astype(np.int64), self._kept_units)
+            within = self._variances(adds, rows_of_units, np.repeat(second, self._kept_units))
+            variances = variances + SegmentSums(self._kept_units, self.device)(within)
+        return self._per_layer(variances).sqrt()
+
+    def margin_factors(self) -> Tensor:
+        """Returns how many standard errors a sum may be off, float64 (L,); see :attr:`LayerSums.dot_margin`."""
+        freedom = np.bincount(self._layer, np.where(self._of_samples, self._kept_units - 1, 0), self._layers)
+        factors = np.where(freedom > 0, _three_sigma(np.maximum(freedom, 1.0)), 2.0)
+        return on_device(factors, self.device)
+
+    def _per_unit(self, adds: Tensor) -> Tensor:
+        """Sums rows to units of the first stage."""
+        if np.array_equal(self._kept, self._kept_units):
+            return adds
+        return SegmentSums(np.repeat(self._kept // np.maximum(self._kept_units, 1), self._kept_units), self.device)(
+            adds
+        )
+
+    def _variances(self, values: Tensor, lengths: _Ints, factors: npt.NDArray[np.float64]) -> Tensor:
+        """Returns the sum of squared deviations from the mean of each segment of rows, times a factor: (S, C)."""
+        sums = SegmentSums(lengths, self.device)
+        mean = sums(values) / on_device(np.maximum(lengths, 1)[:, None].astype(np.float64), self.device)
+        segment = on_device(np.repeat(np.arange(len(lengths)), lengths), self.device)
+        squares = sums((values - mean[segment]).square())
+        # Where the factor is zero the sum is, too, also if the values are not finite.
+        squares = torch.where(on_device((factors != 0.0)[:, None], self.device), squares, 0.0)
+        return squares * on_device(factors[:, None], self.device)
 
     def quantiles(self, wanted: Sequence[float]) -> Tensor:
         """Returns quantiles of the rows' cosines and speeds, (L, 2, Q)."""
@@ -264,3 +306,15 @@ class _Sample:
                 found = [torch.nanquantile(each[table], at, dim=1) for each in values]
                 result.index_copy_(0, on_device(group, self.device), torch.stack(found).permute(2, 0, 1))
         return result
+
+
+def _three_sigma(freedom: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Returns the bound that Student's t exceeds as often as a normal variable exceeds three sigma.
+
+    The closed forms for one and two degrees of freedom, and else the expansion in their inverse number (Abramowitz and
+    Stegun, 26.7.5), which is off by 2 % for three and less for more.
+    """
+    inside, inverse = math.erf(3.0 / math.sqrt(2.0)), 1.0 / freedom
+    series = np.polynomial.polynomial.polyval(inverse, [3.0, 7.5, 17.25, 30.1875, 38.6016])
+    one, two = math.tan(math.pi * inside / 2.0), inside * math.sqrt(2.0 / (1.0 - inside**2))
+    return np.select([freedom < 1.5, freedom < 2.5], [one, two], series)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastfs._monitor import row_reasons
 from fastfs._monitor.capture.forward_capture import ForwardCapture
-from fastfs._monitor.capture.replay import ReplayedForward
+from fastfs._monitor.capture.replay import Features, ReplayedForward
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.capture_mode import CaptureMode, ModeResources, StepInputs, UpdateEvidence
 from fastfs._monitor.measure.learned_structure import LearnedStructure
@@ -35,24 +35,32 @@ class ReplaySums:
 
     Attributes:
         rows: Sums of rows of each forward.
+        after: Shapes and rows of the features of each forward, as :class:`ReplayedForward` has them.
         coarsest: Per layer, spacing at 1 of the coarsest numbers that were computed with; None if unknown.
         choices: Integer results of top-k and argmax, of each forward.
     """
 
-    rows: list[RowSums]
-    coarsest: list[float] | None
-    choices: list[list[Tensor]]
+    rows: list[RowSums] = field(default_factory=list)
+    after: list[Features] = field(default_factory=list)
+    coarsest: list[float] | None = None
+    choices: list[list[Tensor]] = field(default_factory=list)
 
     def add(self, rows: RowSums, replay: ReplayedForward) -> None:
         """Adds a second forward."""
         self.rows.append(rows)
+        self.after.append(replay.after)
         self.choices.append(replay.choices)
         if replay.coarsest is not None:
             self.coarsest = list(map(max, replay.coarsest, self.coarsest or replay.coarsest))
 
 
 class TrainingMode(CaptureMode):
-    """Takes features before and backward vectors from the training step, and features after from a second forward."""
+    """Takes features before and backward vectors from the training step, and features after from a second forward.
+
+    With ``samples=``, second forwards run on a few samples of each batch. They are then run before the step, too, at
+    every measured step: this shows whether samples act on one another, and gives features before that were computed as
+    those after, since matrix products of another size are rounded in another way.
+    """
 
     method = "plain"
     captures_training = True
@@ -62,7 +70,12 @@ class TrainingMode(CaptureMode):
         model, parallel = resources.model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
         # Without the wrapper's collectives: the other ranks need not have a monitor.
         self._forward: nn.Module = model.module if isinstance(model, parallel) else model
-        self._runs_compiled = has_compiled(model)  # second forwards run compiled graphs, which cannot be guarded
+        self._subsets = self.checks_every_step = resources.keeper.sampler.samples is not None
+        if self._subsets:
+            self.unrepeated = row_reasons.NOT_ALONE
+        # Whether second forwards run compiled graphs, which cannot be guarded. On some samples of a batch they run
+        # eagerly: another batch size would add graphs, which training might run later.
+        self._runs_compiled = has_compiled(model) and not self._subsets
         self.clear()
 
     def clear(self) -> None:
@@ -72,6 +85,7 @@ class TrainingMode(CaptureMode):
         self._rehearsed = False  # the step's forwards were run eagerly before their compiled graphs
         self._eager_coarsest: list[float] | None = None  # of these eager forwards
         self._checked_choices: list[list[Tensor]] = []
+        self._base: dict[ForwardCapture, Features] = {}  # features before the step of the samples alone
 
     # Before the step
 
@@ -90,6 +104,8 @@ class TrainingMode(CaptureMode):
         self._rehearse(step)
         result = self._repeat(step)
         self._checked_choices = result.choices
+        if self._subsets:
+            self._base = dict(zip(step.forwards, result.after, strict=True))
         return self._resources.totals(result.rows).stats
 
     # After it
@@ -113,6 +129,8 @@ class TrainingMode(CaptureMode):
         coarsest = assessor.precision(layers, step.forwards, result.coarsest or self._eager_coarsest)
         eps = resources.on_device(coarsest)
         verdict, sums, curvature = self._assess(step, evidence, sums, eps, max(coarsest, default=0.0))
+        if self._subsets:  # no sum contains the difference to the first forward
+            verdict = dataclasses.replace(verdict, self_contained=torch.ones_like(verdict.valid))
         absent = self._absent(step.forwards)
         return FeatureObservation(verdict, sums, eps, absent, curvature, result.choices, self._checked_choices)
 
@@ -158,7 +176,7 @@ class TrainingMode(CaptureMode):
 
     def _same_function(self, verdict: trust.AssessedUpdate, step: StepInputs) -> trust.AssessedUpdate:
         """Refuses layers where eager forwards differ from the compiled ones that the backward vectors come from."""
-        if not step.model.compiled:
+        if not step.model.compiled or self._subsets:  # of samples, the check has shown it
             return verdict
         result = self._eager(step, step.previous)
         return self._resources.assessor.refuse_other_masks(verdict, self._resources.totals(result.rows).stats)
@@ -167,21 +185,22 @@ class TrainingMode(CaptureMode):
         return self._resources.replayer.replay(captured, forward, **options)
 
     def _run(self, forwards: Sequence[ForwardCapture], forward: Callable[..., Any], **options: Any) -> ReplaySums:
-        result = ReplaySums([], None, [])
+        result = ReplaySums()
         for captured in forwards:
             replay = self._run_one(captured, forward, **options)
-            result.add(from_replay(self._triples(captured, replay.after)), replay)
+            triples = self._triples(captured, replay.after, self._base.get(captured))
+            result.add(from_replay(triples), replay)
         return result
 
     def _unmoved(self, captured: ForwardCapture) -> RowSums:
         """Returns sums over features and backward vectors without a second forward."""
-        after = [
+        after: Features = [
             [(call.shape, None if call.before is None else call.before.values) for call in calls]
             for calls in captured.calls
         ]
         return from_replay(self._triples(captured, after))
 
-    def _triples(self, captured: ForwardCapture, after: Any, base: Any = None) -> list[list[Triple]]:
+    def _triples(self, captured: ForwardCapture, after: Features, base: Features | None = None) -> list[list[Triple]]:
         """Combines the rows of a first and a second forward, per layer and call.
 
         Args:
@@ -195,7 +214,8 @@ class TrainingMode(CaptureMode):
         triples: list[list[Triple]] = []
         for layer, first, second in zip(self._resources.layers, captured.calls, after, strict=True):
             triples.append([])
-            if [call.shape for call in first] != [shape for shape, _ in second]:
+            others = [second] if base is None else [second, base[layer.index]]
+            if any([call.shape for call in first] != [shape for shape, _ in each] for each in others):
                 self._other_calls.add(layer.index)
                 self._resources.warn(
                     layer.name,
@@ -205,16 +225,19 @@ class TrainingMode(CaptureMode):
                 )
                 continue
             for number, (call, (_, rows)) in enumerate(zip(first, second, strict=True)):
-                if call.measurable and call.before is not None and rows is not None:
-                    before = call.before.values if base is None else base[layer.index][number][1]
+                before = None if call.before is None else call.before.values
+                if base is not None:
+                    before = base[layer.index][number][1]
+                if call.measurable and call.before is not None and before is not None and rows is not None:
                     # No gradient arrived at features in the graph: the loss does not depend on them.
                     backward = torch.zeros_like(before) if call.backward is None else call.backward
-                    triples[-1].append(Triple(before, rows, backward, call.before.total))
+                    triples[-1].append(Triple(before, rows, backward, call.before.choice))
         return triples
 
     def _absent(self, forwards: Sequence[ForwardCapture]) -> list[int]:
         """Returns per layer why it has no rows, or not the right ones; 0 where it has."""
         codes = []
+        unchecked = self._subsets and any(p not in self._base for p in forwards)
         for index in range(len(self._resources.layers)):
             calls = [call for p in forwards for call in p.calls[index]]
             if not calls:
@@ -228,6 +251,8 @@ class TrainingMode(CaptureMode):
                 codes.append(calls[0].absent or row_reasons.NO_GRAPH)
             elif index in self._cut_off:
                 codes.append(row_reasons.DETACHED)
+            elif unchecked:
+                codes.append(row_reasons.UNCHECKED)
             else:
                 codes.append(0)
         return codes

@@ -107,7 +107,7 @@ def assess(
     width: Tensor | None = None,
     aligned_decrease: Tensor | None = None,
     exact_before_sq: Tensor | None = None,
-    dot_se: Tensor | None = None,
+    dot_margin: Tensor | None = None,
 ) -> AssessedUpdate:
     """Returns for each layer the estimate with the smaller error, and whether it can be trusted.
 
@@ -124,7 +124,8 @@ def assess(
         aligned_decrease: float64 (L,), D of the step, in the scale of the backward vectors; NaN for a layer that is no
             cut. The update is that of the rounded parameters.
         exact_before_sq: float64 (L,), |f|^2 in float32, on the same rows; one forward now and then is enough.
-        dot_se: float64 (L,), relative standard error of <b, df> where rows were sampled, which the residual has, too.
+        dot_margin: float64 (L,), half of the 95 % interval of <b, df> where rows were sampled, relative; the residual
+            has it, too.
 
     Raises:
         ValueError: The shapes do not fit.
@@ -135,7 +136,7 @@ def assess(
         "width": width,
         "aligned_decrease": aligned_decrease,
         "exact_before_sq": exact_before_sq,
-        "dot_se": dot_se,
+        "dot_margin": dot_margin,
     }
     _check_shapes(plain, probe, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
     before_sq = plain.before_sq
@@ -156,7 +157,7 @@ def assess(
         least = torch.minimum(second, noise_bound)
         replayed = from_replay(plain, least, independent)
         estimate = better(from_probe(plain, probe, second, entries), replayed)
-        residual_large = probe_residual_is_large(plain, probe, aligned_decrease, dot_se)
+        residual_large = probe_residual_is_large(plain, probe, aligned_decrease, dot_margin)
 
     stats = FeatureStats(estimate.sums)
     finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
@@ -186,17 +187,17 @@ def assess(
 
 
 def assess_tangent(
-    stats: FeatureStats, *, eps: Tensor, aligned_decrease: Tensor | None = None, dot_se: Tensor | None = None
+    stats: FeatureStats, *, eps: Tensor, aligned_decrease: Tensor | None = None, dot_margin: Tensor | None = None
 ) -> AssessedUpdate:
     """Returns a first-order update from forward-mode differentiation, and whether it can be trusted.
 
     It has no error by subtraction. In 16 bits the derivative is that of a rounded network; the residual shows that.
     Arguments and errors are those of :func:`assess`.
     """
-    optional = {"aligned_decrease": aligned_decrease, "dot_se": dot_se}
+    optional = {"aligned_decrease": aligned_decrease, "dot_margin": dot_margin}
     _check_shapes(stats, None, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
     finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
-    large = rms_residual(stats, stats.update_dot_backward, stats.update_sq, aligned_decrease, dot_se)[0] > RESIDUAL
+    large = rms_residual(stats, stats.update_dot_backward, stats.update_sq, aligned_decrease, dot_margin)[0] > RESIDUAL
     zero = torch.zeros_like(stats.update_sq)
     backward = _BACKWARD * _ROUNDING * eps
     angle_error = _angle_error(stats.cos_angle, zero, backward, stats.count)
