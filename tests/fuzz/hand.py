@@ -7,7 +7,6 @@ optimizer, and everything else happens in shadows, one in the precision of the l
 from __future__ import annotations
 
 import math
-import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,14 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastfs
-from tests.fuzz.bodies import LAYERS
+from fastfs._monitor.capture.sampling import RowSampler, SampleSubset
+from tests.fuzz.bodies import LAYERS, ROWS
+from tests.fuzz.states import buffers_of, clones, copy_values, give_random_state, random_state, restore, state_of
 
 if TYPE_CHECKING:
     from tests.fuzz.trial import Trial
 
-__all__ = ["Hand", "LayerNumbers", "Numbers"]
+__all__ = ["SAMPLES", "Hand", "LayerNumbers", "Numbers"]
 
 H = 1e-3  # of the central difference in float64
+SAMPLES = 3  # of the ROWS of a batch, for the monitors with samples=
 
 
 @dataclass
@@ -33,7 +35,9 @@ class LayerNumbers:
     """Of one layer; None where there is nothing to compare.
 
     Attributes:
-        same: features before, backward vectors and features after in the precision of the loop, flat, float64.
+        entries: numbers that the features have.
+        same: features before, backward vectors and features after in the precision of the loop, flat, float64. With
+            samples=, those of the samples, multiplied such that their squares estimate those of all.
         exact: in float64.
         linear: the derivative along the update, in float64.
         decreases: D, with the gradients as autograd had them and as ``.grad`` held them.
@@ -41,6 +45,7 @@ class LayerNumbers:
         rounding: what rounding of parameters and gradients to their dtype may add to D; and so on.
     """
 
+    entries: int = 0
     same: tuple[Tensor, Tensor, Tensor] | None = None
     exact: tuple[Tensor, Tensor, Tensor] | None = None
     linear: Tensor | None = None
@@ -85,9 +90,9 @@ class Hand:
         """Right before the forwards that count."""
         self.step, self.parts = step, parts
         self._raw = [None] * len(self.trial.parameters)
-        self._entry = _state(self.trial)
+        self._entry = state_of(self.trial)
         self._met = []
-        self._at_forward = _clones(self.trial.parameters)
+        self._at_forward = clones(self.trial.parameters)
         self._grads: list[Tensor | None] = []
 
     def gradients(self, scale: float) -> None:
@@ -103,17 +108,17 @@ class Hand:
             as_forward: the update came within the backward.
         """
         known = restored or {}
-        now = _clones([known.get(p, p) for p in self.trial.parameters])
+        now = clones([known.get(p, p) for p in self.trial.parameters])
         self._before = self._at_forward if as_forward else now
         if self.trial.recipe.monitor == "probe":  # runs here, after what the training forward did to the buffers
-            self._entry = _state(self.trial)
+            self._entry = state_of(self.trial)
 
     def after_step(self) -> None:
-        self._after = _clones(self.trial.parameters)
+        self._after = clones(self.trial.parameters)
 
     def _forward(self) -> None:
         if self.counting:
-            self._met.append(_clones(_buffers(self.trial)))
+            self._met.append(clones(buffers_of(self.trial)))
 
     def _gradient(self, index: int, gradient: Tensor) -> None:
         if self.counting:
@@ -124,11 +129,11 @@ class Hand:
 
     def numbers(self) -> Numbers:
         """Of the step that is over; global generators stay what they are."""
-        now = _random()
+        now = random_state()
         try:
             return self._numbers()
         finally:
-            _give(now)
+            give_random_state(now)
 
     def _numbers(self) -> Numbers:
         probe = self.trial.recipe.monitor == "probe"
@@ -152,6 +157,7 @@ class Hand:
         for name in _names(exact):
             layer = result[name] = LayerNumbers()
             layer.same, layer.exact = same.layer(name), found.layer(name)
+            layer.entries = found.entries(name)
             layer.owned = set(order) == set(_names(exact)) and not found.ambiguous
             if ahead is not None and behind is not None and layer.exact is not None:
                 layer.linear = (ahead[name] - behind[name]) / (2 * H)
@@ -209,7 +215,7 @@ class Hand:
         for mine, theirs, value in zip(shadow.parameters, self.trial.parameters, values, strict=True):
             mine.data = value.to(_wide(value)) if shadow.switch.exact else value.clone()
             mine.requires_grad_(theirs.requires_grad)
-        _restore(shadow, self._entry)
+        restore(shadow, self._entry)
         if shadow.recipe.monitor == "probe":
             return self._taps(shadow, lambda: _probe_loss(shadow))
         return self._taps(shadow, lambda: sum(shadow.compute(self.step, part) for part in range(self.parts)))
@@ -220,7 +226,7 @@ class Hand:
 
         def enter(*_: Any) -> None:
             if shadow.recipe.monitor != "probe" and len(passes) < len(self._met):
-                _copy(_buffers(shadow), self._met[len(passes)])
+                copy_values(buffers_of(shadow), self._met[len(passes)])
             passes.append([])
 
         handles = [shadow.model.register_forward_pre_hook(enter)]
@@ -243,7 +249,8 @@ class Hand:
         gradients: Sequence[Tensor | None] = ()
         if visits:
             gradients = torch.autograd.grad(shadow_loss, visits, allow_unused=True, retain_graph=True)
-        found = _Found(passes, dict(zip(map(id, visits), gradients, strict=True)))
+        samples = self.trial.recipe.monitor.startswith("samples")
+        found = _Found(passes, dict(zip(map(id, visits), gradients, strict=True)), samples)
         found.walk(shadow.parameters)
         moved = any(not torch.equal(a, b) for a, b in zip(self._at_forward, before, strict=True))
         found.before = self._features(shadow, before, found) if moved else found.features(passes)
@@ -269,8 +276,9 @@ class Hand:
 class _Found:
     """Features of the forwards that count, and what came back to them."""
 
-    def __init__(self, passes: Passes, gradients: dict[int, Tensor | None]) -> None:
+    def __init__(self, passes: Passes, gradients: dict[int, Tensor | None], samples: bool) -> None:
         self._passes = passes
+        self._samples = samples
         self._gradients = gradients
         self.counted = [
             number
@@ -302,7 +310,19 @@ class _Found:
         ]
         if not back:
             return None
-        return self.before[name], torch.cat([b.detach().double().flatten() for b in back]), self.after[name]
+        return self.before[name], torch.cat([self._flat(b) for b in back]), self.after[name]
+
+    def entries(self, name: str) -> int:
+        """How many numbers the features of a layer have."""
+        visits = [x for number in self.counted for visited, x in self._passes[number] if visited == name]
+        return sum(x.numel() for x in visits if x.requires_grad)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        x = x.detach().double()
+        if not self._samples or x.shape[0] % ROWS:
+            return x.flatten()
+        numbers = RowSampler(None, SAMPLES).samples_of(SampleSubset(SAMPLES, ROWS), x.device)
+        return x.reshape(ROWS, -1)[numbers].flatten() * math.sqrt(ROWS / SAMPLES)
 
     def features(self, passes: Passes) -> dict[str, Tensor] | None:
         """Those that belong to the counted ones; None if the forwards went another way."""
@@ -313,7 +333,7 @@ class _Found:
         for number in self.counted:
             for (name, tensor), (_, first) in zip(passes[number], self._passes[number], strict=True):
                 if first.requires_grad:
-                    result.setdefault(name, []).append(tensor.detach().double().flatten())
+                    result.setdefault(name, []).append(self._flat(tensor))
         return {name: torch.cat(parts) for name, parts in result.items()}
 
     def walk(self, parameters: Sequence[Tensor]) -> None:
@@ -351,41 +371,3 @@ def _probe_loss(shadow: Trial) -> Tensor:
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.complex128 if tensor.is_complex() else torch.float64
-
-
-def _clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
-def _buffers(trial: Trial) -> list[Tensor]:
-    return [buffer for module in trial.modules for buffer in module.buffers()]
-
-
-def _copy(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for mine, value in zip(tensors, values, strict=True):
-        mine.data = value.to(mine.dtype, copy=True)  # what is in the graph of an earlier forward stays
-
-
-def _random() -> Any:
-    return torch.get_rng_state(), random.getstate()
-
-
-def _give(state: Any) -> None:
-    torch.set_rng_state(state[0])
-    random.setstate(state[1])
-
-
-def _state(trial: Trial) -> Any:
-    """What a forward depends on besides parameters and inputs."""
-    buffers = _clones(_buffers(trial))
-    training = [m.training for module in trial.modules for m in module.modules()]
-    return _random(), trial.switch.generator.get_state(), buffers, training
-
-
-def _restore(shadow: Trial, state: Any) -> None:
-    randomness, generator, buffers, training = state
-    _give(randomness)
-    shadow.switch.generator.set_state(generator)
-    _copy(_buffers(shadow), buffers)
-    for each, mode in zip([m for module in shadow.modules for m in module.modules()], training, strict=True):
-        each.training = mode

@@ -96,7 +96,19 @@ AXES: dict[str, tuple[str, ...]] = {
         "frozen",
         "thrown away",
     ),
-    "monitor": ("batch", "aligned", "amplify", "jvp", "probe", "two monitors", "every second", "few rows"),
+    "monitor": (
+        "batch",
+        "aligned",
+        "amplify",
+        "jvp",
+        "probe",
+        "two monitors",
+        "every second",
+        "few rows",
+        "samples",
+        "samples amplify",
+        "samples jvp",
+    ),
 }
 
 

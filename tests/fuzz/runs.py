@@ -13,7 +13,7 @@ import torch
 
 import fastfs
 from tests.fuzz.bodies import LAYERS
-from tests.fuzz.hand import Hand, Numbers
+from tests.fuzz.hand import SAMPLES, Hand, Numbers
 from tests.fuzz.loop import Loop
 from tests.fuzz.recipe import Recipe
 from tests.fuzz.trial import Trial
@@ -89,6 +89,9 @@ def _attach(loop: Loop, outcome: Outcome, stack: contextlib.ExitStack) -> list[f
         "probe": [{"mode": "probe", "probe": Hand.probe(trial)}],
         "two monitors": [{}, {"every": 2, "aligned_every": 1}],
         "every second": [{"every": 2}],
+        "samples": [{"samples": SAMPLES}],
+        "samples amplify": [{"samples": SAMPLES, "amplify": True}],
+        "samples jvp": [{"samples": SAMPLES, "mode": "jvp"}],
         "few rows": [{"rows": 1024, "quantiles": (0.5,), "groups": {"all": r".*"}}],
     }
     attached = []

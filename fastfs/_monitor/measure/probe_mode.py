@@ -199,7 +199,7 @@ class ProbeMode(CaptureMode):
         index = torch.tensor([i for i, _ in given]).to(sums.device, non_blocking=True)
         for name in ("dot", "gradient_sq"):
             column = ParameterStats.names.index(name)
-            sums[:, column] = 0.0
+            sums.select(1, column).zero_()
             sums[:, column].index_copy_(0, index, getattr(stats, name))
         return MeasuredUpdate(ParameterStats(sums), torch.zeros_like(update.reason))
 
