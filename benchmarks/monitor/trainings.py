@@ -29,6 +29,11 @@ MEASURED = "measured step"
 AMPLIFIED = "measured step, amplify=True"
 JVP = 'measured step, mode="jvp"'
 PROBE = 'measured step, mode="probe"'
+SAMPLES = 2
+MEASURED_FEW = f"measured step, samples={SAMPLES}"
+AMPLIFIED_FEW = f"measured step, amplify=True, samples={SAMPLES}"
+JVP_FEW = f'measured step, mode="jvp", samples={SAMPLES}'
+PROBE_FEW = f'measured step, mode="probe", {SAMPLES} samples'
 NAIVE = "measured step, naive implementation"
 
 NEVER = 10**9  # every=NEVER measures step 0 only
@@ -159,6 +164,10 @@ class Bench:
             AMPLIFIED: {"every": 1, "amplify": True},
             JVP: {"every": 1, "mode": "jvp"},
             PROBE: {"every": 1, "mode": "probe", "probe": self._probe()},
+            MEASURED_FEW: {"every": 1, "samples": SAMPLES},
+            AMPLIFIED_FEW: {"every": 1, "amplify": True, "samples": SAMPLES},
+            JVP_FEW: {"every": 1, "mode": "jvp", "samples": SAMPLES},
+            PROBE_FEW: {"every": 1, "mode": "probe", "probe": self._probe(SAMPLES)},
         }
 
         def watch(model: nn.Module, optimizer: torch.optim.Optimizer) -> fastfs.Monitor | None:
@@ -170,8 +179,8 @@ class Bench:
 
         return Training(self.load, self._model, self._batches, watch, naive=name == NAIVE)
 
-    def _probe(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        tokens, targets = self._batches[-1]
+    def _probe(self, samples: int | None = None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        tokens, targets = (x[:samples] for x in self._batches[-1])
         return tokens, lambda logits: cross_entropy(logits, targets)
 
 

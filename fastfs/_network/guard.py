@@ -69,14 +69,16 @@ class WriteError(RuntimeError):
 class _Plan(NamedTuple):
     """Properties of an operation that decide how the guard treats it."""
 
+    operation: Any
     writes: tuple[tuple[int, str], ...]  # positions and names of arguments that the operation writes to
     fresh: bool  # whether its outputs may be newly allocated memory
     choice: bool
     kind: str | None  # kind of product, whose precision has a setting of its own
+    harmless: bool  # returns views of its arguments and does nothing else
 
 
 Plans = dict[Any, _Plan]
-"""The plans of operations seen so far."""
+"""The plans of operations seen so far, by the ``id`` of the operation, which the plan keeps alive."""
 
 
 class Guard(TorchDispatchMode):
@@ -142,22 +144,22 @@ class Guard(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if self.ended:
-            return func(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunction():  # the guard itself also calls functions of tensors
-            return self._dispatch(func, args, kwargs or {})
-
-    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plan = self._plans.get(func)
+        plan = self._plans.get(id(func))  # hashing an operation takes as long as running a small one
         if plan is None:
-            plan = self._plans[func] = _plan(func)
+            plan = self._plans[id(func)] = _plan(func)
+        if plan.harmless or self.ended:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        with torch._C.DisableTorchFunction():  # the guard itself also calls functions of tensors
+            return self._dispatch(func, plan, args, kwargs)
+
+    def _dispatch(self, func: Any, plan: _Plan, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
         for position, name in plan.writes:
-            target = args[position] if position < len(args) else kwargs.get(name)
+            target = args[position] if position < len(args) else (kwargs or {}).get(name)
             self._check(func, target)
         if kwargs:
             self._note_generator(kwargs.get("generator"))
         if self._single and plan.fresh:  # a view has to remain a view of its base
-            args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in kwargs.items()}
+            args, kwargs = tuple(map(_wide, args)), {name: _wide(value) for name, value in (kwargs or {}).items()}
         output = func(*args, **kwargs) if kwargs else func(*args)
         if plan.fresh:
             if type(output) is Tensor and output.layout is torch.strided:  # nearly always
@@ -296,7 +298,7 @@ def storages(tensor: Tensor) -> tuple[int, ...]:
 def _plan(func: Any) -> _Plan:
     schema = getattr(func, "_schema", None)
     if schema is None:  # a higher-order operator: the operations in it are dispatched separately
-        return _Plan((), True, False, None)
+        return _Plan(func, (), True, False, None, False)
     norm = "batch_norm" in schema.name
     writes = tuple(
         (position, argument.name)
@@ -305,7 +307,9 @@ def _plan(func: Any) -> _Plan:
     )
     # A tensor created from Python numbers is returned as an alias of memory that no operation has allocated.
     fresh = schema.name == "aten::lift_fresh" or all(result.alias_info is None for result in schema.returns)
-    return _Plan(writes, fresh, schema.name in _CHOICES, _KINDS.get(schema.name))
+    choice = schema.name in _CHOICES
+    harmless = not (writes or fresh or choice) and all(argument.name != "generator" for argument in schema.arguments)
+    return _Plan(func, writes, fresh, choice, _KINDS.get(schema.name), harmless)
 
 
 def _managed() -> bool:

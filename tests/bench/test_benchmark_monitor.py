@@ -38,7 +38,16 @@ def quick(module: str, path: Path, *options: str) -> tuple[dict[str, Any], str]:
 
 
 FEW = [trainings.PLAIN, trainings.AGAIN, trainings.OFF, trainings.ALIGNED, trainings.EVERY, trainings.WINDOW]
-MANY = [trainings.MEASURED, trainings.AMPLIFIED, trainings.JVP, trainings.PROBE]
+MANY = [
+    trainings.MEASURED,
+    trainings.MEASURED_FEW,
+    trainings.AMPLIFIED,
+    trainings.AMPLIFIED_FEW,
+    trainings.JVP,
+    trainings.JVP_FEW,
+    trainings.PROBE,
+    trainings.PROBE_FEW,
+]
 
 
 @pytest.mark.slow
@@ -98,7 +107,7 @@ def test_targets_on_a_gpu() -> None:
     row = {"ratio": 1.0, "host synchronizations per step": 0.5}
     rows = {name: dict(row) for name in (*FEW, *MANY)}
     assert all(target["pass"] for target in targets(rows, CUDA))
-    assert len(targets(rows, CUDA)) == 6
+    assert len(targets(rows, CUDA)) == 10
     rows[trainings.ALIGNED]["host synchronizations per step"] = 0.75
     failed = [target for target in targets(rows, CUDA) if not target["pass"]]
     assert [target["implementation"] for target in failed] == [trainings.ALIGNED]

@@ -75,7 +75,19 @@ def test_no_trace_is_left_after_close() -> None:
     assert monitor.step == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"rows": 4, "quantiles": (0.5,)}, {"amplify": True}, {"mode": "jvp"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rows": 4, "quantiles": (0.5,)},
+        {"amplify": True},
+        {"mode": "jvp"},
+        {"mode": "probe", "probe": (rows(9)[0], lambda out: out.square().mean())},
+        {"samples": 4, "rows": 6},
+        {"samples": 4, "amplify": True, "quantiles": (0.5,)},
+        {"samples": 4, "mode": "jvp"},
+    ],
+)
 def test_no_item_in_the_step_path(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model = ResNet(8, 16, 3, 3)
     optimizer = sgd(model)
@@ -87,6 +99,13 @@ def test_no_item_in_the_step_path(options: dict[str, Any], monkeypatch: pytest.M
     def refuse(*_args: Any, **_kwargs: Any) -> None:
         raise AssertionError("waits for the device")
 
+    assign = torch.Tensor.__setitem__
+
+    def assign_tensors(tensor: Any, index: Any, value: Any) -> None:
+        if not isinstance(value, torch.Tensor):  # a number is copied from the host, which waits for the device
+            refuse()
+        assign(tensor, index, value)
+
     x, y = rows(0)
     train(model, optimizer, 2)  # what is learned once, on the host
     assert monitor.flush()
@@ -94,8 +113,9 @@ def test_no_item_in_the_step_path(options: dict[str, Any], monkeypatch: pytest.M
     loss = F.cross_entropy(model(x), y)
     as_on_a_device(monkeypatch)  # what the host may read at once is not read
     monkeypatch.setattr(full_checks.DeviceFlag, "known", lambda _: None)
-    for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+    for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy", "nonzero"):
         monkeypatch.setattr(torch.Tensor, method, refuse)
+    monkeypatch.setattr(torch.Tensor, "__setitem__", assign_tensors)
     monitor.log(loss=loss)
     loss.backward()
     optimizer.step()
