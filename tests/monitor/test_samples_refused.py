@@ -129,7 +129,7 @@ def test_features_whose_first_dimension_is_another_one() -> None:
                 x = x + torch.tanh(block(x))
             return x.transpose(0, 1)
 
-    shape = r"has features of shape \(5, 12, 8\), whose first dimension does not count the 12 samples"
+    shape = r"layer 'blocks\.0' has features of shape \(5, 12, 8\), whose first dimension does not count the 12 samples"
     everything: list[dict[str, Any]] = []
     for layers in (r"blocks\.\d+$", ["", "blocks.0"]):  # the model itself returns samples
         model, optimizer, seen, monitor = setting(Transposed, samples=4, layers=layers, sinks=[everything.extend])

@@ -89,7 +89,7 @@ class StepCapture:
             return
         inside = features.requires_grad
         hidden = not inside and not torch.is_grad_enabled()  # a recomputation may compute its gradient
-        kept, absent = self._keep(captured, features) if inside or hidden else (None, NO_GRAPH)
+        kept, absent = self._keep(captured, index, features) if inside or hidden else (None, NO_GRAPH)
         call = LayerCall(features.shape, kept, inside, absent)
         captured.calls[index].append(call)
         captured.edges[index].append(edge_of(features))
@@ -100,19 +100,20 @@ class StepCapture:
             self._hook(features, BackwardHook(self, captured, call))
 
     def _record_compiled_call(self, captured: ForwardCapture, index: int, features: Tensor) -> None:
-        kept, absent = self._keep(captured, features)
+        kept, absent = self._keep(captured, index, features)
         captured.calls[index].append(LayerCall(features.shape, kept, False, absent))
         self._hold(captured)
 
-    def _keep(self, captured: ForwardCapture, features: Tensor) -> tuple[KeptRows | None, int]:
+    def _keep(self, captured: ForwardCapture, index: int, features: Tensor) -> tuple[KeptRows | None, int]:
         """Copies rows of a layer call; returns them, or None and the reason."""
         samples = captured.samples
         if samples is not None and samples.shape(features.shape) is None:
             self.rowless = True
             self._warn(
                 "samples",
-                f"has features of shape {tuple(features.shape)}, whose first dimension does not count the "
-                f"{samples.batch} samples of the batch, as samples= needs: the layer gets a row of nulls",
+                f"layer {self._layers[index].name!r} has features of shape {tuple(features.shape)}, whose first "
+                f"dimension does not count the {samples.batch} samples of the batch, as samples= needs: it gets a row "
+                "of nulls",
             )
             return None, NO_SAMPLES
         kept = self.keeper.keep(captured, features)

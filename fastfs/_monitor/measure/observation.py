@@ -46,7 +46,7 @@ def is_linear(residual: Tensor, margin: Tensor, curvature: Tensor | None) -> Ten
 
     Args:
         residual: Residual of the feature speed formula, nan where it does not apply.
-        margin: Half of its 95 % interval.
+        margin: How far it may be off by the choice of rows.
         curvature: Second-order part of the update, which decides where there is no residual.
     """
     by_residual = (residual.abs() <= _LINEAR + margin.nan_to_num(0.0)).to(torch.float64)

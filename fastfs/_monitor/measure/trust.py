@@ -124,8 +124,7 @@ def assess(
         aligned_decrease: float64 (L,), D of the step, in the scale of the backward vectors; NaN for a layer that is no
             cut. The update is that of the rounded parameters.
         exact_before_sq: float64 (L,), |f|^2 in float32, on the same rows; one forward now and then is enough.
-        dot_margin: float64 (L,), half of the 95 % interval of <b, df> where rows were sampled, relative; the residual
-            has it, too.
+        dot_margin: float64 (L,), how far <b, df>, and with it the residual, may be off by the choice of rows, relative.
 
     Raises:
         ValueError: The shapes do not fit.
