@@ -2,10 +2,10 @@
 
     python -m benchmarks.monitor.samples [--json FILE] [--steps N] [--quick]
 
-Two monitors watch the same training, one of them with ``samples=``. The dropout of the transformer is set to 0, since
-samples draw other masks alone than in the batch. For each layer and step, the error of the estimate is divided by its
-standard error. If these are right, the quotient is Student's t with samples - 1 degrees of freedom, up to
-the bias of ratios; "expected" is the share of it within two standard errors.
+Two monitors watch the same training, one of them with ``samples=``. The models are in evaluation mode, without
+dropout, since samples draw other masks alone than in the batch. For each layer and step, the error of the estimate is
+divided by its standard error. If these are right, the quotient is Student's t with samples - 1 degrees of freedom, up
+to the bias of ratios; "expected" is the share of it within two standard errors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import fastfs
 from benchmarks.harness import command_line, count_option, print_table, write_json
@@ -31,9 +30,7 @@ def run(task: Task, samples: int, mode: str, steps: int) -> dict[str, Any]:
     """Train with both monitors and compare their rows."""
     torch.manual_seed(0)
     model = task.model()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    model.eval()
     optimizer = task.optimizer(model)
     seen: list[list[dict[str, Any]]] = [[], []]
     monitors = [
