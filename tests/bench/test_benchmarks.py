@@ -22,7 +22,7 @@ from benchmarks.ops import feature_stats, gather_rows, implementations, targets,
 from benchmarks.ops import optimizer_stats as updates_benchmark
 from fastfs._bench import timing
 from fastfs._bench.ceilings import COPY, READ
-from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
 from fastfs._bench.expected import expected_sums
 from fastfs._bench.inputs import COLD
 from fastfs._core import ops
@@ -56,7 +56,7 @@ def test_quick_benchmark_of_feature_stats(tmp_path: Path) -> None:
         rows = {row["implementation"]: row for row in result["rows"]}
         assert rows.keys() >= {READ, OURS, HAND, EAGER}
         assert (COPY in rows) == (result["part"] == workloads.LADDER)
-        assert (implementations.NORMS in rows) == (not result["per row"])
+        assert (NORMS in rows) == (not result["per row"])
         assert result["left out"][implementations.TRITON] == "for GPUs only"
         compiled += COMPILE in rows
         assert (COMPILE in rows) != (COMPILE in result["left out"])
