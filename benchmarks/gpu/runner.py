@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +29,9 @@ _LEAST = 5.0  # seconds below which a step is not begun
 _GRACE = 4.0  # seconds that a step gets to write its results once it is interrupted
 # One line of `pytest -v` about a test, in several processes or in one.
 _OUTCOME = re.compile(
-    r"^\[gw\d+\].*? (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+)|^(tests/\S+) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE
+    r"^\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (tests/.+?) *$"
+    r"|^(tests/.+?) (PASSED|FAILED|ERROR|SKIPPED)\b",
+    re.MULTILINE,
 )
 _LAST, _KEPT = 25, 100  # lines of output in the results
 
@@ -213,34 +216,32 @@ def failing_tests(report: Path, output: str) -> dict[str, Any]:
     """Return counts and failing tests, each with the last line of its message.
 
     Args:
-        report: the report of pytest, in JUnit's format; it exists only if pytest ended by itself or was interrupted.
-        output: the output of ``pytest -v``, which names the failing tests if there is no report.
+        report: the report of pytest, in JUnit's format, which has the messages. It may be absent, and does not tell a
+            test that was interrupted from one that passed.
+        output: the output of ``pytest -v``, which has a line for each test that ended.
 
     Returns:
         ``"tests"``, the numbers of passed, failed and skipped tests, and ``"failing"``.
     """
-    try:
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        outcomes = {name or other: word or last for word, name, other, last in _OUTCOME.findall(output)}
-        failing = [name for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")]
-        counts = {"PASSED": "passed", "SKIPPED": "skipped"}
-        return {
-            "tests": {
-                **{word: list(outcomes.values()).count(outcome) for outcome, word in counts.items()},
-                "failed": len(failing),
-            },
-            "failing": [{"test": name, "message": ""} for name in failing],
-        }
-    failing_cases = []
-    for case in cases:
-        problem = next((x for x in case if x.tag in ("failure", "error")), None)
-        if problem is not None:
-            lines = (problem.get("message") or problem.text or "").strip().splitlines() or [""]
-            failing_cases.append({"test": f"{case.get('classname')}::{case.get('name')}", "message": lines[-1][:300]})
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    failed = len({case["test"] for case in failing_cases})
+    outcomes = {name or other: word or last for word, name, other, last in _OUTCOME.findall(output)}
+    names = {_in_report(name): name for name in outcomes}
+    failing = {name: "" for name, outcome in outcomes.items() if outcome in ("FAILED", "ERROR")}
+    with contextlib.suppress(OSError, ElementTree.ParseError):
+        for case in ElementTree.parse(report).iter("testcase"):
+            problem = next((x for x in case if x.tag in ("failure", "error")), None)
+            if problem is not None:
+                in_report = f"{case.get('classname')}.{case.get('name')}".strip(".")
+                lines = (problem.get("message") or problem.text or "").strip().splitlines() or [""]
+                failing[names.get(in_report, in_report)] = lines[-1][:300]
+    count = Counter(outcome for name, outcome in outcomes.items() if name not in failing)
     return {
-        "tests": {"passed": len(cases) - skipped - failed, "skipped": skipped, "failed": failed},
-        "failing": failing_cases,
+        "tests": {"passed": count["PASSED"], "skipped": count["SKIPPED"], "failed": len(failing)},
+        "failing": [{"test": name, "message": message} for name, message in failing.items()],
     }
+
+
+def _in_report(name: str) -> str:
+    """Return the class and name that the report gives to the test ``path/to/file.py::Class::name[parameters]``."""
+    path, _, test = name.partition("::")
+    test, bracket, parameters = test.partition("[")
+    return f"{path.removesuffix('.py').replace('/', '.')}.{test.replace('::', '.')}{bracket}{parameters}"

@@ -22,11 +22,23 @@ from benchmarks.gpu.steps import Step
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = {"device": "a GPU", "driver": "1", "torch": "2", "core": {"cuda": {"architectures": "90"}}}
 
+TEST_OUTPUT = """
+tests/a.py::test_good PASSED                                   [ 25%]
+tests/a.py::test_bad[x y] FAILED                               [ 50%]
+tests/a.py::test_left_out SKIPPED (no GPU)                     [ 75%]
+tests/a.py::test_interrupted
+"""
 TEST_REPORT = """<testsuites><testsuite>
 <testcase classname="tests.a" name="test_good"/>
-<testcase classname="tests.a" name="test_bad[x]"><failure message="assert 1 == 2&#10;where 1 is one"/></testcase>
+<testcase classname="tests.a" name="test_bad[x y]"><failure message="assert 1 == 2&#10;where 1 is one"/></testcase>
 <testcase classname="tests.a" name="test_left_out"><skipped message="no GPU"/></testcase>
+<testcase classname="tests.a" name="test_interrupted"/>
+<testcase classname="" name="tests.b"><error message="collection failure">ImportError: no c</error></testcase>
 </testsuite></testsuites>"""
+FAILING = [
+    {"test": "tests/a.py::test_bad[x y]", "message": "where 1 is one"},
+    {"test": "tests.b", "message": "collection failure"},
+]
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -43,11 +55,11 @@ def run(tmp_path: Path, *steps: Step, seconds: float = 60, lacking: Any = None) 
 
 def test_statuses_figures_and_failing_tests(tmp_path: Path) -> None:
     figures = 'import json, sys; open(sys.argv[1], "w").write(json.dumps({"results": [1], "environment": {}}))'
-    report = "import sys; open(sys.argv[1], 'w').write(sys.argv[2]); sys.exit(1)"
+    report = "import sys; open(sys.argv[1], 'w').write(sys.argv[2]); print(sys.argv[3]); sys.exit(1)"
     failed, found = run(
         tmp_path,
         Step("good", (*python(figures), "{parts}/good.json"), result="{parts}/good.json"),
-        Step("bad", (*python(report), "{parts}/bad.xml", TEST_REPORT), result="{parts}/bad.xml"),
+        Step("bad", (*python(report), "{parts}/bad.xml", TEST_REPORT, TEST_OUTPUT), result="{parts}/bad.xml"),
         Step("mute", python("print('all is lost'); raise SystemExit(3)")),
         Step("absent", ("/no/such/program",)),
         Step("judged", python("print('nonsense')"), judge=lambda text: f"it says {text.strip()}"),
@@ -59,8 +71,8 @@ def test_statuses_figures_and_failing_tests(tmp_path: Path) -> None:
     assert found["good"]["results"] == [1]
     assert found["good"]["environment"] == {"device": "a GPU", "driver": "1"}
     assert found["bad"]["status"] == FAILED
-    assert found["bad"]["tests"] == {"passed": 1, "skipped": 1, "failed": 1}
-    assert found["bad"]["failing"] == [{"test": "tests.a::test_bad[x]", "message": "where 1 is one"}]
+    assert found["bad"]["tests"] == {"passed": 1, "skipped": 1, "failed": 2}
+    assert found["bad"]["failing"] == FAILING
     assert found["mute"]["output"] == ["all is lost"]
     assert "no/such/program" in found["absent"]["output"][0]
     assert (found["judged"]["status"], found["judged"]["why"]) == (FAILED, "it says nonsense")
@@ -129,7 +141,7 @@ case "$*" in
 *feature_stats*) echo '{{"results": ["figures"]}}' > "$last" ;;
 *test_combinations*) echo $$ > "$here/pid"; exec sleep 60 ;;
 *pytest*)
-  for word; do case "$word" in */tests.xml) cp "$here/report.xml" "$word" ;; esac; done
+  for word; do case "$word" in */tests.xml) cp "$here/report.xml" "$word"; cat "$here/output" ;; esac; done
   exit 1
   ;;
 esac
@@ -146,6 +158,7 @@ def script(tmp_path: Path) -> dict[str, Any]:
     for program in (stub, sanitizer):
         program.chmod(0o755)
     (tmp_path / "report.xml").write_text(TEST_REPORT)
+    (tmp_path / "output").write_text(TEST_OUTPUT)
     (tmp_path / "triton-3.dist-info").mkdir()
     (tmp_path / "triton-3.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: triton\nVersion: 3.6\n")
     environment = {
@@ -166,7 +179,7 @@ def check_first_steps(found: dict[str, Any]) -> None:
     for name in ("doctor", "memcheck", "racecheck", "synccheck", "kernels"):
         assert at[name]["status"] == OK
     assert at["memcheck"]["output"] == ["ERROR SUMMARY: 0 errors"]
-    assert at["tests"]["failing"] == [{"test": "tests.a::test_bad[x]", "message": "where 1 is one"}]
+    assert at["tests"]["failing"] == FAILING
     assert at["kernels"]["results"] == ["figures"]
 
 

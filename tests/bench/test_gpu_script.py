@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import collect, needs, steps
+from benchmarks.ops.workloads import DTYPES, workloads
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks/gpu.sh"
@@ -55,6 +57,16 @@ def test_the_short_run_has_the_steps_of_the_long_one_and_ends_in_time() -> None:
     assert first == ["doctor", "memcheck", "racecheck", "synccheck", "tests", "kernels"]
     assert sum(step.limit for step in steps.SHORT[: len(first)] if not step.beside) <= 180
     assert [step.name for step in steps.SHORT if not step.alone] == ["memcheck", "racecheck", "synccheck", "tests"]
+
+
+def test_the_short_run_times_some_workloads_of_each_part() -> None:
+    (kernels,) = steps.find(steps.SHORT, ["kernels"])
+    parts, match = (kernels.command[kernels.command.index(option) + 1] for option in ("--only", "--match"))
+    counts = {}
+    for part in parts.split(",")[1:]:
+        found = workloads(part, torch.device("cuda"), largest=2**32, free=2**36, quick=False)
+        counts[part] = sum(re.search(match, f"{w.name}, {w.dtype}") is not None for w in found)
+    assert counts == {"ladder": 3 * len(DTYPES), "lists": len(DTYPES), "rows": 6}
 
 
 def test_modules_and_files_of_the_steps_exist() -> None:
