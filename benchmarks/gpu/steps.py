@@ -7,7 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
-__all__ = ["BUILD", "DOCTOR", "LONG", "SHORT", "SHORT_SECONDS", "TESTS", "TRAINING_TESTS", "Step", "find"]
+__all__ = [
+    "BUILD",
+    "DOCTOR",
+    "LONG",
+    "MEMORY_TESTS",
+    "SHORT",
+    "SHORT_SECONDS",
+    "TESTS",
+    "TRAINING_TESTS",
+    "Step",
+    "find",
+]
 
 # The files with tests marked gpu, so that what the other files import need not be there.
 TESTS = (
