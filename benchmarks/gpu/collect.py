@@ -1,12 +1,13 @@
-"""Collect the results of gpu.sh in one file: `python -m benchmarks.gpu.collect TARGET [FILE...]`.
+"""The results of gpu.sh in one file: `python -m benchmarks.gpu.collect TARGET [FILE...]` adds those of other calls.
 
-A FILE is the result of the step that it is named after, or another TARGET of the same machine. Without a FILE, TARGET
-gets only the facts about the machine. Existing content of TARGET is kept, except for the given steps.
+A FILE is the result of the step that it is named after, or another TARGET of the same machine. Without arguments, the
+facts about the machine are printed as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -14,16 +15,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+__all__ = ["add", "collect", "machine", "merge"]
+
 SAME = ("device", "driver", "torch")
 
 
 def machine() -> dict[str, Any]:
-    """Return properties of the GPU and of its driver.
+    """Return properties of the GPU and of its driver, and the native core's, or None if it does not load.
 
     Raises:
         SystemExit: there is no GPU.
     """
     import torch
+
+    from fastfs._core import ops
 
     if not torch.cuda.is_available():
         sys.exit(f"gpu.sh: torch {torch.__version__} sees no CUDA device")
@@ -42,6 +47,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda_of_torch": torch.version.cuda,
         "python": platform.python_version(),
+        "core": ops.build_info() if ops.native_available() else None,
     }
 
 
@@ -58,26 +64,49 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return {"machine": new["machine"], "steps": {**old["steps"], **new["steps"]}}
 
 
-def collect(target: Path, files: list[Path], here: dict[str, Any]) -> dict[str, Any]:
-    """Add files to the target and write it."""
-    collected = {"machine": here, "steps": {}}
+def add(target: Path, steps: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """Add results of steps to the target, and write it so that readers see either the old or the new content.
+
+    Raises:
+        ValueError: the target has results of another machine.
+    """
+    collected = {"machine": here, "steps": steps}
     if target.exists():
         collected = merge(json.loads(target.read_text()), collected)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(f".{target.name}.tmp")
+    new.write_text(json.dumps(collected, indent=1) + "\n")
+    os.replace(new, target)
+    return collected
+
+
+def with_machine(content: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """Return the result file of a benchmark with the device and the driver in its environment."""
+    return {**content, "environment": {**content.get("environment", {}), **{k: here[k] for k in ("device", "driver")}}}
+
+
+def collect(target: Path, files: list[Path], here: dict[str, Any]) -> dict[str, Any]:
+    """Add files to the target and write it.
+
+    Raises:
+        ValueError: a file or the target has results of another machine.
+    """
+    collected = add(target, {}, here)
     for path in files:
         content = json.loads(path.read_text())
-        if "steps" not in content or "machine" not in content:
-            facts = {**content.get("environment", {}), "device": here["device"], "driver": here["driver"]}
-            content = {"machine": here, "steps": {path.stem: {**content, "environment": facts}}}
-        collected = merge(collected, content)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(collected, indent=1) + "\n")
+        if "steps" in content and "machine" in content:
+            content = merge(collected, content)["steps"]
+        else:
+            content = {path.stem: with_machine(content, here)}
+        collected = add(target, content, here)
     return collected
 
 
 if __name__ == "__main__":
     facts = machine()
-    print(json.dumps(facts, indent=1))
+    print(json.dumps(facts))
     try:
-        collect(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]], facts)
+        if sys.argv[1:]:
+            collect(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]], facts)
     except ValueError as error:
         sys.exit(f"gpu.sh: {sys.argv[1]}: {error}; choose another folder with OUT, or move the file")

@@ -1,58 +1,56 @@
-"""List what the steps of gpu.sh need and what is missing: `python benchmarks/gpu/needs.py STEP...`.
-
-Prints the steps that cannot run, one per line; the exit status is 1 if nothing can be built. Imports only the standard
-library.
-"""
+"""What the steps of gpu.sh need, and what is missing."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+from benchmarks.gpu.steps import BUILD, Step
+
+__all__ = ["BUILD_NEEDS", "lacks", "missing", "report"]
+
 # Distributions, with the oldest version where it matters.
-BUILD = {"torch": (2, 11), "setuptools": (77,), "pybind11": (2, 13), "ninja": (), "numpy": ()}
-DEMO = ("typer", "rich", "matplotlib", "pandas", "scikit-learn")  # and plotly for the page, if it is there
-TESTS = ("pytest", "hypothesis", "scipy", *DEMO)  # and expecttest for opcheck
-BENCHMARK = ("rich", "triton")
-STEPS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("tests", "training_tests"), TESTS),
-    **dict.fromkeys(("kernels", "lists", "rows", "updates", "tuning", "cost"), BENCHMARK),
-    **dict.fromkeys(("monitor", "monitor_compiled", "timeline"), BENCHMARK),
-    "demo": DEMO,
-}
-SANITIZER = ("memcheck", "racecheck", "synccheck", "initcheck")
+BUILD_NEEDS = {"torch": (2, 11), "setuptools": (77,), "pybind11": (2, 13), "ninja": (), "numpy": ()}
 
 
-def main(steps: list[str]) -> int:
-    """Report missing parts to stderr, and print the steps that cannot run."""
-    missing: dict[str, list[str]] = {}
-    for name, oldest in BUILD.items():
-        if found := lacks(name, oldest):
-            missing.setdefault(found, []).append("build")
-    if not shutil.which("nvcc"):
-        missing["nvcc: not on PATH nor in CUDA_HOME"] = ["build"]
+def missing(steps: Sequence[Step], *, build: bool) -> dict[str, list[str]]:
+    """Return what is missing, with the names of the steps that need it.
+
+    Args:
+        steps: the steps to be run.
+        build: whether the core is to be compiled.
+
+    Returns:
+        The names of steps by what is missing; "build" stands for the core.
+    """
+    found: dict[str, list[str]] = {}
+    for name, oldest in BUILD_NEEDS.items() if build else ():
+        if problem := lacks(name, oldest):
+            found.setdefault(problem, []).append(BUILD.name)
     for step in steps:
-        for name in STEPS.get(step, ()):
-            if found := lacks(name):
-                missing.setdefault(found, []).append(step)
-        if step in SANITIZER and not shutil.which("compute-sanitizer"):
-            missing.setdefault("compute-sanitizer: not on PATH nor in CUDA_HOME", []).append(step)
-    if not missing:
+        problems = [lacks(name) for name in step.needs]
+        problems += [_lacks_program(name) for name in step.programs]
+        for problem in filter(None, problems):
+            found.setdefault(problem, []).append(step.name)
+    if build and (problem := _lacks_program("nvcc")):
+        found.setdefault(problem, []).append(BUILD.name)
+    return found
+
+
+def report(found: dict[str, list[str]]) -> None:
+    """Print what is missing to stderr."""
+    if not found:
         print("everything is there", file=sys.stderr)
-        return 0
-    lines = [f"  {what} (for {', '.join(users)})" for what, users in missing.items()]
+        return
+    lines = [f"  {what} (for {', '.join(users)})" for what, users in found.items()]
     print(f"gpu.sh: missing for {sys.executable}:\n" + "\n".join(lines), file=sys.stderr)
     print(
         "Without a network: on another machine `pip install --target DIR PACKAGES` for this Python, then here "
         "PYTHONPATH=DIR benchmarks/gpu.sh",
         file=sys.stderr,
     )
-    lost = dict.fromkeys(step for users in missing.values() for step in users)
-    if "build" in lost:
-        return 1
-    print("\n".join(lost))
-    return 0
 
 
 def lacks(name: str, oldest: tuple[int, ...] = ()) -> str | None:
@@ -66,5 +64,5 @@ def lacks(name: str, oldest: tuple[int, ...] = ()) -> str | None:
     return f"{wanted}: {found} is installed" if oldest and parts < oldest else None
 
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def _lacks_program(name: str) -> str | None:
+    return None if shutil.which(name) else f"{name}: not on PATH nor in CUDA_HOME"

@@ -1,6 +1,6 @@
 """Benchmark `fastfs.feature_stats` against a read of the same bytes, eager torch, torch.compile and Triton.
 
-    python -m benchmarks.ops.feature_stats [--device cuda] [--json FILE] [--quick] [--only ladder,lists]
+    python -m benchmarks.ops.feature_stats [--device cuda] [--json FILE] [--quick] [--only ladder,lists] [--match REGEX]
 
 Parts: "ladder", one layer of 4 KiB to 4 GiB in four dtypes; "lists", 1 to 1000 layers; "rows", sums per row over the
 width; "transformers", layer outputs of real shapes; "overhead", host time of a call.
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import statistics
 import sys
 import time
@@ -175,17 +176,22 @@ def measure_part(
     rounds: int,
     largest: int,
     quick: bool,
+    match: re.Pattern[str],
     budget: Budget,
     triton: Any,
     keep: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """Measure all workloads of a part, sorted by dtype and size; on the CPU some also with one thread.
+    """Measure the workloads of a part whose "name, dtype" matches, sorted by dtype and size.
+
+    On the CPU, some are also measured with one thread.
 
     `keep` receives the results so far after each workload, so that none is lost.
     """
     results: list[dict[str, Any]] = []
     budget.allowed = budget.seconds * SHARES[part]
     for workload in workloads(part, device, largest=largest, free=free_bytes(device), quick=quick):
+        if match.search(f"{workload.name}, {workload.dtype}") is None:
+            continue
         both = part == LADDER and workload.bytes in range(2**27, 2**29) and workload.dtype in ("float32", "bfloat16")
         for _ in thread_counts(device) if both else [None]:
             print(f"{part}: {workload.name}, {workload.dtype}", file=sys.stderr, flush=True)
@@ -220,6 +226,7 @@ def main() -> int:
     """
     options: dict[str, dict[str, Any]] = {
         "--only": {"type": chosen, "default": chosen(None), "help": "parts, such as ladder,rows"},
+        "--match": {"type": re.compile, "default": "", "help": "regular expression for the workload and its dtype"},
         "--largest": {"type": int, "help": "bytes of the largest inputs; 4 GiB on a GPU, 1 GiB on the CPU"},
         "--compile-seconds": {"type": float, "help": "approximate seconds for compiling; 90, or 12 with --quick"},
     }
@@ -244,7 +251,9 @@ def main() -> int:
             results.append(overhead(device, arguments.rounds))
             print(f"call overhead: {results[0]['microseconds']} (microseconds)")
         else:
-            measured = measure_part(part, device, arguments.rounds, largest, arguments.quick, budget, triton, keep)
+            measured = measure_part(
+                part, device, arguments.rounds, largest, arguments.quick, arguments.match, budget, triton, keep
+            )
             show(part, measured)
             results += measured
         keep([])

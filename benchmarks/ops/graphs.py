@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,6 +33,38 @@ def _set_mode(mode: int | str) -> None:
         torch.cuda.set_sync_debug_mode(mode)
 
 
+@dataclass(frozen=True)
+class CapturedCall:
+    """A call as a graph, which replays the call when it is called.
+
+    A graph launches kernels on the addresses that the call used when it was captured. It owns the memory that was
+    allocated during the capture, but nothing that existed before: inputs, tables and buffers that the call holds, and
+    compiled kernels. The call is therefore kept as long as the graph.
+
+    Args:
+        graph: the captured graph.
+        call: the call that was captured.
+        result: what the call returned, to which the graph writes.
+    """
+
+    graph: torch.cuda.CUDAGraph
+    call: Callable[[], object]
+    result: object
+
+    @classmethod
+    def capture(cls, call: Callable[[], object], pool: Any) -> CapturedCall:
+        """Capture a call, with its memory from the given pool of graphs."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            result = call()
+        return cls(graph, call, result)
+
+    def __call__(self) -> object:
+        """Replay the graph and return the result of the call."""
+        self.graph.replay()
+        return self.result
+
+
 def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[[], object]], str]:
     """Capture calls as graphs.
 
@@ -38,11 +72,10 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
     leave torch's allocator in a state that affects later calls.
 
     Returns:
-        Replays of the calls and "graph"; or the calls themselves, and the reason.
+        A :class:`CapturedCall` for each call, and "graph"; or the calls themselves, and the reason.
     """
     if len(calls) > MOST_COPIES:
         return calls, "calls"
-    replays = []
     stream = torch.cuda.current_stream()
     try:
         for call in calls:
@@ -51,11 +84,7 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
         with nothing_waits():
             calls[0]()
         pool = torch.cuda.graph_pool_handle()
-        for call in calls:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
-                result = call()
-            replays.append(_replay(graph, result))
+        replays = [CapturedCall.capture(call, pool) for call in calls]
         for replay in replays:
             replay()
         torch.cuda.synchronize()
@@ -64,11 +93,3 @@ def as_graphs(calls: Sequence[Callable[[], object]]) -> tuple[Sequence[Callable[
         torch.cuda.synchronize()
         return calls, f"calls, because they cannot be captured as a graph: {reason(error)}"
     return replays, "graph"
-
-
-def _replay(graph: torch.cuda.CUDAGraph, result: object) -> Callable[[], object]:
-    def replay() -> object:
-        graph.replay()
-        return result  # keeps the output alive as long as the graph that writes to it
-
-    return replay

@@ -17,14 +17,13 @@ import fastfs
 from benchmarks.ops.workloads import LADDER, Workload
 from fastfs._bench import baselines
 from fastfs._bench.baselines import Layers, Sums
-from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
 from fastfs._bench.inputs import Inputs
 
 LESS = "torch.compile, no rounding_sq"
 COOPERATIVE = "torch.compile, cooperative reductions"
 COMBO = "torch.compile, whole list, combo_kernels"
 FOREACH = "eager by hand, foreach"
-NORMS = "torch._foreach_norm, 3 sums of 8"
 TRITON = "Triton"
 TRITON_LIST = "Triton, one launch"
 
@@ -62,11 +61,6 @@ def whole_list() -> Sums:
         return torch.stack([baselines.layer_sums(*x) for x in zip(before, after, backward, strict=True)])
 
     return torch.compile(function, fullgraph=True, dynamic=False, options={"combo_kernels": True})
-
-
-def norms(before: Layers, after: Layers, backward: Layers) -> Tensor:
-    """Compute norms of the inputs with torch's functions for lists, in their dtype: a lower bound, with fewer sums."""
-    return torch.stack(torch._foreach_norm([*before, *after, *backward]))
 
 
 def _ours(per_row: bool, backend: Any, inputs: Inputs) -> Tensor:
@@ -107,7 +101,7 @@ def select_implementations(
                 found[COMBO] = _plain(whole_list(), compiles=True)
             if on_gpu:
                 found[FOREACH] = _plain(baselines.by_hand_foreach)
-        found[NORMS] = _plain(norms, checked=False)
+        found[NORMS] = _plain(baselines.norms, checked=False)
     if isinstance(triton, str):
         left_out[TRITON] = triton
     else:

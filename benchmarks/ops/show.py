@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.harness import print_table
-from benchmarks.ops.implementations import FOREACH, NORMS, TRITON, TRITON_LIST, WHOLE
+from benchmarks.ops.implementations import FOREACH, TRITON, TRITON_LIST, WHOLE
 from fastfs._bench.ceilings import COPY, READ
-from fastfs._bench.comparison import EAGER, HAND, OURS
+from fastfs._bench.comparison import EAGER, HAND, NORMS, OURS
 
 COLUMNS = {
     "read": (READ,),

@@ -1,9 +1,11 @@
 """Which design of the kernel behind `feature_stats` is fastest: chunks, chains, threads, blocks, loads, bulk copies.
 
     python -m benchmarks.tuning --json FILE [--quick] [--variant NAME ...]    on a GPU
+    python -m benchmarks.tuning --build-only FOLDER --arch 90                 anywhere with nvcc: compiles ahead
     python -m benchmarks.tuning --static --json FILE                          anywhere with nvcc
 
-On a GPU every variant is compiled for it (nvcc, all at once), checked against float64 and, where it keeps the order of
+On a GPU every variant is compiled for it (nvcc, all at once; with --prebuilt FOLDER, only those that were not compiled
+ahead from the same sources), checked against float64 and, where it keeps the order of
 additions, against the baseline's bits, on several grids; then all are timed in turn, beside a streaming read of the
 same bytes. The calls take turns with several sets of inputs, together over four times the L2, so that none is in it.
 CUDA_VISIBLE_DEVICES says which GPU. docs/kernels.md has the predictions and what is known without a GPU.
@@ -34,13 +36,18 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--static", action="store_true", help="compile and read only: needs no GPU")
     parser.add_argument("--quick", action="store_true", help="a few variants and tiny workloads: does it run")
     parser.add_argument("--rounds", type=count_option, default=7)
+    parser.add_argument("--build-only", type=Path, metavar="FOLDER", help="compile into this folder, and do not run")
+    parser.add_argument("--arch", help="architecture for --build-only, such as 90")
+    parser.add_argument("--prebuilt", type=Path, metavar="FOLDER", help="where --build-only has compiled")
     parser.add_argument("--variant", action="append", metavar="NAME", help="this one (and the baseline); repeatable")
     arguments = parser.parse_args()
     try:
         arguments.variants = [variant(name) for name in arguments.variant or []]
     except ValueError as error:
         parser.error(str(error))
-    if not arguments.static and not torch.cuda.is_available():
+    if (arguments.build_only is None) != (arguments.arch is None):
+        parser.error("--build-only and --arch need each other")
+    if not arguments.static and arguments.build_only is None and not torch.cuda.is_available():
         parser.error(f"torch {torch.__version__} sees no CUDA device; --static needs none")
     return arguments
 
@@ -52,11 +59,17 @@ def chosen(asked: list[Variant], quick: bool) -> list[Variant]:
     return [variant(BASELINE), *(v for v in asked if v.name != BASELINE)]
 
 
-def compile_all(variants: list[Variant], architecture: str, folder: Path) -> dict[str, Library]:
-    """The libraries by name of the variant."""
+def compile_all(
+    variants: list[Variant], architecture: str, folder: Path, prebuilt: Path | None = None
+) -> dict[str, Path]:
+    """The libraries by name of the variant; those that `prebuilt` lacks are compiled into the folder."""
+    found = {v.name: prebuilt and build.prebuilt_library(v, architecture, prebuilt / v.slug) for v in variants}
+    left = [v for v in variants if found[v.name] is None]
+    print(f"compiling {len(left)} of {len(variants)} variants for sm_{architecture}", flush=True)
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        paths = pool.map(lambda v: build.compile_library(v, architecture, folder / v.slug), variants)
-        return {v.name: Library(path) for v, path in zip(variants, paths, strict=True)}
+        made = pool.map(lambda v: build.compile_library(v, architecture, folder / v.slug), left)
+        paths = {v.name: path for v, path in zip(left, made, strict=True)}
+    return {**{name: path for name, path in found.items() if path is not None}, **paths}
 
 
 @dataclass(frozen=True)
@@ -127,20 +140,28 @@ def show_means(results: list[dict[str, Any]], variants: list[Variant]) -> None:
     print_table("all workloads, speed relative to the baseline", ["", *NAMES.values()], lines)
 
 
+def usable(variants: list[Variant], architecture: str) -> list[Variant]:
+    """Those that an architecture has the instructions for; says which are left out."""
+    left_out = [v.name for v in variants if int(v.lowest) > int(architecture)]
+    if left_out:
+        print(f"not on sm_{architecture}: {', '.join(left_out)}")
+    return [v for v in variants if v.name not in left_out]
+
+
 def main() -> None:
     arguments = command_line()
     variants = chosen(arguments.variants, arguments.quick)
     if arguments.static:
         static.run(variants, arguments.json)
         return
+    if arguments.build_only is not None:
+        compile_all(usable(variants, arguments.arch), arguments.arch, arguments.build_only, arguments.build_only)
+        return
     machine = Machine.present()
-    left_out = [v.name for v in variants if int(v.lowest) > int(machine.architecture)]
-    variants = [v for v in variants if v.name not in left_out]
-    if left_out:
-        print(f"not on sm_{machine.architecture}: {', '.join(left_out)}")
+    variants = usable(variants, machine.architecture)
     with tempfile.TemporaryDirectory() as folder:
-        print(f"compiling {len(variants)} variants for sm_{machine.architecture}", flush=True)
-        libraries = compile_all(variants, machine.architecture, Path(folder))
+        paths = compile_all(variants, machine.architecture, Path(folder), arguments.prebuilt)
+        libraries = {name: Library(path) for name, path in paths.items()}
         run(variants, machine, libraries, arguments.rounds, arguments.quick, arguments.json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from benchmarks.tuning.catalogue import BASELINE, Variant
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parents[1] / "csrc"
 DRIVER = HERE / "driver.cu"
+LIBRARY, MADE_OF = "variant.so", "made_of"
+_SUFFIXES = (".h", ".cuh", ".cu")
 
 
 def definitions(variant: Variant) -> list[str]:
@@ -45,15 +48,31 @@ def compile_library(variant: Variant, architecture: str, folder: Path) -> Path:
     nvcc = sass.find_tool("nvcc")
     if nvcc is None:
         raise RuntimeError("no nvcc: set CUDA_HOME or PATH")
-    folder.mkdir(parents=True)
-    library = folder / "variant.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / LIBRARY
     virtual = virtual_architecture(variant, architecture)
     command = [nvcc, *sass.FLAGS, "-DNDEBUG", "-shared", "-Xcompiler=-fPIC,-ffp-contract=off", "-cudart=shared"]
     command += [f"-gencode=arch=compute_{virtual},code=sm_{architecture}", *flags(variant)]
     done = subprocess.run([*command, str(DRIVER), "-o", str(library)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{variant.name}:\n{done.stderr[-4000:]}")
+    (folder / MADE_OF).write_text(fingerprint(variant, architecture))
     return library
+
+
+def prebuilt_library(variant: Variant, architecture: str, folder: Path) -> Path | None:
+    """The library in the folder, or None unless it is of these sources, flags and architecture."""
+    made_of = folder / MADE_OF
+    found = made_of.exists() and made_of.read_text() == fingerprint(variant, architecture)
+    return folder / LIBRARY if found else None
+
+
+def fingerprint(variant: Variant, architecture: str) -> str:
+    """A digest of what a library is made of: sources, flags and architecture, wherever the tree lies."""
+    files = sorted(path for folder in (SOURCES, HERE) for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    parts = [path.relative_to(SOURCES.parent).as_posix().encode() + path.read_bytes() for path in files]
+    parts.append(repr((architecture, sass.FLAGS, definitions(variant))).encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def compile_cubin(variant: Variant, architecture: str, folder: Path) -> sass.Compiled:

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastfs._bench.ceilings import COPY
-from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
 from fastfs._bench.machine import write_json
 from fastfs._bench.quick import measure
-from fastfs._bench.verdict import troubles, verdict
+from fastfs._bench.verdict import conclusion, troubles, verdict
 from fastfs._utils.devices import fastest_device, named_device
 from fastfs._utils.output_files import check_output
 
@@ -42,6 +42,7 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
         with errors.status("measuring") as status:
             result = measure(where, seconds, lambda what: status.update(f"measuring: {escape(what)}"))
         result["verdict"], result["troubles"] = verdict(result), troubles(result)
+        result["conclusion"] = conclusion(result)
         _show(console, result)
         if out is not None:
             write_json(out, result)
@@ -58,20 +59,21 @@ def _show(console: Console, result: dict[str, Any]) -> None:
     console.print(escape(environment.get("device") or cores), highlight=False, soft_wrap=True)
     console.print("GB/s, and speedup of fastfs over the others", highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("inputs", "memory", "copy", "fastfs", "of memory", "eager", "by hand", "compile"):
+    for column in ("inputs", "memory", "copy", "fastfs", "of memory", "eager", "by hand", "compile", "3 norms"):
         table.add_column(column, justify="left" if column == "inputs" else "right", no_wrap=True)
     for case in result["results"]:
         rows = {row["implementation"]: row for row in case["rows"]}
         cells = [f"{case['kind']}, {case['dtype']}"]
         cells += [_cell(rows, name, "GB/s", ".1f") for name in (case["rows"][0]["implementation"], COPY, OURS)]
         cells.append(_cell(rows, OURS, "of ceiling", ".2f"))
-        cells += [_cell(rows, name, "fastfs is faster by", ".1f", "x") for name in (EAGER, HAND, COMPILE)]
+        cells += [_cell(rows, name, "fastfs is faster by", ".1f", "x") for name in (EAGER, HAND, COMPILE, NORMS)]
         table.add_row(*cells)
     console.print(table)
     for line in result["verdict"]:
         console.print(escape(line), highlight=False, soft_wrap=True)
     for line in result["troubles"]:
         console.print(escape(f"! {line}"), style="yellow", highlight=False, soft_wrap=True)
+    console.print(escape(result["conclusion"]), style="bold", highlight=False, soft_wrap=True)
 
 
 def _cell(rows: dict[str, dict[str, Any]], name: str, column: str, form: str, unit: str = "") -> str:

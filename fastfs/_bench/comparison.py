@@ -13,14 +13,16 @@ from typing import Any
 import torch
 
 from fastfs._bench.ceilings import COPY, READ, SUM
+from fastfs._bench.time_limit import OutOfTimeError, time_limit
 from fastfs._bench.timing import Times, median_ratio
 
-__all__ = ["COMPILE", "EAGER", "HAND", "OURS", "attempt", "ranking", "reason"]
+__all__ = ["COMPILE", "EAGER", "HAND", "NORMS", "OURS", "attempt", "ranking", "reason"]
 
 OURS = "fastfs"
 EAGER = "eager (reference)"
 HAND = "eager by hand"
 COMPILE = "torch.compile"
+NORMS = "torch._foreach_norm, 3 sums of 8"
 
 
 def reason(error: BaseException) -> str:
@@ -31,7 +33,12 @@ def reason(error: BaseException) -> str:
 
 
 def attempt(
-    call: Callable[[], Any], device: torch.device, most: float = math.inf, *, compiles: bool = False
+    call: Callable[[], Any],
+    device: torch.device,
+    most: float = math.inf,
+    *,
+    compiles: bool = False,
+    limit: float = math.inf,
 ) -> tuple[Any, float, str | None]:
     """Call an implementation for the first time.
 
@@ -40,13 +47,14 @@ def attempt(
         device: device to synchronize with.
         most: largest permitted duration of a later call in seconds.
         compiles: whether the first call takes longer because it compiles.
+        limit: seconds after which the first call is interrupted.
 
     Returns:
         The result of the call, its duration in seconds, and why the implementation is excluded, or None.
     """
     try:
         begin = time.perf_counter()
-        with _quiet():
+        with _quiet(), time_limit(limit) if limit < math.inf else contextlib.nullcontext():
             result = call()
             _wait(device)
         first = last = time.perf_counter() - begin
@@ -55,6 +63,8 @@ def attempt(
             call()
             _wait(device)
             last = time.perf_counter() - begin
+    except OutOfTimeError:
+        return None, limit, f"{'compiling' if compiles else 'the first call'} takes more than {limit:.0f} s"
     except Exception as error:  # any failure of an implementation is a result to report
         return None, 0.0, reason(error)
     if last > most:

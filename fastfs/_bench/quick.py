@@ -16,7 +16,7 @@ import torch
 
 from fastfs import _functional, reference
 from fastfs._bench import baselines, ceilings
-from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS, attempt, ranking
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS, attempt, ranking
 from fastfs._bench.expected import ALLOWED, expected_sums
 from fastfs._bench.inputs import Inputs, RoundRobin, bytes_of, copies_for, make_inputs
 from fastfs._bench.machine import cache_bytes, core_trouble, environment, free_bytes
@@ -49,16 +49,27 @@ class Clock:
         return self.left() / max(1, self.steps)
 
 
+COMPILING = 0.5
+"""Largest fraction of the time that torch.compile may take to compile."""
+
+
 @dataclass
 class Compiler:
-    """The state of torch.compile: why it cannot be used, and how long it takes to compile a graph."""
+    """The state of torch.compile.
 
+    Args:
+        budget: seconds that are left for compiling.
+        trouble: why it cannot be used, or None.
+        seconds: how long it takes to compile a graph.
+    """
+
+    budget: float
     trouble: str | None = None
     seconds: float = 4.0
 
     def why_not(self, clock: Clock) -> str | None:
         """Return why torch.compile is excluded, or None."""
-        if self.trouble is None and clock.left() < self.seconds + clock.steps:
+        if self.trouble is None and min(self.budget, clock.left() - clock.steps) < self.seconds:
             return f"compiling takes about {self.seconds:.0f} s, more than the remaining time"
         return self.trouble
 
@@ -104,7 +115,7 @@ def measure(device: torch.device, seconds: float, progress: Callable[[str], obje
         "overhead": {} if no_core else overhead(device, min(1.0, seconds / 20)),
         "results": [],
     }
-    compiler = Compiler()
+    compiler = Compiler(COMPILING * seconds)
     rates = {dtype: _rate(dtype, device) for dtype in DTYPES}
     for kind in KINDS:
         for dtype in DTYPES:
@@ -170,9 +181,12 @@ def _compare(
         if name == COMPILE and (why := compiler.why_not(clock)):
             left_out[name] = why
             continue
-        most = max(0.3, clock.share() / 4)
-        first, seconds, why = attempt(functools.partial(sums, copies[0]), device, most, compiles=name == COMPILE)
+        most = max(0.3, clock.share() / 12)  # it is called up to six times
+        limit = compiler.budget if name == COMPILE else math.inf if name == OURS else 6 * most
+        call = functools.partial(sums, copies[0])
+        first, seconds, why = attempt(call, device, most, compiles=name == COMPILE, limit=limit)
         if name == COMPILE:
+            compiler.budget -= seconds
             compiler.seconds = max(1.0, seconds)
             compiler.trouble = why if first is None else None
         if why is not None:
@@ -180,7 +194,8 @@ def _compare(
             if name == OURS:
                 raise ArithmeticError(f"{kind}, {_name(dtype)}: {why}")
             continue
-        errors[name] = expected.error(first)
+        if name != NORMS:
+            errors[name] = expected.error(first)
         calls[name] = rotation.over([functools.partial(sums, inputs) for inputs in copies])
     if errors.get(OURS, 0.0) > ALLOWED or math.isnan(errors.get(OURS, 0.0)):
         raise ArithmeticError(f"{kind}, {_name(dtype)}: fastfs is off by {errors[OURS]:.1e}, allowed is {ALLOWED:.0e}")
@@ -219,6 +234,8 @@ def _implementations(
         HAND: lambda inputs: hand(*inputs),
         EAGER: lambda inputs: stats(inputs, "reference"),
     }
+    if not per_row:
+        found[NORMS] = lambda inputs: baselines.norms(*inputs)
     if no_core:
         del found[OURS]
     return found

@@ -13,13 +13,18 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-__all__ = ["CYCLES_PER_SECOND", "Times", "median_ratio", "side_by_side", "time_call", "wall_time"]
+__all__ = ["CYCLES_PER_SECOND", "Times", "median_ratio", "occupy", "side_by_side", "time_call", "wall_time"]
 
 Times = dict[str, list[float]]
 """Seconds per call in every round, by implementation."""
 
 CYCLES_PER_SECOND = 3e9
 """Upper bound of GPU clocks: a wait of this many cycles per second lasts at least the requested time."""
+
+
+def occupy(seconds: float) -> None:
+    """Keep the current CUDA stream busy for at least so many seconds; up to a few times as long on slow clocks."""
+    torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))
 
 
 def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1) -> float:
@@ -46,7 +51,7 @@ def time_call(call: Callable[[], object], device: torch.device, repeat: int = 1)
             call()
         queueing = time.perf_counter() - begin
         torch.cuda.synchronize(device)
-        torch.cuda._sleep(int((2 * queueing + 1e-3) * CYCLES_PER_SECOND))
+        occupy(2 * queueing + 1e-3)
         start.record()
         for _ in range(repeat):
             call()

@@ -6,13 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastfs._bench.ceilings import READ
-from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
 from fastfs._bench.quick import LAYER, LIST, ROWS
 
-__all__ = ["troubles", "verdict"]
+__all__ = ["conclusion", "troubles", "verdict"]
 
 GOOD = 0.85
 """Fraction of the ceiling below which a result is reported as slow."""
+
+AS_FAST = 0.97
+"""Speedup over another implementation below which that one is reported as faster; the rest is noise."""
+
+_NAMES = {EAGER: "the eager reference", HAND: "eager torch by hand"}
 
 
 def verdict(result: Mapping[str, Any]) -> list[str]:
@@ -26,7 +31,12 @@ def verdict(result: Mapping[str, Any]) -> list[str]:
         for kind, what in ((LIST, "Many small layers"), (ROWS, "Sums per row")):
             if by_kind[kind]:
                 said.append(f"{what}: {_of_ceiling(by_kind[kind])}.")
-        for name, what in ((EAGER, "the eager reference"), (HAND, "eager torch by hand"), (COMPILE, "torch.compile")):
+        for name, what in (
+            (EAGER, "the eager reference"),
+            (HAND, "eager torch by hand"),
+            (COMPILE, "torch.compile"),
+            (NORMS, NORMS),
+        ):
             if text := _against(result["results"], name, what):
                 said.append(text)
         one, hundred = (result["overhead"].get(layers) for layers in ("1", "100"))
@@ -66,25 +76,62 @@ def troubles(result: Mapping[str, Any]) -> list[str]:
             found.append(
                 "The native core uses the generic loops: the processor has no AVX2, or FASTFS_CPU=generic is set."
             )
-    slow = [
-        f"{case['kind']}, {case['dtype']}: {row['of ceiling']:.2f}"
+    if slow := [f"{where}: {ratio:.2f}" for where, ratio in _slow(result)]:
+        cause, _ = _cause(result)
+        found.append(f"Less than {GOOD} of what the memory allows ({'; '.join(slow)}){cause and f': {cause}'}.")
+    return found
+
+
+def conclusion(result: Mapping[str, Any]) -> str:
+    """Return the verdict in one or two sentences: whether this machine gets what it should, and else what to do."""
+    if result["no core"]:
+        return "Verdict: fastfs was not measured, because there is no native core. `fastfs doctor` says why."
+    reasons = []
+    slow = _slow(result)
+    if slow:
+        where, ratio = min(slow, key=lambda found: found[1])
+        reasons.append(f"it reads at {ratio:.2f} of the memory's speed ({where})")
+    beaten = [
+        (row["fastfs is faster by"], row["implementation"], f"{case['kind']}, {case['dtype']}")
+        for case in result["results"]
+        for row in case["rows"]
+        if row["implementation"] in (NORMS, COMPILE, HAND, EAGER) and row["fastfs is faster by"] < AS_FAST
+    ]
+    if beaten:
+        ratio, name, where = min(beaten)
+        reasons.append(f"{name} is {1 / ratio:.2f} times as fast ({where})")
+    compared = {row["implementation"] for case in result["results"] for row in case["rows"]}
+    without = "" if COMPILE in compared else " torch.compile was not compared."
+    if not reasons:
+        return f"Verdict: ok. It reads at {GOOD} of the memory's speed or more, and nothing is faster.{without}"
+    return f"Verdict: slow: {' and '.join(reasons)}. {_cause(result)[1]}{without}"
+
+
+def _slow(result: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the measurements below the fraction that is expected of the memory's speed."""
+    return [
+        (f"{case['kind']}, {case['dtype']}", row["of ceiling"])
         for case in result["results"]
         for row in case["rows"]
         if row["implementation"] == OURS and case["rows"][0]["implementation"] == READ and row["of ceiling"] < GOOD
     ]
-    if slow:
-        found.append(f"Less than {GOOD} of what the memory allows ({'; '.join(slow)}){_cause(result, on_cpu)}.")
-    return found
 
 
-def _cause(result: Mapping[str, Any], on_cpu: bool) -> str:
+def _cause(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Return why this machine may be slow, or "", and what to do."""
     environment = result["environment"]
     cores, threads, load = environment.get("cores"), environment["threads"], result.get("load")
-    if on_cpu and cores and threads > cores:
-        return f": {threads} threads on {cores} cores"
-    if on_cpu and cores and load is not None and load > 0.5 * cores:
-        return f": the machine was busy (load {load:.1f} on {cores} cores before the run)"
-    return ""
+    report = "if it stays slow, report it with the file of --json."
+    if "device" in environment:
+        return "", f"`fastfs doctor` checks the build. Run it again while nothing else uses the GPU; {report}"
+    if cores and threads > cores:
+        return f"{threads} threads on {cores} cores", f"Set OMP_NUM_THREADS={cores}."
+    if cores and load is not None and load > 0.5 * cores:
+        return (
+            f"the machine was busy (load {load:.1f} on {cores} cores before the run)",
+            "Run it again on an idle machine.",
+        )
+    return "", "Run it again on an idle machine; if it stays slow, report it with the file of --json."
 
 
 def _of_ceiling(cases: Sequence[Mapping[str, Any]]) -> str:

@@ -150,7 +150,7 @@ def bench(
     json: Annotated[Path | None, typer.Option("--json", help="File for all numbers.")] = None,
     seconds: Annotated[float, typer.Option(min=1, help="Approximate duration.")] = 60.0,
 ) -> None:
-    """Benchmark this machine in a minute: memory bandwidth, the kernels, eager torch, torch.compile, and a verdict."""
+    """Benchmark this machine in a minute: memory, the kernels, eager torch, torch.compile, torch._foreach_norm."""
     from fastfs._bench.command import run_bench
 
     raise typer.Exit(run_bench(device, out=json, seconds=seconds))

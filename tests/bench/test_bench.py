@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,9 @@ from typer.testing import CliRunner
 
 from fastfs import reference
 from fastfs._bench import baselines, ceilings, comparison, machine, quick
-from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
 from fastfs._bench.expected import expected_sums
 from fastfs._bench.inputs import COLD, RoundRobin, bytes_of, copies_for, make_inputs
-from fastfs._bench.verdict import troubles, verdict
 from fastfs._cli.app import app
 from fastfs._core import ops
 
@@ -58,14 +58,15 @@ def test_without_a_compiler_it_measures_the_rest_and_says_why(tmp_path: Path) ->
         assert rows[ceilings.READ]["of ceiling"] == 1
         assert rows[OURS]["fastfs is faster by"] == 1
         assert rows[OURS]["error"] <= 2e-6
-        assert (ceilings.COPY in rows) == (measured["kind"] != quick.ROWS)
+        assert (ceilings.COPY in rows) == (NORMS in rows) == (measured["kind"] != quick.ROWS)
         assert measured["bytes"] * measured["copies"] >= COLD * result["environment"]["cache_bytes"]
         assert COMPILE in measured["left out"]
     assert "compiler" in result["results"][0]["left out"][COMPILE].lower()
     assert set(result["overhead"]) == {"1", "100"}
     assert any("torch.compile was left out" in line for line in result["troubles"])
-    for line in result["verdict"] + result["troubles"]:
+    for line in [*result["verdict"], *result["troubles"], result["conclusion"]]:
         assert line in done.stdout
+    assert result["conclusion"].endswith("torch.compile was not compared.")
 
 
 @pytest.fixture
@@ -153,99 +154,6 @@ def test_what_cannot_be_measured_is_one_line(arguments: list[str], message: str)
     assert "Traceback" not in output
 
 
-# Messages
-
-
-def invented(*, ours: float = 0.96, no_core: str | None = None, **environment: Any) -> dict[str, Any]:
-    """Return a result with a streaming read of 100 GB/s."""
-    rows = [{"implementation": ceilings.READ, "GB/s": 100.0, "of ceiling": 1.0, "fastfs is faster by": ours}]
-    rates = {OURS: (100 * ours, 1.0), EAGER: (2.0, 48.0), HAND: (5.0, 19.2), COMPILE: (60.0, 1.6)}
-    if no_core:
-        del rates[OURS]
-    for name, (rate, faster) in rates.items():
-        rows.append(
-            {
-                "implementation": name,
-                "GB/s": rate,
-                "of ceiling": rate / 100,
-                "fastfs is faster by": None if no_core else faster,
-            }
-        )
-    cases: list[dict[str, Any]] = [
-        {"kind": kind, "dtype": dtype, "rows": rows, "left out": {}}
-        for kind in quick.KINDS
-        for dtype in ("float32", "bfloat16")
-    ]
-    core = {
-        "instruction_set": "avx2",
-        "instruction_sets": ["generic", "avx2"],
-        "compiler": "12.2",
-        "openmp": True,
-        "cuda": None,
-    }
-    return {
-        "environment": {"core": None if no_core else core, "threads": 2, "cores": 2, **environment},
-        "load": 0.1,
-        "no core": no_core,
-        "overhead": {} if no_core else {"1": 6.0, "100": 39.66},
-        "results": cases,
-    }
-
-
-def test_the_verdict_tells_the_numbers() -> None:
-    result = invented()
-    text = " ".join(verdict(result))
-    assert "reads at 0.96 (float32, 96 GB/s) and 0.96 (bfloat16, 96 GB/s) of what this memory allows" in text
-    assert "Many small layers: 0.96" in text
-    assert "Sums per row: 0.96" in text
-    assert "Against the eager reference: 48.0x as fast." in text
-    assert "Against torch.compile: 1.6x as fast." in text
-    assert "A call costs 6.0 us, and 0.34 us for each further layer." in text
-    assert "avx2 loops, compiler 12.2." in text
-    assert troubles(result) == []
-
-
-def test_a_range_is_told_where_there_is_one() -> None:
-    result = invented()
-    result["results"][0] = {
-        **result["results"][0],
-        "rows": [{**row, "fastfs is faster by": 3.0} for row in result["results"][0]["rows"]],
-    }
-    assert "Against torch.compile: 1.6x to 3.0x as fast." in verdict(result)
-
-
-def test_troubles_have_their_cause() -> None:
-    result = invented(ours=0.5)
-    (text,) = troubles(result)
-    assert text.startswith("Less than 0.85 of what the memory allows (one layer, float32: 0.50;")
-    assert "busy" not in text
-    assert "the machine was busy (load 3.0 on 2 cores" in troubles({**result, "load": 3.0})[0]
-    assert "8 threads on 2 cores" in troubles(invented(ours=0.5, threads=8))[0]
-    core = {**result["environment"]["core"], "openmp": False, "instruction_set": "generic"}
-    found = troubles(invented(core=core))
-    assert any("without OpenMP" in text for text in found)
-    assert any("generic loops" in text for text in found)
-    assert troubles(invented(core=core, device="a GPU")) == []
-
-
-def test_who_was_left_out_is_a_trouble() -> None:
-    result = invented()
-    result["results"][1] = {**result["results"][1], "left out": {COMPILE: "no compiler"}}
-    assert troubles(result) == ["torch.compile was left out: no compiler (one layer, bfloat16)"]
-    for measured in result["results"]:
-        measured["left out"] = {COMPILE: "no compiler"}
-    assert troubles(result) == ["torch.compile was left out: no compiler"]
-
-
-def test_without_core_there_are_only_rates() -> None:
-    result = invented(no_core="it is not there")
-    assert (
-        verdict(result)[0]
-        == "GB/s of one layer, float32: eager (reference) 2.0, eager by hand 5.0, torch.compile 60.0."
-    )
-    assert troubles(result)[0].endswith("no native core: it is not there")
-
-
 # Parts
 
 
@@ -316,6 +224,31 @@ def test_first_calls() -> None:
 
     assert comparison.attempt(fails, CPU)[2] == "RuntimeError: no such thing"
     assert comparison.attempt(lambda: 3, CPU, 0.0)[2].startswith("one call takes")
+
+
+def test_a_compiler_that_takes_too_long_is_interrupted() -> None:
+    def compiles() -> None:
+        try:
+            while True:
+                pass
+        except Exception:  # as compilers do to try something else
+            pytest.fail("it could have caught the end of the time")
+
+    handler = signal.getsignal(signal.SIGALRM)
+    found = comparison.attempt(compiles, CPU, compiles=True, limit=0.2)
+    assert found == (None, 0.2, "compiling takes more than 0 s")
+    assert signal.getsignal(signal.SIGALRM) is handler
+    assert comparison.attempt(compiles, CPU, limit=0.2)[2] == "the first call takes more than 0 s"
+    assert comparison.attempt(lambda: 3, CPU, limit=60)[::2] == (3, None)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_compiling_stays_within_its_part_of_the_time() -> None:
+    clock = quick.Clock(60, 3)
+    assert quick.Compiler(30.0).why_not(clock) is None
+    assert "more than the remaining time" in str(quick.Compiler(3.0).why_not(clock))
+    assert "more than the remaining time" in str(quick.Compiler(30.0).why_not(quick.Clock(6, 3)))
+    assert quick.Compiler(30.0, "no compiler").why_not(clock) == "no compiler"
 
 
 def test_ranking_counts_the_bytes_of_each() -> None:

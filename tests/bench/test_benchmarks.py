@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.ops import feature_stats, gather_rows, graphs, implementations, targets, workloads
+from benchmarks.ops import feature_stats, gather_rows, implementations, targets, workloads
 from benchmarks.ops import optimizer_stats as updates_benchmark
 from fastfs._bench import timing
 from fastfs._bench.ceilings import COPY, READ
-from fastfs._bench.comparison import COMPILE, EAGER, HAND, OURS
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
 from fastfs._bench.expected import expected_sums
 from fastfs._bench.inputs import COLD
 from fastfs._core import ops
@@ -56,7 +56,7 @@ def test_quick_benchmark_of_feature_stats(tmp_path: Path) -> None:
         rows = {row["implementation"]: row for row in result["rows"]}
         assert rows.keys() >= {READ, OURS, HAND, EAGER}
         assert (COPY in rows) == (result["part"] == workloads.LADDER)
-        assert (implementations.NORMS in rows) == (not result["per row"])
+        assert (NORMS in rows) == (not result["per row"])
         assert result["left out"][implementations.TRITON] == "for GPUs only"
         compiled += COMPILE in rows
         assert (COMPILE in rows) != (COMPILE in result["left out"])
@@ -149,55 +149,6 @@ def test_targets_are_about_the_worst() -> None:
     ]
     assert [target.passed for target in targets.targets(bad)] == [False] * 8
     assert {target.passed for target in targets.targets([])} == {None}
-
-
-class NoGraphs:
-    """The part of torch.cuda that :func:`graphs.as_graphs` calls, with captures that fail."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.modes: list[int | str] = [0]
-        self.streams: list[str] = ["one"]
-        for name, value in (
-            ("CUDAGraph", self.fails),
-            ("graph_pool_handle", lambda: None),
-            ("synchronize", lambda: None),
-            ("current_stream", lambda: self.streams[-1]),
-            ("set_stream", self.streams.append),
-            ("get_sync_debug_mode", lambda: self.modes[-1]),
-            ("set_sync_debug_mode", self.modes.append),
-        ):
-            monkeypatch.setattr(torch.cuda, name, value)
-
-    def fails(self) -> None:
-        self.streams.append("that of the capture")
-        raise RuntimeError("no graphs here")
-
-
-def test_an_implementation_that_cannot_be_captured_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = NoGraphs(monkeypatch)
-    calls = [lambda: 1, lambda: 2]
-    assert graphs.as_graphs(calls) == (
-        calls,
-        "calls, because they cannot be captured as a graph: RuntimeError: no graphs here",
-    )
-    assert cuda.modes == [0, "error", 0]
-    assert cuda.streams == ["one", "that of the capture", "one"]
-    many = calls * graphs.MOST_COPIES
-    assert graphs.as_graphs(many) == (many, "calls")
-
-
-def test_an_implementation_that_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = NoGraphs(monkeypatch)
-
-    def waits() -> None:
-        if cuda.modes[-1] == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-
-    found, timed_as = graphs.as_graphs([waits])
-    assert found == [waits]
-    assert timed_as.endswith("RuntimeError: called a synchronizing CUDA operation")
-    assert cuda.modes == [0, "error", 0]
-    assert "that of the capture" not in cuda.streams
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.ops.graphs import nothing_waits
 from fastfs import reference
 from fastfs._core import ops
+from tests.helpers.busy_device import occupied
 from tests.helpers.cases import DTYPES, LAYOUTS, run_apart
 from tests.helpers.compare import assert_close_squares, assert_same, assert_same_values
 from tests.helpers.gather_cases import SHAPES, gather, rows_for, table, values
@@ -286,7 +287,7 @@ def test_current_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        occupied(0.1)
         y = x * 2
         out, squares = torch.ops.fastfs.gather_rows(y, rows, 1)
     # On another stream it would not have waited, and have read y before it was written.

@@ -11,6 +11,7 @@ import fastfs
 from benchmarks.ops.graphs import nothing_waits
 from fastfs import feature_stats, update_stats
 from fastfs._core import ops
+from tests.helpers.busy_device import occupied
 from tests.helpers.cases import DTYPES, LAYOUTS, SHAPES, inputs, layers
 from tests.helpers.compare import assert_close, assert_same, assert_same_kind, feature_truth, update_truth
 
@@ -114,7 +115,7 @@ def test_current_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
+        occupied(0.1)
         x, y, z = f * 2, g * 2, b * 2
         got = feature_stats(x, y, z).sums
     # On another stream it would not have waited, and have read x, y, z before they were written.

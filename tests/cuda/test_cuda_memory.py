@@ -65,7 +65,10 @@ class Wide(nn.Module):
 
 
 def test_training_goes_on_where_a_measurement_does_not_fit(at_most: Callable[[int], None]) -> None:
-    """Features of the probe batch take 512 MiB each, those of the training 1 MiB."""
+    """Inputs and features of the probe take 512 MiB each, those of the training 1 MiB.
+
+    The monitor's own copy of the probe fits, and so does one for the forward, but not the features of the first layer.
+    """
     x, large = torch.randn(256, 1024, device="cuda"), torch.randn(2**17, 1024, device="cuda")
 
     def train(watch: bool) -> list[Tensor]:
@@ -90,7 +93,7 @@ def test_training_goes_on_where_a_measurement_does_not_fit(at_most: Callable[[in
         return [*trace, *(p.detach() for p in model.parameters())]
 
     expected = train(watch=False)
-    at_most(512 * MIB)
+    at_most(1280 * MIB)
     with pytest.warns(RuntimeWarning, match="OutOfMemoryError"):
         found = train(watch=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.ops.graphs import nothing_waits
+from tests.helpers.busy_device import occupied
 from tests.helpers.compare import assert_same
 from tests.helpers.op_cases import OPS, Call
 
@@ -39,7 +40,7 @@ def test_two_streams_at_once(name: str) -> None:
     results: list[list[list[Tensor]]] = [[], []]
     for stream in streams:
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(20_000_000)  # so that the calls of both are queued when the first of them starts
+            occupied(0.1)  # so that the calls of both are queued when the first of them starts
     for _ in range(40):
         for i, (call, _) in enumerate(pair):
             with torch.cuda.stream(streams[i]):

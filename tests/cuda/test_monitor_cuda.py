@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -89,11 +90,19 @@ def test_training_is_bitwise_the_same(options: Any, scaled: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Matrix products in float32, also where the environment asks for TF32."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize("options", MODES)
-def test_numbers_agree_with_the_cpu(options: Any) -> None:
+def test_numbers_agree_with_the_cpu(options: Any, exact_products: None) -> None:
     rows: dict[Any, Any] = {}
     for device in ("cpu", "cuda"):
-        torch.backends.cuda.matmul.fp32_precision = "ieee"
         model = copy.deepcopy(make("cpu")).to(device)
         optimizer = adamw(model)
         rows[device] = []
