@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -172,6 +173,8 @@ class StepRunner:
         try:
             part()
         except Exception as error:
+            with suppress(Exception):  # the step is explained by the first error
+                self._engine.mode.clear()  # the optimizers may need the memory that the mode holds
             self.failed(error)
         except BaseException:
             self._interrupted = True
