@@ -239,8 +239,8 @@ COLUMNS = (
         type="number",
         unit="loss per step",
         meaning="standard error of `aligned_decrease` that comes from the "
-        "[sample of the parameters](validity.md#sampled-parameters); 0 if all upstream ones were read completely, null "
-        "in steps that read all",
+        "[sample of the parameters](validity.md#sampled-parameters); 0 where all upstream ones were read completely, "
+        "null in measured steps and if no parameter is sampled",
         kinds=ROW_KINDS,
     ),
     Column(
