@@ -159,7 +159,7 @@ def study(name: str, steps: int) -> dict[str, Any]:
     exact = UpdateMeter(optimizer)
     meters = [UpdateMeter(optimizer, sampled=SampledCalls(EVERY, i, training.chunk)) for i in range(SAMPLES)]
     found: list[Tensor] = []
-    read = {"exact": 0, "sampled": 0}
+    read = {"exact": 0, "sampled": 0, "between": 0}
     variance = SAMPLING.index("dot_variance")
     for inputs, labels in itertools.islice(training.batches(), steps):
         optimizer.zero_grad()
@@ -172,12 +172,14 @@ def study(name: str, steps: int) -> dict[str, Any]:
             read["exact"] += counter.total
             counter.total = 0
             for meter in meters:
+                before = counter.total
                 result = meter.after(exact=False)
                 if result.sampling is None:
                     raise RuntimeError(f"{name}: no parameter is large enough to be sampled")
                 error = (upstream @ result.sampling[:, variance]).sqrt()
                 if result.sampling[:, variance].any():  # not a census
                     found.append(torch.stack([truth, upstream @ -result.stats.dot, error]))
+                    read["between"] += counter.total - before
             read["sampled"] += counter.total
     table = torch.stack(found)
     layers = []
@@ -201,6 +203,7 @@ def study(name: str, steps: int) -> dict[str, Any]:
         "estimates": len(table),
         "bytes_read_exact": read["exact"],
         "bytes_read_sampled": read["sampled"] // SAMPLES,
+        "share_between_censuses": read["between"] / len(table) * steps / read["exact"],
         "layers": layers,
     }
 
@@ -243,11 +246,13 @@ def main() -> None:
         result = study(name, 12 if args.quick else 48)
         results.append(result)
         write_json(args.json, args.device, results)
-        share = result["bytes_read_sampled"] / result["bytes_read_exact"]
+        share = result["share_between_censuses"]
         columns = ["layer", "within 2 se", "within 3 se", "se / D", "error / D"]
         keys = ("within_2_se", "within_3_se", "relative_se", "relative_error")
         rows = [[str(x["layer"]), *(f"{x[key]:.3f}" for key in keys)] for x in result["layers"]]
-        print_table(f"{name}: {share:.1%} of the bytes, {result['estimates']} estimates", columns, rows)
+        print_table(
+            f"{name}: {share:.1%} of the bytes between censuses, {result['estimates']} estimates", columns, rows
+        )
     result = timing(args.device, 3 if args.quick else args.rounds, args.quick)
     results.append(result)
     write_json(args.json, args.device, results)

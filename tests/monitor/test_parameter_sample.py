@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fastfs._monitor.measure.parameter_sample import ParameterChunks, Reading, standing_out
+from fastfs._monitor.measure.parameter_sample import ParameterChunks, Reading, coverage, standing_out
 from fastfs._monitor.measure.sampled_calls import CENSUS_PERIOD, SampledCall, SampledCalls
 from fastfs._stats import ParameterStats
 
@@ -163,6 +163,29 @@ def test_what_stands_out() -> None:
     assert standing_out(np.eye(64)[3], 4).all()  # nothing is known of the rest
     ones[7] = np.nan
     assert standing_out(ones, 4).all()
+
+
+def test_coverage_is_that_of_the_draws() -> None:
+    numbers = np.random.default_rng(0)
+    nothing = np.zeros(256, dtype=bool)
+    assert coverage(numbers.standard_normal(256), nothing, 4) > 0.93
+    rare = np.ones(256) + 1e-3 * numbers.standard_normal(256)
+    rare[100] = 1000.0  # three of four draws do not know of it
+    assert 0.15 < coverage(rare, nothing, 4) < 0.35
+    assert coverage(rare, np.arange(256) == 100, 4) > 0.93
+    assert coverage(rare, np.arange(256) >= 12, 4) == 1.0  # nothing is sampled
+
+
+def test_a_parameter_is_sampled_only_if_the_census_before_was_a_good_guide() -> None:
+    call = SampledCalls(4, least=64).find([6400, 6400], [0, 1], [[torch.zeros(6400)] * 2], CPU)
+    assert call is not None
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 4):
+        values = [torch.rand(6400, generator=generator, dtype=torch.float64) for _ in range(2)]
+        values[1][640 * step] = 1000.0  # somewhere else in each step
+        reading = call.next()
+        found = call.estimate(reading, sums_of(values, reading.pieces))
+    assert found[:, COLUMNS + 1].tolist() == [1.0, 0.0]
 
 
 def test_other_numbers_in_one_parameter_do_not_matter() -> None:

@@ -1,10 +1,10 @@
 """Estimates of sums over parameters from a random sample of their elements, with the variance of the estimate.
 
 A parameter is cut into N chunks of one length, a multiple of 64 elements, and a short rest. The rest is always read,
-and so are chunks that stand out: if one of k is to be read, those that contributed more than about k / N of the sum of
-|<g, dw>| over the chunks in an earlier step, the census. In a matrix of embeddings these hold the rows of frequent
-tokens. The other chunks form S strata of k neighbours. Of every stratum one chunk is read, drawn independently and
-uniformly. With y_h the sum over the chunk that was read,
+and so are chunks that stand out: those that contributed several times the average of |<g, dw>| over the chunks in an
+earlier step, the census. In a matrix of embeddings these hold the rows of frequent tokens. The other chunks form S
+strata of k neighbours. Of every stratum one chunk is read, drawn independently and uniformly. With y_h the sum over the
+chunk that was read,
 
     estimate = sum over h of k y_h + the sums over what is read completely,
 
@@ -39,7 +39,7 @@ from torch import Tensor
 from fastfs._monitor.measure.segment_sums import SegmentSums, on_device
 from fastfs._stats import ParameterStats
 
-__all__ = ["CHUNK", "SAMPLING", "ParameterChunks", "Reading", "standing_out"]
+__all__ = ["CHUNK", "SAMPLING", "Bools", "ParameterChunks", "Reading", "coverage", "standing_out"]
 
 CHUNK = 2**14
 """The least elements of a chunk: about what one block of a GPU reads at a time."""
@@ -49,6 +49,8 @@ SAMPLING = ("dot_variance", "sampled")
 
 _PIECES = 2**11  # to which the pieces of all parameters are limited, roughly, by larger chunks
 _STRATA = 4  # a parameter with fewer is read completely: too few differences for a variance
+_PROBABLE = 0.5  # probability of inclusion, in proportion to size, from which on a chunk stands out
+_DRAWS = 256  # that a sample is tried with
 _MULTIPLE = 64  # of which the elements of a chunk are one, so that vectors of 16 bytes stay aligned
 _DOT = ParameterStats.names.index("dot")
 
@@ -95,9 +97,9 @@ class ParameterChunks:
 def standing_out(sums: npt.NDArray[np.float64], every: int) -> Bools:
     """Returns which chunks of a parameter are to be read in any case, because they contribute most of the sum.
 
-    The chunk of size a stands out if a (n - c) is at least the sum of the sizes of all chunks that do not: n = N / k
-    chunks are read, of which c stand out already, so that with probabilities of inclusion in proportion to size this
-    one would be read for certain (Cochran, section 9A.3). This is repeated until no chunk is added.
+    n = N / k chunks are to be read, of which c stand out already. With probabilities of inclusion in proportion to size
+    (Cochran, section 9A.3) a chunk of size a would be read with the probability a (n - c) / (the sum of the sizes of
+    all chunks that do not stand out). It stands out from 1/2 on. This is repeated until no chunk is added.
 
     Args:
         sums: <g, dw> of the N chunks in an earlier step.
@@ -112,13 +114,35 @@ def standing_out(sums: npt.NDArray[np.float64], every: int) -> Bools:
         return np.ones_like(found)
     while not found.all():
         left = len(sizes) / every - np.count_nonzero(found)
-        more = ~found & (sizes * left >= sizes[~found].sum())
+        more = ~found & (sizes * left >= _PROBABLE * sizes[~found].sum())
         if left <= 0:
             return np.ones_like(found)
         if not more.any():
             break
         found |= more
     return found
+
+
+def coverage(sums: npt.NDArray[np.float64], standing: Bools, every: int) -> float:
+    """Returns how often the sum over a parameter is within two standard errors of its estimate, over random draws.
+
+    Args:
+        sums: <g, dw> of the N chunks in one step.
+        standing: Which chunks stood out in an earlier one.
+        every: k.
+
+    Returns:
+        A share of the draws; 1 if too few chunks are left to be sampled.
+    """
+    left = sums[~standing]
+    strata = len(left) // every
+    if strata < _STRATA:
+        return 1.0
+    table = left[: strata * every].reshape(strata, every)
+    draws = np.random.Generator(np.random.PCG64(strata)).integers(every, size=(_DRAWS, strata))
+    found = every * table[np.arange(strata), draws]
+    variance = 0.5 * np.square(found - np.roll(found, -1, axis=1)).sum(axis=1)
+    return float((np.square(found.sum(axis=1) - table.sum()) <= 4.0 * variance).mean())
 
 
 class Reading:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure.parameter_sample import CHUNK, ParameterChunks, Reading, standing_out
+from fastfs._monitor.measure.parameter_sample import CHUNK, Bools, ParameterChunks, Reading, coverage, standing_out
 from fastfs._stats import ParameterStats
 
 __all__ = ["CENSUS_PERIOD", "SampledCall", "SampledCalls"]
@@ -16,6 +17,7 @@ __all__ = ["CENSUS_PERIOD", "SampledCall", "SampledCalls"]
 CENSUS_PERIOD = 64
 """A census is taken at the 1st, 2nd, 4th, ... step and, from this one on, at every so many-th."""
 
+_COVERAGE = 0.9  # of two standard errors, that a sample has to have had in a census
 _KEPT = 8  # calls: kinds of steps, by which parameters receive a gradient
 _DOT = ParameterStats.names.index("dot")
 
@@ -62,6 +64,7 @@ class SampledCall:
         self._due = False
         self._arriving: _Arriving | None = None
         self._sample: Reading | None = None
+        self._standing: list[Bools] = []  # which chunks of each parameter stood out in the last census
 
     def next(self) -> Reading:
         """Returns what the coming step reads."""
@@ -70,13 +73,28 @@ class SampledCall:
         self._due = step % CENSUS_PERIOD == 0 or (step < CENSUS_PERIOD and step & (step - 1) == 0)
         found = None if self._arriving is None else self._arriving.known()
         if found is not None:
-            self._arriving, sums = None, found.numpy()
-            known = [
-                standing_out(sums[first : first + count], self._chunks.every) if each else None
-                for each, (first, count) in zip(self._cut, self._census.places, strict=True)
-            ]
-            self._sample = Reading(self._chunks, self._indices, known, self._device)
+            self._arriving = None
+            self._evaluate(found.numpy())
         return self._census if self._due or self._sample is None else self._sample
+
+    def _evaluate(self, sums: npt.NDArray[np.float64]) -> None:
+        """Chooses the sample, from <g, dw> of every chunk in a census.
+
+        A parameter is sampled only if what stood out in the census before would have given good estimates in this one:
+        contributions may be too uneven, as of rare tokens, or change too fast.
+        """
+        every, before, chosen = self._chunks.every, self._standing, list[Bools | None]()
+        self._standing = []
+        for each, (first, count) in zip(self._cut, self._census.places, strict=True):
+            own = sums[first : first + count]
+            self._standing.append(standing_out(own, every) if each else np.zeros(0, dtype=np.bool_))
+            if not each:
+                chosen.append(None)
+                continue
+            last = before[len(chosen)] if before else None
+            good = last is not None and np.isfinite(own).all() and coverage(own, last, every) >= _COVERAGE
+            chosen.append(self._standing[-1] if good else np.ones_like(self._standing[-1]))
+        self._sample = Reading(self._chunks, self._indices, chosen, self._device)
 
     def estimate(self, reading: Reading, sums: Tensor) -> Tensor:
         """Returns :meth:`Reading.estimate` of the sums of every piece, and keeps those of a census that is due.
