@@ -9,16 +9,19 @@ relative error. Models are small, so chunks are, too: chunks per matrix and rows
 of GPT-2 small with the chunks of the monitor. Bytes are counted from what the op is given to read. Steps that take a
 census read everything; they count as bytes, not as estimates.
 
-Time: steps of a transformer without a monitor, with exact and with sampled predicted steps. With --device cuda only
-this part runs, on the workload of benchmarks/monitor.
+Time: steps of a transformer without a monitor, with exact and with sampled predicted steps; and the update meter alone.
+On the CPU this is the processor time of the process. With --device cuda only this part runs, in wall time, on the
+workload of benchmarks/monitor.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import statistics
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -183,7 +186,7 @@ def study(name: str, steps: int) -> dict[str, Any]:
             read["sampled"] += counter.total
     table = torch.stack(found)
     layers = []
-    for layer in range(depth + 2):
+    for layer in (each for each in range(depth + 2) if upstream[each].any()):
         truth, estimate, error = table[:, :, layer].unbind(dim=1)
         distance = (estimate - truth).abs()
         layers.append(
@@ -208,6 +211,14 @@ def study(name: str, steps: int) -> dict[str, Any]:
     }
 
 
+def processor_time(call: Callable[[], object], _device: torch.device, repeat: int) -> float:
+    """Return the processor time per call in seconds, which other processes hardly change."""
+    begin = time.process_time()
+    for _ in range(repeat):
+        call()
+    return (time.process_time() - begin) / repeat
+
+
 def timing(device: torch.device, rounds: int, quick: bool) -> dict[str, Any]:
     """Time steps without a monitor, with exact and with sampled predicted steps."""
     load = workload(quick, device, compiled=False)
@@ -224,7 +235,22 @@ def timing(device: torch.device, rounds: int, quick: bool) -> dict[str, Any]:
             for _ in range(20):  # past the first checks and censuses
                 training.step()
         calls = {name: training.step for name, training in trainings.items()}
-        times = side_by_side(calls, device, rounds, repeat=4, budget=120.0, timer=wall_time)
+        timer = processor_time if device.type == "cpu" else wall_time
+        times = side_by_side(calls, device, rounds, repeat=4, budget=120.0, timer=timer)
+        meters = {
+            "exact": UpdateMeter(trainings[PLAIN].optimizer),
+            "sampled": UpdateMeter(trainings[PLAIN].optimizer, sampled=SampledCalls(EVERY)),
+        }
+        for meter in meters.values():
+            for _ in range(4):  # past the first censuses; the median leaves out the next one
+                _measure(meter)
+        alone = side_by_side(
+            {name: functools.partial(_measure, meter) for name, meter in meters.items()},
+            device,
+            rounds,
+            budget=60.0,
+            timer=timer,
+        )
         for training in trainings.values():
             training.close()
     return {
@@ -234,7 +260,15 @@ def timing(device: torch.device, rounds: int, quick: bool) -> dict[str, Any]:
         "plain_ms": 1e3 * statistics.median(times[PLAIN]),
         "exact_ratio": median_ratio(times, "exact", PLAIN),
         "sampled_ratio": median_ratio(times, "sampled", PLAIN),
+        "meter_exact_ms": 1e3 * statistics.median(alone["exact"]),
+        "meter_sampled_ms": 1e3 * statistics.median(alone["sampled"]),
     }
+
+
+def _measure(meter: UpdateMeter) -> None:
+    """Measure the step that was made last once more."""
+    meter.before(complete=False)
+    meter.after(exact=False)
 
 
 def main() -> None:
@@ -257,7 +291,9 @@ def main() -> None:
     results.append(result)
     write_json(args.json, args.device, results)
     rows = [[name, f"{result[f'{name}_ratio']:.3f}"] for name in ("exact", "sampled")]
-    print_table(f"{result['workload']}: a predicted step", ["", "ratio to a plain step"], rows)
+    for row, name in zip(rows, ("exact", "sampled"), strict=True):
+        row.append(f"{result[f'meter_{name}_ms']:.2f}")
+    print_table(f"{result['workload']}: a predicted step", ["", "ratio to a plain step", "meter, ms"], rows)
 
 
 if __name__ == "__main__":
