@@ -142,6 +142,8 @@ class SampledCalls:
             self._chunks = ParameterChunks(sizes, self.every, self._number, self._least)
             self._known.clear()
         counts = self._chunks.counts
+        if not any(counts):
+            return None
         ordered = [all(each.is_contiguous() for each in lists) for lists in zip(*tensors, strict=True)]
         cut = tuple(counts[i] > 0 and each for i, each in zip(indices, ordered, strict=True))
         key = (tuple(indices), cut, device)
