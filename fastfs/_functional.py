@@ -193,11 +193,13 @@ def optimizer_stats(
     second: Sequence[Tensor],
     coefficients: Tensor,
     *,
+    pieces: Tensor | None = None,
     backend: Backend = None,
 ) -> ParameterStats:
     """Measures the updates of P parameters in an optimizer step, from the state after the step.
 
     The update dw follows from gradient, parameter and optimizer state by a closed form, and is not written to memory.
+    With `pieces`, only these parts of the parameters are read, for estimates from a sample.
 
     Args:
         rule: A `fastfs.OptimizerRule`: how dw follows from the tensors and the coefficients.
@@ -207,27 +209,39 @@ def optimizer_stats(
         first: The first state of every parameter; the gradients where an optimizer has none.
         second: The second state; an empty list for `OptimizerRule.LINEAR`.
         coefficients: float64 (P, C), contiguous, with the columns `rule.coefficients`. On the CPU (passed with
-            the launch) or on the parameters' device (read by the kernel, without synchronization).
+            the launch) or on the parameters' device (read by the kernel, without synchronization). With pieces, one
+            row for each piece.
+        pieces: Parts of the parameters to be read, each with a row of sums of its own: int64 (Q, 3) on the CPU, with
+            the index of a parameter, the first element and the number of elements. All tensors of a parameter that is
+            read in part have to be contiguous. None for all of every parameter.
         backend: None for the native core where it is built, or "native", or "reference" (plain torch).
 
     Returns:
-        ParameterStats of shape (P,), detached; nonfinite counts entries of gradients and parameters.
+        ParameterStats of shape (P,), or (Q,) with pieces; detached. nonfinite counts entries of gradients and
+        parameters.
 
     Raises:
         TypeError: for anything that is not a sequence of tensors.
-        ValueError: for an unknown rule, or a wrong dtype, layout, shape, device or number of tensors.
+        ValueError: for an unknown rule, a wrong dtype, layout, shape, device or number of tensors, or a piece that is
+            not within its parameter.
         RuntimeError: if `backend="native"` is not built.
     """
     arguments = (rule, gradients, parameters, first, second, coefficients)
     if (backend is not None or not ops.native_available()) and _use_reference(backend):
-        return reference.optimizer_stats(*arguments)
+        return reference.optimizer_stats(*arguments, pieces=pieces)
     if isinstance(gradients, Sequence) and len(gradients) == 0:
-        return reference.optimizer_stats(*arguments)  # nothing that has a device
+        return reference.optimizer_stats(*arguments, pieces=pieces)  # nothing that has a device
     try:
-        return ParameterStats(torch.ops.fastfs.optimizer_stats(*arguments))
+        return ParameterStats(torch.ops.fastfs.optimizer_stats(*arguments, pieces))
     except Exception as failure:
-        error = _clearest(failure, checks.check_optimizer_inputs, *arguments)
+        error = _clearest(failure, _check_optimizer_call, *arguments, pieces)
         raise error from None
+
+
+def _check_optimizer_call(*arguments: Any) -> None:
+    _, layers = checks.check_optimizer_inputs(*arguments)
+    if arguments[-1] is not None:
+        checks.check_pieces(layers, arguments[-1])
 
 
 def _listed(layers: Any) -> list[Tensor] | tuple[Tensor, ...]:

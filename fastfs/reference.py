@@ -16,6 +16,7 @@ from fastfs._core.checks import (
     Layers,
     check_feature_inputs,
     check_optimizer_inputs,
+    check_pieces,
     check_row_inputs,
     check_update_inputs,
 )
@@ -130,6 +131,8 @@ def optimizer_stats(
     first: Sequence[Tensor],
     second: Sequence[Tensor],
     coefficients: Tensor,
+    *,
+    pieces: Tensor | None = None,
 ) -> ParameterStats:
     """Computes what `fastfs.optimizer_stats` computes; errors are the same.
 
@@ -140,16 +143,25 @@ def optimizer_stats(
         first: The first state of every parameter.
         second: The second state of every parameter; an empty list for `OptimizerRule.LINEAR`.
         coefficients: float64 (P, C), with the columns `rule.coefficients`.
+        pieces: Parts of the tensors, int64 (Q, 3); None for all of every parameter.
 
     Returns:
-        ParameterStats of shape (P,).
+        ParameterStats of shape (P,), or (Q,) with pieces.
     """
-    kind, layers = check_optimizer_inputs(rule, gradients, parameters, first, second, coefficients)
+    kind, layers = check_optimizer_inputs(rule, gradients, parameters, first, second, coefficients, pieces)
+    if pieces is not None:
+        check_pieces(layers, pieces)
+        parts = pieces.tolist()
+        layers = [[_part(each[index], begin, count) for index, begin, count in parts] for each in layers]
     sums = []
     for row, tensors in zip(coefficients, zip(*layers, strict=True), strict=True):
         c = row.to(tensors[0].device)
         sums.append(_in_slices(lambda *x, c=c: _optimizer_sums(kind, c, *x), tensors))
     return ParameterStats(_stack(sums, len(ParameterStats.names)))
+
+
+def _part(tensor: Tensor, begin: int, count: int) -> Tensor:
+    return tensor if count == tensor.numel() else tensor.reshape(-1)[begin : begin + count]
 
 
 def _optimizer_sums(rule: OptimizerRule, c: Tensor, gradient: Tensor, parameter: Tensor, *state: Tensor) -> Tensor:

@@ -13,12 +13,13 @@
 namespace fastfs {
 namespace {
 
-// The second argument of a call: the coefficients of all layers, or else whether there is a row of sums per row.
+// The second argument of a call: the coefficients of every row of sums, or else whether there is one per row of a
+// layer.
 template <class Sums>
 using Option = std::conditional_t<(Sums::kCoefficients > 0), py::object, bool>;
 
-// Reads the coefficients, one row for each layer. From the CPU they are copied into the layers. On the device of the
-// layers they stay where they are, and the result is a pointer for the kernel.
+// Reads the coefficients, one row for each layer (or piece). From the CPU they are copied into the layers. On the
+// device of the layers they stay where they are, and the result is a pointer for the kernel.
 template <class Sums>
 const double* read_coefficients(Exchange& exchange, const py::object& coefficients, LayerList& list) {
   for (size_t n = 0; n < list.layers.size(); ++n) {
@@ -42,24 +43,68 @@ const double* read_coefficients(Exchange& exchange, const py::object& coefficien
   return p;
 }
 
+// The parts of the layers that `pieces` names, as layers of their own. A row of pieces has the index of a layer, a
+// first element and a number of elements. Elements are counted in the order of memory, so only contiguous layers can be
+// cut.
+LayerList cut(Exchange& exchange, const py::object& pieces, const LayerList& whole, int inputs) {
+  const DLTensor t = exchange.view(pieces.ptr());
+  if (t.device.device_type != kDLCPU || t.dtype.code != kDLInt || t.dtype.bits != 64 || t.dtype.lanes != 1 ||
+      t.ndim != 2 || t.shape[1] != 3 || !is_contiguous(t) || is_freed(t)) {
+    throw py::value_error("expected pieces: contiguous int64 of P x 3 on the CPU");
+  }
+  const auto* row = reinterpret_cast<const int64_t*>(static_cast<const char*>(t.data) + t.byte_offset);
+  const auto layers = static_cast<int64_t>(whole.layers.size());
+  LayerList parts;
+  parts.device = whole.device;
+  parts.segments = t.shape[0];
+  parts.layers.reserve(static_cast<size_t>(t.shape[0]));
+  for (int64_t n = 0; n < t.shape[0]; ++n, row += 3) {
+    const int64_t index = row[0], begin = row[1], count = row[2];
+    if (index < 0 || index >= layers) {
+      throw py::value_error("piece " + std::to_string(n) + ": expected the index of a layer, got " +
+                            std::to_string(index));
+    }
+    const Layer& layer = whole.layers[static_cast<size_t>(index)];
+    if (begin < 0 || count < 0 || begin > layer.width || count > layer.width - begin) {
+      throw py::value_error("piece " + std::to_string(n) + ": expected elements within the " +
+                            std::to_string(layer.width) + " of layer " + std::to_string(index));
+    }
+    Layer& part = parts.layers.emplace_back(layer);
+    if (count == layer.width) continue;
+    for (int i = 0; i < inputs; ++i) {
+      if (!layer.contiguous[i]) {
+        throw py::value_error("piece " + std::to_string(n) +
+                              ": expected a contiguous layer, or all elements of layer " + std::to_string(index));
+      }
+      part.data[i] += begin * item_size(i == inputs - 1 ? layer.last : layer.first);
+    }
+    part.width = count;
+    part.dims = 0;
+  }
+  return parts;
+}
+
 // Reads all arguments of a call but the output. Returns the coefficients that are in device memory, or null.
 template <class Sums>
-const double* read(Exchange& exchange, const py::tuple& inputs, const Option<Sums>& option, DLDeviceType device,
-                   LayerList& list) {
+const double* read(Exchange& exchange, const py::tuple& inputs, const Option<Sums>& option, const py::object& pieces,
+                   DLDeviceType device, LayerList& list) {
   if constexpr (Sums::kCoefficients > 0) {
     list = read_inputs<Sums::kInputs>(exchange, inputs, false, device);
+    if (!pieces.is_none()) list = cut(exchange, pieces, list, Sums::kInputs);
     return read_coefficients<Sums>(exchange, option, list);
   } else {
+    if (!pieces.is_none()) throw py::value_error("expected no pieces: they are for measurements with coefficients");
     list = read_inputs<Sums::kInputs>(exchange, inputs, option, device);
     return nullptr;
   }
 }
 
 template <class Sums>
-void measure_cpu(const py::tuple& inputs, const Option<Sums>& option, const py::object& out, int threads) {
+void measure_cpu(const py::tuple& inputs, const Option<Sums>& option, const py::object& out, int threads,
+                 const py::object& pieces) {
   Exchange exchange;
   LayerList list;
-  read<Sums>(exchange, inputs, option, kDLCPU, list);
+  read<Sums>(exchange, inputs, option, pieces, kDLCPU, list);
   checked_threads(threads);
   double* const to = output(exchange, out, list.segments, Sums::kSums + 2, list.device);
   const py::gil_scoped_release released;
@@ -85,8 +130,8 @@ template <class Sums>
 class CudaCall {
  public:
   // Coefficients have to live until the launch.
-  CudaCall(const py::tuple& inputs, const Option<Sums>& option) {
-    coefficients_ = read<Sums>(exchange_, inputs, option, kDLCUDA, list_);
+  CudaCall(const py::tuple& inputs, const Option<Sums>& option, const py::object& pieces) {
+    coefficients_ = read<Sums>(exchange_, inputs, option, pieces, kDLCUDA, list_);
     workspace_ = cuda::workspace<Sums>(list_.layers);
     stream_ = exchange_.current_stream(list_.device);
   }
@@ -117,7 +162,8 @@ class CudaCall {
 template <class Sums>
 void bind_cuda(py::module_& m, const char* name) {
   py::class_<CudaCall<Sums>>(m, name)
-      .def(py::init<const py::tuple&, const Option<Sums>&>())
+      .def(py::init<const py::tuple&, const Option<Sums>&, const py::object&>(), py::arg("inputs"), py::arg("option"),
+           py::arg("pieces") = py::none())
       .def_property_readonly("rows", &CudaCall<Sums>::rows)
       .def_property_readonly("partial_bytes", &CudaCall<Sums>::partial_bytes)
       .def_property_readonly("tickets", &CudaCall<Sums>::tickets)
@@ -142,7 +188,9 @@ py::dict measurements() {
 void bind_measurements(py::module_& m) {
   m.def("measurements", &measurements);
   m.def("count_rows", &count_rows);
-#define FASTFS_BIND(name, Sums) m.def(#name "_cpu", &measure_cpu<Sums>);
+#define FASTFS_BIND(name, Sums)                                                                                     \
+  m.def(#name "_cpu", &measure_cpu<Sums>, py::arg("inputs"), py::arg("option"), py::arg("out"), py::arg("threads"), \
+        py::arg("pieces") = py::none());
   FASTFS_MEASUREMENTS(FASTFS_BIND)
 #undef FASTFS_BIND
 #ifdef FASTFS_WITH_CUDA

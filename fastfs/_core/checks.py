@@ -124,8 +124,11 @@ def check_optimizer_inputs(
     first: Sequence[Tensor],
     second: Sequence[Tensor],
     coefficients: Tensor,
+    pieces: Tensor | None = None,
 ) -> tuple[OptimizerRule, list[list[Tensor]]]:
-    """Checks the inputs of `optimizer_stats`: sequences with one tensor per parameter, and the coefficients.
+    """Checks the inputs of `optimizer_stats`: sequences with one tensor per parameter, coefficients and pieces.
+
+    The values of pieces are data, which are not read: :func:`check_pieces` does that.
 
     Returns:
         The rule, and the gradients, parameters and states that it takes as lists.
@@ -155,7 +158,14 @@ def check_optimizer_inputs(
             _fail(index, False, f"rule {rule.name} takes float32 and float64, got {tensors[0].dtype}")
     if not isinstance(coefficients, Tensor):
         raise TypeError(f"coefficients: expected a tensor, got {_kind(coefficients)}")
-    shape = (len(layers[0]), len(rule.coefficients))
+    if pieces is not None:
+        if not isinstance(pieces, Tensor):
+            raise TypeError(f"pieces: expected a tensor or None, got {_kind(pieces)}")
+        fine = pieces.dtype == torch.int64 and pieces.dim() == 2 and pieces.shape[1] == 3
+        if not fine or pieces.device.type != "cpu" or not pieces.is_contiguous():
+            got = f"{pieces.dtype} of shape {tuple(pieces.shape)} on {pieces.device}"
+            raise ValueError(f"pieces: expected contiguous int64 of shape (P, 3) on the CPU, got {got}")
+    shape = (len(layers[0]) if pieces is None else pieces.shape[0], len(rule.coefficients))
     if coefficients.dtype != torch.float64 or tuple(coefficients.shape) != shape:
         raise ValueError(
             f"coefficients: expected float64 of shape {shape} for rule {rule.name} ({', '.join(rule.coefficients)}), "
@@ -166,6 +176,28 @@ def check_optimizer_inputs(
         expected = " or ".join(sorted(map(str, devices)))
         raise ValueError(f"coefficients: expected them on {expected}, got {coefficients.device}")
     return rule, layers
+
+
+def check_pieces(layers: Sequence[Sequence[Tensor]], pieces: Tensor) -> None:
+    """Checks that pieces are parts of the tensors, and that tensors which are cut are contiguous.
+
+    Args:
+        layers: The lists of tensors of :func:`check_optimizer_inputs`.
+        pieces: int64 (P, 3): index of a tensor, first element, number of elements.
+
+    Raises:
+        ValueError: For a piece that is not there; names it.
+    """
+    for number, (index, begin, count) in enumerate(pieces.tolist()):
+        if not 0 <= index < len(layers[0]):
+            raise ValueError(f"piece {number}: there is no tensor {index} among {len(layers[0])}")
+        size = layers[0][index].numel()
+        if begin < 0 or count < 0 or begin + count > size:
+            raise ValueError(
+                f"piece {number}: {count} elements from element {begin} on are not within tensor {index} of {size}"
+            )
+        if count < size and not all(each[index].is_contiguous() for each in layers):
+            raise ValueError(f"piece {number}: tensor {index} is not contiguous, it can only be read as a whole")
 
 
 def _check_layers(names: Sequence[str], arguments: list[list[Tensor]], single: bool) -> None:

@@ -73,36 +73,38 @@ class MeasurementSpec:
 
     @property
     def ruled(self) -> bool:
-        """Whether a rule selects the kernel. The op then takes `rule` first and `coefficients` last."""
+        """Whether a rule selects the kernel. The op then takes `rule` first, and `coefficients` and `pieces` last."""
         return len(self.kernels) > 1
 
     @property
     def arguments(self) -> str:
         """The arguments of the op, as in its schema."""
         lists = ", ".join(f"Tensor[] {x.name}" for x in self.inputs)
-        return f"int rule, {lists}, Tensor coefficients" if self.ruled else lists
+        return f"int rule, {lists}, Tensor coefficients, Tensor? pieces=None" if self.ruled else lists
 
     @property
     def columns(self) -> int:
         """Numbers per row of the result."""
         return len(self.result.names)
 
-    def select(self, arguments: Sequence[Any]) -> tuple[int, tuple[list[Tensor], ...], Any]:
+    def select(self, arguments: Sequence[Any]) -> tuple[int, tuple[list[Tensor], ...], Any, Tensor | None]:
         """Selects the kernel for the arguments of the op.
 
         Returns:
-            The index of the kernel, its inputs, and its coefficients or None.
+            The index of the kernel, its inputs, its coefficients or None, and the pieces that it reads or None for all
+            of every input.
 
         Raises:
             ValueError: For an unknown rule, or for tensors that the rule does not take.
         """
         if not self.ruled:
-            return 0, tuple(arguments), None
-        rule, *lists, coefficients = arguments
+            return 0, tuple(arguments), None, None
+        rule, *lists, coefficients = arguments[: len(self.inputs) + 2]
+        pieces = arguments[-1] if len(arguments) > len(self.inputs) + 2 else None
         kernel = self.kernels[OptimizerRule(rule)]
         if any(lists[kernel.inputs :]):
             raise ValueError(f"expected no {self.inputs[kernel.inputs].name} state for {OptimizerRule(rule).name}")
-        return rule, tuple(lists[: kernel.inputs]), coefficients
+        return rule, tuple(lists[: kernel.inputs]), coefficients, pieces
 
 
 MEASUREMENTS = (

@@ -134,23 +134,24 @@ def _define(measurement: MeasurementSpec, per_row: bool) -> None:
     cpu_kernels: list[Any] = [getattr(_C, f"{name}_cpu", None) for name in names]
 
     def cpu(*arguments: Any) -> Tensor:
-        kernel, lists, coefficients = select(arguments)
-        rows = _C.count_rows(lists[0]) if per_row else len(lists[0])
+        kernel, lists, coefficients, pieces = select(arguments)
+        rows = _C.count_rows(lists[0]) if per_row else len(lists[0] if pieces is None else pieces)
         out = _empty(lists[0], rows, columns)
         option = per_row if coefficients is None else coefficients
-        cpu_kernels[kernel](lists, option, out, torch.get_num_threads())
+        cpu_kernels[kernel](lists, option, out, torch.get_num_threads(), pieces)
         return out
 
     def cuda(*arguments: Any) -> Tensor:
-        kernel, lists, coefficients = select(arguments)
+        kernel, lists, coefficients, pieces = select(arguments)
         option = per_row if coefficients is None else coefficients
-        call = getattr(_cuda_core(), f"{names[kernel]}_cuda")(lists, option)
+        call = getattr(_cuda_core(), f"{names[kernel]}_cuda")(lists, option, pieces)
         return _launch(call, lists[0][0], columns)
 
     def fake(*arguments: Any) -> Tensor:
         check(*arguments)
-        first = arguments[1] if measurement.ruled else arguments[0]
-        return _empty(first, sum(map(rows_of, first)) if per_row else len(first), columns)
+        _, (first, *_), _, pieces = select(arguments)
+        rows = len(first) if pieces is None else pieces.shape[0]
+        return _empty(first, sum(map(rows_of, first)) if per_row else rows, columns)
 
     suffix = "_per_row" if per_row else ""
     _register(f"{measurement.name}{suffix}", f"({measurement.arguments}) -> Tensor", cpu, cuda, fake)

@@ -35,6 +35,8 @@ from fastfs.formula import _relations
 
 __all__ = ["Engine"]
 
+_CERTAIN = 2.0  # standard errors that a sampled decrease has to be above zero for a prediction
+
 Push = Callable[[Tensor, Callable[[Tensor], list[Record]]], None]
 
 
@@ -283,6 +285,8 @@ class Engine:
             # Section 2, the feature speed formula, with the last measured angle.
             speed = _relations.predicted_update_norm(done.decrease, structure.cosine, backward)
             cuts = structure.cuts & self._accumulated() if self.capture.rewritten else structure.cuts
+            if done.decrease_se is not None:  # the sample does not show that the decrease is positive
+                cuts = cuts & (done.decrease > _CERTAIN * done.decrease_se)
             speed = torch.where(cuts & (speed > 0), speed, torch.nan)
         fields = {
             **payload.aligned_fields(done),

@@ -73,6 +73,9 @@ class Monitor:
             in forward mode.
         aligned_every: Number of steps between aligned decreases and predicted speeds, which need no forward; None for
             none.
+        aligned_fraction: Share of the elements of large parameters that an aligned step reads between measured steps,
+            a random sample: 1/k for an integer k. Aligned decreases from a sample have standard errors; 1 reads
+            everything.
         probe: ``(inputs, loss)`` or a :class:`fastfs.monitor.Probe`, for ``mode="probe"``; ``loss`` is a function of
             the model's output.
         amplify: Whether to measure the update enlarged, with two more forwards (and one in float32 if the model runs in
@@ -114,6 +117,7 @@ class Monitor:
         every: int | Schedule = 100,
         mode: Literal["batch", "probe", "jvp"] = "batch",
         aligned_every: int | Schedule | None = None,
+        aligned_fraction: float = 0.25,
         probe: Probe | tuple[Any, Callable[[Any], Tensor]] | None = None,
         amplify: bool = False,
         rows: int | None = 1024,
@@ -138,6 +142,7 @@ class Monitor:
         chosen = settings.check_mode(mode, probe, amplify)
         settings.check_sizes(rows, memory, quantiles)
         settings.check_samples(samples, rows, mode)
+        sampled_every = settings.check_fraction(aligned_fraction)
         self._layers = select_layers(
             model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
         )
@@ -150,7 +155,7 @@ class Monitor:
         meta = checked_metadata(metadata)
 
         self._closed = False
-        parameters = Parameters(found, snapshot=mode_class.needs_previous)
+        parameters = Parameters(found, snapshot=mode_class.needs_previous, sampled_every=sampled_every)
         names = parameter_names(model, parameters.tensors)
         device = next(iter(names.values())).device
         self._runner = runner = StepRunner(self._schedule, aligned, optimizers, sorted({"cpu", device.type}))
@@ -162,6 +167,7 @@ class Monitor:
             mode=mode,
             every=settings.shown(self._schedule),
             aligned_every=settings.shown(aligned),
+            aligned_fraction=1 / sampled_every,
             rows=rows,
             samples=samples,
             memory_bytes=memory,
@@ -259,7 +265,7 @@ class Monitor:
             parameters.snapshot_bytes,
             self._engine.mode.momentary_bytes(parameters.tensors),
             self._recorder.device_bytes,
-            settings.aligned_work(parameters.tensors, len(self._layers)),
+            settings.aligned_work(parameters.tensors, len(self._layers), self._header["aligned_fraction"]),
         )
 
     def __repr__(self) -> str:

@@ -120,6 +120,8 @@ class StepCodec(ABC):
     def _aligned_columns(self, fields: dict[str, Tensor]) -> dict[str, list[Any]]:
         padded = self._layout.padded
         columns = {name: padded(values.tolist()) for name, values in zip(_ALIGNED, fields["aligned"], strict=True)}
+        errors = fields["decrease_se"].tolist() if "decrease_se" in fields else [None] * self._layout.layers
+        columns["decrease_se"] = padded(errors)
         codes = fields["decrease_reason"].tolist()
         columns["decrease_why"] = padded([decrease_reasons.REASONS[int(code)] or None for code in codes])
         return columns
@@ -197,7 +199,10 @@ class PredictedCodec(StepCodec):
 def aligned_fields(decrease: Aligned) -> dict[str, Tensor]:
     """Returns the fields of a payload that hold the aligned decrease of every layer."""
     values = [decrease.decrease, decrease.parameter_norm, decrease.update_norm, decrease.gradient_norm]
-    return {"aligned": torch.stack(values), "decrease_reason": decrease.reason}
+    fields = {"aligned": torch.stack(values), "decrease_reason": decrease.reason}
+    if decrease.decrease_se is not None:
+        fields["decrease_se"] = decrease.decrease_se
+    return fields
 
 
 def structure_record(step: int, layout: ColumnLayout, cuts: LayerCuts) -> Record:

@@ -20,6 +20,7 @@ from fastfs._record.writing.recorder import Recorder, check_recorder_state
 __all__ = [
     "aligned_work",
     "check_compiled",
+    "check_fraction",
     "check_mode",
     "check_samples",
     "check_select",
@@ -98,6 +99,21 @@ def _check_integer(name: str, value: Any, least: int, unit: str) -> None:
         raise ValueError(f"{name}: expected an integer >= {least} ({unit}), got {value!r}")
 
 
+def check_fraction(fraction: Any) -> int:
+    """Returns k of a fraction 1/k.
+
+    Raises:
+        TypeError: The fraction is not a number.
+        ValueError: It is not 1 divided by an integer.
+    """
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
+        raise TypeError(f"aligned_fraction: expected a number, got {type(fraction).__name__}")
+    every = round(1 / fraction) if 0 < fraction <= 1 else 0
+    if every < 1 or abs(fraction * every - 1) > 1e-9:
+        raise ValueError(f"aligned_fraction: expected 1 or 1/k for an integer k, such as 0.25, got {fraction!r}")
+    return every
+
+
 def check_select(select: Any) -> None:
     """Raises TypeError if ``select`` is no function."""
     if not callable(select) or isinstance(select, type):
@@ -164,7 +180,7 @@ def speaks() -> bool:
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
 
 
-def aligned_work(parameters: Sequence[Tensor], layers: int) -> str:
+def aligned_work(parameters: Sequence[Tensor], layers: int, fraction: float = 1.0) -> str:
     """Describes what an aligned step does besides the training's own work."""
     size = sum(p.numel() * p.element_size() for p in parameters)
     amount = f"{size / _MIB:.1f} MiB" if size >= _MIB // 10 else f"{size / 1024:.1f} KiB"
@@ -172,6 +188,8 @@ def aligned_work(parameters: Sequence[Tensor], layers: int) -> str:
         f"one pass over gradients, parameters and optimizer state ({len(parameters)} parameters, {amount} each), the "
         f"norm of {layers} backward vectors and some {_OPERATIONS + _OF_LAYERS * layers} small operations"
     )
+    if fraction < 1:
+        work = work.replace(" each)", f" each; about {fraction:.3g} of the elements of large ones)")
     if size <= _TINY:
         work += "; for so small a model these take longer than the pass, and may take as long as the step itself"
     return work

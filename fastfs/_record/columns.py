@@ -231,7 +231,17 @@ COLUMNS = (
             "First-order decrease of the loss that the parameters up to this layer contribute in one step. "
             "Negative: they raise the loss.",
             logarithmic=True,
+            error="decrease_se",
         ),
+    ),
+    Column(
+        name="decrease_se",
+        type="number",
+        unit="loss per step",
+        meaning="standard error of `aligned_decrease` that comes from the "
+        "[sample of the parameters](validity.md#sampled-parameters); 0 where all upstream ones were read completely, "
+        "null in measured steps and if no parameter is sampled",
+        kinds=ROW_KINDS,
     ),
     Column(
         name="decrease_why",

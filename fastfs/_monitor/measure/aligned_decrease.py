@@ -16,6 +16,7 @@ from torch import Tensor
 from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.incidence import Incidence
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
+from fastfs._monitor.measure.parameter_sample import SAMPLING
 from fastfs._stats import ParameterStats
 
 __all__ = ["Aligned", "Incidence", "LossScale", "aligned"]
@@ -53,18 +54,28 @@ class Aligned:
         parameter_norm, update_norm, gradient_norm: Of the parameters between this layer and the watched ones before.
         reason: int64, why the decrease is not known: a code of :mod:`fastfs._monitor.measure.decrease_reasons`, 0 where
             it is known.
+        decrease_se: Standard error of the decrease that comes from the sample of elements, in units of the loss,
+            float64; 0 where all elements of the parameters were read. None if that holds for all layers. The norms are
+            estimates from the same sample.
     """
 
-    __slots__ = ("decrease", "gradient_norm", "parameter_norm", "reason", "update_norm")
+    __slots__ = ("decrease", "decrease_se", "gradient_norm", "parameter_norm", "reason", "update_norm")
 
     def __init__(
-        self, decrease: Tensor, parameter_norm: Tensor, update_norm: Tensor, gradient_norm: Tensor, reason: Tensor
+        self,
+        decrease: Tensor,
+        parameter_norm: Tensor,
+        update_norm: Tensor,
+        gradient_norm: Tensor,
+        reason: Tensor,
+        decrease_se: Tensor | None = None,
     ) -> None:
         self.decrease = decrease
         self.parameter_norm = parameter_norm
         self.update_norm = update_norm
         self.gradient_norm = gradient_norm
         self.reason = reason
+        self.decrease_se = None if decrease_se is None else torch.where(decrease.isnan(), torch.nan, decrease_se)
 
     @classmethod
     def unknown(cls, layers: int, device: torch.device) -> Aligned:
@@ -83,22 +94,25 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) 
         factor: By what the gradients have to be divided; None for 1.
     """
     if factor is None and found.fine and incidence.everywhere:
-        return _all_known(found.stats, incidence)
+        return _all_known(found, incidence)
     stats = found.stats
     if factor is None:
         factor = torch.ones((), dtype=torch.float64, device=stats.sums.device)
     own = incidence.own(torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / factor.square()], dim=1))
     codes = torch.arange(1, len(decrease_reasons.REASONS), device=found.reason.device)
     counts = (found.reason[:, None] == codes).to(torch.float64)
-    sums = incidence.upstream(torch.cat([stats.dot[:, None], counts], dim=1))
+    values = [stats.dot[:, None], counts]
+    if found.sampling is not None:
+        values.append(found.sampling[:, _VARIANCE, None])
+    sums = incidence.upstream(torch.cat(values, dim=1))
+    error = None if found.sampling is None else sums[:, -1].sqrt() / factor.abs()
     decrease = torch.where(incidence.known, -sums[:, 0] / factor, torch.nan)
-    first = torch.where(sums[:, 1:] > 0, codes, len(decrease_reasons.REASONS)).amin(dim=1)
+    first = torch.where(sums[:, 1 : 1 + len(codes)] > 0, codes, len(decrease_reasons.REASONS)).amin(dim=1)
     reason = torch.where(first < len(decrease_reasons.REASONS), first, decrease_reasons.FINE)
     reason = torch.where(incidence.known, reason, decrease_reasons.NOTHING)
     parameters, updates, gradients = own.sqrt().unbind(dim=1)
-    return Aligned(
-        decrease, parameters, updates, gradients, torch.where(decrease.isnan(), reason, decrease_reasons.FINE)
-    )
+    reason = torch.where(decrease.isnan(), reason, decrease_reasons.FINE)
+    return Aligned(decrease, parameters, updates, gradients, reason, error)
 
 
 _DOT, _PARAMETER, _UPDATE, _GRADIENT = (
@@ -106,11 +120,20 @@ _DOT, _PARAMETER, _UPDATE, _GRADIENT = (
 )
 
 
-def _all_known(stats: ParameterStats, incidence: Incidence) -> Aligned:
+_VARIANCE = SAMPLING.index("dot_variance")
+
+
+def _all_known(found: MeasuredUpdate, incidence: Incidence) -> Aligned:
     """The same in fewer operations, if the host knows that all updates are known."""
-    upstream, own = incidence.both(stats.sums)
+    values = found.stats.sums
+    if found.sampling is not None:
+        values = torch.cat([values, found.sampling], dim=1)
+    upstream, own = incidence.both(values)
     norms = own.sqrt().unbind(dim=1)
+    error = None
+    if found.sampling is not None:
+        error = upstream[:, len(ParameterStats.names) + _VARIANCE].sqrt()
     decrease = -upstream[:, _DOT]
     parameters, updates, gradients = norms[_PARAMETER], norms[_UPDATE], norms[_GRADIENT]
     fine = torch.zeros(len(decrease), dtype=torch.int64, device=decrease.device)
-    return Aligned(decrease, parameters, updates, gradients, fine)
+    return Aligned(decrease, parameters, updates, gradients, fine, error)

@@ -20,6 +20,8 @@ OF_UPDATE = span(ParameterStats, "update")
 OF_STEP = span(ParameterStats, "update", "gradient")
 """The columns of the sums that depend on the update or the gradient."""
 
+_WIDTH = len(ParameterStats.names)
+
 
 @dataclass
 class MeasuredUpdate:
@@ -29,11 +31,15 @@ class MeasuredUpdate:
         stats: ParameterStats of shape (P,); NaN where the update, or the gradient, is not known.
         reason: int64 (P,), on the same device: why not, a code of :mod:`fastfs._monitor.measure.decrease_reasons`.
         fine: Whether the host knows that all reasons are `FINE`.
+        sampling: If the sums are estimates, float64 (P, 2), on the same device, with the columns `SAMPLING`: variance
+            of the sum <g, dw>, 0 for parameters that were read completely, and whether a parameter was not. None if all
+            were read completely.
     """
 
     stats: ParameterStats
     reason: Tensor
     fine: bool = False
+    sampling: Tensor | None = None
 
 
 class UpdateAssembler:
@@ -56,20 +62,23 @@ class UpdateAssembler:
 
         Args:
             calls: The calls.
-            sums: Sums of each call.
+            sums: Sums of each call, with the columns `SAMPLING` or without.
             codes: Codes of each call's parameters; None if all are `FINE`.
             preserved: Whether the gradients after the step are those before it, bool (P,); None if all are.
             count: P.
             device: Of the result.
         """
-        total = self._order([(call.indices, part) for call, part in zip(calls, sums, strict=True)], count, device)
+        width = max((part.shape[1] for part in sums), default=_WIDTH)
+        found_sums = [(call.indices, _widened(part, width)) for call, part in zip(calls, sums, strict=True)]
+        total = self._order(found_sums, count, device)
+        total, sampling = (total, None) if width == _WIDTH else (total[:, :_WIDTH], total[:, _WIDTH:])
         found = [(call.indices, code) for call, code in zip(calls, codes, strict=True) if code is not None]
         if not found and preserved is None:
             if self._fine.shape[0] != total.shape[0] or self._fine.device != total.device:
                 self._fine = torch.full(
                     (total.shape[0],), decrease_reasons.FINE, dtype=torch.int64, device=total.device
                 )
-            return MeasuredUpdate(ParameterStats(total), self._fine, fine=True)
+            return MeasuredUpdate(ParameterStats(total), self._fine, fine=True, sampling=sampling)
         reason = torch.zeros(count, dtype=torch.int64, device=total.device)
         if found:
             reason = self._order(found, count, device)
@@ -81,7 +90,7 @@ class UpdateAssembler:
             unknown = torch.stack(_unknown(bad, ~preserved), dim=1)
             reason = torch.where(bad | preserved, reason, decrease_reasons.REWRITTEN)
         total[:, OF_STEP].masked_fill_(unknown, torch.nan)
-        return MeasuredUpdate(ParameterStats(total), reason)
+        return MeasuredUpdate(ParameterStats(total), reason, sampling=sampling)
 
 
 def refuted(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
@@ -94,9 +103,13 @@ def refuted(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
     reason = torch.tensor(codes, dtype=torch.int64, device="cpu").to(found.reason.device, non_blocking=True)
     sums = found.stats.sums
     sums[:, OF_STEP].masked_fill_((reason != decrease_reasons.FINE)[:, None], torch.nan)
-    return MeasuredUpdate(
-        ParameterStats(sums), torch.where(found.reason == decrease_reasons.FINE, reason, found.reason)
-    )
+    reason = torch.where(found.reason == decrease_reasons.FINE, reason, found.reason)
+    return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)
+
+
+def _widened(sums: Tensor, width: int) -> Tensor:
+    missing = width - sums.shape[1]
+    return torch.nn.functional.pad(sums, (0, missing)) if missing else sums
 
 
 def _unknown(update: Tensor, gradient: Tensor) -> list[Tensor]:

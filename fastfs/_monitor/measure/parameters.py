@@ -12,11 +12,15 @@ from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.full_checks import both
 from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
 from fastfs._monitor.measure.measured_update import OF_STEP, MeasuredUpdate
+from fastfs._monitor.measure.parameter_sample import CHUNK, SAMPLING
+from fastfs._monitor.measure.sampled_calls import SampledCalls
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import TrainingOptimizer
 from fastfs._stats import ParameterStats
 
 __all__ = ["Parameters"]
+
+_VARIANCE, _SAMPLED = map(SAMPLING.index, ("dot_variance", "sampled"))
 
 
 class Parameters:
@@ -25,11 +29,22 @@ class Parameters:
     Args:
         optimizers: The optimizers of the loop.
         snapshot: Copy the parameters before measured steps.
+        sampled_every: In steps that are not measured, one of so many chunks of a parameter is read; 1 for all.
+        least_chunk: The least elements of a chunk.
     """
 
-    def __init__(self, optimizers: Sequence[TrainingOptimizer], *, snapshot: bool) -> None:
+    def __init__(
+        self,
+        optimizers: Sequence[TrainingOptimizer],
+        *,
+        snapshot: bool,
+        sampled_every: int = 1,
+        least_chunk: int = CHUNK,
+    ) -> None:
         self._optimizers = tuple(optimizers)
         self._copies = snapshot
+        self._sampled_every = sampled_every
+        self._least_chunk = least_chunk
         self._meters: list[UpdateMeter] = []
         self._copying: list[UpdateMeter] = []
         self.renew()
@@ -43,7 +58,14 @@ class Parameters:
     def renew(self) -> None:
         """Begins anew, as if no step had been seen."""
         # Closed forms do not hold for a wrapper, whose step may do more than that of the optimizer within it.
-        self._meters = [UpdateMeter(found.optimizer, copy_all=found.copied) for found in self._optimizers]
+        self._meters = [
+            UpdateMeter(
+                found.optimizer,
+                copy_all=found.copied,
+                sampled=SampledCalls(self._sampled_every, number, self._least_chunk),
+            )
+            for number, found in enumerate(self._optimizers)
+        ]
         self._copying = [
             meter if meter.copy_all else UpdateMeter(meter.optimizer, copy_all=True) for meter in self._meters
         ]
@@ -100,7 +122,7 @@ class Parameters:
     def after(self, index: int, measured: bool) -> None:
         """To be called right after the step. The gradients of the result are those of the backward."""
         meter = self._of(index, measured)
-        found, scale = meter.after(), getattr(meter.optimizer, "grad_scale", None)
+        found, scale = meter.after(exact=measured), getattr(meter.optimizer, "grad_scale", None)
         treatment, self._treatments[index] = self._treatments[index], None
         if treatment is not None and self._factor is not None:
             # An update that was verified although only representatives were sampled shows that something has changed.
@@ -126,11 +148,13 @@ class Parameters:
                 self._results[0].clear()
                 return found
         sums, codes = [], []
+        samplings: list[Tensor | None] = []
         for meter, results in zip(self._meters, self._results, strict=True):
             size = len(meter.parameters)
             if not results:
                 sums.append(torch.zeros((size, len(ParameterStats.names)), dtype=torch.float64, device=device))
                 codes.append(torch.zeros(size, dtype=torch.int64, device=device))
+                samplings.append(None)
                 continue
             total = results[0].stats.sums.to(device, non_blocking=True)
             code = results[0].reason.to(device, non_blocking=True)
@@ -139,10 +163,15 @@ class Parameters:
                 code = torch.where(code == decrease_reasons.FINE, found.reason.to(device, non_blocking=True), code)
             sums.append(total)
             codes.append(code)
+            samplings.append(_together([found.sampling for found in results], device))
             results.clear()
         if len(sums) == 1:
-            return MeasuredUpdate(ParameterStats(sums[0]), codes[0])
-        return MeasuredUpdate(ParameterStats(torch.cat(sums)), torch.cat(codes))
+            return MeasuredUpdate(ParameterStats(sums[0]), codes[0], sampling=samplings[0])
+        sampling = None
+        if any(each is not None for each in samplings):
+            zeros = [total.new_zeros((total.shape[0], len(SAMPLING))) for total in sums]
+            sampling = torch.cat([z if s is None else s for s, z in zip(samplings, zeros, strict=True)])
+        return MeasuredUpdate(ParameterStats(torch.cat(sums)), torch.cat(codes), sampling=sampling)
 
     def clear(self) -> None:
         """Forgets the steps since the last call of `take`."""
@@ -167,7 +196,7 @@ def _of_backward(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
         code: See :class:`Treatment`.
         scale: By what a fused optimizer divided the gradients itself; None for nothing.
     """
-    sums = found.stats.sums
+    sums, sampling = found.stats.sums, found.sampling
     if factor.device != sums.device:
         factor, code = factor.to(sums.device, non_blocking=True), code.to(sums.device, non_blocking=True)
     if scale is not None:
@@ -176,11 +205,28 @@ def _of_backward(found: MeasuredUpdate, factor: Tensor, code: Tensor, scale: Ten
     dot, update, gradient = columns["dot"], columns["update_sq"], columns["gradient_sq"]
     # Without an update the factor does not matter, and without a gradient there is nothing to scale.
     nothing = (gradient == 0) & (code != decrease_reasons.CHANGED) & (code != decrease_reasons.UNSEEN)
+    if sampling is not None:  # zeros of a sample do not show that all are zero
+        nothing = nothing & (sampling[:, _SAMPLED] == 0)
+        update = torch.where(sampling[:, _SAMPLED] == 0, update, 1.0)
     still = (update == 0) | nothing
     columns["dot"] = torch.where(still, 0.0, dot / factor)
     columns["gradient_sq"] = torch.where(nothing, 0.0, gradient / factor.square())
     reason = torch.where((found.reason == decrease_reasons.FINE) & ~still, code, found.reason)
-    return MeasuredUpdate(ParameterStats(torch.stack(list(columns.values()), dim=1)), reason)
+    if sampling is not None:
+        variance = torch.where(still, 0.0, sampling[:, _VARIANCE] / factor.square())
+        sampling = torch.stack([variance, sampling[:, _SAMPLED]], dim=1)
+    return MeasuredUpdate(ParameterStats(torch.stack(list(columns.values()), dim=1)), reason, sampling=sampling)
+
+
+def _together(samplings: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """The columns `SAMPLING` of several steps of one optimizer together."""
+    # The steps read the same elements, so their errors are not independent: standard errors are added.
+    given = [each.to(device, non_blocking=True) for each in samplings if each is not None]
+    if len(given) < 2:
+        return given[0] if given else None
+    both = torch.stack(given)
+    variance = both[..., _VARIANCE].sqrt().sum(dim=0).square()
+    return torch.stack([variance, both[..., _SAMPLED].amax(dim=0)], dim=1)
 
 
 def _nothing_done(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,4 +239,5 @@ def _unless_moved(found: MeasuredUpdate, moved: Tensor) -> MeasuredUpdate:
     moved = moved.to(found.reason.device, non_blocking=True)
     sums = found.stats.sums.clone()
     sums[:, OF_STEP].masked_fill_(moved, torch.nan)
-    return MeasuredUpdate(ParameterStats(sums), torch.where(moved, decrease_reasons.MOVED, found.reason))
+    reason = torch.where(moved, decrease_reasons.MOVED, found.reason)
+    return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)

@@ -24,8 +24,9 @@ from fastfs._monitor.measure.host_checks import HostChecks
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.kernel_arguments import KernelArguments, kernel_arguments
 from fastfs._monitor.measure.measured_update import OF_UPDATE, MeasuredUpdate, UpdateAssembler, refuted
+from fastfs._monitor.measure.sampled_calls import SampledCall, SampledCalls
 from fastfs._monitor.measure.step_in_progress import StepInProgress, sample
-from fastfs._monitor.measure.update_plans import Part, Plan, has_closed_form, make_plan
+from fastfs._monitor.measure.update_plans import Call, Part, Plan, has_closed_form, make_plan
 
 __all__ = ["UpdateMeter"]
 
@@ -48,6 +49,7 @@ class UpdateMeter:
     Args:
         optimizer: Any optimizer with one update per step, so not LBFGS.
         copy_all: Copy all parameters before every step, for `previous`, and take every update from the copies.
+        sampled: What is read of the parameters that have a closed form, in steps that need not be exact.
 
     Attributes:
         passed: Whether the last step was verified, or has passed the checks on the host, and nothing has changed, so
@@ -58,7 +60,7 @@ class UpdateMeter:
         ValueError: For LBFGS, whose step evaluates the gradient several times.
     """
 
-    def __init__(self, optimizer: Any, *, copy_all: bool = False) -> None:
+    def __init__(self, optimizer: Any, *, copy_all: bool = False, sampled: SampledCalls | None = None) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("UpdateMeter: expected an optimizer with one update per step, got LBFGS")
         self.optimizer = optimizer
@@ -73,6 +75,7 @@ class UpdateMeter:
         self._state: object = optimizer.state
         self._step: StepInProgress | None = None
         self._assemble = UpdateAssembler()
+        self._sampled = SampledCalls() if sampled is None else sampled
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -155,11 +158,14 @@ class UpdateMeter:
                 copies = [None if g is None else g.detach().clone() for g in gradients.tensors]
         self._step = StepInProgress(plan, gradients, complete, used, state, starts, copies, scale)
 
-    def after(self) -> MeasuredUpdate:
+    def after(self, *, exact: bool = True) -> MeasuredUpdate:
         """Returns the statistics of the step that was just made: shape (P,), on the device of the first parameter.
 
         They are zero for parameters that had no gradient in this step, and the update is zero in a step that a fused
         optimizer skipped because GradScaler had found infinite gradients (`optimizer.found_inf`).
+
+        Args:
+            exact: Read all elements; else a sample of them, if the meter has one.
 
         Raises:
             RuntimeError: `before` was not called for this step, or state is missing.
@@ -198,7 +204,7 @@ class UpdateMeter:
                     [next(parts) for _ in call.parts],
                     [count for _, count in known],
                 )
-                sums.append(_measure(call.rule, given, made))
+                sums.append(_measure(call.rule, given, made, None if exact else self._sample(call, given, step)))
                 call_codes.append(None if now is None else step.verify(call, start, now, given, groups, made))
             count = len(gradients.tensors)
             result = self._assemble(plan.calls, sums, call_codes, preserved, count, plan.device)
@@ -235,6 +241,15 @@ class UpdateMeter:
         if params:
             torch._foreach_copy_([self._copies[p] for p in params], [p.detach() for p in params])
 
+    def _sample(self, call: Call, given: KernelArguments, step: StepInProgress) -> SampledCall | None:
+        if not call.closed or call.is_complex:
+            return None
+        if step.complete or not call.knows_sampled:  # in other steps the host checks that the tensors are the same
+            tensors = [given.gradients, given.params, given.first, *([given.second] if given.second else [])]
+            sizes = [p.numel() for p in self.parameters]
+            call.sampled, call.knows_sampled = self._sampled.find(sizes, call.indices, tensors, call.device), True
+        return call.sampled
+
     def _rewrites(self, used: list[HyperParameters], part: Part) -> bool:
         return rewrites_gradients(self.optimizer, used[part.group].values, part.params)
 
@@ -248,9 +263,15 @@ class UpdateMeter:
         return None if found_inf is None else found_inf.detach().reshape(()) == 0
 
 
-def _measure(rule: OptimizerRule, given: KernelArguments, made: Tensor | None) -> Tensor:
-    sums = _functional.optimizer_stats(rule, given.gradients, given.params, given.first, given.second, given.table).sums
+def _measure(rule: OptimizerRule, given: KernelArguments, made: Tensor | None, sampled: SampledCall | None) -> Tensor:
+    lists = (given.gradients, given.params, given.first, given.second)
+    if sampled is None:
+        sums = _functional.optimizer_stats(rule, *lists, given.table).sums
+    else:
+        reading = sampled.next()
+        table = reading.coefficients(given.table)
+        sums = _functional.optimizer_stats(rule, *lists, table, pieces=reading.pieces).sums
     if made is not None:  # if it was not, the state is that of an earlier step
         update = sums[:, OF_UPDATE]
         sums[:, OF_UPDATE] = torch.where(made.to(sums.device, non_blocking=True), update, 0.0)
-    return sums
+    return sums if sampled is None else sampled.estimate(reading, sums)

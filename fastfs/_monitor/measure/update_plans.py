@@ -15,6 +15,7 @@ from fastfs._monitor.capture.fingerprints import Places, Views, real
 from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import ClosedForm, rewrites_gradients
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
+from fastfs._monitor.measure.sampled_calls import SampledCall
 from fastfs._stats import ParameterStats
 
 __all__ = ["Call", "ParameterOrder", "Part", "Plan", "has_closed_form", "make_plan"]
@@ -47,6 +48,8 @@ class Call:
         places: Which elements of the parameters verify the update.
         shares_places: Whether those are the places of the gradients, too.
         views: Views of the parameters at their places, and of the states behind them.
+        sampled: How a sample of the parameters is read; None for completely.
+        knows_sampled: Whether that has been found out.
     """
 
     rule: OptimizerRule
@@ -58,6 +61,8 @@ class Call:
     places: Places = field(default_factory=lambda: Places(()))
     shares_places: bool = False
     views: dict[int, Views] = field(default_factory=dict)
+    sampled: SampledCall | None = None
+    knows_sampled: bool = False
 
     @property
     def closed(self) -> bool:
