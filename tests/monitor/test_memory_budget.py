@@ -16,7 +16,7 @@ import fastfs
 from fastfs._monitor.capture import capture as capture_module
 from fastfs._monitor.capture.sampling import RowSampler
 from fastfs.models import ResNet
-from tests.helpers.monitor_cases import measured_into, rows, sgd, train, watched
+from tests.helpers.monitor_cases import adamw, measured_into, rows, sgd, train, watched
 
 
 def many(step: int, size: int = 192) -> tuple[Any, ...]:
@@ -201,3 +201,34 @@ def test_the_budget_is_printed_when_it_is_attached(capsys: pytest.CaptureFixture
     monitor = watched(memory=3 * 2**20, rows=77)[3]
     monitor.close()
     assert "at most 3.0 MiB for inputs and 77 rows a layer" in capsys.readouterr().err
+
+
+def test_a_measurement_that_fails_before_the_step_holds_no_memory_in_it() -> None:
+    """The first step of an optimizer allocates its state."""
+    features: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def loss(out: Tensor) -> Tensor:
+        raise MemoryError("no memory")
+
+    torch.manual_seed(0)
+    model = ResNet(8, 16, 3, 3)
+    optimizer = adamw(model)
+    probe = fastfs.monitor.Probe(rows(9)[0], loss)
+    monitor = fastfs.Monitor(
+        model, optimizer, mode="probe", probe=probe, every=1, sinks=[lambda _: None], verbose=False
+    )
+    keep = monitor._engine.mode._sampler.keep  # type: ignore[attr-defined]
+
+    def watched_keep(*arguments: Any, **options: Any) -> Any:
+        found = keep(*arguments, **options)
+        features.append(weakref.ref(found.values))
+        return found
+
+    monitor._engine.mode._sampler.keep = watched_keep  # type: ignore[attr-defined]
+    optimizer.register_step_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in features)))
+    with pytest.warns(RuntimeWarning, match="no memory"):
+        train(model, optimizer, 1)
+    monitor.close()
+    assert len(features) == 3
+    assert alive == [0]

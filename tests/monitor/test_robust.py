@@ -41,37 +41,6 @@ def test_evaluation_between_steps_is_not_measured() -> None:
     assert {(row["micro_batches"], row["count"]) for row in seen} == {(1, 16 * 16)}
 
 
-def test_a_measurement_that_fails_before_the_step_holds_no_memory_in_it() -> None:
-    """The first step of an optimizer allocates its state."""
-    features: list[weakref.ref[Any]] = []
-    alive: list[int] = []
-
-    def loss(out: Tensor) -> Tensor:
-        raise MemoryError("no memory")
-
-    torch.manual_seed(0)
-    model = ResNet(8, 16, 3, 3)
-    optimizer = adamw(model)
-    probe = fastfs.monitor.Probe(rows(9)[0], loss)
-    monitor = fastfs.Monitor(
-        model, optimizer, mode="probe", probe=probe, every=1, sinks=[lambda _: None], verbose=False
-    )
-    keep = monitor._engine.mode._sampler.keep  # type: ignore[attr-defined]
-
-    def watched_keep(*arguments: Any, **options: Any) -> Any:
-        found = keep(*arguments, **options)
-        features.append(weakref.ref(found.values))
-        return found
-
-    monitor._engine.mode._sampler.keep = watched_keep  # type: ignore[attr-defined]
-    optimizer.register_step_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in features)))
-    with pytest.warns(RuntimeWarning, match="no memory"):
-        train(model, optimizer, 1)
-    monitor.close()
-    assert len(features) == 3
-    assert alive == [0]
-
-
 def test_a_backward_after_its_step_does_not_count_for_the_next() -> None:
     model, optimizer, seen, monitor = watched()
     with torch.autograd.graph.allow_mutation_on_saved_tensors():
