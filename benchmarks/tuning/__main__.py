@@ -1,12 +1,12 @@
-"""Which design of the kernel behind `feature_stats` is fastest: chunks, chains, threads, blocks, loads, bulk copies.
+"""Which design of the kernel behind `feature_stats` is fastest: chunks, groups, threads, blocks, rows, loads.
 
     python -m benchmarks.tuning --json FILE [--quick] [--variant NAME ...]    on a GPU
     python -m benchmarks.tuning --static --json FILE                          anywhere with nvcc
 
 On a GPU every variant is compiled for it (nvcc, all at once), checked against float64 and, where it keeps the order of
-additions, against the baseline's bits, on several grids; then all are timed in turn, beside a streaming read of the
-same bytes. The calls take turns with several sets of inputs, together over four times the L2, so that none is in it.
-CUDA_VISIBLE_DEVICES says which GPU. docs/kernels.md has the predictions and what is known without a GPU.
+additions, against the baseline's bits; then all are timed in turn, beside a streaming read of the same bytes. The calls
+take turns with several sets of inputs, together over four times the L2, so that none is in it. CUDA_VISIBLE_DEVICES
+says which GPU. docs/kernels.md has the predictions and what is known without a GPU.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def run(
     results: list[dict[str, Any]] = []
     print("checking", flush=True)
     for v in variants:
-        checked = measure.check(v, libraries[v.name], libraries[BASELINE], *at)
+        checked = measure.check(v, libraries[v.name], libraries[BASELINE], machine.device)
         results.append({"variant": v.name, "what": v.what, "prediction": v.prediction, **checked})
     for dtype in NAMES:
         for layers in measure.workloads(dtype.itemsize, quick):
@@ -134,10 +134,6 @@ def main() -> None:
         static.run(variants, arguments.json)
         return
     machine = Machine.present()
-    left_out = [v.name for v in variants if int(v.lowest) > int(machine.architecture)]
-    variants = [v for v in variants if v.name not in left_out]
-    if left_out:
-        print(f"not on sm_{machine.architecture}: {', '.join(left_out)}")
     with tempfile.TemporaryDirectory() as folder:
         print(f"compiling {len(variants)} variants for sm_{machine.architecture}", flush=True)
         libraries = compile_all(variants, machine.architecture, Path(folder))
