@@ -17,7 +17,7 @@
 
 #include "shim.h"
 
-namespace {  // internal linkage: the address sanitizer guards only such shared arrays
+namespace {                    // internal linkage: the address sanitizer guards only such shared arrays
 #if defined(DRIVER_BF16_ONLY)  // a quick build: feature_stats of bfloat16 features
 #include "submit.cuh"
 namespace fastfs::cuda {

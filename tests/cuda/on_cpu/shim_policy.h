@@ -1,5 +1,5 @@
-// The policies of csrc/cuda/policy.cuh with small blocks, chunks and groups: for the sanitizers, and so that few elements
-// have several levels of groups and all widths of chunks.
+// The policies of csrc/cuda/policy.cuh with small blocks, chunks and groups: for the sanitizers, and so that few
+// elements have several levels of groups and all widths of chunks.
 #pragma once
 
 namespace fastfs::cuda {
