@@ -85,6 +85,15 @@ FASTFS_HD float where_at_least(float a, double bound, float value, double otherw
 FASTFS_HD double where_at_least(double a, double bound, double value, double otherwise) {
   return __builtin_fabs(a) < bound ? otherwise : value;
 }
+// The larger of a, which is not NaN, and a bound.
+FASTFS_HD float larger(float a, double bound) {
+#if defined(__CUDA_ARCH__)
+  return ::fmaxf(a, static_cast<float>(bound));
+#else
+  return a > static_cast<float>(bound) ? a : static_cast<float>(bound);
+#endif
+}
+FASTFS_HD double larger(double a, double bound) { return a > bound ? a : bound; }
 FASTFS_HD float scaled(float a, double s) { return a * static_cast<float>(s); }
 FASTFS_HD double scaled(double a, double s) { return a * s; }
 

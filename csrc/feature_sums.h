@@ -12,7 +12,7 @@ template <class F, class V>
 FASTFS_HD V spacing(V x) {
   V e = exponent_part(x);
   if constexpr (std::is_same_v<F, F16>) {
-    e = where_at_least(x, F16::kMinNormal, e, F16::kMinNormal);
+    e = larger(e, F16::kMinNormal);
     e = where_at_least(x, 0x1p-24, e, 0.0);
   } else if constexpr (!is_single<V>::value && !std::is_same_v<F, F64>) {
     e = where_at_least(x, F::kMinNormal, e, 0.0);

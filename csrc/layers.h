@@ -1,9 +1,10 @@
 // The input of the kernels: layers as pointers, dtypes, shapes and strides, already checked.
 //
 // A layer is a row-major sequence of `segments * width` elements. Every segment gets one row of sums: a whole layer is
-// one segment, or with per_row each row (last dimension) is one. A segment is cut into chunks of kChunk elements, and
-// these into groups of kGroupChunks chunks. The cut depends on the width only, and partial sums are merged in index
-// order, so the result does not depend on threads, grid, neighbouring layers or alignment.
+// one segment, or with per_row each row (last dimension) is one. The CPU cuts a segment into chunks of kChunk elements,
+// and these into groups of kGroupChunks chunks; cuda/policy.cuh has the cut of CUDA. The cut depends on the width and
+// the size of elements only, and partial sums are merged in index order, so the result does not depend on threads,
+// grid, neighbouring layers or alignment.
 #pragma once
 
 #include <cstdint>

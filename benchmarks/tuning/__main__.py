@@ -1,14 +1,14 @@
-"""Which design of the kernel behind `feature_stats` is fastest: chunks, chains, threads, blocks, loads, bulk copies.
+"""Which design of the kernel behind `feature_stats` is fastest: chunks, groups, threads, blocks, rows, loads.
 
     python -m benchmarks.tuning --json FILE [--quick] [--variant NAME ...]    on a GPU
     python -m benchmarks.tuning --build-only FOLDER --arch 90                 anywhere with nvcc: compiles ahead
     python -m benchmarks.tuning --static --json FILE                          anywhere with nvcc
 
 On a GPU every variant is compiled for it (nvcc, all at once; with --prebuilt FOLDER, only those that were not compiled
-ahead from the same sources), checked against float64 and, where it keeps the order of
-additions, against the baseline's bits, on several grids; then all are timed in turn, beside a streaming read of the
-same bytes. The calls take turns with several sets of inputs, together over four times the L2, so that none is in it.
-CUDA_VISIBLE_DEVICES says which GPU. docs/kernels.md has the predictions and what is known without a GPU.
+ahead from the same sources), checked against float64 and, where it keeps the order of additions, against the baseline's
+bits; then all are timed in turn, beside a streaming read of the same bytes. The calls take turns with several sets of
+inputs, together over four times the L2, so that none is in it. CUDA_VISIBLE_DEVICES says which GPU. docs/kernels.md has
+the predictions and what is known without a GPU.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def run(
     results: list[dict[str, Any]] = []
     print("checking", flush=True)
     for v in variants:
-        checked = measure.check(v, libraries[v.name], libraries[BASELINE], *at)
+        checked = measure.check(v, libraries[v.name], libraries[BASELINE], machine.device)
         results.append({"variant": v.name, "what": v.what, "prediction": v.prediction, **checked})
     for dtype in NAMES:
         for layers in measure.workloads(dtype.itemsize, quick):
@@ -140,14 +140,6 @@ def show_means(results: list[dict[str, Any]], variants: list[Variant]) -> None:
     print_table("all workloads, speed relative to the baseline", ["", *NAMES.values()], lines)
 
 
-def usable(variants: list[Variant], architecture: str) -> list[Variant]:
-    """Those that an architecture has the instructions for; says which are left out."""
-    left_out = [v.name for v in variants if int(v.lowest) > int(architecture)]
-    if left_out:
-        print(f"not on sm_{architecture}: {', '.join(left_out)}")
-    return [v for v in variants if v.name not in left_out]
-
-
 def main() -> None:
     arguments = command_line()
     variants = chosen(arguments.variants, arguments.quick)
@@ -155,10 +147,9 @@ def main() -> None:
         static.run(variants, arguments.json)
         return
     if arguments.build_only is not None:
-        compile_all(usable(variants, arguments.arch), arguments.arch, arguments.build_only, arguments.build_only)
+        compile_all(variants, arguments.arch, arguments.build_only, arguments.build_only)
         return
     machine = Machine.present()
-    variants = usable(variants, machine.architecture)
     with tempfile.TemporaryDirectory() as folder:
         paths = compile_all(variants, machine.architecture, Path(folder), arguments.prebuilt)
         libraries = {name: Library(path) for name, path in paths.items()}

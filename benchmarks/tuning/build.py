@@ -21,17 +21,16 @@ def definitions(variant: Variant) -> list[str]:
     if variant.name == BASELINE:
         return []
     figures = {
-        "CHUNK": variant.chunk,
+        "CHUNK_BITS": variant.chunk_bits,
+        "LARGEST_BITS": variant.largest_bits,
+        "GROUP_BITS": variant.group_bits,
+        "LANE_ELEMENTS": variant.lane_elements,
         "CHAIN": variant.chain,
         "THREADS": variant.threads,
         "BLOCKS": variant.blocks,
-        "WAVES": variant.waves,
-        "CHAINS_AHEAD": variant.chains_ahead,
         "LOAD": variant.load,
-        "STAGES": variant.stages,
     }
-    flags = ['-DFASTFS_POLICIES="tuned_policy.cuh"', *(f"-DTUNE_{name}={value}" for name, value in figures.items())]
-    return [*flags, *(["-DTUNE_SPACING_BY_MAX"] if variant.spacing_by_max else [])]
+    return ['-DFASTFS_POLICIES="tuned_policy.cuh"', *(f"-DTUNE_{name}={value}" for name, value in figures.items())]
 
 
 def flags(variant: Variant) -> list[str]:
@@ -50,7 +49,7 @@ def compile_library(variant: Variant, architecture: str, folder: Path) -> Path:
         raise RuntimeError("no nvcc: set CUDA_HOME or PATH")
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / LIBRARY
-    virtual = virtual_architecture(variant, architecture)
+    virtual = sass.VIRTUAL.get(architecture, architecture)
     command = [nvcc, *sass.FLAGS, "-DNDEBUG", "-shared", "-Xcompiler=-fPIC,-ffp-contract=off", "-cudart=shared"]
     command += [f"-gencode=arch=compute_{virtual},code=sm_{architecture}", *flags(variant)]
     done = subprocess.run([*command, str(DRIVER), "-o", str(library)], capture_output=True, text=True, check=False)
@@ -78,11 +77,4 @@ def fingerprint(variant: Variant, architecture: str) -> str:
 def compile_cubin(variant: Variant, architecture: str, folder: Path) -> sass.Compiled:
     """The variant's kernels for one architecture, to be read; makes the folder."""
     folder.mkdir(parents=True)
-    virtual = virtual_architecture(variant, architecture)
-    return sass.compile_cubin(DRIVER, architecture, folder / "cubin", *flags(variant), virtual=virtual)
-
-
-def virtual_architecture(variant: Variant, architecture: str) -> str:
-    """Whose PTX the machine code comes from: as in the build, but bulk copies need that of Hopper or later."""
-    virtual = sass.VIRTUAL.get(architecture, architecture)
-    return max(virtual, variant.lowest, key=int)
+    return sass.compile_cubin(DRIVER, architecture, folder / "cubin", *flags(variant))

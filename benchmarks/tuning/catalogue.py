@@ -10,19 +10,17 @@ from dataclasses import dataclass
 class Variant:
     """One policy of the kernel. The figures are those that `tuned_policy.cuh` compiles; the defaults are the library's.
 
-    same_bits       "all": every result is that of the baseline, bit for bit; "rows": those of short rows (a warp each);
-                    "none": the additions come in another order
+    same_bits       "all": every result is that of the baseline, bit for bit; "rows": those of rows of up to 8192
+                    elements; "layers": those of whole layers and of longer rows; "none": no result is
     only            dtypes that it changes; another one is the baseline's kernel
-    chunk           elements of a chunk, and of the longest row that one warp sums
+    chunk_bits      bytes of the first input in a chunk, as a power of two
+    largest_bits    the same in the widest layers
+    group_bits      partial sums that one block adds, as a power of two
     chain           elements that a float accumulator takes
     threads         of a block
     blocks          on a multiprocessor, as the launch bounds ask for
-    waves           blocks are launched for so many times the multiprocessors there are
-    chains_ahead    chains whose loads are issued before the first addition
+    lane_elements   elements of a row that a lane should have before another lane shares the row
     load            struct of load.cuh or load_hints.cuh by which 16 bytes are loaded
-    stages          stages of the asynchronous copies of bulk_copy.cuh; 0: plain loads
-    spacing_by_max  the spacing of float16 by spacing_by_max.cuh
-    lowest          the first architecture that has the instructions
     quick           part of a quick run
     """
 
@@ -31,16 +29,14 @@ class Variant:
     prediction: str
     same_bits: str = "all"
     only: tuple[str, ...] = ("bf16", "f16", "f32")
-    chunk: int = 8192
+    chunk_bits: int = 15
+    largest_bits: int = 17
+    group_bits: int = 10
     chain: int = 16
     threads: int = 256
     blocks: int = 3
-    waves: int = 1
-    chains_ahead: int = 1
-    load: str = "ReadOnlyLoad"
-    stages: int = 0
-    spacing_by_max: bool = False
-    lowest: str = "80"
+    lane_elements: int = 64
+    load: str = "StreamingLoad"
     quick: bool = False
 
     @property
@@ -48,31 +44,68 @@ class Variant:
         """The name as that of a file."""
         return re.sub(r"\W+", "-", self.name)
 
+    def chunk(self, itemsize: int, width: int) -> int:
+        """Elements of a chunk, where the first input has elements of this size: chunk_bits() of policy.cuh."""
+        bits, largest = (n - (itemsize.bit_length() - 1) for n in (self.chunk_bits, self.largest_bits))
+        if width <= 1 << largest:
+            return 1 << largest
+        while bits < largest and width > 1 << (bits + self.group_bits):
+            bits += 1
+        return 1 << bits
+
 
 BASELINE = "baseline"
 
 VARIANTS = (
     Variant(
         BASELINE,
-        "the library's kernel: chunks of 8192, chains of 16, 256 threads, 3 blocks on a multiprocessor, __ldg",
-        "near the streaming read: enough bytes in flight, few enough instructions",
+        "the library's kernel: chunks of 32 KB of the first input, up to 128 KB in wide layers; 256 threads, 3 blocks "
+        "on a multiprocessor, ld.global.cs",
+        "0.95 of the streaming read and more from 256 MiB on",
         quick=True,
     ),
     Variant(
-        "chunk 4096",
-        "chunks of 4096 elements",
-        "slower on large tensors: twice as many reductions over the block, partial sums and tickets per byte; "
-        "better balance where a call has few chunks per multiprocessor",
+        "chunks of 16 KB at first",
+        "chunks from 16 KB on, larger ones in wide layers",
+        "a little slower from 256 MiB on, as fast at 32 MiB: better balance against twice as many partial sums",
         "rows",
-        chunk=4096,
+        chunk_bits=14,
     ),
     Variant(
-        "chunk 16384",
-        "chunks of 16384 elements",
-        "as fast or a little faster on large tensors; worse balance at 32 MiB and on many small tensors",
+        "chunks of 64 KB at first",
+        "chunks from 64 KB on, larger ones in wide layers",
+        "as fast on large tensors; slower at 32 MiB in float32, where there are fewer chunks than multiprocessors",
         "rows",
-        chunk=16384,
+        chunk_bits=16,
         quick=True,
+    ),
+    Variant(
+        "chunks of 32 KB only",
+        "the same chunks in wide layers",
+        "slower by 1 to 2 % at 256 MiB and 1 GiB: more partial sums, two levels at 256 MiB",
+        "rows",
+        largest_bits=15,
+    ),
+    Variant(
+        "chunks of 64 KB at most",
+        "larger chunks in wide layers, up to 64 KB",
+        "as fast at 1 GiB; a little slower at 256 MiB in 16 bits, which then has two levels",
+        "rows",
+        largest_bits=16,
+    ),
+    Variant(
+        "groups of 512",
+        "a block adds 512 partial sums",
+        "within 1 %: chunks grow at half the width, and there are two levels from half the width on",
+        "rows",
+        group_bits=9,
+    ),
+    Variant(
+        "groups of 2048",
+        "a block adds 2048 partial sums",
+        "within 1 %: chunks grow at twice the width",
+        "rows",
+        group_bits=11,
     ),
     Variant(
         "chain 8",
@@ -83,31 +116,9 @@ VARIANTS = (
         chain=8,
     ),
     Variant(
-        "chain 32",
-        "chains of 32 elements: four tiles of 16 bits at a time",
-        "no faster: the registers of 3 blocks do not hold twelve loads of 16 bytes. Its error bound is 3.8e-6, beyond "
-        "the 2e-6 that is promised, so it would not be adopted; it shows what the promise costs",
-        "none",
-        ("bf16", "f16"),
-        chain=32,
-    ),
-    Variant(
-        "two chains ahead",
-        "the loads of two chains before the first addition, 3 blocks on a multiprocessor",
-        "no faster: the registers of 3 blocks do not hold twelve loads of 16 bytes",
-        chains_ahead=2,
-    ),
-    Variant(
-        "two chains ahead, 2 blocks",
-        "the loads of two chains before the first addition, 2 blocks on a multiprocessor",
-        "as fast: more loads per thread, fewer threads; better only if warps, not bytes, are the limit",
-        blocks=2,
-        chains_ahead=2,
-    ),
-    Variant(
         "128 threads",
         "128 threads a block, 6 blocks on a multiprocessor",
-        "as fast on large tensors; barriers are cheaper, but a chunk takes a block twice as long: worse at 32 MiB",
+        "as fast on large tensors; a chunk takes a block twice as long: slower at 32 MiB",
         "rows",
         threads=128,
         blocks=6,
@@ -115,36 +126,42 @@ VARIANTS = (
     Variant(
         "512 threads",
         "512 threads a block, 1 block on a multiprocessor",
-        "slower: nothing else runs while the block reduces and waits at its barrier",
+        "slower: nothing else runs while the block adds up and counts itself in",
         "rows",
         threads=512,
         blocks=1,
     ),
     Variant(
-        "512 threads, 2 blocks",
-        "512 threads a block, 2 blocks on a multiprocessor",
-        "slower: 64 registers a thread are too few for six loads in flight",
-        "rows",
-        threads=512,
-        blocks=2,
-    ),
-    Variant(
         "2 blocks",
         "2 blocks on a multiprocessor: up to 128 registers a thread",
-        "slower by a little: a third fewer bytes in flight, and two blocks hide less of each other's reductions",
+        "slower by a little: two blocks hide less of each other's ends",
         blocks=2,
     ),
     Variant(
         "4 blocks",
         "4 blocks on a multiprocessor: at most 64 registers a thread",
-        "more bytes in flight if the loads stay ahead of the additions; slower if the compiler spills or reorders",
+        "slower if the compiler spills or reorders; otherwise more blocks hide each other's ends",
         blocks=4,
     ),
     Variant(
-        "grid of 4 waves",
-        "four times the blocks, so that the hardware schedules a block when another one ends",
-        "better balance at the end of a launch, four times the starts of blocks: within 2 % either way",
-        waves=4,
+        "rows by whole warps",
+        "32 lanes for every row of more than 16 elements",
+        "slower in rows of 1024: 0.90 of the read in bf16, as measured of the former kernel; elsewhere as fast",
+        "layers",
+        lane_elements=1,
+    ),
+    Variant(
+        "rows by fewer lanes",
+        "8 lanes for rows of up to 1024 elements, 16 up to 2048",
+        "a little faster in rows of 1024; a call of few rows takes longer",
+        "layers",
+        lane_elements=128,
+    ),
+    Variant(
+        "no cache hint",
+        "ld.global.nc: the read-only path, as before",
+        "slower by 1 %, as measured of warps in row mode",
+        load="ReadOnlyLoad",
     ),
     Variant(
         "L1 no allocate",
@@ -153,59 +170,16 @@ VARIANTS = (
         load="NoAllocateLoad",
     ),
     Variant(
-        "L2 128 bytes",
-        "loads with the prefetch hint L2::128B",
-        "as fast: a warp's load covers whole lines already",
-        load="Prefetch128Load",
-    ),
-    Variant(
         "L2 256 bytes",
         "loads with the prefetch hint L2::256B",
-        "a little faster or as fast: fewer, longer bursts; each of the three inputs is read in order in any case",
+        "as without a hint, as measured of the former kernel",
         load="Prefetch256Load",
-        quick=True,
-    ),
-    Variant(
-        "streaming loads",
-        "ld.global.cs: first to be evicted",
-        "as fast here; kernels that run concurrently and use the L2 may gain",
-        load="StreamingLoad",
     ),
     Variant(
         "L2 evict first",
         "loads with an L2 policy: evict first",
-        "as streaming loads",
+        "as the baseline",
         load="EvictFirstLoad",
-    ),
-    Variant(
-        "f16 spacing by max",
-        "the spacing of float16 below its normal numbers by a maximum instead of a comparison and a selection",
-        "as fast on H100; two instructions an element fewer, which counts where float16 is near the issue limit (B200)",
-        only=("f16",),
-        spacing_by_max=True,
-    ),
-    Variant(
-        "bulk copies, 2 stages",
-        "chunks to shared memory by cp.async.bulk: one piece of 24 KB in use, one in flight, 3 blocks",
-        "as fast as the baseline: as many bytes in flight and no registers held by loads, but a barrier per piece",
-        stages=2,
-        lowest="90",
-    ),
-    Variant(
-        "bulk copies, 3 stages",
-        "chunks to shared memory by cp.async.bulk: two pieces of 24 KB in flight, 3 blocks",
-        "the best chance to beat the baseline: twice its bytes in flight, also across the reductions between chunks",
-        stages=3,
-        lowest="90",
-        quick=True,
-    ),
-    Variant(
-        "bulk copies, 4 stages",
-        "chunks to shared memory by cp.async.bulk: three pieces of 24 KB in flight, 2 blocks",
-        "as with 3 stages, if two blocks suffice to hide the arithmetic",
-        stages=4,
-        lowest="90",
-        blocks=2,
     ),
 )
 

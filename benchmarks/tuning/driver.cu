@@ -1,15 +1,11 @@
 // What a variant is called through: feature_stats of contiguous inputs of one dtype, and the streaming read. Plain C,
-// for ctypes. The caller chooses the grid by `multiprocessors`; the device is the first one, whose context the caller
-// has made current.
+// for ctypes. The device is the first one, whose context the caller has made current.
 #include <algorithm>
 #include <cstdio>
 #include <exception>
 
 #include "../bench/stream_read.cuh"
 #include "submit.cuh"
-#if TUNE_STAGES > 0
-#include "bulk_copy.cuh"
-#endif
 
 namespace {
 
@@ -33,7 +29,7 @@ struct Layers {
         layer.data[j] = static_cast<const char*>(data[FeatureSums::kInputs * i + j]);
         layer.contiguous[j] = true;
       }
-      kinds[i] = static_cast<uint8_t>(kind_of(layer, FeatureSums::kInputs, Policies::Order::kWarpRow).index());
+      kinds[i] = static_cast<uint8_t>(kind_of(layer, FeatureSums::kInputs).index());
     }
   }
 };
@@ -52,19 +48,18 @@ int guarded(char* error, int64_t size, Call call) {
 
 template <class F>
 int sums(DType dtype, const void* const* data, const int64_t* widths, const int64_t* segments, int64_t count,
-         double* out, double* partials, uint32_t* tickets, int multiprocessors, void* stream, char* error,
-         int64_t size) {
+         double* out, double* partials, uint32_t* tickets, void* stream, char* error, int64_t size) {
   return guarded(error, size, [&] {
     using Small = DenseTable<FeatureSums::kInputs, kSmallTable>;
     using Large = DenseTable<FeatureSums::kInputs, kLargeTable>;
     const Layers given(data, widths, segments, count, dtype);
-    const Job job{given.layers, given.kinds,     nullptr,         out,  partials,
-                  tickets,      multiprocessors, architecture(0), true, stream};
-    for (const bool row_mode : {false, true}) {
-      const Kind kind{dtype, dtype, false, row_mode};
-      if (std::count(given.kinds.begin(), given.kinds.end(), kind.index()) > Small::kCapacity) {
+    const Job job{given.layers, given.kinds, nullptr, out, partials, tickets, true, stream};
+    for (const int team : {8, 16, 32, Policies::Order::kThreads}) {
+      const Kind kind{dtype, dtype, false, team};
+      const auto layers = std::count(given.kinds.begin(), given.kinds.end(), kind.index());
+      if (layers > Small::kCapacity) {
         submit_tables<FeatureSums, F, F, Large>(job, kind);
-      } else {
+      } else if (layers > 0) {
         submit_tables<FeatureSums, F, F, Small>(job, kind);
       }
     }
@@ -75,17 +70,18 @@ int sums(DType dtype, const void* const* data, const int64_t* widths, const int6
 
 extern "C" {
 
-// Elements of a chunk, and partial sums of one: what the caller needs to size `partials` (items x slots doubles) and
-// `tickets` (items zeros), where items are those of all layers together.
-int64_t variant_chunk() { return Policies::Order::kChunk; }
+// Chunks of a segment, and partial sums of one: what the caller needs to size `partials` (chunks x slots doubles) and
+// `tickets` (chunks zeros), where chunks are those of all segments together.
+int64_t variant_chunks(int64_t width, int64_t itemsize) {
+  return chunks_in(width, chunk_bits<Policies::Order>(itemsize, width));
+}
 int64_t variant_slots() { return kSlots<FeatureSums>; }
 
 // data: 3 pointers a layer. out: a row of 9 doubles a segment. Returns 0, or 1 with a text in `error`.
-#define VARIANT_SUMS(name, F, dtype)                                                                             \
-  int name(const void* const* data, const int64_t* widths, const int64_t* segments, int64_t count, double* out,  \
-           double* partials, uint32_t* tickets, int multiprocessors, void* stream, char* error, int64_t size) {  \
-    return sums<F>(dtype, data, widths, segments, count, out, partials, tickets, multiprocessors, stream, error, \
-                   size);                                                                                        \
+#define VARIANT_SUMS(name, F, dtype)                                                                            \
+  int name(const void* const* data, const int64_t* widths, const int64_t* segments, int64_t count, double* out, \
+           double* partials, uint32_t* tickets, void* stream, char* error, int64_t size) {                      \
+    return sums<F>(dtype, data, widths, segments, count, out, partials, tickets, stream, error, size);          \
   }
 VARIANT_SUMS(variant_bf16, BF16, DType::bf16)
 VARIANT_SUMS(variant_f16, F16, DType::f16)

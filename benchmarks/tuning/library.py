@@ -30,22 +30,23 @@ class Call:
     partials: Tensor
     tickets: Tensor
 
-    def sums(self, multiprocessors: int) -> Tensor:
-        """Launches the kernel for that many multiprocessors on the current stream; returns `out`."""
-        self._run(f"variant_{NAMES[self.dtype]}", [], [self.out, self.partials, self.tickets], multiprocessors)
+    def sums(self) -> Tensor:
+        """Launches the kernel on the current stream; returns `out`."""
+        self._run(f"variant_{NAMES[self.dtype]}", [], [self.out, self.partials, self.tickets], [])
         return self.out
 
     def read(self, multiprocessors: int) -> None:
-        """Launches the streaming read of the same inputs."""
-        self._run("variant_read", [ctypes.c_int(self.dtype.itemsize)], [self.partials], multiprocessors)
+        """Launches the streaming read of the same inputs, with a grid for that many multiprocessors."""
+        grid = [ctypes.c_int(multiprocessors)]
+        self._run("variant_read", [ctypes.c_int(self.dtype.itemsize)], [self.partials], grid)
 
-    def _run(self, name: str, more: list[ctypes.c_int], results: list[Tensor], multiprocessors: int) -> None:
+    def _run(self, name: str, more: list[ctypes.c_int], results: list[Tensor], grid: list[ctypes.c_int]) -> None:
         error = ctypes.create_string_buffer(_TEXT)
         device = self.out.device
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         arguments = [self.pointers, self.widths, self.segments, ctypes.c_int64(len(self.widths)), *more]
         arguments += [ctypes.c_void_p(x.data_ptr()) for x in results]
-        arguments += [ctypes.c_int(multiprocessors), ctypes.c_void_p(stream), error, ctypes.c_int64(_TEXT)]
+        arguments += [*grid, ctypes.c_void_p(stream), error, ctypes.c_int64(_TEXT)]
         if getattr(self.library, name)(*arguments) != 0:
             raise RuntimeError(error.value.decode())
 
@@ -55,7 +56,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._library = ctypes.CDLL(str(path))
-        for name in ("variant_chunk", "variant_slots"):
+        for name in ("variant_chunks", "variant_slots"):
             getattr(self._library, name).restype = ctypes.c_int64
 
     def prepare(self, inputs: Inputs, per_row: bool) -> Call:
@@ -66,8 +67,10 @@ class Library:
         count = len(inputs[0])
         widths = [x.shape[-1] if per_row else x.numel() for x in inputs[0]]
         segments = [x.numel() // w if per_row else 1 for x, w in zip(inputs[0], widths, strict=True)]
-        chunk, slots = self._library.variant_chunk(), self._library.variant_slots()
-        items = sum(n * max(1, -(-w // chunk)) for n, w in zip(segments, widths, strict=True))
+        slots = self._library.variant_slots()
+        size = ctypes.c_int64(first.dtype.itemsize)
+        chunks = (self._library.variant_chunks(ctypes.c_int64(w), size) for w in widths)
+        items = sum(n * k for n, k in zip(segments, chunks, strict=True))
         pointers = [x.data_ptr() for layer in zip(*inputs, strict=True) for x in layer]
         device = first.device
         return Call(

@@ -18,9 +18,7 @@ namespace fastfs::cuda {
     __device__ __forceinline__ static uint4 words(const uint4* p) { TUNE_LOAD_WORDS(instruction) } \
   };
 TUNE_HINTED_LOAD(NoAllocateLoad, "ld.global.nc.L1::no_allocate")
-TUNE_HINTED_LOAD(Prefetch128Load, "ld.global.nc.L2::128B")
 TUNE_HINTED_LOAD(Prefetch256Load, "ld.global.nc.L2::256B")
-TUNE_HINTED_LOAD(StreamingLoad, "ld.global.cs")
 #undef TUNE_HINTED_LOAD
 #undef TUNE_LOAD_WORDS
 

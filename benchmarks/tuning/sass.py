@@ -74,7 +74,7 @@ def compile_cubin(source: Path, architecture: str, cubin: Path, *flags: str, vir
 
 @dataclass(frozen=True)
 class Instruction:
-    """One machine instruction. `target` is the address that a branch names, `always` that it is taken by all."""
+    """One machine instruction. `target` is the address that a branch names; `always`: it leaves without condition."""
 
     address: int
     opcode: str
@@ -96,7 +96,8 @@ def instructions(cubin: Path) -> dict[str, list[Instruction]]:
         found = []
         for address, predicate, opcode, operands in line.findall(part):
             branch = re.search(r"0x([0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
-            always = branch is not None and opcode == "BRA" and not predicate and "P" not in operands
+            leaves = opcode in ("EXIT", "RET") or (branch is not None and opcode == "BRA" and "P" not in operands)
+            always = leaves and not predicate
             found.append(Instruction(int(address, 16), opcode, int(branch[1], 16) if branch else None, always))
         kernels[part.split()[0]] = found
     return kernels
@@ -130,12 +131,13 @@ def loop_around(code: list[Instruction], inside: int) -> list[Instruction]:
     return [i for i in code if end.target <= i.address <= end.address]
 
 
-def shortest_path(code: list[Instruction], start: int, end: int) -> int:
-    """The fewest instructions from the one at address `start` until the one at address `end` comes, without it."""
+def shortest_path(code: list[Instruction], start: int, *ends: int) -> int:
+    """The fewest instructions from the one at address `start` until one at an address of `ends` comes, without it."""
     place = {one.address: i for i, one in enumerate(code)}
+    last = {place[end] for end in ends}
     seen, edge, length = {place[start]}, [place[start]], 0
     while edge:
-        if place[end] in edge:
+        if last.intersection(edge):
             return length
         length += 1
         following = []
@@ -143,8 +145,8 @@ def shortest_path(code: list[Instruction], start: int, end: int) -> int:
             one = code[i]
             if one.target is not None and not one.opcode.startswith("BRA.DIV"):
                 following.append(place[one.target])
-            if not one.always and one.opcode not in ("EXIT", "RET") and i + 1 < len(code):
+            if not one.always and i + 1 < len(code):
                 following.append(i + 1)
         edge = [i for i in dict.fromkeys(following) if i not in seen]
         seen.update(edge)
-    raise ValueError(f"no path from {start:#x} to {end:#x}")
+    raise ValueError(f"no path from {start:#x} to {', '.join(map(hex, ends))}")

@@ -3,18 +3,12 @@
 #pragma once
 
 #include "load_hints.cuh"
-#if defined(TUNE_SPACING_BY_MAX)
-#include "../feature_sums.h"
-#include "spacing_by_max.cuh"
-#endif
 
 namespace fastfs::cuda {
 
-template <class Sums, class F, class L, class Table, class Order, class Policy, int kStages>
-class BulkCopies;  // bulk_copy.cuh
-
 struct TunedOrder : Order {
-  static constexpr int64_t kChunk = TUNE_CHUNK, kWarpRow = TUNE_CHUNK;
+  static constexpr int kChunkBits = TUNE_CHUNK_BITS, kLargestChunkBits = TUNE_LARGEST_BITS;
+  static constexpr int kGroupBits = TUNE_GROUP_BITS, kLaneElements = TUNE_LANE_ELEMENTS;
   static constexpr int kChain = TUNE_CHAIN, kThreads = TUNE_THREADS;
 };
 
@@ -22,14 +16,8 @@ template <class Base>
 struct Tuned : Base {
   template <class Sums, class F, class L>
   struct SegmentSums {
-    static constexpr int kBlocksPerSm = TUNE_BLOCKS, kWaves = TUNE_WAVES, kChainsAhead = TUNE_CHAINS_AHEAD;
+    static constexpr int kBlocksPerSm = TUNE_BLOCKS;
     using Load = TUNE_LOAD;
-    template <class Table, class Order>
-#if TUNE_STAGES > 0
-    using ChunkReader = BulkCopies<Sums, F, L, Table, Order, SegmentSums, TUNE_STAGES>;
-#else
-    using ChunkReader = DirectLoads<Sums, F, L, Order, SegmentSums>;
-#endif
   };
 };
 

@@ -11,6 +11,8 @@
 namespace fastfs::cuda {
 
 constexpr int kReadWord = 8;  // bytes of an "element" of the table
+template <class Hub>
+constexpr int kReadBits = Hub::Order::kReadBits - 3;  // elements of a chunk, as a power of two
 
 // Reads the 16-byte words of one input in a chunk, and the bytes at both ends. Mixes them, so that the compiler cannot
 // drop a load.
@@ -47,15 +49,13 @@ template <class Table, class Hub>
 __global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::StreamRead::kBlocksPerSm)
     stream_read_kernel(const __grid_constant__ Table table) {
   constexpr int kThreads = Hub::Order::kThreads, kUnroll = Hub::Active::StreamRead::kLoadsAhead;
-  constexpr int64_t kChunk = Hub::Order::kReadBytes / kReadWord;
   uint32_t mixed = 0;
   int entry = 0;
 #pragma unroll 1
   for (int64_t number = blockIdx.x; number < table.launch.items; number += gridDim.x) {
-    const Item item = locate<kChunk>(table, number, entry);
-    entry = item.entry;
-    const int64_t begin = item.begin * kReadWord;
-    const int64_t bytes = min64(kChunk * kReadWord, table.first_row(entry) - begin);
+    entry = entry_of(table, number, entry);
+    const int64_t begin = item_at(table, number, entry, kReadBits<Hub>).begin * kReadWord;
+    const int64_t bytes = min64(int64_t{1} << Hub::Order::kReadBits, table.first_row(entry) - begin);
     mixed ^= read_bytes<kThreads, kUnroll>(table.entry[entry].data[0] + begin, static_cast<int>(bytes));
   }
   if (mixed == 0x9e3779b9u || (blockIdx.x == 0 && threadIdx.x == 0)) *table.launch.out = mixed;
@@ -89,7 +89,7 @@ void submit_reads_with(const std::vector<Layer>& layers, int inputs, double* sin
         flush();
         table->add(one, 0, bytes);
       }
-      launch.items += items_of<Hub::Order::kReadBytes / kReadWord>(one.width);
+      launch.items += chunks_in(one.width, kReadBits<Hub>);
     }
   }
   flush();

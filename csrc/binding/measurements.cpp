@@ -132,29 +132,29 @@ class CudaCall {
   // Coefficients have to live until the launch.
   CudaCall(const py::tuple& inputs, const Option<Sums>& option, const py::object& pieces) {
     coefficients_ = read<Sums>(exchange_, inputs, option, pieces, kDLCUDA, list_);
-    workspace_ = cuda::workspace<Sums>(list_.layers);
+    plan_ = cuda::plan<Sums>(list_.layers);
     stream_ = exchange_.current_stream(list_.device);
   }
   int64_t rows() const { return list_.segments; }
-  int64_t partial_bytes() const { return workspace_.partial_bytes; }
-  int64_t tickets() const { return workspace_.tickets; }
+  int64_t partial_bytes() const { return plan_.partial_bytes; }
+  int64_t tickets() const { return plan_.tickets; }
   uintptr_t stream() const { return reinterpret_cast<uintptr_t>(stream_); }
   bool capturing() const { return cuda::capturing(list_.device.device_id, stream_); }
   // Queues the work on the stream that was current on the inputs' device when the call was made.
   void launch(const py::object& out, uintptr_t partials, uintptr_t tickets) {
     double* const to = output(exchange_, out, list_.segments, Sums::kSums + 2, list_.device);
-    if ((workspace_.partial_bytes > 0 && partials == 0) || (workspace_.tickets > 0 && tickets == 0)) {
+    if ((plan_.partial_bytes > 0 && partials == 0) || (plan_.tickets > 0 && tickets == 0)) {
       throw py::value_error("expected the memory of partial sums and tickets");
     }
     const py::gil_scoped_release released;
-    cuda::launch<Sums>(list_.layers, coefficients_, to, reinterpret_cast<void*>(partials),
+    cuda::launch<Sums>(list_.layers, plan_, coefficients_, to, reinterpret_cast<void*>(partials),
                        reinterpret_cast<uint32_t*>(tickets), list_.device.device_id, stream_);
   }
 
  private:
   Exchange exchange_;
   LayerList list_;
-  cuda::Workspace workspace_{};
+  cuda::Plan plan_{};
   void* stream_ = nullptr;
   const double* coefficients_ = nullptr;
 };

@@ -63,6 +63,9 @@ FASTFS_HD Single absolute(Single a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0
 FASTFS_HD Single exponent_part(Single a) {
   return {_mm256_and_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7f800000)))};
 }
+FASTFS_HD Single larger(Single a, double bound) {
+  return {_mm256_max_ps(a.v, _mm256_set1_ps(static_cast<float>(bound)))};
+}
 FASTFS_HD Single where_at_least(Single a, double bound, Single value, double otherwise) {
   const __m256 m = _mm256_cmp_ps(absolute(a).v, _mm256_set1_ps(static_cast<float>(bound)), _CMP_NLT_UQ);
   return {_mm256_blendv_ps(_mm256_set1_ps(static_cast<float>(otherwise)), value.v, m)};
@@ -98,6 +101,7 @@ FASTFS_HD Double scaled(Double a, double s) { return {_mm256_mul_pd(a.v, _mm256_
 FASTFS_HD Double exponent_part(Double a) {
   return {_mm256_and_pd(a.v, _mm256_castsi256_pd(_mm256_set1_epi64x(0x7ff0000000000000)))};
 }
+FASTFS_HD Double larger(Double a, double bound) { return {_mm256_max_pd(a.v, _mm256_set1_pd(bound))}; }
 FASTFS_HD Double where_at_least(Double a, double bound, Double value, double otherwise) {
   const __m256d m = _mm256_cmp_pd(absolute(a).v, _mm256_set1_pd(bound), _CMP_NLT_UQ);
   return {_mm256_blendv_pd(_mm256_set1_pd(otherwise), value.v, m)};

@@ -65,6 +65,9 @@ FASTFS_HD Single absolute(Single a) { return {_mm512_abs_ps(a.v)}; }
 FASTFS_HD Single exponent_part(Single a) {
   return {_mm512_and_ps(a.v, _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000)))};
 }
+FASTFS_HD Single larger(Single a, double bound) {
+  return {_mm512_max_ps(a.v, _mm512_set1_ps(static_cast<float>(bound)))};
+}
 FASTFS_HD Single where_at_least(Single a, double bound, Single value, double otherwise) {
   const __mmask16 m = _mm512_cmp_ps_mask(_mm512_abs_ps(a.v), _mm512_set1_ps(static_cast<float>(bound)), _CMP_NLT_UQ);
   return {_mm512_mask_blend_ps(m, _mm512_set1_ps(static_cast<float>(otherwise)), value.v)};
@@ -100,6 +103,7 @@ FASTFS_HD Double scaled(Double a, double s) { return {_mm512_mul_pd(a.v, _mm512_
 FASTFS_HD Double exponent_part(Double a) {
   return {_mm512_and_pd(a.v, _mm512_castsi512_pd(_mm512_set1_epi64(0x7ff0000000000000)))};
 }
+FASTFS_HD Double larger(Double a, double bound) { return {_mm512_max_pd(a.v, _mm512_set1_pd(bound))}; }
 FASTFS_HD Double where_at_least(Double a, double bound, Double value, double otherwise) {
   const __mmask8 m = _mm512_cmp_pd_mask(_mm512_abs_pd(a.v), _mm512_set1_pd(bound), _CMP_NLT_UQ);
   return {_mm512_mask_blend_pd(m, _mm512_set1_pd(otherwise), value.v)};

@@ -164,6 +164,10 @@ FASTFS_HD Vec<T> exponent_part(const Vec<T>& a) {
   FASTFS_LANES(fastfs::exponent_part(a.v[i]));
 }
 template <class T>
+FASTFS_HD Vec<T> larger(const Vec<T>& a, double bound) {
+  FASTFS_LANES(fastfs::larger(a.v[i], bound));
+}
+template <class T>
 FASTFS_HD Vec<T> where_at_least(const Vec<T>& a, double bound, const Vec<T>& value, double otherwise) {
   FASTFS_LANES(fastfs::where_at_least(a.v[i], bound, value.v[i], otherwise));
 }

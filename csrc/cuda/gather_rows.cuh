@@ -304,7 +304,7 @@ __global__ void __launch_bounds__(Hub::Order::kGatherThreads) merge_rows_kernel(
 #pragma unroll 1
   for (int64_t row = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32; row < job.kept;
        row += static_cast<int64_t>(gridDim.x) * (kThreads / 32)) {
-    const double sum = sum_partials<1>(job.partials + row * job.chunks, job.chunks, 1, lane);
+    const double sum = sum_by_warp(job.partials + row * job.chunks, job.chunks, lane);
     if (lane == 0) job.squares[row] = sum;
   }
 }

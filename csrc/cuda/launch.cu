@@ -1,8 +1,6 @@
 // The entry points of launch.h: sorts layers into kinds and launches the kernels of each kind.
 #include "launch.h"
 
-#include <algorithm>
-
 #include "submit.cuh"
 
 #ifndef FASTFS_ARCHITECTURES
@@ -21,58 +19,41 @@ FASTFS_MEASUREMENTS(FASTFS_EXTERN)
 #undef FASTFS_EXTERN
 #endif
 
-namespace {
-
-// Work items that need partials and tickets, at most. Launches of one kind, and kinds, run one after another on the
-// stream, so they share this memory.
 template <class Sums>
-int64_t items_with_partials(const std::vector<Layer>& layers) {
-  constexpr int64_t kChunk = Policies::Order::kChunk;
+Plan plan(const std::vector<Layer>& layers) {
+  Plan result{};
+  result.kinds.resize(layers.size());
   int64_t items[Kind::kKinds] = {};
-  bool needed[Kind::kKinds] = {};
-  for (const Layer& layer : layers) {
-    const Kind kind = kind_of(layer, Sums::kInputs, Policies::Order::kWarpRow);
-    if (kind.row_mode) continue;
-    items[kind.index()] += layer.segments * items_of<kChunk>(layer.width);
-    needed[kind.index()] = needed[kind.index()] || (layer.segments > 0 && layer.width > kChunk);
-  }
-  int64_t most = 0;
-  for (int k = 0; k < Kind::kKinds; ++k) most = std::max(most, needed[k] ? items[k] : 0);
-  return most;
-}
-
-}  // namespace
-
-template <class Sums>
-Workspace workspace(const std::vector<Layer>& layers) {
-  const int64_t items = items_with_partials<Sums>(layers);
-  return Workspace{items * kSlots<Sums> * static_cast<int64_t>(sizeof(double)), items};
-}
-
-template <class Sums>
-void launch(const std::vector<Layer>& layers, const double* coefficients, double* out, void* partials,
-            uint32_t* tickets, int device, void* stream) {
-  std::vector<uint8_t> kinds(layers.size());
-  bool present[Kind::kKinds] = {};
+  bool present[Kind::kKinds] = {}, partials[Kind::kKinds] = {};
   for (size_t i = 0; i < layers.size(); ++i) {
-    const int kind = kind_of(layers[i], Sums::kInputs, Policies::Order::kWarpRow).index();
-    kinds[i] = static_cast<uint8_t>(kind);
-    present[kind] = present[kind] || layers[i].segments > 0;
+    const Layer& layer = layers[i];
+    const Kind kind = kind_of(layer, Sums::kInputs);
+    const int k = kind.index();
+    result.kinds[i] = static_cast<uint8_t>(k);
+    if (layer.segments == 0) continue;
+    present[k] = true;
+    if (kind.team < Policies::Order::kThreads) continue;
+    const int64_t chunks = chunks_of_segment(layer);
+    items[k] += layer.segments * chunks;
+    partials[k] = partials[k] || chunks > 1;
   }
-  if (std::none_of(present, present + Kind::kKinds, [](bool p) { return p; })) return;
-  const DeviceGuard guard(device);
-  const Job job{layers,
-                kinds,
-                coefficients,
-                out,
-                static_cast<double*>(partials),
-                tickets,
-                multiprocessors(device),
-                architecture(device),
-                large_parameters(),
-                stream};
   for (int k = 0; k < Kind::kKinds; ++k) {
-    if (!present[k]) continue;
+    if (present[k]) result.present.push_back(static_cast<uint8_t>(k));
+    // Launches run one after another on the stream, so they share this memory.
+    if (partials[k]) result.tickets = max64(result.tickets, items[k]);
+  }
+  result.partial_bytes = result.tickets * kSlots<Sums> * static_cast<int64_t>(sizeof(double));
+  return result;
+}
+
+template <class Sums>
+void launch(const std::vector<Layer>& layers, const Plan& plan, const double* coefficients, double* out, void* partials,
+            uint32_t* tickets, int device, void* stream) {
+  if (plan.present.empty()) return;
+  const DeviceGuard guard(device);
+  const Job job{layers,  plan.kinds,         coefficients, out, static_cast<double*>(partials),
+                tickets, large_parameters(), stream};
+  for (const uint8_t k : plan.present) {
     const Kind kind = Kind::at(k);
     switch (kind.first) {
       case DType::f16:
@@ -91,9 +72,10 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
   }
 }
 
-#define FASTFS_INSTANCE(name, Sums)                              \
-  template Workspace workspace<Sums>(const std::vector<Layer>&); \
-  template void launch<Sums>(const std::vector<Layer>&, const double*, double*, void*, uint32_t*, int, void*);
+#define FASTFS_INSTANCE(name, Sums)                                                                                 \
+  template Plan plan<Sums>(const std::vector<Layer>&);                                                              \
+  template void launch<Sums>(const std::vector<Layer>&, const Plan&, const double*, double*, void*, uint32_t*, int, \
+                             void*);
 FASTFS_MEASUREMENTS(FASTFS_INSTANCE)
 #undef FASTFS_INSTANCE
 

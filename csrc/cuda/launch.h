@@ -10,22 +10,25 @@
 
 namespace fastfs::cuda {
 
-// Device memory that launch() needs beside the output. Partials need no initialisation. Tickets are uint32, zero before
-// the first launch; every launch leaves them zero, so launches on one stream can share them.
-struct Workspace {
+// How the layers of a call are launched, and the device memory that this needs beside the output. Partials need no
+// initialisation. Tickets are uint32, zero before the first launch; every launch leaves them zero, so launches on one
+// stream can share them.
+struct Plan {
+  std::vector<uint8_t> kinds;    // of every layer: Kind::index() of submit.cuh
+  std::vector<uint8_t> present;  // kinds with anything to do, ascending
   int64_t partial_bytes;
   int64_t tickets;
 };
 
 template <class Sums>
-Workspace workspace(const std::vector<Layer>& layers);
+Plan plan(const std::vector<Layer>& layers);
 
 // Writes Sums::kSums + 2 doubles (sums, nonfinite, count) per segment to `out`, segments of all layers in order. All
 // pointers are device memory of `device`; work is queued on `stream` (a cudaStream_t) without synchronising. The
 // calling thread's current device is kept. Throws std::runtime_error with CUDA's own text when a launch is refused.
 // `coefficients`: those of all layers, in device memory, or null if they are in the layers (or there are none).
 template <class Sums>
-void launch(const std::vector<Layer>& layers, const double* coefficients, double* out, void* partials,
+void launch(const std::vector<Layer>& layers, const Plan& plan, const double* coefficients, double* out, void* partials,
             uint32_t* tickets, int device, void* stream);
 
 // Whether the stream is being captured into a graph.

@@ -104,9 +104,12 @@ __device__ __forceinline__ bool aligned(const char* p, int bytes) {
   return (reinterpret_cast<uintptr_t>(p) & static_cast<uintptr_t>(bytes - 1)) == 0;
 }
 
-// The load of the default policies: through the read-only path, with no cache hint.
+// Loads of 16 bytes, the Load of a policy: through the read-only path; evicted first.
 struct ReadOnlyLoad {
   __device__ __forceinline__ static uint4 words(const uint4* p) { return __ldg(p); }
+};
+struct StreamingLoad {
+  __device__ __forceinline__ static uint4 words(const uint4* p) { return __ldcs(p); }
 };
 
 // kWords words by loads of 16 bytes (of 8 if they are two); p is a multiple of that.

@@ -4,9 +4,9 @@
 //   Sm80, ...   decide nothing but speed; each architecture derives from the one before it and overrides what differs
 //   PolicyHub   an Order and the architectures: the template argument of every kernel
 //
-// Device code uses Hub::Active, the policy of the architecture that it is compiled for. The host picks the same policy
-// with Hub::visit and sizes the grid (and dynamic shared memory, if a ChunkReader needs it) by it. Block sizes belong
-// to Order, so host and device agree on them.
+// Device code uses Hub::Active, the policy of the architecture that it is compiled for; the host picks the same policy
+// with Hub::visit where the grid depends on it. The cut into chunks and block sizes belong to Order, so host and device
+// agree on them.
 //
 // An architecture is a value of __CUDA_ARCH__, that is, of the PTX. The default build compiles one PTX per generation:
 // compute_80 for Ampere, Ada and Hopper, compute_100 for Blackwell. A policy for another architecture takes effect once
@@ -20,26 +20,53 @@
 
 namespace fastfs::cuda {
 
-struct Any;           // load.cuh
-struct ReadOnlyLoad;  // load.cuh
-template <class Sums, class F, class L, class Order, class Policy>
-class DirectLoads;  // segment_sums.cuh
+struct Any;            // load.cuh
+struct ReadOnlyLoad;   // load.cuh
+struct StreamingLoad;  // load.cuh
 
-// Changing a member changes the bits of stored results. A chunk and a chain are those of the CPU, whose results have
-// the same error bound; only a tuning sweep has others (benchmarks/tuning). Further fixed parts of the order are
-// kGroupChunks (layers.h) and the elements of a run (load.cuh).
+// Changing a member changes the bits of stored results. The chain is that of the CPU, whose results have the same error
+// bound. A further fixed part of the order is the elements of a run (load.cuh).
 struct Order {
-  // segment_sums
-  static constexpr int64_t kChunk = fastfs::kChunk;    // elements that one block sums
-  static constexpr int64_t kWarpRow = fastfs::kChunk;  // longest row that one warp sums; at most kChunk
-  static constexpr int kChain = fastfs::kChain;        // elements that a float accumulator takes: the error bound
-  static constexpr int kThreads = 256;                 // of a block, here and in stream_read
+  // segment_sums. A chunk has 2^kChunkBits to 2^kLargestChunkBits bytes of an input of the first dtype: see
+  // chunk_bits(). A block adds the partial sums of up to 2^kGroupBits chunks at a time.
+  static constexpr int kChunkBits = 15, kLargestChunkBits = 17, kGroupBits = 10;
+  static constexpr int64_t kWarpRow = 8192;      // longest row that is summed by one warp or a part of it
+  static constexpr int kLaneElements = 64;       // elements that a lane should have before another lane shares the row
+  static constexpr int kSmallestTeam = 8;        // lanes of a row, at least
+  static constexpr int kChain = fastfs::kChain;  // elements that a float accumulator takes: the error bound
+  static constexpr int kThreads = 256;           // of a block, here and in stream_read
   // gather_rows. Few rows are kept: small blocks spread them over more multiprocessors.
   static constexpr int kGatherThreads = 128;
   static constexpr int64_t kGatherWarpRow = 1024;  // longest row that one warp takes
   // stream_read adds nothing up; host and device have to agree on its chunks all the same.
-  static constexpr int64_t kReadBytes = 65536;
+  static constexpr int kReadBits = 16;  // bytes of a chunk, as a power of two
 };
+
+// Row mode: a block takes several rounds of short rows only where there are still so many blocks, which keep any GPU
+// busy. Decides nothing but speed.
+constexpr int64_t kRowBlocks = 1024;
+
+// Elements of a chunk, as a power of two, where the first input has elements of `item_size` bytes. What fits into the
+// largest chunk is one, without partial sums. Otherwise small chunks spread a layer over the GPU; in a wide layer there
+// are enough chunks, and larger ones mean fewer partial sums, up to what one block adds at a time. This is the only
+// place that decides on the cut, for host and device.
+template <class Order>
+FASTFS_HD constexpr int chunk_bits(int64_t item_size, int64_t width) {
+  const int item_bits = item_size == 8 ? 3 : item_size == 4 ? 2 : 1;
+  const int largest = Order::kLargestChunkBits - item_bits;
+  if (width <= int64_t{1} << largest) return largest;
+  int bits = Order::kChunkBits - item_bits;
+  while (bits < largest && width > int64_t{1} << (bits + Order::kGroupBits)) ++bits;
+  return bits;
+}
+
+// Lanes of a warp that sum one row together.
+template <class Order>
+constexpr int row_team(int64_t width) {
+  int team = Order::kSmallestTeam;
+  while (team < 32 && width > int64_t{Order::kLaneElements} * team) team *= 2;
+  return team;
+}
 
 // Ampere, Ada and Hopper.
 struct Sm80 {
@@ -52,12 +79,8 @@ struct Sm80 {
     // the rules of optimizer_stats need more registers.
     static constexpr int kBlocksPerSm =
         (std::is_same_v<F, F64> || std::is_same_v<L, Any> ? 2 : 3) - (Sums::kCoefficients > 0 ? 1 : 0);
-    static constexpr int kWaves = 1;        // the grid has kWaves * kBlocksPerSm blocks per multiprocessor
-    static constexpr int kChainsAhead = 1;  // chains whose loads are issued before the first addition
-    using Load = ReadOnlyLoad;              // of 16 bytes
-    // How a block reads a chunk.
-    template <class Table, class Order>
-    using ChunkReader = DirectLoads<Sums, F, L, Order, SegmentSums>;
+    // Of 16 bytes. Every byte is used once: it is the first to leave the caches.
+    using Load = StreamingLoad;
   };
 
   template <class F>
@@ -113,8 +136,9 @@ template <class SumOrder, class... Policies>
 struct PolicyHub<SumOrder, PolicyList<Policies...>> {
   using Order = SumOrder;
   using Active = typename select_policy<kTargetArchitecture, Policies...>::type;
-  static_assert(Order::kWarpRow <= Order::kChunk, "a row of a warp is one chunk");
   static_assert(Order::kThreads % 32 == 0 && Order::kGatherThreads % 32 == 0, "a block consists of whole warps");
+  static_assert((Order::kThreads & (Order::kThreads - 1)) == 0, "partial sums are shared out by powers of two");
+  static_assert(Order::kGroupBits >= 1, "the ticket of a segment lies behind that of its first group");
 
   // Returns call(policy) with the policy of an architecture that is known at run time.
   template <class Call>

@@ -9,6 +9,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace fastfs::cuda {
 
@@ -39,49 +40,63 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-inline int multiprocessors(int device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  return count;
-}
+// What does not change while the process runs, asked for once.
+struct DeviceFacts {
+  int multiprocessors;
+  int architecture;  // that its kernels were compiled for: the newest one in the build that the device is not older
+                     // than
+};
 
-// The architecture that the kernels of a device were compiled for, as a value of __CUDA_ARCH__: the newest one in the
-// build that the device is not older than.
-inline int architecture(int device) {
-  int major = 0, minor = 0, found = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
-  for (const int compiled : {__CUDA_ARCH_LIST__}) {  // ascending
-    if (compiled <= 100 * major + 10 * minor) found = compiled;
+inline std::vector<DeviceFacts> read_devices() {
+  int count = 0;
+  check(cudaGetDeviceCount(&count), "cudaGetDeviceCount");
+  std::vector<DeviceFacts> devices(static_cast<size_t>(count));
+  const auto attribute = [](cudaDeviceAttr name, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+    return value;
+  };
+  for (int device = 0; device < count; ++device) {
+    DeviceFacts& facts = devices[static_cast<size_t>(device)];
+    facts.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device);
+    const int capability = 100 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                           10 * attribute(cudaDevAttrComputeCapabilityMinor, device);
+    for (const int compiled : {__CUDA_ARCH_LIST__}) {  // ascending
+      if (compiled <= capability) facts.architecture = compiled;
+    }
   }
-  return found;
+  return devices;
 }
+inline const DeviceFacts& facts_of(int device) {
+  static const std::vector<DeviceFacts> devices = read_devices();
+  return devices.at(static_cast<size_t>(device));
+}
+inline int multiprocessors(int device) { return facts_of(device).multiprocessors; }
+inline int architecture(int device) { return facts_of(device).architecture; }  // a value of __CUDA_ARCH__
 
 // May a kernel have more than 4 KB of parameters? (The toolkit that this is compiled with must be of CUDA 12.1 too.)
 inline bool large_parameters() {
 #if CUDART_VERSION >= 12010
-  int driver = 0;
-  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
-  return driver >= 12010;
+  static const bool large = [] {
+    int driver = 0;
+    check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    return driver >= 12010;
+  }();
+  return large;
 #else
   return false;
 #endif
 }
 
 struct Grid {
-  int blocks, threads, shared_bytes = 0;  // dynamic shared memory of a block
+  int blocks, threads;
 };
 
 template <class Table>
 void start(void (*kernel)(Table), const Table& table, const Grid& grid, void* stream) {
-  const void* const function = reinterpret_cast<const void*>(kernel);
-  if (grid.shared_bytes > 0) {
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes),
-          "cudaFuncSetAttribute");
-  }
   void* arguments[] = {const_cast<Table*>(&table)};
-  check(cudaLaunchKernel(function, dim3(grid.blocks), dim3(grid.threads), arguments,
-                         static_cast<size_t>(grid.shared_bytes), static_cast<cudaStream_t>(stream)),
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(grid.blocks), dim3(grid.threads), arguments, 0,
+                         static_cast<cudaStream_t>(stream)),
         "cannot launch a kernel");
 }
 

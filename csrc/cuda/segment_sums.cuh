@@ -1,18 +1,19 @@
 // The kernel behind feature_stats, update_stats and optimizer_stats: every sum of every layer in one pass, in one
 // launch.
 //
-// Block mode (a segment is a layer, or a row of more than kChunk elements). A chunk of kChunk elements is the work of
-// one block of kThreads threads; blocks take items blockIdx.x, blockIdx.x + gridDim.x, ...
+// Block mode (a segment is a layer, or a row of more than kWarpRow elements). A chunk is the work of one block of
+// kThreads threads: 2^15 bytes of the first input, in wide segments up to 2^17; see chunk_bits() in policy.cuh. There
+// is a block for every chunk, so the hardware starts the next one while others finish.
 //
 //   segment   |<---------------------------- width ---------------------------->|
-//   chunk     |  0 (8192 elements)   |  1                   |  2           ...  |
-//   tile      |  0  |  1  |  2  |  3 |    2048 elements = 256 threads x 8 (double: 1024 = 256 x 4)
+//   chunk     |  0 (16384 elements)  |  1                   |  2           ...  |
+//   tile      |  0  |  1  | ...  | 7 |    2048 elements = 256 threads x 8 (double: 1024 = 256 x 4)
 //   thread    |0|1|2| ... |255|           8 consecutive elements: one 16-byte load of every input
 //                                         for 16-bit dtypes, two for float (double: 4 elements, two loads)
 //
-// Row mode (per_row, rows of at most kChunk elements): a row is the work of one warp, a tile 32 x 8 elements, and a
-// block takes kWarps rows at once without a barrier. Rows are many and short, so there is parallelism without cutting
-// them, and the sums of a row come straight out of the warp.
+// Row mode (per_row, rows of at most kWarpRow elements): a row is the work of a team of 8, 16 or 32 lanes, a tile has
+// 8 elements for each of them, and a block takes several rows at once without a barrier. The fewer lanes share a row,
+// the less of its time goes into adding them up. The sums of a row come straight out of the warp.
 //
 // The sums of a thread live in double. What enters them are chains: float sums over at most kChain elements (two tiles
 // of a 16-bit dtype, whose loads are all under way before the first is used; one tile of float). With double inputs
@@ -20,7 +21,7 @@
 // element by element in double, counting the non-finite entries; see needs_double().
 //
 // From the threads to the result, always in the order of the index (reduce.cuh):
-//   thread -> warp (exchanges) -> block (shared memory) -> chunk, in memory -> group of 64 chunks -> segment
+//   thread -> warp (exchanges) -> block (shared memory) -> chunk, in memory -> group of 1024 chunks -> segment
 //
 // The order depends on the width of the segment alone: not on the grid, the layers beside it, alignment or strides.
 #pragma once
@@ -99,26 +100,22 @@ struct Chain {
   }
 };
 
-// The sums of one thread, number `rank` of `team`, over its elements of a chunk: chains of kStep tiles, of which the
-// loads of kAhead are issued before the first addition.
-template <class Sums, class F, class L, int kStep, int kAhead, class Source, class C, int N>
+// The sums of one thread, number `rank` of `team`, over its elements of a chunk: chains of kStep tiles, whose loads are
+// all issued before the first addition.
+template <class Sums, class F, class L, int kStep, class Source, class C, int N>
 __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int rank, int team, double (&sums)[N]) {
-  constexpr int kLoads = kAhead * kStep;
   const int tile = team * kRun<F>;
   int at = rank * kRun<F>, begin = 0;
   if (source.wide()) {
 #pragma unroll 1
-    for (; begin + kLoads * tile <= source.count; begin += kLoads * tile, at += kLoads * tile) {
-      Run<Sums, F, L> run[kLoads];
+    for (; begin + kStep * tile <= source.count; begin += kStep * tile, at += kStep * tile) {
+      Run<Sums, F, L> run[kStep];
 #pragma unroll
-      for (int t = 0; t < kLoads; ++t) source.load(at + t * tile, run[t]);
+      for (int t = 0; t < kStep; ++t) source.load(at + t * tile, run[t]);
+      Chain<Sums, F, L, N> chain(sums);
 #pragma unroll
-      for (int first = 0; first < kLoads; first += kStep) {
-        Chain<Sums, F, L, N> chain(sums);
-#pragma unroll
-        for (int t = first; t < first + kStep; ++t) chain.add(run[t], source.any, c);
-        chain.flush(sums);
-      }
+      for (int t = 0; t < kStep; ++t) chain.add(run[t], source.any, c);
+      chain.flush(sums);
     }
   }
 #pragma unroll 1
@@ -133,23 +130,6 @@ __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int 
     chain.flush(sums);
   }
 }
-
-// The ChunkReader of the default policies: every thread loads its elements straight from global memory.
-template <class Sums, class F, class L, class Order, class Policy>
-class DirectLoads {
- public:
-  static constexpr int kSharedBytes = 0;  // dynamic shared memory of a block
-
-  // `number`: the first item of the block, which takes every `step`-th one.
-  template <class Table>
-  __device__ __forceinline__ DirectLoads(const Table&, bool /*block_mode*/, int64_t /*number*/, int64_t /*step*/) {}
-
-  // Called for the items of the block in turn.
-  template <class Source, class C, int N>
-  __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int rank, int team, double (&sums)[N]) {
-    cuda::sum_chunk<Sums, F, L, kTiles<F, Order::kChain>, Policy::kChainsAhead>(source, c, rank, team, sums);
-  }
-};
 
 // The same in double, one element after the other, with the count of non-finite entries.
 template <class Sums, class F, class Source, class C, int N>
@@ -189,6 +169,9 @@ __device__ __forceinline__ bool must_repeat(int k, double sum) {
   return !(sum - sum == 0.0);
 }
 
+// Row mode does not cut: no row has 2^kRowBits elements.
+constexpr int kRowBits = 30;
+
 template <class Sums, class F, class L, class Load, class Table>
 using source_of =
     std::conditional_t<Table::kStrided, StridedSource<Sums, F, L, Load, Table>, DenseSource<Sums, F, L, Load>>;
@@ -198,67 +181,82 @@ template <class Sums, class F, class L, class Table, class Hub>
 __global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::template SegmentSums<Sums, F, L>::kBlocksPerSm)
     segment_sums(const __grid_constant__ Table table) {
   using V = typename compute<F>::type;
+  using Order = typename Hub::Order;
   using Policy = typename Hub::Active::template SegmentSums<Sums, F, L>;
-  constexpr int64_t kChunk = Hub::Order::kChunk;
-  constexpr int N = kSlots<Sums>, kThreads = Hub::Order::kThreads, kWarps = kThreads / 32;
+  constexpr int N = kSlots<Sums>, kThreads = Order::kThreads, kWarps = kThreads / 32, kValues = Sums::kSums + 1;
+  constexpr bool kRows = Sums::kCoefficients == 0;  // parameters are not measured row by row
   // The warp holds one value per lane at the end, and one lane more writes the count of elements.
-  static_assert(Sums::kSums + 2 <= 32,
-                "a measurement has at most 30 sums: split it in two, or let finish() in "
+  static_assert(kValues < 32,
+                "a measurement has at most 30 sums: split it in two, or let write_row() in "
                 "reduce.cuh write a row in several steps");
-  __shared__ double parts[2][kWarps][N];  // two, so that one barrier a chunk does: a slow warp 0 still reads the other
+  static_assert(N <= Order::kSmallestTeam || !kRows, "a team has a lane for every value");
+  __shared__ double parts[kWarps][N];
+  __shared__ int is_last;
   const Launch& launch = table.launch;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const bool row_mode = launch.row_mode;
-  const int rank = row_mode ? lane : threadIdx.x, team = row_mode ? 32 : kThreads;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * (row_mode ? kWarps : 1);
-  int64_t number = static_cast<int64_t>(blockIdx.x) * (row_mode ? kWarps : 1) + (row_mode ? warp : 0);
+  const int team = kRows ? launch.team : kThreads, teams = kThreads / team, lanes = team < 32 ? team : 32;
+  const bool row_mode = team < kThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, rank = threadIdx.x % team;
+  const int place = lane % lanes;                     // within the team, or the warp
+  const int share = lanes / N, held = place / share;  // a value is in `share` lanes, value `held` in this one
   // A chunk of float with a last input of double is done in double at once.
   const bool skip = std::is_same_v<L, Any> && is_single<V>::value && launch.last == DType::f64;
-  int entry = 0, side = 0;
-  typename Policy::template ChunkReader<Table, typename Hub::Order> reader(table, !row_mode, number, step);
+  int64_t number = static_cast<int64_t>(blockIdx.x) * (kRows ? launch.rounds * teams : 1) + threadIdx.x / team;
+  int entry = 0;
 #pragma unroll 1
-  for (; number < launch.items; number += step) {
-    const Item item = locate<kChunk>(table, number, entry);
-    entry = item.entry;
-    const source_of<Sums, F, L, typename Policy::Load, Table> source(table, item);
+  for (int round = kRows ? launch.rounds : 1; round > 0; --round, number += teams) {
+    // A team without a row goes along, since the others of its warp exchange values with it.
+    const bool idle = number >= launch.items;
+    entry = entry_of(table, idle ? launch.items - 1 : number, entry);
+    const auto item = [&](int64_t i) {
+      return item_at(table, idle ? launch.items - 1 : i, entry,
+                     row_mode ? kRowBits : chunk_bits<Order>(Storage<F>::kSize, table.width(entry)));
+    };
+    Item at = item(number);
+    if (idle) at.count = 0;
+    const source_of<Sums, F, L, typename Policy::Load, Table> source(table, at);
     double sums[N];
     clear_sums(sums);
-    if (!skip) reader.sum_chunk(source, coefficients_of<Sums, V>(table, entry), rank, team, sums);
-    double value = warp_sums(sums, lane);  // of value lane / (32 / N)
-    int again = skip || must_repeat<Sums, V>(lane / (32 / N), value);
-    if (row_mode) {
-      again = __any_sync(kFullWarp, again);
-    } else {
-      if (lane % (32 / N) == 0) parts[side][warp][lane / (32 / N)] = value;
-      again = __syncthreads_or(again);
+    if (!skip) {
+      sum_chunk<Sums, F, L, kTiles<F, Order::kChain>>(source, coefficients_of<Sums, V>(table, entry), rank, team, sums);
     }
-    if (again) {
+    double value = team_sums(sums, lane, lanes);
+    bool again = skip || must_repeat<Sums, V>(held, value);
+    bool any = again;  // in the block, or in the warp
+    if (row_mode) {
+      const unsigned voters = __ballot_sync(kFullWarp, again);
+      again = (voters >> (lane - place) & kFullWarp >> (32 - lanes)) != 0;
+      any = voters != 0;
+    } else {
+      if (place % share == 0) parts[warp][held] = value;
+      any = again = __syncthreads_or(again);
+    }
+    if (any) {
       clear_sums(sums);
       sum_chunk_double<Sums, F>(source, coefficients_of<Sums, double>(table, entry), rank, team, sums);
-      value = warp_sums(sums, lane);
+      const double repeated = team_sums(sums, lane, lanes);
+      value = again ? repeated : value;
       if (!row_mode) {
-        if (lane % (32 / N) == 0) parts[side][warp][lane / (32 / N)] = value;
+        if (place % share == 0) parts[warp][held] = value;
         __syncthreads();
       }
     }
-    if (row_mode || warp == 0) {
-      // From here on lane l holds value l % N.
-      const int k = lane % N;
-      if (row_mode) {
-        value = __shfl_sync(kFullWarp, value, k * (32 / N));
-      } else {
-        value = 0.0;
-#pragma unroll
-        for (int w = 0; w < kWarps; ++w) value += parts[side][w][k];
-      }
-      if (k < Sums::kSums) {
-        value *= again ? Sums::template factor<F, double>(k) : Sums::template factor<F, V>(k);
-      }
-      const Item done = locate<kChunk>(table, forget(number), entry);
-      double* row = launch.out + (table.first_row(entry) + done.segment) * (Sums::kSums + 2);
-      finish<N, Sums::kSums + 1>(launch, number, done, table.width(entry), row, value, lane);
+    // From here on lane l of a team, or of warp 0, holds value l % N.
+    const int k = place % N;
+    if (row_mode) {
+      value = __shfl_sync(kFullWarp, value, lane - place + k * share);
+    } else {
+      value = warp == 0 ? sum_warps(parts, lane) : 0.0;
     }
-    side ^= 1;
+    if (k < Sums::kSums) {
+      value *= again ? Sums::template factor<F, double>(k) : Sums::template factor<F, V>(k);
+    }
+    const Item done = item(forget(number));
+    if (!row_mode && done.chunks > 1) {
+      if (!finish<Order::kGroupBits>(launch, number, done, value, parts, is_last)) return;
+    }
+    if (idle || (!row_mode && warp > 0)) continue;
+    double* const row = launch.out + (table.first_row(entry) + done.segment) * (Sums::kSums + 2);
+    write_row<kValues>(row, value, table.width(entry), place, lanes);
   }
 }
 

@@ -13,24 +13,34 @@ namespace fastfs::cuda {
 // What the layers of one launch have in common.
 struct Kind {
   DType first, last;
-  bool strided, row_mode;
+  bool strided;
+  int team;  // threads that sum an item: a row by 8, 16 or 32 lanes, a chunk by a block
 
-  static constexpr int kKinds = 64;
+  static constexpr int kKinds = 128;
   int index() const {
-    return static_cast<int>(first) << 4 | static_cast<int>(last) << 2 | static_cast<int>(strided) << 1 |
-           static_cast<int>(row_mode);
+    const int code = team == 8 ? 0 : team == 16 ? 1 : team == 32 ? 2 : 3;
+    return static_cast<int>(first) << 5 | static_cast<int>(last) << 3 | static_cast<int>(strided) << 2 | code;
   }
   static Kind at(int i) {
-    return Kind{static_cast<DType>(i >> 4), static_cast<DType>(i >> 2 & 3), (i >> 1 & 1) != 0, (i & 1) != 0};
+    const int code = i & 3;
+    return Kind{static_cast<DType>(i >> 5), static_cast<DType>(i >> 3 & 3), (i >> 2 & 1) != 0,
+                code == 3 ? Policies::Order::kThreads : 8 << code};
   }
 };
 
-// Rows of at most `warp_row` elements are summed by a warp each. A single short segment is summed by a block, which is
-// faster.
-inline Kind kind_of(const Layer& layer, int inputs, int64_t warp_row) {
+// Short rows are summed by a part of a warp each. A single short segment is summed by a block, which is faster.
+inline Kind kind_of(const Layer& layer, int inputs) {
   bool strided = false;
   for (int j = 0; j < inputs; ++j) strided = strided || !layer.contiguous[j];
-  return Kind{layer.first, layer.last, strided && layer.width > 0, layer.segments > 1 && layer.width <= warp_row};
+  using Order = Policies::Order;
+  const bool rows = layer.segments > 1 && layer.width <= Order::kWarpRow;
+  return Kind{layer.first, layer.last, strided && layer.width > 0,
+              rows ? row_team<Order>(layer.width) : Order::kThreads};
+}
+
+// Chunks of a segment of a layer that blocks sum.
+inline int64_t chunks_of_segment(const Layer& layer) {
+  return chunks_in(layer.width, chunk_bits<Policies::Order>(item_size(layer.first), layer.width));
 }
 
 struct Job {
@@ -40,43 +50,42 @@ struct Job {
   double* out;
   double* partials;
   uint32_t* tickets;
-  int multiprocessors;
-  int architecture;  // of the kernels, as a value of __CUDA_ARCH__
   bool large_parameters;
   void* stream;
 };
 
-// The grid of a launch under one policy: as many blocks as are resident at a time, times the waves.
-template <class Sums, class F, class L, class Table, class Hub>
-Grid grid_of(const Job& job, const Launch& launch) {
-  constexpr int kThreads = Hub::Order::kThreads;
-  return Hub::visit(job.architecture, [&](auto architecture) {
-    using Policy = typename decltype(architecture)::template SegmentSums<Sums, F, L>;
-    using Reader = typename Policy::template ChunkReader<Table, typename Hub::Order>;
-    const int64_t wanted = launch.row_mode ? ceil_div(launch.items, kThreads / 32) : launch.items;
-    const int64_t most = int64_t{Policy::kBlocksPerSm} * Policy::kWaves * job.multiprocessors;
-    return Grid{static_cast<int>(min64(wanted, most)), kThreads, launch.row_mode ? 0 : Reader::kSharedBytes};
-  });
+// Rows that a team takes one after the other, where the rows of a launch have `elements` elements. Blocks of short rows
+// get as many as a chunk has elements, if there are then blocks enough to fill a GPU.
+template <class Order>
+int rounds_of(const Launch& launch, int64_t elements, int64_t item_size) {
+  const int64_t rows = Order::kThreads / launch.team, all = ceil_div(launch.items, rows);
+  const int64_t of_round = max64(elements / max64(all, 1), 1);  // elements of a block in a round
+  return static_cast<int>(max64(min64((int64_t{1} << Order::kChunkBits) / item_size / of_round, all / kRowBlocks), 1));
 }
 
 // Launches the layers of one kind, as many in a table as it holds.
 template <class Sums, class F, class L, class Table, class Hub = Policies>
 void submit_tables(const Job& job, Kind kind) {
-  const auto table = std::make_unique<Table>();
+  using Order = typename Hub::Order;
+  const std::unique_ptr<Table> table(new Table);  // not zeroed: add() writes what the kernel reads
   Launch& launch = table->launch;
+  launch = Launch{};
   launch.out = job.out;
   launch.partials = job.partials;
   launch.tickets = job.tickets;
   launch.coefficients = job.coefficients;
   launch.last = kind.last;
-  launch.row_mode = kind.row_mode;
-  launch.items = 0;
-  table->clear();
+  launch.team = kind.team;
+  const bool row_mode = kind.team < Order::kThreads;
+  int64_t elements = 0;
   const auto flush = [&] {
     if (launch.items > 0) {
-      start(segment_sums<Sums, F, L, Table, Hub>, *table, grid_of<Sums, F, L, Table, Hub>(job, launch), job.stream);
+      launch.rounds = row_mode ? rounds_of<Order>(launch, elements, item_size(kind.first)) : 1;
+      const int64_t of_block = int64_t{Order::kThreads / kind.team} * launch.rounds;
+      const Grid grid{static_cast<int>(ceil_div(launch.items, of_block)), Order::kThreads};
+      start(segment_sums<Sums, F, L, Table, Hub>, *table, grid, job.stream);
     }
-    launch.items = 0;
+    launch.items = elements = 0;
     table->clear();
   };
   int64_t row = 0;
@@ -87,7 +96,8 @@ void submit_tables(const Job& job, Kind kind) {
         flush();
         table->add(layer, 0, row);
       }
-      launch.items += layer.segments * items_of<Hub::Order::kChunk>(layer.width);
+      launch.items += row_mode ? layer.segments : layer.segments * chunks_of_segment(layer);
+      elements += layer.segments * layer.width;
     }
     row += layer.segments;
   }

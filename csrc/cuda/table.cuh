@@ -1,6 +1,6 @@
 // The table of layers that a launch takes by value: no copy to the device, so CUDA graphs capture it.
 //
-//   work item   a chunk of a segment (block mode), or a whole short segment (row mode)
+//   work item   a chunk of a segment (block mode), or a whole short row (row mode)
 //   entry       one layer; its items are first_item .. first_item of the next entry - 1, segment by segment
 //
 //   entry:      [ layer 0        ][ layer 1 ][ layer 2              ] ...
@@ -24,21 +24,21 @@ constexpr int kLargeTable = 32764;
 struct Launch {
   int64_t items;
   double* out;                 // rows of Sums::kSums + 2
-  double* partials;            // items x slots (segment_sums.cuh); block mode only
-  uint32_t* tickets;           // items; block mode only
+  double* partials;            // items x slots (segment_sums.cuh), if a segment has several chunks
+  uint32_t* tickets;           // items, likewise
   const double* coefficients;  // rows for all layers, in device memory; null if they are in the entries
   int32_t entries;
-  DType last;     // dtype of the last input
-  bool row_mode;  // one warp per segment
+  int32_t team;    // threads that sum an item together: all of a block (block mode), or a part of a warp (row mode)
+  int32_t rounds;  // items that a team takes one after the other; one in block mode
+  DType last;      // dtype of the last input
 };
 
 FASTFS_HD int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTFS_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Items of a segment. An empty one still has an item, which writes its row of zeros.
-template <int64_t kChunk>
-FASTFS_HD constexpr int64_t items_of(int64_t width) {
-  return width <= kChunk ? 1 : (width + kChunk - 1) / kChunk;
+// Chunks of 2^bits elements in a segment. An empty one still has a chunk, which writes its row of zeros.
+FASTFS_HD constexpr int64_t chunks_in(int64_t width, int bits) {
+  return width == 0 ? 1 : (width + (int64_t{1} << bits) - 1) >> bits;
 }
 
 template <int kCount>
@@ -153,9 +153,9 @@ struct Item {
   int count;
 };
 
-// Finds the layer of an item. Items of a block only grow, so the search starts at the entry of the one before.
-template <int64_t kChunk, class Table>
-FASTFS_HD Item locate(const Table& table, int64_t item, int entry) {
+// The entry of an item, which is `entry` or a later one.
+template <class Table>
+FASTFS_HD int entry_of(const Table& table, int64_t item, int entry) {
   int low = entry, high = table.launch.entries;  // first_item(low) <= item < first_item(high)
   if (low + 1 < high && item >= table.first_item(low + 1)) {
     ++low;
@@ -168,15 +168,20 @@ FASTFS_HD Item locate(const Table& table, int64_t item, int entry) {
       }
     }
   }
+  return low;
+}
+
+// What an item of an entry is, in segments that are cut into chunks of 2^bits elements.
+template <class Table>
+FASTFS_HD Item item_at(const Table& table, int64_t item, int entry, int bits) {
+  const int64_t width = table.width(entry), local = item - table.first_item(entry), chunk = int64_t{1} << bits;
   Item found;
-  found.entry = low;
-  const int64_t width = table.width(low);
-  const int64_t local = item - table.first_item(low);
-  found.chunks = items_of<kChunk>(width);
-  found.segment = found.chunks == 1 ? local : local / found.chunks;
+  found.entry = entry;
+  found.chunks = chunks_in(width, bits);
+  found.segment = found.chunks == 1 ? local : local < found.chunks ? 0 : local / found.chunks;
   found.chunk = local - found.segment * found.chunks;
-  found.begin = found.segment * width + found.chunk * kChunk;
-  found.count = static_cast<int>(min64(kChunk, width - found.chunk * kChunk));
+  found.begin = found.segment * width + (found.chunk << bits);
+  found.count = static_cast<int>(min64(chunk, width - (found.chunk << bits)));
   return found;
 }
 

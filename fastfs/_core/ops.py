@@ -132,6 +132,7 @@ def _define(measurement: MeasurementSpec, per_row: bool) -> None:
     columns, select, check = measurement.columns, measurement.select, measurement.check
     names = [kernel.name for kernel in measurement.kernels]
     cpu_kernels: list[Any] = [getattr(_C, f"{name}_cpu", None) for name in names]
+    cuda_calls: list[Any] = [getattr(_C, f"{name}_cuda", None) for name in names]
 
     def cpu(*arguments: Any) -> Tensor:
         kernel, lists, coefficients, pieces = select(arguments)
@@ -144,8 +145,10 @@ def _define(measurement: MeasurementSpec, per_row: bool) -> None:
     def cuda(*arguments: Any) -> Tensor:
         kernel, lists, coefficients, pieces = select(arguments)
         option = per_row if coefficients is None else coefficients
-        call = getattr(_cuda_core(), f"{names[kernel]}_cuda")(lists, option, pieces)
-        return _launch(call, lists[0][0], columns)
+        call = cuda_calls[kernel]
+        if call is None:
+            _cuda_core()  # raises, and says why there are none
+        return _launch(call(lists, option, pieces), lists[0][0], columns)
 
     def fake(*arguments: Any) -> Tensor:
         check(*arguments)

@@ -32,6 +32,16 @@ def test_native_core_is_in_use() -> None:
     assert ops.native_available(), ops.why_not_native()
 
 
+def test_spacing_of_every_float16_number() -> None:
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    zero = torch.zeros(2**15 * 2, 1, dtype=torch.float16)
+    for wide in (1, 40):  # a number on its own, and in whole vectors
+        values = x[:, None].expand(-1, wide).contiguous()
+        sums = feature_stats(values, zero.expand_as(values), zero.expand_as(values), per_row=True).sums
+        expected = reference.spacing(x).square() / 12 * wide
+        torch.testing.assert_close(sums[:, 6], expected, rtol=1e-14, atol=0, equal_nan=True)
+
+
 # Dtypes, shapes, layouts
 
 

@@ -1,4 +1,4 @@
-"""The grid changes no bit: the kernels compiled with a driver that takes any, on a real GPU."""
+"""The driver of the tuning sweep has the bits of the op, on a real GPU."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
 
 
 @pytest.mark.parametrize("dtype", NAMES, ids=str)
-def test_bits_with_any_grid_are_those_of_the_op(dtype: torch.dtype, library: Library) -> None:
+def test_bits_of_the_driver_are_those_of_the_op(dtype: torch.dtype, library: Library) -> None:
     for inputs, per_row in check_layers(dtype, torch.device("cuda")):
         found = feature_stats(*inputs, per_row=per_row)
         expected = torch.cat([x.sums for x in found]) if isinstance(found, list) else found.sums
         call = library.prepare(inputs, per_row)
-        for multiprocessors in (1, 2, 3, 7, 50, 132, 1000):
-            shapes = [tuple(x.shape) for x in inputs[0]]
-            assert_same(call.sums(multiprocessors), expected, f"{shapes}, per row {per_row}, {multiprocessors}")
+        shapes = [tuple(x.shape) for x in inputs[0]]
+        assert_same(call.sums(), expected, f"{shapes}, per row {per_row}")

@@ -23,8 +23,9 @@ pytestmark = [
     pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing())),
 ]
 
-CHUNK, GROUP = 8192, 64 * 8192
-SIZES = (0, 1, 7, 9, 2047, 2049, CHUNK - 1, CHUNK + 1, 3 * CHUNK + 17)
+CHUNK = 8192  # elements of a chunk of float32
+SIZES = (0, 1, 7, 9, 2047, 2049, CHUNK // 2 + 1, CHUNK - 1, CHUNK + 1, 2 * CHUNK + 1, 4 * CHUNK + 1, 65537)
+SMALL_GROUP = 8192  # elements of a group of chunks of float32 with the small policy
 STRIDED = [name for name in LAYOUTS if name not in ("contiguous", "negative", "negative_imaginary")]
 REORDERED = ("transposed", "reversed_dims", "channels_last")
 
@@ -35,7 +36,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("steps_on_cpu")
     with ThreadPoolExecutor(2) as pool:
         built: dict[str, Future[Path]] = {
-            build: pool.submit(harness.compile_driver, build, folder / build) for build in ("plain", "asan", "tsan")
+            build: pool.submit(harness.compile_driver, build, folder / build)
+            for build in ("plain", "small", "asan", "tsan")
         }
         yield built
 
@@ -43,6 +45,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def plain(programs: dict[str, Future[Path]]) -> Path:
     return programs["plain"].result()
+
+
+@pytest.fixture(scope="module")
+def small(programs: dict[str, Future[Path]]) -> Path:
+    return programs["small"].result()
 
 
 def case(
@@ -70,7 +77,7 @@ def test_sums(plain: Path, rule: OptimizerRule, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("rule", "dtype"), RULES)
-def test_strides_and_alignment(plain: Path, rule: OptimizerRule, dtype: torch.dtype) -> None:
+def test_strides_and_alignment(small: Path, rule: OptimizerRule, dtype: torch.dtype) -> None:
     for shape in ((3, CHUNK + 7), (2, 5, 3, 7)):
         tensors = step_inputs(rule, shape, dtype)
         cases = [case(rule, [tensors])]
@@ -81,7 +88,7 @@ def test_strides_and_alignment(plain: Path, rule: OptimizerRule, dtype: torch.dt
             for layers in (moved, (tensors[0], *moved[1:])):
                 cases.append(case(rule, [layers], far=len(cases) % 2 == 0))
                 same.append(not name.startswith(("expanded", "one_value", "overlapping")) and name not in REORDERED)
-        results = rows(plain, *cases)
+        results = rows(small, *cases)
         for given, result, equal in zip(cases, results, same, strict=True):
             if equal:
                 assert_same(result, results[0])
@@ -101,11 +108,11 @@ def mixed(rule: OptimizerRule, count: int) -> list[tuple[Tensor, ...]]:
 
 
 @pytest.mark.parametrize("rule", OptimizerRule)
-def test_many_parameters_in_one_call(plain: Path, rule: OptimizerRule) -> None:
+def test_many_parameters_in_one_call(small: Path, rule: OptimizerRule) -> None:
     one = case(rule, mixed(rule, 60))
     for far, seed in itertools.product((False, True), (0, 3)):
-        again = case(rule, one.layers, one.coefficients, far=far, multiprocessors=5)
-        (result,) = rows(plain, again, seed=seed)
+        again = case(rule, one.layers, one.coefficients, far=far)
+        (result,) = rows(small, again, seed=seed)
         check(result, again)
 
 
@@ -119,34 +126,34 @@ def test_a_model_is_one_launch(plain: Path) -> None:
     check(first.rows, small)
 
 
-def test_several_groups_of_chunks(plain: Path) -> None:
-    tensors = step_inputs(OptimizerRule.ADAM, (GROUP + CHUNK + 3,))
-    cases = [case(OptimizerRule.ADAM, [tensors], multiprocessors=m) for m in (1, 2, 40)]
-    results = [rows(plain, x, seed=seed)[0] for seed, x in enumerate(cases)]
-    check(results[0], cases[0])
+def test_several_groups_of_chunks(small: Path) -> None:
+    tensors = step_inputs(OptimizerRule.ADAM, (5 * SMALL_GROUP + 3,))
+    one = case(OptimizerRule.ADAM, [tensors])
+    results = [rows(small, one, seed=seed)[0] for seed in range(3)]
+    check(results[0], one)
     for result in results[1:]:
         assert_same(result, results[0])
-    once, twice = run(plain, [cases[0], case(OptimizerRule.ADAM, [tensors], repeats=2)]).results
+    once, twice = run(small, [one, case(OptimizerRule.ADAM, [tensors], repeats=2)]).results
     assert (once.dirty_tickets, twice.dirty_tickets) == (0, 0)
     assert_same(once.rows, twice.rows)
 
 
 @pytest.mark.parametrize(("rule", "dtype"), RULES)
-def test_extremes_and_non_finite_entries(plain: Path, rule: OptimizerRule, dtype: torch.dtype) -> None:
+def test_extremes_and_non_finite_entries(small: Path, rule: OptimizerRule, dtype: torch.dtype) -> None:
     g, w, *s = step_inputs(rule, (CHUNK + 100,), dtype)
     scale = 1e3 if dtype == torch.float16 else 1e18
     tiny = 1e-4 if dtype == torch.float16 else 1e-18
     cases = [case(rule, [(g * k, w, *s)]) for k in (scale, tiny)]
-    for given, result in zip(cases, rows(plain, *cases), strict=True):
+    for given, result in zip(cases, rows(small, *cases), strict=True):
         check(result, given)
     g[5], g[-1], w[7], s[0][9] = torch.nan, torch.inf, -torch.inf, torch.nan
-    (result,) = rows(plain, case(rule, [(g, w, *s)]))
+    (result,) = rows(small, case(rule, [(g, w, *s)]))
     assert result[0, -2:].tolist() == [3.0, CHUNK + 100]
     assert not result[0, :-2].isfinite().any()
     zeros = tuple(torch.zeros(1003, dtype=dtype) for _ in range(rule.states + 2))
     table = torch.zeros(1, len(rule.coefficients), dtype=torch.float64)
     table[:, 0] = -1.0
-    (result,) = rows(plain, case(rule, [zeros], table))
+    (result,) = rows(small, case(rule, [zeros], table))
     assert result[0, :-1].tolist() == [0.0] * (result.shape[1] - 1)
     assert result[0, -1] == 1003.0
 
@@ -165,11 +172,11 @@ def test_address_and_undefined_sanitizers_are_silent(programs: dict[str, Future[
 
 
 def test_thread_sanitizer_is_silent(programs: dict[str, Future[Path]]) -> None:
-    broken = step_inputs(OptimizerRule.ADAM, (3 * CHUNK + 3,))
+    broken = step_inputs(OptimizerRule.ADAM, (1539,))
     broken[0][0] = torch.nan
-    several = step_inputs(OptimizerRule.LINEAR, (GROUP + 3,), torch.bfloat16)
+    several = step_inputs(OptimizerRule.LINEAR, (2 * SMALL_GROUP * 2 + 3,), torch.bfloat16)
     cases = [
-        case(OptimizerRule.ADAM, [broken, step_inputs(OptimizerRule.ADAM, (2 * CHUNK,))], multiprocessors=1),
-        case(OptimizerRule.LINEAR, [several], multiprocessors=40, far=True),
+        case(OptimizerRule.ADAM, [broken, step_inputs(OptimizerRule.ADAM, (1024,))]),
+        case(OptimizerRule.LINEAR, [several], far=True),
     ]
     run(programs["tsan"].result(), cases, seed=1)

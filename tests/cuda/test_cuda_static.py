@@ -26,6 +26,19 @@ NVCC, CUOBJDUMP, NVDISASM = find_tool("nvcc"), find_tool("cuobjdump"), find_tool
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc: set CUDA_HOME or PATH")]
 
 
+def check_counting(opcodes: list[str], symbol: str) -> None:
+    """A block counts itself in once for its group and once for its segment: it releases before, and acquires after."""
+    counts = [i for i, op in enumerate(opcodes) if op.startswith("ATOMG.E.INC")]
+    assert len(counts) == 2, symbol
+    for i in counts:
+        assert opcodes[i].endswith("STRONG.GPU"), symbol
+        assert any(op.startswith("MEMBAR") and op.endswith("GPU") for op in opcodes[i - 6 : i]), symbol
+        # Then the last block reads the partial sums, all of a batch before it adds the first.
+        reads = opcodes[i : next(k for k in range(i, len(opcodes)) if opcodes[k] == "DADD")]
+        assert reads.count("LDG.E.128.STRONG.GPU") >= 7, symbol
+        assert "CCTL.IVALL" in reads, symbol
+
+
 def compile_file(name: str, architecture: str, folder: Path) -> Compiled:
     return compile_cubin(SOURCES / f"{name}.cu", architecture, folder / f"{Path(name).name}_{architecture}.cubin")
 
@@ -74,7 +87,7 @@ def test_wide_loads_and_no_local_memory(
             continue
         inputs = 2 if "UpdateSums" in symbol else 3 if "FeatureSums" in symbol or "Linear" in symbol else 4
         assert len(wide) >= inputs, f"{symbol}: {len(wide)} wide loads"
-        assert any(op.startswith("ATOMG") and "INC" in op for op in counts), symbol
+        check_counting(opcodes, symbol)
         if "DenseTable" in symbol:
             # The fast loop comes first, with two wide loads of every input. All but one are in flight before the first
             # arithmetic; on sm_120, with its lower bandwidth, at least those of one tile.

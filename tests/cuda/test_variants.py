@@ -2,74 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.ops.feature_stats import Workload  # type: ignore[attr-defined]
 from benchmarks.tuning import __main__ as command
 from benchmarks.tuning import build, measure, sass, static
 from benchmarks.tuning.architectures import ARCHITECTURES
 from benchmarks.tuning.catalogue import BASELINE, VARIANTS, Variant, variant
 from benchmarks.tuning.library import Library
 from tests.cuda.on_cpu import harness
-from tests.cuda.on_cpu.harness import Case, rows, run
+from tests.cuda.on_cpu.harness import Case, rows
 
-BULK = "bulk copies, 3 stages"
-CHUNK, GROUP = measure.CHUNK, measure.GROUP
+ON_HOST = (BASELINE, "chunks of 64 KB at first", "rows by whole warps", "no cache hint")
 BF16 = torch.bfloat16
 on_host = pytest.mark.skipif(harness.missing() is not None, reason=str(harness.missing()))
 with_nvcc = pytest.mark.skipif(
     any(sass.find_tool(tool) is None for tool in ("nvcc", "cuobjdump", "nvdisasm")), reason="no nvcc or cuobjdump"
 )
-
-
-# Changes of one place of the bulk copies, each of which must be noticed: by wrong sums or by the runtime.
-# (old, new, build, what the runtime or the sanitizer says)
-BUGS = {
-    "no wait for the copies": (
-        "        barrier_wait(&shared().full[stage_], parity_);\n",
-        "",
-        "plain",
-        "more arrivals at a barrier",
-    ),
-    "the wrong phase": (
-        "barrier_wait(&shared().full[stage_], parity_);",
-        "barrier_wait(&shared().full[stage_], 1);",
-        "plain",
-        "more arrivals at a barrier",
-    ),
-    "no wait for the copies in some warps": (
-        "        barrier_wait(&shared().full[stage_], parity_);\n",
-        "        if (rank < 64) barrier_wait(&shared().full[stage_], parity_);\n",
-        "plain",
-        "sums",
-    ),
-    "no wait for the readers": (
-        "      barrier_wait(&shared().empty[s], ahead.parity);\n",
-        "",
-        "tsan",
-        "data race",
-    ),
-    "the readers do not say that they are done": (
-        "        if (rank % 32 == 0) barrier_arrive(&shared().empty[stage_]);\n",
-        "",
-        "plain",
-        "deadlock",
-    ),
-    "copies beyond the end": (
-        "while (ahead.at + kPiece > ahead.count)",
-        "while (ahead.at >= ahead.count)",
-        "asan",
-        "heap-buffer-overflow",
-    ),
-}
 
 
 # the catalogue
@@ -83,17 +39,19 @@ def test_policies_have_the_figures_of_the_catalogue(name: str, tmp_path: Path) -
     v = variant(name)
     lines = ['#include "shim.h"', '#include "../feature_sums.h"', '#include "policy.cuh"']
     lines += ["using namespace fastfs;", "using namespace fastfs::cuda;"]
-    order = {"kChunk": v.chunk, "kWarpRow": v.chunk, "kChain": v.chain, "kThreads": v.threads}
+    order = {"kChunkBits": v.chunk_bits, "kLargestChunkBits": v.largest_bits, "kGroupBits": v.group_bits}
+    order |= {"kLaneElements": v.lane_elements, "kChain": v.chain, "kThreads": v.threads}
     lines += [f"static_assert(Policies::Order::{member} == {value});" for member, value in order.items()]
     lines.append("template <class F> using Policy = Policies::Active::SegmentSums<FeatureSums, F, F>;")
-    figures = {"kBlocksPerSm": v.blocks, "kWaves": v.waves, "kChainsAhead": v.chains_ahead}
     for dtype in v.only:
         policy = f"Policy<{dtype.upper()}>"
-        lines += [f"static_assert({policy}::{member} == {value});" for member, value in figures.items()]
+        lines.append(f"static_assert({policy}::kBlocksPerSm == {v.blocks});")
         lines.append(f"static_assert(std::is_same_v<{policy}::Load, {v.load}>);")
-        reader = f"BulkCopies<FeatureSums, {dtype.upper()}, {dtype.upper()}, int, Order, {policy}, {v.stages}>"
-        if v.stages:
-            lines.append(f"static_assert(std::is_same_v<{policy}::ChunkReader<int, Order>, {reader}>);")
+    for itemsize, width in itertools.product(
+        (2, 4, 8), (0, 2**14, 2**14 + 1, 2**16, 2**16 + 1, 2**24, 2**24 + 1, 2**26, 2**30)
+    ):
+        bits = v.chunk(itemsize, width).bit_length() - 1
+        lines.append(f"static_assert(chunk_bits<Policies::Order>({itemsize}, {width}) == {bits});")
     source = tmp_path / "figures.cpp"
     source.write_text("\n".join(lines) + "\n")
     command = ["g++", *harness.FLAGS, *build.flags(v), f"-I{harness.HERE}", f"-isystem{harness.include_folder()}"]
@@ -106,9 +64,8 @@ def test_names_and_claims_are_consistent() -> None:
     for v in VARIANTS:
         assert v.what, v.name
         assert v.prediction, v.name
-        assert v.same_bits in ("all", "rows", "none"), v.name
-        assert (v.stages > 0) == (int(v.lowest) >= 90), v.name
-    with pytest.raises(ValueError, match="no variant 'x'; there are baseline, chunk 4096"):
+        assert v.same_bits in ("all", "rows", "layers", "none"), v.name
+    with pytest.raises(ValueError, match="no variant 'x'; there are baseline, chunks of 16 KB at first"):
         variant("x")
 
 
@@ -123,7 +80,7 @@ def test_the_command_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys:
         with pytest.raises(SystemExit):
             command.command_line()
         assert words in capsys.readouterr().err
-    assert [v.name for v in command.chosen([variant(BULK)], quick=True)] == [BASELINE, BULK]
+    assert [v.name for v in command.chosen([variant("2 blocks")], quick=True)] == [BASELINE, "2 blocks"]
     assert command.chosen([], quick=False) == list(VARIANTS)
 
 
@@ -153,6 +110,7 @@ def test_loops_and_paths_of_machine_code() -> None:
     code += [one(80, "DADD"), one(96, "SHFL"), one(112, "BRA", 0), one(128, "EXIT")]
     assert [i.address for i in sass.loop_around(code, 1)] == [16, 32, 48]
     assert sass.shortest_path(code, 64, 16) == 4  # BRA, SHFL, BRA, S2R
+    assert sass.shortest_path(code, 64, 16, 112) == 2
     with pytest.raises(ValueError, match="no path"):
         sass.shortest_path(code, 64, 80)
     assert sass.loads_ahead(["LDG.E.NA.128.CONSTANT", "LDG.E.128", "FFMA", "LDG.E.128"]) == 2
@@ -168,17 +126,18 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def load(v: Variant) -> Library:
         return Library(harness.compile_library("tuning_driver.cpp", folder / v.slug, *build.definitions(v)))
 
-    return {name: load(variant(name)) for name in (BASELINE, BULK, "chunk 16384", "f16 spacing by max")}
+    return {name: load(variant(name)) for name in ON_HOST}
 
 
 @on_host
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [BASELINE, BULK, "chunk 16384", "f16 spacing by max"])
+@pytest.mark.parametrize("name", ON_HOST)
 def test_checks_of_the_gpu_run_pass_on_the_host(libraries: dict[str, Library], name: str) -> None:
-    found = measure.check(variant(name), libraries[name], libraries[BASELINE], torch.device("cpu"), 2)
+    found = measure.check(variant(name), libraries[name], libraries[BASELINE], torch.device("cpu"))
     assert found["error"] <= measure.ALLOWED
-    assert len(set(found["grids"])) >= 5
-    assert found["cases with the baseline's bits"] == (6 if name == "chunk 16384" else 27)
+    assert found["runs"] >= 3
+    kept = {"all": 33, "rows": 12, "layers": 21}
+    assert found["cases with the baseline's bits"] == kept[variant(name).same_bits]
 
 
 @on_host
@@ -187,7 +146,7 @@ def test_checks_notice_wrong_sums_and_other_bits(libraries: dict[str, Library]) 
     cpu = torch.device("cpu")
     other = Variant("other order", "", "", same_bits="all")
     with pytest.raises(AssertionError, match="not the baseline's bits"):
-        measure.check(other, libraries["chunk 16384"], libraries[BASELINE], cpu, 2)
+        measure.check(other, libraries["chunks of 64 KB at first"], libraries[BASELINE], cpu)
 
 
 @on_host
@@ -196,15 +155,15 @@ def test_driver_has_the_bits_of_the_launchers(libraries: dict[str, Library], tmp
     program = harness.compile_driver("plain", tmp_path, harness.CUDA_SOURCES, harness.BF16_ONLY)
     for inputs, per_row in measure.check_layers(BF16, torch.device("cpu")):
         (expected,) = rows(program, Case(list(zip(*inputs, strict=True)), per_row=per_row))
-        for library in (libraries[BASELINE], libraries[BULK]):
-            assert measure.same(library.prepare(inputs, per_row).sums(3), expected)
+        for name in (BASELINE, "no cache hint"):
+            assert measure.same(libraries[name].prepare(inputs, per_row).sums(), expected)
 
 
 @on_host
 @pytest.mark.slow
 def test_the_run_on_the_host(libraries: dict[str, Library], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = command.Machine(torch.device("cpu"), "90", multiprocessors=1, cache=2**20)
-    chosen = [variant(BASELINE), variant("f16 spacing by max")]
+    chosen = [variant(BASELINE), variant("no cache hint")]
     command.run(chosen, machine, libraries, rounds=1, quick=True, path=tmp_path / "found.json")
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     checks, timed = results[:2], results[2:]
@@ -213,60 +172,10 @@ def test_the_run_on_the_host(libraries: dict[str, Library], tmp_path: Path, caps
         (name, dtype) for dtype in ("bf16", "f16", "f32") for name in ("3 MiB", "rows of 1024")
     ]
     for result in timed:
-        names = [measure.CEILING, BASELINE, *(["f16 spacing by max"] if result["dtype"] == "f16" else [])]
-        assert [row["variant"] for row in result["rows"]] == names
+        assert [row["variant"] for row in result["rows"]] == [measure.CEILING, BASELINE, "no cache hint"]
         assert result["rows"][1]["of baseline"] == 1
         assert result["input sets"] * result["bytes"] > 4 * machine.cache
-    assert "all workloads, speed relative to the baseline" in capsys.readouterr().out
-
-
-def bulk_cases() -> list[Case]:
-    """Blocks with many chunks and with few, whole pieces and tails."""
-    layers = [Workload("", [(size,)]).make(BF16, torch.device("cpu")) for size in (3 * CHUNK, 20 * CHUNK + 700)]
-    return [Case([tuple(x[0] for x in layer)], multiprocessors=m) for layer in layers for m in (1, 3)]
-
-
-def compile_bulk(build_name: str, folder: Path, sources: Path = harness.CUDA_SOURCES) -> Path:
-    v = variant(BULK) if build_name == "plain" else replace(variant(BULK), threads=64)  # see on_cpu/README.md
-    return harness.compile_driver(build_name, folder, sources, harness.BF16_ONLY, *build.definitions(v))
-
-
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
-    folder = tmp_path_factory.mktemp("baseline")
-    program = harness.compile_driver("plain", folder, harness.CUDA_SOURCES, harness.BF16_ONLY)
-    return rows(program, *bulk_cases())
-
-
-@on_host
-@pytest.mark.slow
-@pytest.mark.parametrize("build_name", ["asan", "tsan"])
-def test_sanitizers_are_silent_about_bulk_copies(build_name: str, tmp_path: Path) -> None:
-    run(compile_bulk(build_name, tmp_path), bulk_cases(), seed=1)
-
-
-@on_host
-@pytest.mark.slow
-@pytest.mark.parametrize("name", BUGS)
-def test_seeded_bug_of_bulk_copies_is_caught(expected: list[torch.Tensor], name: str, tmp_path: Path) -> None:
-    old, new, build_name, sign = BUGS[name]
-    sources = harness.with_change(tmp_path / "csrc", harness.TUNING / "bulk_copy.cuh", old, new)
-    done = run(compile_bulk(build_name, tmp_path, sources), bulk_cases(), seed=1, check=False)
-    if sign == "sums":
-        assert done.code == 0, done.text
-        assert not all(measure.same(r.rows, e) for r, e in zip(done.results, expected, strict=True))
-    else:
-        assert done.code != 0
-        assert sign in done.text
-
-
-@on_host
-@pytest.mark.slow
-def test_bulk_copies_pass_the_checks_for_bugs(expected: list[torch.Tensor], tmp_path: Path) -> None:
-    program = compile_bulk("plain", tmp_path)
-    for seed in range(4):
-        found = rows(program, *bulk_cases(), seed=seed)
-        assert all(measure.same(r, e) for r, e in zip(found, expected, strict=True))
+    assert "all workloads, speed relative to the baseline" in " ".join(capsys.readouterr().out.split())
 
 
 # machine code
@@ -274,21 +183,16 @@ def test_bulk_copies_pass_the_checks_for_bugs(expected: list[torch.Tensor], tmp_
 
 @with_nvcc
 @pytest.mark.slow
-def test_baseline_and_bulk_copies_compile_without_spills(tmp_path: Path) -> None:
+def test_baseline_compiles_without_spills(tmp_path: Path) -> None:
     at = ARCHITECTURES["90"]
-    for name in (BASELINE, BULK):
-        compiled = build.compile_cubin(variant(name), "90", tmp_path / variant(name).slug)
-        assert compiled.warnings == []
-        assert all(k.spills == k.stack == 0 for k in compiled.kernels.values())
-        code = sass.sass(compiled.cubin)
-        sums = {s: code[s] for s in code if "segment_sums" in s}
-        assert len(sums) == 6  # three dtypes, two tables
-        for symbol, opcodes in sums.items():
-            assert any(op.startswith("UBLKCP") for op in opcodes) == (name == BULK), symbol
-        for row in static.compile_and_describe(variant(name), at, tmp_path / f"{variant(name).slug}-again"):
-            assert row["blocks"] == 3
-            assert row["bytes in flight"] > at.needed_bytes()[1]
-            assert 15 < row["instructions per element"] < 40
+    compiled = build.compile_cubin(variant(BASELINE), "90", tmp_path / "baseline")
+    assert compiled.warnings == []
+    assert all(k.spills == k.stack == 0 for k in compiled.kernels.values())
+    assert len([s for s in compiled.kernels if "segment_sums" in s]) == 6  # three dtypes, two tables
+    for row in static.compile_and_describe(variant(BASELINE), at, tmp_path / "again"):
+        assert row["blocks"] == 3
+        assert row["bytes in flight"] > at.needed_bytes()[1]
+        assert 10 < row["instructions per element"] < 40
 
 
 def test_same_bits_know_nan() -> None:

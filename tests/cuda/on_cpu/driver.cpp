@@ -17,10 +17,7 @@
 
 #include "shim.h"
 
-namespace {          // internal linkage: the address sanitizer guards only such shared arrays
-#if TUNE_STAGES > 0  // of benchmarks/tuning
-#include "bulk_copy.cuh"
-#endif
+namespace {                    // internal linkage: the address sanitizer guards only such shared arrays
 #if defined(DRIVER_BF16_ONLY)  // a quick build: feature_stats of bfloat16 features
 #include "submit.cuh"
 namespace fastfs::cuda {
@@ -50,7 +47,7 @@ int64_t number() {
 template <class Sums>
 std::vector<double> measure(const std::vector<fastfs::Layer>& layers, bool far, int64_t repeats, int64_t& dirty) {
   namespace cuda = fastfs::cuda;
-  const cuda::Workspace need = cuda::workspace<Sums>(layers);
+  const cuda::Plan need = cuda::plan<Sums>(layers);
   int64_t rows = 0;
   for (const auto& layer : layers) rows += layer.segments;
   std::unique_ptr<double[]> coefficients(new double[layers.size() * Sums::kCoefficients]);
@@ -64,7 +61,7 @@ std::vector<double> measure(const std::vector<fastfs::Layer>& layers, bool far, 
   std::fill_n(partials.get(), need.partial_bytes / 8, -1e300);
   std::fill_n(tickets.get(), need.tickets, 0u);
   for (int64_t i = 0; i < repeats; ++i) {
-    cuda::launch<Sums>(layers, far ? coefficients.get() : nullptr, out.get(), partials.get(), tickets.get(), 0,
+    cuda::launch<Sums>(layers, need, far ? coefficients.get() : nullptr, out.get(), partials.get(), tickets.get(), 0,
                        nullptr);
   }
   dirty = need.tickets - std::count(tickets.get(), tickets.get() + need.tickets, 0u);

@@ -25,19 +25,20 @@ FEATURES, UPDATES, RULES = range(3)
 STREAM_READ = -1
 
 FLAGS = "-std=c++17 -w -fno-strict-aliasing -ffp-contract=off -pthread -DFASTFS_CUDA_ON_CPU".split()
-SMALL_BLOCKS = '-DFASTFS_POLICIES="shim_policy.h"'
+SMALL = '-DFASTFS_POLICIES="shim_policy.h"'
 # name: flags of the kernels, flags of the runtime (which is never compiled with a sanitizer)
 BUILDS = {
     "plain": (["-O1"], []),
+    "small": (["-O1", SMALL], []),  # with small blocks, chunks and groups of chunks
     "asan": (
         [
             *("-O1", "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow", "-fno-sanitize-recover=all"),
-            *("-DSHIM_SHARED_STATIC", SMALL_BLOCKS),
+            *("-DSHIM_SHARED_STATIC", SMALL),
         ],
         ["-DSHIM_ASAN", "-DSHIM_SHARED_STATIC"],
     ),
     # The thread sanitizer tells about 255 contexts apart: blocks of 64 threads, see README.md.
-    "tsan": (["-O1", "-fsanitize=thread", "-DSHIM_TSAN", SMALL_BLOCKS], ["-DSHIM_TSAN"]),
+    "tsan": (["-O1", "-fsanitize=thread", "-DSHIM_TSAN", SMALL], ["-DSHIM_TSAN"]),
 }
 BF16_ONLY = "-DDRIVER_BF16_ONLY"
 
@@ -216,7 +217,8 @@ def run(program: Path, cases: list[Case], *, seed: int = 0, check: bool = True) 
 def rows(program: Path, *cases: Case, seed: int = 0) -> list[Tensor]:
     """The sums of every case: (rows, columns). Tickets must be zero again."""
     results = run(program, list(cases), seed=seed).results
-    assert [r.dirty_tickets for r in results] == [0] * len(cases)
+    dirty = [r.dirty_tickets for r in results]
+    assert dirty == [0] * len(cases), f"tickets are not zero again: {dirty}"
     return [r.rows for r in results]
 
 

@@ -13,27 +13,40 @@ class Bug:
     old: str
     new: str
     build: str
-    sign: str  # what the sanitizer says; for the plain build, which check fails
+    sign: str  # what the sanitizer says; without one, which check fails
+    mixed: bool = False  # shows with a last input of another dtype
 
 
 BUGS = {
     "no barrier between the warps of a block": Bug(
         "segment_sums.cuh",
-        "again = __syncthreads_or(again);",
-        "again = __any_sync(kFullWarp, again);",
+        "any = again = __syncthreads_or(again);",
+        "any = again = __any_sync(kFullWarp, again);",
         "tsan",
         "data race",
     ),
-    "one buffer of partial sums for all chunks": Bug("segment_sums.cuh", "side ^= 1;", "", "tsan", "data race"),
     "no barrier after the repetition in double": Bug(
         "segment_sums.cuh", "        __syncthreads();\n", "", "tsan", "data race"
     ),
-    "no fence before the ticket": Bug(
-        "reduce.cuh", "  __threadfence();\n  __syncwarp();", "  __syncwarp();", "tsan", "data race"
+    "count that releases nothing": Bug(
+        "reduce.cuh", "  __threadfence();\n  const uint32_t before", "  const uint32_t before", "tsan", "data race"
     ),
-    "no fence after the ticket": Bug("reduce.cuh", "last);\n    __threadfence();", "last);", "tsan", "data race"),
+    "count that acquires nothing": Bug("reduce.cuh", "last);\n  __threadfence();\n", "last);\n", "tsan", "data race"),
+    "lanes do not wait before lane 0 counts": Bug(
+        "reduce.cuh", "    __syncwarp();\n    if (thread == 0) {", "    if (thread == 0) {", "tsan", "data race"
+    ),
+    "no barrier before the last block reads": Bug(
+        "reduce.cuh", "  }\n  __syncthreads();\n  return is_last;", "  }\n  return is_last;", "tsan", "data race"
+    ),
+    "no barrier between the warps of the last block": Bug(
+        "reduce.cuh", "  }\n  __syncthreads();\n  return thread < 32", "  }\n  return thread < 32", "tsan", "data race"
+    ),
     "shared array too small": Bug(
-        "segment_sums.cuh", "parts[2][kWarps][N];", "parts[2][kWarps - 1][N];", "asan", "out of bounds for type"
+        "segment_sums.cuh",
+        "double parts[kWarps][N];\n  __shared__",
+        "double parts[kWarps - 1][N];\n  __shared__",
+        "asan",
+        "out of bounds for type",
     ),
     "tail read past the end": Bug(
         "load.cuh", "if (at + E <= count) {", "if (at < count) {", "asan", "heap-buffer-overflow"
@@ -49,17 +62,56 @@ BUGS = {
         "misaligned address",
     ),
     "ticket that does not wrap": Bug(
-        "reduce.cuh", "before = atomicInc(ticket, last);", "before = atomicAdd(ticket, 1u);", "plain", "tickets"
+        "reduce.cuh", "before = atomicInc(ticket, last);", "before = atomicAdd(ticket, 1u);", "small", "tickets"
     ),
-    "groups merged in the order of arrival": Bug(
+    "partial sums added in the order of arrival": Bug(
         "reduce.cuh",
-        "v += __ldcg(partials + i * step * N + lane % N);",
-        "v += __ldcg(partials + (i + blockIdx.x) % count * step * N + lane % N);",
-        "plain",
+        "(int64_t{thread / kPairs * kPairs} << kStepBits)",
+        "(int64_t{(thread / kPairs + int(blockIdx.x)) % count * kPairs} << kStepBits)",
+        "small",
         "same bits",
     ),
-    "groups merged from the wrong places": Bug(
-        "reduce.cuh", "first * N, groups, kGroupChunks, lane", "first * N, groups, 1, lane", "plain", "sums"
+    "groups added from the wrong places": Bug(
+        "reduce.cuh", "sum_partials<kGroupBits>(", "sum_partials<0>(", "small", "sums at the borders"
+    ),
+    "last group counts the chunks of a whole one": Bug(
+        "reduce.cuh",
+        "min64(kGroup, first + at.chunks - leader)",
+        "kGroup",
+        "small",
+        "sums at the borders",
+    ),
+    "group off by one": Bug(
+        "reduce.cuh",
+        "(at.chunk >> kGroupBits << kGroupBits)",
+        "((at.chunk + 1) >> kGroupBits << kGroupBits)",
+        "small",
+        "sums at the borders",
+    ),
+    "one group too few": Bug(
+        "reduce.cuh",
+        "(at.chunks + kGroup - 1) >> kGroupBits",
+        "at.chunks >> kGroupBits",
+        "small",
+        "sums at the borders",
+    ),
+    "host and device cut differently": Bug(
+        "submit.cuh",
+        "item_size(layer.first), layer.width",
+        "item_size(layer.last), layer.width",
+        "asan",
+        "heap-buffer-overflow",
+        mixed=True,
+    ),
+    "a repeated row takes its neighbours along": Bug(
+        "segment_sums.cuh", "value = again ? repeated : value;", "value = repeated;", "plain", "rows"
+    ),
+    "rows of a team that has none": Bug(
+        "segment_sums.cuh",
+        "if (idle || (!row_mode",
+        "if ((!row_mode",
+        "plain",
+        "rows",
     ),
     "float chains too long": Bug(
         "segment_sums.cuh",
@@ -70,8 +122,8 @@ BUGS = {
     ),
     "no repetition in double": Bug(
         "segment_sums.cuh",
-        "int again = skip || must_repeat<Sums, V>(lane / (32 / N), value);",
-        "int again = skip;",
+        "bool again = skip || must_repeat<Sums, V>(held, value);",
+        "bool again = skip;",
         "plain",
         "non-finite",
     ),

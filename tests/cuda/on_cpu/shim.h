@@ -48,11 +48,6 @@ extern thread_local int r_or, r_and, r_cnt;
 enum Kind : unsigned char { SHFL = 1, BALLOT, SYNCWARP };
 void barrier(int pred, const char* where);
 uint64_t warp_op(unsigned mask, Kind k, uint64_t v, int src, bool order, const char* where);
-// Of shim_bulk.h.
-void bulk_init(uint64_t* barrier, unsigned count);
-void bulk_arrive(uint64_t* barrier, unsigned bytes);
-void bulk_wait(uint64_t* barrier, unsigned parity, const char* where);
-void bulk_load(void* to, const void* from, unsigned bytes, uint64_t* barrier);
 void fence();
 void atomic_begin(void*);
 void atomic_end(void*);

@@ -8,7 +8,7 @@
 namespace fastfs::cuda {
 
 struct Grid {
-  int blocks, threads, shared_bytes = 0;
+  int blocks, threads;
 };
 
 inline int fake_multiprocessors = 1, launches = 0;
@@ -25,7 +25,7 @@ template <class Table>
 void start(void (*kernel)(Table), const Table& table, const Grid& grid, void*) {
   static_assert(sizeof(Table) <= 32764, "kernel parameters");
   ++launches;
-  shim::run_grid(dim3(grid.blocks), dim3(grid.threads), grid.shared_bytes, [&] { kernel(table); });
+  shim::run_grid(dim3(grid.blocks), dim3(grid.threads), 0, [&] { kernel(table); });
 }
 
 }  // namespace fastfs::cuda
