@@ -16,6 +16,7 @@ namespace fastfs::cuda {
   extern template void submit<Sums, F16>(const Job&, Kind);  \
   extern template void submit<Sums, BF16>(const Job&, Kind); \
   extern template void submit<Sums, F32>(const Job&, Kind);  \
+  extern template void submit<Sums, Any>(const Job&, Kind);  \
   extern template void submit<Sums, F64>(const Job&, Kind);
 FASTFS_MEASUREMENTS(FASTFS_EXTERN)
 #undef FASTFS_EXTERN
@@ -74,6 +75,10 @@ void launch(const std::vector<Layer>& layers, const double* coefficients, double
   for (int k = 0; k < Kind::kKinds; ++k) {
     if (!present[k]) continue;
     const Kind kind = Kind::at(k);
+    if (kind.strided && kind.first != DType::f64) {
+      submit<Sums, Any>(job, kind);
+      continue;
+    }
     switch (kind.first) {
       case DType::f16:
         submit<Sums, F16>(job, kind);
