@@ -1,5 +1,7 @@
 // The entry points of the measurements, for every line of measurements.h: name_cpu, name_cuda where CUDA is built, and
 // an entry of measurements(). Each reads the tensors, releases the GIL and runs the kernel.
+#pragma once
+
 #include "../measurements.h"
 
 #include <pybind11/pybind11.h>
@@ -115,7 +117,7 @@ class CudaCall {
 };
 
 template <class Sums>
-void bind_cuda(py::module_& m, const char* name) {
+inline void bind_cuda(py::module_& m, const char* name) {
   py::class_<CudaCall<Sums>>(m, name)
       .def(py::init<const py::tuple&, const Option<Sums>&>())
       .def_property_readonly("rows", &CudaCall<Sums>::rows)
@@ -139,7 +141,7 @@ py::dict measurements() {
 
 }  // namespace
 
-void bind_measurements(py::module_& m) {
+inline void bind_measurements(py::module_& m) {
   m.def("measurements", &measurements);
   m.def("count_rows", &count_rows);
 #define FASTFS_BIND(name, Sums) m.def(#name "_cpu", &measure_cpu<Sums>);
