@@ -4,7 +4,7 @@
 
 A unit is the processor time (user and system, of all processes) that ``g++ -O2`` takes for a file that includes
 <regex> and matches one pattern: 3 to 7 seconds. Machines differ by a factor of four, units do not. It is measured
-before, between and after the other figures.
+before, between and after the other figures; each is divided by the mean of those beside it.
 
 - ``wheel``: ``pip wheel .`` in a fresh isolated environment, with the settings of the environment (FASTFS_CUDA,
   FASTFS_CUDA_ARCHS), in a copy of the source; then the same with ``FASTFS_CUDA=0``.
@@ -78,21 +78,19 @@ def cpu_seconds(command: list[str] | str, cwd: Path, env: dict[str, str] | None 
 
 @dataclass
 class Unit:
-    """The processor time that all figures are given in, from what was measured so far."""
+    """The processor time that all figures are given in, measured again and again: it changes with the machine's load."""
 
     compiler: str
     folder: Path
     times: list[float] = field(default_factory=list)
 
-    def measure(self) -> None:
+    def measure(self) -> float:
+        """Measure it twice; returns the mean of these and the two times before, if there are any."""
         source = self.folder / "unit.cpp"
         source.write_text(UNIT)
         for _ in range(2):
             self.times.append(cpu_seconds([self.compiler, "-O2", str(source), "-o", "unit"], self.folder))
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self.times)
+        return statistics.mean(self.times[-4:])
 
 
 @dataclass(frozen=True)
@@ -201,22 +199,20 @@ def measure(folder: Path, *, cuda: bool, isolated: bool = True, compiler_of_unit
     unit = Unit(compiler_of_unit, folder)
     unit.measure()
     with_cuda = copy_source(folder / "source")
-    wheels = [build_wheel(with_cuda, env, isolated)]
-    unit.measure()
-    commands = time_commands(with_cuda, env)
-    unit.measure()
+    wheels = [(cuda, *build_wheel(with_cuda, env, isolated), unit.measure())]
+    commands, unit_of_commands = time_commands(with_cuda, env), unit.measure()
     if cuda:
         without = {name: value for name, value in env.items() if name != "FASTFS_CUDA_ARCHS"} | {"FASTFS_CUDA": "0"}
-        wheels.append(build_wheel(copy_source(folder / "without"), without, isolated))
-        unit.measure()
+        wheels.append((False, *build_wheel(copy_source(folder / "without"), without, isolated), unit.measure()))
 
-    def units(seconds: float) -> float:
-        return round(seconds / unit.seconds, 2)
+    def units(seconds: float, unit: float = unit_of_commands) -> float:
+        return round(seconds / unit, 2)
 
-    results: list[dict[str, Any]] = [{"what": "unit", "cpu_seconds": unit.seconds, "all": unit.times}]
-    for (seconds, size), has_cuda in zip(wheels, (cuda, False), strict=False):
-        results.append({"what": "wheel", "cuda": has_cuda, "units": units(seconds), "bytes": size})
-        results[-1]["target"] = MOST_WITH_CUDA if has_cuda else MOST_WITHOUT_CUDA
+    results: list[dict[str, Any]] = [{"what": "unit", "cpu_seconds": statistics.median(unit.times), "all": unit.times}]
+    for has_cuda, seconds, size, unit_of_wheel in wheels:
+        target = MOST_WITH_CUDA if has_cuda else MOST_WITHOUT_CUDA
+        results.append({"what": "wheel", "cuda": has_cuda, "cpu_seconds": seconds})
+        results[-1] |= {"units": units(seconds, unit_of_wheel), "target": target, "bytes": size}
     for command in sorted(commands, key=lambda c: -c.seconds):
         phases = {phase: units(seconds) for phase, seconds in command.phases.items()}
         results.append({"what": "file", "file": command.file, "units": units(command.seconds), "phases": phases})

@@ -27,6 +27,7 @@
 
 #include "load.cuh"
 #include "reduce.cuh"
+#include "strided_load.cuh"
 
 namespace fastfs::cuda {
 
@@ -40,7 +41,7 @@ struct compute<F64> {
   using type = double;
 };
 
-// Tiles that one chain of additions takes; of Any, at most (see tiles() in load.cuh).
+// Tiles that one chain of additions takes; of Any, at most (see tiles() in strided_load.cuh).
 template <class F, int kChain>
 constexpr int kTiles = std::is_same_v<F, Any> || Storage<F>::kSize == 2 ? kChain / kRun<F> : 1;
 
