@@ -35,7 +35,7 @@ struct FeatureSums {
   static constexpr int kInputs = 3;
   static constexpr int kSums = 7;  // in the order of FeatureStats.names
   static constexpr int kCounted = 3, kCoefficients = 0;
-  static constexpr bool kOneDtype = false, kSixteenBit = true;
+  static constexpr bool kOneDtype = false, kSixteenBit = true, kOfFormat = true;
   FASTFS_HD static constexpr bool is_square(int k) { return k >= 1 && k <= 3; }
 
   template <class F, class V>

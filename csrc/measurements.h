@@ -1,5 +1,5 @@
 // The measurements. This list is the only one in C++: the loops of every instruction set (cpu/), the kernels of every
-// dtype (cuda/) and the Python bindings (binding/measurements.cpp) are instantiated from it.
+// dtype (cuda/) and the Python bindings (binding/bind_measurements.h) are instantiated from it.
 // fastfs/_core/measurements.py declares the same kernels in Python; the two are compared when fastfs is imported.
 #pragma once
 
@@ -8,7 +8,7 @@
 #include "parameter_sums.h"
 
 // M(name, Sums): the name of the entry points in fastfs._C, without _cpu or _cuda, and the struct of sums.
-// There are two groups only to spread the compilation for CUDA: cuda/segment_sums_*.cu and cuda/optimizer_sums_*.cu.
+// There are two groups only to spread the compilation for CUDA: cuda/segment_sums.cu and cuda/optimizer_sums.cu.
 #define FASTFS_TENSOR_MEASUREMENTS(M) \
   M(feature_stats, FeatureSums)       \
   M(update_stats, UpdateSums)

@@ -36,7 +36,7 @@ struct UpdateSums {
   static constexpr int kInputs = 2;
   static constexpr int kSums = 3;  // in the order of UpdateStats.names
   static constexpr int kCounted = 2, kCoefficients = 0;
-  static constexpr bool kOneDtype = false, kSixteenBit = true;
+  static constexpr bool kOneDtype = false, kSixteenBit = true, kOfFormat = false;
   FASTFS_HD static constexpr bool is_square(int k) { return k >= 1; }
 
   template <class F, class V>
@@ -61,7 +61,7 @@ struct OptimizerSums {
   static constexpr int kInputs = Rule::kInputs;
   static constexpr int kSums = 5;  // in the order of ParameterStats.names
   static constexpr int kCounted = 2, kCoefficients = Rule::kCoefficients;
-  static constexpr bool kOneDtype = true, kSixteenBit = Rule::kSixteenBit;
+  static constexpr bool kOneDtype = true, kSixteenBit = Rule::kSixteenBit, kOfFormat = false;
   FASTFS_HD static constexpr bool is_square(int k) { return k >= 2; }
 
   template <class F, class V>

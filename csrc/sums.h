@@ -7,6 +7,7 @@
 //   kCoefficients  numbers that a layer brings along for all its elements
 //   kOneDtype      whether the last input has to have the dtype F as well
 //   kSixteenBit    whether F may be float16 or bfloat16
+//   kOfFormat      whether the terms or factors depend on the dtype F
 //   is_square(k)   whether sum k is a sum of squares, which float may lose to underflow
 //   add_terms<F>   adds the terms of one element of every input to the accumulators
 //   factor<F, V>   what the accumulator of sum k is multiplied with at the end of a chunk

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # The architectures of the machine code read here, each with the virtual one whose PTX the build assembles it from.
-VIRTUAL = {"80": "80", "90": "80", "100": "100", "120": "100"}
+VIRTUAL = {"80": "80", "90": "80", "100": "80", "120": "80"}
 FLAGS = ("-std=c++17", "-O3", "--fmad=false")
 ARITHMETIC = ("FFMA", "FMUL", "DFMA", "DMUL")
 

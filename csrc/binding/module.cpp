@@ -1,22 +1,20 @@
 // fastfs._C. fastfs/_core/ops.py calls its entry points, always behind torch's dispatcher: outside of it, fake tensors
 // and lazy views would arrive as raw pointers.
+//
+// All bindings are one file to compile: what each has of pybind11 costs more than the binding itself.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "../bench/bind_bench.h"
 #include "../cpu/measure.h"
+#include "bind_measurements.h"
+#include "bind_record.h"
+#include "bind_rows.h"
 #ifdef FASTFS_WITH_CUDA
 #include "../cuda/launch.h"
 #endif
 
 namespace fastfs {
-
-namespace py = pybind11;
-
-void bind_measurements(py::module_& m);  // measurements.cpp
-void bind_rows(py::module_& m);          // rows.cpp
-void bind_record(py::module_& m);        // record.cpp
-void bind_bench(py::module_& m);         // ../bench/binding.cpp
-
 namespace {
 
 py::dict build_info() {

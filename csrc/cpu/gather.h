@@ -1,5 +1,6 @@
 // A chunk of a layer as contiguous inputs. Inputs that are not contiguous are copied, a chunk at a time, into scratch
-// memory that stays in the cache: no tensor is ever copied whole.
+// memory that stays in the cache: no tensor is ever copied whole. There is a second such memory for chunks in a wider
+// dtype.
 #pragma once
 
 #include <cstddef>
@@ -24,8 +25,16 @@ class Gather {
       }
     }
   }
+  // Memory for a chunk of doubles of one input.
+  char* wide(int input) { return scratch(wide_, input); }
 
  private:
+  static constexpr int64_t kBytes = kChunk * 8 + 64;
+  static char* scratch(std::unique_ptr<char[]>& memory, int input) {
+    if (!memory) memory.reset(new char[kMaxInputs * kBytes]);
+    return memory.get() + input * kBytes;
+  }
+
   const char* strided(const Layer& l, int input, int64_t start, int64_t n, int64_t size) {
     const int64_t* stride = l.stride[input];
     const int inner = l.dims - 1;
@@ -37,8 +46,7 @@ class Gather {
     }
     if (stride[inner] == 1 && index[inner] + n <= l.shape[inner]) return l.data[input] + offset * size;  // in one row
 
-    if (!scratch_) scratch_.reset(new char[kMaxInputs * kChunk * 8 + 64]);
-    char* const begin = scratch_.get() + input * kChunk * 8;
+    char* const begin = scratch(scratch_, input);
     char* to = begin;
     for (int64_t left = n; left > 0;) {
       const int64_t length = l.shape[inner] - index[inner] < left ? l.shape[inner] - index[inner] : left;
@@ -72,7 +80,7 @@ class Gather {
     }
   }
 
-  std::unique_ptr<char[]> scratch_;
+  std::unique_ptr<char[]> scratch_, wide_;
 };
 
 }  // namespace fastfs::cpu

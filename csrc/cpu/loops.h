@@ -21,10 +21,19 @@ constexpr int kLanes = 16;
 // coefficients.
 using ChunkFunction = void (*)(const char* const* inputs, int64_t n, const double* coefficients, double* sums);
 
+// Loops over other dtypes are left out to keep the build short: their inputs are widened first, a chunk at a time.
 template <class Sums>
 struct ChunkTable {
-  ChunkFunction single[4][4];  // [first][last] in the order of DType, computed in float; null for float64
-  ChunkFunction dbl[4][4];     // computed in double; null for dtypes that the measurement does not take
+  // [first][last] in the order of DType, computed in float; null unless they are the same or one of them is float32.
+  ChunkFunction single[4][4];
+  ChunkFunction dbl[4];  // [first], computed in double from inputs that are all widened to double
+};
+
+// Copies n <= kChunk elements to a wider type, and zeros up to a multiple of kLanes.
+using WideningFunction = void (*)(const char* from, char* to, int64_t n);
+struct Widening {
+  WideningFunction to_single[2];  // of float16 and bfloat16
+  WideningFunction to_double[3];  // of float16, bfloat16 and float32
 };
 
 // A ChunkTable of every measurement.
@@ -44,6 +53,7 @@ struct RowLoops {
 struct Loops {
   const char* name;
   const SumLoops& sums;
+  const Widening& widening;
   const RowLoops& rows;
 };
 

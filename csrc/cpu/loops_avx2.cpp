@@ -11,7 +11,7 @@ constexpr int kUnroll = 4, kRowUnroll = 4;
 }  // namespace
 
 const Loops& loops_avx2() {
-  static constexpr Loops loops{"avx2", kSumLoops, kRowLoops};
+  static constexpr Loops loops{"avx2", kSumLoops, kWidening, kRowLoops};
   return loops;
 }
 }  // namespace fastfs::cpu

@@ -11,7 +11,7 @@ constexpr int kUnroll = 4, kRowUnroll = 16;
 }  // namespace
 
 const Loops& loops_avx512() {
-  static constexpr Loops loops{"avx512", kSumLoops, kRowLoops};
+  static constexpr Loops loops{"avx512", kSumLoops, kWidening, kRowLoops};
   return loops;
 }
 }  // namespace fastfs::cpu

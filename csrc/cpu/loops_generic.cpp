@@ -11,7 +11,7 @@ constexpr int kUnroll = 1, kRowUnroll = 1;
 }  // namespace
 
 const Loops& loops_generic() {
-  static constexpr Loops loops{"generic", kSumLoops, kRowLoops};
+  static constexpr Loops loops{"generic", kSumLoops, kWidening, kRowLoops};
   return loops;
 }
 }  // namespace fastfs::cpu

@@ -73,15 +73,47 @@ double count_nonfinite(DType d, const char* p, int64_t n) {
   return 0.0;
 }
 
+// A chunk in float: by the loop of its dtypes, or by that of a last input in float32.
+void sum_single(const ChunkFunction (&loops_of_first)[4], const Layer& l, int count, const char* const* inputs,
+                int64_t n, Gather& gather, double* sums) {
+  const int last = static_cast<int>(l.last);
+  if (loops_of_first[last] != nullptr) return loops_of_first[last](inputs, n, l.coefficients, sums);
+  const char* wide[kMaxInputs];
+  std::copy_n(inputs, count, wide);
+  char* const to = gather.wide(count - 1);
+  loops().widening.to_single[last](inputs[count - 1], to, n);
+  wide[count - 1] = to;
+  loops_of_first[static_cast<int>(DType::f32)](wide, n, l.coefficients, sums);
+}
+
+// A chunk in double, for all dtypes.
+void sum_double(const ChunkFunction (&loops_of)[4], const Layer& l, int count, const char* const* inputs, int64_t n,
+                Gather& gather, double* sums) {
+  const char* wide[kMaxInputs];
+  for (int i = 0; i < count; ++i) {
+    const DType d = i + 1 < count ? l.first : l.last;
+    wide[i] = inputs[i];
+    if (d == DType::f64) continue;
+    char* const to = gather.wide(i);
+    loops().widening.to_double[static_cast<int>(d)](inputs[i], to, n);
+    wide[i] = to;
+  }
+  loops_of[static_cast<int>(l.first)](wide, n, l.coefficients, sums);
+}
+
 template <class Sums>
-Partial<Sums> measure_chunk(const ChunkTable<Sums>& table, const Layer& l, const char* const* inputs, int64_t n) {
+Partial<Sums> measure_chunk(const ChunkTable<Sums>& table, const Layer& l, const char* const* inputs, int64_t n,
+                            Gather& gather) {
   Partial<Sums> p;
   p.nonfinite = 0.0;
-  const int first = static_cast<int>(l.first), last = static_cast<int>(l.last);
-  const ChunkFunction single = table.single[first][last];
-  (single != nullptr ? single : table.dbl[first][last])(inputs, n, l.coefficients, p.sum);
+  const bool single = l.first != DType::f64 && l.last != DType::f64;
+  if (single) {
+    sum_single(table.single[static_cast<int>(l.first)], l, Sums::kInputs, inputs, n, gather, p.sum);
+  } else {
+    sum_double(table.dbl, l, Sums::kInputs, inputs, n, gather, p.sum);
+  }
   if (needs_double(p)) {
-    if (single != nullptr) table.dbl[first][last](inputs, n, l.coefficients, p.sum);
+    if (single) sum_double(table.dbl, l, Sums::kInputs, inputs, n, gather, p.sum);
     for (int i = 0; i < Sums::kCounted; ++i) {
       p.nonfinite += count_nonfinite(i + 1 < Sums::kInputs ? l.first : l.last, inputs[i], n);
     }
@@ -121,7 +153,7 @@ void measure(const std::vector<Layer>& layers, double* out, int threads) {
         const int64_t n = std::min(kChunk, l.width - within);
         const char* inputs[Sums::kInputs];
         gather(l, Sums::kInputs, c / per_segment * l.width + within, n, inputs);
-        partials[batch.slot + c - batch.begin] = measure_chunk(chunk_table, l, inputs, n);
+        partials[batch.slot + c - batch.begin] = measure_chunk(chunk_table, l, inputs, n, gather);
       }
     }
   });

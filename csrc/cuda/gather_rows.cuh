@@ -176,7 +176,7 @@ struct RowSource {
     }
 #pragma unroll
     for (int k = 0; k < kWords; ++k) w[k] = 0;
-#pragma unroll
+#pragma unroll 1
     for (int e = 0; e < E; ++e) {
       push_element<kWords, kSize>(p + offset, e < valid, w);
       offset += step;

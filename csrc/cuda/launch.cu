@@ -14,6 +14,7 @@ namespace fastfs::cuda {
   extern template void submit<Sums, F16>(const Job&, Kind);  \
   extern template void submit<Sums, BF16>(const Job&, Kind); \
   extern template void submit<Sums, F32>(const Job&, Kind);  \
+  extern template void submit<Sums, Any>(const Job&, Kind);  \
   extern template void submit<Sums, F64>(const Job&, Kind);
 FASTFS_MEASUREMENTS(FASTFS_EXTERN)
 #undef FASTFS_EXTERN
@@ -55,6 +56,10 @@ void launch(const std::vector<Layer>& layers, const Plan& plan, const double* co
                 tickets, large_parameters(), stream};
   for (const uint8_t k : plan.present) {
     const Kind kind = Kind::at(k);
+    if (kind.strided && kind.first != DType::f64) {
+      submit<Sums, Any>(job, kind);
+      continue;
+    }
     switch (kind.first) {
       case DType::f16:
         submit<Sums, F16>(job, kind);

@@ -8,13 +8,16 @@
 
 namespace fastfs::cuda {
 
-// The dtype of the last input when it is known at run time alone: f16, bf16 or f32; f64 in single elements, with first
-// inputs of another dtype.
+// Dtypes that are known at run time alone, so that slow paths and rare combinations share a kernel.
+//   Any        f16, bf16 or f32, of the first inputs, of the last one or of both, computed in float. A last input may
+//              also be f64, in single elements.
+//   AnyDouble  all four, of the last input beside first inputs of f64, computed in double.
 struct Any {};
+struct AnyDouble {};
 
 template <class T>
 struct Storage {
-  static constexpr int kSize = 4;  // bytes of an element; of Any: at most, on the wide path
+  static constexpr int kSize = 4;  // bytes of an element; of Any and AnyDouble: of a value in a run
 };
 template <>
 struct Storage<F16> {
@@ -28,6 +31,12 @@ template <>
 struct Storage<F64> {
   static constexpr int kSize = 8;
 };
+template <>
+struct Storage<AnyDouble> {
+  static constexpr int kSize = 8;
+};
+template <class T>
+constexpr bool kRunTime = std::is_same_v<T, Any> || std::is_same_v<T, AnyDouble>;
 // Elements that a thread reads at a time, where F is the dtype of the first inputs.
 template <class F>
 constexpr int kRun = Storage<F>::kSize == 8 ? 4 : 8;
@@ -60,7 +69,7 @@ __device__ __forceinline__ auto value_of(const uint32_t* w, int i) {
     return f16_value(w[i / 2] >> (i % 2 * 16) & 0xffffu);
   } else if constexpr (std::is_same_v<T, BF16>) {
     return bits<float>(i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u);
-  } else if constexpr (std::is_same_v<T, F64>) {
+  } else if constexpr (Storage<T>::kSize == 8) {
     return bits<double>(static_cast<uint64_t>(w[2 * i + 1]) << 32 | w[2 * i]);
   } else {
     return bits<float>(w[i]);
@@ -93,7 +102,7 @@ __device__ __forceinline__ double element_at(const char* p, DType any) {
 }
 template <class T>
 __device__ __forceinline__ int size_of(DType any) {
-  if constexpr (std::is_same_v<T, Any>) {
+  if constexpr (kRunTime<T>) {
     return any == DType::f64 ? 8 : any == DType::f32 ? 4 : 2;
   } else {
     return Storage<T>::kSize;
@@ -179,15 +188,15 @@ __device__ __forceinline__ void push_element(const char* p, bool valid, uint32_t
   }
 }
 
-// The ways to read a run of E elements of one input, with the dtype known now or at run time. Of Any, a 16-bit dtype
-// fills the first half of the words until widen() spreads it.
+// The ways to read a run of E elements of one input, with the dtype known now or at run time. Elements of a dtype known
+// at run time fill the first words until widen() spreads them.
 template <class T, int E, class Load>
 struct Reader {
   static constexpr int kWords = kWordsOf<T, E>, kSize = Storage<T>::kSize;
-  static constexpr bool kAny = std::is_same_v<T, Any>;
+  static constexpr bool kAny = kRunTime<T>, kDouble = kSize == 8;
 
   __device__ __forceinline__ static void wide(const char* p, DType any, uint32_t (&w)[kWords]) {
-    if constexpr (kAny) {
+    if constexpr (kAny && !kDouble) {  // of AnyDouble, f64 alone
       load_wide<E / 2, Load>(p, w);
       if (any == DType::f32) load_wide<E / 2, Load>(p + 2 * E, w + E / 2);
     } else {
@@ -196,7 +205,9 @@ struct Reader {
   }
   __device__ __forceinline__ static void run(const char* p, DType any, uint32_t (&w)[kWords]) {
     if constexpr (kAny) {
-      if (any == DType::f32) {
+      if (kDouble && any == DType::f64) {
+        load_aligned<kWords, 8, Load>(p, w);
+      } else if (any == DType::f32) {
         load_aligned<E, 4, Load>(p, w);
       } else {
         load_aligned<E / 2, 2, Load>(p, w);
@@ -208,7 +219,9 @@ struct Reader {
   __device__ __forceinline__ static void elements(const char* p, int64_t step, int valid, DType any,
                                                   uint32_t (&w)[kWords]) {
     if constexpr (kAny) {
-      if (any == DType::f32) {
+      if (kDouble && any == DType::f64) {
+        load_elements<kWords, 8>(p, step, valid, w);
+      } else if (any == DType::f32) {
         load_elements<E, 4>(p, step, valid, w);
       } else {
         load_elements<E / 2, 2>(p, step, valid, w);
@@ -219,7 +232,9 @@ struct Reader {
   }
   __device__ __forceinline__ static void push(const char* p, bool valid, DType any, uint32_t (&w)[kWords]) {
     if constexpr (kAny) {
-      if (any == DType::f32) {
+      if (kDouble && any == DType::f64) {
+        push_element<kWords, 8>(p, valid, w);
+      } else if (any == DType::f32) {
         push_element<E, 4>(p, valid, w);
       } else {
         push_element<E / 2, 2>(p, valid, w);
@@ -230,9 +245,19 @@ struct Reader {
   }
 };
 
-// Turns what was loaded into words of T: of Any into those of float.
+// Turns what was loaded into words of T: of Any into those of float, of AnyDouble into those of double.
 template <class T, int E>
 __device__ __forceinline__ void widen(DType any, uint32_t (&w)[kWordsOf<T, E>]) {
+  if constexpr (std::is_same_v<T, AnyDouble>) {
+    if (any == DType::f64) return;
+#pragma unroll
+    for (int i = E - 1; i >= 0; --i) {
+      const uint32_t half = w[i / 2] >> (i % 2 * 16) & 0xffffu;
+      const float x = any == DType::f32 ? bits<float>(w[i]) : any == DType::f16 ? f16_value(half) : bf16_value(half);
+      const uint64_t u = bits<uint64_t>(static_cast<double>(x));
+      w[2 * i] = static_cast<uint32_t>(u), w[2 * i + 1] = static_cast<uint32_t>(u >> 32);
+    }
+  }
   if constexpr (std::is_same_v<T, Any>) {
     if (any == DType::f16) {
 #pragma unroll
@@ -241,6 +266,21 @@ __device__ __forceinline__ void widen(DType any, uint32_t (&w)[kWordsOf<T, E>]) 
 #pragma unroll
       for (int i = E - 1; i >= 0; --i) w[i] = i % 2 == 0 ? w[i / 2] << 16 : w[i / 2] & 0xffff0000u;
     }
+  }
+}
+
+// Calls call(format) with the dtype of the first inputs as a type. Terms that depend on it do so by the spacing of the
+// format, which is the same in float for bf16 and f32 but for a factor.
+template <class F, class V, class Call>
+__device__ __forceinline__ void visit_format(DType first, const Call& call) {
+  if constexpr (!std::is_same_v<F, Any>) {
+    call(F{});
+  } else if (first == DType::f16) {
+    call(F16{});
+  } else if (!is_single<V>::value && first == DType::bf16) {
+    call(BF16{});
+  } else {
+    call(F32{});
   }
 }
 
@@ -266,6 +306,7 @@ struct DenseSource {
   const char* p[kInputs];
   DType any;
   int count;
+  static constexpr DType first{};  // known by F
 
   template <class Table>
   __device__ __forceinline__ DenseSource(const Table& table, const Item& item)
@@ -286,15 +327,21 @@ struct DenseSource {
     for (int j = 0; j < kInputs - 1; ++j) Reader<F, E, Load>::wide(p[j] + at * size(j), any, e.first[j]);
     Reader<L, E, Load>::wide(p[kInputs - 1] + at * size(kInputs - 1), any, e.last);
   }
+  // Tiles of a chain, where F has at most `most`.
+  __device__ __forceinline__ static constexpr int tiles(int most) { return most; }
   // ... whatever the alignment, with zeros from element `count` on.
   __device__ __forceinline__ void load_some(int at, Run<Sums, F, L>& e) const {
 #pragma unroll
     for (int j = 0; j < kInputs - 1; ++j) load_one<F>(p[j] + at * size(j), size(j), at, e.first[j]);
     load_one<L>(p[kInputs - 1] + at * size(kInputs - 1), size(kInputs - 1), at, e.last);
   }
-  __device__ __forceinline__ double element(int j, int at) const {
-    const char* q = p[j] + at * size(j);
-    return j == kInputs - 1 ? element_at<L>(q, any) : element_at<F>(q, any);
+  // Element `at` of every input.
+  __device__ __forceinline__ void elements(int at, double (&x)[kInputs]) const {
+#pragma unroll
+    for (int j = 0; j < kInputs; ++j) {
+      const char* q = p[j] + at * size(j);
+      x[j] = j == kInputs - 1 ? element_at<L>(q, any) : element_at<F>(q, any);
+    }
   }
 
  private:
@@ -304,91 +351,6 @@ struct DenseSource {
       Reader<T, E, Load>::run(q, any, w);
     } else {
       Reader<T, E, Load>::elements(q, step, count - at, any, w);
-    }
-  }
-};
-
-// The inputs of a chunk whose layer has gaps or another order: coordinates by division, once for a run that lies within
-// the last dimension.
-template <class Sums, class F, class L, class Load, class Table>
-struct StridedSource {
-  static constexpr int kInputs = Sums::kInputs, E = kRun<F>;
-  const Table& table;
-  const Item& item;
-  DType any;
-  int count;
-
-  __device__ __forceinline__ StridedSource(const Table& t, const Item& i)
-      : table(t), item(i), any(t.launch.last), count(i.count) {}
-  __device__ __forceinline__ int size(int j) const { return j == kInputs - 1 ? size_of<L>(any) : Storage<F>::kSize; }
-  __device__ __forceinline__ bool wide() const { return false; }
-  __device__ __forceinline__ void load(int, Run<Sums, F, L>&) const {}
-
-  // Where element `at` lies in every input; returns how many elements from there on are one run of the last dimension.
-  __device__ __forceinline__ int64_t where(int at, const char* (&p)[kInputs]) const {
-    const int e = item.entry;
-    int64_t rest = item.begin + at, run = 1;
-    int64_t offset[kInputs];
-#pragma unroll
-    for (int j = 0; j < kInputs; ++j) offset[j] = table.contiguous(e, j) ? rest : 0;
-#pragma unroll 1
-    for (int d = table.dims(e) - 1; d >= 0; --d) {
-      const int64_t extent = table.shape(e, d);
-      const int64_t quotient =
-          (rest | extent) >> 32 == 0 ? static_cast<uint32_t>(rest) / static_cast<uint32_t>(extent) : rest / extent;
-      const int64_t index = rest - quotient * extent;
-      if (d == table.dims(e) - 1) run = extent - index;
-#pragma unroll
-      for (int j = 0; j < kInputs; ++j) offset[j] += index * table.stride(e, j, d);
-      rest = quotient;
-    }
-#pragma unroll
-    for (int j = 0; j < kInputs; ++j) p[j] = table.data(e, j) + offset[j] * size(j);
-    return run;
-  }
-  __device__ __forceinline__ void load_some(int at, Run<Sums, F, L>& e) const {
-    const int valid = count - at < E ? count - at : E;
-    if (valid <= 0) {
-#pragma unroll
-      for (int j = 0; j < kInputs - 1; ++j) zero<F>(e.first[j]);
-      zero<L>(e.last);
-      return;
-    }
-    const char* p[kInputs];
-    if (where(at, p) >= valid) {
-#pragma unroll
-      for (int j = 0; j < kInputs - 1; ++j) load_one<F>(p[j], j, valid, e.first[j]);
-      load_one<L>(p[kInputs - 1], kInputs - 1, valid, e.last);
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < E; ++i) {
-        if (i < valid) where(at + i, p);
-#pragma unroll
-        for (int j = 0; j < kInputs - 1; ++j) Reader<F, E, Load>::push(p[j], i < valid, any, e.first[j]);
-        Reader<L, E, Load>::push(p[kInputs - 1], i < valid, any, e.last);
-      }
-    }
-  }
-  __device__ __forceinline__ double element(int j, int at) const {
-    const char* p[kInputs];
-    where(at, p);
-    return j == kInputs - 1 ? element_at<L>(p[j], any) : element_at<F>(p[j], any);
-  }
-
- private:
-  template <class T>
-  __device__ __forceinline__ static void zero(uint32_t (&w)[kWordsOf<T, E>]) {
-#pragma unroll
-    for (int i = 0; i < kWordsOf<T, E>; ++i) w[i] = 0;
-  }
-  template <class T>
-  __device__ __forceinline__ void load_one(const char* p, int j, int valid, uint32_t (&w)[kWordsOf<T, E>]) const {
-    const int e = item.entry;
-    const int64_t step = table.contiguous(e, j) ? 1 : table.stride(e, j, table.dims(e) - 1);
-    if (step == 1 && valid == E) {
-      Reader<T, E, Load>::run(p, any, w);
-    } else {
-      Reader<T, E, Load>::elements(p, step * size(j), valid, any, w);
     }
   }
 };

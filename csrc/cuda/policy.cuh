@@ -8,9 +8,8 @@
 // with Hub::visit where the grid depends on it. The cut into chunks and block sizes belong to Order, so host and device
 // agree on them.
 //
-// An architecture is a value of __CUDA_ARCH__, that is, of the PTX. The default build compiles one PTX per generation:
-// compute_80 for Ampere, Ada and Hopper, compute_100 for Blackwell. A policy for another architecture takes effect once
-// the build compiles PTX for it.
+// An architecture is a value of __CUDA_ARCH__, that is, of the PTX. The default build compiles one PTX, of compute_80,
+// for all GPUs. A policy for another architecture takes effect once the build compiles PTX for it.
 #pragma once
 
 #include <type_traits>

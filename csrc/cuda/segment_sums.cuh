@@ -28,6 +28,7 @@
 
 #include "load.cuh"
 #include "reduce.cuh"
+#include "strided_load.cuh"
 
 namespace fastfs::cuda {
 
@@ -41,9 +42,9 @@ struct compute<F64> {
   using type = double;
 };
 
-// Tiles that one chain of additions takes.
+// Tiles that one chain of additions takes; of Any, at most (see tiles() in strided_load.cuh).
 template <class F, int kChain>
-constexpr int kTiles = Storage<F>::kSize == 2 ? kChain / kRun<F> : 1;
+constexpr int kTiles = std::is_same_v<F, Any> || Storage<F>::kSize == 2 ? kChain / kRun<F> : 1;
 
 // Values that the threads of a warp add up: the sums, the count of non-finite entries, and zeros up to a power of two.
 constexpr int slots_of(int values) {
@@ -85,14 +86,18 @@ struct Chain {
 #pragma unroll
     for (int k = 0; k < Sums::kSums; ++k) sum[k] = is_single<V>::value ? V(0) : static_cast<V>(sums[k]);
   }
-  __device__ __forceinline__ void add(Run<Sums, F, L>& run, DType any, const Coefficients<V, Sums::kCoefficients>& c) {
-    widen<L, kRun<F>>(any, run.last);
+  template <class Source>
+  __device__ __forceinline__ void add(Run<Sums, F, L>& run, const Source& source,
+                                      const Coefficients<V, Sums::kCoefficients>& c) {
+    widen<L, kRun<F>>(source.any, run.last);
+    visit_format<F, V>(source.first, [&](auto format) {
 #pragma unroll
-    for (int i = 0; i < kRun<F>; ++i) {
-      V x[Sums::kInputs];
-      run.values(i, x);
-      Sums::template add_terms<F>(sum, x, c);
-    }
+      for (int i = 0; i < kRun<F>; ++i) {
+        V x[Sums::kInputs];
+        run.values(i, x);
+        Sums::template add_terms<decltype(format)>(sum, x, c);
+      }
+    });
   }
   __device__ __forceinline__ void flush(double (&sums)[N]) const {
 #pragma unroll
@@ -114,7 +119,7 @@ __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int 
       for (int t = 0; t < kStep; ++t) source.load(at + t * tile, run[t]);
       Chain<Sums, F, L, N> chain(sums);
 #pragma unroll
-      for (int t = 0; t < kStep; ++t) chain.add(run[t], source.any, c);
+      for (int t = 0; t < kStep; ++t) chain.add(run[t], source, c);
       chain.flush(sums);
     }
   }
@@ -122,10 +127,10 @@ __device__ __forceinline__ void sum_chunk(const Source& source, const C& c, int 
   while (begin < source.count) {
     Chain<Sums, F, L, N> chain(sums);
 #pragma unroll 1
-    for (int t = 0; t < kStep; ++t, begin += tile, at += tile) {
+    for (int t = 0; t < source.tiles(kStep); ++t, begin += tile, at += tile) {
       Run<Sums, F, L> run;
       source.load_some(at, run);
-      chain.add(run, source.any, c);
+      chain.add(run, source, c);
     }
     chain.flush(sums);
   }
@@ -140,12 +145,12 @@ __device__ __forceinline__ void sum_chunk_double(const Source& source, const C& 
 #pragma unroll 1
     for (int i = at; i < at + kRun<F> && i < source.count; ++i) {
       double x[Sums::kInputs];
-#pragma unroll
-      for (int j = 0; j < Sums::kInputs; ++j) x[j] = source.element(j, i);
+      source.elements(i, x);
       double terms[Sums::kSums];
 #pragma unroll
       for (int k = 0; k < Sums::kSums; ++k) terms[k] = sums[k];
-      Sums::template add_terms<F>(terms, x, c);
+      visit_format<F, double>(source.first,
+                              [&](auto format) { Sums::template add_terms<decltype(format)>(terms, x, c); });
 #pragma unroll
       for (int k = 0; k < Sums::kSums; ++k) sums[k] = terms[k];
 #pragma unroll
@@ -171,6 +176,18 @@ __device__ __forceinline__ bool must_repeat(int k, double sum) {
 
 // Row mode does not cut: no row has 2^kRowBits elements.
 constexpr int kRowBits = 30;
+
+// What value k of a chunk that was summed in V is multiplied with.
+template <class Sums, class F, class V>
+__device__ __forceinline__ double factor_of(DType first, int k) {
+  if constexpr (!std::is_same_v<F, Any>) {
+    return Sums::template factor<F, V>(k);
+  } else {
+    return first == DType::f16    ? Sums::template factor<F16, V>(k)
+           : first == DType::bf16 ? Sums::template factor<BF16, V>(k)
+                                  : Sums::template factor<F32, V>(k);
+  }
+}
 
 template <class Sums, class F, class L, class Load, class Table>
 using source_of =
@@ -209,7 +226,7 @@ __global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::template Se
     entry = entry_of(table, idle ? launch.items - 1 : number, entry);
     const auto item = [&](int64_t i) {
       return item_at(table, idle ? launch.items - 1 : i, entry,
-                     row_mode ? kRowBits : chunk_bits<Order>(Storage<F>::kSize, table.width(entry)));
+                     row_mode ? kRowBits : chunk_bits<Order>(size_of<F>(launch.first), table.width(entry)));
     };
     Item at = item(number);
     if (idle) at.count = 0;
@@ -248,7 +265,7 @@ __global__ void __launch_bounds__(Hub::Order::kThreads, Hub::Active::template Se
       value = warp == 0 ? sum_warps(parts, lane) : 0.0;
     }
     if (k < Sums::kSums) {
-      value *= again ? Sums::template factor<F, double>(k) : Sums::template factor<F, V>(k);
+      value *= again ? factor_of<Sums, F, double>(launch.first, k) : factor_of<Sums, F, V>(launch.first, k);
     }
     const Item done = item(forget(number));
     if (!row_mode && done.chunks > 1) {

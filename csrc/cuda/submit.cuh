@@ -74,6 +74,7 @@ void submit_tables(const Job& job, Kind kind) {
   launch.partials = job.partials;
   launch.tickets = job.tickets;
   launch.coefficients = job.coefficients;
+  launch.first = kind.first;
   launch.last = kind.last;
   launch.team = kind.team;
   const bool row_mode = kind.team < Order::kThreads;
@@ -104,37 +105,40 @@ void submit_tables(const Job& job, Kind kind) {
   flush();
 }
 
-// Whether a measurement takes first inputs of dtype F.
+// Whether a measurement has kernels for first inputs of dtype F, or of any dtype.
 template <class Sums, class F>
 constexpr bool kTakes = Sums::kSixteenBit || Storage<F>::kSize > 2;
 
-// Launches the layers of one kind whose first dtype is F. To keep the build short, only inputs of one dtype have a
-// kernel for large tables, and double with another last dtype is left to the kernel for strides.
+// The kernels of a measurement. There are as few as speed allows, since they make up most of the build:
+//   F16, BF16, F32   contiguous layers: with small and large tables where all inputs are F, and with small ones for any
+//                    last dtype
+//   Any              layers of any strides, whose first inputs are not double
+//   F64              first inputs of double, whatever the strides and the last dtype
 template <class Sums, class F>
 void submit_taken(const Job& job, Kind kind) {
   using Small = DenseTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
   using Large = DenseTable<Sums::kInputs, kLargeTable, Sums::kCoefficients>;
   using Strided = StridedTable<Sums::kInputs, kSmallTable, Sums::kCoefficients>;
-  constexpr bool kMixed = !Sums::kOneDtype;
-  const bool mixed = kind.first != kind.last;
-  if (kind.strided || (mixed && std::is_same_v<F, F64>)) {
-    if constexpr (!kMixed || std::is_same_v<F, F64>) {  // Any is no double
-      if (!mixed) return submit_tables<Sums, F, F, Strided>(job, kind);
+  if constexpr (std::is_same_v<F, Any>) {
+    using First = std::conditional_t<Sums::kSixteenBit, Any, F32>;
+    submit_tables<Sums, First, First, Strided>(job, kind);
+  } else if constexpr (std::is_same_v<F, F64>) {
+    submit_tables<Sums, F64, std::conditional_t<Sums::kOneDtype, F64, AnyDouble>, Strided>(job, kind);
+  } else {
+    if constexpr (!Sums::kOneDtype) {
+      if (kind.first != kind.last) return submit_tables<Sums, F, Any, Small>(job, kind);
     }
-    if constexpr (kMixed) return submit_tables<Sums, F, Any, Strided>(job, kind);
-  }
-  if constexpr (kMixed && !std::is_same_v<F, F64>) {
-    if (mixed) return submit_tables<Sums, F, Any, Small>(job, kind);
-  }
 #if defined(FASTFS_CUDA_ON_CPU) || CUDART_VERSION >= 12010
-  if (job.large_parameters) {
-    int count = 0;
-    for (const uint8_t k : job.kinds) count += k == kind.index();
-    if (count > Small::kCapacity) return submit_tables<Sums, F, F, Large>(job, kind);
-  }
+    if (job.large_parameters) {
+      int count = 0;
+      for (const uint8_t k : job.kinds) count += k == kind.index();
+      if (count > Small::kCapacity) return submit_tables<Sums, F, F, Large>(job, kind);
+    }
 #endif
-  submit_tables<Sums, F, F, Small>(job, kind);
+    submit_tables<Sums, F, F, Small>(job, kind);
+  }
 }
+// Launches the layers of one kind, by the kernels of F.
 template <class Sums, class F>
 void submit(const Job& job, Kind kind) {
   if constexpr (kTakes<Sums, F>) {

@@ -31,6 +31,7 @@ struct Launch {
   int32_t team;    // threads that sum an item together: all of a block (block mode), or a part of a warp (row mode)
   int32_t rounds;  // items that a team takes one after the other; one in block mode
   DType last;      // dtype of the last input
+  DType first;     // dtype of the other inputs
 };
 
 FASTFS_HD int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -81,12 +82,13 @@ struct DenseTable {
   }
 };
 
-// Layers of any strides, contiguous inputs among them. An entry has as many words as its dimensions need:
+// Layers of any strides, contiguous inputs among them. An entry has as many words as its dimensions need, of which a
+// layer with contiguous inputs only has none:
 //   data[kInputs], width, first_row, contiguous bits, dims, coefficients, shape[dims], stride[kInputs][dims]
 template <int kInputs, int kBytes, int kCoefficients = 0>
 struct StridedTable {
   static constexpr bool kStrided = true;
-  static constexpr int kCapacity = kBytes / 128;
+  static constexpr int kCapacity = kBytes / 64;
   static constexpr int kWords = (kBytes - static_cast<int>(sizeof(Launch)) - kCapacity * 12) / 8;
   Launch launch;
   int64_t first[kCapacity];
@@ -111,9 +113,7 @@ struct StridedTable {
   bool add(const Layer& layer, int64_t item, int64_t row) {
     bool contiguous_all = true;
     for (int j = 0; j < kInputs; ++j) contiguous_all = contiguous_all && layer.contiguous[j];
-    const int64_t elements = layer.segments * layer.width;
-    const int64_t* shape = contiguous_all ? &elements : layer.shape;
-    const int layer_dims = contiguous_all ? 1 : layer.dims;
+    const int layer_dims = contiguous_all ? 0 : layer.dims;
     const int n = launch.entries;
     const int begin = n == 0 ? 0 : at[n - 1] + size(dims(n - 1));
     if (n == kCapacity || begin + size(layer_dims) > kWords) return false;
@@ -131,7 +131,7 @@ struct StridedTable {
       std::memcpy(w, layer.coefficients, kCoefficients * sizeof *w);
       w += kCoefficients;
     }
-    for (int d = 0; d < layer_dims; ++d) *w++ = shape[d];
+    for (int d = 0; d < layer_dims; ++d) *w++ = layer.shape[d];
     for (int j = 0; j < kInputs; ++j) {
       for (int d = 0; d < layer_dims; ++d) *w++ = layer.contiguous[j] ? 0 : layer.stride[j][d];
     }

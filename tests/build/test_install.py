@@ -339,7 +339,8 @@ def test_compiler_without_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_virtual_architectures() -> None:
     names = ("80", "90", "90a", "100", "120")
-    assert [virtual_architecture(name, names) for name in names] == ["80", "80", "90a", "100", "100"]
+    assert [virtual_architecture(name, names) for name in names] == ["80", "80", "90a", "80", "80"]
+    assert virtual_architecture("120", ("90a", "120")) == "120"
 
 
 def test_ninja_file(tmp_path: Path) -> None:
@@ -347,8 +348,7 @@ def test_ninja_file(tmp_path: Path) -> None:
     home = Path("build/here")
     nvcc = Nvcc("/cuda/bin/nvcc", "13.0.88", "/cuda/lib", ("80", "90", "100"), True, "g++-13")
     text = ninja_file(sources, home, home / "_C.so", ["g++"], nvcc).replace("$\n    ", "")
-    assert "-gencode=arch=compute_80,code=[sm_80,sm_90]" in text.replace("'", "")
-    assert "-gencode=arch=compute_100,code=[sm_100,compute_100]" in text.replace("'", "")
+    assert "-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,compute_80]" in text.replace("'", "")
     assert "-ccbin g++-13" in text
     assert "-lcudart_static" in text
     without = ninja_file(sources, home, home / "_C.so", ["g++"], None)

@@ -29,6 +29,8 @@ template <class Sums>
 constexpr bool kTakes<Sums, F32> = false;
 template <class Sums>
 constexpr bool kTakes<Sums, F64> = false;
+template <class Sums>
+constexpr bool kTakes<Sums, Any> = std::is_same_v<Sums, FeatureSums>;
 }  // namespace fastfs::cuda
 #endif
 #include "../strides.h"

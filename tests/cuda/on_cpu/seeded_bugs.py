@@ -52,7 +52,7 @@ BUGS = {
         "load.cuh", "if (at + E <= count) {", "if (at < count) {", "asan", "heap-buffer-overflow"
     ),
     "strided tail read past the end": Bug(
-        "load.cuh", "if (step == 1 && valid == E) {", "if (step == 1) {", "asan", "heap-buffer-overflow"
+        "strided_load.cuh", "if (step == 1 && valid == E) {", "if (step == 1) {", "asan", "heap-buffer-overflow"
     ),
     "wide loads of one input that is not aligned": Bug(
         "load.cuh",

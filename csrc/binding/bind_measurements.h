@@ -1,5 +1,7 @@
 // The entry points of the measurements, for every line of measurements.h: name_cpu, name_cuda where CUDA is built, and
 // an entry of measurements(). Each reads the tensors, releases the GIL and runs the kernel.
+#pragma once
+
 #include "../measurements.h"
 
 #include <pybind11/pybind11.h>
@@ -160,7 +162,7 @@ class CudaCall {
 };
 
 template <class Sums>
-void bind_cuda(py::module_& m, const char* name) {
+inline void bind_cuda(py::module_& m, const char* name) {
   py::class_<CudaCall<Sums>>(m, name)
       .def(py::init<const py::tuple&, const Option<Sums>&, const py::object&>(), py::arg("inputs"), py::arg("option"),
            py::arg("pieces") = py::none())
@@ -185,7 +187,7 @@ py::dict measurements() {
 
 }  // namespace
 
-void bind_measurements(py::module_& m) {
+inline void bind_measurements(py::module_& m) {
   m.def("measurements", &measurements);
   m.def("count_rows", &count_rows);
 #define FASTFS_BIND(name, Sums)                                                                                     \

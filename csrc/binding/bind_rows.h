@@ -1,4 +1,6 @@
 // The entry points of the row ops. Each reads the tensors, releases the GIL and runs the kernel.
+#pragma once
+
 #include "../cpu/gather_rows.h"
 #include "tensors.h"
 #ifdef FASTFS_WITH_CUDA
@@ -105,7 +107,7 @@ void gather_rows_cuda(const py::object& x, const py::object& rows, int64_t row_d
 
 }  // namespace
 
-void bind_rows(py::module_& m) {
+inline void bind_rows(py::module_& m) {
   m.def("gather_rows_cpu", &gather_rows_cpu);
 #ifdef FASTFS_WITH_CUDA
   m.def("gather_rows_cuda", &gather_rows_cuda);

@@ -1,4 +1,6 @@
 // The entry points of the streaming read; fastfs/_bench/ceilings.py calls them.
+#pragma once
+
 #include "../binding/tensors.h"
 #include "stream_read.h"
 
@@ -38,7 +40,7 @@ void stream_read_cuda(const py::tuple& inputs, const py::object& sink) {
 
 }  // namespace
 
-void bind_bench(py::module_& m) {
+inline void bind_bench(py::module_& m) {
   m.def("stream_read_cpu", &stream_read_cpu);
 #ifdef FASTFS_WITH_CUDA
   m.def("stream_read_cuda", &stream_read_cuda);

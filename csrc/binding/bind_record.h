@@ -1,4 +1,6 @@
 // Binding of the reader of record lines, for fastfs/_record/reading/jsonl_reader.py.
+#pragma once
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -53,7 +55,7 @@ py::dict drain(RecordLines& lines) {
   return result;
 }
 
-size_t read(RecordLines& lines, const py::bytes& data, size_t start) {
+size_t read_lines(RecordLines& lines, const py::bytes& data, size_t start) {
   char* text = nullptr;
   py::ssize_t size = 0;
   if (PyBytes_AsStringAndSize(data.ptr(), &text, &size) != 0) throw py::error_already_set();
@@ -74,7 +76,7 @@ std::vector<std::string> strings(const RecordLines& lines, size_t start) {
 
 }  // namespace
 
-void bind_record(py::module_& m) {
+inline void bind_record(py::module_& m) {
   py::class_<RecordLines>(m, "RecordLines")
       .def(py::init([](const Spec& columns, const Spec& scalars, const std::vector<std::string>& refused) {
         auto lines = std::make_unique<RecordLines>();
@@ -84,7 +86,7 @@ void bind_record(py::module_& m) {
         return lines;
       }))
       .def("expect", &expect)
-      .def("read", &read)
+      .def("read", &read_lines)
       .def("drain", &drain)
       .def_property_readonly("rows", &RecordLines::rows)
       .def_property_readonly("taken", &RecordLines::taken)
