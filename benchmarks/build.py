@@ -78,7 +78,7 @@ def cpu_seconds(command: list[str] | str, cwd: Path, env: dict[str, str] | None 
 
 @dataclass
 class Unit:
-    """The processor time that all figures are given in, measured again and again: it changes with the machine's load."""
+    """The processor time that figures are given in, measured again and again, since it changes with other load."""
 
     compiler: str
     folder: Path
