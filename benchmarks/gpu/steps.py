@@ -25,12 +25,16 @@ TESTS = (
     *(f"tests/cuda/test_{name}.py" for name in ("cuda", "cuda_grids", "cuda_streams", "cuda_updates", "theory_cuda")),
     *(
         f"tests/core/test_{name}.py"
-        for name in "determinism functional gather gather_op measurements ops optimizer_stats reference stats".split()
+        for name in (
+            *("determinism", "functional", "gather", "gather_op", "measurements"),
+            *("ops", "optimizer_stats", "pieces", "reference", "stats"),
+        )
     ),
     "tests/cli/test_doctor.py",
     "tests/record/test_recorder.py",
 )
 TRAINING_TESTS = (
+    "tests/cuda/test_cuda_sampled.py",
     "tests/cuda/test_monitor_cuda.py",
     "tests/monitor/test_combinations.py",
     "tests/reproduce/test_demo.py",

@@ -15,7 +15,7 @@ from fastfs._report.quantities import NOT_QUANTITIES, QUANTITIES, Quantity
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Grid", "Thinned", "make_grid", "predicted_before", "quantities_of", "thin", "thin_series"]
+__all__ = ["Grid", "Thinned", "has_numbers", "make_grid", "predicted_before", "quantities_of", "thin", "thin_series"]
 
 Array = np.ndarray[Any, Any]
 
@@ -58,12 +58,15 @@ def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Q
     errors = {quantity.error for quantity in QUANTITIES}
     known = {quantity.key: quantity for quantity in QUANTITIES}
     others = [c for c in table.columns if c not in _NOT_SHOWN and c not in known and c not in errors]
-    found = [q for q in QUANTITIES if q.key in table.columns and _some(table, q.key, where)]
-    numeric = [c for c in others if _some(table, c, where)]
+    found = [q for q in QUANTITIES if has_numbers(table, q.key, where)]
+    numeric = [c for c in others if has_numbers(table, c, where)]
     return found + [Quantity(c, c, "see record", "Column of the record.", guarded=True) for c in numeric[:_MOST_OTHERS]]
 
 
-def _some(table: pandas.DataFrame, column: str, where: Array | None) -> bool:
+def has_numbers(table: pandas.DataFrame, column: str, where: Array | None) -> bool:
+    """Returns whether a table has a column with at least one number, in the rows of a mask if one is given."""
+    if column not in table.columns:
+        return False
     given = ~np.isnan(_numbers(table, column))
     return bool((given if where is None else given & where).any())
 

@@ -18,7 +18,17 @@ import numpy as np
 
 from fastfs._record.reading.load import load_compact
 from fastfs._report import summary
-from fastfs._report.grids import Array, Grid, Thinned, make_grid, predicted_before, quantities_of, thin, thin_series
+from fastfs._report.grids import (
+    Array,
+    Grid,
+    Thinned,
+    has_numbers,
+    make_grid,
+    predicted_before,
+    quantities_of,
+    thin,
+    thin_series,
+)
 from fastfs._report.quantities import PREDICTED, UNUSED, Quantity
 from fastfs._utils.output_files import check_output, write_whole
 
@@ -163,7 +173,7 @@ def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[G
     found = quantities_of(table, part)
     if kind == "predicted":
         found = [quantity for quantity in found if quantity.key in PREDICTED]
-    columns = [q.key for q in found] + [q.error for q in found if q.error and q.error in table.columns]
+    columns = [q.key for q in found] + [q.error for q in found if q.error and has_numbers(table, q.error, part)]
     return make_grid(table, rows, columns, part), found
 
 
