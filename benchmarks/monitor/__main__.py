@@ -161,7 +161,8 @@ def targets(rows: dict[str, dict[str, Any]], device: torch.device) -> list[dict[
     """Return the limits of the overhead, and whether they are met."""
     most = {EVERY: 1.01, ALIGNED: 1.02, MEASURED: 1.5}
     if device.type == "cuda":
-        most = {EVERY: 1.01, ALIGNED: 1.017, MEASURED: 1.3, MEASURED_FEW: 1.1}
+        # A predicted step reads a sample of the parameters; with aligned_fraction=1, which is not timed here, 1.017.
+        most = {EVERY: 1.01, ALIGNED: 1.006, MEASURED: 1.3, MEASURED_FEW: 1.1}
         most |= {AMPLIFIED_FEW: 1.6, JVP_FEW: 1.8, PROBE_FEW: 2.5}
     found = [_target(name, "ratio", rows[name]["ratio"], x) for name, x in most.items() if name in rows]
     if device.type == "cuda":

@@ -173,8 +173,10 @@ class StepRunner:
         try:
             part()
         except Exception as error:
-            with suppress(Exception):  # the step is explained by the first error
-                self._engine.mode.clear()  # the optimizers may need the memory that the mode holds
+            # The optimizers may need the memory that the mode holds. It is cleared again when the step is over, where a
+            # failure is recorded; here it would hide the error that explains the step.
+            with suppress(Exception):
+                self._engine.mode.clear()
             self.failed(error)
         except BaseException:
             self._interrupted = True

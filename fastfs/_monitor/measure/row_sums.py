@@ -266,9 +266,8 @@ class _Sample:
         """Sums rows to units of the first stage."""
         if np.array_equal(self._kept, self._kept_units):
             return adds
-        return SegmentSums(np.repeat(self._kept // np.maximum(self._kept_units, 1), self._kept_units), self.device)(
-            adds
-        )
+        lengths = np.repeat(self._kept // np.maximum(self._kept_units, 1), self._kept_units)
+        return SegmentSums(lengths, self.device)(adds)
 
     def _variances(self, values: Tensor, lengths: _Ints, factors: npt.NDArray[np.float64]) -> Tensor:
         """Returns the sum of squared deviations from the mean of each segment of rows, times a factor: (S, C)."""
