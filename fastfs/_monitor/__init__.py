@@ -13,9 +13,10 @@ A feature takes one way from the hook to the file, and no module imports from a 
     payload             StepCodec.encode: one vector on the device
         |
     _record/writing     the ring waits on the device and copies batches to the host; in a thread of its own, the writer
-                        has StepCodec.decode make records, which sinks write and alerts examine
+        |               has StepCodec.decode make parts,
+    _record/ranks       which are merged with those of the other ranks and become records, which sinks write
 
 ``step_runner`` calls the engine around optimizer steps (``steps``) at the steps that ``schedule`` names, and recovers
 from failures and interrupts. ``monitor`` is what users see: it checks arguments (``settings``, ``optimizers``) and puts
-the parts together. ``row_reasons`` holds the codes that say why a row is not valid, which all rooms share.
+the parts together. ``ranks`` knows the other processes of the run.
 """

@@ -10,34 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastfs._monitor import payload, row_reasons
+from fastfs._monitor import payload
 from fastfs._monitor.capture.capture import Capture
 from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.capture.forward_capture import ForwardCapture
-from fastfs._monitor.measure import decrease_reasons, trust
+from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.aligned_decrease import Aligned, LossScale, aligned
 from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import CaptureMode, StepInputs, UpdateEvidence
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.layer_norms import LayerNorms
-from fastfs._monitor.measure.learned_structure import LearnedStructure, StepStructure
+from fastfs._monitor.measure.learned_structure import LearnedStructure, StepKey, StepStructure
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
-from fastfs._monitor.measure.observation import changed_choices, is_linear, reported, unscaled
+from fastfs._monitor.measure.observation import changed_choices, reported, unscaled
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.replay_checks import ReplayChecks
-from fastfs._monitor.payload import ColumnLayout, MeasuredCodec, PredictedCodec, StepCodec
+from fastfs._monitor.payload import StepCodec
+from fastfs._monitor.ranks import Ranks
 from fastfs._network.guard import WriteError
 from fastfs._network.layers import Layer, parameter_names
 from fastfs._network.perturbed import Perturbed
-from fastfs._record.record import Record
-from fastfs._stats import FeatureStats
-from fastfs.formula import _relations
+from fastfs._record import decrease_reasons, row_reasons
+from fastfs._record.ranks.part import RankPart
 
 __all__ = ["Engine"]
 
-_CERTAIN = 2.0  # standard errors that a sampled decrease has to be above zero for a prediction
-
-Push = Callable[[Tensor, Callable[[Tensor], list[Record]]], None]
+Push = Callable[[Tensor, Callable[[Tensor], list[RankPart]]], None]
 
 
 @dataclass
@@ -47,9 +45,8 @@ class Engine:
     Attributes:
         model: The module that the training loop calls.
         layers: The watched layers.
-        layout: Entries of the record's columns.
         mode: How the features are seen.
-        quantiles: Quantiles of the rows that are recorded.
+        ranks: Where this process stands among those of the run.
         assessor: Decides how far to trust the sums.
         capture: Hooks of the training step.
         parameters: What the optimizers do to the parameters.
@@ -57,14 +54,13 @@ class Engine:
         scale: The loss scale.
         device: Device of the sums.
         push: Takes the vector of a step and the function that decodes its host copy.
-        put: Takes a record that is on the host.
+        put: Takes a part that is on the host.
     """
 
     model: nn.Module
     layers: Sequence[Layer]
-    layout: ColumnLayout
     mode: CaptureMode
-    quantiles: Sequence[float]
+    ranks: Ranks
     assessor: UpdateAssessor
     capture: Capture
     parameters: Parameters
@@ -72,7 +68,7 @@ class Engine:
     scale: LossScale
     device: torch.device
     push: Push
-    put: Callable[[Record], None]
+    put: Callable[[RankPart], None]
 
     def __post_init__(self) -> None:
         self.learned = LearnedStructure(self.model, len(self.layers), self.device)
@@ -87,7 +83,7 @@ class Engine:
 
     # Around the optimizers
 
-    def before(self, optimizer: torch.optim.Optimizer, index: int, *, first: bool, measured: bool) -> None:
+    def before(self, optimizer: torch.optim.Optimizer, index: int, step: int, *, first: bool, measured: bool) -> None:
         """Called right before an optimizer steps; ``first`` in this training step."""
         if first:
             if self._note_parameters():
@@ -95,7 +91,7 @@ class Engine:
                 self.replay_checks.clear()
             self._loss_scale = self.scale.take(self.device)
             if measured:
-                self._before_measuring()
+                self._before_measuring(step)
         self.parameters.before(index, measured, self.factor)
 
     def after(self, optimizer: torch.optim.Optimizer, index: int, *, measured: bool) -> None:
@@ -111,22 +107,26 @@ class Engine:
         change = self.learned.note_parameters(parameters)
         if change == "tensors":
             self._perturbed = Perturbed(self.model, parameters)
-            self.capture.set_parameters(parameter_names(self.model, parameters))
+            names = parameter_names(self.model, parameters)
+            self.capture.set_parameters(names)
+            self.ranks.note_parameters(names)
         return change != "none"
 
-    def _before_measuring(self) -> None:
+    def _before_measuring(self, step: int) -> None:
         mode, parameters, forwards = self.mode, self.parameters.tensors, self.capture.waiting
         if mode.captures_training:
             if not forwards:
+                self.ranks.meet(step, "", "no forward and backward of the model was seen before the step")
                 return
             self._written = self._written_since(forwards, parameters)
-        step = StepInputs(forwards, self._perturbed, parameters, self._previous)
-        mode.prepare(step)
-        if mode.refusal(forwards) is not None:
-            return
-        graphs = mode.graphs(forwards)
-        if mode.checks_every_step or self.replay_checks.due(graphs):
-            self.replay_checks.record(graphs, mode.check(step))
+        inputs = StepInputs(forwards, self._perturbed, parameters, self._previous)
+        mode.prepare(inputs)
+        refused = mode.refusal(forwards)
+        graphs = None if refused is not None else mode.graphs(forwards)
+        due = refused is None and (mode.checks_every_step or self.replay_checks.due(graphs))
+        self.ranks.meet(step, f"{len(forwards)} forwards, {refused}, {due}")
+        if due:
+            self.replay_checks.record(graphs, mode.check(inputs))
 
     def _written_since(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> Tensor | None:
         """Returns whether a parameter was written to since one of the forwards began: bool (), None if unknown."""
@@ -201,9 +201,11 @@ class Engine:
         if mode.captures_training:
             forwards = self.capture.collect()
             if not forwards:
+                self.ranks.meet_again("its forwards are gone")
                 return False
             if any(p.writes_parameters for p in forwards):
                 raise WriteError("a parameter has another version after it", inputs=False)
+        self.ranks.meet_again()
         update = self.parameters.take(self.device)
         moved = (update.reason == decrease_reasons.MOVED).any()
         if forwards:
@@ -213,46 +215,48 @@ class Engine:
         key = self.capture.step_key(ran)
         inputs = StepInputs(forwards, self._perturbed, self.parameters.tensors, self._previous)
         structure, cuts_to_record = self.learned.learn(mode.structure(inputs, self.learned), key)
-        if cuts_to_record is not None:
-            self.put(payload.structure_record(step, self.layout, cuts_to_record))
         assert self._loss_scale is not None
         reference = mode.reference(inputs, update, loss, self._loss_scale)
         scale = reference.scale
         done = self._aligned(reference.update, structure, scale)
-        if structure is None:
-            cuts = torch.zeros(len(self.layers), dtype=torch.bool, device=self.device)
-        else:
-            cuts = structure.cuts
         depth = self.assessor.depth(None if structure is None else structure.structure, len(self.layers))
-        decrease = torch.where(cuts, done.decrease * scale, torch.nan)
+        decrease = torch.full_like(depth, torch.nan)
+        if structure is not None and self.ranks.alone:  # of several, <b, df> is that of their sums only
+            decrease = torch.where(structure.cuts, done.decrease * scale, torch.nan)
         observed = mode.observe(inputs, UpdateEvidence(update.stats, decrease, depth))
         graphs = mode.graphs(forwards)
         verdict = self.replay_checks.refuse_unrepeated(graphs, observed.verdict, observed.eps, depth, mode.unrepeated)
         self.replay_checks.count_step(graphs)
         self._idle -= {i for i, code in enumerate(observed.absent) if code != row_reasons.NOT_RUN}
         verdict = trust.refuse(verdict, row_reasons.MOVED, moved.expand_as(verdict.valid))
-        verdict, cuts = self._refused(verdict, cuts, forwards, observed.absent)
-        sums = FeatureStats(unscaled(reported(verdict, observed.sums.stats), scale))
-        residual = torch.where(cuts, _relations.residual(done.decrease, sums.update_dot_backward), torch.nan)
-        part = (1.0 - residual).abs()
-        linear = is_linear(residual, observed.sums.dot_margin * part, observed.curvature)
-        self.learned.keep_cosines(key, sums.cos_angle, verdict.valid & cuts & (linear == 1))
+        verdict = self._refused(verdict, forwards, observed.absent)
+        sums = observed.sums
         fields = {
-            "sums": self.layout.with_groups(sums.sums),
-            "reason": self.layout.worst(verdict.reason),
-            "amplified": self.layout.worst(verdict.amplified.long()),
-            "angle_se": observed.sums.angle_se,
-            "update_se": observed.sums.update_se,
-            "residual_se": observed.sums.dot_se * part,
-            "quantiles": observed.sums.quantiles,
-            "residual": residual,
-            "linear": linear,
+            "sums": unscaled(reported(verdict, sums.stats), scale),
+            "spread": sums.spread,
+            "reason": verdict.reason,
+            "amplified": verdict.amplified,
+            "quantiles": sums.quantiles,
             **payload.aligned_fields(done),
             "loss_scale": scale,
         }
+        facts = self._facts(key, structure) | {
+            "rows": [list(pair) for pair in sums.rows],
+            "margin": sums.margin,
+            "method": mode.method,
+        }
+        if observed.curvature is not None:
+            fields["curvature"] = observed.curvature
+        if len(self.ranks.place.peers) > 1:
+            fields["inputs"] = mode.input_sums(forwards)
+            facts["placed"] = mode.placed(forwards)
         if self.assessor.kappa is not None:
             fields["kappa"] = self.assessor.kappa
-        codec = MeasuredCodec(step, self.layout, observed.sums.rows, self.quantiles, mode.method)
+        if self.capture.dropped:
+            facts["cut"] = None
+        if cuts_to_record is not None:
+            facts["structure"] = payload.structure_facts(cuts_to_record)
+        codec = StepCodec("measured", step, self.ranks.refresh(), facts)
         codec.scalars["micro_batches"] = max(len(forwards), 1)
         if any(observed.checked_choices):
             fields["choices_changed"], codec.scalars["choices"] = changed_choices(
@@ -262,7 +266,7 @@ class Engine:
         return True
 
     def predict(self, step: int, loss: Tensor | None, started: float) -> None:
-        """Computes the aligned decrease of the step, and predicts the features' speed with the last angle.
+        """Computes the aligned decrease of the step. The record predicts the features' speed from it.
 
         Args:
             step: Number of the step.
@@ -273,32 +277,27 @@ class Engine:
         scale = self._loss_scale
         assert scale is not None
         found = self.capture.backward_norms()
-        structure = self.learned.find(self.capture.step_key([count > 0 for count, _ in found]))
+        key = self.capture.step_key([count > 0 for count, _ in found])
+        structure = self.learned.find(key)
         done = self._aligned(update, structure, scale)
         backward = self._norms.norms([parts for _, parts in found])
         if self.scale.given:
             backward = backward / scale
-        root = self._norms.root_counts([count for count, _ in found])
-        if structure is None:
-            speed = torch.full_like(backward, torch.nan)
-        else:
-            # Section 2, the feature speed formula, with the last measured angle.
-            speed = _relations.predicted_update_norm(done.decrease, structure.cosine, backward)
-            cuts = structure.cuts & self._accumulated() if self.capture.rewritten else structure.cuts
-            if done.decrease_se is not None:  # the sample does not show that the decrease is positive
-                cuts = cuts & (done.decrease > _CERTAIN * done.decrease_se)
-            speed = torch.where(cuts & (speed > 0), speed, torch.nan)
-        fields = {
-            **payload.aligned_fields(done),
-            "backward_rms": backward / root,
-            "update_rms": speed / root,
-            "loss_scale": scale,
-        }
-        self._push(PredictedCodec(step, self.layout), fields, loss, started)
+        fields = {**payload.aligned_fields(done), "backward_norm": backward, "loss_scale": scale}
+        if self.capture.rewritten:
+            fields["accumulated"] = self._accumulated()
+        facts = self._facts(key, structure) | {"counts": [count for count, _ in found]}
+        self._push(StepCodec("predicted", step, self.ranks.refresh(), facts), fields, loss, started)
 
     def skipped(self, step: int, reason: str) -> None:
         """Records that gradients led to no measured step."""
-        self.put(payload.skipped_record(step, time.time(), reason))
+        self.put(payload.skipped_part(step, time.time(), reason, self.ranks.place))
+
+    @staticmethod
+    def _facts(key: StepKey, structure: StepStructure | None) -> dict[str, Any]:
+        """Returns what the record has to know of a step with this key."""
+        touched, ran = key
+        return {"touched": list(touched), "ran": list(ran), "cut": None if structure is None else structure.cut}
 
     def _push(self, codec: StepCodec, fields: dict[str, Tensor], loss: Tensor | None, started: float) -> None:
         if loss is not None:
@@ -311,8 +310,9 @@ class Engine:
 
     def _aligned(self, update: MeasuredUpdate, structure: StepStructure | None, scale: Tensor) -> Aligned:
         if structure is None:
-            return Aligned.unknown(len(self.layers), self.device)
-        return aligned(update, structure.incidence, scale if self.scale.given else None)
+            return Aligned.unknown(len(self.layers), self.device, len(self.ranks.place.shares))
+        factor = scale if self.scale.given else None
+        return aligned(update, structure.incidence, factor, self.ranks.kinds(self.device))
 
     def _accumulated(self) -> Tensor:
         """Returns whether only backwards and zeroing wrote to gradients before the last backward: bool ()."""
@@ -321,12 +321,12 @@ class Engine:
         return ~torch.stack([flag.to(self.device, non_blocking=True) for flag in self.capture.rewritten]).any()
 
     def _refused(
-        self, verdict: trust.AssessedUpdate, cuts: Tensor, forwards: Sequence[ForwardCapture], absent: Sequence[int]
-    ) -> tuple[trust.AssessedUpdate, Tensor]:
+        self, verdict: trust.AssessedUpdate, forwards: Sequence[ForwardCapture], absent: Sequence[int]
+    ) -> trust.AssessedUpdate:
         """Refuses all rows of the step, or single ones, for what else has happened in it."""
         everywhere = torch.ones_like(verdict.valid)
         if self.capture.dropped:
-            verdict, cuts = trust.refuse(verdict, row_reasons.LEFT_OUT, everywhere), torch.zeros_like(cuts)
+            verdict = trust.refuse(verdict, row_reasons.LEFT_OUT, everywhere)
         if self._written is not None:
             verdict = trust.refuse(verdict, row_reasons.WRITTEN, everywhere & self._written)
         if self.capture.rewritten:
@@ -337,4 +337,4 @@ class Engine:
         if any(absent):
             codes = torch.tensor(absent, dtype=torch.int64).to(self.device, non_blocking=True)
             verdict = trust.refuse_codes(verdict, codes)
-        return verdict, cuts
+        return verdict

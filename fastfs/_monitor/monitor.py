@@ -26,13 +26,15 @@ from fastfs._monitor.measure.modes import find_mode
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.optimizers import TrainingState, check_optimizers
-from fastfs._monitor.payload import ColumnLayout
+from fastfs._monitor.ranks import Ranks, Weight, describe
+from fastfs._monitor.run_record import joined, open_recorder
 from fastfs._monitor.schedule import Schedule, as_schedule
 from fastfs._monitor.step_runner import StepRunner
 from fastfs._monitor.steps import OptimizerSteps
 from fastfs._network.feature_tensors import first_floating
 from fastfs._network.layers import AUTO, Selection, parameter_names, select_groups, select_layers
 from fastfs._record.header import checked_metadata, make_header
+from fastfs._record.ranks.assembly import Assembler
 
 __all__ = ["Monitor"]
 
@@ -56,11 +58,11 @@ class Monitor:
     A measurement that fails is left out with one warning, and training goes on. The training step waits neither for
     the device nor for a sink, and memory does not grow with the length of the run. Gradient accumulation, clipping,
     gradient scalers (give ``scaler``), several optimizers, optimizers that step within the backward, activation
-    checkpointing, frozen layers and ``torch.compile`` are supported. LBFGS is refused. Under data parallelism, every
-    rank measures its own loss.
+    checkpointing, frozen layers and ``torch.compile`` are supported. LBFGS is refused. In a process group, every rank
+    attaches a monitor, and one record has the numbers of the global batch (``docs/parallel.md``).
 
-    The speed formula does not hold for layers that are no cuts: inside a branch, around shared parameters, in several
-    processes. Such layers have an angle, but neither a residual nor a prediction.
+    The speed formula does not hold for layers that are no cuts: inside a branch, around shared parameters. Such layers
+    have an angle, but neither a residual nor a prediction.
 
     Args:
         model: The module that the training loop calls, wrappers included.
@@ -90,6 +92,14 @@ class Monitor:
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
         select: Function that returns the features in a layer's output; by default its first floating-point tensor.
         scaler: The :class:`torch.amp.GradScaler` of the loop.
+        loss_weight: w in "gradient used = w times the sum over ranks of the gradients of their losses", or a function
+            that returns it at each step. None takes it from DistributedDataParallel or FSDP2, else 1 / number of
+            batches.
+        own_parameters: Regular expression on the names of parameters of which every rank holds its own, such as
+            experts; not needed for DTensors and what DistributedDataParallel ignores.
+        merge: How one record of several ranks is made: ``"store"`` sends their sums to rank 0 in the background;
+            ``"files"`` has each rank write a file of its own, and :func:`fastfs.load` merges them.
+        rank_timeout: Longest time in seconds that a rank is waited for, in agreements and in the record.
         path: File that JSON lines are appended to; ``record.jsonl`` if neither ``path`` nor ``sinks`` is given. A name
             that ends in ``.parquet`` is a folder of Parquet files, ``"tensorboard:FOLDER"`` one for TensorBoard.
         sinks: More places for the record: such paths, functions of a list of rows, or :class:`fastfs.monitor.Sink`.
@@ -127,6 +137,10 @@ class Monitor:
         quantiles: Sequence[float] = (),
         select: taps.Select = first_floating,
         scaler: Any = None,
+        loss_weight: Weight = None,
+        own_parameters: str | None = None,
+        merge: Literal["store", "files"] = "store",
+        rank_timeout: float = 20.0,
         path: str | os.PathLike[str] | None = None,
         sinks: Sequence[Any] = (),
         flush_seconds: float = 5.0,
@@ -151,6 +165,7 @@ class Monitor:
         mode_class = find_mode(mode, amplify)
         settings.check_compiled(model, mode_class)
         settings.check_select(select)
+        settings.check_ranks(own_parameters, merge, rank_timeout)
         first = (self._schedule.due(0), aligned is not None and aligned.due(0))
         meta = checked_metadata(metadata)
 
@@ -158,6 +173,8 @@ class Monitor:
         parameters = Parameters(found, snapshot=mode_class.needs_previous, sampled_every=sampled_every)
         names = parameter_names(model, parameters.tensors)
         device = next(iter(names.values())).device
+        ranks = Ranks(model, names, loss_weight, own_parameters, rank_timeout)
+        settings.check_together(ranks, mode, amplify)
         self._runner = runner = StepRunner(self._schedule, aligned, optimizers, sorted({"cpu", device.type}))
         self._header = make_header(
             model,
@@ -172,10 +189,20 @@ class Monitor:
             samples=samples,
             memory_bytes=memory,
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
+            **describe(ranks.place),
         )
+        self._assembler = Assembler(self._header, quantiles)
         with ExitStack() as undo:  # a failed attach leaves nothing behind
-            self._recorder = settings.open_recorder(
-                path, sinks, self._header, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
+            undo.callback(ranks.release)
+            ranks.attach()
+            self._recorder = open_recorder(
+                path,
+                sinks,
+                self._header,
+                joined(ranks.store, self._header, self._assembler, merge),
+                alerts=alerts,
+                on_alert=on_alert,
+                flush_seconds=flush_seconds,
             )
             undo.callback(self._recorder.discard)
             self._capture = Capture(
@@ -207,9 +234,8 @@ class Monitor:
             self._engine = Engine(
                 model=model,
                 layers=self._layers,
-                layout=ColumnLayout(len(self._layers), members),
                 mode=mode_class(resources),
-                quantiles=tuple(quantiles),
+                ranks=ranks,
                 assessor=assessor,
                 capture=self._capture,
                 parameters=parameters,
@@ -329,7 +355,12 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what another monitor needs to continue this run: tensors on the CPU and plain values."""
-        return {"step": self.step, "recorder": self._recorder.state_dict(), "engine": self._engine.state_dict()}
+        return {
+            "step": self.step,
+            "recorder": self._recorder.state_dict(),  # which flushes, so that the angles are those of the last step
+            "engine": self._engine.state_dict(),
+            "angles": self._assembler.angles.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continues the run of another monitor, with the same id and appending to its record.
@@ -344,6 +375,7 @@ class Monitor:
         """
         settings.check_state(state, self.layers, self.step)
         self._engine.load_state_dict(state["engine"])
+        self._assembler.angles.load_state_dict(state.get("angles", ()))
         self._runner.step = int(state["step"])
         self._header |= {"run": state["recorder"]["run"], "resumed_at": self.step, "replaces": self.run}
         self._recorder.resume(self._header, state["recorder"])

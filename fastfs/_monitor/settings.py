@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import operator
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,21 +14,22 @@ from torch import Tensor, nn
 from fastfs._monitor.measure.capture_mode import CaptureMode
 from fastfs._monitor.measure.modes import MODES
 from fastfs._monitor.measure.probe import Probe
+from fastfs._monitor.ranks import Ranks
 from fastfs._monitor.schedule import Every
-from fastfs._record.sinks.targets import as_sink, checked_targets
-from fastfs._record.writing.recorder import Recorder, check_recorder_state
+from fastfs._record.writing.recorder import check_recorder_state
 
 __all__ = [
     "aligned_work",
     "check_compiled",
     "check_fraction",
     "check_mode",
+    "check_ranks",
     "check_samples",
     "check_select",
     "check_sizes",
     "check_state",
+    "check_together",
     "describe",
-    "open_recorder",
     "shown",
     "speaks",
 ]
@@ -146,27 +148,30 @@ def check_state(state: Mapping[str, Any], layers: Sequence[str], step: int) -> N
         raise ValueError(f"load_state_dict: expected a state of the layers {list(layers)}, got {list(theirs)}")
 
 
-def open_recorder(path: Any, sinks: Any, header: Mapping[str, Any], **options: Any) -> Recorder:
-    """Opens a recorder into ``path`` and ``sinks``, or into ``record.jsonl`` if neither is given.
+def check_ranks(own_parameters: Any, merge: Any, rank_timeout: Any) -> None:
+    """Raises TypeError or ValueError for arguments about the ranks of the run."""
+    if own_parameters is not None:
+        if not isinstance(own_parameters, str):
+            raise TypeError(f"own_parameters: expected a regular expression, got {type(own_parameters).__name__}")
+        try:
+            re.compile(own_parameters)
+        except re.error as error:
+            raise ValueError(f"own_parameters: {own_parameters!r} is not a regular expression: {error}") from None
+    if merge not in ("store", "files"):
+        raise ValueError(f"merge: expected 'store' or 'files', got {merge!r}")
+    number = isinstance(rank_timeout, (int, float)) and not isinstance(rank_timeout, bool)
+    if not number or not math.isfinite(rank_timeout) or rank_timeout <= 0:
+        raise ValueError(f"rank_timeout: expected a number of seconds above 0, got {rank_timeout!r}")
 
-    If it fails, it leaves no thread, no open file, and no new file or folder behind.
 
-    Returns:
-        The recorder.
-    """
-    targets = checked_targets(sinks)
-    if path is not None or not targets:
-        targets.insert(0, "record.jsonl" if path is None else path)
-    with ExitStack() as undo:
-        opened = []
-        for target in targets:
-            sink = as_sink(target)
-            opened.append(sink)
-            if sink is not target:  # created here, so nobody else can close it
-                undo.callback(getattr(sink, "discard", sink.close))
-        recorder = Recorder(opened, header, **options)
-        undo.pop_all()
-    return recorder
+def check_together(ranks: Ranks, mode: str, amplify: bool) -> None:
+    """Raises ValueError if the mode runs forwards that the ranks cannot run together."""
+    if ranks.together and (mode != "batch" or amplify):
+        chosen = "amplify=True" if amplify else f"mode={mode!r}"
+        raise ValueError(
+            f"{'amplify' if amplify else 'mode'}: {chosen} runs forwards at other parameters than the model's own, "
+            'which is not possible while these are sharded over ranks (FSDP2, tensor parallel): use mode="batch"'
+        )
 
 
 def shown(schedule: Any) -> Any:

@@ -23,6 +23,7 @@ from fastfs._monitor.steps import OptimizerSteps
 from fastfs._network.global_state import GlobalState
 from fastfs._network.guard import WriteError
 from fastfs._network.journal import Journal
+from fastfs._record.ranks.run_store import RankError
 from fastfs._record.writing.recorder import Recorder
 
 __all__ = ["StepRunner"]
@@ -105,7 +106,9 @@ class StepRunner:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
         self.recover()
         which = self._optimizers[optimizer]
-        self._run(lambda: self._engine.before(which, optimizer, first=first, measured=self.measures))
+        if self._failed and self.measures and first:
+            self._abstain(lambda: self._engine.ranks.meet(self.step, "", self._why or "its measurement failed"))
+        self._run(lambda: self._engine.before(which, optimizer, self.step, first=first, measured=self.measures))
 
     def after(self, optimizer: int) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
@@ -182,8 +185,15 @@ class StepRunner:
             self._interrupted = True
             raise
 
+    def _abstain(self, tell: Callable[[], None]) -> None:
+        """Tells the other ranks that this one does not measure the step, so that they do not wait for it."""
+        with suppress(RankError):
+            tell()
+
     def _complete(self) -> None:
         """Measures or predicts the step that is over."""
+        if self._failed and self.measures:
+            self._abstain(lambda: self._engine.ranks.meet_again(self._why or "its measurement failed"))
         if (self.measures or self.aligns) and not self._failed:
             started = time.perf_counter()
             self._journal.note(GlobalState(self._device_types).restore)
@@ -254,7 +264,10 @@ class StepRunner:
         self._journal.restore()
 
     def _explain(self, error: Exception) -> None:
-        if isinstance(error, WriteError):
+        if isinstance(error, RankError):
+            self._why = f"not measured by all ranks: {error}"
+            self.warn("ranks", f"is left out: {self._why}")
+        elif isinstance(error, WriteError):
             self._why = f"{error}: a second forward would change the training"
             self.warn("writes", f"is left out: {self._why}")
         else:

@@ -8,6 +8,7 @@ the native one), the Parquet reader, the report's quantities and the tables in `
 from __future__ import annotations
 
 from fastfs._record.column import Column, Display, ValueType
+from fastfs._record.step_columns import ROW_KINDS, STEP_COLUMNS
 
 __all__ = [
     "ALWAYS_PER_STEP",
@@ -31,9 +32,6 @@ SCHEMA = 2
 
 SCHEMAS = (1, 2)
 """Versions that the readers accept."""
-
-ROW_KINDS = ("measured", "predicted")
-"""Kinds of records that become rows of a table."""
 
 KINDS = ("header", "structure", *ROW_KINDS, "skipped", "alert")
 
@@ -302,61 +300,21 @@ COLUMNS = (
         ),
     ),
     Column(
-        name="loss",
+        name="rank_angle_sd",
         type="number",
-        meaning="what the loop gave to `monitor.log`",
-        per="step",
-        kinds=ROW_KINDS,
-        since=1,
-    ),
-    Column(
-        name="micro_batches",
-        type="integer",
-        meaning="forwards whose gradients the step used",
-        per="step",
-        since=1,
-        tensorboard=False,
-    ),
-    Column(
-        name="overhead_seconds",
-        type="number",
-        unit="s",
-        meaning="host time spent in the monitor; a GPU may take longer",
-        per="step",
-        kinds=ROW_KINDS,
-        since=1,
-        former_name="measure_seconds",
-    ),
-    Column(
-        name="loss_scale",
-        type="number",
-        meaning="factor that was divided out of b and g",
-        per="step",
-        kinds=ROW_KINDS,
-    ),
-    Column(
-        name="kappa",
-        type="number",
-        meaning="factor by which `amplify=True` enlarged the update",
-        per="step",
+        unit="rad",
+        meaning="in runs of several ranks: standard deviation of the angles of their batches, each by itself",
         optional=True,
     ),
     Column(
-        name="choices",
+        name="rank_apart",
         type="integer",
-        meaning="discrete choices of the forward: elements that top-k, argmax and argmin returned, at steps where the "
-        "[replay check](validity.md#the-replay-check) runs",
-        per="step",
+        meaning="in runs of at least four batches: a rank whose angle, speed, backward or feature size stands far "
+        "apart from those of the others; null if none does",
         optional=True,
         tensorboard=False,
     ),
-    Column(
-        name="choices_changed",
-        type="integer",
-        meaning="how many of these choices the step changed",
-        per="step",
-        optional=True,
-    ),
+    *STEP_COLUMNS,
 )
 """In the order of a table. A record may have others, such as quantiles."""
 

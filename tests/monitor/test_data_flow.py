@@ -11,12 +11,13 @@ import fastfs
 
 PACKAGE = Path(fastfs.__file__).parent
 MONITOR = PACKAGE / "_monitor"
-SHARED = {"row_reasons", "optimizers"}  # vocabulary, and what users give: they import nothing of the monitor
+SHARED = {"optimizers"}  # what users give: it imports nothing of the monitor
 MAY_IMPORT = {
-    "capture": SHARED,
-    "measure": SHARED | {"capture"},
+    "capture": SHARED | {"_record"},  # reasons
+    "measure": SHARED | {"capture", "_record"},
+    "ranks": {"_record"},
     "payload": SHARED | {"measure", "_record"},
-    "engine": SHARED | {"capture", "measure", "payload", "_record"},
+    "engine": SHARED | {"capture", "measure", "payload", "ranks", "_record"},
     "schedule": set(),
     "steps": SHARED,
     **{name: set() for name in SHARED},

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Adamax, AdamW, Optimizer, RMSprop
 
 from fastfs._monitor.capture.taps import GRADIENTS, Switch
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.full_checks import FIRST, PERIOD, FullCheckSchedule
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import check_optimizers
+from fastfs._record import decrease_reasons
 
 Change = Callable[["Loop"], object]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastfs
-from fastfs._monitor.row_reasons import REASONS, UNMATCHED
+from fastfs._record.row_reasons import REASONS, UNMATCHED
 
 # Torch's own, of a checkpoint in a checkpoint.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")

@@ -26,6 +26,7 @@ from fastfs._monitor.measure.row_sums import (
 )
 from fastfs._monitor.measure.segment_sums import SegmentSums
 from fastfs._network.parameter_sets import ParameterSets, intervals_of, union
+from fastfs._record.ranks.assembly import relative_errors
 from fastfs._stats import FeatureStats
 
 CPU = torch.device("cpu")
@@ -141,12 +142,12 @@ def test_totals_are_those_of_one_layer_at_a_time(start: Any, direction: bool) ->
             }
             torch.testing.assert_close(found.stats.sums[layer], sums, **options)
             torch.testing.assert_close(found.quantiles[layer], quantiles, **options)
-            torch.testing.assert_close(
-                torch.stack([found.update_se[layer], found.dot_se[layer]]), errors[1:], **options
-            )
+            cosine_se, update_se, dot_se = map(torch.from_numpy, relative_errors(found.spread.numpy()))
+            torch.testing.assert_close(torch.stack([update_se[layer], dot_se[layer]]), errors[1:], **options)
             cosine = FeatureStats(sums).cos_angle
             angle = errors[0] * cosine.abs() / (1.0 - cosine.square()).clamp_min(0.0).sqrt()
-            torch.testing.assert_close(found.angle_se[layer], angle, **{**options, "rtol": 1e-6})
+            own = cosine_se[layer] * cosine.abs() / (1.0 - cosine.square()).clamp_min(0.0).sqrt()
+            torch.testing.assert_close(own, angle, **{**options, "rtol": 1e-6})
             assert found.rows[layer] == (sum(map(len, rows)), sum(t.choice.total for t in visits))
 
 

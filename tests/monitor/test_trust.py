@@ -16,7 +16,7 @@ from fastfs import feature_stats
 from fastfs._monitor.measure.kappa import KAPPA_MAX, TARGET, choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs._monitor.measure.trust import assess
 from fastfs._monitor.measure.update_estimates import CentralProbe
-from fastfs._monitor.row_reasons import REASONS
+from fastfs._record.row_reasons import REASONS
 from fastfs._stats import FeatureStats
 
 BF16, TF32, SINGLE = 2.0**-7, 2.0**-10, 2.0**-23

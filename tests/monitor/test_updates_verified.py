@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adamax, AdamW, NAdam, Optimizer, RMSprop
 
 from fastfs._monitor.capture.taps import EVERYTHING, Switch
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.closed_forms import CLOSED_FORMS
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import check_optimizers
+from fastfs._record import decrease_reasons
 from tests.helpers.optimizer_cases import COPIED, OPTIONS, as_on_a_device
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.bfloat16)

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 import fastfs
-from fastfs._monitor.settings import check_state, open_recorder
+from fastfs._monitor.run_record import open_recorder
+from fastfs._monitor.settings import check_state
 from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._record.sinks.parquet_sink import ParquetSink
 from fastfs._record.sinks.targets import as_sink
@@ -227,7 +228,7 @@ def test_a_recorder_can_be_discarded(tmp_path: Path) -> None:
 WRITES = """
     import os, sys, warnings
     from tests.helpers.record_cases import *
-    from fastfs._monitor.settings import open_recorder
+    from fastfs._monitor.run_record import open_recorder
     warnings.simplefilter("always")
     path, run, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
     one = open_recorder(path, [], head(run=run), alerts=(), flush_seconds=0.0)

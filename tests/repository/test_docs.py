@@ -187,8 +187,7 @@ def first_column(title: str, table: int = 0) -> list[str]:
 
 
 def test_every_reason_is_explained_and_no_other() -> None:
-    from fastfs._monitor import row_reasons
-    from fastfs._monitor.measure import decrease_reasons
+    from fastfs._record import decrease_reasons, row_reasons
 
     for section, sentences in (
         ("Why a row is not valid", row_reasons.REASONS),
@@ -214,8 +213,7 @@ def test_the_tables_of_columns_are_up_to_date() -> None:
 
 
 def test_reasons_in_the_tables_of_kinds_are_sentences_of_the_code() -> None:
-    from fastfs._monitor import row_reasons
-    from fastfs._monitor.measure import decrease_reasons
+    from fastfs._record import decrease_reasons, row_reasons
 
     tables = section_text("Supported models and training loops")
     quoted = [quote for quote in re.findall(r"`([^`]+)`", tables) if quote.count(" ") >= 4]

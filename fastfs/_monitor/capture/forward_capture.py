@@ -25,7 +25,7 @@ class LayerCall:
     Attributes:
         shape: Shape of the features.
         before: Sampled rows of the features; None if they cannot be measured.
-        absent: Why ``before`` is None, as a code of :data:`fastfs._monitor.row_reasons.REASONS`; else 0.
+        absent: Why ``before`` is None, as a code of :data:`fastfs._record.row_reasons.REASONS`; else 0.
         backward: The same rows of the backward vector, once :meth:`settle` has added up its parts.
         parts: Parts of the backward vector, by the number of the backward that computed them.
         inside: Whether the features are known to be in the autograd graph.

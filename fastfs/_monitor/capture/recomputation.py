@@ -16,7 +16,7 @@ from typing import Any
 from torch.autograd.function import BackwardCFunction
 
 from fastfs._monitor.capture.forward_capture import ForwardCapture, LayerCall
-from fastfs._monitor.row_reasons import UNMATCHED
+from fastfs._record.row_reasons import UNMATCHED
 
 __all__ = ["Recomputation", "contexts"]
 

@@ -18,11 +18,11 @@ from fastfs._monitor.capture.memory_budget import MemoryBudget
 from fastfs._monitor.capture.recomputation import Recomputation, contexts
 from fastfs._monitor.capture.row_keeper import RowKeeper
 from fastfs._monitor.capture.sampling import KeptRows, RowSampler
-from fastfs._monitor.row_reasons import NO_GRAPH, NO_ROOM, NO_SAMPLES, TRANSFORMED
 from fastfs._network.autograd_graph import edge_of
 from fastfs._network.feature_tensors import strided
 from fastfs._network.input_copies import UnknownArgumentError
 from fastfs._network.layers import Layer
+from fastfs._record.row_reasons import NO_GRAPH, NO_ROOM, NO_SAMPLES, TRANSFORMED
 
 __all__ = ["StepCapture", "reraise", "transformed"]
 

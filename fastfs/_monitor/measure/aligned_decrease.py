@@ -8,15 +8,16 @@ D_l = - sum of <g, dw> over the parameters upstream of layer l (section 2, ident
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.incidence import Incidence
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.parameter_sample import SAMPLING
+from fastfs._record import decrease_reasons
 from fastfs._stats import ParameterStats
 
 __all__ = ["Aligned", "Incidence", "LossScale", "aligned"]
@@ -46,94 +47,71 @@ class LossScale:
         return self._one
 
 
+@dataclass(frozen=True)
 class Aligned:
-    """What one optimizer step did for each layer: tensors (L,) on the device of the parameters.
+    """What one optimizer step did for each of L layers: sums, which those of other ranks are added to.
 
     Attributes:
-        decrease: D_l, in units of the loss, float64; NaN where it is not known.
-        parameter_norm, update_norm, gradient_norm: Of the parameters between this layer and the watched ones before.
-        reason: int64, why the decrease is not known: a code of :mod:`fastfs._monitor.measure.decrease_reasons`, 0 where
-            it is known.
-        decrease_se: Standard error of the decrease that comes from the sample of elements, in units of the loss,
-            float64; 0 where all elements of the parameters were read. None if that holds for all layers. The norms are
-            estimates from the same sample.
+        sums: float64 (C, L, 4), for C kinds of parameters: D_l in units of the loss, over the parameters upstream of
+            the layer, NaN where it is not known; and |w|^2, |dw|^2, |g|^2 over those between this layer and the watched
+            ones before.
+        reason: int64 (L,), why the decrease is not known: a code of :mod:`fastfs._record.decrease_reasons`, 0 where it
+            is known.
+        variance: Variance of the decrease that comes from the sample of elements, float64 (C, L); 0 where all elements
+            of the parameters were read. None if that holds for all layers. The norms are estimates from the same
+            sample.
     """
 
-    __slots__ = ("decrease", "decrease_se", "gradient_norm", "parameter_norm", "reason", "update_norm")
+    sums: Tensor
+    reason: Tensor
+    variance: Tensor | None = None
 
-    def __init__(
-        self,
-        decrease: Tensor,
-        parameter_norm: Tensor,
-        update_norm: Tensor,
-        gradient_norm: Tensor,
-        reason: Tensor,
-        decrease_se: Tensor | None = None,
-    ) -> None:
-        self.decrease = decrease
-        self.parameter_norm = parameter_norm
-        self.update_norm = update_norm
-        self.gradient_norm = gradient_norm
-        self.reason = reason
-        self.decrease_se = None if decrease_se is None else torch.where(decrease.isnan(), torch.nan, decrease_se)
+    @property
+    def decrease(self) -> Tensor:
+        """D_l of the parameters of this rank, float64 (L,)."""
+        return self.sums[:, :, 0].sum(dim=0)
 
     @classmethod
-    def unknown(cls, layers: int, device: torch.device) -> Aligned:
+    def unknown(cls, layers: int, device: torch.device, kinds: int = 1) -> Aligned:
         """Returns the result for a step whose structure is not known."""
-        nothing = torch.full((layers,), torch.nan, dtype=torch.float64, device=device)
+        nothing = torch.full((kinds, layers, 4), torch.nan, dtype=torch.float64, device=device)
         code = torch.full((layers,), decrease_reasons.STRUCTURE, dtype=torch.int64, device=device)
-        return cls(nothing, nothing, nothing, nothing, code)
+        return cls(nothing, code)
 
 
-def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None) -> Aligned:
+def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, kinds: Tensor | None = None) -> Aligned:
     """Returns the sums over each layer of what a step did to the parameters.
 
     Args:
         found: What the step did to every parameter, shape (P,).
         incidence: Of L layers and P parameters.
         factor: By what the gradients have to be divided; None for 1.
+        kinds: Which parameters are of each kind, bool (P, C); None if all are of one.
     """
-    if factor is None and found.fine and incidence.everywhere:
-        return _all_known(found, incidence)
-    stats = found.stats
-    if factor is None:
-        factor = torch.ones((), dtype=torch.float64, device=stats.sums.device)
-    own = incidence.own(torch.stack([stats.parameter_sq, stats.update_sq, stats.gradient_sq / factor.square()], dim=1))
-    codes = torch.arange(1, len(decrease_reasons.REASONS), device=found.reason.device)
-    counts = (found.reason[:, None] == codes).to(torch.float64)
-    values = [stats.dot[:, None], counts]
+    columns = [found.stats.sums[:, column] for column in _COLUMNS]
     if found.sampling is not None:
-        values.append(found.sampling[:, _VARIANCE, None])
-    sums = incidence.upstream(torch.cat(values, dim=1))
-    error = None if found.sampling is None else sums[:, -1].sqrt() / factor.abs()
-    decrease = torch.where(incidence.known, -sums[:, 0] / factor, torch.nan)
-    first = torch.where(sums[:, 1 : 1 + len(codes)] > 0, codes, len(decrease_reasons.REASONS)).amin(dim=1)
-    reason = torch.where(first < len(decrease_reasons.REASONS), first, decrease_reasons.FINE)
-    reason = torch.where(incidence.known, reason, decrease_reasons.NOTHING)
-    parameters, updates, gradients = own.sqrt().unbind(dim=1)
-    reason = torch.where(decrease.isnan(), reason, decrease_reasons.FINE)
-    return Aligned(decrease, parameters, updates, gradients, reason, error)
+        columns.append(found.sampling[:, _VARIANCE])
+    values, width = torch.stack(columns, dim=1), len(columns)
+    if factor is not None:
+        one, square = torch.ones_like(factor), factor.square()
+        values = values / torch.stack([factor, one, one, square, square][:width])  # <g, dw>, |w|^2, |dw|^2, |g|^2
+    if kinds is not None:
+        values = torch.where(kinds[:, :, None], values[:, None, :], 0.0).flatten(1)
+    upstream, own = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in incidence.both(values))
+    decrease = -upstream[:, :, 0]
+    variance = None if found.sampling is None else upstream[:, :, -1]
+    if found.fine and incidence.everywhere:
+        reason = torch.zeros(decrease.shape[1], dtype=torch.int64, device=decrease.device)
+    else:
+        decrease = torch.where(incidence.known, decrease, torch.nan)
+        codes = torch.arange(1, len(decrease_reasons.REASONS), device=found.reason.device)
+        counts = incidence.upstream((found.reason[:, None] == codes).to(torch.float64))
+        first = torch.where(counts > 0, codes, len(decrease_reasons.REASONS)).amin(dim=1)
+        reason = torch.where(first < len(decrease_reasons.REASONS), first, decrease_reasons.FINE)
+        reason = torch.where(incidence.known, reason, decrease_reasons.NOTHING)
+        reason = torch.where(decrease.isnan().any(dim=0), reason, decrease_reasons.FINE)
+    return Aligned(torch.cat([decrease[:, :, None], own[:, :, 1:4]], dim=2), reason, variance)
 
 
-_DOT, _PARAMETER, _UPDATE, _GRADIENT = (
-    ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")
-)
-
-
+_COLUMNS = [ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")]
 _VARIANCE = SAMPLING.index("dot_variance")
-
-
-def _all_known(found: MeasuredUpdate, incidence: Incidence) -> Aligned:
-    """The same in fewer operations, if the host knows that all updates are known."""
-    values = found.stats.sums
-    if found.sampling is not None:
-        values = torch.cat([values, found.sampling], dim=1)
-    upstream, own = incidence.both(values)
-    norms = own.sqrt().unbind(dim=1)
-    error = None
-    if found.sampling is not None:
-        error = upstream[:, len(ParameterStats.names) + _VARIANCE].sqrt()
-    decrease = -upstream[:, _DOT]
-    parameters, updates, gradients = norms[_PARAMETER], norms[_UPDATE], norms[_GRADIENT]
-    fine = torch.zeros(len(decrease), dtype=torch.int64, device=decrease.device)
-    return Aligned(decrease, parameters, updates, gradients, fine, error)

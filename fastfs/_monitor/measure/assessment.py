@@ -12,9 +12,9 @@ from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs._monitor.measure.row_sums import LayerSums
 from fastfs._monitor.measure.update_estimates import CentralProbe, curvature
-from fastfs._monitor.row_reasons import OTHER_MASKS
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 from fastfs._network.structure import Structure
+from fastfs._record.row_reasons import OTHER_MASKS
 from fastfs._stats import FeatureStats, ParameterStats
 
 __all__ = ["ProbeSums", "UpdateAssessor"]

@@ -32,13 +32,16 @@ from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, totals
-from fastfs._monitor.row_reasons import UNREPEATED
+from fastfs._network.input_copies import tensors_in
 from fastfs._network.layers import Layer
 from fastfs._network.perturbed import Perturbed
 from fastfs._network.structure import Structure
+from fastfs._record.row_reasons import UNREPEATED
 from fastfs._stats import FeatureStats, ParameterStats
 
 __all__ = ["BackwardReference", "CaptureMode", "ModeResources", "StepInputs", "UpdateEvidence"]
+
+_COMPARED = 64  # elements of an input that tell whether two ranks were given the same one
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,20 @@ class CaptureMode(ABC):
 
         Called last, after the step. Does not wait for the device.
         """
+
+    def input_sums(self, forwards: Sequence[ForwardCapture]) -> Tensor:
+        """Returns numbers that ranks have in common that were given the same inputs, float64 (n,)."""
+        sums = [
+            x.detach().flatten()[:_COMPARED].to(self._resources.device, torch.float64).sum()
+            for captured in forwards
+            for x in tensors_in((captured.args, captured.kwargs))
+            if x.layout is torch.strided and not x.is_complex() and not x.is_nested
+        ]
+        return torch.stack(sums) if sums else self._resources.on_device([])
+
+    def placed(self, forwards: Sequence[ForwardCapture]) -> dict[str, str]:
+        """Returns whether the features of a layer are ``shard`` or ``replicate``, by number, where DTensors say so."""
+        return {}
 
     @abstractmethod
     def clear(self) -> None:

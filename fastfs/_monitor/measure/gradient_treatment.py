@@ -18,9 +18,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfs._monitor.capture.fingerprints import Places, Samples
 from fastfs._monitor.capture.taps import EVERYTHING, OFF, Guarded, Switch
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.full_checks import FullCheckSchedule
 from fastfs._monitor.measure.gradient_snapshots import GradientSampler, GradientSnapshot, same
+from fastfs._record import decrease_reasons
 
 __all__ = ["GradientFactor", "Treatment"]
 
@@ -36,7 +36,7 @@ class Treatment:
     Attributes:
         factor: By what they were multiplied, float64 (P,) on the device, NaN where they were changed otherwise; None if
             the host knows that nothing was done.
-        code: Why a factor is not known, int64 (P,): a code of :mod:`fastfs._monitor.measure.decrease_reasons`; None if
+        code: Why a factor is not known, int64 (P,): a code of :mod:`fastfs._record.decrease_reasons`; None if
             `factor` is None.
         uniform: Whether all were treated alike, so that a few may represent them; a bool, or bool () on a device.
     """

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.capture import fingerprints
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot, same
 from fastfs._monitor.measure.hyper_parameters import HyperParameters
 from fastfs._monitor.measure.kernel_arguments import PartState, state_of
 from fastfs._monitor.measure.update_plans import Plan
+from fastfs._record import decrease_reasons
 
 __all__ = ["HostChecks", "StateBefore"]
 
@@ -91,7 +91,7 @@ class HostChecks:
             before: What :meth:`before` has returned.
 
         Returns:
-            A code of :mod:`fastfs._monitor.measure.decrease_reasons` for every parameter, None if all checks pass; the
+            A code of :mod:`fastfs._record.decrease_reasons` for every parameter, None if all checks pass; the
             states now, by part of the closed calls; and by part the step counter of all its parameters, if known.
         """
         closed = [part for call in plan.calls if call.closed for part in call.parts]

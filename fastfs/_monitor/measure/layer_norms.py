@@ -22,15 +22,6 @@ class LayerNorms:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._last: tuple[tuple[int, ...], Tensor] = (), torch.zeros(0)
-
-    def root_counts(self, counts: Sequence[int]) -> Tensor:
-        """Returns the square roots of numbers of elements, nan for 0: float64 (L,). The last result is cached."""
-        key = tuple(counts)
-        if self._last[0] != key:
-            roots = [count**0.5 or torch.nan for count in key]
-            self._last = key, torch.tensor(roots, dtype=torch.float64).to(self._device, non_blocking=True)
-        return self._last[1]
 
     def norms(self, layers: Sequence[SquaredNorms]) -> Tensor:
         """Returns the norm of each layer's backward vectors, nan for a layer without any: float64 (L,)."""

@@ -2,7 +2,7 @@
 
 Steps can differ: another head, a frozen part, an expert without a token. A step is identified by the parameters that
 receive a gradient and the layers that run, which are known at predicted steps, too. Each sort of step has its own
-structure and its own last angles.
+structure and, in the record, its own last angles (:mod:`fastfs._record.ranks.angles`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.measure.incidence import Incidence
 from fastfs._network.layers import parameter_names
 from fastfs._network.structure import Structure, join
+from fastfs._record.ranks.angles import within
 
 __all__ = ["LayerCuts", "LearnedStructure", "ParameterChange", "StepKey", "StepStructure"]
 
-_PARALLEL = "several processes: backward vectors are of the local loss, gradients of all"
 _CAPACITY = 32  # sorts of steps, and structures, that are remembered
 
 StepKey = tuple[bytes, tuple[bool, ...]]
@@ -39,15 +39,17 @@ class StepStructure:
     Attributes:
         structure: The structure; None if it was restored from another run, which has recorded it.
         incidence: Which parameters count for which layer.
-        cuts: Whether each layer is a cut, bool (L,) on the device.
-        cosine: Cosine of the last angle of each layer that predictions may use, float64 (L,); nan before the first.
+        cut: Whether each layer is a cut.
+        cuts: The same on the device, bool (L,).
     """
 
-    def __init__(self, structure: Structure | None, incidence: Incidence, cuts: Tensor, cosine: Tensor) -> None:
+    def __init__(
+        self, structure: Structure | None, incidence: Incidence, cut: Sequence[bool], device: torch.device
+    ) -> None:
         self.structure = structure
         self.incidence = incidence
-        self.cuts = cuts
-        self.cosine = cosine
+        self.cut = list(cut)
+        self.cuts = torch.tensor(self.cut, dtype=torch.bool).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -145,22 +147,15 @@ class LearnedStructure:
             return None, None
         step = self._steps.pop(key, None)
         if step is None or step.structure is not structure:
-            cut, _ = self._cuts(structure)
-            cosine = torch.full((self._layers,), torch.nan, dtype=torch.float64, device=self._device)
-            step = StepStructure(
-                structure,
-                Incidence(structure.upstream_sets, structure.own_sets, self._device),
-                torch.tensor(cut, dtype=torch.bool).to(self._device, non_blocking=True),
-                cosine if step is None else step.cosine,
-            )
+            incidence = Incidence(structure.upstream_sets, structure.own_sets, self._device)
+            step = StepStructure(structure, incidence, structure.cut, self._device)
         self._steps[key] = step
         if len(self._steps) > _CAPACITY:
             self._steps.popitem(last=False)
         if self._recorded is not None and (structure is self._recorded or structure.same_as(self._recorded)):
             return step, None
         self._recorded = structure
-        cut, reason = self._cuts(structure)
-        return step, LayerCuts(cut, reason, structure.counts)
+        return step, LayerCuts(structure.cut, structure.reason, structure.counts)
 
     def find(self, key: StepKey) -> StepStructure | None:
         """Returns what was learned from steps like this one, or None if no such step was measured.
@@ -172,22 +167,9 @@ class LearnedStructure:
             return found
         touched, ran = key
         for (others, layers), step in reversed(self._steps.items()):
-            if layers == ran and _within(touched, others):
+            if layers == ran and within(touched, others):
                 return step
         return None
-
-    def keep_cosines(self, key: StepKey, cosine: Tensor, where: Tensor) -> None:
-        """Keeps cosines for predictions, for this key and for keys that differ by parameters without a gradient.
-
-        Args:
-            key: Key of the measured step.
-            cosine: Cosines of the angles, float64 (L,).
-            where: Layers whose cosine may be used, bool (L,).
-        """
-        touched, ran = key
-        for (others, layers), step in self._steps.items():
-            if layers == ran and (_within(touched, others) or _within(others, touched)):
-                step.cosine = torch.where(where, cosine, step.cosine)
 
     def state_dict(self) -> dict[str, Any] | None:
         """Returns what predictions need before the structures are learned again."""
@@ -198,8 +180,7 @@ class LearnedStructure:
                 "touched": list(touched),
                 "ran": list(ran),
                 "incidence": step.incidence.state_dict(),
-                "cuts": step.cuts.cpu(),
-                "cosine": step.cosine.cpu(),
+                "cut": step.cut,
             }
             for (touched, ran), step in self._steps.items()
         ]
@@ -212,23 +193,7 @@ class LearnedStructure:
         for each in state["steps"]:
             incidence = Incidence.from_state(each["incidence"], self._device)
             key = bytes(each["touched"]), tuple(each["ran"])
-            cuts, cosine = each["cuts"].to(self._device), each["cosine"].to(self._device)
-            self._steps[key] = StepStructure(None, incidence, cuts, cosine)
-
-    def _cuts(self, structure: Structure) -> tuple[list[bool], list[str | None]]:
-        if _in_a_group():
-            return [False] * self._layers, [why or _PARALLEL for why in structure.reason]
-        return structure.cut, structure.reason
+            self._steps[key] = StepStructure(None, incidence, each["cut"], self._device)
 
     def _signature(self) -> list[Any]:
         return [[list(p.shape), p.requires_grad] for p in self._parameters]
-
-
-def _within(touched: bytes, others: bytes) -> bool:
-    return all(b or not a for a, b in zip(touched, others, strict=True))
-
-
-def _in_a_group() -> bool:
-    """Returns whether gradients may be averaged over processes, and are then not those of the local loss."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.update_plans import Call, ParameterOrder
+from fastfs._record import decrease_reasons
 from fastfs._stats import ParameterStats, span
 
 __all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateAssembler", "refuted"]
@@ -29,7 +29,7 @@ class MeasuredUpdate:
 
     Attributes:
         stats: ParameterStats of shape (P,); NaN where the update, or the gradient, is not known.
-        reason: int64 (P,), on the same device: why not, a code of :mod:`fastfs._monitor.measure.decrease_reasons`.
+        reason: int64 (P,), on the same device: why not, a code of :mod:`fastfs._record.decrease_reasons`.
         fine: Whether the host knows that all reasons are `FINE`.
         sampling: If the sums are estimates, float64 (P, 2), on the same device, with the columns `SAMPLING`: variance
             of the sum <g, dw>, 0 for parameters that were read completely, and whether a parameter was not. None if all

@@ -12,7 +12,7 @@ from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.row_sums import LayerSums
 from fastfs._stats import FeatureStats
 
-__all__ = ["FeatureObservation", "changed_choices", "is_linear", "reported", "unscaled", "without_update"]
+__all__ = ["FeatureObservation", "changed_choices", "reported", "unscaled", "without_update"]
 
 
 @dataclass(frozen=True)
@@ -36,23 +36,6 @@ class FeatureObservation:
     curvature: Tensor | None = None
     choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
     checked_choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
-
-
-_LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
-
-
-def is_linear(residual: Tensor, margin: Tensor, curvature: Tensor | None) -> Tensor:
-    """Returns whether first order describes the step: float64 (L,), 1 or 0, nan if that is unknown.
-
-    Args:
-        residual: Residual of the feature speed formula, nan where it does not apply.
-        margin: How far it may be off by the choice of rows.
-        curvature: Second-order part of the update, which decides where there is no residual.
-    """
-    by_residual = (residual.abs() <= _LINEAR + margin.nan_to_num(0.0)).to(torch.float64)
-    unknown = torch.full_like(residual, torch.nan)
-    other = unknown if curvature is None else torch.where(curvature.isnan(), unknown, (curvature <= _LINEAR).double())
-    return torch.where(residual.isnan(), other, by_residual)
 
 
 def changed_choices(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.capture.fingerprints import Fingerprint
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.full_checks import both
 from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
 from fastfs._monitor.measure.measured_update import OF_STEP, MeasuredUpdate
@@ -16,6 +15,7 @@ from fastfs._monitor.measure.parameter_sample import CHUNK, SAMPLING
 from fastfs._monitor.measure.sampled_calls import SampledCalls
 from fastfs._monitor.measure.update_meter import UpdateMeter
 from fastfs._monitor.optimizers import TrainingOptimizer
+from fastfs._record import decrease_reasons
 from fastfs._stats import ParameterStats
 
 __all__ = ["Parameters"]

@@ -23,13 +23,13 @@ from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
 from fastfs._monitor.measure.row_sums import RowSums, Triple, from_replay
-from fastfs._monitor.row_reasons import NO_ROOM, NOT_RUN
 from fastfs._network.feature_tensors import strided
 from fastfs._network.guard import Guard
 from fastfs._network.input_copies import copy_arguments, tensors_in
 from fastfs._network.layers import Layer
 from fastfs._network.state import ForwardState
 from fastfs._network.structure import Edge, Structure, analyse, edge_of
+from fastfs._record.row_reasons import NO_ROOM, NOT_RUN
 from fastfs._stats import FeatureStats, ParameterStats
 
 __all__ = ["ProbeMode"]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.measure import trust
-from fastfs._monitor.row_reasons import UNREPEATED
+from fastfs._record.row_reasons import UNREPEATED
 from fastfs._stats import FeatureStats
 
 __all__ = ["ReplayChecks"]

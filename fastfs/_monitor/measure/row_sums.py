@@ -22,6 +22,7 @@ from torch import Tensor
 from fastfs._functional import feature_stats
 from fastfs._monitor.capture.sampling import RowChoice
 from fastfs._monitor.measure.segment_sums import SegmentSums, on_device
+from fastfs._record.ranks.part import SPREAD
 from fastfs._stats import FeatureStats
 
 __all__ = ["LayerSums", "RowSums", "Triple", "from_direction", "from_replay", "totals"]
@@ -72,24 +73,27 @@ class LayerSums:
 
     Attributes:
         stats: FeatureStats of shape (L,).
-        angle_se: Standard error of the angle in radians, float64 (L,).
-        update_se: Relative standard error of the norm of df, float64 (L,).
-        dot_se: Relative standard error of <b, df>, float64 (L,).
-        dot_margin: How far <b, df> may be off by the choice of rows, relative: two standard errors; with ``samples=``
-            the bound of Student's t that is exceeded as often as three sigma.
+        spread: Covariances of the estimates of <b, df>, |df|^2 and |b|^2 that come from the sample of rows, each
+            divided by the two estimates, float64 (L, 6) in the order of `SPREAD`. Those of strata add, times the
+            estimates, and they do not change if all rows are scaled.
+        margin: How many standard errors <b, df> may be off by the choice of rows: two; with ``samples=`` the bound of
+            Student's t that is exceeded as often as three sigma. One number per layer, on the host.
         rows: Numbers of kept rows and of all rows of each layer.
         visits: Number of visits of each layer, in all passes.
         quantiles: Quantiles of the rows' cosines, and of their speeds (rms of a row's df), float64 (L, 2, Q).
     """
 
     stats: FeatureStats
-    angle_se: Tensor
-    update_se: Tensor
-    dot_se: Tensor
-    dot_margin: Tensor
+    spread: Tensor
+    margin: list[float]
     rows: list[tuple[int, int]]
     visits: list[int]
     quantiles: Tensor
+
+    @property
+    def dot_margin(self) -> Tensor:
+        """How far <b, df> may be off by the choice of rows, relative: float64 (L,)."""
+        return self.spread[:, 0].clamp_min(0.0).sqrt() * on_device(np.asarray(self.margin), self.stats.device)
 
     def one_visit(self) -> tuple[Tensor, Tensor]:
         """Returns the average number of kept rows of a visit, and their width: float64 (L,) each."""
@@ -166,24 +170,18 @@ def totals(passes: Sequence[RowSums], quantiles: Sequence[float], device: torch.
     if parts:
         sample = _Sample(torch.cat(parts) if len(parts) > 1 else parts[0], layer, choices, count)
         sums = sample.totals()
-        errors = sample.standard_errors(sums)
+        spread = sample.spread(sums)
         found = sample.quantiles(quantiles)
         margin = sample.margin_factors()
     else:
         sums = torch.zeros((count, len(_NAMES)), dtype=torch.float64, device=device)
-        errors = torch.zeros((count, 3), dtype=torch.float64, device=device)
+        spread = torch.zeros((count, len(SPREAD)), dtype=torch.float64, device=device)
         found = torch.full((count, 2, len(quantiles)), torch.nan, dtype=torch.float64, device=device)
-        margin = torch.full((count,), 2.0, dtype=torch.float64, device=device)
-    stats = FeatureStats(sums)
-    cosine_se, update_se, dot_se = errors.unbind(dim=1)
-    cosine = stats.cos_angle
-    sine = (1.0 - cosine.square()).clamp_min(0.0).sqrt()
+        margin = [2.0] * count
     return LayerSums(
-        stats=stats,
-        angle_se=cosine_se * cosine.abs() / sine,
-        update_se=update_se,
-        dot_se=dot_se,
-        dot_margin=dot_se * margin,
+        stats=FeatureStats(sums),
+        spread=spread,
+        margin=margin,
         rows=list(zip(*rows, strict=True)),
         visits=np.bincount(layer, minlength=count).tolist(),
         quantiles=found,
@@ -224,19 +222,16 @@ class _Sample:
             sums = sums * on_device(scale, self.device)
         return self._per_layer(sums)
 
-    def standard_errors(self, sums: Tensor) -> Tensor:
-        """Returns relative standard errors of the cosine, of |df| and of <b, df>: float64 (L, 3)."""
+    def spread(self, sums: Tensor) -> Tensor:
+        """Returns :attr:`LayerSums.spread`."""
         sampled = self._kept < self._total
         if not sampled.any():
-            return torch.zeros_like(sums[:, :3])
+            return sums.new_zeros((sums.shape[0], len(SPREAD)))
         inverse = torch.stack([1.0 / sums[:, column] for column in (DOT, UPDATE, BACKWARD)], dim=1)
         inverse = torch.where(inverse.isfinite(), inverse, 0.0)
         of_row = on_device(np.repeat(self._layer, self._kept), self.device)
-        dot, update, backward = (
-            self.rows[:, column] * inverse[:, index][of_row] for index, column in enumerate((DOT, UPDATE, BACKWARD))
-        )
-        # The contributions of a row to log cos, log |df| and log <b, df>.
-        adds = torch.stack([dot - 0.5 * update - 0.5 * backward, 0.5 * update, dot], dim=1)
+        columns = [self.rows[:, column] * inverse[:, i][of_row] for i, column in enumerate((DOT, UPDATE, BACKWARD))]
+        adds = torch.stack(columns, dim=1)  # what each row adds to the three estimates, relative to them
         units, kept_units = np.maximum(self._units, 1), np.maximum(self._kept_units, 1)
         of_unit, kept_of_unit = np.maximum(self._total, 1) / units, np.maximum(self._kept, 1) / kept_units
         complete = kept_of_unit >= of_unit
@@ -247,20 +242,20 @@ class _Sample:
         first = first * np.where(seen, 1.0 - kept_units / units, 1.0)
         first[(kept_units == 1) & ((units > 1) | ~seen)] = np.nan  # of one unit the error is not known
         first[~sampled] = 0.0
-        variances = self._variances(self._per_unit(adds), self._kept_units, first)
+        found = self._covariances(self._per_unit(adds), self._kept_units, first)
         if not complete.all():
             second = units / kept_units * of_unit**2 * (1.0 - kept_of_unit / of_unit) / kept_of_unit
             second = np.where(complete, 0.0, second / np.maximum(kept_of_unit - 1, 1))
             rows_of_units = np.repeat(kept_of_unit.astype(np.int64), self._kept_units)
-            within = self._variances(adds, rows_of_units, np.repeat(second, self._kept_units))
-            variances = variances + SegmentSums(self._kept_units, self.device)(within)
-        return self._per_layer(variances).sqrt()
+            within = self._covariances(adds, rows_of_units, np.repeat(second, self._kept_units))
+            found = found + SegmentSums(self._kept_units, self.device)(within)
+        return self._per_layer(found)
 
-    def margin_factors(self) -> Tensor:
-        """Returns how many standard errors a sum may be off, float64 (L,); see :attr:`LayerSums.dot_margin`."""
+    def margin_factors(self) -> list[float]:
+        """Returns :attr:`LayerSums.margin`."""
         freedom = np.bincount(self._layer, np.where(self._of_samples, self._kept_units - 1, 0), self._layers)
-        factors = np.where(freedom > 0, _three_sigma(np.maximum(freedom, 1.0)), 2.0)
-        return on_device(factors, self.device)
+        factors: list[float] = np.where(freedom > 0, _three_sigma(np.maximum(freedom, 1.0)), 2.0).tolist()
+        return factors
 
     def _per_unit(self, adds: Tensor) -> Tensor:
         """Sums rows to units of the first stage."""
@@ -269,15 +264,16 @@ class _Sample:
         lengths = np.repeat(self._kept // np.maximum(self._kept_units, 1), self._kept_units)
         return SegmentSums(lengths, self.device)(adds)
 
-    def _variances(self, values: Tensor, lengths: _Ints, factors: npt.NDArray[np.float64]) -> Tensor:
-        """Returns the sum of squared deviations from the mean of each segment of rows, times a factor: (S, C)."""
+    def _covariances(self, values: Tensor, lengths: _Ints, factors: npt.NDArray[np.float64]) -> Tensor:
+        """Returns sums of products of deviations from the mean of each segment of rows, times a factor: (S, 6)."""
         sums = SegmentSums(lengths, self.device)
         mean = sums(values) / on_device(np.maximum(lengths, 1)[:, None].astype(np.float64), self.device)
         segment = on_device(np.repeat(np.arange(len(lengths)), lengths), self.device)
-        squares = sums((values - mean[segment]).square())
+        away = (values - mean[segment]).unbind(dim=1)
+        products = sums(torch.stack([away[i] * away[j] for i, j in SPREAD], dim=1))
         # Where the factor is zero the sum is, too, also if the values are not finite.
-        squares = torch.where(on_device((factors != 0.0)[:, None], self.device), squares, 0.0)
-        return squares * on_device(factors[:, None], self.device)
+        products = torch.where(on_device((factors != 0.0)[:, None], self.device), products, 0.0)
+        return products * on_device(factors[:, None], self.device)
 
     def quantiles(self, wanted: Sequence[float]) -> Tensor:
         """Returns quantiles of the rows' cosines and speeds, (L, 2, Q)."""

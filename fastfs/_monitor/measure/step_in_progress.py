@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.capture.fingerprints import Samples, Views, real
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
 from fastfs._monitor.measure.host_checks import StateBefore
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.kernel_arguments import KernelArguments
 from fastfs._monitor.measure.update_plans import Call, Plan
 from fastfs._monitor.measure.update_verification import same_gradients, verify
+from fastfs._record import decrease_reasons
 
 __all__ = ["StepInProgress", "sample"]
 
@@ -125,7 +125,7 @@ class StepInProgress:
             made: Whether a fused optimizer has made the step, bool (); None if it has.
 
         Returns:
-            Codes of :mod:`fastfs._monitor.measure.decrease_reasons`, int64 (n,); None if the host knows that all
+            Codes of :mod:`fastfs._record.decrease_reasons`, int64 (n,); None if the host knows that all
             updates are right, or for a call that is measured from copies.
         """
         if start is None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastfs._monitor import row_reasons
 from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.replay import Features, ReplayedForward
 from fastfs._monitor.measure import trust
@@ -24,6 +23,7 @@ from fastfs._network.input_copies import tensors_in
 from fastfs._network.layers import Layer
 from fastfs._network.perturbed import Perturbed, has_compiled
 from fastfs._network.structure import Edge, Structure, analyse, edge_of
+from fastfs._record import row_reasons
 from fastfs._stats import FeatureStats
 
 __all__ = ["ReplaySums", "TrainingMode", "model_at"]

@@ -46,9 +46,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastfs._monitor import row_reasons as reasons
 from fastfs._monitor.measure.residual_check import RESIDUAL, probe_residual_is_large, rms_residual
 from fastfs._monitor.measure.update_estimates import CentralProbe, better, from_probe, from_replay, second_difference
+from fastfs._record import row_reasons as reasons
 from fastfs._stats import FeatureStats
 
 __all__ = ["AssessedUpdate", "assess", "assess_tangent", "refuse", "refuse_codes", "rounding_variance"]
@@ -83,7 +83,7 @@ class AssessedUpdate:
         norm_error: Estimated relative error of |df|.
         angle_error: Estimated relative error of the angle.
         valid: Whether both errors are at most 0.02, and no other test failed.
-        reason: int64, why it is not valid: index into :data:`fastfs._monitor.row_reasons.REASONS`, 0 if valid.
+        reason: int64, why it is not valid: index into :data:`fastfs._record.row_reasons.REASONS`, 0 if valid.
         self_contained: Whether the estimate comes from second forwards alone, not from their difference to the features
             of the first.
     """

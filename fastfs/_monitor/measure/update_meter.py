@@ -17,7 +17,6 @@ from torch.optim import LBFGS
 from fastfs import _functional
 from fastfs._core.optimizer_rules import OptimizerRule
 from fastfs._monitor.capture.fingerprints import Samples
-from fastfs._monitor.measure import decrease_reasons
 from fastfs._monitor.measure.closed_forms import ClosedForm, closed_form, rewrites_gradients
 from fastfs._monitor.measure.gradient_snapshots import GradientSampler, GradientSnapshot
 from fastfs._monitor.measure.host_checks import HostChecks
@@ -27,6 +26,7 @@ from fastfs._monitor.measure.measured_update import OF_UPDATE, MeasuredUpdate, U
 from fastfs._monitor.measure.sampled_calls import SampledCall, SampledCalls
 from fastfs._monitor.measure.step_in_progress import StepInProgress, sample
 from fastfs._monitor.measure.update_plans import Call, Part, Plan, has_closed_form, make_plan
+from fastfs._record import decrease_reasons
 
 __all__ = ["UpdateMeter"]
 

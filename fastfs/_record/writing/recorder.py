@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from fastfs._record.encoding import to_json
+from fastfs._record.ranks.assembly import Assembler
+from fastfs._record.ranks.exchange import Alone, Collector
+from fastfs._record.ranks.part import RankPart
 from fastfs._record.record import Record, as_line
 from fastfs._record.schema import Checker
 from fastfs._record.sinks.protocol import Sink
@@ -61,6 +64,8 @@ class Recorder:
         most_entries: payloads and records that may wait in the buffer.
         backlog: numbers that are kept for each failing sink.
         retry_seconds: first pause before a failing sink is retried; doubles up to a minute.
+        collector: makes, from a function that takes warnings, what turns the parts of the ranks into records; by
+            default :class:`Alone`, for a run of one process.
 
     Raises:
         Exception: whatever a sink's ``open`` raises.
@@ -80,6 +85,7 @@ class Recorder:
         most_entries: int = 8192,
         backlog: int = 500_000,
         retry_seconds: float = 1.0,
+        collector: Callable[[Callable[[str], None]], Collector] | None = None,
     ) -> None:
         for name, seconds in (("flush_seconds", flush_seconds), ("retry_seconds", retry_seconds)):
             number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
@@ -103,7 +109,8 @@ class Recorder:
                 sink.open(self.header)
                 undo.callback(getattr(sink, "discard", sink.close))
             queues = [SinkQueue(sink, backlog, retry_seconds, self._messages.append) for sink in sinks]
-            self._writer = Writer(self._ring, queues, rules, self._messages, float(flush_seconds))
+            collects = Alone(Assembler(self.header)) if collector is None else collector(self._messages.append)
+            self._writer = Writer(self._ring, collects, queues, rules, self._messages, float(flush_seconds))
             undo.pop_all()
         self._finalizer = weakref.finalize(self, _finish, self._writer, self._pid)
 
@@ -139,8 +146,8 @@ class Recorder:
         if not self._forked():
             self._writer.push(payload, decode)
 
-    def put(self, record: Record) -> None:
-        """Adds a record that is on the host already, in order with the payloads."""
+    def put(self, record: RankPart | Record) -> None:
+        """Adds a part or record that is on the host already, in order with the payloads."""
         if not self._forked():
             self._writer.put(record)
 

@@ -11,29 +11,30 @@ streams, events and pinned memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastfs._record.ranks.part import RankPart
 from fastfs._record.record import Record
 
 __all__ = ["Batch", "Decode", "Ring"]
 
-Decode = Callable[[Tensor], list[Record]]
-"""Converts a payload that has arrived on the host, a 1-D float64 tensor on the CPU, to records."""
+Decode = Callable[[Tensor], Sequence[RankPart | Record]]
+"""Converts a payload that has arrived on the host, a 1-D float64 tensor on the CPU, to parts of records."""
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A payload at ``start:stop`` of the buffer with its decoder, or a finished record."""
+    """A payload at ``start:stop`` of the buffer with its decoder, or a part or record that is on the host."""
 
     start: int
     stop: int
     decode: Decode | None
-    record: Record | None
+    record: RankPart | Record | None
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class Ring:
         """Upper bound of the memory on the device, as long as no payload is larger than a buffer."""
         return 2 * 8 * self.capacity
 
-    def put(self, record: Record) -> bool:
-        """Adds a finished record. Returns False if there is no room."""
+    def put(self, record: RankPart | Record) -> bool:
+        """Adds a part or record that is on the host. Returns False if there is no room."""
         return self._add(_Entry(0, 0, None, record))
 
     def push(self, payload: Tensor, decode: Decode) -> bool:

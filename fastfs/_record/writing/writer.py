@@ -1,8 +1,8 @@
 """The background thread, which takes batches from the ring, decodes them, checks alert rules and writes to sinks.
 
     training thread                    | writer thread
-    push, put --> ring (bounded) ------|--> swap, fetch, decode --> alerts --> queues (bounded) --> sinks
-    poll <-- messages (bounded) <------|-------------------------------------------'
+    push, put --> ring (bounded) ------|--> swap, fetch, decode --> collector --> alerts --> queues (bounded) --> sinks
+    poll <-- messages (bounded) <------|----------- of all ranks ---------------------------'
 
 Errors in the writer thread do not affect training: any exception of a sink or a rule, including ``SystemExit`` and the
 panic of a Rust extension, becomes a message. If a sink hangs, the ring fills up, and records are dropped and counted.
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastfs._record.ranks.exchange import Collector
 from fastfs._record.record import Record
 from fastfs._record.writing.alerts import Alerts
 from fastfs._record.writing.exception_text import exception_text
@@ -39,6 +40,7 @@ class Writer:
 
     Args:
         ring: queue of payloads.
+        collector: makes records of what the ranks of the run contribute.
         queues: one per sink, in order.
         alerts: rules of the run.
         messages: queue of warnings and alerts for the training thread.
@@ -48,6 +50,7 @@ class Writer:
     def __init__(
         self,
         ring: Ring,
+        collector: Collector,
         queues: Sequence[SinkQueue],
         alerts: Alerts,
         messages: deque[Message],
@@ -59,6 +62,7 @@ class Writer:
         self.dropped = 0  # in total, because the ring was full
         self.unclosed: list[str] = []
         self._ring = ring
+        self._collector = collector
         self._flush_seconds = flush_seconds
         self._lock = InterruptibleLock()
         self._condition = threading.Condition(self._lock.inner)
@@ -78,7 +82,7 @@ class Writer:
             self._check_open()
             self._added(self._ring.push(payload, decode))
 
-    def put(self, record: Record) -> None:
+    def put(self, record: Any) -> None:
         with self._lock:
             self._check_open()
             self._added(self._ring.put(record))
@@ -162,7 +166,7 @@ class Writer:
             unreported = 0
             if batch is not None:
                 unreported, self._unreported = self._unreported, 0
-        records = [] if batch is None else self._with_alerts(self._records(batch), unreported)
+        records = self._with_alerts(self._collected(batch, force=force, last=stopping), unreported)
         for queue in self.queues:
             queue.add(records)
             for _ in range(_LAST_TRIES if stopping else 1):
@@ -174,8 +178,19 @@ class Writer:
             self._condition.notify_all()
             return not stopping or len(self._ring) > 0
 
-    def _records(self, batch: Batch) -> list[Record]:
+    def _collected(self, batch: Batch | None, *, force: bool, last: bool) -> list[Record]:
+        """Returns the records that a batch makes possible, with what other ranks have sent."""
         records: list[Record] = []
+        try:
+            if batch is not None:
+                records += self._collector.take(self._items(batch))
+            records += self._collector.collect(force=force, last=last)
+        except BaseException as error:
+            self._warn("collect", f"fastfs.Monitor: rows are lost ({exception_text(error)}). {_ONCE}")
+        return records
+
+    def _items(self, batch: Batch) -> list[Any]:
+        records: list[Any] = []
         try:
             host = self._ring.fetch(batch)
             for entry in batch.entries:
@@ -192,11 +207,13 @@ class Writer:
         if requested or (len(self._ring) and self._ring.half_full):
             return 0.0
         times = [due for queue in self.queues if (due := queue.due_at()) is not None]
+        if (due := self._collector.due_at()) is not None:
+            times.append(due)
         if self._ring.since is not None:
             times.append(self._ring.since + self._flush_seconds)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _decoded(self, decode: Decode | None, payload: Tensor, record: Record | None) -> list[Record]:
+    def _decoded(self, decode: Decode | None, payload: Tensor, record: Any) -> list[Any]:
         if decode is None:
             return [] if record is None else [record]
         try:

@@ -6,17 +6,17 @@ __all__ = [
     "CHANGED",
     "EMPTY",
     "FINE",
+    "MISSING_RANKS",
     "MOVED",
     "NOTHING",
     "NOT_THE_UPDATE",
+    "RANKS_DIFFER",
     "REASONS",
     "REWRITTEN",
     "SETTINGS",
     "STRUCTURE",
     "UNSEEN",
 ]
-
-FINE, NOT_THE_UPDATE, SETTINGS, REWRITTEN, CHANGED, EMPTY, UNSEEN, MOVED, STRUCTURE, NOTHING = range(10)
 
 REASONS: tuple[str, ...] = (
     "",
@@ -29,5 +29,22 @@ REASONS: tuple[str, ...] = (
     "parameters changed between the beginning of the step and the evaluation of its closure",
     "the parameters upstream are not known: no measured step has run the same parts of the model",
     "no parameter is known to be upstream: the layer did not run, or the graph hides it",
+    "ranks of the run are missing that hold parameters upstream",
+    "ranks that should hold the same parameters report different sums",
 )
 """A sentence for every code, in the order of the codes."""
+
+(
+    FINE,
+    NOT_THE_UPDATE,
+    SETTINGS,
+    REWRITTEN,
+    CHANGED,
+    EMPTY,
+    UNSEEN,
+    MOVED,
+    STRUCTURE,
+    NOTHING,
+    MISSING_RANKS,
+    RANKS_DIFFER,
+) = range(len(REASONS))

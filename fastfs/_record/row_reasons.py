@@ -35,6 +35,9 @@ REASONS: tuple[str | None, ...] = (
     "the chosen samples alone have other features than in the batch, as with batch norm, dropout, or routing with a "
     "capacity, which samples= does not allow",
     "the chosen samples were not run alone before the step, as samples= needs",
+    "ranks of the run are missing: the numbers are those of the others",
+    "ranks that should hold the same features report different sums",
+    "ranks that hold parts of the same rows have kept different rows: raise memory=",
 )
 
 (
@@ -67,4 +70,7 @@ REASONS: tuple[str | None, ...] = (
     NO_SAMPLES,
     NOT_ALONE,
     UNCHECKED,
+    MISSING_RANKS,
+    RANKS_DIFFER,
+    OTHER_ROWS,
 ) = range(len(REASONS))

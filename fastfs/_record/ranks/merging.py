@@ -1,0 +1,245 @@
+"""Merges what the ranks of a run have sent of one step.
+
+The gradient that the optimizer uses is w times the sum of the ranks' gradients, and the backward vectors b_m of rank m
+are those of its own loss. In sums over all ranks, so that angle, speed and residual are those of the global batch:
+
+    <b, df> = sum of w <b_m, df_m>      |b|^2 = sum of w^2 |b_m|^2      |df|^2, |f|^2, counts: plain sums
+
+Ranks that hold the same numbers count once. For parameters the mesh says which ranks do: each kind of parameters has a
+number of shards, and one rank per shard is taken. For features it follows from the numbers: of ranks that work on one
+batch together (tensor parallel), those whose sums agree hold replicas, and the others hold parts of the features.
+
+Source: section 2 of "The Feature Speed Formula", arXiv 2311.18718; the sum over ranks is that of its dot products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fastfs._record import decrease_reasons, row_reasons
+from fastfs._record.ranks.part import SPREAD, Array, RankPart
+from fastfs._stats import FeatureStats
+
+__all__ = ["MergedParameters", "MergedRows", "batches", "merge_parameters", "merge_rows"]
+
+_SAME = 1e-9  # relative difference up to which two ranks report the same sums
+_NAMES = FeatureStats.names
+_DOT, _ABS, _UPDATE, _BACKWARD, _BEFORE, _COUNT = (
+    _NAMES.index(name)
+    for name in (
+        "update_dot_backward",
+        "abs_update_dot_backward",
+        "update_sq",
+        "backward_sq",
+        "before_sq",
+        "count",
+    )
+)
+_TOTALS = (_DOT, _UPDATE, _BACKWARD)
+# Nothing is wrong with such rows: the rank has nothing to add, or its samples do not reach the loss.
+_EMPTY = (row_reasons.NO_BACKWARD, row_reasons.NO_UPDATE, row_reasons.NOT_RUN)
+
+
+@dataclass
+class MergedParameters:
+    """Sums over the parameters upstream of L layers, and over those between layers.
+
+    Attributes:
+        decrease: D in units of the loss, NaN where it is not known, (L,).
+        variance: Of D by sampling, (L,); None if every rank has read everything.
+        norms: |w|, |dw| and |g|, (L, 3).
+        reason: Why D is not known: codes of :mod:`fastfs._record.decrease_reasons`, (L,).
+    """
+
+    decrease: Array
+    variance: Array | None
+    norms: Array
+    reason: Any
+
+
+@dataclass
+class MergedRows:
+    """Sums over the rows of L layers.
+
+    Attributes:
+        sums: (L, 9), as in ``FeatureStats.names``.
+        spread: Covariances of <b, df>, |df|^2, |b|^2 by the choice of rows, relative to these, (L, 6).
+        rows: Numbers of kept and of all rows, (L, 2).
+        margin: See :class:`RankPart`, (L,).
+        reason: Why a row is not valid: codes of :mod:`fastfs._record.row_reasons`, (L,).
+        by_batch: Sums of every batch alone, without weights, (B, L, 9).
+        first: The first rank of every batch.
+    """
+
+    sums: Array
+    spread: Array
+    rows: Any
+    margin: Array
+    reason: Any
+    by_batch: Array
+    first: list[int] = field(default_factory=list)
+
+
+def batches(parts: Sequence[RankPart]) -> list[list[RankPart]]:
+    """Returns the parts of the ranks that work on one batch together. Batches of which a rank is missing are left out.
+
+    Peers are the ranks of a mesh over which parameters are sharded. They share their batch if they were given the same
+    inputs (tensor parallel), and have batches of their own otherwise (experts).
+    """
+    by_rank = {part.place.rank: part for part in parts}
+    found: list[list[RankPart]] = []
+    for part in parts:
+        peers = [by_rank.get(rank) for rank in part.place.peers]
+        present = [peer for peer in peers if peer is not None]
+        if part.place.rank != present[0].place.rank:
+            if all(_same_inputs(part, other) for other in present):
+                continue  # it belongs to the batch of another
+            found.append([part])
+        elif not all(_same_inputs(part, other) for other in present):
+            found.append([part])
+        elif len(present) == len(peers):
+            found.append(present)
+    return found
+
+
+def _same_inputs(a: RankPart, b: RankPart) -> bool:
+    first, second = a.arrays.get("inputs"), b.arrays.get("inputs")
+    if first is None or second is None:
+        return True
+    return first.shape == second.shape and bool(np.array_equal(first, second, equal_nan=True))
+
+
+def merge_rows(found: Sequence[Sequence[RankPart]], weights: Sequence[float]) -> MergedRows:
+    """Returns the sums over the rows of all batches.
+
+    Args:
+        found: From :func:`batches`, at least one.
+        weights: w of each.
+    """
+    each = [_one_batch(peers) for peers in found]
+    by_batch = np.stack([sums for sums, *_ in each])
+    weighted = by_batch.copy()
+    for own, weight in zip(weighted, weights, strict=True):
+        own[:, [_DOT, _ABS]] *= weight
+        own[:, _BACKWARD] *= weight**2
+    sums = weighted.sum(axis=0)
+    covariances = np.sum([s * _products(own) for own, (_, s, *_) in zip(weighted, each, strict=True)], axis=0)
+    rows = np.sum([rows for _, _, rows, _, _ in each], axis=0)
+    reasons = [reason for *_, reason in each]
+    margin = np.max([part.facts["margin"] for peers in found for part in peers], axis=0)
+    first = [peers[0].place.rank for peers in found]
+    return MergedRows(sums, _divided(covariances, sums), rows, margin, _worst(reasons), by_batch, first)
+
+
+def _one_batch(peers: Sequence[RankPart]) -> tuple[Array, Array, Any, Any, Any]:
+    """Returns sums, relative covariances, rows, and reasons of the ranks that share a batch."""
+    sums = np.stack([part.arrays["sums"] for part in peers])
+    spread = np.stack([part.arrays["spread"] for part in peers])
+    rows = np.stack([np.asarray(part.facts["rows"], dtype=np.int64).reshape(-1, 2) for part in peers])
+    reasons = [part.arrays["reason"].astype(np.int64) for part in peers]
+    if len(peers) == 1:
+        return sums[0], spread[0], rows[0], rows[0], reasons[0]
+    replicas = _replicas(sums)
+    placed = [_declared(peers, layer) for layer in range(sums.shape[1])]
+    differ = np.array([want == "replicate" for want in placed]) & ~replicas
+    apart = np.array([want == "shard" for want in placed])
+    once = (replicas & ~apart)[:, None]
+    total = np.where(once, sums[0], sums.sum(axis=0))
+    # Parts of the same rows are not independent: at most, their standard errors add up.
+    parts = np.sqrt(np.abs(spread) * np.abs(np.stack([_products(each) for each in sums])))
+    joint = np.where(once, spread[0], _divided(parts.sum(axis=0) ** 2 * np.sign(spread[0]), total))
+    counted = np.where(once, rows[0], rows.sum(axis=0))
+    reason = _worst(reasons)
+    uneven = (rows != rows[0]).any(axis=(0, 2)) & (rows[:, :, 0] < rows[:, :, 1]).any(axis=0)
+    reason = np.where((reason == 0) & uneven & ~once[:, 0], row_reasons.OTHER_ROWS, reason)
+    return total, joint, counted, rows, np.where((reason == 0) & differ, row_reasons.RANKS_DIFFER, reason)
+
+
+def _declared(peers: Sequence[RankPart], layer: int) -> str | None:
+    """Returns how the features of a layer are placed, where DTensors say so."""
+    found = {(part.facts.get("placed") or {}).get(str(layer)) for part in peers}
+    return found.pop() if len(found) == 1 else None
+
+
+def _replicas(sums: Array) -> Any:
+    """Returns for each layer whether all ranks report the same sums, (L,): (R, L, 9)."""
+    compared = sums[:, :, [_DOT, _UPDATE, _BACKWARD, _BEFORE, _COUNT]]
+    scale = np.abs(compared).max(axis=0)
+    scale[:, 0] = np.sqrt(scale[:, 1] * scale[:, 2])  # a dot product may cancel
+    same = np.abs(compared - compared[0]) <= _SAME * scale
+    return (same | np.isnan(compared) & np.isnan(compared[0])).all(axis=(0, 2))
+
+
+def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
+    """Returns the sums over the parameters of all ranks. A shard that no rank has sent makes D unknown."""
+    arrays = [part.arrays for part in parts]
+    layers = arrays[0]["aligned"].shape[1]
+    keys = list(dict.fromkeys(share.key for part in parts for share in part.place.shares))
+    sums = np.zeros((layers, 4))
+    sampled = any("variance" in each for each in arrays)
+    variance = np.zeros(layers)
+    reason = np.zeros(layers, dtype=np.int64)
+    for key in keys:
+        held: dict[int, list[tuple[int, RankPart]]] = {}
+        shards = 1
+        for part in parts:
+            for number, share in enumerate(part.place.shares):
+                if share.key == key:
+                    held.setdefault(share.shard, []).append((number, part))
+                    shards = share.shards
+        if len(held) < shards:
+            reason = np.where(reason == 0, decrease_reasons.MISSING_RANKS, reason)
+        for copies in held.values():
+            number, part = min(copies, key=lambda pair: _unknown(*pair))
+            own = part.arrays["aligned"][number]
+            for other, replica in copies:
+                differ = _differ(own, replica.arrays["aligned"][other]) & _comparable(part, replica)
+                reason = np.where((reason == 0) & differ, decrease_reasons.RANKS_DIFFER, reason)
+            sums += own
+            if "variance" in part.arrays:
+                variance += part.arrays["variance"][number]
+            codes = part.arrays["decrease_reason"].astype(np.int64)
+            reason = np.where((reason == 0) & np.isnan(own[:, 0]), codes, reason)
+    decrease = np.where(reason == 0, sums[:, 0], np.nan)
+    return MergedParameters(decrease, variance if sampled else None, np.sqrt(sums[:, 1:]), reason)
+
+
+def _unknown(number: int, part: RankPart) -> int:
+    return int(np.isnan(part.arrays["aligned"][number][:, 0]).sum())
+
+
+def _comparable(a: RankPart, b: RankPart) -> Any:
+    """Returns for which layers both ranks know their sums, and have read all elements, (L,)."""
+    known = (a.arrays["decrease_reason"] == 0) & (b.arrays["decrease_reason"] == 0)
+    return known & ("variance" not in a.arrays) & ("variance" not in b.arrays)
+
+
+def _differ(a: Array, b: Array) -> Any:
+    """Returns for each layer whether two ranks report different sums over the same parameters, (L,)."""
+    scale = np.maximum(np.abs(a), np.abs(b))
+    scale[:, 0] = np.sqrt(scale[:, 2] * scale[:, 3]) + scale[:, 0]  # |<g, dw>| <= |g| |dw|, and may cancel
+    return (np.abs(a - b) > _SAME * scale).any(axis=1)
+
+
+def _products(sums: Array) -> Array:
+    """Returns the products of totals by which relative covariances are multiplied: (L, 9) -> (L, 6)."""
+    totals = sums[:, _TOTALS]
+    return np.stack([totals[:, i] * totals[:, j] for i, j in SPREAD], axis=1)
+
+
+def _divided(covariances: Array, sums: Array) -> Array:
+    """Returns covariances relative to the totals; 0 where there is none."""
+    return np.where(covariances == 0, 0.0, covariances / _products(sums))
+
+
+def _worst(reasons: Sequence[Any]) -> Any:
+    """Returns the reason of each layer: that of any rank, except of one that has nothing to add where another has."""
+    codes = np.stack(reasons)
+    empty = np.isin(codes, _EMPTY)
+    serious = np.where(empty, 0, codes).max(axis=0)
+    idle = np.where(empty.all(axis=0), codes[0], 0)
+    return np.where(serious > 0, serious, idle)

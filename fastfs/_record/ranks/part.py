@@ -1,0 +1,133 @@
+"""What one rank contributes to the record of a step: sums that add, and facts that are known on the host."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["SPREAD", "Array", "Place", "RankPart", "Share"]
+
+Array = npt.NDArray[np.float64]
+
+SPREAD = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
+"""Pairs of <b, df>, |df|^2 and |b|^2 (0, 1, 2), in the order in which their covariances are stored."""
+
+
+class Share(NamedTuple):
+    """Parameters that are spread over the ranks in the same way, and the part of them that a rank holds.
+
+    Attributes:
+        key: Names and sizes of the mesh axes over which they are sharded; equal on all ranks.
+        shards: Number of different shards.
+        shard: Which one this rank holds.
+    """
+
+    key: str
+    shards: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank stands among the ranks of the run.
+
+    Attributes:
+        rank: Its number.
+        ranks: Numbers of all ranks.
+        peers: Ranks that hold parts of the same copy of the model, this one included.
+        weight: w in "gradient used = w times the sum over ranks of their gradients"; None for 1 / number of batches.
+        shares: The kinds of parameters, in the order of the sums over parameters.
+        stage: Number of its pipeline stage, and ...
+        stages: ... how many there are.
+    """
+
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    peers: tuple[int, ...] = (0,)
+    weight: float | None = None
+    shares: tuple[Share, ...] = (Share("", 1, 0),)
+    stage: int = 0
+    stages: int = 1
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Place:
+        """Restores what ``asdict`` has made, perhaps through JSON."""
+        return cls(
+            values["rank"],
+            tuple(values["ranks"]),
+            tuple(values["peers"]),
+            values["weight"],
+            tuple(Share(*each) for each in values["shares"]),
+            values["stage"],
+            values["stages"],
+        )
+
+
+@dataclass
+class RankPart:
+    """What one rank contributes to the record of a step.
+
+    Attributes:
+        kind: ``measured``, ``predicted`` or ``skipped``.
+        step: Number of the optimizer step.
+        time: Seconds since 1970.
+        place: Where the rank stands.
+        scalars: Values per step, for the record.
+        facts: What the host knows besides; values that JSON can represent.
+        arrays: Float64 arrays by name, of L layers, C kinds of parameters, Q quantiles. Measured: ``sums`` (L, 9) as in
+            ``FeatureStats.names``, ``spread`` (L, 6) covariances of <b, df>, |df|^2, |b|^2 relative to these,
+            ``margin`` (L,), ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q). Predicted: ``backward_sq``
+            (L,), ``count`` (L,). Both: ``aligned`` (C, L, 4) with decrease, |w|^2, |dw|^2, |g|^2; ``variance`` (C, L)
+            of the decrease by sampling; ``decrease_reason`` (L,).
+    """
+
+    kind: str
+    step: int
+    time: float
+    place: Place = field(default_factory=Place)
+    scalars: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Approximate number of values, for memory bounds."""
+        return 16 + len(self.scalars) + sum(array.size for array in self.arrays.values())
+
+    def to_bytes(self) -> bytes:
+        """Encodes the part: a line of JSON, and then the arrays as they are in memory."""
+        head = asdict(self)
+        head["arrays"] = {name: list(array.shape) for name, array in self.arrays.items()}
+        flat = [np.ascontiguousarray(array, dtype="<f8").tobytes() for array in self.arrays.values()]
+        return json.dumps(head, separators=(",", ":")).encode() + b"\n" + b"".join(flat)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RankPart:
+        """Decodes what :meth:`to_bytes` has made.
+
+        Returns:
+            The part.
+
+        Raises:
+            ValueError: It is something else, or was cut off.
+        """
+        head, found, rest = data.partition(b"\n")
+        try:
+            values = json.loads(head)
+            arrays, start = {}, 0
+            for name, shape in values["arrays"].items():
+                count = math.prod(shape)
+                if len(rest) < start + 8 * count:
+                    raise ValueError("the arrays are cut off")
+                arrays[name] = np.frombuffer(rest, dtype="<f8", count=count, offset=start).reshape(shape).copy()
+                start += 8 * count
+            if not found or start != len(rest):
+                raise ValueError("its length is not that of its arrays")
+            return cls(**{**values, "place": Place.from_dict(values["place"]), "arrays": arrays})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"expected the part of a rank, got {len(data)} bytes that are none: {error}") from None
