@@ -26,6 +26,7 @@ from torch.utils import _python_dispatch as python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs._network.journal import Journal
+from fastfs._network.placements import local
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 
 __all__ = ["FunctionGuard", "Guard", "Plans", "WriteError", "pop_ended", "storages"]
@@ -170,7 +171,7 @@ class Guard(TorchDispatchMode):
                     self._made.update(storages(tensor))
                     self._note_precision(plan, tensor)
         if plan.choice:
-            self.choices += [x for x in _tensors(output) if not x.is_floating_point()]
+            self.choices += [local(x) for x in _tensors(output) if not x.is_floating_point()]
         return output
 
     def _check(self, func: Any, target: Any) -> None:
