@@ -289,7 +289,8 @@ def storages(tensor: Tensor) -> tuple[int, ...]:
     """Return what identifies the memory of a tensor: nothing for tensors without distinguishable memory."""
     if type(tensor) not in _ORDINARY and hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return tuple(storage for name in names for storage in storages(getattr(tensor, name)))
+        parts = (getattr(tensor, name) for name in names)  # of a DTensor the mesh, too
+        return tuple(storage for part in parts if isinstance(part, Tensor) for storage in storages(part))
     try:
         return (tensor.untyped_storage()._cdata,)
     except (RuntimeError, NotImplementedError):  # sparse tensors, for instance
