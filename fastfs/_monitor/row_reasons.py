@@ -35,6 +35,8 @@ REASONS: tuple[str | None, ...] = (
     "the chosen samples alone have other features than in the batch, as with batch norm, dropout, or routing with a "
     "capacity, which samples= does not allow",
     "the chosen samples were not run alone before the step, as samples= needs",
+    "the backward vector is a partial sum over ranks (DTensor Partial), or is spread over them in another way than the "
+    "features: give the layer's output the placements that its gradient has (redistribute), or a local tensor",
 )
 
 (
@@ -67,4 +69,5 @@ REASONS: tuple[str | None, ...] = (
     NO_SAMPLES,
     NOT_ALONE,
     UNCHECKED,
+    PARTIAL,
 ) = range(len(REASONS))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -89,7 +89,9 @@ def tensor_parallel(model: nn.Module, over: Any, sequence: bool = False) -> nn.M
             parallelize_module(block, over, {"up": ColwiseParallel(), "down": RowwiseParallel()})
             continue
         plan = {
-            "": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Shard(1),), use_local_output=False),
+            "": PrepareModuleInput(
+                input_layouts=(Shard(1),), desired_input_layouts=(Shard(1),), use_local_output=False
+            ),
             "norm": SequenceParallel(),
             "up": ColwiseParallel(input_layouts=Shard(1)),
             "down": RowwiseParallel(output_layouts=Shard(1), use_local_output=False),
@@ -108,6 +110,14 @@ def _hybrid(model: nn.Module) -> tuple[nn.Module, int]:
 
 def _tensor(model: nn.Module) -> tuple[nn.Module, int]:
     return tensor_parallel(model, mesh(names=("tp",))), -1
+
+
+def _sequence(model: nn.Module) -> tuple[nn.Module, int]:
+    """Blocks take and return DTensors that are sharded along the tokens."""
+    over = mesh(names=("tp",))
+    parallelize_module(model.embed, over, ColwiseParallel(output_layouts=Shard(1), use_local_output=False))  # type: ignore[arg-type]
+    parallelize_module(model.head, over, ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()))  # type: ignore[arg-type]
+    return tensor_parallel(model, over, sequence=True), -1
 
 
 def _both(model: nn.Module) -> tuple[nn.Module, int]:
@@ -137,6 +147,7 @@ SETUPS: dict[str, Callable[[nn.Module], tuple[nn.Module, int]]] = {
     "compiled": _compiled,
     "hybrid": _hybrid,
     "tensor": _tensor,
+    "sequence": _sequence,
     "both": _both,
 }
 """By name: what returns the wrapped model, and the number of this rank's part of the batch, -1 for all of it."""

@@ -12,11 +12,12 @@ __all__ = [
     "REASONS",
     "REWRITTEN",
     "SETTINGS",
+    "SPREAD",
     "STRUCTURE",
     "UNSEEN",
 ]
 
-FINE, NOT_THE_UPDATE, SETTINGS, REWRITTEN, CHANGED, EMPTY, UNSEEN, MOVED, STRUCTURE, NOTHING = range(10)
+FINE, NOT_THE_UPDATE, SETTINGS, REWRITTEN, CHANGED, EMPTY, UNSEEN, MOVED, STRUCTURE, NOTHING, SPREAD = range(11)
 
 REASONS: tuple[str, ...] = (
     "",
@@ -29,5 +30,7 @@ REASONS: tuple[str, ...] = (
     "parameters changed between the beginning of the step and the evaluation of its closure",
     "the parameters upstream are not known: no measured step has run the same parts of the model",
     "no parameter is known to be upstream: the layer did not run, or the graph hides it",
+    "the gradient is a partial sum over ranks (DTensor Partial), or is spread over them in another way than the "
+    "parameter",
 )
 """A sentence for every code, in the order of the codes."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastfs._monitor.capture import fingerprints
 from fastfs._monitor.capture.fingerprints import KEPT, Places, Samples, real
-from fastfs._network.placements import local, version
+from fastfs._network.placements import is_distributed, local, spread, version
 
 __all__ = ["GradientSampler", "GradientSnapshot", "same"]
 
@@ -213,6 +213,7 @@ class GradientSampler:
         """Chooses the places anew if parameters, formats or shapes are others than last time."""
         key = [*map(id, parameters), *formats, *(None if g is None else g.shape for g in plain)]
         key += [p.dtype for p in parameters]
+        key += [spread(g) for p in parameters if (g := p.grad) is not None and is_distributed(g)]
         if key != self._key:
             self._key = key
             self._known = list(map(id, parameters)), list(formats)

@@ -28,6 +28,8 @@ from fastfs._stats import FeatureStats
 
 __all__ = ["ReplaySums", "TrainingMode", "model_at"]
 
+_OF_ALL = (row_reasons.UNMATCHED, row_reasons.PARTIAL)  # of one call, which exclude all calls of a layer
+
 
 @dataclass
 class ReplaySums:
@@ -243,8 +245,8 @@ class TrainingMode(CaptureMode):
             if not calls:
                 hidden = self._resources.hidden(index)
                 codes.append(row_reasons.IN_GRAPH if hidden else row_reasons.NOT_RUN)
-            elif any(call.absent == row_reasons.UNMATCHED for call in calls):
-                codes.append(row_reasons.UNMATCHED)
+            elif refused := [call.absent for call in calls if call.absent in _OF_ALL]:
+                codes.append(refused[0])
             elif index in self._other_calls:
                 codes.append(row_reasons.OTHER_CALLS)
             elif not any(call.measurable for call in calls):

@@ -23,7 +23,13 @@ from fastfs._monitor.measure.gradient_snapshots import GradientSampler, Gradient
 from fastfs._monitor.measure.host_checks import HostChecks
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.kernel_arguments import KernelArguments, kernel_arguments
-from fastfs._monitor.measure.measured_update import OF_UPDATE, MeasuredUpdate, UpdateAssembler, refuted
+from fastfs._monitor.measure.measured_update import (
+    OF_UPDATE,
+    MeasuredUpdate,
+    UpdateAssembler,
+    refuted,
+    without_gradients,
+)
 from fastfs._monitor.measure.sampled_calls import SampledCall, SampledCalls
 from fastfs._monitor.measure.step_in_progress import StepInProgress, sample
 from fastfs._monitor.measure.update_plans import Call, Names, Part, Plan, has_closed_form, make_plan
@@ -213,13 +219,14 @@ class UpdateMeter:
                 call_codes.append(None if now is None else step.verify(call, start, now, given, groups, made))
             count = len(gradients.tensors)
             result = self._assemble(plan.calls, sums, call_codes, preserved, count, plan.device)
-            self.verified = step.complete
-            if step.complete:
-                # What the checks on the host say of a step that was verified counts for the next ones alone.
-                self.passed = codes is None and (result.fine or (result.reason == decrease_reasons.FINE).all())
-                return result
-            self.passed = codes is None and result.fine
-            return result if codes is None else refuted(result, codes)
+            passed: Tensor | bool = result.fine
+            if step.complete and not result.fine:
+                passed = (result.reason == decrease_reasons.FINE).all()
+            if plan.unreadable:
+                result = without_gradients(result, plan.unreadable)
+            self.verified, self.passed = step.complete, codes is None and passed
+            # What the checks on the host say of a step that was verified counts for the next ones alone.
+            return result if codes is None or step.complete else refuted(result, codes)
 
     def forget(self) -> None:
         """Drops the step in progress, which is not going to be measured."""

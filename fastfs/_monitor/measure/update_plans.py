@@ -90,6 +90,7 @@ class Plan:
         settled: Whether the optimizer has made its state, so that the next plan would be the same.
         calls: What is measured together.
         copied: Parameters that are copied before the step.
+        unreadable: Indices of parameters whose gradients are spread over ranks in another way, or are partial sums.
         copies_gradients: Whether the step rewrites 16-bit gradients, which cannot be restored from the result.
         device: Device of the first parameter.
     """
@@ -99,6 +100,7 @@ class Plan:
     settled: bool
     calls: list[Call]
     copied: list[Tensor]
+    unreadable: list[int]
     copies_gradients: bool
     device: torch.device
 
@@ -125,6 +127,7 @@ def make_plan(
     """
     calls: dict[tuple[OptimizerRule, torch.device, bool], Call] = {}
     copied: list[Tensor] = []
+    unreadable: list[int] = []
     settled, copies_gradients, index = True, False, -1
     for number, (group, form) in enumerate(zip(optimizer.param_groups, forms, strict=True)):
         parts: dict[tuple[OptimizerRule, torch.device, bool], Part] = {}
@@ -134,8 +137,10 @@ def make_plan(
                 if copy_all:
                     copied.append(p)
                 continue
-            closed = has_closed_form(optimizer, p, form)
             _check(optimizer, index, p, names)
+            closed = has_closed_form(optimizer, p, form)
+            if p.grad is not None and not same_placements(p, p.grad):
+                unreadable.append(index)
             if not closed:
                 copied.append(p)
             elif form is not None and form.states and not optimizer.state.get(p):
@@ -158,7 +163,7 @@ def make_plan(
             call.shares_places = call.indices == present and len(present) == len(gradients.tensors)
             call.places = gradients.places if call.shares_places else Places([real(p) for p in call.params])
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-    return Plan(gradients.key, forms, settled, list(calls.values()), copied, copies_gradients, device)
+    return Plan(gradients.key, forms, settled, list(calls.values()), copied, unreadable, copies_gradients, device)
 
 
 def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
@@ -167,6 +172,8 @@ def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
     if form is None or dtype.to_real() not in closed_forms.DTYPES:
         return False
     if p.grad is not None and (p.grad.dtype != dtype or p.grad.layout is not torch.strided):
+        return False
+    if p.grad is not None and not same_placements(p, p.grad):
         return False
     if form.narrowest is not None and torch.finfo(form.narrowest).eps > torch.finfo(dtype).eps:
         return False  # the update has the precision of a hyper-parameter's dtype
@@ -181,19 +188,13 @@ def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
 
 
 def _check(optimizer: Any, index: int, p: Tensor, names: Names | None) -> None:
-    gradient = p.grad
-    fits = not is_partial(p) and (gradient is None or same_placements(p, gradient))
-    if fits and p.dtype.to_real() in checks.DTYPES:
+    if not is_partial(p) and p.dtype.to_real() in checks.DTYPES:
         return
     name = f"parameter {index}"
     if names is not None:
         name = f"parameter {list(names([p for group in optimizer.param_groups for p in group['params']]))[index]!r}"
-    if not fits:
-        raise ValueError(
-            f"{name} has the placements {spread(p) or 'of a plain tensor'} and a gradient with "
-            f"{spread(p if gradient is None else gradient) or 'those of a plain tensor'}: expected both sharded or "
-            "replicated in the same way, since sums over a partial sum, or over other elements, are not known on a rank"
-        )
+    if is_partial(p):
+        raise ValueError(f"{name} is a partial sum over ranks ({spread(p)}), expected it sharded or replicated")
     raise ValueError(f"{name} has dtype {p.dtype}, expected one of {', '.join(map(str, checks.DTYPES))}")
 
 
