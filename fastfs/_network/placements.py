@@ -28,6 +28,7 @@ __all__ = [
     "is_distributed",
     "is_partial",
     "local",
+    "placements_of",
     "replay_needs_ranks",
     "same_placements",
     "shard_class",
@@ -88,6 +89,13 @@ def version(tensor: Tensor) -> int:
 def is_partial(tensor: Tensor) -> bool:
     """Return whether the tensor is a sum over ranks of which this one only has its summand."""
     return is_distributed(tensor) and any(each.is_partial() for each in tensor.placements)  # type: ignore[attr-defined]
+
+
+def placements_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return the placements of a DTensor, None for plain tensors."""
+    if type(tensor) in _PLAIN or not is_distributed(tensor):
+        return None
+    return tuple(tensor.placements)  # type: ignore[attr-defined]
 
 
 def same_placements(a: Tensor, b: Tensor) -> bool:

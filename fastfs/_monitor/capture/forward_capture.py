@@ -32,13 +32,31 @@ class LayerCall:
         contexts: Contexts of the checkpoints around the call, the innermost first.
         spread: How features that are a DTensor are spread over ranks, as :func:`fastfs._network.placements.spread`
             says it: ``"tp:2:shard"``, ``"replicate"``; None for plain tensors.
+        placements: Placements of features that are a DTensor, which those of the backward vector have to equal.
         renewed: Context of the checkpoint in whose recomputation the call was last seen.
     """
 
-    __slots__ = ("absent", "backward", "before", "contexts", "inside", "parts", "renewed", "shape", "spread")
+    __slots__ = (
+        "absent",
+        "backward",
+        "before",
+        "contexts",
+        "inside",
+        "parts",
+        "placements",
+        "renewed",
+        "shape",
+        "spread",
+    )
 
     def __init__(
-        self, shape: torch.Size, before: KeptRows | None, inside: bool, absent: int = 0, spread: str | None = None
+        self,
+        shape: torch.Size,
+        before: KeptRows | None,
+        inside: bool,
+        absent: int = 0,
+        spread: str | None = None,
+        placements: object = None,
     ) -> None:
         self.shape = shape
         self.before = before
@@ -47,6 +65,7 @@ class LayerCall:
         self.inside = inside
         self.absent = absent
         self.spread = spread
+        self.placements = placements
         self.contexts: list[weakref.ref[Any]] = []
         self.renewed: weakref.ref[Any] | None = None
 

@@ -23,7 +23,7 @@ from fastfs._network.autograd_graph import edge_of
 from fastfs._network.feature_tensors import strided
 from fastfs._network.input_copies import UnknownArgumentError
 from fastfs._network.layers import Layer
-from fastfs._network.placements import is_distributed, is_partial, spread
+from fastfs._network.placements import is_distributed, is_partial, placements_of, spread
 
 __all__ = ["StepCapture", "reraise", "transformed"]
 
@@ -93,7 +93,7 @@ class StepCapture:
         inside = features.requires_grad
         hidden = not inside and not torch.is_grad_enabled()  # a recomputation may compute its gradient
         kept, absent = self._keep(captured, index, features) if inside or hidden else (None, NO_GRAPH)
-        call = LayerCall(features.shape, kept, inside, absent, spread(features))
+        call = LayerCall(features.shape, kept, inside, absent, spread(features), placements_of(features))
         captured.calls[index].append(call)
         captured.edges[index].append(edge_of(features))
         if hidden:
@@ -104,7 +104,7 @@ class StepCapture:
 
     def _record_compiled_call(self, captured: ForwardCapture, index: int, features: Tensor) -> None:
         kept, absent = self._keep(captured, index, features)
-        captured.calls[index].append(LayerCall(features.shape, kept, False, absent, spread(features)))
+        captured.calls[index].append(LayerCall(features.shape, kept, False, absent))
         self._hold(captured)
 
     def _keep(self, captured: ForwardCapture, index: int, features: Tensor) -> tuple[KeptRows | None, int]:
@@ -160,7 +160,7 @@ class StepCapture:
         if not captured.has_backward:
             captured.has_backward = True
             self._forwards = [*(p for p in self._forwards if p.accumulates()), captured]
-        if spread(gradient) != call.spread:
+        if placements_of(gradient) != call.placements:
             call.refuse(PARTIAL)
             return
         if call.parts:  # the budget has accounted for one backward vector only
