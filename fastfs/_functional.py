@@ -244,7 +244,7 @@ def optimizer_stats(
     if (backend is not None or not ops.native_available()) and _use_reference(backend):
         parts = _local_parts(gradients=gradients, parameters=parameters, first=first, second=second)
         if parts is not None:
-            arguments = (rule, *parts, coefficients)
+            return reference.optimizer_stats(rule, *parts, coefficients, pieces=pieces)
         return reference.optimizer_stats(*arguments, pieces=pieces)
     if isinstance(gradients, Sequence) and len(gradients) == 0:
         return reference.optimizer_stats(*arguments, pieces=pieces)  # nothing that has a device

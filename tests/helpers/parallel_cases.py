@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -39,6 +39,10 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class Net(nn.Module):
     """An embedding, blocks, and a head; ``recompute`` checkpoints the blocks."""
 
@@ -48,12 +52,13 @@ class Net(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(3))
         self.head = nn.Linear(WIDTH, CLASSES)
         self.recompute = recompute
+        self.last: Callable[[Any], Tensor] = _unchanged  # between blocks and head
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
-        return self.head(x).clone()  # FSDP2 warns of views
+        return self.head(self.last(x)).clone()  # FSDP2 warns of views
 
 
 def net(dtype: torch.dtype = torch.float64, **options: Any) -> Net:
@@ -115,9 +120,52 @@ def _tensor(model: nn.Module) -> tuple[nn.Module, int]:
 def _sequence(model: nn.Module) -> tuple[nn.Module, int]:
     """Blocks take and return DTensors that are sharded along the tokens."""
     over = mesh(names=("tp",))
-    parallelize_module(model.embed, over, ColwiseParallel(output_layouts=Shard(1), use_local_output=False))  # type: ignore[arg-type]
-    parallelize_module(model.head, over, ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()))  # type: ignore[arg-type]
+    parallelize_module(model.embed, over, ColwiseParallel(output_layouts=Shard(1), use_local_output=False))
+    parallelize_module(model.head, over, ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()))
     return tensor_parallel(model, over, sequence=True), -1
+
+
+def _partial(model: nn.Module) -> tuple[nn.Module, int]:
+    """The first block returns a partial sum, and the gradient of the last block's output is one."""
+    over, first, last = mesh(names=("tp",)), *(model.blocks[i] for i in (0, -1))
+    for block in model.blocks:
+        parallelize_module(block, over, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    model.blocks[0] = _Summand(first, over)
+    model.blocks[-1] = _Replicated(last, over)
+    model.last = _to_partial
+    return model, -1
+
+
+class _Summand(nn.Module):
+    def __init__(self, inner: Any, over: Any) -> None:
+        super().__init__()
+        self.inner, self.sum = inner, _PartialSum(over)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.sum(self.inner(x)).full_tensor()
+
+
+class _PartialSum(nn.Module):
+    def __init__(self, over: Any) -> None:
+        super().__init__()
+        self.over = over
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Any:
+        return DTensor.from_local(x * self.scale / self.over.size(), self.over, [Partial()])
+
+
+class _Replicated(nn.Module):
+    def __init__(self, inner: Any, over: Any) -> None:
+        super().__init__()
+        self.inner, self.over = inner, over
+
+    def forward(self, x: Tensor) -> Any:
+        return DTensor.from_local(self.inner(x), self.over, [Replicate()])
+
+
+def _to_partial(x: Any) -> Tensor:
+    return x.to_local(grad_placements=[Partial()])
 
 
 def _both(model: nn.Module) -> tuple[nn.Module, int]:
@@ -130,9 +178,13 @@ def _ddp(model: nn.Module) -> tuple[nn.Module, int]:
 
 
 def _compiled(model: nn.Module) -> tuple[nn.Module, int]:
-    for block in model.blocks:  # type: ignore[union-attr]
+    return shard(_compile(model), mesh()), dist.get_rank()
+
+
+def _compile(model: nn.Module) -> nn.Module:
+    for block in model.blocks:
         block.compile(backend="aot_eager")
-    return shard(model, mesh()), dist.get_rank()
+    return model
 
 
 SETUPS: dict[str, Callable[[nn.Module], tuple[nn.Module, int]]] = {
@@ -148,6 +200,8 @@ SETUPS: dict[str, Callable[[nn.Module], tuple[nn.Module, int]]] = {
     "hybrid": _hybrid,
     "tensor": _tensor,
     "sequence": _sequence,
+    "partial": _partial,
+    "compiled alone": lambda model: (_compile(model), -1),
     "both": _both,
 }
 """By name: what returns the wrapped model, and the number of this rank's part of the batch, -1 for all of it."""
@@ -170,6 +224,7 @@ class Training:
         optimizer: A name of :data:`OPTIMIZERS`.
         dtype: Of parameters and inputs.
         clip: Whether gradients are clipped.
+        evaluate: Whether a forward without gradient comes before each step.
         parts: Micro-batches of a step.
         options: Of :class:`Net`.
     """
@@ -180,10 +235,11 @@ class Training:
         optimizer: str = "adamw",
         dtype: torch.dtype = torch.float64,
         clip: bool = False,
+        evaluate: bool = False,
         parts: int = 1,
         **options: Any,
     ) -> None:
-        self.dtype, self.clip, self.parts = dtype, clip, parts
+        self.dtype, self.clip, self.evaluate, self.parts = dtype, clip, evaluate, parts
         self.inner = net(dtype, **options)
         self.model, self.part = SETUPS[setup](self.inner)
         self.data_ranks = {"both": 2}.get(setup, dist.get_world_size()) if self.part >= 0 else 1
@@ -202,6 +258,9 @@ class Training:
         x, y = batch(number, self.dtype)
         if self.part >= 0:
             x, y = x.chunk(self.data_ranks)[self.part], y.chunk(self.data_ranks)[self.part]
+        if self.evaluate:
+            with torch.no_grad():
+                self.model(x)
         self.optimizer.zero_grad()
         for inputs, targets in zip(x.chunk(self.parts), y.chunk(self.parts), strict=True):
             output = self.model(inputs)
