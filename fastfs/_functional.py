@@ -244,7 +244,8 @@ def optimizer_stats(
     if (backend is not None or not ops.native_available()) and _use_reference(backend):
         parts = _local_parts(gradients=gradients, parameters=parameters, first=first, second=second)
         if parts is not None:
-            return reference.optimizer_stats(rule, *parts, coefficients, pieces=pieces)
+            gradients, parameters, first, second = parts
+            arguments = (rule, gradients, parameters, first, second, coefficients)
         return reference.optimizer_stats(*arguments, pieces=pieces)
     if isinstance(gradients, Sequence) and len(gradients) == 0:
         return reference.optimizer_stats(*arguments, pieces=pieces)  # nothing that has a device
@@ -253,7 +254,10 @@ def optimizer_stats(
     except Exception as failure:
         parts = _local_parts(gradients=gradients, parameters=parameters, first=first, second=second)
         if parts is not None:
-            return optimizer_stats(rule, *parts, coefficients, pieces=pieces, backend=backend)
+            gradients, parameters, first, second = parts
+            return optimizer_stats(
+                rule, gradients, parameters, first, second, coefficients, pieces=pieces, backend=backend
+            )
         error = _clearest(failure, _check_optimizer_call, *arguments, pieces)
         raise error from None
 

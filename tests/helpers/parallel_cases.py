@@ -81,7 +81,7 @@ def mesh(*sizes: int, names: tuple[str, ...] = ("data",)) -> Any:
 
 def shard(model: nn.Module, over: Any, each: bool = True, **options: Any) -> nn.Module:
     """Applies FSDP2 to the blocks and to the model."""
-    for block in model.blocks if each else ():  # type: ignore[union-attr]
+    for block in model.blocks if each else ():
         fully_shard(block, mesh=over, **options)
     fully_shard(model, mesh=over, **options)
     return model
@@ -89,7 +89,7 @@ def shard(model: nn.Module, over: Any, each: bool = True, **options: Any) -> nn.
 
 def tensor_parallel(model: nn.Module, over: Any, sequence: bool = False) -> nn.Module:
     """Splits the products of the blocks among ranks."""
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in model.blocks:
         if not sequence:
             parallelize_module(block, over, {"up": ColwiseParallel(), "down": RowwiseParallel()})
             continue

@@ -18,6 +18,11 @@ from fastfs._network.placements import ShardClass
 from tests.helpers.parallel_cases import SETUPS, Training, mesh, net
 from tests.helpers.processes import run_ranks
 
+OLD = (
+    "FullyShardedDataParallel (FSDP1) cannot be measured, since its parameters are flattened and mixed: use "
+    "torch.distributed.fsdp.fully_shard"
+)
+
 
 def described(setup: str) -> dict[str, Any]:
     """Returns what the module says of a model."""
@@ -153,10 +158,8 @@ def test_four_ranks() -> None:
             "divided": 0.125,
             "part": (None, True),
             "norm": True,
-            "old": "model, '1': FullyShardedDataParallel (FSDP1) cannot be measured, since its parameters are flattened "
-            "and mixed: use torch.distributed.fsdp.fully_shard",
-            "flat": "parameter '1._flat_param' is a flat parameter: FullyShardedDataParallel (FSDP1) cannot be measured, "
-            "since its parameters are flattened and mixed: use torch.distributed.fsdp.fully_shard",
+            "old": f"model, '1': {OLD}",
+            "flat": f"parameter '1._fsdp_wrapped_module._flat_param' is a flat parameter: {OLD}",
         }
         seen = found["gathered"]
         assert seen["swapped"] == 4  # embedding and head
