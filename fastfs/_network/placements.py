@@ -28,6 +28,7 @@ __all__ = [
     "is_distributed",
     "is_partial",
     "local",
+    "placements_of",
     "replay_needs_ranks",
     "same_placements",
     "shard_class",
@@ -63,28 +64,38 @@ def is_distributed(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a DTensor that this rank holds, detached; plain tensors unchanged.
+    """Return the part of a DTensor that this rank holds, without graph; plain tensors unchanged.
 
-    The part shares memory and version with the tensor. It may be empty.
+    The part shares memory with the tensor, and it is the same object every time. It may be empty.
     """
     if type(tensor) in _PLAIN or not is_distributed(tensor):
         return tensor
     part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # to_local() is recorded by autograd
     if hasattr(part, "trigger_wait"):  # the result of a collective that may still be running
-        part = part.trigger_wait()  # type: ignore[operator]
-    return part.detach()
+        part = part.trigger_wait()
+    return part.detach() if part.requires_grad else part
 
 
 def version(tensor: Tensor) -> int:
-    """Return the version of a tensor's memory: of the local part, which is also written to directly."""
+    """Return the version of a tensor, which every write raises.
+
+    Operations on a DTensor raise its own version, and FSDP2 also writes to the local part itself.
+    """
     if type(tensor) in _PLAIN or not is_distributed(tensor):
         return tensor._version
-    return tensor._local_tensor._version  # type: ignore[attr-defined, no-any-return]
+    return tensor._version + int(tensor._local_tensor._version)  # type: ignore[attr-defined]
 
 
 def is_partial(tensor: Tensor) -> bool:
     """Return whether the tensor is a sum over ranks of which this one only has its summand."""
     return is_distributed(tensor) and any(each.is_partial() for each in tensor.placements)  # type: ignore[attr-defined]
+
+
+def placements_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return the placements of a DTensor, None for plain tensors."""
+    if type(tensor) in _PLAIN or not is_distributed(tensor):
+        return None
+    return tuple(tensor.placements)  # type: ignore[attr-defined]
 
 
 def same_placements(a: Tensor, b: Tensor) -> bool:

@@ -12,7 +12,7 @@ from fastfs._monitor.measure.update_plans import Call, ParameterOrder
 from fastfs._record import decrease_reasons
 from fastfs._stats import ParameterStats, span
 
-__all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateAssembler", "refuted"]
+__all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateAssembler", "refuted", "without_gradients"]
 
 OF_UPDATE = span(ParameterStats, "update")
 """The columns of the sums that depend on the update."""
@@ -104,6 +104,18 @@ def refuted(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
     sums = found.stats.sums
     sums[:, OF_STEP].masked_fill_((reason != decrease_reasons.FINE)[:, None], torch.nan)
     reason = torch.where(found.reason == decrease_reasons.FINE, reason, found.reason)
+    return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)
+
+
+def without_gradients(found: MeasuredUpdate, indices: Sequence[int]) -> MeasuredUpdate:
+    """Returns the update without sums over the gradients of some parameters, which are not known on this rank."""
+    device = found.reason.device
+    which = torch.zeros(found.reason.shape[0], dtype=torch.bool, device="cpu")
+    which[list(indices)] = True
+    which = which.to(device, non_blocking=True)
+    sums = found.stats.sums.clone()
+    sums[:, OF_STEP].masked_fill_(torch.stack(_unknown(torch.zeros_like(which), which), dim=1), torch.nan)
+    reason = torch.where(which & (found.reason == decrease_reasons.FINE), decrease_reasons.SPREAD, found.reason)
     return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)
 
 
