@@ -34,6 +34,7 @@ __all__ = [
     "shard_class",
     "shard_classes",
     "spread",
+    "summand",
     "version",
 ]
 
@@ -105,6 +106,34 @@ def same_placements(a: Tensor, b: Tensor) -> bool:
     if not is_distributed(a) or not is_distributed(b):
         return False
     return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)  # type: ignore[attr-defined]
+
+
+def summand(parameter: Tensor, gradient: Tensor) -> tuple[int, int] | None:
+    """Return the number of summands that the gradient of a parameter consists of, and which one this rank has.
+
+    Norm layers under sequence parallelism have such gradients, on ranks that all have the whole parameter: <g, dw> is
+    then the sum over ranks of that with the summand.
+
+    Returns:
+        None if the gradient is not spread like the parameter except for such sums; (1, 0) if it is spread like it.
+    """
+    if same_placements(parameter, gradient):
+        return 1, 0
+    if not (is_distributed(parameter) and is_distributed(gradient)):
+        return None
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    coordinates = mesh.get_coordinate()
+    if mesh != gradient.device_mesh or coordinates is None:  # type: ignore[attr-defined]
+        return None
+    count, which = 1, 0
+    pairs = zip(parameter.placements, gradient.placements, strict=True)  # type: ignore[attr-defined]
+    for axis, (own, of_gradient) in enumerate(pairs):
+        if own == of_gradient:
+            continue
+        if not (own.is_replicate() and of_gradient.is_partial("sum")):
+            return None
+        count, which = count * mesh.size(axis), which * mesh.size(axis) + coordinates[axis]
+    return count, which
 
 
 def shard_class(parameter: Tensor) -> ShardClass:

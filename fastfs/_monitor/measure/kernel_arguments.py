@@ -14,7 +14,7 @@ from fastfs._monitor.measure.closed_forms import coefficient_uncertainty, coeffi
 from fastfs._monitor.measure.completed_step import CompletedStep
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.update_plans import Call, Part
-from fastfs._network.placements import local, same_placements
+from fastfs._network.placements import local, summand
 
 __all__ = ["KernelArguments", "PartState", "kernel_arguments", "state_of"]
 
@@ -149,7 +149,7 @@ def _missing(optimizer: Any, part: Part) -> str:
 
 def _dense(optimizer: Any, p: Tensor, gradient: Tensor, rewritten: Group | None) -> Tensor:
     """The gradient as the op takes it, in the wider dtype of gradient and parameter."""
-    if not same_placements(p, gradient):
+    if summand(p, gradient) is None:
         return real(torch.zeros_like(local(p)))  # of the update alone, since these elements are of others
     gradient = local(gradient)
     if gradient.layout is not torch.strided:

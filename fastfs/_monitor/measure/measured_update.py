@@ -107,15 +107,23 @@ def refuted(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
     return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)
 
 
-def without_gradients(found: MeasuredUpdate, indices: Sequence[int]) -> MeasuredUpdate:
-    """Returns the update without sums over the gradients of some parameters, which are not known on this rank."""
-    device = found.reason.device
-    which = torch.zeros(found.reason.shape[0], dtype=torch.bool, device="cpu")
-    which[list(indices)] = True
-    which = which.to(device, non_blocking=True)
+def without_gradients(found: MeasuredUpdate, indices: Sequence[int], summed: Sequence[int]) -> MeasuredUpdate:
+    """Returns the update without sums over the gradients of some parameters, which are not known on this rank.
+
+    Args:
+        found: The update.
+        indices: Parameters whose gradients are not known.
+        summed: Parameters of whose gradients this rank has a summand: <g, dw> is a summand, too, and |g| is not known.
+    """
+    device, count = found.reason.device, found.reason.shape[0]
+    flags = torch.zeros((2, count), dtype=torch.bool, device="cpu")
+    flags[0, list(indices)] = True
+    flags[1, list(summed)] = True
+    unknown, partial = flags.to(device, non_blocking=True)
     sums = found.stats.sums.clone()
-    sums[:, OF_STEP].masked_fill_(torch.stack(_unknown(torch.zeros_like(which), which), dim=1), torch.nan)
-    reason = torch.where(which & (found.reason == decrease_reasons.FINE), decrease_reasons.SPREAD, found.reason)
+    sums[:, OF_STEP].masked_fill_(torch.stack(_unknown(torch.zeros_like(unknown), unknown), dim=1), torch.nan)
+    sums[:, ParameterStats.names.index("gradient_sq")].masked_fill_(partial, torch.nan)
+    reason = torch.where(unknown & (found.reason == decrease_reasons.FINE), decrease_reasons.SPREAD, found.reason)
     return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)
 
 

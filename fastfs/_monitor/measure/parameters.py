@@ -85,6 +85,15 @@ class Parameters:
         return [meter.parameters for meter in self._meters]
 
     @property
+    def summed(self) -> list[int]:
+        """Indices of parameters whose gradients were sums over ranks in the last step, of which this has a summand."""
+        found, first = [], 0
+        for meter, copying in zip(self._meters, self._copying, strict=True):
+            found += [first + index for index in {*meter.summed, *copying.summed}]
+            first += len(meter.parameters)
+        return sorted(found)
+
+    @property
     def previous(self) -> list[Tensor]:
         """The parameters before the last measured step; empty without ``snapshot``."""
         return [p for meter in self._copying for p in meter.previous] if self._copies else []

@@ -63,6 +63,7 @@ class UpdateMeter:
         passed: Whether the last step was verified, or has passed the checks on the host, and nothing has changed, so
             that the next one need not be verified; a bool, or bool () on a device.
         verified: Whether it was verified.
+        summed: Indices of parameters whose gradients were sums over ranks, of which this one has a summand.
 
     Raises:
         ValueError: For LBFGS, whose step evaluates the gradient several times.
@@ -78,6 +79,7 @@ class UpdateMeter:
         self._names = names
         self.passed: Tensor | bool = False
         self.verified = False
+        self.summed: list[int] = []
         self._gradients = GradientSampler()
         self._host_checks = HostChecks()
         self._copies: dict[Tensor, Tensor] = {}
@@ -222,8 +224,9 @@ class UpdateMeter:
             passed: Tensor | bool = result.fine
             if step.complete and not result.fine:
                 passed = (result.reason == decrease_reasons.FINE).all()
-            if plan.unreadable:
-                result = without_gradients(result, plan.unreadable)
+            if plan.unreadable or plan.summed:
+                result = without_gradients(result, plan.unreadable, plan.summed)
+            self.summed = plan.summed
             self.verified, self.passed = step.complete, codes is None and passed
             # What the checks on the host say of a step that was verified counts for the next ones alone.
             return result if codes is None or step.complete else refuted(result, codes)

@@ -16,7 +16,7 @@ from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import ClosedForm, rewrites_gradients
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
 from fastfs._monitor.measure.sampled_calls import SampledCall
-from fastfs._network.placements import is_distributed, is_partial, same_placements, spread
+from fastfs._network.placements import is_distributed, is_partial, same_placements, spread, summand
 from fastfs._stats import ParameterStats
 
 __all__ = ["Call", "Names", "ParameterOrder", "Part", "Plan", "has_closed_form", "make_plan"]
@@ -90,7 +90,8 @@ class Plan:
         settled: Whether the optimizer has made its state, so that the next plan would be the same.
         calls: What is measured together.
         copied: Parameters that are copied before the step.
-        unreadable: Indices of parameters whose gradients are spread over ranks in another way, or are partial sums.
+        summed: Indices of parameters whose gradients are sums of which this rank has a summand.
+        unreadable: Indices of parameters whose gradients are spread over ranks in another way.
         copies_gradients: Whether the step rewrites 16-bit gradients, which cannot be restored from the result.
         device: Device of the first parameter.
     """
@@ -100,6 +101,7 @@ class Plan:
     settled: bool
     calls: list[Call]
     copied: list[Tensor]
+    summed: list[int]
     unreadable: list[int]
     copies_gradients: bool
     device: torch.device
@@ -127,6 +129,7 @@ def make_plan(
     """
     calls: dict[tuple[OptimizerRule, torch.device, bool], Call] = {}
     copied: list[Tensor] = []
+    summed: list[int] = []
     unreadable: list[int] = []
     settled, copies_gradients, index = True, False, -1
     for number, (group, form) in enumerate(zip(optimizer.param_groups, forms, strict=True)):
@@ -140,7 +143,7 @@ def make_plan(
             _check(optimizer, index, p, names)
             closed = has_closed_form(optimizer, p, form)
             if p.grad is not None and not same_placements(p, p.grad):
-                unreadable.append(index)
+                (unreadable if summand(p, p.grad) is None else summed).append(index)
             if not closed:
                 copied.append(p)
             elif form is not None and form.states and not optimizer.state.get(p):
@@ -163,7 +166,9 @@ def make_plan(
             call.shares_places = call.indices == present and len(present) == len(gradients.tensors)
             call.places = gradients.places if call.shares_places else Places([real(p) for p in call.params])
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-    return Plan(gradients.key, forms, settled, list(calls.values()), copied, unreadable, copies_gradients, device)
+    return Plan(
+        gradients.key, forms, settled, list(calls.values()), copied, summed, unreadable, copies_gradients, device
+    )
 
 
 def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
