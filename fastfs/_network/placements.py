@@ -28,6 +28,7 @@ __all__ = [
     "is_distributed",
     "is_partial",
     "local",
+    "placed",
     "placements_of",
     "replay_needs_ranks",
     "same_placements",
@@ -97,6 +98,31 @@ def placements_of(tensor: Tensor) -> tuple[Any, ...] | None:
     if type(tensor) in _PLAIN or not is_distributed(tensor):
         return None
     return tuple(tensor.placements)  # type: ignore[attr-defined]
+
+
+def placed(features: Tensor, rows: int) -> str | None:
+    """Return what of a layer's features this rank has.
+
+    A plain tensor that ``to_local()`` has just made of a DTensor counts, as tensor-parallel layers return it.
+
+    Args:
+        features: the features.
+        rows: number of leading dimensions that count rows.
+
+    Returns:
+        ``"replicate"`` for all of them, ``"rows"`` for some rows, ``"columns"`` for a part of every row; None if
+        placements do not tell.
+    """
+    found = placements_of(features)
+    if found is None:
+        spec = getattr(features.grad_fn, "dtensor_spec", None)
+        found = None if spec is None else tuple(spec.placements)
+    if found is None or any(each.is_partial() for each in found):
+        return None
+    dims = {each.dim for each in found if not each.is_replicate()}
+    if not dims:
+        return "replicate"
+    return "columns" if all(dim >= rows for dim in dims) else "rows"
 
 
 def same_placements(a: Tensor, b: Tensor) -> bool:

@@ -110,7 +110,7 @@ def _listen(engine: Any, found: dict[str, Any]) -> None:
         found["features"].append(seen.sums.stats.sums.clone())
         found["codes"].append(list(seen.absent))
         calls = [calls[0] if calls else None for calls in arguments[0].forwards[0].calls]
-        found["spread"].append([None if call is None else call.spread for call in calls])
+        found["spread"].append([None if call is None else call.placed for call in calls])
         return seen
 
     engine.parameters.take, engine.mode.observe = taken, observed

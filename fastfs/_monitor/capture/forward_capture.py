@@ -30,8 +30,7 @@ class LayerCall:
         parts: Parts of the backward vector, by the number of the backward that computed them.
         inside: Whether the features are known to be in the autograd graph.
         contexts: Contexts of the checkpoints around the call, the innermost first.
-        spread: How features that are a DTensor are spread over ranks, as :func:`fastfs._network.placements.spread`
-            says it: ``"tp:2:shard"``, ``"replicate"``; None for plain tensors.
+        placed: What of the features this rank has, see :func:`fastfs._network.placements.placed`.
         placements: Placements of features that are a DTensor, which those of the backward vector have to equal.
         renewed: Context of the checkpoint in whose recomputation the call was last seen.
     """
@@ -43,10 +42,10 @@ class LayerCall:
         "contexts",
         "inside",
         "parts",
+        "placed",
         "placements",
         "renewed",
         "shape",
-        "spread",
     )
 
     def __init__(
@@ -55,7 +54,7 @@ class LayerCall:
         before: KeptRows | None,
         inside: bool,
         absent: int = 0,
-        spread: str | None = None,
+        placed: str | None = None,
         placements: object = None,
     ) -> None:
         self.shape = shape
@@ -64,7 +63,7 @@ class LayerCall:
         self.parts: dict[int, Tensor] = {}
         self.inside = inside
         self.absent = absent
-        self.spread = spread
+        self.placed = placed
         self.placements = placements
         self.contexts: list[weakref.ref[Any]] = []
         self.renewed: weakref.ref[Any] | None = None
