@@ -257,6 +257,8 @@ class Engine:
             "margin": sums.margin,
             "method": mode.method,
         }
+        if self.ranks.link is not None:
+            fields["total"] = done.total
         if observed.curvature is not None:
             fields["curvature"] = observed.curvature
         if len(self.ranks.place.peers) > 1:
@@ -296,6 +298,8 @@ class Engine:
         if self.scale.given:
             backward = backward / scale
         fields = {**payload.aligned_fields(done), "backward_norm": backward, "loss_scale": scale}
+        if self.ranks.link is not None:
+            fields["total"] = done.total
         if self.capture.rewritten:
             fields["accumulated"] = self._accumulated()
         facts = self._facts(key, structure) | {"counts": [count for count, _ in found]}
