@@ -70,4 +70,5 @@ class StageLink:
         return buffer
 
     def _neighbour(self, offset: int) -> int:
-        return torch.distributed.get_global_rank(self._group, self._of_stage[self.number + offset])
+        rank = int(self._of_stage[self.number + offset])
+        return rank if self._group is None else torch.distributed.get_global_rank(self._group, rank)

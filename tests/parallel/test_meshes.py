@@ -65,7 +65,8 @@ def assert_same_record(many: Any, one: Any, columns: tuple[str, ...] = EXACT, rt
     """Asserts that two tables have the same rows."""
     assert len(many) == len(one) > 0
     for column in SAME:
-        assert many[column].tolist() == one[column].tolist(), column
+        mine, other = (table[column].astype(object).where(table[column].notna(), None) for table in (many, one))
+        assert mine.tolist() == other.tolist(), column
     for column in columns:
         mine, other = (table[column].to_numpy(dtype=float) for table in (many, one))
         np.testing.assert_allclose(mine, other, rtol=rtol, atol=0, err_msg=column)

@@ -28,8 +28,8 @@ _MOST = 4096  # steps, or messages, that wait for other ranks
 _POLL = 0.2  # seconds between two looks into the inbox
 _FORCED_POLL = 0.005  # while somebody waits
 
-Key = tuple[int, int]
-"""Number of a step, and which of the parts of that step it is: a step may have several."""
+Key = tuple[int, bool]
+"""Of a step and what comes before it, see `RankPart.key`."""
 
 
 class Collector(Protocol):
@@ -173,8 +173,8 @@ class Gatherer:
         self._late: set[int] = set()
         self._steps: dict[Key, dict[int, RankPart]] = {}
         self._since: dict[Key, float] = {}
-        self._progress: dict[int, Key] = dict.fromkeys(ranks, (-1, 0))
-        self._done: Key = (-1, 0)
+        self._progress: dict[int, Key] = dict.fromkeys(ranks, (-1, False))
+        self._done: Key = (-1, False)
 
     def take(self, items: Iterable[Any]) -> list[Record]:
         """Part of :class:`Collector`."""
@@ -203,8 +203,7 @@ class Gatherer:
         return time.monotonic() + _POLL if self._steps else None
 
     def _add(self, rank: int, part: RankPart) -> None:
-        step, count = self._progress[rank]
-        key = (part.step, count + 1 if part.step == step else 0)
+        key = part.key
         self._progress[rank] = key
         self._late.discard(rank)
         if key <= self._done:

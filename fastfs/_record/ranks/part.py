@@ -101,6 +101,11 @@ class RankPart:
     arrays: dict[str, Array] = field(default_factory=dict)
 
     @property
+    def key(self) -> tuple[int, bool]:
+        """The step, and whether it is the step itself or gradients that were thrown away before it: the order."""
+        return self.step, not self.facts.get("before", False)
+
+    @property
     def size(self) -> int:
         """Approximate number of values, for memory bounds."""
         return 16 + len(self.scalars) + sum(array.size for array in self.arrays.values())

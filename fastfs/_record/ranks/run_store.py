@@ -136,8 +136,9 @@ class RunStore:
         store, go = self._store, "go"
         if refusal is not None:
             return _reason(store.compare_set(key, "", f"rank {self.rank}: {refusal}"))
-        if _text(store.compare_set(f"{key}/vote", "", vote)) != vote:
-            return _reason(store.compare_set(key, "", f"rank {self.rank} has run other forwards than the others"))
+        first = _text(store.compare_set(f"{key}/vote", "", vote or "-"))
+        if first != (vote or "-"):
+            return _reason(store.compare_set(key, "", f"rank {self.rank} has run {vote}, another rank {first}"))
         if store.add(f"{key}/votes", 1) == len(self.ranks):
             self._hasty = False
             return _reason(store.compare_set(key, "", go))
