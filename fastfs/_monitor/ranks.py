@@ -76,8 +76,8 @@ class Ranks:
             ranks = tuple(range(distributed.get_world_size()))
             rank = distributed.get_rank()
             self.place = replace(self.place, rank=rank, ranks=ranks, peers=_peers(model, names, rank))
-            self.together = self._gathers = placements.replay_needs_ranks(model) or self.link is not None
-            self._gathers = self._gathers or own is not None
+            apart = self.link is not None or own is not None or bool(_ignored(model))
+            self.together = self._gathers = apart or placements.replay_needs_ranks(model)
             if self.link is not None:
                 self.place = replace(self.place, stage=self.link.number, stages=self.link.stages)
             self.store = RunStore(ranks, rank, timeout)
