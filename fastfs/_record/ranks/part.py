@@ -63,7 +63,7 @@ class Place:
         """Restores what ``asdict`` has made, perhaps through JSON."""
         return cls(
             values["rank"],
-            tuple(values["ranks"]),
+            tuple(range(ranks) if isinstance(ranks := values["ranks"], int) else ranks),
             tuple(values["peers"]),
             values["weight"],
             tuple(Share(*each) for each in values["shares"]),
@@ -113,6 +113,8 @@ class RankPart:
     def to_bytes(self) -> bytes:
         """Encodes the part: a line of JSON, and then the arrays as they are in memory."""
         head = asdict(self)
+        if self.place.ranks == tuple(range(count := len(self.place.ranks))):  # thousands of numbers otherwise
+            head["place"]["ranks"] = count
         head["arrays"] = {name: list(array.shape) for name, array in self.arrays.items()}
         flat = [np.ascontiguousarray(array, dtype="<f8").tobytes() for array in self.arrays.values()]
         return json.dumps(head, separators=(",", ":")).encode() + b"\n" + b"".join(flat)
