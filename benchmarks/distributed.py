@@ -81,7 +81,7 @@ def prepared(mesh: str) -> tuple[nn.Module, bool]:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     torch.manual_seed(0)
-    model = Net()
+    model: Any = Net()
     if mesh == "ddp":
         return nn.parallel.DistributedDataParallel(model), True
     over = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -117,7 +117,7 @@ def run_rank(rank: int, ranks: int, mesh: str, steps: int, rounds: int, folder: 
         sizes.append(len(data))
         return data
 
-    RankPart.to_bytes = counted  # type: ignore[method-assign]
+    RankPart.to_bytes = counted  # type: ignore
     monitor = fastfs.Monitor(
         model,
         optimizer,
@@ -174,7 +174,7 @@ def measure(mesh: str, ranks: int, steps: int, rounds: int) -> dict[str, Any]:
     """Run a group of ranks and return the medians over rounds."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, mesh, steps, rounds, folder)
-        spawn(run_rank, args=arguments, nprocs=ranks)  # type: ignore[no-untyped-call]
+        spawn(run_rank, args=arguments, nprocs=ranks)
         found, parts = torch.load(f"{folder}/found.pt")
     result: dict[str, Any] = {"mesh": mesh, "ranks": ranks, "parameters": sum(p.numel() for p in Net().parameters())}
     medians = {kind: [statistics.median(column) for column in zip(*found[kind], strict=True)] for kind in KINDS}

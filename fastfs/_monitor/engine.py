@@ -259,6 +259,9 @@ class Engine:
         }
         if self.ranks.link is not None:
             fields["total"] = done.total
+        if verdict.odd is not None and not self.ranks.alone:  # for the residual of the run
+            fields["odd"] = verdict.odd / torch.stack([scale, torch.ones_like(scale), torch.ones_like(scale)])[:, None]
+            fields["eps"] = observed.eps
         if observed.curvature is not None:
             fields["curvature"] = observed.curvature
         if len(self.ranks.place.peers) > 1:
