@@ -62,7 +62,7 @@ def joined(store: RunStore | None, header: dict[str, Any], assembler: Assembler,
         return RunRecord(lambda warn: Sender(own, warn), writes=False, rank=None, sends=True)
 
     def gatherer(warn: Callable[[str], None]) -> Collector:
-        return Gatherer(assembler, own.ranks, Inbox(own), own.timeout, warn)
+        return Gatherer(assembler, own.ranks, Inbox(own, warn), own.timeout, warn)
 
     return RunRecord(gatherer, writes=True, rank=None, sends=False)
 
