@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,16 @@ from fastfs._monitor.measure.parameters import Parameters
 from fastfs._monitor.measure.replay_checks import ReplayChecks
 from fastfs._monitor.payload import StepCodec
 from fastfs._monitor.ranks import Ranks
-from fastfs._network.guard import WriteError
+from fastfs._network.guard import CollectiveError, WriteError
 from fastfs._network.layers import Layer, parameter_names
 from fastfs._network.perturbed import Perturbed
 from fastfs._record import decrease_reasons, row_reasons
 from fastfs._record.ranks.part import RankPart
+from fastfs._record.ranks.run_store import RankError
 
 __all__ = ["Engine"]
 
+T = TypeVar("T")
 Push = Callable[[Tensor, Callable[[Tensor], list[RankPart]]], None]
 
 
@@ -120,13 +122,22 @@ class Engine:
                 return
             self._written = self._written_since(forwards, parameters)
         inputs = StepInputs(forwards, self._perturbed, parameters, self._previous)
-        mode.prepare(inputs)
+        self._run(lambda: mode.prepare(inputs))
         refused = mode.refusal(forwards)
         graphs = None if refused is not None else mode.graphs(forwards)
         due = refused is None and (mode.checks_every_step or self.replay_checks.due(graphs))
         self.ranks.meet(step, f"{len(forwards)} forwards, {refused}, {due}")
         if due:
-            self.replay_checks.record(graphs, mode.check(inputs))
+            self.replay_checks.record(graphs, self._run(lambda: mode.check(inputs)))
+
+    def _run(self, forwards: Callable[[], T]) -> T:
+        """Runs forwards of the monitor's own, which may communicate only if the ranks have agreed to run them."""
+        self.capture.replayer.collectives = self.ranks.alone or self.ranks.together
+        try:
+            return forwards()
+        except CollectiveError as error:
+            self.ranks.together = True
+            raise RankError(f"{error}: from the next measured step on, all ranks measure together") from error
 
     def _written_since(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> Tensor | None:
         """Returns whether a parameter was written to since one of the forwards began: bool (), None if unknown."""
@@ -223,7 +234,8 @@ class Engine:
         decrease = torch.full_like(depth, torch.nan)
         if structure is not None and self.ranks.alone:  # of several, <b, df> is that of their sums only
             decrease = torch.where(structure.cuts, done.decrease * scale, torch.nan)
-        observed = mode.observe(inputs, UpdateEvidence(update.stats, decrease, depth))
+        evidence = UpdateEvidence(update.stats, decrease, depth)
+        observed = self._run(lambda: mode.observe(inputs, evidence))
         graphs = mode.graphs(forwards)
         verdict = self.replay_checks.refuse_unrepeated(graphs, observed.verdict, observed.eps, depth, mode.unrepeated)
         self.replay_checks.count_step(graphs)
@@ -309,6 +321,7 @@ class Engine:
         self.push(vector, codec.decode)
 
     def _aligned(self, update: MeasuredUpdate, structure: StepStructure | None, scale: Tensor) -> Aligned:
+        self.ranks.note_summed(self.parameters.summed)
         if structure is None:
             return Aligned.unknown(len(self.layers), self.device, len(self.ranks.place.shares))
         factor = scale if self.scale.given else None

@@ -26,10 +26,12 @@ from torch.utils import _python_dispatch as python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs._network.journal import Journal
+from fastfs._network.placements import local
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 
-__all__ = ["FunctionGuard", "Guard", "Plans", "WriteError", "pop_ended", "storages"]
+__all__ = ["CollectiveError", "FunctionGuard", "Guard", "Plans", "WriteError", "pop_ended", "storages"]
 
+_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 _CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -66,6 +68,17 @@ class WriteError(RuntimeError):
         self.inputs = inputs
 
 
+class CollectiveError(RuntimeError):
+    """A forward was about to communicate with other ranks, which may not run it.
+
+    Args:
+        operation: name of the operation.
+    """
+
+    def __init__(self, operation: str) -> None:
+        super().__init__(f"the forward communicates with other ranks ({operation})")
+
+
 class _Plan(NamedTuple):
     """Properties of an operation that decide how the guard treats it."""
 
@@ -75,6 +88,7 @@ class _Plan(NamedTuple):
     choice: bool
     kind: str | None  # kind of product, whose precision has a setting of its own
     harmless: bool  # returns views of its arguments and does nothing else
+    collective: bool  # communicates with other ranks
 
 
 Plans = dict[Any, _Plan]
@@ -92,6 +106,7 @@ class Guard(TorchDispatchMode):
             memory (compiled graphs, sharding).
         plans: plans of operations from earlier guards, to be reused.
         single: whether to compute in float32 what the model would compute in 16 bits.
+        collectives: whether the forward may communicate with other ranks, because they all run it.
     """
 
     supports_higher_order_operators = True
@@ -105,8 +120,10 @@ class Guard(TorchDispatchMode):
         *,
         plans: Plans | None = None,
         single: bool = False,
+        collectives: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._collectives = collectives
         self.coarsest = 0.0  # largest machine epsilon so far
         self.choices: list[Tensor] = []
         self.cut = False  # detach() has cut off a first-order change
@@ -153,6 +170,8 @@ class Guard(TorchDispatchMode):
             return self._dispatch(func, plan, args, kwargs)
 
     def _dispatch(self, func: Any, plan: _Plan, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+        if plan.collective and not self._collectives:
+            raise CollectiveError(str(func))
         for position, name in plan.writes:
             target = args[position] if position < len(args) else (kwargs or {}).get(name)
             self._check(func, target)
@@ -170,7 +189,7 @@ class Guard(TorchDispatchMode):
                     self._made.update(storages(tensor))
                     self._note_precision(plan, tensor)
         if plan.choice:
-            self.choices += [x for x in _tensors(output) if not x.is_floating_point()]
+            self.choices += [local(x) for x in _tensors(output) if not x.is_floating_point()]
         return output
 
     def _check(self, func: Any, target: Any) -> None:
@@ -288,7 +307,8 @@ def storages(tensor: Tensor) -> tuple[int, ...]:
     """Return what identifies the memory of a tensor: nothing for tensors without distinguishable memory."""
     if type(tensor) not in _ORDINARY and hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return tuple(storage for name in names for storage in storages(getattr(tensor, name)))
+        parts = (getattr(tensor, name) for name in names)  # of a DTensor the mesh, too
+        return tuple(storage for part in parts if isinstance(part, Tensor) for storage in storages(part))
     try:
         return (tensor.untyped_storage()._cdata,)
     except (RuntimeError, NotImplementedError):  # sparse tensors, for instance
@@ -298,7 +318,7 @@ def storages(tensor: Tensor) -> tuple[int, ...]:
 def _plan(func: Any) -> _Plan:
     schema = getattr(func, "_schema", None)
     if schema is None:  # a higher-order operator: the operations in it are dispatched separately
-        return _Plan(func, (), True, False, None, False)
+        return _Plan(func, (), True, False, None, False, False)
     norm = "batch_norm" in schema.name
     writes = tuple(
         (position, argument.name)
@@ -308,8 +328,10 @@ def _plan(func: Any) -> _Plan:
     # A tensor created from Python numbers is returned as an alias of memory that no operation has allocated.
     fresh = schema.name == "aten::lift_fresh" or all(result.alias_info is None for result in schema.returns)
     choice = schema.name in _CHOICES
-    harmless = not (writes or fresh or choice) and all(argument.name != "generator" for argument in schema.arguments)
-    return _Plan(func, writes, fresh, choice, _KINDS.get(schema.name), harmless)
+    collective = schema.name.partition("::")[0] in _COLLECTIVES
+    harmless = not (writes or fresh or choice or collective)
+    harmless = harmless and all(argument.name != "generator" for argument in schema.arguments)
+    return _Plan(func, writes, fresh, choice, _KINDS.get(schema.name), harmless, collective)
 
 
 def _managed() -> bool:

@@ -78,6 +78,7 @@ class Replayer:
     Attributes:
         handler: Takes features while a second forward runs; None while none does.
         parameters: The trained parameters, whose gradients and flags are restored.
+        collectives: Whether the forwards may communicate with other ranks, because they all run them.
     """
 
     def __init__(self, layers: Sequence[Layer], switch: taps.Switch, sampler: RowSampler, owned: OwnedState) -> None:
@@ -86,6 +87,7 @@ class Replayer:
         self._plans: Plans = {}
         self.handler: FeatureHandler | None = None
         self.parameters: Sequence[Tensor] = ()
+        self.collectives = True
         self._layers = tuple(layers)
         self._switch = switch
         self._sampler = sampler
@@ -299,7 +301,12 @@ class OwnForward:
         allowed = [*copies, *self._options.pop("allowed", ())]
         strict = self._options.pop("strict", False)
         guard = Guard(
-            replayer.journal, allowed, protected=replayer._owned.tensors, plans=replayer._plans, **self._options
+            replayer.journal,
+            allowed,
+            collectives=replayer.collectives,
+            protected=replayer._owned.tensors,
+            plans=replayer._plans,
+            **self._options,
         )
         replayer.journal.note(guard.end)
         guard.__enter__()  # type: ignore[no-untyped-call]  # left by the journal, which restores its settings

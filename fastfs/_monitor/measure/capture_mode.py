@@ -238,8 +238,13 @@ class CaptureMode(ABC):
         return torch.stack(sums) if sums else self._resources.on_device([])
 
     def placed(self, forwards: Sequence[ForwardCapture]) -> dict[str, str]:
-        """Returns whether the features of a layer are ``shard`` or ``replicate``, by number, where DTensors say so."""
-        return {}
+        """Returns what this rank has of the features of a layer, by its number, where DTensors say so."""
+        found: dict[str, str] = {}
+        for layer in range(len(self._resources.layers)):
+            each = {call.placed for captured in forwards for call in captured.calls[layer]}
+            if len(each) == 1 and (where := each.pop()) is not None:
+                found[str(layer)] = where
+        return found
 
     @abstractmethod
     def clear(self) -> None:

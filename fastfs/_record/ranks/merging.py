@@ -128,35 +128,39 @@ def merge_rows(found: Sequence[Sequence[RankPart]], weights: Sequence[float]) ->
         own[:, _BACKWARD] *= weight**2
     sums = weighted.sum(axis=0)
     covariances = np.sum([s * _products(own) for own, (_, s, *_) in zip(weighted, each, strict=True)], axis=0)
-    rows = np.sum([rows for _, _, rows, _, _ in each], axis=0)
+    rows = np.sum([rows for _, _, rows, _ in each], axis=0)
     reasons = [reason for *_, reason in each]
     margin = np.max([part.facts["margin"] for peers in found for part in peers], axis=0)
     first = [peers[0].place.rank for peers in found]
     return MergedRows(sums, _divided(covariances, sums), rows, margin, _worst(reasons), by_batch, first)
 
 
-def _one_batch(peers: Sequence[RankPart]) -> tuple[Array, Array, Any, Any, Any]:
+def _one_batch(peers: Sequence[RankPart]) -> tuple[Array, Array, Any, Any]:
     """Returns sums, relative covariances, rows, and reasons of the ranks that share a batch."""
     sums = np.stack([part.arrays["sums"] for part in peers])
     spread = np.stack([part.arrays["spread"] for part in peers])
     rows = np.stack([np.asarray(part.facts["rows"], dtype=np.int64).reshape(-1, 2) for part in peers])
     reasons = [part.arrays["reason"].astype(np.int64) for part in peers]
     if len(peers) == 1:
-        return sums[0], spread[0], rows[0], rows[0], reasons[0]
-    replicas = _replicas(sums)
+        return sums[0], spread[0], rows[0], reasons[0]
+    replicas = _same(sums, (_DOT, _UPDATE, _BACKWARD, _BEFORE, _COUNT))
     placed = [_declared(peers, layer) for layer in range(sums.shape[1])]
     differ = np.array([want == "replicate" for want in placed]) & ~replicas
-    apart = np.array([want == "shard" for want in placed])
+    columns = np.array([want == "columns" for want in placed])
+    apart = columns | np.array([want == "rows" for want in placed])
     once = (replicas & ~apart)[:, None]
+    # The same features with other gradients: each rank has a summand of the backward vector.
+    summands = _same(sums, (_UPDATE, _BEFORE, _COUNT)) & ~replicas & ~apart & (sums[0, :, _BEFORE] > 0)
     total = np.where(once, sums[0], sums.sum(axis=0))
     # Parts of the same rows are not independent: at most, their standard errors add up.
     parts = np.sqrt(np.abs(spread) * np.abs(np.stack([_products(each) for each in sums])))
     joint = np.where(once, spread[0], _divided(parts.sum(axis=0) ** 2 * np.sign(spread[0]), total))
-    counted = np.where(once, rows[0], rows.sum(axis=0))
+    counted = np.where(once | columns[:, None], rows[0], rows.sum(axis=0))
     reason = _worst(reasons)
     uneven = (rows != rows[0]).any(axis=(0, 2)) & (rows[:, :, 0] < rows[:, :, 1]).any(axis=0)
     reason = np.where((reason == 0) & uneven & ~once[:, 0], row_reasons.OTHER_ROWS, reason)
-    return total, joint, counted, rows, np.where((reason == 0) & differ, row_reasons.RANKS_DIFFER, reason)
+    reason = np.where((reason == 0) & summands, row_reasons.PARTIAL, reason)
+    return total, joint, counted, np.where((reason == 0) & differ, row_reasons.RANKS_DIFFER, reason)
 
 
 def _declared(peers: Sequence[RankPart], layer: int) -> str | None:
@@ -165,12 +169,11 @@ def _declared(peers: Sequence[RankPart], layer: int) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _replicas(sums: Array) -> Any:
+def _same(sums: Array, columns: Sequence[int]) -> Any:
     """Returns for each layer whether all ranks report the same sums, (L,): (R, L, 9)."""
-    compared = sums[:, :, [_DOT, _UPDATE, _BACKWARD, _BEFORE, _COUNT]]
-    scale = np.abs(compared).max(axis=0)
-    scale[:, 0] = np.sqrt(scale[:, 1] * scale[:, 2])  # a dot product may cancel
-    same = np.abs(compared - compared[0]) <= _SAME * scale
+    compared, scale = sums[:, :, columns], np.abs(sums).max(axis=0)
+    scale[:, _DOT] = np.sqrt(scale[:, _UPDATE] * scale[:, _BACKWARD])  # a dot product may cancel
+    same = np.abs(compared - compared[0]) <= _SAME * scale[:, columns]
     return (same | np.isnan(compared) & np.isnan(compared[0])).all(axis=(0, 2))
 
 
@@ -199,7 +202,7 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
             for other, replica in copies:
                 differ = _differ(own, replica.arrays["aligned"][other]) & _comparable(part, replica)
                 reason = np.where((reason == 0) & differ, decrease_reasons.RANKS_DIFFER, reason)
-            sums += own
+            sums += own / [1.0, *[part.place.shares[number].summands] * 3]  # all summands have the whole |w| and |dw|
             if "variance" in part.arrays:
                 variance += part.arrays["variance"][number]
             codes = part.arrays["decrease_reason"].astype(np.int64)
