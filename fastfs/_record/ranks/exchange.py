@@ -215,6 +215,8 @@ class Gatherer:
         self._late: set[int] = set()
         self._steps: dict[Key, dict[int, RankPart]] = {}
         self._since: dict[Key, float] = {}
+        self._remarks: dict[int, list[RankPart]] = {}  # by step: parts that say what has failed after the rank's row
+        self._rows: dict[int, int] = {}  # by rank, the step of the last row
         self._values = 0  # in the parts that wait
         self._progress: dict[int, Key] = dict.fromkeys(ranks, (-1, 0))
         self._done: Key = (-1, 0)
@@ -251,6 +253,11 @@ class Gatherer:
         return time.monotonic() + _POLL if self._steps else None
 
     def _add(self, rank: int, part: RankPart) -> None:
+        if part.kind == "skipped" and self._rows.get(rank) == part.step and part.step >= self._done[0]:
+            self._remarks.setdefault(part.step, []).append(part)
+            return
+        if part.kind != "skipped":
+            self._rows[rank] = part.step
         step, count = self._progress[rank]
         key = (part.step, count + 1 if part.step == step else 0)
         self._progress[rank] = key
@@ -281,7 +288,10 @@ class Gatherer:
             del self._since[key]
             self._values -= sum(part.size for part in parts.values())
             self._done = key
-            records += assembled(self._assembler, [parts[rank] for rank in sorted(parts)])
+            remarks = self._remarks.pop(key[0], [])
+            records += assembled(self._assembler, [*(parts[rank] for rank in sorted(parts)), *remarks])
+        if (late := self._remarks.pop(self._done[0], None)) and self._done not in self._steps:
+            records += assembled(self._assembler, late)
         return records
 
     def _give_up(self, missing: Sequence[int]) -> None:
