@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from fastfs._record.ranks.assembly import Assembler
 from fastfs._record.ranks.part import RankPart
-from fastfs._record.ranks.run_store import RunStore
+from fastfs._record.ranks.run_store import RankError, RunStore
 from fastfs._record.record import Record
 
 __all__ = ["Alone", "Collector", "Gatherer", "Inbox", "PartRecords", "Sender", "assembled"]
@@ -150,13 +150,15 @@ class Sender:
                 own, data = self._waiting[0]
                 number = self._store.add("sent", 1)
                 if (number - self._store.add("received", 0)) * len(data) > _MOST_BYTES:
-                    raise RuntimeError("nobody takes what the ranks send")
+                    raise RankError("nobody takes what the ranks send")
                 self._store.set(f"part/{number}", f"{self._store.rank} {own} ".encode() + data)
                 self._remove()
             self._retry_at = 0.0
         except Exception as error:  # the server is gone, or stopped
             self._retry_at = time.monotonic() + self._store.timeout
             self._failed(error)
+            if not last:
+                self._store.reconnect(error)
         return []
 
     def due_at(self) -> float | None:
@@ -343,7 +345,8 @@ class Inbox:
             if self._next > self._received + 1:
                 self._received = self._next - 1
                 self._store.set("received", str(self._received).encode())
-        except Exception:  # the server is gone: the record will say which ranks are missing
+        except Exception as error:  # if the server is gone, the record will say which ranks are missing
+            self._store.reconnect(error)
             self._pause_until = time.monotonic() + min(self._store.timeout, _LONGEST_PAUSE)
         return found
 

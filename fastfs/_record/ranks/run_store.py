@@ -66,6 +66,18 @@ class RunStore:
         other._decisions = []
         return other
 
+    def reconnect(self, error: Exception) -> None:
+        """Makes a new connection after a call has failed. If that fails, all later calls do, and at once.
+
+        Args:
+            error: Of the call.
+        """
+        if not isinstance(error, RankError):
+            try:
+                self._store = _connection(self._store, self.timeout)
+            except Exception as failure:
+                self._store = _Gone(failure)
+
     # Values
 
     def first(self, name: str, value: str) -> str:
@@ -82,7 +94,8 @@ class RunStore:
         if not self._store.check([key]):
             return None
         value = bytes(self._store.get(key))
-        self._store.delete_key(key)
+        with suppress(Exception):  # the value counts; the next call will tell
+            self._store.delete_key(key)
         return value
 
     def read(self, name: str) -> bytes | None:
@@ -140,7 +153,7 @@ class RunStore:
         try:
             decision = self._vote(key, vote, refusal)
         except Exception as error:
-            self._store = _connection(self._base, self.timeout)
+            self.reconnect(error)
             text = f"rank {self.rank}: the store did not answer ({type(error).__name__}: {error})"
             decision = _text(self._store.compare_set(key, "", text))
         self._hasty = self._hasty and decision != _GO
@@ -181,6 +194,16 @@ class RunStore:
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
+
+
+class _Gone:
+    """Stands for a store that cannot be reached."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise RankError(f"the store of the process group cannot be reached ({self._error})")
 
 
 def _connection(store: Any, timeout: float) -> Any:
