@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from fastfs._record.ranks.assembly import Assembler
+from fastfs._record.ranks.order import FIRST, Key, PartKeys
 from fastfs._record.ranks.part import RankPart
 from fastfs._record.ranks.run_store import RankError, RunStore
 from fastfs._record.record import Record
@@ -32,9 +33,6 @@ _FORCED_POLL = 0.005  # while somebody waits
 _LONGEST_WAIT = 20.0  # seconds that a flush waits for the parts of other ranks; the recorder's own limit is 30
 _LAST_WAIT = 8.0  # and the end, for which an interpreter that exits leaves 10
 _LONGEST_PAUSE = 1.0  # after the store has failed
-
-Key = tuple[int, int]
-"""Number of a step, and which of the parts of that step it is: a step may have several."""
 
 
 class Collector(Protocol):
@@ -218,10 +216,9 @@ class Gatherer:
         self._steps: dict[Key, dict[int, RankPart]] = {}
         self._since: dict[Key, float] = {}
         self._remarks: dict[int, list[RankPart]] = {}  # by step: parts that say what has failed after the rank's row
-        self._rows: dict[int, int] = {}  # by rank, the step of the last row
         self._values = 0  # in the parts that wait
-        self._progress: dict[int, Key] = dict.fromkeys(ranks, (-1, 0))
-        self._done: Key = (-1, 0)
+        self._keys = PartKeys(ranks)
+        self._done = FIRST
 
     def take(self, items: Iterable[Any]) -> list[Record]:
         """Part of :class:`Collector`."""
@@ -242,7 +239,7 @@ class Gatherer:
             records += self._ready()
         if last:
             self._give_up(
-                [r for r in self._expected - self._late if any(self._progress[r] < key for key in self._steps)]
+                [r for r in self._expected - self._late if any(self._keys.last[r] < key for key in self._steps)]
             )
             self._expected.clear()
             records += self._ready()
@@ -255,16 +252,12 @@ class Gatherer:
         return time.monotonic() + _POLL if self._steps else None
 
     def _add(self, rank: int, part: RankPart) -> None:
-        if part.kind == "skipped" and self._rows.get(rank) == part.step and part.step >= self._done[0]:
+        key = self._keys.of(rank, part)
+        self._late.discard(rank)
+        if key is None and part.step >= self._done[0]:
             self._remarks.setdefault(part.step, []).append(part)
             return
-        if part.kind != "skipped":
-            self._rows[rank] = part.step
-        step, count = self._progress[rank]
-        key = (part.step, count + 1 if part.step == step else 0)
-        self._progress[rank] = key
-        self._late.discard(rank)
-        if key <= self._done:
+        if key is None or key <= self._done:
             self.lost += 1
             return
         self._steps.setdefault(key, {})[rank] = part
@@ -273,7 +266,7 @@ class Gatherer:
 
     def _ready(self) -> list[Record]:
         for rank, part in self._inbox():
-            if rank not in self._progress:
+            if rank not in self._keys.last:
                 continue
             if part is None:
                 self._expected.discard(rank)
@@ -281,7 +274,7 @@ class Gatherer:
                 self._add(rank, part)
         records: list[Record] = []
         for key in sorted(self._steps):
-            missing = [r for r in self._expected - self._late if self._progress[r] < key]
+            missing = [r for r in self._expected - self._late if self._keys.last[r] < key]
             full = len(self._steps) > _MOST or self._values > _MOST_VALUES
             if missing and not full and time.monotonic() - self._since[key] < self._timeout:
                 break
