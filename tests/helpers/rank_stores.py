@@ -10,9 +10,9 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from torch.distributed import FileStore, HashStore, TCPStore
+from torch._C._distributed_c10d import FileStore, HashStore, TCPStore
+from torch.distributed import distributed_c10d
 
-from fastfs._record.ranks import run_store
 from fastfs._record.ranks.part import Place, RankPart
 from fastfs._record.ranks.run_store import RunStore
 from fastfs._record.record import Record
@@ -89,7 +89,7 @@ def make_store(kind: str, folder: Path) -> Any:
 
 def run_stores(base: Any, world: int, timeout: float) -> list[RunStore]:
     """Returns what the monitors of all ranks share, as if each were a process of its own."""
-    with mock.patch.object(run_store.distributed_c10d, "_get_default_store", lambda: base):
+    with mock.patch.object(distributed_c10d, "_get_default_store", return_value=base):
         return [RunStore(range(world), rank, timeout) for rank in range(world)]
 
 

@@ -106,7 +106,7 @@ class PartFiles:
 
     Attributes:
         files: Those of the ranks.
-        rejected: Places that do not conform to the schema, and why.
+        rejected: Why places do not conform to the schema, each as file and line.
 
     Raises:
         OSError: A file cannot be read.
@@ -116,7 +116,7 @@ class PartFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = rank_files(path)
-        self.rejected: list[tuple[str, Exception]] = []
+        self.rejected: dict[str, Exception] = {}
         self._segments: dict[tuple[str, int], Segment] = {}
         for file in self.files:
             self._scan(file)
@@ -195,7 +195,7 @@ class PartFiles:
                 if (key or last) < last:
                     raise ValueError(f"step {part.step} comes after step {last[0]}")
             except (ValueError, KeyError) as error:
-                self.rejected.append((f"{file.name}, line {number}", error))
+                self.rejected[f"{file.name}, line {number}"] = error
                 continue
             last = key or last
             yield last, key is None, rank, part
@@ -209,7 +209,7 @@ class PartFiles:
             begins = _LINE.match(raw)
             is_header = b'"header"' in raw[:64]
             if torn is not None and not is_header:
-                self.rejected.append(torn)
+                self.rejected[torn[0]] = torn[1]
             torn = None
             if not raw.endswith(b"}"):
                 if ended and not raw.endswith(TORN):
@@ -222,7 +222,7 @@ class PartFiles:
                 except UnknownSchemaError as error:
                     raise ValueError(f"{file}: {error}") from None
                 except ValueError as error:
-                    self.rejected.append((where, error))
+                    self.rejected[where] = error
                     continue
                 run = header["run"]
                 starts[run] = starts.get(run, -1) + 1
@@ -230,13 +230,13 @@ class PartFiles:
                 segment.headers[header["rank"]] = header
                 segment.spans[file] = offset, number, offset
             elif begins is None or begins["run"].decode() not in starts:
-                self.rejected.append((where, ValueError("expected a part of a run with a header")))
+                self.rejected[where] = ValueError("expected a part of a run with a header")
             else:
                 run = begins["run"].decode()
                 span = self._segments[run, starts[run]].spans
                 span[file] = *span[file][:2], offset
         if torn is not None:
-            self.rejected.append(torn)
+            self.rejected[torn[0]] = torn[1]
 
 
 def _split(path: Path, offset: int = 0, number: int = 1) -> Iterator[tuple[int, int, bytes, bool]]:

@@ -23,6 +23,7 @@ __all__ = ["PartsFollower"]
 
 _CHUNK = 8 << 20
 _RECENT = 256  # lines of each rank that one poll decodes
+_START = 512
 _PATIENCE = 20.0  # seconds after which a step is shown without the ranks that have not written it
 
 
@@ -32,6 +33,7 @@ class _Tail:
 
     identity: tuple[int, int]
     checker: Checker
+    start: bytes = b""  # of the file: a new file under the same name begins differently
     offset: int = 0
     rest: bytes = b""
 
@@ -76,7 +78,7 @@ class PartsFollower:
         """
         new, files = NewLines(), rank_files(self.path)
         new.exists = bool(files)
-        if any(file not in files or _identity(file) != tail.identity for file, tail in self._tails.items()):
+        if any(_replaced(file, tail) for file, tail in self._tails.items()):
             new.restarted = True
             self._reset()
         found: list[CheckedLine] = []
@@ -91,6 +93,7 @@ class PartsFollower:
         recent: deque[bytes] = deque(maxlen=_RECENT)
         unreadable = 0
         with file.open("rb") as opened:
+            tail.start = opened.read(_START)
             opened.seek(tail.offset)
             while chunk := opened.read(_CHUNK):
                 tail.offset += len(chunk)
@@ -161,8 +164,14 @@ class PartsFollower:
 
 
 def _identity(file: Path) -> tuple[int, int]:
-    try:
-        about = file.stat()
-    except FileNotFoundError:
-        return 0, 0
+    about = file.stat()
     return about.st_dev, about.st_ino
+
+
+def _replaced(file: Path, tail: _Tail) -> bool:
+    try:
+        with file.open("rb") as opened:
+            start, size = opened.read(len(tail.start)), opened.seek(0, os.SEEK_END)
+    except FileNotFoundError:
+        return True
+    return _identity(file) != tail.identity or size < tail.offset or start != tail.start

@@ -161,7 +161,7 @@ def _headers(path: Path) -> tuple[list[Line], RejectedLines]:
 
 
 def _add_rejected(files: PartFiles, rejected: RejectedLines) -> None:
-    for where, why in files.rejected:
+    for where, why in files.rejected.items():
         rejected.add(where, why)
 
 
