@@ -127,7 +127,7 @@ class Engine:
         refused = mode.refusal(forwards)
         graphs = None if refused is not None else mode.graphs(forwards)
         due = refused is None and (mode.checks_every_step or self.replay_checks.due(graphs))
-        self.ranks.meet(step, f"{len(forwards)} forwards, {refused}, {due}")
+        self.ranks.meet(step, f"{len(forwards)} forwards{', which are checked' * due}{f' ({refused})' * bool(refused)}")
         if due:
             self.replay_checks.record(graphs, self._run(lambda: mode.check(inputs)))
 
@@ -271,6 +271,8 @@ class Engine:
             "margin": sums.margin,
             "method": mode.method,
         }
+        if self.ranks.link is not None:
+            fields["total"] = done.total
         if observed.curvature is not None:
             fields["curvature"] = observed.curvature
         if len(self.ranks.place.peers) > 1:
@@ -310,14 +312,16 @@ class Engine:
         if self.scale.given:
             backward = backward / scale
         fields = {**payload.aligned_fields(done), "backward_norm": backward, "loss_scale": scale}
+        if self.ranks.link is not None:
+            fields["total"] = done.total
         if self.capture.rewritten:
             fields["accumulated"] = self._accumulated()
         facts = self._facts(key, structure) | {"counts": [count for count, _ in found]}
         self._push(StepCodec("predicted", step, self.ranks.refresh(), facts), fields, loss, started)
 
-    def skipped(self, step: int, reason: str) -> None:
-        """Records that gradients led to no measured step."""
-        self.put(payload.skipped_part(step, time.time(), reason, self.ranks.place))
+    def skipped(self, step: int, reason: str, *, before: bool = False) -> None:
+        """Records that gradients led to no measured step; ``before`` if the step itself is still to come."""
+        self.put(payload.skipped_part(step, time.time(), reason, self.ranks.place, before=before))
 
     @staticmethod
     def _facts(key: StepKey, structure: StepStructure | None) -> dict[str, Any]:

@@ -97,6 +97,7 @@ class Monitor:
             batches.
         own_parameters: Regular expression on the names of parameters of which every rank holds its own, such as
             experts; not needed for DTensors and what DistributedDataParallel ignores.
+        pipeline: The ``torch.distributed.pipelining.PipelineStage`` whose module ``model`` is; for one record of all.
         merge: How one record of several ranks is made: ``"store"`` sends their sums to rank 0 in the background;
             ``"files"`` has each rank write a file of its own, and :func:`fastfs.load` merges them.
         rank_timeout: Longest time in seconds that a rank is waited for, in agreements and in the record.
@@ -139,6 +140,7 @@ class Monitor:
         scaler: Any = None,
         loss_weight: Weight = None,
         own_parameters: str | None = None,
+        pipeline: Any = None,
         merge: Literal["store", "files"] = "store",
         rank_timeout: float = 20.0,
         path: str | os.PathLike[str] | None = None,
@@ -178,7 +180,7 @@ class Monitor:
         )
         names = parameter_names(model, parameters.tensors)
         device = next(iter(names.values())).device
-        ranks = Ranks(model, names, loss_weight, own_parameters, rank_timeout)
+        ranks = Ranks(model, names, loss_weight, own_parameters, rank_timeout, pipeline)
         settings.check_together(ranks, mode, amplify)
         self._runner = runner = StepRunner(self._schedule, aligned, optimizers, sorted({"cpu", device.type}))
         self._header = make_header(
@@ -196,10 +198,10 @@ class Monitor:
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
             **describe(ranks.place),
         )
-        self._assembler = Assembler(self._header, quantiles)
         with ExitStack() as undo:  # a failed attach leaves nothing behind
             undo.callback(ranks.release)
-            ranks.attach()
+            self._header["layers"] = ranks.attach(self.layers)
+            self._assembler = Assembler(self._header, quantiles)
             self._recorder = open_recorder(
                 path,
                 sinks,
@@ -235,6 +237,7 @@ class Monitor:
                 device=device,
                 warn=runner.warn,
                 probe=chosen,
+                linked=(lambda forward: forward) if ranks.link is None else ranks.link.linked,
             )
             self._engine = Engine(
                 model=model,
@@ -251,6 +254,7 @@ class Monitor:
                 put=self._recorder.put,
             )
             self._capture.gradients = factor
+            self._capture.inputs_count = ranks.link is not None and ranks.link.number > 0
             runner.attach(self._capture, self._engine, self._recorder)
             self._steps = OptimizerSteps(found, runner)
             undo.callback(self._steps.close)

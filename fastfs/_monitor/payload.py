@@ -81,6 +81,14 @@ def structure_facts(cuts: LayerCuts) -> dict[str, Any]:
     return {"cut": cuts.cut, "reason": cuts.reason, "parameters": cuts.parameters}
 
 
-def skipped_part(step: int, when: float, reason: str, place: Place) -> RankPart:
-    """Returns the part of gradients that led to no measured step."""
-    return RankPart("skipped", step, when, place, {"reason": reason})
+def skipped_part(step: int, when: float, reason: str, place: Place, *, before: bool = False) -> RankPart:
+    """Returns the part of gradients that led to no measured step.
+
+    Args:
+        step: Number of the step.
+        when: Seconds since 1970.
+        reason: Why.
+        place: Where this rank stands.
+        before: Whether the step itself is still to come.
+    """
+    return RankPart("skipped", step, when, place, {"reason": reason}, {"before": before})

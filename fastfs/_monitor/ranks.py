@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfs._monitor.pipeline import StageLink, check_pipeline
 from fastfs._network import placements
 from fastfs._record.ranks.part import Place, Share
 from fastfs._record.ranks.run_store import RankError, RunStore
@@ -32,8 +34,10 @@ class Ranks:
         weight: w as the user declares it; None to take it from the wrappers of the model.
         own: Regular expression on the names of parameters of which every rank holds its own; None for none.
         timeout: Longest time to wait for another rank, in seconds.
+        pipeline: The stage of a pipeline that the model is; None without a pipeline.
 
     Attributes:
+        link: To the neighbours of the stage; None without a pipeline.
         store: Keys shared with the other ranks; None for a run of one rank.
         together: Whether second forwards run collectives, so that all ranks have to take part.
         meetings: How often this rank has been asked before a step, whatever it has answered.
@@ -44,8 +48,17 @@ class Ranks:
     """
 
     def __init__(
-        self, model: nn.Module, names: Mapping[str, Tensor], weight: Weight, own: str | None, timeout: float
+        self,
+        model: nn.Module,
+        names: Mapping[str, Tensor],
+        weight: Weight,
+        own: str | None,
+        timeout: float,
+        pipeline: Any = None,
     ) -> None:
+        if pipeline is not None:
+            check_pipeline(pipeline, model)
+        self.link = None if pipeline is None else StageLink(pipeline)
         self._model = model
         self._own = None if own is None else re.compile(own)
         self._weight = weight
@@ -54,7 +67,7 @@ class Ranks:
         self._names: dict[str, Tensor] = {}
         self._summed: list[int] = []
         self.store: RunStore | None = None
-        self.together = False
+        self.together = self._gathers = False
         self.meetings = 0
         self._asked: tuple[int, int] = (-1, 0)  # the last step before which it was, and how often: closures repeat
         self._meeting: str | None = None  # the step that all ranks have agreed to measure
@@ -66,27 +79,41 @@ class Ranks:
             ranks = tuple(range(distributed.get_world_size()))
             rank = distributed.get_rank()
             self.place = replace(self.place, rank=rank, ranks=ranks, peers=_peers(model, names, rank))
-            self.together = placements.replay_needs_ranks(model)
+            apart = self.link is not None or own is not None or bool(_ignored(model))
+            self.together = self._gathers = apart or placements.replay_needs_ranks(model)
+            if self.link is not None:
+                self.place = replace(self.place, stage=self.link.number, stages=self.link.stages)
             self.store = RunStore(ranks, rank, timeout)
         self.note_parameters(names)
 
-    def attach(self) -> None:
-        """Waits until all ranks have attached a monitor, if they have to measure together.
+    def attach(self, layers: Sequence[str]) -> list[str]:
+        """Waits until all ranks have attached a monitor, if they have to measure together or have layers of their own.
+
+        Args:
+            layers: Names of the layers that this rank watches.
+
+        Returns:
+            Names of the layers of the record, stage by stage.
 
         Raises:
-            RankError: One has not; the message names it.
+            RankError: A rank has not attached one; the message names it.
         """
-        if not self.together or self.store is None:
-            return
+        if not self._gathers or self.store is None:
+            return list(layers)
         store = self.store.other_connection()
         store.timeout = _ATTACH_SECONDS
         try:
-            store.gather("attach", "here")
+            answers = [json.loads(each) for each in store.gather("attach", json.dumps([self.place.stage, *layers]))]
         except RankError as error:
             raise RankError(
-                f"fastfs.Monitor: {error}: the forward of {type(self._model).__name__} runs collectives, so every "
-                "rank has to attach a Monitor"
+                f"fastfs.Monitor: {error}: the ranks measure {type(self._model).__name__} together, so every rank has "
+                "to attach a Monitor"
             ) from None
+        names = list(dict.fromkeys(name for _, *own in sorted(answers, key=lambda each: each[0]) for name in own))
+        if names != list(layers):
+            places = {name: number for number, name in enumerate(names)}
+            self.place = replace(self.place, layers=tuple(places[name] for name in layers))
+        return names
 
     def release(self) -> None:
         """Undoes the attachment, which has failed."""

@@ -142,7 +142,7 @@ class StepRunner:
         if torch._C._current_graph_task_id() == -1:
             self._engine.factor.begin()
         if self._engine.factor.thrown_away():
-            self._engine.skipped(self.step, "gradients were thrown away without an optimizer step")
+            self._engine.skipped(self.step, "gradients were thrown away without an optimizer step", before=True)
             self._engine.factor.clear()
             self._capture.forget_gradients()
 

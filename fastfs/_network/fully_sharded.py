@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GatheredState", "GraphLeaves", "groups_of", "optimized_parameters", "states_of"]
+__all__ = ["GatheredState", "GraphLeaves", "groups_of", "optimized_parameters", "states_of", "swapped"]
 
 
 def states_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -56,6 +56,12 @@ def optimized_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
         for each in _forms(p)
     }
     return [(name, held.get(id(p), p)) for name, p in model.named_parameters()]
+
+
+def swapped(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    """Return the dictionaries of modules in which FSDP2 swaps sharded and gathered parameters."""
+    infos = [p._module_info for group in groups_of(modules) for p in group.fsdp_params]
+    return [module._parameters for info in infos for module in (info.module, *info.shared_modules)]
 
 
 def _forms(parameter: Any) -> list[Tensor]:

@@ -102,8 +102,8 @@ class Guard(TorchDispatchMode):
         journal: records the states of generators that the forward draws from.
         allowed: tensors that the forward may write to.
         inputs: copies of the forward's inputs.
-        protected: returns the tensors that belong to training. Called only for writes by code that manages its own
-            memory (compiled graphs, sharding).
+        protected: returns the tensors that belong to training. Called once, and only for writes by code that manages
+            its own memory (compiled graphs, sharding).
         plans: plans of operations from earlier guards, to be reused.
         single: whether to compute in float32 what the model would compute in 16 bits.
         collectives: whether the forward may communicate with other ranks, because they all run it.
@@ -132,6 +132,7 @@ class Guard(TorchDispatchMode):
         self._made = {storage for tensor in allowed for storage in storages(tensor)}
         self._inputs = {storage for tensor in inputs for storage in storages(tensor)}
         self._protected = protected
+        self._belonging: set[int] | None = None  # storages of the protected tensors, once they are needed
         self._single = single
         self._plans: Plans = {} if plans is None else plans
         self._generators: set[int] = set()
@@ -208,7 +209,9 @@ class Guard(TorchDispatchMode):
         """Whether the memory is scratch space of generated code that does not belong to training."""
         if not _managed():
             return False
-        return not any(storage in storages(tensor) for tensor in self._protected())
+        if self._belonging is None:
+            self._belonging = {each for tensor in self._protected() for each in storages(tensor)}
+        return storage not in self._belonging
 
     def _note_generator(self, generator: Any) -> None:
         if isinstance(generator, torch.Generator) and id(generator) not in self._generators:

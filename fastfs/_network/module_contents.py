@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastfs._network.fully_sharded import swapped
 from fastfs._network.guard import WriteError
 from fastfs._network.inventory import ITERATORS, Content, Inventories, put, same
 from fastfs._network.placements import local
@@ -119,14 +120,16 @@ class ContentsCopy:
         self._held = held
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # id -> tensor, kept so that the id stays unique, and copy
         self._iterators: dict[int, tuple[Any, Any]] = {}
-        self._replaced: set[int] = set()  # dictionaries that torch.func.functional_call fills for this forward alone
+        self._replaced: set[int] = set()  # dictionaries whose content does not belong to the snapshot
         if held.with_tensors:
             self._copy(modules, owned())
+        self._replaced.update(map(id, swapped(modules)))  # they follow what FSDP2 has gathered now
         self._generators = [_generator_state(generator) for generator in held.generators]
 
     def _copy(self, modules: Sequence[nn.Module], owned: set[int]) -> None:
         left = _COPIED
         buffers = {id(module._buffers) for module in modules}
+        # torch.func.functional_call fills these for this forward alone.
         self._replaced = {id(m._parameters) for m in modules if any(map(_stands_in, m._parameters.values()))}
         for holder, content in self._held.with_tensors:
             if id(holder) in self._replaced:

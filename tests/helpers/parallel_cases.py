@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fastfs
 
-BATCH, TOKENS, WIDTH, CLASSES, STEPS = 8, 4, 8, 5, 4
+BATCH, TOKENS, WIDTH, CLASSES, STEPS = 24, 4, 8, 5, 3
 LAYERS = r"^(embed|blocks\.\d+|blocks\.\d+\.(up|down)|norm)$"
 
 
@@ -110,11 +110,24 @@ def offload(model: Net) -> Prepared:
     return fsdp(model, offload_policy=CPUOffloadPolicy(pin_memory=False))
 
 
+def fsdp_compiled(model: Net) -> Prepared:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return fsdp(model)
+
+
+def fsdp_recomputed(model: Net) -> Prepared:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for index, block in enumerate(model.blocks):
+        model.blocks[index] = checkpoint_wrapper(block)
+    return fsdp(model)
+
+
 def _parallelize(model: Net, mesh: Any, *, sequence: bool) -> None:
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
-        PrepareModuleInput,
         RowwiseParallel,
         SequenceParallel,
         parallelize_module,
@@ -136,7 +149,6 @@ def _parallelize(model: Net, mesh: Any, *, sequence: bool) -> None:
             "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
         }
         parallelize_module(model, mesh, outer)
-        del PrepareModuleInput
 
 
 def tp(model: Net, *, sequence: bool = False) -> Prepared:
@@ -156,6 +168,8 @@ MESHES: dict[str, Callable[[Net], Prepared]] = {
     "single": single,
     "ddp": ddp,
     "fsdp": fsdp,
+    "fsdp_compiled": fsdp_compiled,
+    "fsdp_recomputed": fsdp_recomputed,
     "fsdp_keep": functools.partial(fsdp, reshard_after_forward=False),
     "hsdp": hsdp,
     "offload": offload,

@@ -93,9 +93,9 @@ def run_stores(base: Any, world: int, timeout: float) -> list[RunStore]:
         return [RunStore(range(world), rank, timeout) for rank in range(world)]
 
 
-def small_part(rank: int, step: int, world: int, kind: str = "measured") -> RankPart:
+def small_part(rank: int, step: int, world: int, kind: str = "measured", **facts: Any) -> RankPart:
     place = Place(rank, tuple(range(world)), (rank,))
-    return RankPart(kind, step, float(step), place, {"loss": 1.0}, {}, {"sums": np.full((2, 9), rank + 1.0)})
+    return RankPart(kind, step, float(step), place, {"loss": 1.0}, facts, {"sums": np.full((2, 9), rank + 1.0)})
 
 
 class CountingAssembler:

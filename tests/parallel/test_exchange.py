@@ -118,7 +118,7 @@ def test_a_late_rank_is_waited_for_again_once_it_is_heard_of(clock: Clock) -> No
 def test_several_parts_of_a_step_are_matched_in_order() -> None:
     gatherer = Gatherer(CountingAssembler(), [0, 1], list, TIMEOUT, print)
     for rank in (0, 1):
-        gatherer.take([small_part(rank, 3, 2, "skipped"), small_part(rank, 3, 2), small_part(rank, 4, 2)])
+        gatherer.take([small_part(rank, 3, 2, "skipped", before=True), small_part(rank, 3, 2), small_part(rank, 4, 2)])
     records = gatherer.collect(force=False, last=False)
     assert [(r.kind, r.step, r.scalars["who"]) for r in records] == [
         ("skipped", 3, "0,1"), ("measured", 3, "0,1"), ("measured", 4, "0,1"),

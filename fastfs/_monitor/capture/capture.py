@@ -87,6 +87,7 @@ class Capture(StepCapture):
         self.rewritten: list[Tensor] = []  # device flags: gradients were changed, not zeroed, between micro-batches
         self.replayer = Replayer(layers, self.switch, sampler, owned)
         self.gradients: GradientWatch | None = None
+        self.inputs_count = False  # inputs stand for parameters of the stages before
         self.recover = listener.recover
         self._norms = BackwardNorms(len(layers))
         self._task = -1  # the backward that began last
@@ -273,7 +274,9 @@ class Capture(StepCapture):
         inputs, captured.inputs_seen = [x for x, _ in captured.inputs_seen], []
         edges, captured.edges = captured.edges, []
         if any(edge is not None for calls in edges for edge in calls):
-            captured.signature, graph = self._graphs.find(edges, outputs, self._leaves.now(), captured.since, inputs)
+            leaves = [x for x in inputs if self.inputs_count and x.requires_grad and x.is_leaf]
+            captured.leaves, tensors = len(leaves), [*self._leaves.now(), *leaves]
+            captured.signature, graph = self._graphs.find(edges, outputs, tensors, captured.since, inputs)
             captured.trace = graph.trace
             captured.dependent = captured.dependent or graph.older
 

@@ -119,6 +119,7 @@ class ForwardCapture:
         self.trace: Trace | None = None
         self.signature: Hashable = None
         self.reached: dict[int, set[int]] = {}  # outputs that a backward reached, by the number of the backward
+        self.leaves = 0  # inputs that count as parameters, after the parameters
         self.outputs: list[int] = []  # of these, those that a training backward reached
         # Reasons why a second forward would differ from this one.
         self.writes_inputs = False

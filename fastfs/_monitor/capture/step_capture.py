@@ -64,8 +64,9 @@ class StepCapture:
 
     @property
     def waiting(self) -> list[ForwardCapture]:
-        """The forwards of the current step that have had a backward so far."""
-        return self._forwards
+        """The forwards of the current step that have had a backward of training so far."""
+        counts = self._backwards.counts
+        return [captured for captured in self._forwards if any(map(counts, captured.backwards))]
 
     def _copy(self, captured: ForwardCapture, argument: Tensor) -> Tensor:
         """Copies an input, which may be modified in place after the forward, or the chosen samples of it."""

@@ -57,6 +57,7 @@ class Aligned:
             ones before.
         reason: int64 (L,), why the decrease is not known: a code of :mod:`fastfs._record.decrease_reasons`, 0 where it
             is known.
+        total: The decrease over all parameters, float64 (C,).
         variance: Variance of the decrease that comes from the sample of elements, float64 (C, L); 0 where all elements
             of the parameters were read. None if that holds for all layers. The norms are estimates from the same
             sample.
@@ -64,6 +65,7 @@ class Aligned:
 
     sums: Tensor
     reason: Tensor
+    total: Tensor
     variance: Tensor | None = None
 
     @property
@@ -76,7 +78,7 @@ class Aligned:
         """Returns the result for a step whose structure is not known."""
         nothing = torch.full((kinds, layers, 4), torch.nan, dtype=torch.float64, device=device)
         code = torch.full((layers,), decrease_reasons.STRUCTURE, dtype=torch.int64, device=device)
-        return cls(nothing, code)
+        return cls(nothing, code, nothing[:, 0, 0])
 
 
 def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, kinds: Tensor | None = None) -> Aligned:
@@ -97,6 +99,9 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, 
         values = values / torch.stack([factor, one, one, square, square][:width])  # <g, dw>, |w|^2, |dw|^2, |g|^2
     if kinds is not None:
         values = torch.where(kinds[:, :, None], values[:, None, :], 0.0).flatten(1)
+    if incidence.columns > len(values):  # inputs of a pipeline stage, which stand for the parameters of those before
+        values = torch.nn.functional.pad(values, (0, 0, 0, incidence.columns - len(values)))
+    total = -values[:, ::width].sum(dim=0)
     upstream, own = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in incidence.both(values))
     decrease = -upstream[:, :, 0]
     variance = None if found.sampling is None else upstream[:, :, -1]
@@ -105,12 +110,13 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, 
     else:
         decrease = torch.where(incidence.known, decrease, torch.nan)
         codes = torch.arange(1, len(decrease_reasons.REASONS), device=found.reason.device)
-        counts = incidence.upstream((found.reason[:, None] == codes).to(torch.float64))
+        bad = (found.reason[:, None] == codes).to(torch.float64)
+        counts = incidence.upstream(torch.nn.functional.pad(bad, (0, 0, 0, incidence.columns - len(bad))))
         first = torch.where(counts > 0, codes, len(decrease_reasons.REASONS)).amin(dim=1)
         reason = torch.where(first < len(decrease_reasons.REASONS), first, decrease_reasons.FINE)
         reason = torch.where(incidence.known, reason, decrease_reasons.NOTHING)
         reason = torch.where(decrease.isnan().any(dim=0), reason, decrease_reasons.FINE)
-    return Aligned(torch.cat([decrease[:, :, None], own[:, :, 1:4]], dim=2), reason, variance)
+    return Aligned(torch.cat([decrease[:, :, None], own[:, :, 1:4]], dim=2), reason, total, variance)
 
 
 _COLUMNS = [ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")]

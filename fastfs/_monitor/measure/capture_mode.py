@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class ModeResources:
         device: Device of the sums.
         warn: Called with a kind and a message if a layer cannot be measured.
         probe: The batch and loss of probe mode, else None.
+        linked: Returns a forward of the model in which a stage of a pipeline receives the activations of the one before
+            and passes its own on; without a pipeline the forward itself.
     """
 
     model: nn.Module
@@ -71,6 +73,7 @@ class ModeResources:
     device: torch.device
     warn: Callable[[str, str], None]
     probe: Probe | None
+    linked: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     def totals(self, rows: list[RowSums]) -> LayerSums:
         """Returns sums over rows as sums over layers."""

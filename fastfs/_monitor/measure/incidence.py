@@ -38,6 +38,7 @@ class Incidence:
     Attributes:
         known: Whether a layer has any parameters upstream, bool (L,); if not, it did not run or the graph hides it.
         everywhere: Whether all layers have.
+        columns: P, with the inputs of a pipeline stage after its parameters.
     """
 
     def __init__(self, upstream: ParameterSets | Tensor, own: ParameterSets | Tensor, device: torch.device) -> None:
@@ -48,7 +49,7 @@ class Incidence:
         self._sum_upstream = IntervalSums(self._upstream, device)
         self._sum_own = IntervalSums(self._own, device)
         self._sum_both = _direct((self._upstream, self._own), device)
-        self._parameters = self._upstream.columns
+        self.columns = self._upstream.columns
 
     def upstream(self, values: Tensor) -> Tensor:
         """Sums float64 (P, C) over the parameters upstream of each layer: (L, C)."""
@@ -60,7 +61,7 @@ class Incidence:
 
     def both(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Returns :meth:`upstream` and :meth:`own`, in fewer operations if the sets are small."""
-        if self._sum_both is None or values.shape[0] != self._parameters:
+        if self._sum_both is None or values.shape[0] != self.columns:
             return self.upstream(values), self.own(values)
         sums = self._sum_both(values)
         half = sums.shape[0] // 2

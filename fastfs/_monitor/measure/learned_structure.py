@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -124,8 +125,10 @@ class LearnedStructure:
         steps = [(p.trace, p.outputs or range(len(p.trace.outputs))) for p in graphs.values() if p.trace is not None]
         structure = None
         # A parameter group that was added after the forward is missing in its graph.
-        if len(steps) == len(graphs) and all(len(trace.wide) == len(parameters) for trace, _ in steps):
-            structure = join(steps, list(parameter_names(self._model, parameters)))
+        leaves = forwards[0].leaves
+        if len(steps) == len(graphs) and all(len(trace.wide) == len(parameters) + leaves for trace, _ in steps):
+            names = [*parameter_names(self._model, parameters), *(f"(input {i})" for i in range(leaves))]
+            structure = join(steps, names)
         if structure is None or structure.opaque:
             structure = otherwise()
         self.joins += 1
@@ -155,7 +158,11 @@ class LearnedStructure:
         if self._recorded is not None and (structure is self._recorded or structure.same_as(self._recorded)):
             return step, None
         self._recorded = structure
-        return step, LayerCuts(structure.cut, structure.reason, structure.counts)
+        counts = structure.counts
+        if (extra := structure.upstream_sets.columns - len(self._parameters)) > 0:  # inputs of a pipeline stage
+            own = np.repeat([1, 0], [len(self._parameters), extra])
+            counts = structure.upstream_sets.total(own).tolist()
+        return step, LayerCuts(structure.cut, structure.reason, counts)
 
     def find(self, key: StepKey) -> StepStructure | None:
         """Returns what was learned from steps like this one, or None if no such step was measured.

@@ -191,7 +191,7 @@ class TrainingMode(CaptureMode):
         return self._resources.assessor.refuse_other_masks(verdict, self._resources.totals(result.rows).stats)
 
     def _run_one(self, captured: ForwardCapture, forward: Callable[..., Any], **options: Any) -> ReplayedForward:
-        return self._resources.replayer.replay(captured, forward, **options)
+        return self._resources.replayer.replay(captured, self._resources.linked(forward), **options)
 
     def _run(self, forwards: Sequence[ForwardCapture], forward: Callable[..., Any], **options: Any) -> ReplaySums:
         result = ReplaySums()

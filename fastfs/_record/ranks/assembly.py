@@ -12,8 +12,9 @@ from fastfs._record import decrease_reasons, row_reasons
 from fastfs._record.columns import FROM_STATS, quantile_name
 from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
-from fastfs._record.ranks.merging import MergedParameters, MergedRows, batches, merge_parameters, merge_rows
+from fastfs._record.ranks.merging import MergedParameters, MergedRows
 from fastfs._record.ranks.part import Array, RankPart
+from fastfs._record.ranks.stages import MergedStep, expanded, merge
 from fastfs._record.record import Record
 from fastfs._stats import FeatureStats
 
@@ -39,6 +40,7 @@ class Assembler:
         self._groups = [[places[name] for name in members] for members in (header.get("groups") or {}).values()]
         self.quantiles = tuple(quantiles)
         self.angles = LastAngles(self._layers)
+        self._known: dict[str, list[Any]] = {}  # the last structure
 
     def records(self, parts: Sequence[RankPart]) -> list[Record]:
         """Returns the records of one step.
@@ -46,6 +48,8 @@ class Assembler:
         Args:
             parts: Of the ranks that have sent one, in the order of their numbers; at least one.
         """
+        structure = self._structure(parts)
+        parts = [expanded(part, self._layers) for part in parts]
         found = [part for part in parts if part.kind != "skipped"]
         if not found:
             return [_skipped(parts[0], parts)]
@@ -55,25 +59,35 @@ class Assembler:
             columns, scalars = self._measured(found) if kind == "measured" else self._predicted(found)
         first = found[0]
         result = [Record(kind, first.step, first.time, scalars, columns)]
-        structure = next((part.facts["structure"] for part in found if part.facts.get("structure")), None)
         if structure is not None:
-            padded = {name: self._padded(column) for name, column in structure.items()}
-            result.insert(0, Record("structure", first.step, first.time, {}, padded))
+            result.insert(0, Record("structure", first.step, first.time, {}, structure))
         left_out = [part for part in parts if part.kind == "skipped"]
         if left_out:
             result.append(_skipped(first, left_out))
         return result
 
+    def _structure(self, parts: Sequence[RankPart]) -> dict[str, list[Any]] | None:
+        """Returns the columns of a structure that differs from the last one, of all stages; None if none does."""
+        new = False
+        for part in parts:
+            found = part.facts.get("structure")
+            if found is None:
+                continue
+            new = True
+            for name, column in found.items():
+                known = self._known.setdefault(name, [None] * self._layers)
+                for place, value in zip(part.place.layers or range(self._layers), column, strict=True):
+                    known[place] = value
+        return {name: self._padded(column) for name, column in self._known.items()} if new else None
+
     # Kinds of records
 
     def _measured(self, parts: Sequence[RankPart]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        together = batches(parts)
-        whole = sum(map(len, together)) == len(parts[0].place.ranks)
-        together = together or [[parts[0]]]
-        weights = _weights(together, parts)
-        rows, parameters = merge_rows(together, weights), merge_parameters(parts)
+        step = merge(parts)
+        rows, parameters = step.rows, step.parameters
+        assert rows is not None
         reason = rows.reason
-        if not whole:
+        if not step.whole:
             reason = np.where(reason == 0, row_reasons.MISSING_RANKS, reason)
         stats = FeatureStats(torch.from_numpy(self._with_groups(rows.sums)))
         codes = self._worst(reason)
@@ -94,11 +108,12 @@ class Assembler:
         columns["linear"] = self._padded([None if x != x else bool(x) for x in linear.tolist()])
         columns |= self._aligned(parameters)
         self._add_quantiles(columns, parts)
-        scalars = _scalars(together, weights)
+        scalars = _scalars(parts, step)
         if len(parts[0].place.ranks) > 1:
             scalars["ranks"] = len(parts)
             columns |= {name: self._padded(column) for name, column in between.columns(rows).items()}
-        factor = scalars.pop("gradient_factor", 1.0)
+        factor = scalars.pop("gradient_factor", 1.0) if parts[0].place.stages == 1 else 1.0  # a schedule may scale
+        scalars.pop("gradient_factor", None)
         scale = between.gradient_scale(residual, rows.sums, reason == 0)
         scalars["gradient_scale"] = None if scale is None else scale * factor
         where = (reason == 0) & cut & (linear == 1)
@@ -106,22 +121,13 @@ class Assembler:
         return columns, scalars
 
     def _predicted(self, parts: Sequence[RankPart]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        together = batches(parts)
-        whole = sum(map(len, together)) == len(parts[0].place.ranks)
-        together = together or [[parts[0]]]
-        weights = _weights(together, parts)
-        parameters = merge_parameters(parts)
-        squares, counts = np.zeros(self._layers), np.zeros(self._layers)
-        for peers, weight in zip(together, weights, strict=True):
-            norms = np.stack([part.arrays["backward_norm"] for part in peers])
-            sizes = np.stack([np.asarray(part.facts["counts"], dtype=np.float64) for part in peers])
-            same = (np.abs(norms - norms[0]) <= 1e-9 * norms[0]).all(axis=0) & (sizes == sizes[0]).all(axis=0)
-            squares += weight**2 * np.where(same, norms[0] ** 2, (norms**2).sum(axis=0))
-            counts += np.where(same, sizes[0], sizes.sum(axis=0))
-        norm, root = np.sqrt(squares), np.sqrt(counts)
+        step = merge(parts)
+        parameters = step.parameters
+        assert step.backward is not None
+        norm, root = step.backward[0], np.sqrt(step.backward[1])
         speed = np.full(self._layers, np.nan)
         cosine = self.angles.find(_key(parts))
-        if cosine is not None and whole:
+        if cosine is not None and step.whole:
             # Section 2, the feature speed formula, with the last measured angle.
             speed = parameters.decrease / (cosine * norm)
         usable = _cut(parts, self._layers) & (speed > 0)
@@ -132,7 +138,7 @@ class Assembler:
         columns = self._aligned(parameters)
         columns["backward_rms"] = self._padded((norm / np.where(root > 0, root, np.nan)).tolist())
         columns["update_rms"] = self._padded(np.where(usable, speed / root, np.nan).tolist())
-        scalars = _scalars(together, weights)
+        scalars = _scalars(parts, step)
         scalars.pop("gradient_factor", None)
         if len(parts[0].place.ranks) > 1:
             scalars["ranks"] = len(parts)
@@ -222,35 +228,27 @@ def _cut(parts: Sequence[RankPart], layers: int) -> Any:
 
 
 def _key(parts: Sequence[RankPart]) -> tuple[bytes, tuple[bool, ...]]:
-    """Returns which parameters received a gradient on any rank, and which layers ran on any."""
-    touched = [part.facts["touched"] for part in parts]
-    ran = [part.facts["ran"] for part in parts]
-    if len({*map(len, touched)}) > 1:
-        return bytes(touched[0]), tuple(ran[0])
-    return bytes(map(max, zip(*touched, strict=True))), tuple(map(any, zip(*ran, strict=True)))
+    """Returns which parameters received a gradient on any rank, stage by stage, and which layers ran on any."""
+    touched: list[bytes] = []
+    for stage in sorted({part.place.stage for part in parts}):
+        own = [part.facts["touched"] for part in parts if part.place.stage == stage]
+        same = [each for each in own if len(each) == len(own[0])]
+        touched.append(bytes(map(max, zip(*same, strict=True))) if own[0] else b"")
+    return b"".join(touched), tuple(map(any, zip(*(part.facts["ran"] for part in parts), strict=True)))
 
 
-def _weights(together: Sequence[Sequence[RankPart]], parts: Sequence[RankPart]) -> list[float]:
-    """Returns w of every batch: as its ranks say, or one by the number of batches."""
-    place = parts[0].place
-    missing = len(place.ranks) - len(parts)
-    shared = max(map(len, together))
-    every = len(together) + -(-missing // shared)
-    return [1.0 / every if peers[0].place.weight is None else peers[0].place.weight for peers in together]
-
-
-def _scalars(together: Sequence[Sequence[RankPart]], weights: Sequence[float]) -> dict[str, Any]:
+def _scalars(parts: Sequence[RankPart], step: MergedStep) -> dict[str, Any]:
     """Returns the values per step: sums over the batches for what counts, the weighted sum of the losses."""
-    firsts = [peers[0].scalars for peers in together]
+    firsts = [peers[0].scalars for peers in step.together]
     scalars = dict(firsts[0])
     losses = [each["loss"] for each in firsts]
     if len(firsts) > 1:
         known = all(loss is not None for loss in losses)
-        scalars["loss"] = sum(w * x for w, x in zip(weights, losses, strict=True)) if known else None
+        scalars["loss"] = sum(w * x for w, x in zip(step.weights, losses, strict=True)) if known else None
     for name in ("micro_batches", "choices", "choices_changed"):
         if name in scalars:
             scalars[name] = sum(each.get(name, 0) for each in firsts)
-    scalars["overhead_seconds"] = max(part.scalars["overhead_seconds"] for peers in together for part in peers)
+    scalars["overhead_seconds"] = max(part.scalars["overhead_seconds"] for part in parts)
     return scalars
 
 

@@ -215,7 +215,7 @@ class Gatherer:
         self._late: set[int] = set()
         self._steps: dict[Key, dict[int, RankPart]] = {}
         self._since: dict[Key, float] = {}
-        self._remarks: dict[int, list[RankPart]] = {}  # by step: parts that say what has failed after the rank's row
+        self._remarks: dict[Key, list[RankPart]] = {}  # further parts of a rank: what failed after its row
         self._values = 0  # in the parts that wait
         self._keys = PartKeys(ranks)
         self._done = FIRST
@@ -254,8 +254,8 @@ class Gatherer:
     def _add(self, rank: int, part: RankPart) -> None:
         key = self._keys.of(rank, part)
         self._late.discard(rank)
-        if key is None and part.step >= self._done[0]:
-            self._remarks.setdefault(part.step, []).append(part)
+        if key is None and part.key >= self._done:
+            self._remarks.setdefault(part.key, []).append(part)
             return
         if key is None or key <= self._done:
             self.lost += 1
@@ -283,9 +283,9 @@ class Gatherer:
             del self._since[key]
             self._values -= sum(part.size for part in parts.values())
             self._done = key
-            remarks = self._remarks.pop(key[0], [])
+            remarks = self._remarks.pop(key, [])
             records += assembled(self._assembler, [*(parts[rank] for rank in sorted(parts)), *remarks])
-        if (late := self._remarks.pop(self._done[0], None)) and self._done not in self._steps:
+        if late := self._remarks.pop(self._done, None):
             records += assembled(self._assembler, late)
         return records
 

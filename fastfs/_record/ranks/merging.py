@@ -24,7 +24,15 @@ from fastfs._record import decrease_reasons, row_reasons
 from fastfs._record.ranks.part import SPREAD, Array, RankPart
 from fastfs._stats import FeatureStats
 
-__all__ = ["MergedParameters", "MergedRows", "batches", "merge_parameters", "merge_rows"]
+__all__ = [
+    "MergedParameters",
+    "MergedRows",
+    "batches",
+    "merge_norms",
+    "merge_parameters",
+    "merge_rows",
+    "weights_of",
+]
 
 _SAME = 1e-9  # relative difference up to which two ranks report the same sums
 _NAMES = FeatureStats.names
@@ -53,12 +61,14 @@ class MergedParameters:
         variance: Of D by sampling, (L,); None if every rank has read everything.
         norms: |w|, |dw| and |g|, (L, 3).
         reason: Why D is not known: codes of :mod:`fastfs._record.decrease_reasons`, (L,).
+        total: In a pipeline, D over all parameters of the stage.
     """
 
     decrease: Array
     variance: Array | None
     norms: Array
     reason: Any
+    total: float
 
 
 @dataclass
@@ -186,6 +196,7 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
     sampled = any("variance" in each for each in arrays)
     variance = np.zeros(layers)
     reason = np.zeros(layers, dtype=np.int64)
+    total = 0.0
     for key in keys:
         held: dict[int, list[tuple[int, RankPart]]] = {}
         shards = 1
@@ -197,22 +208,55 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
         if len(held) < shards:
             reason = np.where(reason == 0, decrease_reasons.MISSING_RANKS, reason)
         for copies in held.values():
-            number, part = min(copies, key=lambda pair: _unknown(*pair))
-            own = part.arrays["aligned"][number]
-            for other, replica in copies:
-                differ = _differ(own, replica.arrays["aligned"][other]) & _comparable(part, replica)
+            number, part = copies[0]
+            own, codes = part.arrays["aligned"][number], part.arrays["decrease_reason"].astype(np.int64)
+            for other, replica in copies[1:]:
+                theirs = replica.arrays["aligned"][other]
+                differ = _differ(own, theirs) & _comparable(part, replica)
                 reason = np.where((reason == 0) & differ, decrease_reasons.RANKS_DIFFER, reason)
+                unknown = np.isnan(own[:, 0]) & ~np.isnan(theirs[:, 0])  # a layer that only some ranks have
+                own = np.where(unknown[:, None], theirs, own)
             sums += own / [1.0, *[part.place.shares[number].summands] * 3]  # all summands have the whole |w| and |dw|
             if "variance" in part.arrays:
                 variance += part.arrays["variance"][number]
-            codes = part.arrays["decrease_reason"].astype(np.int64)
+            total += float(part.arrays["total"][number]) if "total" in part.arrays else 0.0
             reason = np.where((reason == 0) & np.isnan(own[:, 0]), codes, reason)
     decrease = np.where(reason == 0, sums[:, 0], np.nan)
-    return MergedParameters(decrease, variance if sampled else None, np.sqrt(sums[:, 1:]), reason)
+    complete = not (reason == decrease_reasons.MISSING_RANKS).any()
+    return MergedParameters(
+        decrease, variance if sampled else None, np.sqrt(sums[:, 1:]), reason, total if complete else np.nan
+    )
 
 
-def _unknown(number: int, part: RankPart) -> int:
-    return int(np.isnan(part.arrays["aligned"][number][:, 0]).sum())
+def merge_norms(found: Sequence[Sequence[RankPart]], weights: Sequence[float]) -> tuple[Array, Array]:
+    """Returns norms and numbers of elements of the backward vectors of all batches, (L,) each.
+
+    Args:
+        found: From :func:`batches`, at least one.
+        weights: w of each.
+    """
+    squares: Any = 0.0
+    counts: Any = 0.0
+    for peers, weight in zip(found, weights, strict=True):
+        norms = np.stack([part.arrays["backward_norm"] for part in peers])
+        sizes = np.stack([np.asarray(part.facts["counts"], dtype=np.float64) for part in peers])
+        norms = np.where(sizes == 0, 0.0, norms)  # the layer did not run here, or only some ranks have it
+        same = (np.abs(norms - norms[0]) <= _SAME * norms[0]).all(axis=0) & (sizes == sizes[0]).all(axis=0)
+        squares = squares + weight**2 * np.where(same, norms[0] ** 2, (norms**2).sum(axis=0))
+        counts = counts + np.where(same, sizes[0], sizes.sum(axis=0))
+    return np.sqrt(np.where(counts > 0, squares, np.nan)), counts
+
+
+def weights_of(found: Sequence[Sequence[RankPart]], missing: int) -> list[float]:
+    """Returns w of every batch: as its ranks say, or one by the number of batches.
+
+    Args:
+        found: From :func:`batches`, at least one.
+        missing: Number of ranks that have sent nothing.
+    """
+    shared = max(map(len, found))
+    every = len(found) + -(-missing // shared)
+    return [1.0 / every if peers[0].place.weight is None else peers[0].place.weight for peers in found]
 
 
 def _comparable(a: RankPart, b: RankPart) -> Any:

@@ -48,6 +48,7 @@ class Place:
         shares: The kinds of parameters, in the order of the sums over parameters.
         stage: Number of its pipeline stage, and ...
         stages: ... how many there are.
+        layers: Numbers of its layers among those of the record; None for all, in this order.
     """
 
     rank: int = 0
@@ -57,6 +58,7 @@ class Place:
     shares: tuple[Share, ...] = (Share("", 1, 0),)
     stage: int = 0
     stages: int = 1
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Place:
@@ -69,6 +71,7 @@ class Place:
             tuple(Share(*each) for each in values["shares"]),
             values["stage"],
             values["stages"],
+            None if values["layers"] is None else tuple(values["layers"]),
         )
 
 
@@ -87,7 +90,8 @@ class RankPart:
             ``FeatureStats.names``, ``spread`` (L, 6) covariances of <b, df>, |df|^2, |b|^2 relative to these,
             ``margin`` (L,), ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q). Predicted: ``backward_sq``
             (L,), ``count`` (L,). Both: ``aligned`` (C, L, 4) with decrease, |w|^2, |dw|^2, |g|^2; ``variance`` (C, L)
-            of the decrease by sampling; ``decrease_reason`` (L,).
+            of the decrease by sampling; ``decrease_reason`` (L,); in a pipeline ``total`` (C,), the decrease over all
+            parameters of the stage.
     """
 
     kind: str
@@ -97,6 +101,11 @@ class RankPart:
     scalars: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     arrays: dict[str, Array] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[int, bool]:
+        """The step, and whether it is the step itself or gradients that were thrown away before it: the order."""
+        return self.step, not self.facts.get("before", False)
 
     @property
     def size(self) -> int:

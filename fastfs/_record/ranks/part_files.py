@@ -131,10 +131,15 @@ class PartFiles:
 
     def lines(self) -> Iterator[Line]:
         """Yields the lines of the record, in order."""
+        assemblers: dict[str, tuple[Any, Assembler]] = {}
         states: dict[str, Any] = {}  # of the angles where the next start of each run resumes
         for segment in self._segments.values():
             header = self._first(segment)
-            assembler = Assembler(header, header.get("quantiles") or ())
+            quantiles = header.get("quantiles") or ()
+            made_for, assembler = assemblers.get(segment.run, (None, Assembler(header, quantiles)))
+            if made_for not in (None, (header.get("groups"), quantiles)):
+                assembler = Assembler(header, quantiles)
+            assemblers[segment.run] = (header.get("groups"), quantiles), assembler
             if segment.run in states:
                 assembler.angles.load_state_dict(states[segment.run])
             yield header_of_run(header)

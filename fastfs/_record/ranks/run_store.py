@@ -165,9 +165,10 @@ class RunStore:
         store, patience = self._store, min(self.timeout, _HASTY) if self._hasty else self.timeout
         if refusal is not None:
             return _text(store.compare_set(key, "", f"rank {self.rank}: {refusal}"))
-        vote = f"={vote}"  # the empty value would count as none
-        if _text(store.compare_set(f"{key}/vote", "", vote)) != vote:
-            return _text(store.compare_set(key, "", f"rank {self.rank} has run other forwards than the others"))
+        vote = vote or "-"  # the empty value would count as none
+        first = _text(store.compare_set(f"{key}/vote", "", vote))
+        if first != vote:
+            return _text(store.compare_set(key, "", f"rank {self.rank} has run {vote}, another rank {first}"))
         if store.add(f"{key}/votes", 1) == len(self.ranks):
             return _text(store.compare_set(key, "", _GO))
         try:
