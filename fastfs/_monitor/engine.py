@@ -81,6 +81,7 @@ class Engine:
         self._loss_scale: Tensor | None = None  # of the current step
         self._found_inf: Tensor | None = None
         self._written: Tensor | None = None  # whether a parameter was written to since the forward, bool ()
+        self._agreed: StepInputs | None = None  # of second forwards that all ranks are about to run
         self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
 
     # Around the optimizers
@@ -132,12 +133,23 @@ class Engine:
 
     def _run(self, forwards: Callable[[], T]) -> T:
         """Runs forwards of the monitor's own, which may communicate only if the ranks have agreed to run them."""
+        self._agreed = None
         self.capture.replayer.collectives = self.ranks.alone or self.ranks.together
+        self.capture.replayer.together = self.ranks.together
         try:
             return forwards()
         except CollectiveError as error:
             self.ranks.together = True
             raise RankError(f"{error}: from the next measured step on, all ranks measure together") from error
+
+    def accompany(self) -> None:
+        """Runs the second forwards that the other ranks run, if they were agreed upon and this rank has failed since.
+
+        Their results are not used.
+        """
+        agreed, self._agreed = self._agreed, None
+        if agreed is not None:
+            self._run(lambda: self.mode.accompany(agreed))
 
     def _written_since(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> Tensor | None:
         """Returns whether a parameter was written to since one of the forwards began: bool (), None if unknown."""
@@ -169,7 +181,7 @@ class Engine:
         """Forgets the step that is over."""
         self.parameters.clear()
         self.factor.clear()
-        self._loss_scale = self._found_inf = self._written = None
+        self._loss_scale = self._found_inf = self._written = self._agreed = None
         self.mode.clear()
 
     def close(self) -> None:
@@ -217,6 +229,8 @@ class Engine:
             if any(p.writes_parameters for p in forwards):
                 raise WriteError("a parameter has another version after it", inputs=False)
         self.ranks.meet_again()
+        if self.ranks.together:
+            self._agreed = StepInputs(forwards, self._perturbed, self.parameters.tensors, self._previous)
         update = self.parameters.take(self.device)
         moved = (update.reason == decrease_reasons.MOVED).any()
         if forwards:

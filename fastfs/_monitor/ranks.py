@@ -40,6 +40,7 @@ class Ranks:
         link: To the neighbours of the stage; None without a pipeline.
         store: Keys shared with the other ranks; None for a run of one rank.
         together: Whether second forwards run collectives, so that all ranks have to take part.
+        meetings: How often this rank has been asked before a step, whatever it has answered.
 
     Raises:
         RankError: The store of the process group does not answer, or other ranks do not attach.
@@ -67,6 +68,8 @@ class Ranks:
         self._summed: list[int] = []
         self.store: RunStore | None = None
         self.together = self._gathers = False
+        self.meetings = 0
+        self._asked: tuple[int, int] = (-1, 0)  # the last step before which it was, and how often: closures repeat
         self._meeting: str | None = None  # the step that all ranks have agreed to measure
         self.place = Place(weight=self._given_weight())
         if in_a_group():
@@ -196,10 +199,14 @@ class Ranks:
         Raises:
             RankError: The step is not measured; the message says why.
         """
+        self.meetings += 1
+        self._meeting = None
+        self._asked = (step, self._asked[1] + 1 if self._asked[0] == step else 0)
         if not self.together or self.store is None:
             return
-        self._decide(f"{step}/before", vote, refusal)
-        self._meeting = str(step)
+        name = f"{step}/{self._asked[1]}"
+        self._decide(f"{name}/before", vote, refusal)
+        self._meeting = name
 
     def meet_again(self, refusal: str | None = None) -> None:
         """Decides once more, after the optimizers have stepped, if all had agreed before.
@@ -207,9 +214,9 @@ class Ranks:
         Raises:
             RankError: The step is not measured; the message says why.
         """
-        step, self._meeting = self._meeting, None
-        if step is not None:
-            self._decide(f"{step}/after", "", refusal)
+        name, self._meeting = self._meeting, None
+        if name is not None:
+            self._decide(f"{name}/after", "", refusal)
 
     def _decide(self, name: str, vote: str, refusal: str | None) -> None:
         assert self.store is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,11 +10,12 @@ from typing import Any
 
 from fastfs._record.ranks.assembly import Assembler
 from fastfs._record.ranks.exchange import Alone, Collector, Gatherer, Inbox, PartRecords, Sender
+from fastfs._record.ranks.part_files import rank_path
 from fastfs._record.ranks.run_store import RunStore
 from fastfs._record.sinks.targets import as_sink, checked_targets
 from fastfs._record.writing.recorder import Recorder
 
-__all__ = ["RunRecord", "joined", "open_recorder", "rank_path"]
+__all__ = ["RunRecord", "joined", "open_recorder"]
 
 _SENDING_SECONDS = 1.0  # longest time that a part waits on a rank before it is sent
 
@@ -56,20 +58,16 @@ def joined(store: RunStore | None, header: dict[str, Any], assembler: Assembler,
         return RunRecord(lambda _warn: Alone(assembler), writes=True, rank=None, sends=False)
     header["run"] = store.first("run", header["run"])
     if merge == "files":
+        header |= {"rank": store.rank, "quantiles": list(assembler.quantiles)}
         return RunRecord(lambda _warn: PartRecords(), writes=True, rank=store.rank, sends=False)
     own = store.other_connection()
     if store.rank != store.ranks[0]:
         return RunRecord(lambda warn: Sender(own, warn), writes=False, rank=None, sends=True)
 
     def gatherer(warn: Callable[[str], None]) -> Collector:
-        return Gatherer(assembler, own.ranks, Inbox(own), own.timeout, warn)
+        return Gatherer(assembler, own.ranks, Inbox(own, warn), own.timeout, warn)
 
     return RunRecord(gatherer, writes=True, rank=None, sends=False)
-
-
-def rank_path(path: Path, rank: int) -> Path:
-    """Returns the file of one rank: ``run/record.jsonl`` -> ``run/record.rank3.jsonl``."""
-    return path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
 
 
 def open_recorder(
@@ -97,7 +95,7 @@ def open_recorder(
     if part is None:
         part = RunRecord(None, writes=True, rank=None, sends=False)
     if part.rank is not None:
-        targets = [rank_path(Path(target), part.rank) for target in targets[:1]]
+        targets = [rank_path(_only_path(targets), part.rank)]
     if not part.writes:
         targets = []
     if part.sends:
@@ -112,3 +110,19 @@ def open_recorder(
         recorder = Recorder(opened, header, collector=part.collector, **options)
         undo.pop_all()
     return recorder
+
+
+def _only_path(targets: list[Any]) -> Path:
+    """Returns the path from which the names of the ranks' files are made.
+
+    Raises:
+        ValueError: There are other sinks, or it is no file of JSON lines.
+    """
+    only = targets[0]
+    lines = isinstance(only, (str, os.PathLike)) and not os.fspath(only).rstrip("/").endswith(".parquet")
+    if len(targets) > 1 or not lines or (isinstance(only, str) and only.startswith("tensorboard:")):
+        raise ValueError(
+            'merge="files": expected one path of JSON lines and no sinks, since the records are made when the files of '
+            f"the ranks are loaded, got {', '.join(map(repr, targets))}"
+        )
+    return Path(only)

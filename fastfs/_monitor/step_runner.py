@@ -105,10 +105,11 @@ class StepRunner:
     def before(self, optimizer: int, first: bool) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
         self.recover()
-        which = self._optimizers[optimizer]
-        if self._failed and self.measures and first:
-            self._abstain(lambda: self._engine.ranks.meet(self.step, "", self._why or "its measurement failed"))
+        which, ranks = self._optimizers[optimizer], self._engine.ranks
+        met = ranks.meetings
         self._run(lambda: self._engine.before(which, optimizer, self.step, first=first, measured=self.measures))
+        if self._failed and self.measures and first and ranks.meetings == met:
+            self._abstain(lambda reason: ranks.meet(self.step, "", reason))
 
     def after(self, optimizer: int) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
@@ -120,8 +121,10 @@ class StepRunner:
             self._finishing = self.step  # until the end is over: after an interrupt, recover() completes it
             self._settle()
             self._attempt(self._complete)
+            self._leave()
             self._attempt(self._report)
         except Exception as error:  # of _settle, or a warning that a filter turns into an error
+            self._leave()
             self.failed(error)
         finally:
             try:
@@ -185,15 +188,20 @@ class StepRunner:
             self._interrupted = True
             raise
 
-    def _abstain(self, tell: Callable[[], None]) -> None:
-        """Tells the other ranks that this one does not measure the step, so that they do not wait for it."""
+    def _abstain(self, tell: Callable[[str], None]) -> None:
+        """Tells the other ranks why this one does not measure the step, so that they do not wait for it."""
         with suppress(RankError):
-            tell()
+            tell(self._why or "its measurement failed")
+
+    def _leave(self) -> None:
+        """After a failure, does for the other ranks what they wait for: an answer, or the forwards agreed upon."""
+        if self.measures:
+            self._abstain(self._engine.ranks.meet_again)
+            with suppress(Exception):
+                self._engine.accompany()
 
     def _complete(self) -> None:
         """Measures or predicts the step that is over."""
-        if self._failed and self.measures:
-            self._abstain(lambda: self._engine.ranks.meet_again(self._why or "its measurement failed"))
         if (self.measures or self.aligns) and not self._failed:
             started = time.perf_counter()
             self._journal.note(GlobalState(self._device_types).restore)

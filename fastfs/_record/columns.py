@@ -18,6 +18,7 @@ __all__ = [
     "FROM_STATS",
     "KEYS",
     "KINDS",
+    "PART",
     "PER_LAYER",
     "PER_STEP",
     "ROW_KINDS",
@@ -34,6 +35,9 @@ SCHEMAS = (1, 2)
 """Versions that the readers accept."""
 
 KINDS = ("header", "structure", *ROW_KINDS, "skipped", "alert")
+
+PART = "part"
+"""Kind of the lines in the file of one rank: what it contributes to a step, from which readers make records."""
 
 _STANDARD_ERROR = "standard error of `{}` that comes from the sample of rows; null if all rows were kept"
 _OWN_PARAMETERS = "of the parameters that are upstream of this layer and of no earlier watched layer"

@@ -20,6 +20,7 @@ from fastfs._record.columns import (
     COLUMNS,
     EVENT_FIELDS,
     KEYS,
+    PART,
     PER_LAYER,
     PER_STEP,
     ROW_KINDS,
@@ -102,7 +103,7 @@ class Checker:
         if kind == "header":
             self._check_header(line)
             return CheckedLine(line, "header")
-        if not isinstance(kind, str) or (kind not in EVENT_FIELDS and kind not in ROW_KINDS):
+        if not isinstance(kind, str) or kind not in (*EVENT_FIELDS, *ROW_KINDS, PART):
             raise ValueError(f"unknown kind {_short(kind)}")
         run = line.get("run")
         if not isinstance(run, str) or run not in self._headers:
@@ -114,6 +115,12 @@ class Checker:
             raise ValueError(f"time: expected a number, got {_short(line.get('time'))}")
         if kind in EVENT_FIELDS:
             _check_event(line, header)
+            return CheckedLine(line, kind)
+        if kind == PART:
+            if header.get("rank") is None:
+                raise ValueError("kind part: expected in the file of one rank only, whose header has its number")
+            if type(line.get("data")) is not str:
+                raise ValueError(f"data: expected a string, got {_short(line.get('data'))}")
             return CheckedLine(line, kind)
         return _check_row(line, header) if "layer" not in line else _check_first_schema_row(line, header)
 
@@ -139,6 +146,8 @@ class Checker:
                 raise ValueError(f"header: {name}: got {_short(header[name])}")
         if header.get("resumed_at") is not None and not _is_step(header["resumed_at"]):
             raise ValueError(f"header: resumed_at: expected an integer >= 0, got {_short(header['resumed_at'])}")
+        if header.get("rank") is not None and not _is_step(header["rank"]):
+            raise ValueError(f"header: rank: expected an integer >= 0, got {_short(header['rank'])}")
         known = self._headers.get(run)
         if known is not None and (known["layers"] != layers or known["schema"] != schema):
             raise ValueError(f"header: layers or schema differ from the previous header of run {_short(run)}")

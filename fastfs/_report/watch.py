@@ -13,7 +13,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fastfs._record.ranks.part_files import rank_files
 from fastfs._record.reading.follow import Follower
+from fastfs._record.reading.follow_parts import PartsFollower
 from fastfs._record.reading.latest import LatestRun
 from fastfs._record.reading.locate import find_record
 from fastfs._report.summary import number, since
@@ -195,7 +197,7 @@ def watch(
         return
     if not console.is_terminal:
         raise ValueError("the output is not a terminal: use --once")
-    found: Follower | None = None
+    found: Follower | PartsFollower | None = None
     try:
         with Live(console=console, screen=True, auto_refresh=False) as live:
             while True:
@@ -225,10 +227,12 @@ def _fitted(state: LatestRun, console: Console, now: float, order: str, search: 
     return screen(state, now=now, width=console.width, height=console.height, order=order, search=search, name=name)
 
 
-def _follower(path: str | os.PathLike[str]) -> Follower:
+def _follower(path: str | os.PathLike[str]) -> Follower | PartsFollower:
     record = find_record(path)
     if record.is_dir() or record.suffix == ".parquet":
         raise ValueError(f"{record}: only JSONL records can be followed while they grow; use fastfs report")
+    if rank_files(record) and not record.exists():
+        return PartsFollower(record)
     return Follower(record)
 
 

@@ -79,6 +79,7 @@ class Replayer:
         handler: Takes features while a second forward runs; None while none does.
         parameters: The trained parameters, whose gradients and flags are restored.
         collectives: Whether the forwards may communicate with other ranks, because they all run them.
+        together: Whether they do: a failure that can wait then waits until all of them have run.
     """
 
     def __init__(self, layers: Sequence[Layer], switch: taps.Switch, sampler: RowSampler, owned: OwnedState) -> None:
@@ -88,6 +89,7 @@ class Replayer:
         self.handler: FeatureHandler | None = None
         self.parameters: Sequence[Tensor] = ()
         self.collectives = True
+        self.together = False
         self._layers = tuple(layers)
         self._switch = switch
         self._sampler = sampler

@@ -230,6 +230,9 @@ class CaptureMode(ABC):
         Called last, after the step. Does not wait for the device.
         """
 
+    def accompany(self, step: StepInputs) -> None:  # noqa: B027  # most modes communicate in no forward
+        """Runs the second forwards of :meth:`observe` for the sake of other ranks, after this one has failed."""
+
     def input_sums(self, forwards: Sequence[ForwardCapture]) -> Tensor:
         """Returns numbers that ranks have in common that were given the same inputs, float64 (n,)."""
         sums = [

@@ -20,6 +20,7 @@ from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.observation import FeatureObservation, without_update
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, Triple, from_replay
 from fastfs._network.fully_sharded import GraphLeaves
+from fastfs._network.guard import WriteError
 from fastfs._network.input_copies import tensors_in
 from fastfs._network.layers import Layer
 from fastfs._network.perturbed import Perturbed, has_compiled
@@ -137,6 +138,11 @@ class TrainingMode(CaptureMode):
         absent = self._absent(step.forwards)
         return FeatureObservation(verdict, sums, eps, absent, curvature, result.choices, self._checked_choices)
 
+    def accompany(self, step: StepInputs) -> None:
+        """Runs the second forwards for the sake of other ranks."""
+        if self.refusal(step.forwards) is None:
+            self._replay(step)
+
     # What differs between the modes on the training batch
 
     @abstractmethod
@@ -189,10 +195,18 @@ class TrainingMode(CaptureMode):
 
     def _run(self, forwards: Sequence[ForwardCapture], forward: Callable[..., Any], **options: Any) -> ReplaySums:
         result = ReplaySums()
+        failed: Exception | None = None
         for captured in forwards:
-            replay = self._run_one(captured, forward, **options)
-            triples = self._triples(captured, replay.after, self._base.get(captured))
-            result.add(from_replay(triples), replay)
+            try:
+                replay = self._run_one(captured, forward, **options)
+                triples = self._triples(captured, replay.after, self._base.get(captured))
+                result.add(from_replay(triples), replay)
+            except Exception as error:
+                if not self._resources.replayer.together or isinstance(error, WriteError):
+                    raise
+                failed = failed or error  # the other ranks are in the next forward
+        if failed is not None:
+            raise failed
         return result
 
     def _unmoved(self, captured: ForwardCapture) -> RowSums:

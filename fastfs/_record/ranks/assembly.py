@@ -40,7 +40,7 @@ class Assembler:
         self._layers = len(layers)
         places = {name: index for index, name in enumerate(layers)}
         self._groups = [[places[name] for name in members] for members in (header.get("groups") or {}).values()]
-        self._quantiles = tuple(quantiles)
+        self.quantiles = tuple(quantiles)
         self.angles = LastAngles(self._layers)
         self._known: dict[str, list[Any]] = {}  # the last structure
 
@@ -200,7 +200,7 @@ class Assembler:
         values = parts[0].arrays["quantiles"]
         if len(parts) > 1:
             values = np.full_like(values, np.nan)
-        for place, quantile in enumerate(self._quantiles):
+        for place, quantile in enumerate(self.quantiles):
             columns[quantile_name("cos_angle", quantile)] = self._padded(values[:, 0, place].tolist())
             columns[quantile_name("update_rms", quantile)] = self._padded(values[:, 1, place].tolist())
 

@@ -18,18 +18,21 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from fastfs._record.ranks.assembly import Assembler
+from fastfs._record.ranks.order import FIRST, Key, PartKeys
 from fastfs._record.ranks.part import RankPart
-from fastfs._record.ranks.run_store import RunStore
+from fastfs._record.ranks.run_store import RankError, RunStore
 from fastfs._record.record import Record
 
-__all__ = ["Alone", "Collector", "Gatherer", "Inbox", "PartRecords", "Sender"]
+__all__ = ["Alone", "Collector", "Gatherer", "Inbox", "PartRecords", "Sender", "assembled"]
 
 _MOST = 4096  # steps, or messages, that wait for other ranks
+_MOST_BYTES = 1 << 28  # of messages that wait in the store, and of those that wait on a rank
+_MOST_VALUES = 1 << 25  # of parts that wait for those of other ranks
 _POLL = 0.2  # seconds between two looks into the inbox
 _FORCED_POLL = 0.005  # while somebody waits
-
-Key = tuple[int, bool]
-"""Of a step and what comes before it, see `RankPart.key`."""
+_LONGEST_WAIT = 20.0  # seconds that a flush waits for the parts of other ranks; the recorder's own limit is 30
+_LAST_WAIT = 8.0  # and the end, for which an interpreter that exits leaves 10
+_LONGEST_PAUSE = 1.0  # after the store has failed
 
 
 class Collector(Protocol):
@@ -58,9 +61,10 @@ class Alone:
 
     def take(self, items: Iterable[Any]) -> list[Record]:
         """Part of :class:`Collector`."""
-        return [
-            r for item in items for r in (self._assembler.records([item]) if isinstance(item, RankPart) else [item])
-        ]
+        records: list[Record] = []
+        for item in items:
+            records += assembled(self._assembler, [item]) if isinstance(item, RankPart) else [item]
+        return records
 
     def collect(self, *, force: bool, last: bool) -> list[Record]:
         """Part of :class:`Collector`."""
@@ -93,8 +97,20 @@ def as_record(part: RankPart) -> Record:
     return Record("part", part.step, part.time, {"rank": part.place.rank, "data": data})
 
 
+def assembled(assembler: Assembler, parts: Sequence[RankPart]) -> list[Record]:
+    """Returns the records of a step; of parts that do not belong together, one that says so."""
+    try:
+        return assembler.records(parts)
+    except Exception as error:  # for example of ranks that watch different layers
+        reason = f"the parts of the ranks could not be merged ({type(error).__name__}: {error})"
+        return [Record("skipped", parts[0].step, parts[0].time, {"reason": reason})]
+
+
 class Sender:
     """Sends the parts of a rank to the inbox of the first one.
+
+    A message has a number among those of all ranks, and begins with the rank and the number among its own, since a
+    message whose setting has failed may have been set all the same.
 
     Args:
         store: Over a connection of the writer's thread.
@@ -102,43 +118,69 @@ class Sender:
     """
 
     def __init__(self, store: RunStore, warn: Callable[[str], None]) -> None:
+        self.lost = 0  # parts that were not sent, because too many waited
         self._store = store
         self._warn = warn
-        self._waiting: deque[bytes] = deque(maxlen=_MOST)
+        self._waiting: deque[tuple[int, bytes]] = deque()
+        self._bytes = 0
+        self._own = 0  # number of the last message
         self._retry_at = 0.0
         self._warned = False
 
     def take(self, items: Iterable[Any]) -> list[Record]:
         """Part of :class:`Collector`."""
-        self._waiting.extend(item.to_bytes() for item in items if isinstance(item, RankPart))
+        for item in items:
+            if isinstance(item, RankPart):
+                try:
+                    self._put(item.to_bytes())
+                except Exception as error:
+                    self._failed(error)
         return []
 
     def collect(self, *, force: bool, last: bool) -> list[Record]:
         """Part of :class:`Collector`."""
         if last:
-            self._waiting.append(b"")  # the end
+            self._put(b"")  # the end
         if not force and time.monotonic() < self._retry_at:
             return []
         try:
             while self._waiting:
+                own, data = self._waiting[0]
                 number = self._store.add("sent", 1)
-                self._store.set(f"part/{number}", f"{self._store.rank} ".encode() + self._waiting[0])
-                self._waiting.popleft()
-                if number % 64 == 0 and number - self._store.add("received", 0) > 16 * _MOST:
-                    raise RuntimeError("nobody takes what the ranks send")
+                if (number - self._store.add("received", 0)) * len(data) > _MOST_BYTES:
+                    raise RankError("nobody takes what the ranks send")
+                self._store.set(f"part/{number}", f"{self._store.rank} {own} ".encode() + data)
+                self._remove()
+            self._retry_at = 0.0
         except Exception as error:  # the server is gone, or stopped
             self._retry_at = time.monotonic() + self._store.timeout
-            if not self._warned:
-                self._warned = True
-                self._warn(
-                    f"fastfs.Monitor: rank {self._store.rank} cannot send what it measures to rank "
-                    f"{self._store.ranks[0]} ({type(error).__name__}: {error}); the record will be without it"
-                )
+            self._failed(error)
+            if not last:
+                self._store.reconnect(error)
         return []
 
     def due_at(self) -> float | None:
         """Part of :class:`Collector`."""
         return self._retry_at if self._waiting else None
+
+    def _put(self, data: bytes) -> None:
+        self._own += 1
+        self._waiting.append((self._own, data))
+        self._bytes += len(data)
+        while len(self._waiting) > 1 and (self._bytes > _MOST_BYTES or len(self._waiting) > _MOST):
+            self._remove()
+            self.lost += 1
+
+    def _failed(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                f"fastfs.Monitor: rank {self._store.rank} cannot send what it measures to rank {self._store.ranks[0]} "
+                f"({type(error).__name__}: {error}); the record will be without it"
+            )
+
+    def _remove(self) -> None:
+        self._bytes -= len(self._waiting.popleft()[1])
 
 
 class Gatherer:
@@ -173,8 +215,10 @@ class Gatherer:
         self._late: set[int] = set()
         self._steps: dict[Key, dict[int, RankPart]] = {}
         self._since: dict[Key, float] = {}
-        self._progress: dict[int, Key] = dict.fromkeys(ranks, (-1, False))
-        self._done: Key = (-1, False)
+        self._remarks: dict[Key, list[RankPart]] = {}  # further parts of a rank: what failed after its row
+        self._values = 0  # in the parts that wait
+        self._keys = PartKeys(ranks)
+        self._done = FIRST
 
     def take(self, items: Iterable[Any]) -> list[Record]:
         """Part of :class:`Collector`."""
@@ -189,13 +233,18 @@ class Gatherer:
     def collect(self, *, force: bool, last: bool) -> list[Record]:
         """Part of :class:`Collector`."""
         records = self._ready()
-        end = time.monotonic() + self._timeout
+        end = time.monotonic() + min(self._timeout, _LAST_WAIT if last else _LONGEST_WAIT)
         while force and self._steps and time.monotonic() < end:
             time.sleep(_FORCED_POLL)
             records += self._ready()
         if last:
-            self._late = set(self._expected)
+            self._give_up(
+                [r for r in self._expected - self._late if any(self._keys.last[r] < key for key in self._steps)]
+            )
+            self._expected.clear()
             records += self._ready()
+            if self.lost:
+                self._warn(f"fastfs.Monitor: {self.lost} parts of ranks came too late and are not in the record")
         return records
 
     def due_at(self) -> float | None:
@@ -203,18 +252,21 @@ class Gatherer:
         return time.monotonic() + _POLL if self._steps else None
 
     def _add(self, rank: int, part: RankPart) -> None:
-        key = part.key
-        self._progress[rank] = key
+        key = self._keys.of(rank, part)
         self._late.discard(rank)
-        if key <= self._done:
+        if key is None and part.key >= self._done:
+            self._remarks.setdefault(part.key, []).append(part)
+            return
+        if key is None or key <= self._done:
             self.lost += 1
             return
         self._steps.setdefault(key, {})[rank] = part
         self._since.setdefault(key, time.monotonic())
+        self._values += part.size
 
     def _ready(self) -> list[Record]:
         for rank, part in self._inbox():
-            if rank not in self._progress:
+            if rank not in self._keys.last:
                 continue
             if part is None:
                 self._expected.discard(rank)
@@ -222,15 +274,19 @@ class Gatherer:
                 self._add(rank, part)
         records: list[Record] = []
         for key in sorted(self._steps):
-            missing = [r for r in self._expected - self._late if self._progress[r] < key]
-            waited = time.monotonic() - self._since[key] >= self._timeout or len(self._steps) > _MOST
-            if missing and not waited:
+            missing = [r for r in self._expected - self._late if self._keys.last[r] < key]
+            full = len(self._steps) > _MOST or self._values > _MOST_VALUES
+            if missing and not full and time.monotonic() - self._since[key] < self._timeout:
                 break
             self._give_up(missing)
             parts = self._steps.pop(key)
             del self._since[key]
+            self._values -= sum(part.size for part in parts.values())
             self._done = key
-            records += self._assembler.records([parts[rank] for rank in sorted(parts)])
+            remarks = self._remarks.pop(key, [])
+            records += assembled(self._assembler, [*(parts[rank] for rank in sorted(parts)), *remarks])
+        if late := self._remarks.pop(self._done, None):
+            records += assembled(self._assembler, late)
         return records
 
     def _give_up(self, missing: Sequence[int]) -> None:
@@ -246,16 +302,24 @@ class Gatherer:
 
 
 class Inbox:
-    """The messages of the other ranks, in the order in which they were sent.
+    """The messages of the other ranks, those of each in the order in which it has sent them.
+
+    A message that does not come, because its sender died or failed after it took the number, holds up no other one.
+    What cannot be decoded, or has come before, is left out.
 
     Args:
         store: Over a connection of the writer's thread.
+        warn: Called once with a message if something cannot be decoded.
     """
 
-    def __init__(self, store: RunStore) -> None:
+    def __init__(self, store: RunStore, warn: Callable[[str], None]) -> None:
+        self.unreadable = 0
         self._store = store
+        self._warn = warn
         self._next = 1
-        self._stuck_since: float | None = None  # at a number whose message has not come
+        self._missing: dict[int, float] = {}  # numbers whose messages have not come, and since when
+        self._last: dict[int, int] = {}  # by rank, the number among its own of the last message
+        self._received = 0  # as the senders know it
         self._pause_until = 0.0
 
     def __call__(self) -> list[tuple[int, RankPart | None]]:
@@ -264,25 +328,41 @@ class Inbox:
         if time.monotonic() < self._pause_until:
             return found
         try:
-            first, sent = self._next, self._store.add("sent", 0)
-            while self._next <= sent:
-                data = self._store.take(f"part/{self._next}")
-                if data is None and not self._given_up():
-                    break
+            sent = self._store.add("sent", 0)
+            until = min(sent, self._next + _MOST)
+            for number in list(self._missing):
+                self._take(number, found)
+            while self._next <= until:
+                self._take(self._next, found)
                 self._next += 1
-                self._stuck_since = None
-                if data is not None:
-                    rank, _, rest = data.partition(b" ")
-                    found.append((int(rank), RankPart.from_bytes(rest) if rest else None))
-            if self._next > first:
-                self._store.add("received", self._next - first)
-        except Exception:  # the server is gone: the record will say which ranks are missing
-            self._pause_until = time.monotonic() + self._store.timeout
+            if self._next > self._received + 1:
+                self._received = self._next - 1
+                self._store.set("received", str(self._received).encode())
+        except Exception as error:  # if the server is gone, the record will say which ranks are missing
+            self._store.reconnect(error)
+            self._pause_until = time.monotonic() + min(self._store.timeout, _LONGEST_PAUSE)
         return found
 
-    def _given_up(self) -> bool:
-        """Returns whether the next message will not come: its sender has died after it took the number."""
-        now = time.monotonic()
-        if self._stuck_since is None:
-            self._stuck_since = now
-        return now - self._stuck_since > self._store.timeout
+    def _take(self, number: int, found: list[tuple[int, RankPart | None]]) -> None:
+        data = self._store.take(f"part/{number}")
+        if data is None:
+            now = time.monotonic()
+            if now - self._missing.setdefault(number, now) > self._store.timeout:
+                del self._missing[number]
+            return
+        self._missing.pop(number, None)
+        try:
+            rank, own, rest = self._decoded(data)
+        except Exception as error:
+            self.unreadable += 1
+            if self.unreadable == 1:
+                self._warn(f"fastfs.Monitor: what a rank has sent cannot be read and is left out ({error})")
+            return
+        if own > self._last.get(rank, 0):
+            self._last[rank] = own
+            found.append((rank, rest))
+
+    @staticmethod
+    def _decoded(data: bytes) -> tuple[int, int, RankPart | None]:
+        rank, own, rest = data.split(b" ", 2)
+        return int(rank), int(own), RankPart.from_bytes(rest) if rest else None

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SPREAD", "Array", "Place", "RankPart", "Share"]
+__all__ = ["KINDS", "SPREAD", "Array", "Place", "RankPart", "Share"]
 
 Array = npt.NDArray[np.float64]
+
+KINDS = ("measured", "predicted", "skipped")
 
 SPREAD = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 """Pairs of <b, df>, |df|^2 and |b|^2 (0, 1, 2), in the order in which their covariances are stored."""
@@ -113,10 +115,18 @@ class RankPart:
 
     def to_bytes(self) -> bytes:
         """Encodes the part: a line of JSON, and then the arrays as they are in memory."""
-        head = asdict(self)
+        place = asdict(self.place)
         if self.place.ranks == tuple(range(count := len(self.place.ranks))):  # thousands of numbers otherwise
-            head["place"]["ranks"] = count
-        head["arrays"] = {name: list(array.shape) for name, array in self.arrays.items()}
+            place["ranks"] = count
+        head = {
+            "kind": self.kind,
+            "step": self.step,
+            "time": self.time,
+            "place": place,
+            "scalars": self.scalars,
+            "facts": self.facts,
+            "arrays": {name: list(array.shape) for name, array in self.arrays.items()},
+        }
         flat = [np.ascontiguousarray(array, dtype="<f8").tobytes() for array in self.arrays.values()]
         return json.dumps(head, separators=(",", ":")).encode() + b"\n" + b"".join(flat)
 
@@ -135,6 +145,8 @@ class RankPart:
             values = json.loads(head)
             arrays, start = {}, 0
             for name, shape in values["arrays"].items():
+                if not all(type(size) is int and size >= 0 for size in shape):
+                    raise ValueError(f"an array has the shape {shape}")
                 count = math.prod(shape)
                 if len(rest) < start + 8 * count:
                     raise ValueError("the arrays are cut off")
@@ -142,6 +154,22 @@ class RankPart:
                 start += 8 * count
             if not found or start != len(rest):
                 raise ValueError("its length is not that of its arrays")
-            return cls(**{**values, "place": Place.from_dict(values["place"]), "arrays": arrays})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            part = cls(**{**values, "place": Place.from_dict(values["place"]), "arrays": arrays})
+            _check(part)
+            return part
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise ValueError(f"expected the part of a rank, got {len(data)} bytes that are none: {error}") from None
+
+
+def _check(part: RankPart) -> None:
+    """Raises ValueError if the values by which parts are sorted have other types than they should."""
+    place = part.place
+    numbers = (part.step, place.rank, *place.ranks, *place.peers)
+    if part.kind not in KINDS or not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("kind, step or ranks are none")
+    if place.rank not in place.ranks or place.rank not in place.peers or not place.shares:
+        raise ValueError("the rank has no place")
+    if type(part.time) is not float or not math.isfinite(part.time):
+        raise ValueError("its time is none")
+    if not isinstance(part.scalars, dict) or not isinstance(part.facts, dict):
+        raise ValueError("scalars and facts are not given by name")

@@ -8,6 +8,7 @@ nobody for longer than a timeout.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.distributed import distributed_c10d
 __all__ = ["RankError", "RunStore"]
 
 _KEPT = 4  # decisions whose keys are kept, since a slow rank may still read them
+_HASTY = 1.0  # seconds that a rank waits for the others after one has not come
+_GO = "go"
 
 
 class RankError(RuntimeError):
@@ -63,6 +66,18 @@ class RunStore:
         other._decisions = []
         return other
 
+    def reconnect(self, error: Exception) -> None:
+        """Makes a new connection after a call has failed. If that fails, all later calls do, and at once.
+
+        Args:
+            error: Of the call.
+        """
+        if not isinstance(error, RankError):
+            try:
+                self._store = _connection(self._store, self.timeout)
+            except Exception as failure:
+                self._store = _Gone(failure)
+
     # Values
 
     def first(self, name: str, value: str) -> str:
@@ -79,7 +94,8 @@ class RunStore:
         if not self._store.check([key]):
             return None
         value = bytes(self._store.get(key))
-        self._store.delete_key(key)
+        with suppress(Exception):  # the value counts; the next call will tell
+            self._store.delete_key(key)
         return value
 
     def read(self, name: str) -> bytes | None:
@@ -122,9 +138,11 @@ class RunStore:
         """Decides with all ranks whether to do something together. The decision is the same on every rank.
 
         A rank that refuses decides at once. Otherwise the last rank to vote does, or the first one whose patience ends.
+        Whoever decides writes the decision only if there is none, and returns what is there: after a failure, too, it
+        is asked for over a new connection, since the ranks that have it may already be waiting for this one.
 
         Args:
-            name: Of the decision.
+            name: Of the decision; each rank may ask for it once.
             vote: What the ranks have to have in common.
             refusal: Why this rank cannot take part; None if it can.
 
@@ -132,35 +150,61 @@ class RunStore:
             None if all take part, else why not.
         """
         key = self._key(f"decide/{name}")
-        self._forget_old([key, f"{key}/vote", f"{key}/votes"])
-        store, go = self._store, "go"
-        if refusal is not None:
-            return _reason(store.compare_set(key, "", f"rank {self.rank}: {refusal}"))
-        first = _text(store.compare_set(f"{key}/vote", "", vote or "-"))
-        if first != (vote or "-"):
-            return _reason(store.compare_set(key, "", f"rank {self.rank} has run {vote}, another rank {first}"))
-        if store.add(f"{key}/votes", 1) == len(self.ranks):
-            self._hasty = False
-            return _reason(store.compare_set(key, "", go))
         try:
-            store.wait([key], timedelta(seconds=min(self.timeout, 1.0) if self._hasty else self.timeout))
-        except Exception:
-            votes = store.add(f"{key}/votes", 0)
-            self._hasty = True
-            text = f"only {votes} of {len(self.ranks)} ranks came to the measurement within {self.timeout:g} s"
-            return _reason(store.compare_set(key, "", text))
-        return _reason(store.get(key))
+            decision = self._vote(key, vote, refusal)
+        except Exception as error:
+            self.reconnect(error)
+            text = f"rank {self.rank}: the store did not answer ({type(error).__name__}: {error})"
+            decision = _text(self._store.compare_set(key, "", text))
+        self._hasty = self._hasty and decision != _GO
+        self._forget_old([key, f"{key}/vote", f"{key}/votes"], self.rank == self.ranks[0] or decision != _GO)
+        return None if decision == _GO else decision
 
-    def _forget_old(self, keys: list[str]) -> None:
-        self._decisions.append(keys)
+    def _vote(self, key: str, vote: str, refusal: str | None) -> str:
+        """Returns the decision."""
+        store, patience = self._store, min(self.timeout, _HASTY) if self._hasty else self.timeout
+        if refusal is not None:
+            return _text(store.compare_set(key, "", f"rank {self.rank}: {refusal}"))
+        vote = vote or "-"  # the empty value would count as none
+        first = _text(store.compare_set(f"{key}/vote", "", vote))
+        if first != vote:
+            return _text(store.compare_set(key, "", f"rank {self.rank} has run {vote}, another rank {first}"))
+        if store.add(f"{key}/votes", 1) == len(self.ranks):
+            return _text(store.compare_set(key, "", _GO))
+        try:
+            store.wait([key], timedelta(seconds=patience))
+        except Exception:
+            self._hasty = True
+            votes = store.add(f"{key}/votes", 0)
+            text = f"only {votes} of {len(self.ranks)} ranks came to the measurement within {patience:g} s"
+            return _text(store.compare_set(key, "", text))
+        return _text(store.get(key))
+
+    def _forget_old(self, keys: list[str], own: bool) -> None:
+        """Deletes keys of earlier decisions: the first rank does, and every rank those that not all have taken part in.
+
+        Args:
+            keys: Of the decision that is over.
+            own: Whether this rank deletes them later.
+        """
+        self._decisions.append(keys if own else [])
         if len(self._decisions) > _KEPT:
-            old = self._decisions.pop(0)
-            if self.rank == self.ranks[0]:
-                for key in old:
+            with suppress(Exception):  # the decision counts, whatever becomes of old ones
+                for key in self._decisions.pop(0):
                     self._store.delete_key(key)
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
+
+
+class _Gone:
+    """Stands for a store that cannot be reached."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        raise RankError(f"the store of the process group cannot be reached ({self._error})")
 
 
 def _connection(store: Any, timeout: float) -> Any:
@@ -179,8 +223,3 @@ def _connection(store: Any, timeout: float) -> Any:
 
 def _text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
-
-
-def _reason(value: bytes | str) -> str | None:
-    text = _text(value)
-    return None if text == "go" else text

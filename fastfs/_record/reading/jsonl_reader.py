@@ -132,6 +132,14 @@ class RowReader:
             self.rejected.add(*torn)
         self._drain()
 
+    def add(self, line: Any) -> None:
+        """Adds a line that has been decoded.
+
+        Raises:
+            ValueError: It does not conform to the schema.
+        """
+        self._add(self._checker.check(line))
+
     def _checked(self, line: bytes) -> tuple[CheckedLine | None, Exception, bool]:
         """Checks a line. Returns it if it conforms to the schema, otherwise the error, and whether the line is JSON."""
         is_json = False

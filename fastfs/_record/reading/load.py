@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastfs._record.encoding import HEADER_START, parse
+from fastfs._record.ranks.part_files import PartFiles, base_of
 from fastfs._record.reading.jsonl_reader import RowReader, split_lines
+from fastfs._record.reading.locate import find_record
 from fastfs._record.reading.rejected_lines import RejectedLines
 from fastfs._record.reading.store import Store
 from fastfs._record.schema import Checker, Line, UnknownSchemaError
@@ -36,7 +38,8 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
 
     Args:
         path: a JSONL file or a folder of Parquet parts that :class:`fastfs.Monitor` wrote or is still writing, with
-            schema 1 or 2.
+            schema 1 or 2. If every rank has written a file of its own (``merge="files"``), the path that they were
+            given, or that of one of the files: all of them are read. Another folder stands for the record in it.
 
     Returns:
         The table.
@@ -54,7 +57,7 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
         import pandas  # noqa: F401
     except ImportError as error:
         raise ImportError('fastfs.load needs pandas: pip install "fastfs[pandas]"') from error
-    return _table(Path(path), Store(), compact=False)
+    return _table(_record(Path(path)), Store(), compact=False)
 
 
 def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[str, Any]:
@@ -71,13 +74,16 @@ def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[st
         OSError: the file cannot be read.
         ValueError: not a record, of an unknown schema version, or without that run.
     """
-    path = Path(path)
+    path = _record(Path(path))
     if path.is_dir():
         from fastfs._record.reading.parquet_reader import read_headers
 
         headers, rejected = read_headers(path)
     else:
-        headers, rejected = _headers(path)
+        files = PartFiles(path)
+        headers, rejected = _headers(path) if path.exists() or not files.files else ([], RejectedLines(path))
+        headers += files.headers()
+        _add_rejected(files, rejected)
     found = [header for header in headers if run is None or header["run"] == run]
     _check_found(path, found, rejected, run)
     rejected.warn(stacklevel=2)
@@ -96,7 +102,17 @@ def load_compact(path: Path, leave_out: Iterable[str] = ()) -> pandas.DataFrame:
     Returns:
         The table.
     """
-    return _table(path, Store(np.float32, leave_out), compact=True)
+    return _table(_record(path), Store(np.float32, leave_out), compact=True)
+
+
+def _record(path: Path) -> Path:
+    """Returns the path of the record of all ranks for the file of one, and of that in a folder that is not Parquet."""
+    if path.is_dir() and not any(path.glob("part-*.parquet")):
+        try:
+            return find_record(path)
+        except (OSError, ValueError):  # reading it says what is wrong
+            return path
+    return base_of(path) or path
 
 
 def _table(path: Path, store: Store, *, compact: bool) -> pandas.DataFrame:
@@ -107,8 +123,12 @@ def _table(path: Path, store: Store, *, compact: bool) -> pandas.DataFrame:
 
         headers, others, rejected = read_parts(path, store)
     else:
-        reader = RowReader(path, store)
-        reader.read()
+        reader, files = RowReader(path, store), PartFiles(path)
+        if path.exists() or not files.files:
+            reader.read()
+        for line in files.lines():
+            reader.add(line)
+        _add_rejected(files, reader.rejected)
         headers, others, rejected = reader.headers, reader.others, reader.rejected
     _check_found(path, headers, rejected)
     rejected.warn(stacklevel=3)
@@ -138,6 +158,11 @@ def _headers(path: Path) -> tuple[list[Line], RejectedLines]:
                 rejected.add(number, error)
         first = False
     return headers, rejected
+
+
+def _add_rejected(files: PartFiles, rejected: RejectedLines) -> None:
+    for where, why in files.rejected.items():
+        rejected.add(where, why)
 
 
 def _used(headers: Sequence[Line]) -> list[Line]:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastfs._record.ranks.part_files import base_of, rank_files
+
 __all__ = ["find_record"]
 
 _SHOWN = 8
@@ -14,7 +16,8 @@ _SHOWN = 8
 def find_record(path: str | os.PathLike[str]) -> Path:
     """Finds the record that ``path`` stands for.
 
-    A file, and a folder of Parquet parts, stands for itself. Any other folder stands for its ``record.jsonl``,
+    A file, and a folder of Parquet parts, stands for itself; the file of one rank of a run (``record.rank3.jsonl``) for
+    the record of all of them, ``record.jsonl``, which need not exist. Any other folder stands for its ``record.jsonl``,
     otherwise for the only record in it, otherwise for the only record in its subfolders. If there are several
     candidates, only those that begin like a record, or are still empty, count.
 
@@ -27,8 +30,12 @@ def find_record(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     if not path.exists():
+        if rank_files(path):
+            return path
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if path.is_file() or _is_parquet(path):
+    if path.is_file():
+        return base_of(path) or path
+    if _is_parquet(path):
         return path
     if not path.is_dir():
         raise ValueError(f"{path}: is neither a file nor a folder")
@@ -50,9 +57,10 @@ def find_record(path: str | os.PathLike[str]) -> Path:
 
 
 def _records(folder: Path) -> list[Path]:
-    if (folder / "record.jsonl").is_file():
+    if (folder / "record.jsonl").is_file() or rank_files(folder / "record.jsonl"):
         return [folder / "record.jsonl"]
-    return sorted(one for one in folder.iterdir() if (one.suffix == ".jsonl" and one.is_file()) or _is_parquet(one))
+    found = {one for one in folder.iterdir() if (one.suffix == ".jsonl" and one.is_file()) or _is_parquet(one)}
+    return sorted({base_of(one) or one for one in found})
 
 
 def _folders(path: Path) -> Iterator[Path]:
@@ -63,7 +71,7 @@ def _folders(path: Path) -> Iterator[Path]:
 
 
 def _starts_as_record(path: Path) -> bool:
-    if path.is_dir():
+    if path.is_dir() or not path.exists():
         return True
     with path.open("rb") as file:
         start = file.read(4096)
