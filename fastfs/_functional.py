@@ -18,6 +18,7 @@ from torch import Tensor
 from fastfs import reference
 from fastfs._core import checks, ops
 from fastfs._core.checks import Layers
+from fastfs._network import placements
 from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
 
 Backend = Literal["native", "reference"] | None
@@ -66,7 +67,9 @@ def feature_stats(
 
     Args:
         before: Features before the update of the parameters: a tensor of any shape and layout, or a sequence of one
-            tensor per layer. float16, bfloat16, float32 or float64; layers may differ in shape and dtype.
+            tensor per layer. float16, bfloat16, float32 or float64; layers may differ in shape and dtype. Of a DTensor
+            the part is measured that this rank holds: the sums over shards add up to those of the whole over the ranks
+            (:meth:`FeatureStats.all_reduce`), and replicated tensors have the same sums on every rank.
         after: Features after the update, on the same rows; shape and dtype of `before`.
         backward: Backward vector, dLoss/d(features); shape of `before`, any of the dtypes.
         per_row: Whether to sum per row (last dimension) instead of per layer.
@@ -78,7 +81,8 @@ def feature_stats(
 
     Raises:
         TypeError: if the arguments are not all tensors or all sequences of tensors, or `per_row` is not a bool.
-        ValueError: for a wrong dtype, layout, shape, device or number of layers; the message names the layer.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers, or a DTensor that is a partial sum
+            over ranks; the message names the layer.
         RuntimeError: if `backend="native"` is not built.
 
     Source: sections 1 and 2 of "The Feature Speed Formula", arXiv 2311.18718.
@@ -86,7 +90,8 @@ def feature_stats(
     if not isinstance(per_row, bool):
         raise TypeError(f"per_row: expected True or False, got {per_row!r}")
     if (backend is not None or not ops.native_available()) and _use_reference(backend):
-        return reference.feature_stats(before, after, backward, per_row=per_row)
+        parts = _local_parts(before=before, after=after, backward=backward)
+        return reference.feature_stats(*(parts or (before, after, backward)), per_row=per_row)
 
     single = isinstance(before, Tensor)
     if isinstance(after, Tensor) is not single or isinstance(backward, Tensor) is not single:
@@ -100,6 +105,9 @@ def feature_stats(
         else:  # no layers: nothing that has a device, which the dispatcher goes by
             return reference.feature_stats(before, after, backward, per_row=per_row)
     except Exception as failure:
+        parts = _local_parts(before=before, after=after, backward=backward)
+        if parts is not None:
+            return feature_stats(*parts, per_row=per_row, backend=backend)
         error = _clearest(failure, checks.check_feature_inputs, before, after, backward)
         raise error from None
 
@@ -152,7 +160,8 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
 
     Args:
         gradients: Gradient of the loss, a tensor, or a sequence of one tensor per parameter. Unclipped and unscaled,
-            for the feature speed formula to hold. Any shape and layout; float16, bfloat16, float32 or float64.
+            for the feature speed formula to hold. Any shape and layout; float16, bfloat16, float32 or float64. Of a
+            DTensor the part of this rank is measured, as by `feature_stats`.
         updates: Change of the parameter in the step, w_after - w_before; shape of the gradient, any of the dtypes.
         backend: None for the native core where it is built, or "native", or "reference" (plain torch).
 
@@ -161,13 +170,14 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
 
     Raises:
         TypeError: if the arguments are not all tensors or all sequences of tensors.
-        ValueError: for a wrong dtype, layout, shape, device or number of layers; the message names the layer.
+        ValueError: for a wrong dtype, layout, shape, device or number of layers, or a DTensor that is a partial sum
+            over ranks; the message names the layer.
         RuntimeError: if `backend="native"` is not built.
 
     Source: D of section 2 of "The Feature Speed Formula", arXiv 2311.18718, in the form with dw.
     """
     if (backend is not None or not ops.native_available()) and _use_reference(backend):
-        return reference.update_stats(gradients, updates)
+        return reference.update_stats(*(_local_parts(gradients=gradients, updates=updates) or (gradients, updates)))
 
     single = isinstance(gradients, Tensor)
     if isinstance(updates, Tensor) is not single:
@@ -180,6 +190,9 @@ def update_stats(gradients: Layers, updates: Layers, *, backend: Backend = None)
         else:  # as above
             return reference.update_stats(gradients, updates)
     except Exception as failure:
+        parts = _local_parts(gradients=gradients, updates=updates)
+        if parts is not None:
+            return update_stats(*parts, backend=backend)
         error = _clearest(failure, checks.check_update_inputs, gradients, updates)
         raise error from None
     return UpdateStats(sums.squeeze(0) if single else sums)
@@ -204,7 +217,8 @@ def optimizer_stats(
     Args:
         rule: A `fastfs.OptimizerRule`: how dw follows from the tensors and the coefficients.
         gradients: Gradients, one tensor per parameter. Any layout. All tensors of one parameter have its shape and
-            dtype: float32 or float64, with `OptimizerRule.LINEAR` also float16 or bfloat16.
+            dtype: float32 or float64, with `OptimizerRule.LINEAR` also float16 or bfloat16. Of DTensors the part of
+            this rank is measured, as by `feature_stats`; pieces count its elements.
         parameters: The parameters after the step.
         first: The first state of every parameter; the gradients where an optimizer has none.
         second: The second state; an empty list for `OptimizerRule.LINEAR`.
@@ -228,14 +242,48 @@ def optimizer_stats(
     """
     arguments = (rule, gradients, parameters, first, second, coefficients)
     if (backend is not None or not ops.native_available()) and _use_reference(backend):
+        parts = _local_parts(gradients=gradients, parameters=parameters, first=first, second=second)
+        if parts is not None:
+            gradients, parameters, first, second = parts
+            arguments = (rule, gradients, parameters, first, second, coefficients)
         return reference.optimizer_stats(*arguments, pieces=pieces)
     if isinstance(gradients, Sequence) and len(gradients) == 0:
         return reference.optimizer_stats(*arguments, pieces=pieces)  # nothing that has a device
     try:
         return ParameterStats(torch.ops.fastfs.optimizer_stats(*arguments, pieces))
     except Exception as failure:
+        parts = _local_parts(gradients=gradients, parameters=parameters, first=first, second=second)
+        if parts is not None:
+            gradients, parameters, first, second = parts
+            return optimizer_stats(
+                rule, gradients, parameters, first, second, coefficients, pieces=pieces, backend=backend
+            )
         error = _clearest(failure, _check_optimizer_call, *arguments, pieces)
         raise error from None
+
+
+def _local_parts(**arguments: Any) -> tuple[Any, ...] | None:
+    """Returns the arguments with the part of this rank in the place of every DTensor; None if there is no DTensor."""
+    names, single = list(arguments), isinstance(next(iter(arguments.values())), Tensor)
+    lists = [[value] if isinstance(value, Tensor) else value for value in arguments.values()]
+    if not all(isinstance(value, Sequence) for value in lists) or not any(
+        isinstance(x, Tensor) and placements.is_distributed(x) for value in lists for x in value
+    ):
+        return None
+    for index, tensors in enumerate(zip(*(value for value in lists if len(value)), strict=False)):
+        spread = [(n, x) for n, x in zip(names, tensors, strict=False) if placements.is_distributed(x)]
+        for name, x in spread:
+            where, shown = "" if single else f"layer {index}: ", placements.spread(x)
+            if placements.is_partial(x):
+                raise ValueError(
+                    f"{where}{name} is a partial sum over ranks ({shown}), of which this rank has a summand only: "
+                    "redistribute it first, to Shard or Replicate"
+                )
+            if not placements.same_placements(x, spread[0][1]):
+                other = f"{placements.spread(spread[0][1])}, as {spread[0][0]}"
+                raise ValueError(f"{where}{name} has the placements {shown}, expected {other}: redistribute it first")
+    parts = [[placements.local(x) if isinstance(x, Tensor) else x for x in value] for value in lists]
+    return tuple(part[0] if isinstance(v, Tensor) else part for part, v in zip(parts, arguments.values(), strict=True))
 
 
 def _check_optimizer_call(*arguments: Any) -> None:

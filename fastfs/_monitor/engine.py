@@ -311,6 +311,7 @@ class Engine:
         self.push(vector, codec.decode)
 
     def _aligned(self, update: MeasuredUpdate, structure: StepStructure | None, scale: Tensor) -> Aligned:
+        self.ranks.note_summed(self.parameters.summed)
         if structure is None:
             return Aligned.unknown(len(self.layers), self.device, len(self.ranks.place.shares))
         factor = scale if self.scale.given else None

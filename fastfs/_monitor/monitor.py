@@ -170,7 +170,12 @@ class Monitor:
         meta = checked_metadata(metadata)
 
         self._closed = False
-        parameters = Parameters(found, snapshot=mode_class.needs_previous, sampled_every=sampled_every)
+        parameters = Parameters(
+            found,
+            snapshot=mode_class.needs_previous,
+            sampled_every=sampled_every,
+            names=lambda each: parameter_names(model, each),
+        )
         names = parameter_names(model, parameters.tensors)
         device = next(iter(names.values())).device
         ranks = Ranks(model, names, loss_weight, own_parameters, rank_timeout)

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fastfs._network.fully_sharded import optimized_parameters
+
 __all__ = ["CombinedOptimizer", "TrainingOptimizer", "TrainingState", "check_optimizers", "has_hooks"]
 
 _EXPECTED = "a torch.optim.Optimizer, an object with a step() that holds one, or a list of them"
@@ -112,7 +114,7 @@ def check_optimizers(model: Any, optimizer: Any) -> list[TrainingOptimizer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     several = isinstance(optimizer, Sequence) and not isinstance(optimizer, str)
-    own = {id(p) for p in model.parameters()}
+    own = {id(p) for _, p in optimized_parameters(model)}
     found = [_find(each, own) for each in (optimizer if several else [optimizer])]
     parameters = [p for each in found for p in each.parameters]
     if len({id(p) for p in parameters}) != len(parameters):

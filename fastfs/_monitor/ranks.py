@@ -50,6 +50,8 @@ class Ranks:
         self._weight = weight
         self._kinds: Tensor | None = None  # bool (P, C) on the host
         self._on_device: Tensor | None = None
+        self._names: dict[str, Tensor] = {}
+        self._summed: list[int] = []
         self.store: RunStore | None = None
         self.together = False
         self._meeting: str | None = None  # the step that all ranks have agreed to measure
@@ -97,8 +99,23 @@ class Ranks:
 
     def note_parameters(self, names: Mapping[str, Tensor]) -> None:
         """Notes how the parameters are spread over the ranks."""
+        self._names = dict(names)
+        self._summed = []
+        self._note_shares()
+
+    def note_summed(self, indices: Sequence[int]) -> None:
+        """Notes the parameters whose gradients are sums over ranks, of which this one has a summand."""
+        if indices != self._summed:
+            self._summed = list(indices)
+            self._note_shares()
+
+    def _note_shares(self) -> None:
         found: dict[Share, int] = {}
-        numbers = [found.setdefault(self._share(name, p), len(found)) for name, p in names.items()]
+        summed = set(self._summed)
+        numbers = [
+            found.setdefault(self._share(name, p, number in summed), len(found))
+            for number, (name, p) in enumerate(self._names.items())
+        ]
         self.place = replace(self.place, shares=tuple(found) or (Share("", 1, 0),))
         self._on_device = None
         self._kinds = None
@@ -111,12 +128,16 @@ class Ranks:
             self._on_device = self._kinds.to(device, non_blocking=True)
         return self._on_device
 
-    def _share(self, name: str, parameter: Tensor) -> Share:
+    def _share(self, name: str, parameter: Tensor, summed: bool) -> Share:
         rank, ranks = self.place.rank, self.place.ranks
         if len(ranks) > 1 and (name in _ignored(self._model) or (self._own is not None and self._own.search(name))):
             return Share(f"own:{len(ranks)}", len(ranks), ranks.index(rank))
         found = placements.shard_class(parameter)
-        return Share(found.key, found.shards, found.shard)
+        if not summed or parameter.grad is None:
+            return Share(found.key, found.shards, found.shard)
+        count, which = placements.summand(parameter, parameter.grad) or (1, 0)
+        key = f"{found.key}, sums of {count}"
+        return Share(key, found.shards * count, found.shard * count + which, count)
 
     # The weight
 

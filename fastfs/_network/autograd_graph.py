@@ -30,6 +30,7 @@ Edge = tuple[Any, int]
 Ints = npt.NDArray[np.int64]
 
 _LEAF = "torch::autograd::AccumulateGrad"
+_IDENTITY = "RegisterPostBackwardFunctionBackward"  # FSDP2 puts it around all inputs of a module at once
 _UNKNOWN = -1  # a visit or output outside of the graph, or a function without a sequence number
 
 
@@ -140,6 +141,8 @@ def trace(features: Sequence[Sequence[Edge | None]], outputs: Sequence[Tensor], 
         if kind:
             sequence.append(function._sequence_nr())
             for below, output_nr in function.next_functions:
+                while type(below).__name__ == _IDENTITY:
+                    below, output_nr = below.next_functions[output_nr]
                 if below is not None:
                     number = find(below)
                     if number is None:

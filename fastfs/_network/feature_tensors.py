@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastfs._network.placements import local
+
 __all__ = ["first_floating", "floating", "kinds", "strided", "with_features"]
 
 
 def strided(features: Tensor) -> Tensor:
-    """Return the values of a jagged tensor, one row after the other; return other tensors unchanged."""
-    return features.values() if features.layout is torch.jagged else features
+    """Return the values in memory: of a jagged tensor one row after the other, of a DTensor the part of this rank.
+
+    Other tensors are returned unchanged.
+    """
+    return features.values() if features.layout is torch.jagged else local(features)
 
 
 def first_floating(output: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["GatheredState", "GraphLeaves", "groups_of", "states_of"]
+__all__ = ["GatheredState", "GraphLeaves", "groups_of", "optimized_parameters", "states_of"]
 
 
 def states_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -47,19 +47,40 @@ def _single(state: Any) -> Any:
     return vars(state).get("_fsdp_param_group")
 
 
+def optimized_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters of a model by name: those that an optimizer holds, also while FSDP2 has gathered them."""
+    held = {
+        id(each): p.sharded_param
+        for group in groups_of(model.modules())
+        for p in group.fsdp_params
+        for each in _forms(p)
+    }
+    return [(name, held.get(id(p), p)) for name, p in model.named_parameters()]
+
+
+def _forms(parameter: Any) -> list[Tensor]:
+    """The tensors that a module may hold in the place of a sharded parameter."""
+    found = (getattr(parameter, name, None) for name in ("_unsharded_param", "_sharded_post_forward_param"))
+    return [each for each in found if each is not None]
+
+
 class GraphLeaves:
     """The leaves of the autograd graph that stand for parameters.
 
     Args:
         model: the model.
         parameters: the parameters, as the optimizers hold them.
+
+    Attributes:
+        ungathered: those that FSDP2 does not manage.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
-        own = set(map(id, parameters))
         self._gathered = [p for group in groups_of(model.modules()) for p in group.fsdp_params]
-        self._any = any(id(p.sharded_param) in own for p in self._gathered)
+        gathered = {id(p.sharded_param) for p in self._gathered}
+        self.ungathered = [p for p in self._parameters if id(p) not in gathered]
+        self._any = len(self.ungathered) < len(self._parameters)
 
     def now(self) -> list[Tensor]:
         """Return one leaf for each parameter: the unsharded parameter under FSDP2, else the parameter itself."""

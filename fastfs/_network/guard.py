@@ -26,6 +26,7 @@ from torch.utils import _python_dispatch as python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastfs._network.journal import Journal
+from fastfs._network.placements import local
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 
 __all__ = ["FunctionGuard", "Guard", "Plans", "WriteError", "pop_ended", "storages"]
@@ -170,7 +171,7 @@ class Guard(TorchDispatchMode):
                     self._made.update(storages(tensor))
                     self._note_precision(plan, tensor)
         if plan.choice:
-            self.choices += [x for x in _tensors(output) if not x.is_floating_point()]
+            self.choices += [local(x) for x in _tensors(output) if not x.is_floating_point()]
         return output
 
     def _check(self, func: Any, target: Any) -> None:
@@ -288,7 +289,8 @@ def storages(tensor: Tensor) -> tuple[int, ...]:
     """Return what identifies the memory of a tensor: nothing for tensors without distinguishable memory."""
     if type(tensor) not in _ORDINARY and hasattr(type(tensor), "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-        return tuple(storage for name in names for storage in storages(getattr(tensor, name)))
+        parts = (getattr(tensor, name) for name in names)  # of a DTensor the mesh, too
+        return tuple(storage for part in parts if isinstance(part, Tensor) for storage in storages(part))
     try:
         return (tensor.untyped_storage()._cdata,)
     except (RuntimeError, NotImplementedError):  # sparse tensors, for instance

@@ -29,7 +29,7 @@ _FORMS = frozenset(
     for name in (
         "ToCopy T Transpose Permute View UnsafeView Reshape ReshapeAlias Expand Alias Clone Squeeze Unsqueeze Detach"
     ).split()
-)
+) | frozenset(f"{name}Backward" for name in ("_ToTorchTensor", "_FromTorchTensor", "Redistribute"))
 
 
 def _flags(name: str) -> int:

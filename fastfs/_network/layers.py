@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from fastfs._network.blocks import blocks
+from fastfs._network.fully_sharded import optimized_parameters
 from fastfs._network.wrappers import clean_name, has_forward, inner_module, prefixes, unwrapped
 
 __all__ = ["AUTO", "Layer", "Selection", "clean_name", "parameter_names", "select_groups", "select_layers", "unwrapped"]
@@ -38,7 +39,7 @@ def parameter_names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[str,
     wrapped = prefixes(model)
     names: dict[int, str] = {}
     taken: set[str] = set()
-    for raw, parameter in model.named_parameters():
+    for raw, parameter in optimized_parameters(model):
         name = clean_name(raw, wrapped)
         if name in taken:  # a wrapper has a parameter of the same name
             name = clean_name(raw)

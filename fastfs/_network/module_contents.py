@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fastfs._network.guard import WriteError
 from fastfs._network.inventory import ITERATORS, Content, Inventories, put, same
+from fastfs._network.placements import local
 
 __all__ = ["ContentsCopy", "ModuleContents"]
 
@@ -87,7 +88,8 @@ class ModuleContents:
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
     """Return the address and layout of a tensor."""
     try:
-        return tensor.data_ptr(), tensor.shape, tensor.stride()
+        own = local(tensor)
+        return own.data_ptr(), own.shape, own.stride()
     except RuntimeError:  # a tensor without memory of its own
         return (tensor.shape,)
 

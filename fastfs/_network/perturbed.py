@@ -7,6 +7,7 @@ wrappers, whose own forward belongs to the training step.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,6 +19,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastfs._network.fully_sharded import groups_of, optimized_parameters
 from fastfs._network.layers import unwrapped
 
 __all__ = [
@@ -51,14 +53,20 @@ class Perturbed:
     Args:
         model: the model. Its wrappers are removed.
         parameters: parameters whose values will be given; the others keep their values.
+
+    Attributes:
+        compiled: whether torch.compile wraps the model or a part of it.
+        gathers: whether FSDP2 gathers parameters of the model, which then only runs on its own.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._model = model
         self.compiled = has_compiled(model)
         self._inner = unwrapped(model)
-        names = {id(parameter): name for name, parameter in self._inner.named_parameters()}
+        names = {id(parameter): name for name, parameter in optimized_parameters(self._inner)}
         self._names = [names.get(id(parameter)) for parameter in parameters]
+        self._own = list(parameters)
+        self.gathers = bool(groups_of(self._inner.modules()))
 
     def __call__(self, values: Sequence[Tensor], *args: Any, **kwargs: Any) -> Any:
         """Return the output of the model. Values for parameters that the model does not own have no effect."""
@@ -68,7 +76,19 @@ class Perturbed:
         """Return ``run(model)`` with the values in place.
 
         A backward that recomputes parts of the forward belongs into ``run``.
+
+        Raises:
+            NotImplementedError: FSDP2 shards the model, and the values are not the model's own. It swaps parameters
+                itself, so that others cannot take their place.
         """
+        if all(map(operator.is_, values, self._own)) and len(values) == len(self._own):
+            with eager(self._model):
+                return run(self._inner)
+        if self.gathers:
+            raise NotImplementedError(
+                "a model that fully_shard manages runs on its own parameters only, expected no other values: use "
+                'mode="batch" without amplify'
+            )
         named = {f"model.{name}": value for name, value in zip(self._names, values, strict=True) if name is not None}
         with eager(self._model):
             return torch.func.functional_call(_Call(self._inner), named, (run,))

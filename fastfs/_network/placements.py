@@ -28,11 +28,13 @@ __all__ = [
     "is_distributed",
     "is_partial",
     "local",
+    "placements_of",
     "replay_needs_ranks",
     "same_placements",
     "shard_class",
     "shard_classes",
     "spread",
+    "summand",
     "version",
 ]
 
@@ -63,28 +65,38 @@ def is_distributed(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a DTensor that this rank holds, detached; plain tensors unchanged.
+    """Return the part of a DTensor that this rank holds, without graph; plain tensors unchanged.
 
-    The part shares memory and version with the tensor. It may be empty.
+    The part shares memory with the tensor, and it is the same object every time. It may be empty.
     """
     if type(tensor) in _PLAIN or not is_distributed(tensor):
         return tensor
     part: Tensor = tensor._local_tensor  # type: ignore[attr-defined]  # to_local() is recorded by autograd
     if hasattr(part, "trigger_wait"):  # the result of a collective that may still be running
-        part = part.trigger_wait()  # type: ignore[operator]
-    return part.detach()
+        part = part.trigger_wait()
+    return part.detach() if part.requires_grad else part
 
 
 def version(tensor: Tensor) -> int:
-    """Return the version of a tensor's memory: of the local part, which is also written to directly."""
+    """Return the version of a tensor, which every write raises.
+
+    Operations on a DTensor raise its own version, and FSDP2 also writes to the local part itself.
+    """
     if type(tensor) in _PLAIN or not is_distributed(tensor):
         return tensor._version
-    return tensor._local_tensor._version  # type: ignore[attr-defined, no-any-return]
+    return tensor._version + int(tensor._local_tensor._version)  # type: ignore[attr-defined]
 
 
 def is_partial(tensor: Tensor) -> bool:
     """Return whether the tensor is a sum over ranks of which this one only has its summand."""
     return is_distributed(tensor) and any(each.is_partial() for each in tensor.placements)  # type: ignore[attr-defined]
+
+
+def placements_of(tensor: Tensor) -> tuple[Any, ...] | None:
+    """Return the placements of a DTensor, None for plain tensors."""
+    if type(tensor) in _PLAIN or not is_distributed(tensor):
+        return None
+    return tuple(tensor.placements)  # type: ignore[attr-defined]
 
 
 def same_placements(a: Tensor, b: Tensor) -> bool:
@@ -94,6 +106,34 @@ def same_placements(a: Tensor, b: Tensor) -> bool:
     if not is_distributed(a) or not is_distributed(b):
         return False
     return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)  # type: ignore[attr-defined]
+
+
+def summand(parameter: Tensor, gradient: Tensor) -> tuple[int, int] | None:
+    """Return the number of summands that the gradient of a parameter consists of, and which one this rank has.
+
+    Norm layers under sequence parallelism have such gradients, on ranks that all have the whole parameter: <g, dw> is
+    then the sum over ranks of that with the summand.
+
+    Returns:
+        None if the gradient is not spread like the parameter except for such sums; (1, 0) if it is spread like it.
+    """
+    if same_placements(parameter, gradient):
+        return 1, 0
+    if not (is_distributed(parameter) and is_distributed(gradient)):
+        return None
+    mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
+    coordinates = mesh.get_coordinate()
+    if mesh != gradient.device_mesh or coordinates is None:  # type: ignore[attr-defined]
+        return None
+    count, which = 1, 0
+    pairs = zip(parameter.placements, gradient.placements, strict=True)  # type: ignore[attr-defined]
+    for axis, (own, of_gradient) in enumerate(pairs):
+        if own == of_gradient:
+            continue
+        if not (own.is_replicate() and of_gradient.is_partial("sum")):
+            return None
+        count, which = count * mesh.size(axis), which * mesh.size(axis) + coordinates[axis]
+    return count, which
 
 
 def shard_class(parameter: Tensor) -> ShardClass:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
+from fastfs._network.fully_sharded import GatheredState
 from fastfs._network.global_state import GlobalState
 from fastfs._network.guard import storages
 from fastfs._network.inventory import Inventories
@@ -169,6 +170,7 @@ class AppliedState:
         journal.note(lambda: _OWN.set(own))
         journal.note(RandomState.take(state.randomness.devices).restore)
         journal.note(ModuleContents(state.modules, self._parameters, self._others, state.inventories).restore)
+        journal.note(GatheredState(state.modules).restore)  # before the modules, which it gives other parameters
         journal.note(GlobalState(state.autocast).restore)  # restored first, so that modes do not see the others
         _OWN.set(True)
         state.randomness.restore()

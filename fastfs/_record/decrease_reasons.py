@@ -14,6 +14,7 @@ __all__ = [
     "REASONS",
     "REWRITTEN",
     "SETTINGS",
+    "SPREAD",
     "STRUCTURE",
     "UNSEEN",
 ]
@@ -31,6 +32,8 @@ REASONS: tuple[str, ...] = (
     "no parameter is known to be upstream: the layer did not run, or the graph hides it",
     "ranks of the run are missing that hold parameters upstream",
     "ranks that should hold the same parameters report different sums",
+    "the gradient is a partial sum over ranks (DTensor Partial), or is spread over them in another way than the "
+    "parameter",
 )
 """A sentence for every code, in the order of the codes."""
 
@@ -47,4 +50,5 @@ REASONS: tuple[str, ...] = (
     NOTHING,
     MISSING_RANKS,
     RANKS_DIFFER,
+    SPREAD,
 ) = range(len(REASONS))

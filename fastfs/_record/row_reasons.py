@@ -38,6 +38,8 @@ REASONS: tuple[str | None, ...] = (
     "ranks of the run are missing: the numbers are those of the others",
     "ranks that should hold the same features report different sums",
     "ranks that hold parts of the same rows have kept different rows: raise memory=",
+    "the backward vector is a partial sum over ranks (DTensor Partial), or is spread over them in another way than the "
+    "features: give the layer's output the placements that its gradient has (redistribute), or a local tensor",
 )
 
 (
@@ -73,4 +75,5 @@ REASONS: tuple[str | None, ...] = (
     MISSING_RANKS,
     RANKS_DIFFER,
     OTHER_ROWS,
+    PARTIAL,
 ) = range(len(REASONS))

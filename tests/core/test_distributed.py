@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -62,17 +63,23 @@ def test_all_reduce_gives_the_whole_batch(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about devices of the mesh
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_sharded_tensors_are_refused_with_the_cure(tmp_path: Path, backend: str) -> None:
+def test_of_sharded_tensors_the_local_part_is_measured(tmp_path: Path, backend: Literal["native", "reference"]) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        f, g, b = (distribute_tensor(x, init_device_mesh("cpu", (1,)), [Shard(0)]) for x in inputs((4, 3)))
-        with pytest.raises(ValueError, match=r"^before is a DTensor, expected .*to_local\(\).*all_reduce\(\)"):
-            feature_stats(f, g, b, backend=backend)
-        local = feature_stats(f.to_local(), g.to_local(), b.to_local(), backend=backend)
+        mesh = init_device_mesh("cpu", (1,))
+        f, g, b = (distribute_tensor(x, mesh, [Shard(0)]) for x in inputs((4, 3)))
+        local = feature_stats(f, g, b, backend=backend)
+        assert local == feature_stats(f.to_local(), g.to_local(), b.to_local(), backend=backend)
         assert local.all_reduce().count == 12
+        partial = DTensor.from_local(b.to_local(), mesh, [Partial()])
+        with pytest.raises(ValueError, match=r"^backward is a partial sum over ranks \(0:1@1:partial\).*redistribute"):
+            feature_stats(f, g, partial, backend=backend)
+        columns = distribute_tensor(b.to_local(), mesh, [Shard(1)])
+        with pytest.raises(ValueError, match=r"^backward has the placements .*, expected .*, as before: redistribute"):
+            feature_stats(f, g, columns, backend=backend)
     finally:
         dist.destroy_process_group()
 

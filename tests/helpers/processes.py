@@ -21,6 +21,7 @@ from tests.helpers.source_tree import ROOT
 
 __all__ = ["RankError", "run_ranks"]
 
+_OF_TORCH = (".torch.jit.*is deprecated", "The .grad attribute of a Tensor that is not a leaf")  # as in pyproject.toml
 _GRACE = 3.0  # seconds for the other ranks to fail by themselves, once one has failed
 
 
@@ -125,6 +126,8 @@ def _run(folder: Path) -> bool:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            for message in _OF_TORCH:
+                warnings.filterwarnings("ignore", message)
             value = function(**arguments)
         dist.barrier()
         dist.destroy_process_group()

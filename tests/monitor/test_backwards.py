@@ -19,7 +19,7 @@ class Chain:
 
     def __init__(self) -> None:
         self.weights = [nn.Parameter(torch.randn(4, 4)) for _ in range(3)]
-        self.backwards = TrainingBackwards(self.weights)
+        self.backwards = TrainingBackwards(lambda: self.weights)
         self.numbers: list[int] = []
 
     def forward(self, wrap: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None) -> list[Tensor]:

@@ -7,7 +7,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from fastfs._monitor.capture.sampling import RowSampler
+from fastfs._network.feature_tensors import strided
+from fastfs._network.placements import is_partial
+
 __all__ = ["BackwardNorms"]
+
+_ROWS = 256  # that enter the norm of a backward vector at a step that is only predicted
 
 
 class BackwardNorms:
@@ -33,6 +39,14 @@ class BackwardNorms:
     def add(self, layer: int, call: int, backward: int, elements: int, square: tuple[Tensor, float]) -> None:
         """Adds the squared norm of one gradient, as :meth:`RowSampler.squares` returns it."""
         self._parts[layer].append((backward, call, elements, square))
+
+    def take(self, layer: int, call: int, backward: int, gradient: Tensor, sampler: RowSampler) -> None:
+        """Adds the squared norm of one gradient. A partial sum over ranks has none on this rank."""
+        if is_partial(gradient):
+            self.lose(layer)
+            return
+        values = strided(gradient)
+        self.add(layer, call, backward, values.numel(), sampler.squares(values, _ROWS))
 
     def lose(self, layer: int) -> None:
         """Marks the norm of a layer as unknown, because the norm of one gradient could not be computed."""

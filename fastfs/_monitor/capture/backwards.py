@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["GradientWatch", "TrainingBackwards", "current", "stamps"]
+from fastfs._monitor.capture.taps import Guarded
+from fastfs._network.placements import is_distributed, version
+
+__all__ = ["GradientWatch", "TrainingBackwards", "current", "queue_last", "stamps"]
 
 
 class GradientWatch(Protocol):
@@ -29,24 +32,38 @@ def current() -> int:
     return torch._C._current_graph_task_id()
 
 
+def queue_last(function: Callable[[], None], failed: Callable[[Exception], None]) -> None:
+    """Has a function called at the end of the running backward, after what others queue in this backward.
+
+    DistributedDataParallel and FSDP2 do, and set gradients there.
+
+    Args:
+        function: The function.
+        failed: Called with an exception in it.
+    """
+    engine = torch.autograd.Variable._execution_engine
+    last = Guarded(function, failed)
+    engine.queue_callback(Guarded(lambda: engine.queue_callback(last), failed))
+
+
 class TrainingBackwards:
     """Determines for every backward that computes a gradient whether it accumulates into a parameter's ``.grad``.
 
     Hooks on all parameters would tell the same, at the cost of one call per parameter and backward.
 
     Args:
-        parameters: The parameters that the optimizers update.
+        leaves: Returns the leaves of the autograd graph that stand for the parameters that the optimizers update.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = list(parameters)
+    def __init__(self, leaves: Callable[[], Sequence[Tensor]]) -> None:
+        self.leaves = leaves
         self._known: dict[int, bool] = {}  # by number
 
     def note(self) -> int:
         """Returns the number of the running backward, and classifies the backward if it is new."""
         number = current()
         if number not in self._known:
-            self._known[number] = any(map(_accumulated, self.parameters))
+            self._known[number] = any(map(_accumulated, self.leaves()))
         return number
 
     def counts(self, number: int) -> bool:
@@ -64,7 +81,7 @@ class TrainingBackwards:
 
 def stamps(tensors: Sequence[Tensor]) -> list[tuple[int, int] | None]:
     """Returns identity and version of every gradient, None where there is none."""
-    return [None if (g := p.grad) is None else (id(g), g._version) for p in tensors]
+    return [None if (g := p.grad) is None else (id(g), version(g)) for p in tensors]
 
 
 def _accumulated(p: Tensor) -> bool:
@@ -72,7 +89,8 @@ def _accumulated(p: Tensor) -> bool:
     if not (p.requires_grad and p.is_leaf):
         return False
     with torch.enable_grad():
-        function = p.view_as(p).grad_fn  # the documented way to the node that accumulates
+        # The documented way to the node that accumulates. A DTensor with uneven shards has no views of its shape.
+        function = (torch.ops.aten.alias(p) if is_distributed(p) else p.view_as(p)).grad_fn
     # The node is not cached: one that outlives the graph breaks model.to(dtype).
     node = None if function is None else function.next_functions[0][0]
     if node is None:  # inside torch.func, which computes gradients of its own

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastfs._monitor.capture import taps
 from fastfs._monitor.capture.backward_norms import BackwardNorms
-from fastfs._monitor.capture.backwards import GradientWatch, TrainingBackwards, current, stamps
+from fastfs._monitor.capture.backwards import GradientWatch, TrainingBackwards, current, queue_last, stamps
 from fastfs._monitor.capture.compiled_graphs import DynamoSettings, drop_unguarded
 from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.capture.forward_capture import ForwardCapture
@@ -46,14 +46,13 @@ from fastfs._monitor.capture.memory_budget import MemoryBudget
 from fastfs._monitor.capture.replay import OwnedState, Replayer
 from fastfs._monitor.capture.sampling import RowSampler
 from fastfs._monitor.capture.step_capture import StepCapture, reraise, transformed
-from fastfs._network.feature_tensors import strided
+from fastfs._network.fully_sharded import GraphLeaves
 from fastfs._network.input_copies import UnknownArgumentError, copy_arguments
 from fastfs._network.layers import Layer
+from fastfs._network.placements import version
 from fastfs._network.state import ForwardState
 
 __all__ = ["Capture"]
-
-_NORM_ROWS = 256  # rows that enter the norm of a backward vector at a step that is only predicted
 
 
 class Capture(StepCapture):
@@ -81,7 +80,7 @@ class Capture(StepCapture):
         listener: CaptureListener,
         owned: OwnedState,
     ) -> None:
-        super().__init__(layers, TrainingBackwards(list(parameters.values())), sampler, budget, listener)
+        super().__init__(layers, TrainingBackwards(lambda: self._leaves.now()), sampler, budget, listener)
         self.switch = taps.Switch()
         self.transformed = False  # the model was called inside a torch.func transform since clear()
         self.backwards_seen = 0  # backwards of the model since the monitor was attached, measured or not
@@ -233,14 +232,14 @@ class Capture(StepCapture):
         captured.since = sequence_number()
         captured.other_weights = not runs_on_own(self._slots)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        captured.dependent = depends_on(tensors, self._tensors)
+        captured.dependent = depends_on(tensors, self._leaves.now())
         captured.samples = self._sampler.subset_of((args, kwargs))
         # Inputs are copied. Parameters are passed by reference: the second forward has to use their new values.
         own = set(map(id, self._tensors))
         captured.args, captured.kwargs = copy_arguments(
             (args, kwargs), lambda x: x if id(x) in own else self._copy(captured, x)
         )
-        captured.inputs_seen = [(x, x._version) for x in tensors]
+        captured.inputs_seen = [(x, version(x)) for x in tensors]
         captured.state = ForwardState.take(self._model, self._tensors, self.replayer.inventories)
         self._fingerprint = captured.fingerprint = Fingerprint(self._tensors, self._fingerprint)
 
@@ -269,12 +268,12 @@ class Capture(StepCapture):
                 "attached. They cannot be drawn again from outside: attach it to the compiled model instead"
             )
         assert captured.fingerprint is not None
-        captured.writes_inputs = any(x._version != version for x, version in captured.inputs_seen)
-        captured.writes_parameters = [p._version for p in self._tensors] != captured.fingerprint.versions
+        captured.writes_inputs = any(version(x) != before for x, before in captured.inputs_seen)
+        captured.writes_parameters = list(map(version, self._tensors)) != captured.fingerprint.versions
         inputs, captured.inputs_seen = [x for x, _ in captured.inputs_seen], []
         edges, captured.edges = captured.edges, []
         if any(edge is not None for calls in edges for edge in calls):
-            captured.signature, graph = self._graphs.find(edges, outputs, self._tensors, captured.since, inputs)
+            captured.signature, graph = self._graphs.find(edges, outputs, self._leaves.now(), captured.since, inputs)
             captured.trace = graph.trace
             captured.dependent = captured.dependent or graph.older
 
@@ -282,10 +281,10 @@ class Capture(StepCapture):
         """Sets the parameters that the optimizers update, and forgets graphs that were traced for others."""
         self._parameters = parameters
         self._tensors = list(parameters.values())
-        self._slots = slots_of(self._model, self._tensors)
+        self._leaves = GraphLeaves(self._model, self._tensors)
+        self._slots = slots_of(self._model, self._leaves.ungathered)
         self._graphs.clear()
         self._touched = bytearray(len(self._tensors))
-        self._backwards.parameters = self._tensors
         self.replayer.parameters = self._tensors
 
     # Called by the taps
@@ -340,9 +339,7 @@ class Capture(StepCapture):
         self.backwards_seen += 1
         self._drop_discarded()
         self._stamps = stamps(self._tensors)
-        torch.autograd.Variable._execution_engine.queue_callback(
-            taps.Guarded(functools.partial(self._backward_over, generation), self.failed)
-        )
+        queue_last(functools.partial(self._backward_over, generation), self.failed)
         if self.gradients is not None:
             self.gradients.note()
 
@@ -358,8 +355,7 @@ class Capture(StepCapture):
             return
         start = time.perf_counter()
         try:
-            square = self._sampler.squares(strided(gradient), _NORM_ROWS)
-            self._norms.add(layer, call, self._backwards.note(), gradient.numel(), square)
+            self._norms.take(layer, call, self._backwards.note(), gradient, self._sampler)
         except Exception as error:  # costs the layer its prediction, and nothing else
             self._norms.lose(layer)
             name = self._layers[layer].name

@@ -16,6 +16,8 @@ import numpy
 import torch
 from torch import Tensor
 
+from fastfs._network.placements import local, version
+
 __all__ = ["ELEMENTS", "Fingerprint", "Places", "Samples", "Views", "real"]
 
 ELEMENTS = 64
@@ -40,11 +42,10 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def real(tensor: Tensor) -> Tensor:
     """Returns the real numbers that this rank holds of a tensor: its local part, complex numbers as pairs."""
-    if hasattr(tensor, "to_local"):
-        tensor = tensor.to_local()
+    tensor = local(tensor)
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def readable(tensor: Tensor) -> bool:
@@ -259,7 +260,7 @@ class Fingerprint:
 
     def __init__(self, tensors: Sequence[Tensor], like: Fingerprint | None = None) -> None:
         self.ids = list(map(id, tensors))
-        self.versions = [t._version for t in tensors]
+        self.versions = list(map(version, tensors))
         self._form: list[object]
         self._places: Places
         self._views: list[list[Any]]

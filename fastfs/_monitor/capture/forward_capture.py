@@ -30,20 +30,48 @@ class LayerCall:
         parts: Parts of the backward vector, by the number of the backward that computed them.
         inside: Whether the features are known to be in the autograd graph.
         contexts: Contexts of the checkpoints around the call, the innermost first.
+        spread: How features that are a DTensor are spread over ranks, as :func:`fastfs._network.placements.spread`
+            says it: ``"tp:2:shard"``, ``"replicate"``; None for plain tensors.
+        placements: Placements of features that are a DTensor, which those of the backward vector have to equal.
         renewed: Context of the checkpoint in whose recomputation the call was last seen.
     """
 
-    __slots__ = ("absent", "backward", "before", "contexts", "inside", "parts", "renewed", "shape")
+    __slots__ = (
+        "absent",
+        "backward",
+        "before",
+        "contexts",
+        "inside",
+        "parts",
+        "placements",
+        "renewed",
+        "shape",
+        "spread",
+    )
 
-    def __init__(self, shape: torch.Size, before: KeptRows | None, inside: bool, absent: int = 0) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        before: KeptRows | None,
+        inside: bool,
+        absent: int = 0,
+        spread: str | None = None,
+        placements: object = None,
+    ) -> None:
         self.shape = shape
         self.before = before
         self.backward: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
         self.inside = inside
         self.absent = absent
+        self.spread = spread
+        self.placements = placements
         self.contexts: list[weakref.ref[Any]] = []
         self.renewed: weakref.ref[Any] | None = None
+
+    def refuse(self, code: int) -> None:
+        """Excludes the call from the measurement, for a reason of ``row_reasons``."""
+        self.before, self.absent, self.parts = None, code, {}
 
     def arrive(self, number: int, rows: Tensor) -> None:
         """Adds the part of the backward vector that backward ``number`` has computed."""

@@ -88,7 +88,7 @@ class Recomputation:
     def refuse(self) -> None:
         """Excludes all calls that this one could repeat from the measurement."""
         for _, call in self._waiting:
-            call.before, call.absent = None, UNMATCHED
+            call.refuse(UNMATCHED)
 
     def _now(self) -> Any:
         """Returns the context of the checkpoint that is recomputed."""

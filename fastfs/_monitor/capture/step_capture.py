@@ -22,7 +22,8 @@ from fastfs._network.autograd_graph import edge_of
 from fastfs._network.feature_tensors import strided
 from fastfs._network.input_copies import UnknownArgumentError
 from fastfs._network.layers import Layer
-from fastfs._record.row_reasons import NO_GRAPH, NO_ROOM, NO_SAMPLES, TRANSFORMED
+from fastfs._network.placements import is_distributed, is_partial, placements_of, spread
+from fastfs._record.row_reasons import NO_GRAPH, NO_ROOM, NO_SAMPLES, PARTIAL, TRANSFORMED
 
 __all__ = ["StepCapture", "reraise", "transformed"]
 
@@ -69,6 +70,8 @@ class StepCapture:
     def _copy(self, captured: ForwardCapture, argument: Tensor) -> Tensor:
         """Copies an input, which may be modified in place after the forward, or the chosen samples of it."""
         samples, size = captured.samples, nbytes(argument)
+        if samples is not None and is_distributed(argument):
+            raise UnknownArgumentError("a DTensor, of which samples= cannot take samples without communication")
         if samples is not None and not samples.splits(argument):
             samples = None
         if samples is not None:
@@ -90,7 +93,7 @@ class StepCapture:
         inside = features.requires_grad
         hidden = not inside and not torch.is_grad_enabled()  # a recomputation may compute its gradient
         kept, absent = self._keep(captured, index, features) if inside or hidden else (None, NO_GRAPH)
-        call = LayerCall(features.shape, kept, inside, absent)
+        call = LayerCall(features.shape, kept, inside, absent, spread(features), placements_of(features))
         captured.calls[index].append(call)
         captured.edges[index].append(edge_of(features))
         if hidden:
@@ -107,6 +110,10 @@ class StepCapture:
     def _keep(self, captured: ForwardCapture, index: int, features: Tensor) -> tuple[KeptRows | None, int]:
         """Copies rows of a layer call; returns them, or None and the reason."""
         samples = captured.samples
+        if is_partial(features):
+            return None, PARTIAL
+        if samples is not None and spread(features) not in (None, "replicate"):
+            return None, NO_SAMPLES
         if samples is not None and samples.shape(features.shape) is None:
             self.rowless = True
             self._warn(
@@ -153,6 +160,9 @@ class StepCapture:
         if not captured.has_backward:
             captured.has_backward = True
             self._forwards = [*(p for p in self._forwards if p.accumulates()), captured]
+        if placements_of(gradient) != call.placements:
+            call.refuse(PARTIAL)
+            return
         if call.parts:  # the budget has accounted for one backward vector only
             self.budget.take(captured, before.values.nbytes, "another backward vector")
         rows = self._sampler.keep(strided(gradient), before.choice).values

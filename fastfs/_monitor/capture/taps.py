@@ -27,6 +27,7 @@ from fastfs._core.ops import LIBRARY
 from fastfs._monitor.capture.compiled_graphs import DynamoSettings
 from fastfs._network.feature_tensors import first_floating, kinds
 from fastfs._network.layers import Layer
+from fastfs._network.placements import is_distributed
 from fastfs._network.state import own_forward_runs
 
 __all__ = [
@@ -270,6 +271,9 @@ class Tap(Hook):
             self.hidden = True
             return
         features = self.select(output)
+        if is_distributed(features):  # DTensors dispatch only operations of torch
+            self.hidden = True
+            return
         torch.ops.fastfs.tap(features, self.forward_anchor)
         if features.requires_grad:
             anchor = self.backward_anchor

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastfs._monitor.capture import fingerprints
 from fastfs._monitor.capture.fingerprints import KEPT, Places, Samples, real
+from fastfs._network.placements import is_distributed, local, spread, version
 
 __all__ = ["GradientSampler", "GradientSnapshot", "same"]
 
@@ -55,7 +56,7 @@ class GradientSnapshot:
     def written(self) -> list[int]:
         """Returns the indices of the tensors that were written to since."""
         pairs = zip(self.tensors, self.versions, strict=True)
-        return [i for i, (g, version) in enumerate(pairs) if g is not None and g._version != version]
+        return [i for i, (g, before) in enumerate(pairs) if g is not None and version(g) != before]
 
     def all_written_since(self, earlier: GradientSnapshot) -> bool | None:
         """Returns whether gradients were written to, or replaced, since an earlier snapshot.
@@ -67,10 +68,10 @@ class GradientSnapshot:
             return None
         found = set()
         pairs = zip(self.tensors, earlier.tensors, strict=True)
-        for (now, then), version, before in zip(pairs, self.versions, earlier.versions, strict=True):
+        for (now, then), after, before in zip(pairs, self.versions, earlier.versions, strict=True):
             if now is None and then is None:
                 continue
-            found.add(version - before if now is then else "replaced")
+            found.add(after - before if now is then else "replaced")
         if len(found) > 1:
             return None
         return found not in (set(), {0})
@@ -79,9 +80,9 @@ class GradientSnapshot:
         """Returns whether these are still the parameters' gradients, not written to since."""
         if len(parameters) != len(self.tensors):
             return False
-        for p, gradient, version in zip(parameters, self.tensors, self.versions, strict=True):
+        for p, gradient, before in zip(parameters, self.tensors, self.versions, strict=True):
             now = p.grad
-            if now is not gradient or (now is not None and now._version != version):
+            if now is not gradient or (now is not None and version(now) != before):
                 return False
         return True
 
@@ -115,7 +116,7 @@ class GradientSampler:
             like: The last snapshot, perhaps of the same tensors.
         """
         gradients = [p.grad for p in parameters]
-        versions = [0 if g is None else g._version for g in gradients]
+        versions = [0 if g is None else version(g) for g in gradients]
         with torch.no_grad():
             if (
                 not complete
@@ -174,7 +175,7 @@ class GradientSampler:
         if not filled:
             return
         filled.sort()
-        by_size = sorted(filled, key=lambda i: snapshot.tensors[i].numel())  # type: ignore[union-attr]
+        by_size = sorted(filled, key=lambda i: local(snapshot.tensors[i]).numel())  # type: ignore[arg-type]
         chosen = [filled[0], filled[-1], *by_size[-2:], *by_size[:2], *by_size[:: max(len(by_size) // 3, 1)]]
         self._representatives = sorted(list(dict.fromkeys(chosen))[:_REPRESENTATIVES])
         self._few = Places([real(snapshot.tensors[i]) for i in self._representatives])  # type: ignore[arg-type]
@@ -187,9 +188,9 @@ class GradientSampler:
         formats: list[torch.dtype | torch.layout | None],
     ) -> GradientSnapshot | None:
         """Samples the representatives; None if they have to be converted first."""
-        if not _PLAIN.issuperset(map(type, gradients)):
+        chosen: list[Tensor] = [local(gradients[i]) for i in self._representatives]  # type: ignore[arg-type]
+        if not _PLAIN.issuperset(map(type, chosen)):
             return None
-        chosen: list[Tensor] = [gradients[i] for i in self._representatives]  # type: ignore[misc]
         if any(formats[i].is_complex for i in self._representatives):  # type: ignore[union-attr]
             return None
         pointers = [g.data_ptr() for g in chosen]
@@ -212,6 +213,7 @@ class GradientSampler:
         """Chooses the places anew if parameters, formats or shapes are others than last time."""
         key = [*map(id, parameters), *formats, *(None if g is None else g.shape for g in plain)]
         key += [p.dtype for p in parameters]
+        key += [spread(g) for p in parameters if (g := p.grad) is not None and is_distributed(g)]
         if key != self._key:
             self._key = key
             self._known = list(map(id, parameters)), list(formats)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from fastfs._monitor.capture.backwards import queue_last
 from fastfs._monitor.capture.fingerprints import Places, Samples
 from fastfs._monitor.capture.taps import EVERYTHING, OFF, Guarded, Switch
 from fastfs._monitor.measure.full_checks import FullCheckSchedule
@@ -118,10 +119,7 @@ class GradientFactor:
             return
         self._running.add(number)
         self._seen, clears = True, self._clears
-        engine = torch.autograd.Variable._execution_engine
-        # Queued twice, so that it runs after callbacks that others (DistributedDataParallel) queue in this backward.
-        over = Guarded(functools.partial(self._over, number, clears), self.failed)
-        engine.queue_callback(Guarded(lambda: engine.queue_callback(over), self.failed))
+        queue_last(functools.partial(self._over, number, clears), self.failed)
 
     def _over(self, number: int, clears: int) -> None:
         self._running.discard(number)

@@ -20,6 +20,7 @@ from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot, same
 from fastfs._monitor.measure.hyper_parameters import HyperParameters
 from fastfs._monitor.measure.kernel_arguments import PartState, state_of
 from fastfs._monitor.measure.update_plans import Plan
+from fastfs._network.placements import local, version
 from fastfs._record import decrease_reasons
 
 __all__ = ["HostChecks", "StateBefore"]
@@ -67,11 +68,11 @@ class HostChecks:
             return None
         states = [state_of(optimizer, part) for call in plan.calls if call.closed for part in call.parts]
         tensors = [p for call in plan.calls if call.closed for p in call.params]
-        pointers = [p.data_ptr() for p in tensors]
+        pointers = [local(p).data_ptr() for p in tensors]
         for state in states:
             if state is not None:
                 tensors += state.tensors
-        return StateBefore(states, tensors, [t._version for t in tensors], pointers)
+        return StateBefore(states, tensors, list(map(version, tensors)), pointers)
 
     def after(
         self,
@@ -105,11 +106,11 @@ class HostChecks:
             self._moves, self._counts = [], unknown
             return [decrease_reasons.NOT_THE_UPDATE] * len(gradients.tensors), now, unknown
         tensors = [p for call in plan.calls if call.closed for p in call.params]
-        pointers = [p.data_ptr() for p in tensors]
+        pointers = [local(p).data_ptr() for p in tensors]
         for state in now:
             assert state is not None
             tensors += state.tensors
-        moves = [t._version - version for t, version in zip(tensors, before.versions, strict=False)]
+        moves = [version(t) - start for t, start in zip(tensors, before.versions, strict=False)]
         earlier = self._counts if last is plan and self._counts else unknown  # those of another plan are of other parts
         counts = [_common_count(state, count) for state, count in zip(now, earlier, strict=True)]
         passed = (

@@ -14,6 +14,7 @@ from fastfs._monitor.measure.closed_forms import coefficient_uncertainty, coeffi
 from fastfs._monitor.measure.completed_step import CompletedStep
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.update_plans import Call, Part
+from fastfs._network.placements import local, summand
 
 __all__ = ["KernelArguments", "PartState", "kernel_arguments", "state_of"]
 
@@ -45,7 +46,7 @@ def state_of(optimizer: Any, part: Part) -> PartState | None:
             return None
         first = [] if form.first is None else [s[form.first] for s in own]
         second = [] if form.second is None else [s[form.second] for s in own]
-        return PartState(first, second, [s["step"] for s in own] if form.counted else [])
+        return PartState(first, second, [local(s["step"]) for s in own] if form.counted else [])
     except KeyError:
         return None
 
@@ -124,7 +125,7 @@ def kernel_arguments(
     params = call.params
     if not call.closed:
         params = [real(p).to(g.dtype) for p, g in zip(params, own, strict=True)]
-    elif call.is_complex:
+    elif call.converted:
         own, params, first, second = (list(map(real, x)) for x in (own, params, first, second))
     if call.rule.states < 2:
         second = []
@@ -148,11 +149,14 @@ def _missing(optimizer: Any, part: Part) -> str:
 
 def _dense(optimizer: Any, p: Tensor, gradient: Tensor, rewritten: Group | None) -> Tensor:
     """The gradient as the op takes it, in the wider dtype of gradient and parameter."""
+    if summand(p, gradient) is None:
+        return real(torch.zeros_like(local(p)))  # of the update alone, since these elements are of others
+    gradient = local(gradient)
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
     gradient = gradient.to(torch.promote_types(gradient.dtype, p.dtype))
     if rewritten is not None:
-        gradient = gradient - rewritten["momentum"] * optimizer.state[p]["momentum_buffer"]
+        gradient = gradient - rewritten["momentum"] * local(optimizer.state[p]["momentum_buffer"])
     return real(gradient)
 
 

@@ -12,7 +12,7 @@ from fastfs._monitor.measure.update_plans import Call, ParameterOrder
 from fastfs._record import decrease_reasons
 from fastfs._stats import ParameterStats, span
 
-__all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateAssembler", "refuted"]
+__all__ = ["OF_STEP", "OF_UPDATE", "MeasuredUpdate", "UpdateAssembler", "refuted", "without_gradients"]
 
 OF_UPDATE = span(ParameterStats, "update")
 """The columns of the sums that depend on the update."""
@@ -104,6 +104,26 @@ def refuted(found: MeasuredUpdate, codes: list[int]) -> MeasuredUpdate:
     sums = found.stats.sums
     sums[:, OF_STEP].masked_fill_((reason != decrease_reasons.FINE)[:, None], torch.nan)
     reason = torch.where(found.reason == decrease_reasons.FINE, reason, found.reason)
+    return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)
+
+
+def without_gradients(found: MeasuredUpdate, indices: Sequence[int], summed: Sequence[int]) -> MeasuredUpdate:
+    """Returns the update without sums over the gradients of some parameters, which are not known on this rank.
+
+    Args:
+        found: The update.
+        indices: Parameters whose gradients are not known.
+        summed: Parameters of whose gradients this rank has a summand: <g, dw> is a summand, too, and |g| is not known.
+    """
+    device, count = found.reason.device, found.reason.shape[0]
+    flags = torch.zeros((2, count), dtype=torch.bool, device="cpu")
+    flags[0, list(indices)] = True
+    flags[1, list(summed)] = True
+    unknown, partial = flags.to(device, non_blocking=True)
+    sums = found.stats.sums.clone()
+    sums[:, OF_STEP].masked_fill_(torch.stack(_unknown(torch.zeros_like(unknown), unknown), dim=1), torch.nan)
+    sums[:, ParameterStats.names.index("gradient_sq")].masked_fill_(partial, torch.nan)
+    reason = torch.where(unknown & (found.reason == decrease_reasons.FINE), decrease_reasons.SPREAD, found.reason)
     return MeasuredUpdate(ParameterStats(sums), reason, sampling=found.sampling)
 
 

@@ -14,6 +14,7 @@ from fastfs._monitor.measure.measured_update import OF_STEP, MeasuredUpdate
 from fastfs._monitor.measure.parameter_sample import CHUNK, SAMPLING
 from fastfs._monitor.measure.sampled_calls import SampledCalls
 from fastfs._monitor.measure.update_meter import UpdateMeter
+from fastfs._monitor.measure.update_plans import Names
 from fastfs._monitor.optimizers import TrainingOptimizer
 from fastfs._record import decrease_reasons
 from fastfs._stats import ParameterStats
@@ -31,6 +32,7 @@ class Parameters:
         snapshot: Copy the parameters before measured steps.
         sampled_every: In steps that are not measured, one of so many chunks of a parameter is read; 1 for all.
         least_chunk: The least elements of a chunk.
+        names: Names the parameters of an optimizer in messages.
     """
 
     def __init__(
@@ -40,11 +42,13 @@ class Parameters:
         snapshot: bool,
         sampled_every: int = 1,
         least_chunk: int = CHUNK,
+        names: Names | None = None,
     ) -> None:
         self._optimizers = tuple(optimizers)
         self._copies = snapshot
         self._sampled_every = sampled_every
         self._least_chunk = least_chunk
+        self._names = names
         self._meters: list[UpdateMeter] = []
         self._copying: list[UpdateMeter] = []
         self.renew()
@@ -64,11 +68,13 @@ class Parameters:
                 found.optimizer,
                 copy_all=found.copied,
                 sampled=SampledCalls(self._sampled_every, number, self._least_chunk),
+                names=self._names,
             )
             for number, found in enumerate(self._optimizers)
         ]
         self._copying = [
-            meter if meter.copy_all else UpdateMeter(meter.optimizer, copy_all=True) for meter in self._meters
+            meter if meter.copy_all else UpdateMeter(meter.optimizer, copy_all=True, names=self._names)
+            for meter in self._meters
         ]
 
     @property
@@ -78,6 +84,15 @@ class Parameters:
     def groups(self) -> list[list[Tensor]]:
         """Returns the parameters of every optimizer."""
         return [meter.parameters for meter in self._meters]
+
+    @property
+    def summed(self) -> list[int]:
+        """Indices of parameters whose gradients were sums over ranks in the last step, of which this has a summand."""
+        found, first = [], 0
+        for meter, copying in zip(self._meters, self._copying, strict=True):
+            found += [first + index for index in {*meter.summed, *copying.summed}]
+            first += len(meter.parameters)
+        return sorted(found)
 
     @property
     def previous(self) -> list[Tensor]:

@@ -166,7 +166,7 @@ def sample(call: Call, lists: Sequence[list[Tensor]]) -> Samples:
     """Returns samples of the parameters of a call, or of the parameters and their states."""
     views = []
     for number, tensors in enumerate(lists):
-        plain = [real(t) for t in tensors] if call.is_complex else tensors
+        plain = [real(t) for t in tensors] if call.converted else tensors
         cache = call.views.setdefault(number, Views())
         views.append(cache.of(call.places, plain))
     return call.places.read(*views)

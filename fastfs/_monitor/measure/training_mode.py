@@ -19,6 +19,7 @@ from fastfs._monitor.measure.capture_mode import CaptureMode, ModeResources, Ste
 from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.observation import FeatureObservation, without_update
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, Triple, from_replay
+from fastfs._network.fully_sharded import GraphLeaves
 from fastfs._network.input_copies import tensors_in
 from fastfs._network.layers import Layer
 from fastfs._network.perturbed import Perturbed, has_compiled
@@ -27,6 +28,8 @@ from fastfs._record import row_reasons
 from fastfs._stats import FeatureStats
 
 __all__ = ["ReplaySums", "TrainingMode", "model_at"]
+
+_OF_ALL = (row_reasons.UNMATCHED, row_reasons.PARTIAL)  # of one call, which exclude all calls of a layer
 
 
 @dataclass
@@ -243,8 +246,8 @@ class TrainingMode(CaptureMode):
             if not calls:
                 hidden = self._resources.hidden(index)
                 codes.append(row_reasons.IN_GRAPH if hidden else row_reasons.NOT_RUN)
-            elif any(call.absent == row_reasons.UNMATCHED for call in calls):
-                codes.append(row_reasons.UNMATCHED)
+            elif refused := [call.absent for call in calls if call.absent in _OF_ALL]:
+                codes.append(refused[0])
             elif index in self._other_calls:
                 codes.append(row_reasons.OTHER_CALLS)
             elif not any(call.measurable for call in calls):
@@ -262,12 +265,15 @@ class TrainingMode(CaptureMode):
         captured = step.forwards[0]
         assert captured.state is not None
         edges: list[list[Edge | None]] = [[] for _ in self._resources.layers]
-        leaves = [v.detach().requires_grad_(v.requires_grad) for v in step.parameters]
-        names = [str(index) for index in range(len(leaves))]
+        values: Sequence[Tensor] = step.parameters
+        if not step.model.gathers:
+            values = [v.detach().requires_grad_(v.requires_grad) for v in values]
+        names = [str(index) for index in range(len(values))]
 
         def run(_guard: Any) -> Structure | None:
-            output = step.model(leaves, *captured.args, **captured.kwargs)
+            output = step.model(values, *captured.args, **captured.kwargs)
             outputs = [x for x in tree_leaves(output) if isinstance(x, Tensor) and x.requires_grad]
+            leaves = GraphLeaves(self._resources.model, values).now()
             return analyse(edges, outputs, leaves, names) if outputs else None
 
         def handle(layer: Layer, features: Tensor) -> None:

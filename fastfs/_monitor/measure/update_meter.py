@@ -22,10 +22,17 @@ from fastfs._monitor.measure.gradient_snapshots import GradientSampler, Gradient
 from fastfs._monitor.measure.host_checks import HostChecks
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.kernel_arguments import KernelArguments, kernel_arguments
-from fastfs._monitor.measure.measured_update import OF_UPDATE, MeasuredUpdate, UpdateAssembler, refuted
+from fastfs._monitor.measure.measured_update import (
+    OF_UPDATE,
+    MeasuredUpdate,
+    UpdateAssembler,
+    refuted,
+    without_gradients,
+)
 from fastfs._monitor.measure.sampled_calls import SampledCall, SampledCalls
 from fastfs._monitor.measure.step_in_progress import StepInProgress, sample
-from fastfs._monitor.measure.update_plans import Call, Part, Plan, has_closed_form, make_plan
+from fastfs._monitor.measure.update_plans import Call, Names, Part, Plan, has_closed_form, make_plan
+from fastfs._network.placements import local
 from fastfs._record import decrease_reasons
 
 __all__ = ["UpdateMeter"]
@@ -50,23 +57,29 @@ class UpdateMeter:
         optimizer: Any optimizer with one update per step, so not LBFGS.
         copy_all: Copy all parameters before every step, for `previous`, and take every update from the copies.
         sampled: What is read of the parameters that have a closed form, in steps that need not be exact.
+        names: Names the parameters in messages.
 
     Attributes:
         passed: Whether the last step was verified, or has passed the checks on the host, and nothing has changed, so
             that the next one need not be verified; a bool, or bool () on a device.
         verified: Whether it was verified.
+        summed: Indices of parameters whose gradients were sums over ranks, of which this one has a summand.
 
     Raises:
         ValueError: For LBFGS, whose step evaluates the gradient several times.
     """
 
-    def __init__(self, optimizer: Any, *, copy_all: bool = False, sampled: SampledCalls | None = None) -> None:
+    def __init__(
+        self, optimizer: Any, *, copy_all: bool = False, sampled: SampledCalls | None = None, names: Names | None = None
+    ) -> None:
         if isinstance(optimizer, LBFGS):
             raise ValueError("UpdateMeter: expected an optimizer with one update per step, got LBFGS")
         self.optimizer = optimizer
         self.copy_all = copy_all
+        self._names = names
         self.passed: Tensor | bool = False
         self.verified = False
+        self.summed: list[int] = []
         self._gradients = GradientSampler()
         self._host_checks = HostChecks()
         self._copies: dict[Tensor, Tensor] = {}
@@ -90,7 +103,7 @@ class UpdateMeter:
             form = self._form(group)
             for p in group["params"]:
                 if p in self._copies or not has_closed_form(self.optimizer, p, form):
-                    total += p.numel() * p.element_size()
+                    total += local(p).nbytes
         return total
 
     @property
@@ -130,7 +143,7 @@ class UpdateMeter:
             complete: Verify the update by contents; else only if something has changed.
 
         Raises:
-            ValueError: A parameter is a DTensor or has a dtype that cannot be measured.
+            ValueError: A parameter has a dtype, or it or its gradient a placement, that cannot be measured.
         """
         if gradients is None:
             gradients = self._gradients.take(self.parameters, keep=True)
@@ -140,7 +153,7 @@ class UpdateMeter:
         known = plan is not None and plan.settled and plan.key is gradients.key and plan.forms == forms
         if plan is None or not known or self.optimizer.state is not self._state:
             self._state = self.optimizer.state  # load_state_dict makes a new one
-            self._plan = plan = make_plan(self.optimizer, gradients, forms, copy_all=self.copy_all)
+            self._plan = plan = make_plan(self.optimizer, gradients, forms, copy_all=self.copy_all, names=self._names)
         scale = getattr(self.optimizer, "grad_scale", None)
         with torch.no_grad():
             self._copies_gradients = self._copies_gradients or plan.copies_gradients
@@ -155,7 +168,7 @@ class UpdateMeter:
                 starts = [sample(call, [call.params]) if call.closed else None for call in plan.calls]
             copies = None
             if self._copies_gradients:
-                copies = [None if g is None else g.detach().clone() for g in gradients.tensors]
+                copies = [None if g is None else local(g).detach().clone() for g in gradients.tensors]
         self._step = StepInProgress(plan, gradients, complete, used, state, starts, copies, scale)
 
     def after(self, *, exact: bool = True) -> MeasuredUpdate:
@@ -208,13 +221,15 @@ class UpdateMeter:
                 call_codes.append(None if now is None else step.verify(call, start, now, given, groups, made))
             count = len(gradients.tensors)
             result = self._assemble(plan.calls, sums, call_codes, preserved, count, plan.device)
-            self.verified = step.complete
-            if step.complete:
-                # What the checks on the host say of a step that was verified counts for the next ones alone.
-                self.passed = codes is None and (result.fine or (result.reason == decrease_reasons.FINE).all())
-                return result
-            self.passed = codes is None and result.fine
-            return result if codes is None else refuted(result, codes)
+            passed: Tensor | bool = result.fine
+            if step.complete and not result.fine:
+                passed = (result.reason == decrease_reasons.FINE).all()
+            if plan.unreadable or plan.summed:
+                result = without_gradients(result, plan.unreadable, plan.summed)
+            self.summed = plan.summed
+            self.verified, self.passed = step.complete, codes is None and passed
+            # What the checks on the host say of a step that was verified counts for the next ones alone.
+            return result if codes is None or step.complete else refuted(result, codes)
 
     def forget(self) -> None:
         """Drops the step in progress, which is not going to be measured."""
@@ -239,14 +254,14 @@ class UpdateMeter:
             current = set(self.parameters)
             self._copies.update({p: c for p, c in old.items() if p in current and p not in self._copies})
         if params:
-            torch._foreach_copy_([self._copies[p] for p in params], [p.detach() for p in params])
+            torch._foreach_copy_([local(self._copies[p]) for p in params], [local(p).detach() for p in params])
 
     def _sample(self, call: Call, given: KernelArguments, step: StepInProgress) -> SampledCall | None:
         if not call.closed or call.is_complex:
             return None
         if step.complete or not call.knows_sampled:  # in other steps the host checks that the tensors are the same
             tensors = [given.gradients, given.params, given.first, *([given.second] if given.second else [])]
-            sizes = [p.numel() for p in self.parameters]
+            sizes = [local(p).numel() for p in self.parameters]
             call.sampled, call.knows_sampled = self._sampled.find(sizes, call.indices, tensors, call.device), True
         return call.sampled
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,13 @@ from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import ClosedForm, rewrites_gradients
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
 from fastfs._monitor.measure.sampled_calls import SampledCall
+from fastfs._network.placements import is_distributed, is_partial, same_placements, spread, summand
 from fastfs._stats import ParameterStats
 
-__all__ = ["Call", "ParameterOrder", "Part", "Plan", "has_closed_form", "make_plan"]
+__all__ = ["Call", "Names", "ParameterOrder", "Part", "Plan", "has_closed_form", "make_plan"]
+
+Names = Callable[[Sequence[Tensor]], Iterable[str]]
+"""Returns the names of parameters, in their order."""
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Call:
         parts: The parts.
         indices, params: Their parameters, and the positions of these among all parameters of the optimizer.
         is_complex: Whether a parameter is complex.
+        is_spread: Whether a parameter is a DTensor.
         places: Which elements of the parameters verify the update.
         shares_places: Whether those are the places of the gradients, too.
         views: Views of the parameters at their places, and of the states behind them.
@@ -58,6 +63,7 @@ class Call:
     indices: list[int] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     is_complex: bool = False
+    is_spread: bool = False
     places: Places = field(default_factory=lambda: Places(()))
     shares_places: bool = False
     views: dict[int, Views] = field(default_factory=dict)
@@ -67,6 +73,11 @@ class Call:
     @property
     def closed(self) -> bool:
         return self.parts[0].form is not None
+
+    @property
+    def converted(self) -> bool:
+        """Whether the kernel is given views of the tensors, and not the tensors themselves."""
+        return self.is_complex or self.is_spread
 
 
 @dataclass
@@ -79,6 +90,8 @@ class Plan:
         settled: Whether the optimizer has made its state, so that the next plan would be the same.
         calls: What is measured together.
         copied: Parameters that are copied before the step.
+        summed: Indices of parameters whose gradients are sums of which this rank has a summand.
+        unreadable: Indices of parameters whose gradients are spread over ranks in another way.
         copies_gradients: Whether the step rewrites 16-bit gradients, which cannot be restored from the result.
         device: Device of the first parameter.
     """
@@ -88,11 +101,20 @@ class Plan:
     settled: bool
     calls: list[Call]
     copied: list[Tensor]
+    summed: list[int]
+    unreadable: list[int]
     copies_gradients: bool
     device: torch.device
 
 
-def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedForm | None], *, copy_all: bool) -> Plan:
+def make_plan(
+    optimizer: Any,
+    gradients: GradientSnapshot,
+    forms: list[ClosedForm | None],
+    *,
+    copy_all: bool,
+    names: Names | None = None,
+) -> Plan:
     """Returns how the parameters of an optimizer are measured that have these gradients.
 
     Args:
@@ -100,12 +122,15 @@ def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedFor
         gradients: The gradients of its parameters.
         forms: The closed forms of its groups.
         copy_all: Whether parameters without a gradient are copied, too.
+        names: Names the parameters in messages; None for their numbers.
 
     Raises:
-        ValueError: A parameter is a DTensor or has a dtype that cannot be measured.
+        ValueError: A parameter has a dtype, or it or its gradient a placement, that cannot be measured.
     """
     calls: dict[tuple[OptimizerRule, torch.device, bool], Call] = {}
     copied: list[Tensor] = []
+    summed: list[int] = []
+    unreadable: list[int] = []
     settled, copies_gradients, index = True, False, -1
     for number, (group, form) in enumerate(zip(optimizer.param_groups, forms, strict=True)):
         parts: dict[tuple[OptimizerRule, torch.device, bool], Part] = {}
@@ -115,8 +140,10 @@ def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedFor
                 if copy_all:
                     copied.append(p)
                 continue
+            _check(optimizer, index, p, names)
             closed = has_closed_form(optimizer, p, form)
-            _check(index, p)
+            if p.grad is not None and not same_placements(p, p.grad):
+                (unreadable if summand(p, p.grad) is None else summed).append(index)
             if not closed:
                 copied.append(p)
             elif form is not None and form.states and not optimizer.state.get(p):
@@ -132,13 +159,16 @@ def make_plan(optimizer: Any, gradients: GradientSnapshot, forms: list[ClosedFor
             call.indices.append(index)
             call.params.append(p)
             call.is_complex = call.is_complex or p.is_complex()
+            call.is_spread = call.is_spread or is_distributed(p)
     present = [i for i, g in enumerate(gradients.tensors) if g is not None]
     for call in calls.values():
         if call.closed:
             call.shares_places = call.indices == present and len(present) == len(gradients.tensors)
             call.places = gradients.places if call.shares_places else Places([real(p) for p in call.params])
     device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-    return Plan(gradients.key, forms, settled, list(calls.values()), copied, copies_gradients, device)
+    return Plan(
+        gradients.key, forms, settled, list(calls.values()), copied, summed, unreadable, copies_gradients, device
+    )
 
 
 def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
@@ -148,6 +178,8 @@ def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
         return False
     if p.grad is not None and (p.grad.dtype != dtype or p.grad.layout is not torch.strided):
         return False
+    if p.grad is not None and not same_placements(p, p.grad):
+        return False
     if form.narrowest is not None and torch.finfo(form.narrowest).eps > torch.finfo(dtype).eps:
         return False  # the update has the precision of a hyper-parameter's dtype
     state = optimizer.state.get(p)
@@ -155,16 +187,20 @@ def has_closed_form(optimizer: Any, p: Tensor, form: ClosedForm | None) -> bool:
         return True  # torch makes it with the parameter's dtype
     for name in form.states:
         entry = state.get(name)
-        if entry is not None and entry.dtype != dtype:
+        if entry is not None and (entry.dtype != dtype or not same_placements(entry, p)):
             return False
     return True
 
 
-def _check(index: int, p: Tensor) -> None:
-    if hasattr(p, "to_local"):
-        raise ValueError(f"parameter {index} is a {type(p).__name__}, expected a tensor of this rank alone")
-    if p.dtype.to_real() not in checks.DTYPES:
-        raise ValueError(f"parameter {index} has dtype {p.dtype}, expected one of {', '.join(map(str, checks.DTYPES))}")
+def _check(optimizer: Any, index: int, p: Tensor, names: Names | None) -> None:
+    if not is_partial(p) and p.dtype.to_real() in checks.DTYPES:
+        return
+    name = f"parameter {index}"
+    if names is not None:
+        name = f"parameter {list(names([p for group in optimizer.param_groups for p in group['params']]))[index]!r}"
+    if is_partial(p):
+        raise ValueError(f"{name} is a partial sum over ranks ({spread(p)}), expected it sharded or replicated")
+    raise ValueError(f"{name} has dtype {p.dtype}, expected one of {', '.join(map(str, checks.DTYPES))}")
 
 
 class ParameterOrder:

@@ -199,7 +199,7 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
             for other, replica in copies:
                 differ = _differ(own, replica.arrays["aligned"][other]) & _comparable(part, replica)
                 reason = np.where((reason == 0) & differ, decrease_reasons.RANKS_DIFFER, reason)
-            sums += own
+            sums += own / [1.0, *[part.place.shares[number].summands] * 3]  # all summands have the whole |w| and |dw|
             if "variance" in part.arrays:
                 variance += part.arrays["variance"][number]
             codes = part.arrays["decrease_reason"].astype(np.int64)

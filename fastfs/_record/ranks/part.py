@@ -25,11 +25,13 @@ class Share(NamedTuple):
         key: Names and sizes of the mesh axes over which they are sharded; equal on all ranks.
         shards: Number of different shards.
         shard: Which one this rank holds.
+        summands: Number of ranks among which the gradients of a shard are sums; each of them counts as a shard.
     """
 
     key: str
     shards: int
     shard: int
+    summands: int = 1
 
 
 @dataclass(frozen=True)
