@@ -1,8 +1,9 @@
-"""Generated training loops that scale their gradients as they declare: whatever :class:`GradientScale` says is wrong."""
+"""Generated training loops that scale their gradients as they declare: whatever an alert says is wrong."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from fastfs._record.record import Record
 from fastfs.models import Transformer
 from fastfs.monitor import AlertRule
 
-__all__ = ["CleanLoop", "Records", "clean_loop", "run_clean"]
+__all__ = ["CleanLoop", "Records", "clean_loop", "run_clean", "run_clean_loops"]
 
 CLASSES, WIDTH, MEASURED = 5, 12, 14
 
@@ -48,8 +49,8 @@ class CleanLoop:
 
     Attributes:
         seed: Of weights and data.
-        model: ``mlp``, ``residual``, ``transformer``, ``one_cut``, or ``growth`` and ``branch``, whose products of small
-            matrices grow by the same share in every step, so that the residual is large and constant.
+        model: ``mlp``, ``residual``, ``transformer``, ``one_cut``, or ``growth`` and ``branch``, whose products of
+            small matrices grow by the same share in every step, so that the residual is large and constant.
         depth: Of the model.
         optimizer: ``sgd``, ``momentum`` or ``adamw``.
         speed: Learning rate; for SGD as a share of the largest stable one.
@@ -90,6 +91,7 @@ def clean_loop(seed: int) -> CleanLoop:
     """Returns one of many loops."""
     draw = random.Random(seed)
     optimizer = draw.choice(["sgd", "sgd", "momentum", "adamw"])
+    dtype = draw.choice(["float32", "float32", "float32", "float64", "bfloat16"])
     largest = 0.03 if optimizer == "adamw" else 0.97
     return CleanLoop(
         seed=seed,
@@ -106,9 +108,9 @@ def clean_loop(seed: int) -> CleanLoop:
         frozen=draw.random() < 0.2,
         every=draw.choice([1, 1, 2, 3]),
         rows=draw.choice([None, None, 64, 16]),
-        mode=draw.choice(["batch", "batch", "amplify", "jvp"]),
-        dtype=draw.choice(["float32", "float32", "float32", "float64"]),
-        before=draw.choice([0, 0, 20, 100]),
+        mode="amplify" if dtype == "bfloat16" else draw.choice(["batch", "batch", "amplify", "jvp"]),
+        dtype=dtype,
+        before=draw.choice([0, 0, 20, 100, 300]),
         warmup=draw.random() < 0.15,
     )
 
@@ -148,7 +150,7 @@ def make_model(loop: CleanLoop) -> tuple[nn.Module, str]:
         return nn.Sequential(*parts), rf"^[1-{loop.depth}]$"
     if loop.model == "growth":
         sizes = [8, *[WIDTH] * (loop.depth - 1), CLASSES]
-        layers = [nn.Linear(n, m, bias=False) for n, m in zip(sizes[:-1], sizes[1:], strict=True)]
+        layers = [nn.Linear(n, m, bias=False) for n, m in itertools.pairwise(sizes)]
         for layer in layers:
             nn.init.normal_(layer.weight, std=1e-2 if loop.depth == 2 else 0.1)
         return nn.Sequential(*layers), rf"^{loop.depth - 1}$"
@@ -174,15 +176,17 @@ def batches(loop: CleanLoop, rank: int) -> Callable[[int], list[tuple[Tensor, Te
             if loop.model == "transformer":
                 found.append((y, y.roll(-1, 1)))
                 continue
-            x = torch.randn(32, 8, generator=made) + F.one_hot(y, 8)
-            found.append((x.to(getattr(torch, loop.dtype)), y))
+            found.append((torch.randn(32, 8, generator=made) + F.one_hot(y, 8), y))
         return found
 
     return (lambda _: of(0)) if loop.full else of
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]).flatten(0, -2), batch[1].flatten())
+    x = batch[0]
+    if x.is_floating_point():
+        x = x.to(next(model.parameters()).dtype)
+    return F.cross_entropy(model(x).flatten(0, -2), batch[1].flatten())
 
 
 def sharpness(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
@@ -202,11 +206,14 @@ def sharpness(model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
 
 
 def _optimizer(loop: CleanLoop, model: nn.Module, batch: tuple[Tensor, Tensor]) -> torch.optim.Optimizer:
+    """Returns the optimizer, and gives the model its dtype."""
+    momentum = 0.9 if loop.optimizer == "momentum" else 0.0
+    rate = loop.speed if loop.optimizer == "adamw" else loop.speed * 2 * (1 + momentum) / sharpness(model, batch)
+    model.to(getattr(torch, loop.dtype))
     own = [p for p in model.parameters() if p.requires_grad]
     if loop.optimizer == "adamw":
-        return torch.optim.AdamW(own, lr=loop.speed)
-    momentum = 0.9 if loop.optimizer == "momentum" else 0.0
-    return torch.optim.SGD(own, lr=loop.speed * 2 * (1 + momentum) / sharpness(model, batch), momentum=momentum)
+        return torch.optim.AdamW(own, lr=rate)
+    return torch.optim.SGD(own, lr=rate, momentum=momentum)
 
 
 def run_clean(loop: CleanLoop, alerts: Sequence[AlertRule]) -> Records:
@@ -214,7 +221,6 @@ def run_clean(loop: CleanLoop, alerts: Sequence[AlertRule]) -> Records:
     several = dist.is_initialized() and dist.get_world_size() > 1
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     net, layers = make_model(loop)
-    net = net.to(getattr(torch, loop.dtype))
     data = batches(loop, rank)
     if loop.frozen and loop.model != "growth":
         next(net.children()).requires_grad_(False)
@@ -249,7 +255,7 @@ def run_clean(loop: CleanLoop, alerts: Sequence[AlertRule]) -> Records:
             optimizer.zero_grad()
             for batch in data(step):
                 loss = _loss(model, batch) / (1 if loop.divided_after else loop.accumulate)
-                (scaler.scale(loss) if scaler is not None else loss).backward()  # type: ignore[no-untyped-call]
+                (scaler.scale(loss) if scaler is not None else loss).backward()
             if scaler is not None:
                 scaler.unscale_(optimizer)
             if loop.divided_after:
@@ -272,7 +278,6 @@ def run_clean(loop: CleanLoop, alerts: Sequence[AlertRule]) -> Records:
     return sink
 
 
-def run_clean_ranks(seeds: Sequence[int], alerts: Sequence[AlertRule]) -> list[tuple[dict[str, Any], list[Record]]]:
-    """Runs loops on the ranks of a group; returns header and records of each."""
-    found = [run_clean(clean_loop(seed), alerts) for seed in seeds]
-    return [(sink.header, sink.records) for sink in found]
+def run_clean_loops(seeds: Sequence[int], alerts: Sequence[AlertRule]) -> list[list[Record]]:
+    """Runs loops on this rank; returns the records of each."""
+    return [run_clean(clean_loop(seed), alerts).records for seed in seeds]

@@ -11,6 +11,7 @@ from fastfs._record.record import Record
 __all__ = ["explanation", "likely_causes"]
 
 _NEAR = 0.03  # relative distance of a ratio from what explains it
+_CLOSE = 1e-4  # ... of a factor that is known precisely
 _LARGE = 64.0  # powers of two from here on are likely loss scales
 
 
@@ -47,7 +48,8 @@ def explanation(
         places = ["in the loss or the backward"] * inside + ["between the backward and the step"] * after
         said.append(f"applied {' and '.join(places)}")
     causes = list(dict.fromkeys(likely_causes(ratio, factor, record, header, parts=bool(where))))
-    said.append(f"likely: {', or '.join(causes[:3])}" if causes else "no usual mistake explains this ratio")
+    other = "a hook or other code that scales gradients"
+    said.append(f"likely: {', or '.join(causes[:3]) or other}")
     return "; ".join(said) + ". If it is meant, declare it with Monitor(loss_weight=)"
 
 
@@ -98,10 +100,8 @@ def likely_causes(
         if 1 < times < ranks and ranks % times == 0 and _near(max(ratio, 1.0 / ratio), times):
             word = "summed over" if ratio > 1 else "averaged once too often over"
             yield f"{word} {times} of the {ranks} ranks (replicas, or parts of a sequence)"
-    if abs(factor - 1.0) > _NEAR and _near(ratio, factor):
-        yield "gradients multiplied after the backward (p.grad), by a number of tokens or samples"
-    elif abs(factor - 1.0) <= _NEAR:
-        yield "a hook that scales gradients"
+    if factor < 0.75 and _near(1.0 / factor, round(1.0 / factor), _CLOSE):
+        yield f"divided by {round(1.0 / factor)} after the backward, by a number of micro-batches, samples or tokens"
 
 
 def _near(value: float, expected: float, within: float = _NEAR) -> bool:

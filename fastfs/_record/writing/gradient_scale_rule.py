@@ -29,7 +29,7 @@ __all__ = ["GradientScale"]
 
 Array = npt.NDArray[np.float64]
 
-_BEYOND = 3.0  # the logarithm of the scale has to be so many times its doubt
+_BEYOND = 2.0  # the logarithm of the scale has to be so many times its doubt
 _STANDARD_ERRORS = 4.0  # of the sample of rows, which are in the doubt
 _LEAST_COSINE = 0.02  # below which <b, df> is mostly what cancels
 _RUNS = 8  # of which one rule keeps steps
@@ -138,8 +138,8 @@ class GradientScale:
             explained = times > 1 and ranks % times == 0 and abs(max(ratio, 1 / ratio) / times - 1.0) <= _WHOLE
             unsure = float(np.ptp(np.log(ratios)) + error.max())
             if explained and _BEYOND * unsure <= abs(math.log(ratio)):
-                since = f"after {names[cuts[place - 1]]} " if place else ""
-                where = f"{since}up to {names[cut]}"
+                since = f"after {names[cuts[place - 1]]!r} " if place else ""
+                where = f"{since}up to {names[cut]!r}"
                 return {None: Finding(ratio, explanation(ratio, 1.0, record, header, self.window, where=where))}
         return {}
 
