@@ -122,7 +122,7 @@ def main() -> int:
     bugs = run_bugs([*BUGS, *UNSEEN])
     middle = time.perf_counter()
     clean = run_clean_ones(range(FIRST, FIRST + runs - on_two), range(FIRST + runs, FIRST + runs + on_two))
-    power = run_power(range(FIRST + 1000, FIRST + 1000 + runs // 2))
+    power = run_power(range(FIRST + 1000, FIRST + 1000 + runs // 4))
     rows = [
         [name, f"{each['ratio']:.4g}", "-" if each["found"] is None else f"{each['found']:.4g}", str(each["passed"])]
         for name, each in bugs.items()

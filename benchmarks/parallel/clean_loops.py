@@ -91,7 +91,7 @@ def clean_loop(seed: int) -> CleanLoop:
     """Returns one of many loops."""
     draw = random.Random(seed)
     optimizer = draw.choice(["sgd", "sgd", "momentum", "adamw"])
-    dtype = draw.choice(["float32", "float32", "float32", "float64", "bfloat16"])
+    dtype = draw.choice(["float32"] * 6 + ["float64"] * 3 + ["bfloat16"])
     largest = 0.03 if optimizer == "adamw" else 0.97
     return CleanLoop(
         seed=seed,
@@ -110,7 +110,7 @@ def clean_loop(seed: int) -> CleanLoop:
         rows=draw.choice([None, None, 64, 16]),
         mode="amplify" if dtype == "bfloat16" else draw.choice(["batch", "batch", "amplify", "jvp"]),
         dtype=dtype,
-        before=draw.choice([0, 0, 20, 100, 300]),
+        before=draw.choice([0, 0, 0, 20, 100, 300]),
         warmup=draw.random() < 0.15,
     )
 

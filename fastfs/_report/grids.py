@@ -130,8 +130,8 @@ def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where:
         reasons += [str(reason)[:200] for reason in found[:254]]
         why[layer, at] = np.where(codes < 254, codes + 1, 0)
     scale = per_step("gradient_scale") if "gradient_scale" in table.columns else None
-    every_step = (per_step(name) for name in ("time", "loss", "overhead_seconds"))
-    return Grid(steps, *every_step, grids, invalid, why, reasons, scale)
+    seconds = per_step("overhead_seconds")
+    return Grid(steps, per_step("time"), per_step("loss"), seconds, grids, invalid, why, reasons, scale)
 
 
 def predicted_before(measured: Grid, predicted: Grid) -> tuple[Array, Array]:
