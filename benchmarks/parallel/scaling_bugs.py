@@ -305,12 +305,6 @@ def context_parallel(monitor: dict[str, Any]) -> None:
     loop(monitor, net=lambda: Net(mixed=True), wrap=_reduced_by_hand, loss_weight=1.0 / dist.get_world_size())
 
 
-def unscaled_twice(monitor: dict[str, Any]) -> None:
-    """A loop that divides by the scale itself, before the scaler does it again."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    loop(monitor, scaler=scaler, after=_multiply(1.0 / 256.0))
-
-
 def scaled(monitor: dict[str, Any], **options: Any) -> None:
     """A loop with a gradient scaler."""
     loop(monitor, scaler=torch.amp.GradScaler("cpu", init_scale=256.0), **options)
@@ -362,7 +356,7 @@ BUGS: dict[str, Bug] = {
     "replica counted twice (tensor parallel)": Bug(tensor_parallel, 2, 2.0, "replicas"),
     "parts of sequences summed (context parallel)": Bug(context_parallel, 2, 2.0, "summed"),
     "hook that scales gradients": Bug(_of(wrap=_hooked(0.6)), 1, 0.6, "hook"),
-    "unscaled twice": Bug(unscaled_twice, 1, 1.0 / 256.0, "unscaled twice"),
+    "unscaled twice": Bug(functools.partial(scaled, after=_multiply(1.0 / 256.0)), 1, 1.0 / 256.0, "unscaled twice"),
     "hook that scales gradients, scaler and clipping": Bug(
         functools.partial(scaled, wrap=_hooked(3.0), clip=3.5), 1, 3.0, "hook"
     ),
