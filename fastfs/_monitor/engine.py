@@ -265,6 +265,8 @@ class Engine:
             "quantiles": sums.quantiles,
             **payload.aligned_fields(done),
             "loss_scale": scale,
+            # An ordinary unscale gives 1.
+            "gradient_factor": self.parameters.take_factor(self.device) * self._loss_scale,
         }
         facts = self._facts(key, structure) | {
             "rows": [list(pair) for pair in sums.rows],

@@ -115,10 +115,11 @@ class Assembler:
         if len(parts[0].place.ranks) > 1:
             scalars["ranks"] = len(parts)
             columns |= {name: self._padded(column) for name, column in between.columns(rows).items()}
-        factor = scalars.pop("gradient_factor", 1.0) if parts[0].place.stages == 1 else 1.0  # a schedule may scale
         scalars.pop("gradient_factor", None)
+        # The schedule of a pipeline may scale gradients after the backward.
+        factor = between.common_factor(parts) if parts[0].place.stages == 1 else 1.0
         scale = between.gradient_scale(residual, rows.sums, reason == 0)
-        scalars["gradient_scale"] = None if scale is None else scale * factor
+        scalars["gradient_scale"] = None if scale is None or factor is None else scale * factor
         where = (reason == 0) & cut & (linear == 1)
         self.angles.keep(_key(parts), stats.cos_angle[: self._layers].numpy(), where)
         return columns, scalars
