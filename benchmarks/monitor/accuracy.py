@@ -33,8 +33,8 @@ from fastfs import feature_stats
 from fastfs._monitor.measure.kappa import choose_kappa, first_kappa, largest_kappa, target_for
 from fastfs._monitor.measure.trust import AssessedUpdate, assess
 from fastfs._monitor.measure.update_estimates import CentralProbe
-from fastfs._record.row_reasons import REASONS
 from fastfs._network.precision import SINGLE
+from fastfs._record.row_reasons import REASONS
 from fastfs._reproduce.data import digits, stdlib_text, windows
 from fastfs._stats import FeatureStats
 from fastfs.models import MLP, ResNet, Transformer

@@ -116,6 +116,7 @@ def test_a_constant_factor_after_the_backward() -> None:
     ((_, _, message),) = raised(steps([1.0] * 6, 1.0 / 1024))
     assert "Monitor(scaler=)" in message
     assert raised(steps([1.0] * 6, math.nan)) == []
+    assert raised(steps([1.0] * 6, -1.0)) == []  # ascent, on purpose
 
 
 def test_runs_do_not_mix_and_arguments_are_checked() -> None:

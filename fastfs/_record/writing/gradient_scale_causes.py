@@ -83,6 +83,8 @@ def likely_causes(
         return
     total = int(record.scalars.get("micro_batches") or 1)
     each = max(1, total // ranks)
+    if total != ranks and _near(min(ratio, 1.0 / ratio), 1.0 / total):  # the ranks share one batch
+        each = total
     if ranks > 1 and _near(ratio, ranks):
         yield f"summed over the {ranks} ranks instead of averaged"
     if ranks > 1 and _near(ratio, 1.0 / ranks):

@@ -100,7 +100,7 @@ class GradientScale:
         scale = np.stack([each.scale for each in kept])
         doubt = np.stack([each.doubt for each in kept])
         cuts = np.isfinite(scale).all(axis=0)
-        if not cuts.any() or (scale[:, cuts] <= 0).any():
+        if not cuts.any() or (scale[:, cuts] <= 0).any() or factor <= 0:
             return {}
         logs = np.log(scale[:, cuts])
         middle = float(np.median(logs))
