@@ -1,0 +1,1 @@
+"""Benchmarks of runs of several ranks."""
