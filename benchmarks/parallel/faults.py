@@ -12,6 +12,7 @@ after the case that ended it. The exit status is 1 if something was wrong.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import torch
 
 import fastfs
 from benchmarks.harness import file_option, write_json
-from tests.helpers.fault_cases import Case, draw, judge, run_cases
+from tests.helpers.fault_cases import LIMIT, Case, draw, judge, run_cases
 from tests.helpers.processes import RankError, run_ranks
 
 MESHES = "ddp:2,ddp:3,fsdp:2,fsdp:4,tp:2,tp_fsdp:4"
@@ -43,37 +44,49 @@ def undisturbed(mesh: str, world: int, folder: Path) -> Any:
     return table
 
 
-def run_mesh(mesh: str, world: int, numbers: range, folder: Path) -> list[dict[str, Any]]:
-    """Runs cases on a mesh; returns what became of each."""
-    expected = undisturbed(mesh, world, folder / "undisturbed")
-    waiting = [draw(number, mesh, world) for number in numbers]
-    results = []
-    while waiting:
-        now, waiting = waiting[:TOGETHER], waiting[TOGETHER:]
-        own = folder / f"from{now[0].number}"
+def run_group(cases: list[Case], world: int, folder: Path, expected: Any) -> list[dict[str, Any]]:
+    """Runs cases of one mesh; returns what became of each."""
+    results: list[dict[str, Any]] = []
+    while cases:
+        own = folder / f"from{cases[0].number}"
         own.mkdir()
         failure = ""
         try:
-            run_ranks(run_cases, world, cases=[asdict(case) for case in now], folder=str(own), timeout=600)
+            run_ranks(run_cases, world, cases=[asdict(case) for case in cases], folder=str(own), timeout=600)
         except RankError as error:
             failure = str(error)
         done = [_lines(own / f"done.{rank}") for rank in range(world)]
         finished = min(map(len, done))
-        for number, case in enumerate(now[:finished]):
+        for number, case in enumerate(cases[:finished]):
             reports = [lines[number] for lines in done]
             wrong = judge(own / str(case.number) / "record.jsonl", case, world, expected)
             wrong += ["training differs"] if not all(report["same"] for report in reports) else []
             fired = sum(report["fired"] for report in reports) > 0
             seconds = max(report["seconds"] for report in reports)
             results.append({**asdict(case), "world": world, "fired": fired, "seconds": seconds, "wrong": wrong})
-        if failure:
-            if finished < len(now):
-                case = now[finished]
-                results.append({**asdict(case), "world": world, "fired": True, "wrong": [failure[-6000:]]})
-            waiting = now[finished + 1 :] + waiting
-        bad = sum(bool(each["wrong"]) for each in results)
-        print(f"{mesh}:{world}  {len(results)} of {len(numbers)}, {bad} wrong", flush=True)
+        if failure and finished < len(cases):
+            lost = asdict(cases[finished])
+            results.append({**lost, "world": world, "fired": True, "seconds": LIMIT, "wrong": [failure[-6000:]]})
+        cases = cases[finished + 1 :]
     return results
+
+
+def _report(path: Path | None, meshes: str, results: list[dict[str, Any]]) -> None:
+    """Prints and writes what has been found so far."""
+    fired = [each for each in results if each["fired"]]
+    wrong = [each for each in results if each["wrong"]]
+    print(f"{len(results)} cases, {len(fired)} faults happened, {len(wrong)} wrong", flush=True)
+    summary = {
+        "meshes": meshes,
+        "cases": len(results),
+        "faults": len(fired),
+        "wrong": len(wrong),
+        "longest_seconds": max(each["seconds"] for each in results),
+        "kinds": dict(Counter(each["kind"] for each in fired)),
+        "places": dict(Counter(each["where"] for each in fired if each["kind"] in ("exception", "interrupt"))),
+        "by_mesh": dict(Counter(f"{each['mesh']}:{each['world']}" for each in fired)),
+    }
+    write_json(path, torch.device("cpu"), [summary, *wrong])
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -88,24 +101,21 @@ def main() -> int:
     parser.add_argument("--json", type=file_option, help="file of the results")
     given = parser.parse_args()
     meshes = [(name, int(world)) for name, _, world in (each.partition(":") for each in given.meshes.split(","))]
-    share = -(-given.count // len(meshes))
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for index, (mesh, world) in enumerate(meshes):
-            own = Path(folder) / f"{mesh}{world}"
-            own.mkdir()
-            first = given.first + index * share
-            results += run_mesh(mesh, world, range(first, first + share), own)
+    number, last = given.first, given.first + given.count
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        expected = {each: undisturbed(*each, folder / f"undisturbed-{each[0]}{each[1]}") for each in meshes}
+        for mesh, world in itertools.cycle(meshes):
+            if number >= last:
+                break
+            cases = [draw(each, mesh, world) for each in range(number, min(last, number + TOGETHER))]
+            results += run_group(cases, world, folder, expected[mesh, world])
+            number += len(cases)
+            _report(given.json, given.meshes, results)
     wrong = [each for each in results if each["wrong"]]
-    for each in sorted(results, key=lambda each: -each.get("seconds", 0))[:8]:
-        print("slow:", json.dumps(each))
     for each in wrong:
         print(json.dumps({k: v for k, v in each.items() if k != "wrong"}), *each["wrong"], sep="\n  ")
-    fired = [each for each in results if each["fired"]]
-    print(f"{len(results)} cases, {len(fired)} faults happened, {len(wrong)} wrong")
-    kinds = dict(Counter(each["kind"] for each in fired))
-    summary = {"meshes": given.meshes, "cases": len(results), "fired": len(fired), "wrong": len(wrong), "kinds": kinds}
-    write_json(given.json, torch.device("cpu"), [summary, *wrong])
     return bool(wrong)
 
 

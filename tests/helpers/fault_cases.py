@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import faulthandler
+import functools
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import torch.nn.functional as F
 import fastfs
 from fastfs._monitor.capture.capture import Capture
 from fastfs._monitor.capture.replay import Replayer
+from fastfs._monitor.capture.step_capture import StepCapture
 from fastfs._monitor.engine import Engine
 from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.parameters import Parameters
@@ -44,7 +46,7 @@ from fastfs._record.sinks import jsonl_sink
 from fastfs._record.writing.recorder import Recorder
 from tests.helpers.parallel_cases import MESHES, global_batch, make_model, make_optimizer, parameters_of
 
-__all__ = ["KINDS", "SITES", "STEPS", "Case", "draw", "judge", "run_cases"]
+__all__ = ["KINDS", "LIMIT", "SITES", "STEPS", "Case", "draw", "judge", "run_cases"]
 
 STEPS = 5
 LAYERS = r"^(embed|blocks\.\d+|norm)$"
@@ -53,7 +55,7 @@ LIMIT = 60.0  # seconds that a case may take
 
 SITES: dict[str, tuple[Any, str]] = {
     "forward begins": (Capture, "_begin"),
-    "forward, a layer": (Capture, "_record_call"),
+    "forward, a layer": (StepCapture, "_record_call"),
     "forward ends": (Capture, "_end"),
     "backward": (Capture, "_backward_begins"),
     "before the step": (Engine, "_before_measuring"),
@@ -126,8 +128,10 @@ def draw(number: int, mesh: str, world: int) -> Case:
         case.rank = 1
     if case.where in ("forward, a layer", "rows of a forward", "features of a forward"):
         case.at = choose.randrange(3 * STEPS)
-    if case.where == "check":  # which is not due at every step
+    if case.where == "check" or case.kind in ("full disk", "torn write"):  # which happens seldom
         case.at = 0
+    if case.kind == "full disk" and case.merge == "store":
+        case.rank = 0
     return case
 
 
@@ -170,10 +174,12 @@ def full_disk(case: Case, fired: list[int], torn: bool) -> Iterator[None]:
         yield
 
 
-def stop_for(seconds: float) -> None:
-    """Stops this process for some time."""
-    subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -CONT {os.getpid()}"])
-    os.kill(os.getpid(), signal.SIGSTOP)
+def stop_at(when: int, fired: list[int], step: int) -> None:
+    """Stops this process for longer than the monitor waits."""
+    if step == when:
+        fired.append(step)
+        with subprocess.Popen(["sh", "-c", f"sleep {2.5 * PATIENCE}; kill -CONT {os.getpid()}"]):
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def batch(case: Case, step: int, batches: int, own: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,13 +214,12 @@ def train(case: Case, path: Path | None, hurt: Callable[[int], None], fired: lis
             continue
         if monitor is not None:
             monitor.log(loss=loss)
-        try:
+        with suppress(KeyboardInterrupt):
             optimizer.step()
-        except KeyboardInterrupt:
-            pass
     dist.barrier()
     if monitor is not None:
-        monitor.close()
+        with suppress(*(ERRORS if case.where == "clear" else ())):
+            monitor.close()
     return {"losses": losses, "parameters": parameters_of(model)}
 
 
@@ -243,7 +248,7 @@ def run_cases(cases: list[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
                 elif case.kind in ("full disk", "torn write"):
                     stack.enter_context(full_disk(case, fired, case.kind == "torn write"))
                 elif case.kind == "stopped":
-                    hurt = lambda step: (stop_for(2.5 * PATIENCE), fired.append(step)) if step == case.at else None  # type: ignore[return-value,func-returns-value] # noqa: E731
+                    hurt = functools.partial(stop_at, case.at, fired)
             watched = train(case, path, hurt, fired)
         expected = plain.pop(key) if data else plain[key]
         same = watched["losses"] == expected["losses"] and all(
