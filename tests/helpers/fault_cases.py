@@ -42,7 +42,6 @@ from fastfs._record.ranks.assembly import Assembler
 from fastfs._record.ranks.exchange import Inbox
 from fastfs._record.ranks.part import RankPart
 from fastfs._record.ranks.run_store import RunStore
-from fastfs._record.sinks import jsonl_sink
 from fastfs._record.writing.recorder import Recorder
 from tests.helpers.parallel_cases import MESHES, global_batch, make_model, make_optimizer, parameters_of
 
@@ -170,7 +169,7 @@ def full_disk(case: Case, fired: list[int], torn: bool) -> Iterator[None]:
             raise OSError(errno.ENOSPC, "no space left on device")
         return original(descriptor, data)
 
-    with mock.patch.object(jsonl_sink.os, "write", write):
+    with mock.patch.object(os, "write", write):
         yield
 
 
