@@ -82,6 +82,7 @@ class Engine:
         self._found_inf: Tensor | None = None
         self._written: Tensor | None = None  # whether a parameter was written to since the forward, bool ()
         self._agreed: StepInputs | None = None  # of second forwards that all ranks are about to run
+        self._unrefused = False  # the mode will run second forwards after this step
         self._idle = set(range(len(self.layers)))  # layers that have run in no measured step
 
     # Around the optimizers
@@ -128,12 +129,13 @@ class Engine:
         graphs = None if refused is not None else mode.graphs(forwards)
         due = refused is None and (mode.checks_every_step or self.replay_checks.due(graphs))
         self.ranks.meet(step, f"{len(forwards)} forwards{', which are checked' * due}{f' ({refused})' * bool(refused)}")
+        self._unrefused = refused is None
+        self._agree(inputs, due)
         if due:
             self.replay_checks.record(graphs, self._run(lambda: mode.check(inputs)))
 
     def _run(self, forwards: Callable[[], T]) -> T:
         """Runs forwards of the monitor's own, which may communicate only if the ranks have agreed to run them."""
-        self._agreed = None
         self.capture.replayer.collectives = self.ranks.alone or self.ranks.together
         self.capture.replayer.together = self.ranks.together
         try:
@@ -143,13 +145,18 @@ class Engine:
             raise RankError(f"{error}: from the next measured step on, all ranks measure together") from error
 
     def accompany(self) -> None:
-        """Runs the second forwards that the other ranks run, if they were agreed upon and this rank has failed since.
+        """Runs the second forwards that the other ranks run, if this rank has failed before it began with them.
 
         Their results are not used.
         """
         agreed, self._agreed = self._agreed, None
-        if agreed is not None:
+        if agreed is not None and not self.capture.replayer.begun:
             self._run(lambda: self.mode.accompany(agreed))
+
+    def _agree(self, inputs: StepInputs, due: bool) -> None:
+        """Notes whether all ranks have agreed to run second forwards now."""
+        self._agreed = inputs if due and self.ranks.together else None
+        self.capture.replayer.begun = False
 
     def _written_since(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> Tensor | None:
         """Returns whether a parameter was written to since one of the forwards began: bool (), None if unknown."""
@@ -229,8 +236,8 @@ class Engine:
             if any(p.writes_parameters for p in forwards):
                 raise WriteError("a parameter has another version after it", inputs=False)
         self.ranks.meet_again()
-        if self.ranks.together:
-            self._agreed = StepInputs(forwards, self._perturbed, self.parameters.tensors, self._previous)
+        inputs = StepInputs(forwards, self._perturbed, self.parameters.tensors, self._previous)
+        self._agree(inputs, self._unrefused)
         update = self.parameters.take(self.device)
         moved = (update.reason == decrease_reasons.MOVED).any()
         if forwards:
@@ -238,7 +245,6 @@ class Engine:
         else:
             ran = [count > 0 for count, _ in self.capture.backward_norms()]
         key = self.capture.step_key(ran)
-        inputs = StepInputs(forwards, self._perturbed, self.parameters.tensors, self._previous)
         structure, cuts_to_record = self.learned.learn(mode.structure(inputs, self.learned), key)
         assert self._loss_scale is not None
         reference = mode.reference(inputs, update, loss, self._loss_scale)

@@ -347,10 +347,9 @@ class Monitor:
         if self._capture.backwards_seen > 1 and not self.step:  # the optimizer is used in another way than by step()
             self._runner.notices.unused(self._capture.backwards_seen, str(self._header["optimizer"]))
         self._closed = True
-        self._steps.close()
-        self._capture.close()
-        self._engine.close()
-        self._recorder.close()
+        with ExitStack() as stack:  # each is closed, also if another one fails
+            for part in (self._recorder, self._engine, self._capture, self._steps):
+                stack.callback(part.close)
 
     def __enter__(self) -> Monitor:
         return self

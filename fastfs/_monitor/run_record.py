@@ -88,6 +88,9 @@ def open_recorder(
 
     Returns:
         The recorder.
+
+    Raises:
+        ValueError: The ranks write files of their own, and something needs merged records.
     """
     targets = checked_targets(sinks)
     if path is not None or not targets:
@@ -96,6 +99,8 @@ def open_recorder(
         part = RunRecord(None, writes=True, rank=None, sends=False)
     if part.rank is not None:
         targets = [rank_path(_only_path(targets), part.rank)]
+        if options.get("alerts") or options.get("on_alert"):
+            raise ValueError('merge="files": expected no alerts and no on_alert, since they need merged records')
     if not part.writes:
         targets = []
     if part.sends:

@@ -16,6 +16,7 @@ from fastfs._monitor.measure.modes import MODES
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.ranks import Ranks
 from fastfs._monitor.schedule import Every
+from fastfs._network.placements import local
 from fastfs._record.writing.recorder import check_recorder_state
 
 __all__ = [
@@ -187,7 +188,7 @@ def speaks() -> bool:
 
 def aligned_work(parameters: Sequence[Tensor], layers: int, fraction: float = 1.0) -> str:
     """Describes what an aligned step does besides the training's own work."""
-    size = sum(p.numel() * p.element_size() for p in parameters)
+    size = sum(local(p).nbytes for p in parameters)
     amount = f"{size / _MIB:.1f} MiB" if size >= _MIB // 10 else f"{size / 1024:.1f} KiB"
     work = (
         f"one pass over gradients, parameters and optimizer state ({len(parameters)} parameters, {amount} each), the "

@@ -108,8 +108,10 @@ class StepRunner:
         which, ranks = self._optimizers[optimizer], self._engine.ranks
         met = ranks.meetings
         self._run(lambda: self._engine.before(which, optimizer, self.step, first=first, measured=self.measures))
-        if self._failed and self.measures and first and ranks.meetings == met:
-            self._abstain(lambda reason: ranks.meet(self.step, "", reason))
+        if self._failed and self.measures and first:
+            if ranks.meetings == met:
+                self._abstain(lambda reason: ranks.meet(self.step, "", reason))
+            self._accompany()
 
     def after(self, optimizer: int) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
@@ -197,8 +199,15 @@ class StepRunner:
         """After a failure, does for the other ranks what they wait for: an answer, or the forwards agreed upon."""
         if self.measures:
             self._abstain(self._engine.ranks.meet_again)
+            self._accompany()
+
+    def _accompany(self) -> None:
+        try:
+            self._journal.note(GlobalState(self._device_types).restore)
             with suppress(Exception):
                 self._engine.accompany()
+        finally:
+            self._restore()
 
     def _complete(self) -> None:
         """Measures or predicts the step that is over."""

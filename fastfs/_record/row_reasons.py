@@ -36,7 +36,7 @@ REASONS: tuple[str | None, ...] = (
     "capacity, which samples= does not allow",
     "the chosen samples were not run alone before the step, as samples= needs",
     "ranks of the run are missing: the numbers are those of the others",
-    "ranks that should hold the same features report different sums",
+    "ranks that should hold the same features or parameters report different sums",
     "ranks that hold parts of the same rows have kept different rows: raise memory=",
     "the backward vector is a partial sum over ranks (DTensor Partial), or is spread over them in another way than the "
     "features: give the layer's output the placements that its gradient has (redistribute), or a local tensor",

@@ -12,6 +12,7 @@ import pandas
 import pytest
 
 import fastfs
+from fastfs._monitor.run_record import RunRecord, open_recorder
 from fastfs._record.ranks.part_files import PartFiles, base_of, rank_files
 from fastfs._record.reading.follow_parts import PartsFollower
 from fastfs._record.reading.load import load_compact, read_header
@@ -206,6 +207,25 @@ def test_other_files_with_such_a_name_stand_for_themselves(made: Path, tmp_path:
     assert len(fastfs.load(own)) == len(fastfs.load(made / "store"))
     with pytest.raises(FileNotFoundError):
         fastfs.load(tmp_path / "none.jsonl")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sinks": [print]}, {"path": "a.jsonl", "sinks": ["b.jsonl"]}, {"path": "a.parquet"},
+        {"path": "tensorboard:a"}, {"alerts": [print]}, {"on_alert": print},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_needs_merged_records_is_refused(
+    given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    part = RunRecord(None, writes=True, rank=1, sends=False)
+    values = {"path": None, "sinks": (), **given}
+    with pytest.raises(ValueError, match='merge="files": expected '):
+        open_recorder(header={"kind": "header", "schema": 2, "run": "a", "layers": ["x"]}, part=part, **values)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_parts_belong_to_files_of_ranks() -> None:

@@ -80,6 +80,7 @@ class Replayer:
         parameters: The trained parameters, whose gradients and flags are restored.
         collectives: Whether the forwards may communicate with other ranks, because they all run them.
         together: Whether they do: a failure that can wait then waits until all of them have run.
+        begun: Whether the forwards that the ranks have agreed upon have begun on this one.
     """
 
     def __init__(self, layers: Sequence[Layer], switch: taps.Switch, sampler: RowSampler, owned: OwnedState) -> None:
@@ -90,6 +91,7 @@ class Replayer:
         self.parameters: Sequence[Tensor] = ()
         self.collectives = True
         self.together = False
+        self.begun = False
         self._layers = tuple(layers)
         self._switch = switch
         self._sampler = sampler

@@ -140,8 +140,7 @@ class TrainingMode(CaptureMode):
 
     def accompany(self, step: StepInputs) -> None:
         """Runs the second forwards for the sake of other ranks."""
-        if self.refusal(step.forwards) is None:
-            self._replay(step)
+        self._replay(step)
 
     # What differs between the modes on the training batch
 
@@ -196,6 +195,7 @@ class TrainingMode(CaptureMode):
     def _run(self, forwards: Sequence[ForwardCapture], forward: Callable[..., Any], **options: Any) -> ReplaySums:
         result = ReplaySums()
         failed: Exception | None = None
+        self._resources.replayer.begun = True
         for captured in forwards:
             try:
                 replay = self._run_one(captured, forward, **options)

@@ -91,6 +91,8 @@ class Assembler:
         reason = rows.reason
         if not step.whole:
             reason = np.where(reason == 0, row_reasons.MISSING_RANKS, reason)
+        other_models = parameters.reason == decrease_reasons.RANKS_DIFFER
+        reason = np.where((reason == 0) & other_models, row_reasons.RANKS_DIFFER, reason)
         stats = FeatureStats(torch.from_numpy(self._with_groups(rows.sums)))
         codes = self._worst(reason)
         columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in FROM_STATS}

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastfs._record.columns import PART
 from fastfs._record.ranks.exchange import Collector
 from fastfs._record.record import Record
 from fastfs._record.writing.alerts import Alerts
@@ -229,7 +230,7 @@ class Writer:
         result: list[Record] = []
         for record in records:
             result.append(record)
-            raised, failures = self.alerts.update(record)
+            raised, failures = ([], []) if record.kind == PART else self.alerts.update(record)
             result += raised
             self.messages.extend(raised)
             for name, error in failures:
