@@ -70,7 +70,7 @@ def make_optimizer(model: nn.Module, name: str) -> torch.optim.Optimizer:
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     options = {"adamw": {"foreach": False}, "adamw_foreach": {"foreach": True}, "adamw_fused": {"fused": True}}
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, **options[name])  # type: ignore[arg-type]
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, **options[name])
 
 
 # Meshes: each prepares the model and returns (what the loop calls, ranks that have batches of their own, this one's)
@@ -91,7 +91,9 @@ def _fully_shard(model: Net, mesh: Any, **options: Any) -> nn.Module:
 
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
+    whole: Any = fully_shard(model, mesh=mesh, **options)
+    module: nn.Module = whole
+    return module
 
 
 def fsdp(model: Net, **options: Any) -> Prepared:
@@ -230,7 +232,7 @@ def train(
         for number, (inputs, targets) in enumerate(micro):
             with last_syncs(model, number == len(micro) - 1):
                 loss = F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten()) / accumulate
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             total += loss.detach()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
