@@ -12,6 +12,8 @@ Another run without a monitor sends the same bytes as the steps without a measur
 - "cpu" and "wall": processor time of all ranks, and time of a step, relative to steps without a measurement. On a
   machine with fewer cores than ranks, "wall" shows mostly the former.
 
+"merge" is what the first rank does with the parts of all ranks at a measured step, for sizes that do not fit here.
+
 The ceiling of the traffic of a measured step is what one more forward sends: under FSDP2 each rank receives
 (n - 1) / n of the parameters, twice (a forward after the step, and now and then one before it).
 """
@@ -25,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -33,7 +36,10 @@ from torch.multiprocessing.spawn import spawn
 
 import fastfs
 from benchmarks.harness import command_line, count_option, print_table, write_json
-from fastfs._record.ranks.part import RankPart
+from fastfs._record.encoding import to_json
+from fastfs._record.ranks.assembly import Assembler
+from fastfs._record.ranks.part import Place, RankPart, Share
+from fastfs._record.record import as_line
 
 WIDTH, DEPTH, CLASSES, TOKENS = 256, 6, 50, 32
 KINDS = ("nothing", "predicted", "measured")
@@ -190,6 +196,49 @@ def measure(mesh: str, ranks: int, steps: int, rounds: int) -> dict[str, Any]:
     return result
 
 
+def merge_cost(ranks: int, layers: int, parameters: int) -> dict[str, Any]:
+    """Return what the first rank does with the parts of one measured step, of FSDP2 with so many ranks.
+
+    Args:
+        ranks: number of ranks.
+        layers: number of watched layers.
+        parameters: number of parameters.
+    """
+    generator = np.random.default_rng(0)
+    names = [f"blocks.{i}" for i in range(layers)]
+
+    def part(rank: int) -> bytes:
+        place = Place(rank, tuple(range(ranks)), (rank,), 1 / ranks, (Share(f"fsdp:{ranks}", ranks, rank),))
+        arrays = {
+            "sums": generator.random((layers, 9)) + 1.0,
+            "spread": generator.random((layers, 6)) * 1e-3,
+            "reason": np.zeros(layers),
+            "amplified": np.zeros(layers),
+            "quantiles": np.zeros((layers, 2, 0)),
+            "aligned": generator.random((1, layers, 4)),
+            "decrease_reason": np.zeros(layers),
+        }
+        facts = {"touched": [1] * parameters, "ran": [True] * layers, "cut": [True] * layers, "method": "plain"}
+        facts |= {"rows": [[131, 8192]] * layers, "margin": [2.0] * layers}
+        scalars = {"loss": 1.0, "micro_batches": 1, "overhead_seconds": 0.1, "loss_scale": 1.0}
+        return RankPart("measured", 0, time.time(), place, scalars, facts, arrays).to_bytes()
+
+    sent = [part(rank) for rank in range(ranks)]
+    assembler = Assembler({"layers": names})
+    started = time.process_time()
+    parts = [RankPart.from_bytes(data) for data in sent]
+    decoded = time.process_time()
+    records = assembler.records(parts)
+    merged = time.process_time()
+    return {
+        "merge": f"{ranks} ranks, {layers} layers, {parameters} parameters",
+        "part_bytes": statistics.mean(map(len, sent)),
+        "decode_cpu_seconds": decoded - started,
+        "merge_cpu_seconds": merged - decoded,
+        "record_bytes": sum(len(to_json(as_line(record, "x"))) for record in records),
+    }
+
+
 def main() -> int:
     """Run the benchmark.
 
@@ -210,6 +259,14 @@ def main() -> int:
                 continue
             results.append(measure(mesh, count, steps, rounds))
             write_json(args.json, torch.device("cpu"), results)
+    merges = [merge_cost(*sizes) for sizes in ((8, 32, 291), (1000, 80, 723))]
+    write_json(args.json, torch.device("cpu"), [*results, *merges])
+    for merge in merges:
+        print(
+            ", ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{value}" for name, value in merge.items()
+            )
+        )
     rows = []
     for result in results:
         for kind in KINDS[1:]:

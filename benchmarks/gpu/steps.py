@@ -36,6 +36,7 @@ TESTS = (
 TRAINING_TESTS = (
     "tests/cuda/test_cuda_sampled.py",
     "tests/cuda/test_monitor_cuda.py",
+    "tests/parallel/test_one_rank.py",
     "tests/monitor/test_combinations.py",
     "tests/reproduce/test_demo.py",
 )
