@@ -42,6 +42,7 @@ class Assembler:
         self._groups = [[places[name] for name in members] for members in (header.get("groups") or {}).values()]
         self.quantiles = tuple(quantiles)
         self.angles = LastAngles(self._layers)
+        self._leaders: dict[int, int] = {}  # of every rank, the first one of its batch
         self._known: dict[str, list[Any]] = {}  # the last structure
 
     def records(self, parts: Sequence[RankPart]) -> list[Record]:
@@ -85,7 +86,7 @@ class Assembler:
     # Kinds of records
 
     def _measured(self, parts: Sequence[RankPart]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        step = merge(parts)
+        step = merge(parts, self._leaders)
         rows, parameters = step.rows, step.parameters
         assert rows is not None
         reason = rows.reason
@@ -127,7 +128,7 @@ class Assembler:
         return columns, scalars
 
     def _predicted(self, parts: Sequence[RankPart]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-        step = merge(parts)
+        step = merge(parts, self._leaders)
         parameters = step.parameters
         assert step.backward is not None
         norm, root = step.backward[0], np.sqrt(step.backward[1])

@@ -14,7 +14,7 @@ Source: section 2 of "The Feature Speed Formula", arXiv 2311.18718; the sum over
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,32 +94,36 @@ class MergedRows:
     first: list[int] = field(default_factory=list)
 
 
-def batches(parts: Sequence[RankPart]) -> list[list[RankPart]]:
+def batches(parts: Sequence[RankPart], known: Mapping[int, int]) -> list[list[RankPart]]:
     """Returns the parts of the ranks that work on one batch together. Batches of which a rank is missing are left out.
 
-    Peers are the ranks of a mesh over which parameters are sharded. They share their batch if they were given the same
-    inputs (tensor parallel), and have batches of their own otherwise (experts).
+    Peers are the ranks of a mesh over which parameters are sharded. Those that were given the same inputs share a batch
+    (tensor parallel), and the others have batches of their own (experts).
+
+    Args:
+        parts: Of one step.
+        known: For a step whose parts do not tell the inputs: for each rank the first one of its batch, from a step
+            whose parts did.
     """
     by_rank = {part.place.rank: part for part in parts}
     found: list[list[RankPart]] = []
+    taken: set[int] = set()
     for part in parts:
-        peers = [by_rank.get(rank) for rank in part.place.peers]
-        present = [peer for peer in peers if peer is not None]
-        if part.place.rank != present[0].place.rank:
-            if all(_same_inputs(part, other) for other in present):
-                continue  # it belongs to the batch of another
-            found.append([part])
-        elif not all(_same_inputs(part, other) for other in present):
-            found.append([part])
-        elif len(present) == len(peers):
-            found.append(present)
+        if part.place.rank in taken:
+            continue
+        present = [by_rank[rank] for rank in part.place.peers if rank in by_rank]
+        shared = [other for other in present if _same_batch(part, other, known)]
+        taken.update(other.place.rank for other in shared)
+        if len(present) == len(part.place.peers):
+            found.append(shared)
     return found
 
 
-def _same_inputs(a: RankPart, b: RankPart) -> bool:
+def _same_batch(a: RankPart, b: RankPart, known: Mapping[int, int]) -> bool:
     first, second = a.arrays.get("inputs"), b.arrays.get("inputs")
     if first is None or second is None:
-        return True
+        own = a.place.peers[0]
+        return known.get(a.place.rank, own) == known.get(b.place.rank, own)
     return first.shape == second.shape and bool(np.array_equal(first, second, equal_nan=True))
 
 

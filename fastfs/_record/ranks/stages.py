@@ -87,13 +87,17 @@ def expanded(part: RankPart, layers: int) -> RankPart:
     return replace(part, arrays=arrays, facts=facts)
 
 
-def merge(parts: Sequence[RankPart]) -> MergedStep:
+def merge(parts: Sequence[RankPart], known: dict[int, int]) -> MergedStep:
     """Returns the sums of a step over all ranks, stage by stage.
 
     The decrease of a layer is that of its own stage upstream of it, and all of the stages before.
+
+    Args:
+        parts: Of the ranks that have sent one.
+        known: For each rank the first one of its batch; a measured step tells it, for the predicted steps after it.
     """
     numbers = sorted({part.place.stage for part in parts})
-    found = [_one_stage([part for part in parts if part.place.stage == number]) for number in numbers]
+    found = [_one_stage([part for part in parts if part.place.stage == number], known) for number in numbers]
     last = found[-1]
     if len(found) == 1 and parts[0].place.stages == 1:
         return last
@@ -130,9 +134,11 @@ def merge(parts: Sequence[RankPart]) -> MergedStep:
 _OF_ROWS = ("sums", "spread", "rows", "margin", "reason")
 
 
-def _one_stage(parts: Sequence[RankPart]) -> MergedStep:
+def _one_stage(parts: Sequence[RankPart], known: dict[int, int]) -> MergedStep:
     place = parts[0].place
-    together = batches(parts)
+    together = batches(parts, known)
+    if parts[0].kind == "measured":
+        known.update({part.place.rank: peers[0].place.rank for peers in together for part in peers})
     expected = len(place.ranks) // place.stages
     whole = sum(map(len, together)) == expected
     together = together or [[parts[0]]]
