@@ -103,13 +103,14 @@ class Ranks:
         store = self.store.other_connection()
         store.timeout = _ATTACH_SECONDS
         try:
-            answers = [json.loads(each) for each in store.gather("attach", json.dumps([self.place.stage, *layers]))]
+            answers = [json.loads(each) for each in store.collect("attach", json.dumps([self.place.stage, *layers]))]
         except RankError as error:
             raise RankError(
                 f"fastfs.Monitor: {error}: the ranks measure {type(self._model).__name__} together, so every rank has "
                 "to attach a Monitor"
             ) from None
-        names = list(dict.fromkeys(name for _, *own in sorted(answers, key=lambda each: each[0]) for name in own))
+        answers.sort(key=lambda each: (each[0], list(map(_natural, each[1:]))))
+        names = list(dict.fromkeys(name for _, *own in answers for name in own))
         if names != list(layers):
             places = {name: number for number, name in enumerate(names)}
             self.place = replace(self.place, layers=tuple(places[name] for name in layers))
@@ -232,6 +233,11 @@ def in_a_group() -> bool:
     """Returns whether this process is one of several in a process group."""
     distributed = torch.distributed
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Returns a key by which ``experts.2`` comes before ``experts.10``."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _ignored(model: nn.Module) -> set[str]:

@@ -127,9 +127,9 @@ def test_patience_shrinks_and_comes_back(tmp_path: Path) -> None:
 
 def test_the_ranks_that_are_missing_are_named() -> None:
     stores = run_stores(HashStore(), 4, 0.2)
-    stores[3].set("here/3", b"x")
+    stores[3].set("here/here/3", b"x")
     with pytest.raises(RankError, match=r"no answer from rank 1, 2 of 4 within 0\.2 s"):
-        stores[0].gather("here", "x")
+        stores[0].collect("here", "x")
 
 
 def test_an_attachment_that_failed_is_undone() -> None:
@@ -151,3 +151,10 @@ def test_a_store_that_is_gone_raises_and_does_not_wait() -> None:
     with pytest.raises(RankError, match="cannot be reached"):
         stores[0].add("b", 1)
     assert time.monotonic() - began < 20
+
+
+def test_different_values_are_collected_once_and_in_one_order() -> None:
+    stores = run_stores(HashStore(), 4, 15.0)
+    found = together(stores, lambda store: store.collect("layers", "ab"[store.rank % 2]))
+    assert sorted(found[0]) == ["a", "b"]
+    assert found == [found[0]] * 4

@@ -7,6 +7,7 @@ nobody for longer than a timeout.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -109,30 +110,37 @@ class RunStore:
 
     # Agreement
 
-    def gather(self, name: str, value: str) -> list[str]:
-        """Waits until every rank has given its value.
+    def collect(self, name: str, value: str) -> list[str]:
+        """Waits until every rank has given its value. The work of a rank does not grow with the number of ranks.
 
         Args:
             name: Of the values.
             value: Of this rank.
 
         Returns:
-            The values in the order of the ranks.
+            The different values, in the same order on every rank.
 
         Raises:
             RankError: A rank has not come in time; the message names it.
         """
-        self._store.set(self._key(f"{name}/{self.rank}"), value)
-        keys = [self._key(f"{name}/{rank}") for rank in self.ranks]
+        store, kinds = self._store, self._key(f"{name}/kinds")
+        digest = hashlib.sha256(value.encode()).hexdigest()
+        if store.add(self._key(f"{name}/of/{digest}"), 1) == 1:  # the first one with this value
+            store.set(f"{kinds}/{store.add(kinds, 1)}", value)
+        store.set(self._key(f"{name}/here/{self.rank}"), "here")
+        complete = self._key(f"{name}/complete")
+        if store.add(self._key(f"{name}/count"), 1) == len(self.ranks):
+            store.set(complete, "complete")
         try:
-            self._store.wait(keys, timedelta(seconds=self.timeout))
+            store.wait([complete], timedelta(seconds=self.timeout))
         except Exception as error:
-            missing = [rank for rank, key in zip(self.ranks, keys, strict=True) if not self._store.check([key])]
+            missing = [rank for rank in self.ranks if not store.check([self._key(f"{name}/here/{rank}")])]
+            store.add(self._key(f"{name}/count"), -1)  # this rank may try again
             if not missing:
                 raise RankError(str(error)) from error
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise RankError(f"no answer from rank {shown} of {len(self.ranks)} within {self.timeout:g} s") from error
-        return [_text(self._store.get(key)) for key in keys]
+        return [_text(store.get(f"{kinds}/{number}")) for number in range(1, store.add(kinds, 0) + 1)]
 
     def decide(self, name: str, vote: str, refusal: str | None) -> str | None:
         """Decides with all ranks whether to do something together. The decision is the same on every rank.
