@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from tests.helpers.parallel_cases import (
     make_model,
     make_optimizer,
     parameters_of,
-    with_and_without,
+    train,
 )
 from tests.helpers.processes import run_ranks
 
@@ -29,13 +28,11 @@ EXACT = ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease
 
 def accelerated(kind: str, path: str | None, clip: float | None, accumulate: int) -> tuple[list[float], list[Any]]:
     """Trains as ``parallel_cases.train`` does, in float32 and by Accelerate; returns losses and whole parameters."""
-    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     plugin = None
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
     if kind == "fsdp2":
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -43,6 +40,10 @@ def accelerated(kind: str, path: str | None, clip: float | None, accumulate: int
             cpu_ram_efficient_loading=False,
         )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=accumulate)
+    if plugin is not None:
+        # Accelerate 1.15 takes the plugin on accelerators only: on CPU it would silently be DistributedDataParallel.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
     net = make_model(torch.float32)
     model, optimizer = accelerator.prepare(net, make_optimizer(net, "adamw"))
     sharded = [p for p in model.parameters() if hasattr(p, "full_tensor")]
@@ -95,8 +96,6 @@ def test_the_record_is_that_of_one_process(tmp_path: Path, kind: str, clip: floa
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         one_path = tmp_path / "one.jsonl"
-        from tests.helpers.parallel_cases import train
-
         train("single", str(one_path), **options)
     many, one = fastfs.load(path), fastfs.load(one_path)
     assert len(many) == len(one) > 0
