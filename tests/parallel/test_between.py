@@ -86,7 +86,7 @@ def apart(steps: list[Any]) -> list[list[int | None]]:
     return found
 
 
-def raised(columns: list[Any]) -> list[tuple[int, float, str]]:
+def raised(columns: list[Any]) -> list[Any]:
     """Returns step, value and message of the alerts."""
     alerts, found = Alerts([RankApart()], HEADER), []
     for step, column in enumerate(columns):

@@ -186,7 +186,7 @@ class FunctionRule:
 
 def default_alerts() -> list[AlertRule]:
     """Returns the rules that a monitor applies by default."""
-    of_layers = [AngleCollapse(), LayerFrozen(), UpdateAbove(), NonFinite(), ResidualLarge()]
+    of_layers: list[AlertRule] = [AngleCollapse(), LayerFrozen(), UpdateAbove(), NonFinite(), ResidualLarge()]
     return [*of_layers, GradientScale(), RankApart()]
 
 
