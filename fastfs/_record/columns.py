@@ -309,12 +309,18 @@ COLUMNS = (
         unit="rad",
         meaning="in runs of several ranks: standard deviation of the angles of their batches, each by itself",
         optional=True,
+        display=Display(
+            14,
+            "Angles of ranks",
+            "Standard deviation of the angles of the ranks' batches, each by itself.",
+            guarded=True,
+        ),
     ),
     Column(
         name="rank_apart",
         type="integer",
         meaning="in runs of at least four batches: a rank whose angle, speed, backward or feature size stands far "
-        "apart from those of the others; null if none does",
+        "apart from those of the others, as these scatter at the last 8 measured steps; null if none does",
         optional=True,
         tensorboard=False,
     ),

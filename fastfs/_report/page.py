@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastfs._record.reading.load import load_compact
-from fastfs._report import summary
+from fastfs._report import ranks, summary
 from fastfs._report.grids import (
     Array,
     Grid,
@@ -142,7 +142,10 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
         "source": source,
         "run": run,
         "cards": summary.cards(header, measured, predicted, len(layers), len(alerts), len(skipped)),
-        "findings": summary.findings(names, len(layers), measured, before, len(predicted.steps) > 0),
+        "findings": [
+            *ranks.findings(header, names, len(layers), measured, predicted),
+            *summary.findings(names, len(layers), measured, before, len(predicted.steps) > 0),
+        ],
         "rows": _rows(names, len(layers), header, structures),
         "measured": {**_packed(measured, kept, shown), "origin": origin[kept.index].tolist()},
         "predicted": _packed(predicted, kept_predicted, shown_predicted),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastfs._report import ranks
 from fastfs._report.grids import Array, Grid
 
 __all__ = ["cards", "duration", "findings", "number", "since"]
@@ -95,6 +96,7 @@ def cards(
             f"from {number(loss[0])} at the start" if math.isfinite(loss[0]) else "not recorded",
         ),
     ]
+    boxes += ranks.card(header, measured, predicted)
     return [{"label": label, "value": value, "note": note} for label, value, note in boxes]
 
 

@@ -18,6 +18,7 @@ from fastfs._record.reading.follow import Follower
 from fastfs._record.reading.follow_parts import PartsFollower
 from fastfs._record.reading.latest import LatestRun
 from fastfs._record.reading.locate import find_record
+from fastfs._report.ranks import apart_text
 from fastfs._report.summary import number, since
 
 __all__ = ["ORDERS", "screen", "watch"]
@@ -111,7 +112,7 @@ def _heading(state: LatestRun, now: float, name: str) -> list[Text]:
     detail.append("" if math.isnan(scale) else f"; gradient scale {scale:#.4g}")
     detail.append(f"; {state.skipped:,} steps skipped" if state.skipped else "")
     detail.append(_unread(state))
-    lines = [title, numbers, detail]
+    lines = [title, numbers, detail, *_ranks(state)]
     if state.alert_count:
         counts = ", ".join(f"{_clean(rule)} ({count:,})" for rule, count in state.alert_count.most_common(5))
         lines.append(Text(f"alerts: {counts}", style="bold red", no_wrap=True, overflow="ellipsis"))
@@ -121,6 +122,20 @@ def _heading(state: LatestRun, now: float, name: str) -> list[Text]:
     else:
         lines.append(Text("no alerts", style="dim"))
     return lines
+
+
+def _ranks(state: LatestRun) -> list[Text]:
+    """Says of a run of several ranks whether all are there, and which one stands apart from the others."""
+    if state.ranks == 1:
+        return []
+    since = state.ranks_missing_since
+    said = Text(f"{state.ranks:,} ranks", style="dim", no_wrap=True, overflow="ellipsis")
+    if since is not None:
+        text = f"{state.present_ranks:,} of {state.ranks:,} ranks since step {since:,}"
+        said = Text(text, style="bold yellow", no_wrap=True, overflow="ellipsis")
+    if apart := apart_text(state.names, state.apart):
+        return [said, Text(f"{_clean(apart)} (last 3 measured steps)", style="bold red", overflow="ellipsis")]
+    return [said]
 
 
 def _unread(state: LatestRun) -> str:

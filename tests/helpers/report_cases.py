@@ -161,6 +161,29 @@ def run_lines(
     return lines
 
 
+def with_ranks(
+    lines: list[dict[str, Any]],
+    ranks: int,
+    *,
+    missing_from: int | None = None,
+    apart: tuple[int, int, int] | None = None,
+) -> list[dict[str, Any]]:
+    """Makes a run of several ranks of it: one is missing from a step on, or is apart (rank, layer, from a step)."""
+    for line in lines:
+        if line["kind"] == "header":
+            line["ranks"] = ranks
+        if line["kind"] in ("measured", "predicted"):
+            line["ranks"] = ranks - (missing_from is not None and line["step"] >= missing_from)
+        if line["kind"] == "measured":
+            count = len(line["layers"]["angle"])
+            line["layers"]["rank_angle_sd"] = [0.01 * (i + 1) for i in range(count)]
+            found: list[int | None] = [None] * count
+            if apart is not None and line["step"] >= apart[2]:
+                found[apart[1]] = apart[0]
+            line["layers"]["rank_apart"] = found
+    return lines
+
+
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     def short(value: Any) -> Any:
         return float(f"{value:.6g}") if isinstance(value, float) and abs(value) < 1e6 else value

@@ -51,6 +51,20 @@ def text_of(
 NAMES = cases.names_of(2)
 
 
+def test_several_ranks_are_one_run_and_say_what_differs() -> None:
+    assert "ranks" not in text_of(cases.run_lines(4, 41, every=10))
+    text = text_of(cases.with_ranks(cases.run_lines(4, 41, every=10), 8))
+    assert "8 ranks\n" in re.sub(" +\n", "\n", text)
+    assert "apart" not in text
+    text = text_of(cases.with_ranks(cases.run_lines(4, 41, every=10), 8, missing_from=17, apart=(5, 2, 20)))
+    assert "7 of 8 ranks since step 17" in text
+    assert "rank 5 stands apart at blocks.2 (last 3 measured steps)" in text
+    text = text_of(cases.with_ranks(cases.run_lines(4, 41, every=10), 8, apart=(5, 2, 30)))  # in two steps only
+    assert "apart" not in text
+    lines = cases.with_ranks(cases.run_lines(4, 31), 8, missing_from=17)
+    assert "7 of" not in text_of([*lines, *cases.with_ranks(cases.run_lines(4, 33), 8)[-2:]])  # it has come back
+
+
 def test_the_table_has_the_last_numbers() -> None:
     lines = cases.run_lines(4, 41, every=10, alerts=(17,), groups=True)
     lines[-1]["loss"] = 1.2345

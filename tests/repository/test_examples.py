@@ -28,3 +28,13 @@ def test_deep_mlp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loss["fsc"] < 0.5 * loss["mup"]
     assert loss["calibrated"] < 0.5 * loss["mup"]
     assert loss["resnet"] < loss["fsc"]
+
+
+def test_train_fsdp2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = runpy.run_path(str(EXAMPLES / "train_fsdp2.py"))
+    table = found["table"]
+    assert sorted(table["step"].unique()) == list(range(found["STEPS"]))
+    assert table.loc[table["step"] == found["STEPS"] - 1, "loss"].max() < 0.7 * table["loss"].iloc[0]
+    assert "blocks.1" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "runs/train_fsdp2").iterdir()] == ["record.jsonl"]

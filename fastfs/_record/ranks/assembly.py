@@ -43,6 +43,7 @@ class Assembler:
         self.quantiles = tuple(quantiles)
         self.angles = LastAngles(self._layers)
         self._leaders: dict[int, int] = {}  # of every rank, the first one of its batch
+        self._between = between.Comparison()
         self._known: dict[str, list[Any]] = {}  # the last structure
 
     def records(self, parts: Sequence[RankPart]) -> list[Record]:
@@ -117,7 +118,7 @@ class Assembler:
         scalars = _scalars(parts, step)
         if len(parts[0].place.ranks) > 1:
             scalars["ranks"] = len(parts)
-            columns |= {name: self._padded(column) for name, column in between.columns(rows).items()}
+            columns |= {name: self._padded(column) for name, column in self._between.columns(rows).items()}
         scalars.pop("gradient_factor", None)
         # The schedule of a pipeline may scale gradients after the backward.
         factor = between.common_factor(parts) if parts[0].place.stages == 1 else 1.0

@@ -14,6 +14,9 @@ __all__ = ["LatestRun", "LatestStep", "RaisedAlert"]
 _RECENT_ALERTS = 500
 """Number of steps for which a layer counts as alerted."""
 
+_APART_STEPS = 3
+"""Number of measured steps in a row in which a rank has to stand apart, as the alert rule has it."""
+
 
 class RaisedAlert(NamedTuple):
     """A line of kind alert; ``layer`` is None for the whole model."""
@@ -44,6 +47,7 @@ class LatestRun:
         alerts: the last 200.
         alert_count: number of alerts by rule.
         skipped: number of skipped steps.
+        ranks_missing_since: the step since which rows lack some of the ranks; None if the last one has all.
     """
 
     def __init__(self) -> None:
@@ -60,6 +64,9 @@ class LatestRun:
         self.skipped = 0
         self._rows: dict[str, CheckedLine] = {}
         self._times: deque[tuple[int, float]] = deque(maxlen=64)
+        self.ranks_missing_since: int | None = None
+        self._ranks = 0
+        self._apart: deque[dict[int, int]] = deque(maxlen=_APART_STEPS)  # layer -> rank, of the last measured steps
 
     def update(self, lines: Sequence[CheckedLine]) -> None:
         """Adds new lines. The header of another run starts afresh; lines of other runs are ignored."""
@@ -81,9 +88,40 @@ class LatestRun:
                 self.cut = list(line["layers"]["cut"])
             else:
                 self._rows[kind] = checked
+                self._note_ranks(checked)
                 if self._times and line["step"] <= self._times[-1][0]:  # resumed from an earlier step
                     self._times.clear()
                 self._times.append((line["step"], float(line["time"])))
+
+    def _note_ranks(self, checked: CheckedLine) -> None:
+        ranks = checked.scalars.get("ranks", math.nan)
+        if math.isfinite(ranks):
+            self._ranks = int(ranks)
+            if self._ranks >= self.ranks:
+                self.ranks_missing_since = None
+            elif self.ranks_missing_since is None:
+                self.ranks_missing_since = checked.line["step"]
+        if checked.kind == "measured":
+            column = checked.columns.get("rank_apart", ())
+            self._apart.append({i: int(rank) for i, rank in enumerate(column) if math.isfinite(rank)})
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks of the run."""
+        value = self.header.get("ranks")
+        return value if type(value) is int and value > 0 else 1
+
+    @property
+    def present_ranks(self) -> int:
+        """Number of ranks whose numbers the last row has."""
+        return self._ranks
+
+    @property
+    def apart(self) -> list[tuple[int, int]]:
+        """Layers and the rank that has stood apart there in the last three measured steps, in the order of layers."""
+        if len(self._apart) < _APART_STEPS:
+            return []
+        return [(i, rank) for i, rank in self._apart[-1].items() if all(each.get(i) == rank for each in self._apart)]
 
     @property
     def last(self) -> LatestStep | None:

@@ -14,6 +14,7 @@ from fastfs._record.record import Record
 from fastfs._record.schema import row_names
 from fastfs._record.writing.alert_rule import AlertRule, Finding, Findings
 from fastfs._record.writing.gradient_scale_rule import GradientScale
+from fastfs._record.writing.rank_apart_rule import RankApart
 
 __all__ = [
     "AlertRule",
@@ -24,6 +25,7 @@ __all__ = [
     "GradientScale",
     "LayerFrozen",
     "NonFinite",
+    "RankApart",
     "ResidualLarge",
     "UpdateAbove",
     "default_alerts",
@@ -184,7 +186,8 @@ class FunctionRule:
 
 def default_alerts() -> list[AlertRule]:
     """Returns the rules that a monitor applies by default."""
-    return [AngleCollapse(), LayerFrozen(), UpdateAbove(), NonFinite(), ResidualLarge(), GradientScale()]
+    of_layers: list[AlertRule] = [AngleCollapse(), LayerFrozen(), UpdateAbove(), NonFinite(), ResidualLarge()]
+    return [*of_layers, GradientScale(), RankApart()]
 
 
 def _number(value: Any) -> float:
