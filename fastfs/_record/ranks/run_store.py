@@ -8,6 +8,7 @@ nobody for longer than a timeout.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -21,6 +22,7 @@ __all__ = ["RankError", "RunStore"]
 _KEPT = 4  # decisions whose keys are kept, since a slow rank may still read them
 _HASTY = 1.0  # seconds that a rank waits for the others after one has not come
 _GO = "go"
+_ROOT = "fastfs"
 
 
 class RankError(RuntimeError):
@@ -48,16 +50,16 @@ class RunStore:
         try:
             self._base = distributed_c10d._get_default_store()
             self._store = _connection(self._base, timeout)
-            self._number = self._store.add(f"fastfs/attached/{rank}", 1)
+            self._number = self._store.add(f"{_ROOT}/{_attempt()}/attached/{rank}", 1)
         except Exception as error:
             raise RankError(f"the store of the process group does not answer ({error})") from error
-        self._prefix = f"fastfs/{self._number}"
+        self._prefix = f"{_ROOT}/{_attempt()}/{self._number}"
         self._decisions: list[list[str]] = []
         self._hasty = False  # a rank did not come in time, so the next decisions do not wait long
 
     def release(self) -> None:
         """Undoes the attachment, which has failed: the next monitor of this rank takes its place."""
-        self._store.add(f"fastfs/attached/{self.rank}", -1)
+        self._store.add(f"{_ROOT}/{_attempt()}/attached/{self.rank}", -1)
 
     def other_connection(self) -> RunStore:
         """Returns the same keys over a connection of its own, for another thread."""
@@ -203,6 +205,11 @@ class RunStore:
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
+
+
+def _attempt() -> str:
+    """Returns the number of torchrun's attempt: after a restart, its store may still have the keys of the last one."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 class _Gone:
