@@ -34,6 +34,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Any:
     lines = {
         "small": cases.run_lines(4, 20, every=2, groups=True, alerts=(6,), invalid=0.2),
         "middle": cases.run_lines(100, 400, every=4, alerts=(17, 100)),
+        "ranks": cases.with_ranks(cases.run_lines(8, 60, every=2), 8, missing_from=43, apart=(5, 2, 30)),
         "invalid": cases.run_lines(4, 20, invalid=1.0),
         "predicted": cases.run_lines(4, 20, kinds=("predicted",)),
         "empty": [cases.header(cases.names_of(3))],
@@ -73,7 +74,7 @@ def heat(browser: Any, what: Any) -> Any:
     return browser.evaluate(f"(() => {{ const plot = document.getElementById('heat'); return {what}; }})()")
 
 
-@pytest.mark.parametrize("name", ["small", "middle", "invalid", "predicted", "empty", "evil", "large"])
+@pytest.mark.parametrize("name", ["small", "middle", "ranks", "invalid", "predicted", "empty", "evil", "large"])
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_pages_load(browser: Any, pages: Any, name: str, width: int, dark: bool) -> None:
     seconds = load(browser, pages[name], width, dark=dark)
