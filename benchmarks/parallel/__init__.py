@@ -1,1 +1,1 @@
-"""Benchmarks of runs of several ranks."""
+"""Benchmarks of runs on several ranks."""

@@ -271,6 +271,8 @@ class Engine:
             "quantiles": sums.quantiles,
             **payload.aligned_fields(done),
             "loss_scale": scale,
+            # An ordinary unscale gives 1.
+            "gradient_factor": self.parameters.take_factor(self.device) * self._loss_scale,
         }
         facts = self._facts(key, structure) | {
             "rows": [list(pair) for pair in sums.rows],
@@ -279,6 +281,9 @@ class Engine:
         }
         if self.ranks.link is not None:
             fields["total"] = done.total
+        if verdict.odd is not None and not self.ranks.alone:  # for the residual of the run
+            fields["odd"] = verdict.odd / torch.stack([scale, torch.ones_like(scale), torch.ones_like(scale)])[:, None]
+            fields["eps"] = observed.eps
         if observed.curvature is not None:
             fields["curvature"] = observed.curvature
         if len(self.ranks.place.peers) > 1:

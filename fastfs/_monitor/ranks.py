@@ -262,6 +262,6 @@ def _peers(model: nn.Module, names: Mapping[str, Tensor], rank: int) -> tuple[in
 def describe(place: Place) -> dict[str, Any]:
     """Returns what the header says of the ranks."""
     if len(place.ranks) == 1:
-        return {}
+        return {} if place.weight in (None, 1.0) else {"loss_weight": place.weight}
     kinds: Sequence[str] = [share.key for share in place.shares if share.key]
     return {"ranks": len(place.ranks), "shards": list(kinds), "loss_weight": place.weight}

@@ -33,6 +33,7 @@ class Grid:
         invalid: (rows, steps), whether a row was measured and is not valid.
         why: (rows, steps), indices into ``reasons``.
         reasons: texts.
+        scale: gradient scale, (steps,); None if it is not in the table.
     """
 
     steps: Array
@@ -43,6 +44,7 @@ class Grid:
     invalid: Array
     why: Array
     reasons: list[str]
+    scale: Array | None = None
 
 
 def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Quantity]:
@@ -127,7 +129,9 @@ def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where:
         codes, found = pandas.factorize(chosen(np.asarray(table["why"], dtype=object)))
         reasons += [str(reason)[:200] for reason in found[:254]]
         why[layer, at] = np.where(codes < 254, codes + 1, 0)
-    return Grid(steps, per_step("time"), per_step("loss"), per_step("overhead_seconds"), grids, invalid, why, reasons)
+    scale = per_step("gradient_scale") if "gradient_scale" in table.columns else None
+    seconds = per_step("overhead_seconds")
+    return Grid(steps, per_step("time"), per_step("loss"), seconds, grids, invalid, why, reasons, scale)
 
 
 def predicted_before(measured: Grid, predicted: Grid) -> tuple[Array, Array]:

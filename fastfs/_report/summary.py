@@ -15,6 +15,7 @@ from fastfs._report.grids import Array, Grid
 
 __all__ = ["cards", "duration", "findings", "number", "since"]
 
+_AS_DECLARED = 0.1  # relative distance of the gradient scale from 1
 _RECENT = 0.2  # share of the measured steps that "at the end" means
 
 
@@ -154,8 +155,23 @@ def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, p
                 f"Predicted speed over the speed measured next: median {number(float(mid), 3)}, "
                 f"90 % between {number(float(low), 2)} and {number(float(high), 2)} (1: the prediction was right)."
             )
+    said += _scale(measured)
     said += _invalid(names, layers, measured)
     return said
+
+
+def _scale(measured: Grid) -> list[str]:
+    """Says whether gradients are scaled as declared, if the record has that."""
+    scale = np.array([]) if measured.scale is None else measured.scale[np.isfinite(measured.scale)]
+    if not scale.size:
+        return []
+    low, mid, high = (float(x) for x in np.percentile(scale, (5, 50, 95)))
+    said = f"Gradient scale {mid:#.4g} (90 % between {low:#.4g} and {high:#.4g})"
+    if abs(mid - 1.0) <= _AS_DECLARED:
+        return [f"{said}: as declared."]
+    if low > 0 and high / low - 1.0 <= _AS_DECLARED:
+        return [f"{said}: gradients are {mid:.3g} times as large as declared."]
+    return [f"{said}: it varies, by clipping or by steps that are too large for first order."]
 
 
 def _invalid(names: Sequence[str], layers: int, measured: Grid) -> list[str]:

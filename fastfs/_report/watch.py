@@ -107,6 +107,8 @@ def _heading(state: LatestRun, now: float, name: str) -> list[Text]:
     detail = Text(no_wrap=True, overflow="ellipsis", style="dim")
     detail.append(f"measured at step {measured:,}" if measured is not None else "not measured yet")
     detail.append(f", predicted at step {predicted:,}" if predicted is not None else ", no prediction")
+    scale = state.scalar("measured", "gradient_scale")
+    detail.append("" if math.isnan(scale) else f"; gradient scale {scale:#.4g}")
     detail.append(f"; {state.skipped:,} steps skipped" if state.skipped else "")
     detail.append(_unread(state))
     lines = [title, numbers, detail]

@@ -258,7 +258,9 @@ def with_and_without(mesh: str, path: str, **options: Any) -> dict[str, Any]:
         # torch's own, of DTensor and gloo.
         warnings.simplefilter("default")
         warnings.filterwarnings("error", "fastfs")
-        plain = train(mesh, None, **{k: v for k, v in options.items() if k in ("optimizer", "accumulate", "clip")})
+        plain = train(
+            mesh, None, **{k: v for k, v in options.items() if k in ("optimizer", "accumulate", "clip", "dtype")}
+        )
         watched = train(mesh, path, **options)
     assert plain["losses"] == watched["losses"]
     for a, b in zip(plain["parameters"], watched["parameters"], strict=True):

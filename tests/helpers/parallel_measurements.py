@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import fastfs
 from fastfs._network.placements import shard_classes
-from tests.helpers.parallel_cases import Training, record_of, same, warned
+from tests.helpers.sharded_cases import Training, record_of, same, warned
 
 __all__ = ["layers_of", "measured", "over_shards"]
 

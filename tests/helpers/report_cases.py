@@ -79,6 +79,7 @@ def measured(names: list[str], step: int, *, run: str = "r1", invalid: float = 0
         "micro_batches": 1,
         "overhead_seconds": 0.02,
         "loss_scale": None,
+        "gradient_scale": 1.0 - residual[0],
         "layers": {
             "angle": angle,
             "cos_angle": [math.cos(a) for a in angle],

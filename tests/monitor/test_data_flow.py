@@ -15,7 +15,8 @@ SHARED = {"optimizers"}  # what users give: it imports nothing of the monitor
 MAY_IMPORT = {
     "capture": SHARED | {"_record"},  # reasons
     "measure": SHARED | {"capture", "_record"},
-    "ranks": {"_record"},
+    "ranks": {"pipeline", "_record"},
+    "pipeline": set(),
     "payload": SHARED | {"measure", "_record"},
     "engine": SHARED | {"capture", "measure", "payload", "ranks", "_record"},
     "schedule": set(),

@@ -88,7 +88,7 @@ def odd_placements() -> dict[str, Any]:
             optimizer.step()
             update = meter.after()
         moved = (local_part(p) - start).square().sum()
-        found[name] = update.reason.tolist(), update.stats.sums[0], moved.item(), bool(meter.passed)
+        found[name] = update.reason.tolist(), update.stats.sums[0], moved.item(), bool(meter.passed), meter.summed
     partial = torch.nn.Parameter(DTensor.from_local(whole, over, [Partial()]))
     partial.grad = DTensor.from_local(whole, over, [Partial()])
     try:
@@ -138,11 +138,17 @@ def test_partial_sums_are_refused_and_local_parts_measured() -> None:
     ranks = run_ranks(both, 2)
     for odd, _ in ranks:
         for name in ("partial", "columns"):
-            reasons, sums, moved, passed = odd[name]
-            assert reasons == [decrease_reasons.SPREAD, decrease_reasons.FINE]
+            reasons, sums, moved, passed, summed = odd[name]
             stats = ParameterStats(sums)
-            assert stats.dot.isnan()
             assert stats.gradient_sq.isnan()
+            if name == "partial":  # half of the gradient, whose update is -lr times all of it
+                assert reasons == [decrease_reasons.FINE] * 2
+                assert summed == [0]
+                assert stats.dot.item() == pytest.approx(-moved / 0.1 / 2, rel=1e-12)
+            else:
+                assert reasons == [decrease_reasons.SPREAD, decrease_reasons.FINE]
+                assert summed == []
+                assert stats.dot.isnan()
             assert stats.update_sq.item() == pytest.approx(moved, rel=1e-12)
             assert moved > 0
             assert passed

@@ -272,7 +272,7 @@ def test_a_healthy_run_is_silent(name: Any) -> None:
             optimizer.step()
         assert monitor.flush()
     assert told == []
-    assert len(default_alerts()) == 5
+    assert len(default_alerts()) == 6
 
 
 def test_a_broken_run_raises_alerts(tmp_path: Path) -> None:

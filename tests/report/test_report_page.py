@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,22 @@ def test_very_many_layers_and_alerts_stay_small() -> None:
     assert len(data["alerts"]) == 1000
     assert data["alert_rules"] == [["angle_collapse", 5000]]
     assert any("of 5,000" in text for text in data["thinned"])
+
+
+@pytest.mark.parametrize(
+    ("scales", "said"),
+    [
+        ([1.0, 1.002, 0.998], "Gradient scale 1.000 (90 % between 0.9982 and 1.002): as declared."),
+        ([2.0, 2.01, np.nan], "Gradient scale 2.005 (90 % between 2.001 and 2.009): gradients are 2 times as large as"),
+        ([0.3, 0.7, 0.5], "it varies, by clipping or by steps that are too large for first order."),
+    ],
+)
+def test_the_scale_of_gradients_is_said_in_words(scales: Any, said: str) -> None:
+    grid = replace(grid_of([0, 1, 2], np.zeros((1, 3), dtype=bool)), scale=np.array(scales))
+    nothing = np.full((1, 3), np.nan)
+    assert said in " ".join(summary.findings(["a"], 1, grid, nothing, False))
+    empty = replace(grid, scale=None)
+    assert "Gradient scale" not in " ".join(summary.findings(["a"], 1, empty, nothing, False))
 
 
 def test_durations_and_numbers_are_readable() -> None:

@@ -54,12 +54,14 @@ NAMES = cases.names_of(2)
 def test_the_table_has_the_last_numbers() -> None:
     lines = cases.run_lines(4, 41, every=10, alerts=(17,), groups=True)
     lines[-1]["loss"] = 1.2345
+    lines[-1]["gradient_scale"] = 2.0
     text = text_of(lines)
     assert "step 40" in text
     assert "loss 1.2345" in text
     assert "4 steps/s" in text
     assert "last row 16 min 30 s ago" in text
     assert "measured at step 40, predicted at step 39" in text
+    assert "gradient scale 2.000" in text
     assert "alerts: angle_collapse (1)" in text
     row = next(line for line in text.splitlines() if re.match(r" *2 +blocks\.2", line))
     values = lines[-1]["layers"]

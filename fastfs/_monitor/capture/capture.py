@@ -273,7 +273,8 @@ class Capture(StepCapture):
         captured.writes_parameters = list(map(version, self._tensors)) != captured.fingerprint.versions
         inputs, captured.inputs_seen = [x for x, _ in captured.inputs_seen], []
         edges, captured.edges = captured.edges, []
-        if any(edge is not None for calls in edges for edge in calls):
+        seen = all(len(own) == len(calls) for own, calls in zip(edges, captured.calls, strict=True))  # none compiled
+        if seen and any(edge is not None for calls in edges for edge in calls):
             leaves = [x for x in inputs if self.inputs_count and x.requires_grad and x.is_leaf]
             captured.leaves, tensors = len(leaves), [*self._leaves.now(), *leaves]
             captured.signature, graph = self._graphs.find(edges, outputs, tensors, captured.since, inputs)

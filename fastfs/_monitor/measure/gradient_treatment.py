@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from fastfs._monitor.measure.full_checks import FullCheckSchedule
 from fastfs._monitor.measure.gradient_snapshots import GradientSampler, GradientSnapshot, same
 from fastfs._record import decrease_reasons
 
-__all__ = ["GradientFactor", "Treatment"]
+__all__ = ["GradientFactor", "Treatment", "one_factor"]
 
 _HOOKED = 2  # vectors, and matrices, that have a hook
 _ROUNDINGS = 4.0  # rounding errors of a product by one or two factors, in units of eps
+_ALIKE = 1e-3  # relative difference up to which optimizers were given gradients with the same factor
 _CANCELLED = 64 * 2.0**-52  # rounding error of a squared distance, relative to the squares that it is computed from
 
 
@@ -40,11 +41,14 @@ class Treatment:
         code: Why a factor is not known, int64 (P,): a code of :mod:`fastfs._record.decrease_reasons`; None if
             `factor` is None.
         uniform: Whether all were treated alike, so that a few may represent them; a bool, or bool () on a device.
+        common: The one factor of all gradients, float64 () on the device: NaN if they were not multiplied alike, 0 if
+            no sample differs from zero; None if nothing was done.
     """
 
     factor: Tensor | None
     code: Tensor | None
     uniform: Tensor | bool
+    common: Tensor | None = None
 
     @property
     def known(self) -> tuple[Tensor, Tensor] | None:
@@ -216,7 +220,8 @@ class GradientFactor:
             rows = torch.stack([old.to(home, non_blocking=True), now.samples.wide()], dim=1)
             squares = (rows @ rows.mT).flatten(1)
         found = _factors(squares, _precision(now.places), untouched)
-        return Treatment(found.factor, found.code, found.alike if now.all_written_since(then) is not None else False)
+        uniform = found.alike if now.all_written_since(then) is not None else False
+        return Treatment(found.factor, found.code, uniform, found.shared)
 
     def _compare_representatives(self, then: GradientSnapshot, now: GradientSnapshot) -> Treatment:
         """The same for the representatives: one factor for all, or none is known."""
@@ -235,7 +240,7 @@ class GradientFactor:
             decrease_reasons.FINE,
             torch.where(found.empty, decrease_reasons.EMPTY, decrease_reasons.CHANGED),
         )
-        return _everywhere(common, code, count, uniform)
+        return replace(_everywhere(common, code, count, uniform), common=found.shared)
 
     def clear(self) -> None:
         """Forgets the backwards so far, and releases their gradients."""
@@ -253,6 +258,28 @@ class GradientFactor:
         self._handles.clear()
 
 
+def one_factor(found: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Returns the factor that the gradients of several steps have in common: float64 () on the device.
+
+    Args:
+        found: `Treatment.common` of each.
+        device: Of the result.
+
+    Returns:
+        The factor, NaN if they differ; 1 if nothing was done.
+    """
+    given = [each for each in found if each is not None]
+    if not given:
+        return torch.ones((), dtype=torch.float64, device=device)
+    ones = [torch.ones((), dtype=torch.float64, device=device)] * (len(given) < len(found))
+    each = torch.stack([*(factor.to(device, torch.float64, non_blocking=True) for factor in given), *ones])
+    known = each != 0
+    largest, smallest = (torch.where(known, each, sign * torch.inf) for sign in (-1, 1))
+    high, low = largest.max(), smallest.min()
+    alike = known.any() & ((high - low) <= _ALIKE * high.abs())  # NaN is not alike
+    return torch.where(alike, high, torch.nan)
+
+
 def _squares(then: Samples, now: Samples) -> Tensor:
     """<a, a>, <a, b>, <b, a>, <b, b> of every tensor's samples a before and b after: float64 (P, 4)."""
     places, parts = now.places, []
@@ -268,7 +295,8 @@ def _squares(then: Samples, now: Samples) -> Tensor:
 def _everywhere(factor: Tensor, code: int | Tensor, count: int, uniform: Tensor | bool) -> Treatment:
     """The same for all parameters."""
     codes = code if isinstance(code, Tensor) else torch.full((), code, dtype=torch.int64, device=factor.device)
-    return Treatment(factor.to(torch.float64).expand(count), codes.expand(count), uniform)
+    common = factor.to(torch.float64)
+    return Treatment(common.expand(count), codes.expand(count), uniform, common)
 
 
 @dataclass
@@ -287,6 +315,11 @@ class _Factors:
     common: Tensor
     alike: Tensor
     empty: Tensor
+
+    @property
+    def shared(self) -> Tensor:
+        """The factor of all: NaN if there is none, 0 if all samples are zero, ()."""
+        return torch.where(self.empty, 0.0, torch.where(self.alike, self.common, torch.nan))
 
 
 def _factors(squares: Tensor, precision: tuple[float, float], same: bool) -> _Factors:

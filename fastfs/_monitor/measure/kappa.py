@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["KAPPA_MAX", "TARGET", "choose_kappa", "first_kappa", "largest_kappa", "target_for"]
+from fastfs._record.ranks.residual_check import TARGET
 
-TARGET = 6e-2
-"""Relative move of the features that the probe aims at in bf16; see :func:`target_for`."""
+__all__ = ["KAPPA_MAX", "TARGET", "choose_kappa", "first_kappa", "largest_kappa", "target_for"]
 
 KAPPA_MAX = 2.0**14
 """Largest amplification; updates that need more are too small for 16 bits. See :func:`largest_kappa`."""

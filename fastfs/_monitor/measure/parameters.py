@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.measure.full_checks import both
-from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment
+from fastfs._monitor.measure.gradient_treatment import GradientFactor, Treatment, one_factor
 from fastfs._monitor.measure.measured_update import OF_STEP, MeasuredUpdate
 from fastfs._monitor.measure.parameter_sample import CHUNK, SAMPLING
 from fastfs._monitor.measure.sampled_calls import SampledCalls
@@ -54,6 +54,7 @@ class Parameters:
         self.renew()
         self._results: list[list[MeasuredUpdate]] = [[] for _ in optimizers]
         self._treatments: list[Treatment | None] = [None for _ in optimizers]
+        self._common: list[Tensor | None] = []  # what gradients were multiplied by, in each step since the last take()
         self._complete = [True for _ in optimizers]  # whether all gradients were sampled before the step
         self._factor: GradientFactor | None = None
         self._entries: list[Fingerprint | None] = [None for _ in optimizers]
@@ -147,10 +148,19 @@ class Parameters:
         if (treatment is not None and treatment.factor is not None) or scale is not None:
             known = None if treatment is None else treatment.known
             found = _of_backward(found, *(known or _nothing_done(found.reason)), scale)
+        self._common.append(_divided(None if treatment is None else treatment.common, scale))
         moved, self._moved[index], self._entries[index] = self._moved[index], None, None
         if moved is not None:
             found = _unless_moved(found, moved)
         self._results[index].append(found)
+
+    def take_factor(self, device: torch.device) -> Tensor:
+        """Returns by what all gradients were multiplied between the backward and the steps since the last call.
+
+        Float64 () on the device: 1 if nothing was done, NaN if they were not treated alike.
+        """
+        found, self._common = self._common, []
+        return one_factor(found, device)
 
     def take(self, device: torch.device) -> MeasuredUpdate:
         """Returns the update of all parameters since the last call; zeros for an optimizer that did not step.
@@ -192,6 +202,7 @@ class Parameters:
         """Forgets the steps since the last call of `take`."""
         for results in self._results:
             results.clear()
+        self._common = []
         for meter in (*self._meters, *self._copying):
             meter.forget()
         self._treatments = [None for _ in self._treatments]
@@ -242,6 +253,14 @@ def _together(samplings: Sequence[Tensor | None], device: torch.device) -> Tenso
     both = torch.stack(given)
     variance = both[..., _VARIANCE].sqrt().sum(dim=0).square()
     return torch.stack([variance, both[..., _SAMPLED].amax(dim=0)], dim=1)
+
+
+def _divided(common: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """Returns the factor of the gradients that a fused optimizer has divided by a scale."""
+    if scale is None:
+        return common
+    inverse = scale.to(torch.float64).reshape(()).reciprocal()
+    return inverse if common is None else common.to(inverse.device, non_blocking=True) * inverse
 
 
 def _nothing_done(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,9 +46,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastfs._monitor.measure.residual_check import RESIDUAL, probe_residual_is_large, rms_residual
-from fastfs._monitor.measure.update_estimates import CentralProbe, better, from_probe, from_replay, second_difference
+from fastfs._monitor.measure.update_estimates import (
+    CentralProbe,
+    better,
+    from_probe,
+    from_replay,
+    odd_part,
+    second_difference,
+)
 from fastfs._record import row_reasons as reasons
+from fastfs._record.ranks.residual_check import RESIDUAL, SINGLE_SPACING, residual_is_large, rms_residual
 from fastfs._stats import FeatureStats
 
 __all__ = ["AssessedUpdate", "assess", "assess_tangent", "refuse", "refuse_codes", "rounding_variance"]
@@ -67,9 +74,6 @@ _ACCUMULATED = 12.0
 # Relative error of the backward vector per relative noise of the features: 2 to 9 in transformers and ResNets. It
 # matters for small angles only.
 _BACKWARD = 10.0
-# Precisions of this spacing and finer accumulate in themselves, and leave the Jacobian as it is: a residual is then
-# curvature.
-_SINGLE = 2.0**-20
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,8 @@ class AssessedUpdate:
         reason: int64, why it is not valid: index into :data:`fastfs._record.row_reasons.REASONS`, 0 if valid.
         self_contained: Whether the estimate comes from second forwards alone, not from their difference to the features
             of the first.
+        odd: What the residual was computed from, float64 (3, L), see :func:`update_estimates.odd_part`; None without a
+            residual.
     """
 
     stats: FeatureStats
@@ -95,6 +101,7 @@ class AssessedUpdate:
     valid: Tensor
     reason: Tensor
     self_contained: Tensor
+    odd: Tensor | None = None
 
 
 def assess(
@@ -150,13 +157,14 @@ def assess(
     noise_bound = torch.maximum(noise_bound, 3 * plain.rounding_sq)  # as a second difference
     if probe is None:
         estimate = from_replay(plain, noise_bound, independent)
-        residual_large = torch.zeros((), dtype=torch.bool, device=plain.device)
+        residual_large, odd = torch.zeros((), dtype=torch.bool, device=plain.device), None
     else:
         second = second_difference(probe)
         least = torch.minimum(second, noise_bound)
         replayed = from_replay(plain, least, independent)
         estimate = better(from_probe(plain, probe, second, entries), replayed)
-        residual_large = probe_residual_is_large(plain, probe, aligned_decrease, dot_margin)
+        dot, update_sq, moved_sq = odd = odd_part(plain, probe)
+        residual_large = residual_is_large(dot, update_sq, plain.backward_sq, aligned_decrease, dot_margin, moved_sq)
 
     stats = FeatureStats(estimate.sums)
     finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
@@ -171,7 +179,7 @@ def assess(
     conditions = (
         (reasons.BIASED, ~(bias <= BIAS) | ~(norm_error <= TOLERANCE)),
         (reasons.SMALL_ANGLE, ~(angle_error <= TOLERANCE)),
-        (reasons.JACOBIAN, residual_large & (eps > _SINGLE)),
+        (reasons.JACOBIAN, residual_large & (eps > SINGLE_SPACING)),
         (reasons.BELOW, worst > WORST_BELOW),
         (reasons.NONLINEAR, ~(estimate.error <= TOLERANCE)),
         (reasons.NOISE, ~(estimate.noise_error <= TOLERANCE) | ~(stats.update_sq > 0)),
@@ -181,7 +189,7 @@ def assess(
     )
     reason = _last_code(stats, conditions)
     return AssessedUpdate(
-        stats, estimate.amplified, norm_error, angle_error, reason == reasons.OK, reason, estimate.amplified
+        stats, estimate.amplified, norm_error, angle_error, reason == reasons.OK, reason, estimate.amplified, odd
     )
 
 
@@ -196,7 +204,8 @@ def assess_tangent(
     optional = {"aligned_decrease": aligned_decrease, "dot_margin": dot_margin}
     _check_shapes(stats, None, {"eps": eps} | {name: x for name, x in optional.items() if x is not None})
     finite = (stats.nonfinite == 0) & stats.sums.isfinite().all(dim=-1)
-    large = rms_residual(stats, stats.update_dot_backward, stats.update_sq, aligned_decrease, dot_margin)[0] > RESIDUAL
+    dot, update_sq = stats.update_dot_backward, stats.update_sq
+    large = rms_residual(dot, update_sq, stats.backward_sq, aligned_decrease, dot_margin)[0] > RESIDUAL
     zero = torch.zeros_like(stats.update_sq)
     backward = _BACKWARD * _ROUNDING * eps
     angle_error = _angle_error(stats.cos_angle, zero, backward, stats.count)
@@ -216,6 +225,7 @@ def assess_tangent(
         valid=reason == reasons.OK,
         reason=reason,
         self_contained=zero == 0,
+        odd=torch.stack([dot, update_sq, zero]),
     )
 
 
@@ -226,7 +236,7 @@ def rounding_variance(eps: Tensor, depth: Tensor) -> Tensor:
         eps: See :func:`assess`.
         depth: See :func:`assess`.
     """
-    roundings = (_AT_FIRST + _PER_LAYER * depth) * torch.where(eps < _SINGLE, _ACCUMULATED, 1.0)
+    roundings = (_AT_FIRST + _PER_LAYER * depth) * torch.where(eps < SINGLE_SPACING, _ACCUMULATED, 1.0)
     return roundings * (_ROUNDING * eps).square()
 
 

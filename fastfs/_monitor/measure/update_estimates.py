@@ -12,7 +12,16 @@ from torch import Tensor
 
 from fastfs._stats import FeatureStats
 
-__all__ = ["CentralProbe", "UpdateEstimate", "better", "curvature", "from_probe", "from_replay", "second_difference"]
+__all__ = [
+    "CentralProbe",
+    "UpdateEstimate",
+    "better",
+    "curvature",
+    "from_probe",
+    "from_replay",
+    "odd_part",
+    "second_difference",
+]
 
 # Noise of so many independent directions, at least, that its part along the update averages out of a plain replay: in
 # deep ReLU networks all rows are nearly alike, and so is their rounding.
@@ -68,6 +77,17 @@ def second_difference(probe: CentralProbe) -> Tensor:
     """Returns |f(w + kappa dw) + f(w - kappa dw) - 2 f(w)|^2: (L,)."""
     doubled = 2 * (probe.plus.update_sq + probe.minus.update_sq)
     return (doubled - probe.central.update_sq).clamp_min(0.0)
+
+
+def odd_part(plain: FeatureStats, probe: CentralProbe) -> Tensor:
+    """Returns what the residual is computed from: <b, df>, |df|^2 and the square of the relative move, (3, L).
+
+    The odd part of the probe is free of curvature to second order.
+    """
+    kappa = probe.kappa.to(torch.float64)
+    dot = (probe.plus.update_dot_backward - probe.minus.update_dot_backward) / (2 * kappa)
+    moved_sq = probe.central.update_sq / (4 * plain.before_sq)
+    return torch.stack([dot, probe.central.update_sq / (2 * kappa).square(), moved_sq])
 
 
 def from_probe(plain: FeatureStats, probe: CentralProbe, second: Tensor, entries: Tensor) -> UpdateEstimate:

@@ -14,6 +14,7 @@ from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
 from fastfs._record.ranks.merging import MergedParameters, MergedRows
 from fastfs._record.ranks.part import Array, RankPart
+from fastfs._record.ranks.residual_check import RESIDUAL, SINGLE_SPACING, residual_is_large, rms_residual
 from fastfs._record.ranks.stages import MergedStep, expanded, merge
 from fastfs._record.record import Record
 from fastfs._stats import FeatureStats
@@ -22,6 +23,7 @@ __all__ = ["Assembler", "relative_errors"]
 
 _CERTAIN = 2.0  # standard errors that a sampled decrease has to be above zero for a prediction
 _LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
+_BACKWARD = FeatureStats.names.index("backward_sq")
 _ALIGNED = ("parameter_norm", "parameter_update_norm", "gradient_norm")
 
 
@@ -101,6 +103,7 @@ class Assembler:
         columns["count"] = stats.count.tolist()
         columns["rows"] = self._padded(rows.rows[:, 0].tolist())
         cut = _cut(parts, self._layers)
+        reason = self._without_jacobian(reason, step, parts, np.where(cut, parameters.decrease, np.nan))
         residual = np.where(cut, 1.0 - parameters.decrease / -rows.sums[:, 0], np.nan)
         self._errors(columns, rows, stats, residual)
         linear = _linear(residual, rows, _curvature(parts))
@@ -112,10 +115,11 @@ class Assembler:
         if len(parts[0].place.ranks) > 1:
             scalars["ranks"] = len(parts)
             columns |= {name: self._padded(column) for name, column in between.columns(rows).items()}
-        factor = scalars.pop("gradient_factor", 1.0) if parts[0].place.stages == 1 else 1.0  # a schedule may scale
         scalars.pop("gradient_factor", None)
+        # The schedule of a pipeline may scale gradients after the backward.
+        factor = between.common_factor(parts) if parts[0].place.stages == 1 else 1.0
         scale = between.gradient_scale(residual, rows.sums, reason == 0)
-        scalars["gradient_scale"] = None if scale is None else scale * factor
+        scalars["gradient_scale"] = None if scale is None or factor is None else scale * factor
         where = (reason == 0) & cut & (linear == 1)
         self.angles.keep(_key(parts), stats.cos_angle[: self._layers].numpy(), where)
         return columns, scalars
@@ -143,6 +147,27 @@ class Assembler:
         if len(parts[0].place.ranks) > 1:
             scalars["ranks"] = len(parts)
         return columns, scalars
+
+    @staticmethod
+    def _without_jacobian(reason: Any, step: MergedStep, parts: Sequence[RankPart], decrease: Array) -> Any:
+        """Refuses layers if the residual of the run shows that rounding has changed the Jacobian, as one rank does."""
+        rows = step.rows
+        if rows is None or not all("odd" in part.arrays for part in parts):
+            return reason
+        weights = np.array(step.weights)[:, None]
+        odd = np.stack([_of_batch(peers) for peers in step.together])  # (B, 3, L)
+        dot, update_sq = (weights * odd[:, 0]).sum(axis=0), odd[:, 1].sum(axis=0)
+        margin = rows.margin * np.sqrt(rows.spread[:, 0])
+        moved_sq, backward_sq = odd[:, 2].mean(axis=0), rows.sums[:, _BACKWARD]
+        values = tuple(map(torch.from_numpy, (dot, update_sq, backward_sq, decrease, margin, moved_sq)))
+        if parts[0].facts["method"] == "jvp":
+            large = bool(rms_residual(*values[:5])[0] > RESIDUAL)
+            coarse = np.ones_like(reason, dtype=bool)
+        else:
+            large = bool(residual_is_large(*values))
+            coarse = np.max([part.arrays["eps"] for part in parts], axis=0) > SINGLE_SPACING
+        weaker = np.isin(reason, (row_reasons.OK, row_reasons.BIASED, row_reasons.SMALL_ANGLE))
+        return np.where(large & coarse & weaker, row_reasons.JACOBIAN, reason)
 
     # Columns
 
@@ -193,6 +218,14 @@ class Assembler:
     def _padded(self, values: Sequence[Any]) -> list[Any]:
         """Appends None for every group, in a column that has entries for layers only."""
         return [*values, *[None] * len(self._groups)]
+
+
+def _of_batch(peers: Sequence[RankPart]) -> Array:
+    """Returns the odd part of the ranks that share a batch: that of the first if all have the same, else their sum."""
+    every = np.stack([part.arrays["odd"] for part in peers])
+    same = bool(np.allclose(every, every[0], rtol=1e-9, equal_nan=True))
+    found: Array = every[0] if same else every.sum(axis=0)
+    return found
 
 
 def relative_errors(spread: Array) -> tuple[Array, Array, Array]:

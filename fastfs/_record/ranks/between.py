@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from fastfs._record.ranks.merging import MergedRows
-from fastfs._record.ranks.part import Array
+from fastfs._record.ranks.part import Array, RankPart
 from fastfs._stats import FeatureStats
 
-__all__ = ["columns", "gradient_scale"]
+__all__ = ["columns", "common_factor", "gradient_scale"]
 
 _LEAST = 4  # batches below which none can stand apart
 _APART = 12.0  # robust standard deviations
 _RELATIVE = 0.1  # and at least this much, relative or in radians
+_SAME = 1e-3  # relative difference up to which ranks multiply gradients alike
 _LEAST_COSINE = 0.02  # below which <b, df> is mostly what cancels
 
 _NAMES = FeatureStats.names
@@ -64,3 +66,10 @@ def gradient_scale(residual: Array, sums: Array, valid: Any) -> float | None:
     cosine = np.abs(sums[:, _DOT]) / np.sqrt(sums[:, _UPDATE] * sums[:, _BACKWARD])
     usable = valid & np.isfinite(residual) & (cosine >= _LEAST_COSINE)
     return float(np.median(1.0 - residual[usable])) if usable.any() else None
+
+
+def common_factor(parts: Sequence[RankPart]) -> float | None:
+    """Returns by what the ranks have multiplied their gradients after the backward; None if it is not one factor."""
+    found = [part.scalars.get("gradient_factor", 1.0) for part in parts]
+    alike = all(abs(factor - found[0]) <= _SAME * abs(found[0]) for factor in found)  # NaN is not alike
+    return float(found[0]) if alike else None

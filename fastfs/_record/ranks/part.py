@@ -65,7 +65,7 @@ class Place:
         """Restores what ``asdict`` has made, perhaps through JSON."""
         return cls(
             values["rank"],
-            tuple(values["ranks"]),
+            tuple(range(ranks) if isinstance(ranks := values["ranks"], int) else ranks),
             tuple(values["peers"]),
             values["weight"],
             tuple(Share(*each) for each in values["shares"]),
@@ -88,10 +88,11 @@ class RankPart:
         facts: What the host knows besides; values that JSON can represent.
         arrays: Float64 arrays by name, of L layers, C kinds of parameters, Q quantiles. Measured: ``sums`` (L, 9) as in
             ``FeatureStats.names``, ``spread`` (L, 6) covariances of <b, df>, |df|^2, |b|^2 relative to these,
-            ``margin`` (L,), ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q). Predicted: ``backward_sq``
+            ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q). Predicted: ``backward_sq``
             (L,), ``count`` (L,). Both: ``aligned`` (C, L, 4) with decrease, |w|^2, |dw|^2, |g|^2; ``variance`` (C, L)
             of the decrease by sampling; ``decrease_reason`` (L,); in a pipeline ``total`` (C,), the decrease over all
-            parameters of the stage.
+            parameters of the stage. From several ranks of a mode with a residual ``odd`` (3, L), see
+            ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of the coarsest numbers.
     """
 
     kind: str
@@ -114,11 +115,14 @@ class RankPart:
 
     def to_bytes(self) -> bytes:
         """Encodes the part: a line of JSON, and then the arrays as they are in memory."""
+        place = asdict(self.place)
+        if self.place.ranks == tuple(range(count := len(self.place.ranks))):  # thousands of numbers otherwise
+            place["ranks"] = count
         head = {
             "kind": self.kind,
             "step": self.step,
             "time": self.time,
-            "place": asdict(self.place),
+            "place": place,
             "scalars": self.scalars,
             "facts": self.facts,
             "arrays": {name: list(array.shape) for name, array in self.arrays.items()},

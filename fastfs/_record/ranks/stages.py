@@ -30,6 +30,8 @@ _ABSENT: dict[str, tuple[int, float]] = {
     "amplified": (0, 0.0),
     "quantiles": (0, np.nan),
     "curvature": (0, np.nan),
+    "odd": (1, 0.0),
+    "eps": (0, 0.0),
     "backward_norm": (0, np.nan),
     "aligned": (1, np.nan),
     "variance": (1, 0.0),

@@ -110,6 +110,11 @@ class LatestRun:
         """The last step with a row of this kind."""
         return self._rows[kind].line["step"] if kind in self._rows else None
 
+    def scalar(self, kind: str, name: str) -> float:
+        """The last value for the whole step; NaN if there is none."""
+        value = self._rows[kind].scalars.get(name) if kind in self._rows else None
+        return float(value) if isinstance(value, (int, float)) else math.nan
+
     def number(self, kind: str, column: str, row: int) -> float:
         """The last value of a layer or group; NaN if there is none."""
         value = self._value(kind, column, row)

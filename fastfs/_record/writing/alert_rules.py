@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 from fastfs._record.record import Record
 from fastfs._record.schema import row_names
+from fastfs._record.writing.alert_rule import AlertRule, Finding, Findings
+from fastfs._record.writing.gradient_scale_rule import GradientScale
 
 __all__ = [
     "AlertRule",
@@ -19,58 +21,13 @@ __all__ = [
     "Finding",
     "Findings",
     "FunctionRule",
+    "GradientScale",
     "LayerFrozen",
     "NonFinite",
     "ResidualLarge",
     "UpdateAbove",
     "default_alerts",
 ]
-
-
-class Finding(NamedTuple):
-    """What a rule found at a layer.
-
-    Attributes:
-        value: the number that met the condition, if there is one.
-        message: follows the layer's name in the alert.
-    """
-
-    value: float | None
-    message: str
-
-
-Findings = dict[str | None, Finding | None]
-"""Result of a check by layer (None is the whole model): a finding, or None if the layer is healthy.
-
-A layer that is missing could not be checked.
-"""
-
-
-@runtime_checkable
-class AlertRule(Protocol):
-    """A rule that raises an alert once :attr:`steps` consecutive checked records meet its condition.
-
-    An alert is raised once, and again only after the condition has cleared.
-    """
-
-    @property
-    def name(self) -> str:
-        """Appears in alerts."""
-
-    @property
-    def steps(self) -> int:
-        """Number of consecutive records, at least 1."""
-
-    def check(self, record: Record, header: Mapping[str, Any]) -> Findings:
-        """Checks a record.
-
-        Args:
-            record: A measured or predicted record.
-            header: The header of its run.
-
-        Returns:
-            A finding, or None, for each layer that could be checked.
-        """
 
 
 @dataclass(frozen=True)
@@ -227,7 +184,7 @@ class FunctionRule:
 
 def default_alerts() -> list[AlertRule]:
     """Returns the rules that a monitor applies by default."""
-    return [AngleCollapse(), LayerFrozen(), UpdateAbove(), NonFinite(), ResidualLarge()]
+    return [AngleCollapse(), LayerFrozen(), UpdateAbove(), NonFinite(), ResidualLarge(), GradientScale()]
 
 
 def _number(value: Any) -> float:
