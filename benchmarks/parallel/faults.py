@@ -1,12 +1,14 @@
 """Inject faults into trainings of several ranks, and see whether training and record bear them.
 
-    python -m benchmarks.parallel.faults [--count N] [--meshes ddp:2,fsdp:2,...] [--json FILE] [--first N]
+    python -m benchmarks.parallel.faults [--count N] [--fatal N] [--meshes ddp:2,fsdp:2,...] [--json FILE] [--first N]
 
 Each fault hits one rank: an exception in any part of the monitor, an interrupt, a full disk, a stop of the process for
 longer than the monitor waits, no rows; or all of them, a step that the optimizer skips. Training has to be that without
 the monitor, bit by bit, no case may hang, and the record has to load, to call no row valid that differs from that of an
 undisturbed run, and to say what is missing. Many faults share a group of processes; a group that ends is started again
-after the case that ended it. The exit status is 1 if something was wrong.
+after the case that ended it. Others, in processes of their own: a rank is killed, or the server of the store; the
+ranks that are left have to end, or go on, as they would without the monitor. The exit status is 1 if something was
+wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +28,7 @@ import torch
 
 import fastfs
 from benchmarks.harness import file_option, write_json
+from tests.helpers.fatal_cases import draw_fatal, run_fatal
 from tests.helpers.fault_cases import LIMIT, Case, draw, judge, run_cases
 from tests.helpers.processes import RankError, run_ranks
 
@@ -96,6 +100,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="number of faults")
+    parser.add_argument("--fatal", type=int, default=40, help="number of faults after which a process is gone")
     parser.add_argument("--first", type=int, default=1, help="number of the first case, from which it is drawn")
     parser.add_argument("--meshes", default=MESHES, help="meshes of tests/helpers/parallel_cases.py, with ranks")
     parser.add_argument("--json", type=file_option, help="file of the results")
@@ -113,10 +118,17 @@ def main() -> int:
             results += run_group(cases, world, folder, expected[mesh, world])
             number += len(cases)
             _report(given.json, given.meshes, results)
-    wrong = [each for each in results if each["wrong"]]
-    for each in wrong:
+        for number, (mesh, world) in zip(range(given.first, given.first + given.fatal), itertools.cycle(meshes)):
+            case, own, began = draw_fatal(number, mesh, world), folder / f"fatal{number}", time.monotonic()
+            own.mkdir()
+            wrong = run_fatal(own, case, world, expected[mesh, world])
+            seconds = time.monotonic() - began
+            results.append({**asdict(case), "world": world, "fired": True, "seconds": seconds, "wrong": wrong})
+            _report(given.json, given.meshes, results)
+    failures = [each for each in results if each["wrong"]]
+    for each in failures:
         print(json.dumps({k: v for k, v in each.items() if k != "wrong"}), *each["wrong"], sep="\n  ")
-    return bool(wrong)
+    return bool(failures)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -21,10 +22,12 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from tests.helpers.fault_cases import SITES, Case, judge, train
+from tests.helpers.fault_cases import SITES, STEPS, Case, judge, train
 from tests.helpers.processes import RankError, run_ranks
 
-__all__ = ["killed", "without_server"]
+__all__ = ["draw_fatal", "killed", "run_fatal", "without_server"]
+
+PLACES = ("", "", "backward", "take", "observe", "push", "decode")  # where a rank dies; "" between two steps
 
 _SERVER = """
 import sys, time
@@ -36,11 +39,26 @@ time.sleep(600)
 """
 
 
+def draw_fatal(number: int, mesh: str, world: int) -> Case:
+    """Draws a case."""
+    choose = random.Random(f"{number} {mesh} {world} fatal")
+    kind = choose.choice(("killed",) * 4 + ("server gone",))
+    rank, at = choose.randrange(world), choose.randrange(STEPS)
+    where = choose.choice(PLACES) if kind == "killed" else ""
+    return Case(number, kind, mesh, choose.choice(("store", "files")), rank, at, where)
+
+
+def run_fatal(folder: Path, case: Case, world: int, undisturbed: Any) -> list[str]:
+    """Runs a case; returns what is wrong."""
+    return (killed if case.kind == "killed" else without_server)(folder, case, world, undisturbed)
+
+
 def serve() -> tuple[subprocess.Popen[bytes], int]:
     """Starts a process with the server of a store; returns it and the port."""
     server = subprocess.Popen([sys.executable, "-c", _SERVER], stdout=subprocess.PIPE)
     assert server.stdout is not None
-    return server, int(server.stdout.readline())
+    with server.stdout as said:
+        return server, int(said.readline())
 
 
 def join(port: int) -> None:
