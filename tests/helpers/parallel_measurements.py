@@ -49,7 +49,7 @@ def measured(
         plain.step(number)
         internals.append(internals_of(plain.model))
     watched = Training(setup, optimizer, **options)
-    found: dict[str, Any] = {"parameters": [], "features": [], "codes": [], "spread": [], "internals": []}
+    found: dict[str, Any] = {"parameters": [], "features": [], "codes": [], "placed": [], "internals": []}
 
     def train() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,7 @@ def _listen(engine: Any, found: dict[str, Any]) -> None:
         found["features"].append(seen.sums.stats.sums.clone())
         found["codes"].append(list(seen.absent))
         calls = [calls[0] if calls else None for calls in arguments[0].forwards[0].calls]
-        found["spread"].append([None if call is None else call.placed for call in calls])
+        found["placed"].append([None if call is None else call.placed for call in calls])
         return seen
 
     engine.parameters.take, engine.mode.observe = taken, observed

@@ -92,8 +92,8 @@ def test_mixed_precision_and_features_that_are_dtensors() -> None:
         mixed, sequence, partial, _ = rank
         assert mixed["codes"] == sequence["codes"] == [[0] * 5] * 2
         assert partial["codes"] == [[0, 0, row_reasons.PARTIAL, 0, row_reasons.PARTIAL, 0]] * 2
-        assert sequence["spread"][0] == ["tp:2:shard"] * 4 + [None]
-        assert partial["spread"][0] == [None, None, "tp:2:partial", None, "replicate", None]
+        assert sequence["placed"][0] == ["rows"] * 4 + ["replicate"]
+        assert partial["placed"][0] == [None, "replicate", None, None, "replicate", None]
     alone = found[0][-1]["features"][0]
     halves = sum(rank[1]["features"][0] for rank in found)
     rounding = FeatureStats.names.index("rounding_sq")
