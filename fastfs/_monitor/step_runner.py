@@ -143,7 +143,7 @@ class StepRunner:
         self._optimizer_steps.forward_begins()
         if torch._C._current_graph_task_id() == -1:
             self._engine.factor.begin()
-        if self._engine.factor.thrown_away():
+        if self._engine.factor.thrown_away() and not self._capture.leaves.unreduced:
             self._engine.skipped(self.step, "gradients were thrown away without an optimizer step", before=True)
             self._engine.factor.clear()
             self._capture.forget_gradients()

@@ -83,7 +83,8 @@ class GraphLeaves:
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
-        self._gathered = [p for group in groups_of(model.modules()) for p in group.fsdp_params]
+        self._groups = groups_of(model.modules())
+        self._gathered = [p for group in self._groups for p in group.fsdp_params]
         gathered = {id(p.sharded_param) for p in self._gathered}
         self.ungathered = [p for p in self._parameters if id(p) not in gathered]
         self._any = len(self.ungathered) < len(self._parameters)
@@ -98,6 +99,17 @@ class GraphLeaves:
             if (leaf := getattr(p, "_unsharded_param", None)) is not None
         }
         return [leaves.get(id(p), p) for p in self._parameters]
+
+    @property
+    def unreduced(self) -> bool:
+        """Whether FSDP2 holds gradients of a backward that did not synchronize: ``.grad`` does not show them."""
+        if any(getattr(group, "_partial_reduce_output", None) is not None for group in self._groups):
+            return True
+        return any(
+            getattr(p, "unsharded_accumulated_grad", None) is not None
+            or ((leaf := getattr(p, "_unsharded_param", None)) is not None and leaf.grad is not None)
+            for p in self._gathered
+        )
 
 
 class GatheredState:

@@ -80,7 +80,7 @@ class Capture(StepCapture):
         listener: CaptureListener,
         owned: OwnedState,
     ) -> None:
-        super().__init__(layers, TrainingBackwards(lambda: self._leaves.now()), sampler, budget, listener)
+        super().__init__(layers, TrainingBackwards(lambda: self.leaves.now()), sampler, budget, listener)
         self.switch = taps.Switch()
         self.transformed = False  # the model was called inside a torch.func transform since clear()
         self.backwards_seen = 0  # backwards of the model since the monitor was attached, measured or not
@@ -233,7 +233,7 @@ class Capture(StepCapture):
         captured.since = sequence_number()
         captured.other_weights = not runs_on_own(self._slots)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        captured.dependent = depends_on(tensors, self._leaves.now())
+        captured.dependent = depends_on(tensors, self.leaves.now())
         captured.samples = self._sampler.subset_of((args, kwargs))
         # Inputs are copied. Parameters are passed by reference: the second forward has to use their new values.
         own = set(map(id, self._tensors))
@@ -276,7 +276,7 @@ class Capture(StepCapture):
         seen = all(len(own) == len(calls) for own, calls in zip(edges, captured.calls, strict=True))  # none compiled
         if seen and any(edge is not None for calls in edges for edge in calls):
             leaves = [x for x in inputs if self.inputs_count and x.requires_grad and x.is_leaf]
-            captured.leaves, tensors = len(leaves), [*self._leaves.now(), *leaves]
+            captured.leaves, tensors = len(leaves), [*self.leaves.now(), *leaves]
             captured.signature, graph = self._graphs.find(edges, outputs, tensors, captured.since, inputs)
             captured.trace = graph.trace
             captured.dependent = captured.dependent or graph.older
@@ -285,8 +285,8 @@ class Capture(StepCapture):
         """Sets the parameters that the optimizers update, and forgets graphs that were traced for others."""
         self._parameters = parameters
         self._tensors = list(parameters.values())
-        self._leaves = GraphLeaves(self._model, self._tensors)
-        self._slots = slots_of(self._model, self._leaves.ungathered)
+        self.leaves = GraphLeaves(self._model, self._tensors)
+        self._slots = slots_of(self._model, self.leaves.ungathered)
         self._graphs.clear()
         self._touched = bytearray(len(self._tensors))
         self.replayer.parameters = self._tensors
@@ -376,7 +376,8 @@ class Capture(StepCapture):
         self._drop_discarded()
         held = next((p for p in self._tensors if p.grad is not None), None)
         if held is None or held.grad is None:
-            self._forget_trained()
+            if self._forwards and not self.leaves.unreduced:
+                self._forget_trained()
             return
         for captured in self._forwards:
             if captured.witness is None and self._backwards.trained(captured.backwards):

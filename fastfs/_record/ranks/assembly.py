@@ -45,6 +45,7 @@ class Assembler:
         self._leaders: dict[int, int] = {}  # of every rank, the first one of its batch
         self._between = between.Comparison()
         self._known: dict[str, list[Any]] = {}  # the last structure
+        self._other_models = np.zeros(self._layers, dtype=bool)  # layers, at the last measurement
 
     def records(self, parts: Sequence[RankPart]) -> list[Record]:
         """Returns the records of one step.
@@ -93,7 +94,7 @@ class Assembler:
         reason = rows.reason
         if not step.whole:
             reason = np.where(reason == 0, row_reasons.MISSING_RANKS, reason)
-        other_models = parameters.reason == decrease_reasons.RANKS_DIFFER
+        self._other_models = other_models = parameters.reason == decrease_reasons.RANKS_DIFFER
         reason = np.where((reason == 0) & other_models, row_reasons.RANKS_DIFFER, reason)
         stats = FeatureStats(torch.from_numpy(self._with_groups(rows.sums)))
         codes = self._worst(reason)
@@ -131,6 +132,9 @@ class Assembler:
     def _predicted(self, parts: Sequence[RankPart]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         step = merge(parts, self._leaders)
         parameters = step.parameters
+        if parameters.variance is not None:  # sums over a sample do not tell replicas apart
+            parameters.reason[self._other_models & (parameters.reason == 0)] = decrease_reasons.RANKS_DIFFER
+            parameters.decrease[self._other_models] = np.nan
         assert step.backward is not None
         norm, root = step.backward[0], np.sqrt(step.backward[1])
         speed = np.full(self._layers, np.nan)

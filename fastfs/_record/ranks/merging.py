@@ -199,7 +199,7 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
     sums = np.zeros((layers, 4))
     sampled = any("variance" in each for each in arrays)
     variance = np.zeros(layers)
-    reason = np.zeros(layers, dtype=np.int64)
+    reason, missing = np.zeros(layers, dtype=np.int64), decrease_reasons.MISSING_RANKS
     total = 0.0
     for key in keys:
         held: dict[int, list[tuple[int, RankPart]]] = {}
@@ -210,14 +210,14 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
                     held.setdefault(share.shard, []).append((number, part))
                     shards = share.shards
         if len(held) < shards:
-            reason = np.where(reason == 0, decrease_reasons.MISSING_RANKS, reason)
+            reason = np.where(reason == 0, missing, reason)
         for copies in held.values():
             number, part = copies[0]
             own, codes = part.arrays["aligned"][number], part.arrays["decrease_reason"].astype(np.int64)
             for other, replica in copies[1:]:
                 theirs = replica.arrays["aligned"][other]
-                differ = _differ(own, theirs) & _comparable(part, replica)
-                reason = np.where((reason == 0) & differ, decrease_reasons.RANKS_DIFFER, reason)
+                differ = _differ(own, theirs, part, replica)
+                reason = np.where(differ & (reason != missing), decrease_reasons.RANKS_DIFFER, reason)
                 unknown = np.isnan(own[:, 0]) & ~np.isnan(theirs[:, 0])  # a layer that only some ranks have
                 own = np.where(unknown[:, None], theirs, own)
             sums += own / [1.0, *[part.place.shares[number].summands] * 3]  # all summands have the whole |w| and |dw|
@@ -226,7 +226,7 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
             total += float(part.arrays["total"][number]) if "total" in part.arrays else 0.0
             reason = np.where((reason == 0) & np.isnan(own[:, 0]), codes, reason)
     decrease = np.where(reason == 0, sums[:, 0], np.nan)
-    complete = not (reason == decrease_reasons.MISSING_RANKS).any()
+    complete = not (reason == missing).any()
     return MergedParameters(
         decrease, variance if sampled else None, np.sqrt(sums[:, 1:]), reason, total if complete else np.nan
     )
@@ -263,17 +263,27 @@ def weights_of(found: Sequence[Sequence[RankPart]], missing: int) -> list[float]
     return [1.0 / every if peers[0].place.weight is None else peers[0].place.weight for peers in found]
 
 
-def _comparable(a: RankPart, b: RankPart) -> Any:
-    """Returns for which layers both ranks know their sums, and have read all elements, (L,)."""
-    known = (a.arrays["decrease_reason"] == 0) & (b.arrays["decrease_reason"] == 0)
-    return known & ("variance" not in a.arrays) & ("variance" not in b.arrays)
+def _differ(own: Array, theirs: Array, a: RankPart, b: RankPart) -> Any:
+    """Returns for each layer whether two ranks report different sums over the same parameters, (L,).
 
+    Sums over a sample of the elements are not compared. Where the decrease is not known, |w| and |dw| of any layer tell
+    the models apart.
 
-def _differ(a: Array, b: Array) -> Any:
-    """Returns for each layer whether two ranks report different sums over the same parameters, (L,)."""
-    scale = np.maximum(np.abs(a), np.abs(b))
+    Args:
+        own: Decrease, |w|^2, |dw|^2 and |g|^2 of one rank, (L, 4).
+        theirs: Those of the other.
+        a: The part of the one rank.
+        b: The part of the other.
+    """
+    if "variance" in a.arrays or "variance" in b.arrays:
+        return np.zeros(len(own), dtype=bool)
+    scale = np.maximum(np.abs(own), np.abs(theirs))
     scale[:, 0] = np.sqrt(scale[:, 2] * scale[:, 3]) + scale[:, 0]  # |<g, dw>| <= |g| |dw|, and may cancel
-    return (np.abs(a - b) > _SAME * scale).any(axis=1)
+    apart = np.abs(own - theirs) > _SAME * scale
+    codes, others = a.arrays["decrease_reason"], b.arrays["decrease_reason"]
+    hidden = np.isin(codes, (decrease_reasons.STRUCTURE, decrease_reasons.NOTHING))  # which parameters are a layer's
+    moved = (apart[:, 1:3].any(axis=1) & ~hidden & (codes == others)).any()
+    return (codes == others) & np.where(codes == 0, apart.any(axis=1), moved & ~hidden)
 
 
 def _products(sums: Array) -> Array:
