@@ -28,6 +28,7 @@ __all__ = [
     "is_distributed",
     "is_partial",
     "local",
+    "own_part",
     "placed",
     "placements_of",
     "replay_needs_ranks",
@@ -132,6 +133,24 @@ def same_placements(a: Tensor, b: Tensor) -> bool:
     if not is_distributed(a) or not is_distributed(b):
         return False
     return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)  # type: ignore[attr-defined]
+
+
+def own_part(parameter: Tensor, gradient: Tensor) -> Tensor | None:
+    """Return the part of a gradient that belongs to this rank's shard of the parameter, without communication.
+
+    torch leaves the gradient of a sharded embedding whole on every rank.
+
+    Returns:
+        The part; None if this rank does not have it, or the gradient is spread like the parameter.
+    """
+    if not (is_distributed(parameter) and is_distributed(gradient)) or same_placements(parameter, gradient):
+        return None
+    pairs = zip(parameter.placements, gradient.placements, strict=True)  # type: ignore[attr-defined]
+    held = all(own == given or given.is_replicate() for own, given in pairs)
+    if parameter.device_mesh != gradient.device_mesh or not held or is_partial(gradient):  # type: ignore[attr-defined]
+        return None
+    found: Any = gradient.redistribute(placements=parameter.placements)  # type: ignore[attr-defined]
+    return local(found)
 
 
 def summand(parameter: Tensor, gradient: Tensor) -> tuple[int, int] | None:

@@ -74,6 +74,7 @@ def odd_placements() -> dict[str, Any]:
     torch.manual_seed(0)
     whole, gradient = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     pieces = {"partial": DTensor.from_local(gradient / 2, over, [Partial()])}
+    pieces["whole"] = distribute_tensor(gradient, over, [Replicate()])
     pieces["columns"] = distribute_tensor(gradient, over, [Shard(1)])
     for name, given in pieces.items():
         p = torch.nn.Parameter(distribute_tensor(whole, over, [Replicate() if name == "partial" else Shard(0)]))
@@ -137,9 +138,14 @@ def both() -> tuple[dict[str, Any], dict[Any, Any]]:
 def test_partial_sums_are_refused_and_local_parts_measured() -> None:
     ranks = run_ranks(both, 2)
     for odd, _ in ranks:
-        for name in ("partial", "columns"):
+        for name in ("partial", "whole", "columns"):
             reasons, sums, moved, passed, summed = odd[name]
             stats = ParameterStats(sums)
+            if name == "whole":  # of which the own rows count
+                assert reasons == [decrease_reasons.FINE] * 2
+                assert stats.dot.item() == pytest.approx(-moved / 0.1, rel=1e-12)
+                assert stats.gradient_sq.item() == pytest.approx(moved / 0.01, rel=1e-12)
+                continue
             assert stats.gradient_sq.isnan()
             if name == "partial":  # half of the gradient, whose update is -lr times all of it
                 assert reasons == [decrease_reasons.FINE] * 2

@@ -14,7 +14,7 @@ from fastfs._monitor.measure.closed_forms import coefficient_uncertainty, coeffi
 from fastfs._monitor.measure.completed_step import CompletedStep
 from fastfs._monitor.measure.hyper_parameters import Group, HyperParameters
 from fastfs._monitor.measure.update_plans import Call, Part
-from fastfs._network.placements import local, summand
+from fastfs._network.placements import local, own_part, summand
 
 __all__ = ["KernelArguments", "PartState", "kernel_arguments", "state_of"]
 
@@ -149,9 +149,10 @@ def _missing(optimizer: Any, part: Part) -> str:
 
 def _dense(optimizer: Any, p: Tensor, gradient: Tensor, rewritten: Group | None) -> Tensor:
     """The gradient as the op takes it, in the wider dtype of gradient and parameter."""
-    if summand(p, gradient) is None:
+    part = own_part(p, gradient)
+    if part is None and summand(p, gradient) is None:
         return real(torch.zeros_like(local(p)))  # of the update alone, since these elements are of others
-    gradient = local(gradient)
+    gradient = local(gradient) if part is None else part
     if gradient.layout is not torch.strided:
         gradient = gradient.to_dense()
     gradient = gradient.to(torch.promote_types(gradient.dtype, p.dtype))

@@ -16,7 +16,7 @@ from fastfs._monitor.measure import closed_forms
 from fastfs._monitor.measure.closed_forms import ClosedForm, rewrites_gradients
 from fastfs._monitor.measure.gradient_snapshots import GradientSnapshot
 from fastfs._monitor.measure.sampled_calls import SampledCall
-from fastfs._network.placements import is_distributed, is_partial, same_placements, spread, summand
+from fastfs._network.placements import is_distributed, is_partial, own_part, same_placements, spread, summand
 from fastfs._stats import ParameterStats
 
 __all__ = ["Call", "Names", "ParameterOrder", "Part", "Plan", "has_closed_form", "make_plan"]
@@ -143,7 +143,10 @@ def make_plan(
             _check(optimizer, index, p, names)
             closed = has_closed_form(optimizer, p, form)
             if p.grad is not None and not same_placements(p, p.grad):
-                (unreadable if summand(p, p.grad) is None else summed).append(index)
+                if summand(p, p.grad) is not None:
+                    summed.append(index)
+                elif own_part(p, p.grad) is None:
+                    unreadable.append(index)
             if not closed:
                 copied.append(p)
             elif form is not None and form.states and not optimizer.state.get(p):
