@@ -96,6 +96,8 @@ class Assembler:
             reason = np.where(reason == 0, row_reasons.MISSING_RANKS, reason)
         self._other_models = other_models = parameters.reason == decrease_reasons.RANKS_DIFFER
         reason = np.where((reason == 0) & other_models, row_reasons.RANKS_DIFFER, reason)
+        cut = _cut(parts, self._layers)
+        reason = self._without_jacobian(reason, step, parts, np.where(cut, parameters.decrease, np.nan))
         stats = FeatureStats(torch.from_numpy(self._with_groups(rows.sums)))
         codes = self._worst(reason)
         columns: dict[str, list[Any]] = {name: getattr(stats, name).tolist() for name in FROM_STATS}
@@ -107,8 +109,6 @@ class Assembler:
         columns["nonfinite"] = stats.nonfinite.tolist()
         columns["count"] = stats.count.tolist()
         columns["rows"] = self._padded(rows.rows[:, 0].tolist())
-        cut = _cut(parts, self._layers)
-        reason = self._without_jacobian(reason, step, parts, np.where(cut, parameters.decrease, np.nan))
         residual = np.where(cut, 1.0 - parameters.decrease / -rows.sums[:, 0], np.nan)
         self._errors(columns, rows, stats, residual)
         linear = _linear(residual, rows, _curvature(parts))
