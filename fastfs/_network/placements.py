@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ def placements_of(tensor: Tensor) -> tuple[Any, ...] | None:
     return tuple(tensor.placements)  # type: ignore[attr-defined]
 
 
-def placed(features: Tensor, rows: int) -> str | None:
+def placed(features: Tensor, rows: int, inputs: Callable[[], Iterable[Tensor]] = tuple) -> str | None:
     """Return what of a layer's features this rank has.
 
     A plain tensor that ``to_local()`` has just made of a DTensor counts, as tensor-parallel layers return it.
@@ -109,18 +109,21 @@ def placed(features: Tensor, rows: int) -> str | None:
     Args:
         features: the features.
         rows: number of leading dimensions that count rows.
+        inputs: returns those of the model. Ranks along an axis over which they are sharded have batches of their own,
+            so that only the other axes say what is spread within a batch.
 
     Returns:
         ``"replicate"`` for all of them, ``"rows"`` for some rows, ``"columns"`` for a part of every row; None if
         placements do not tell.
     """
-    found = placements_of(features)
+    found, mesh = placements_of(features), _mesh_of(features)
     if found is None:
         spec = getattr(features.grad_fn, "dtensor_spec", None)
-        found = None if spec is None else tuple(spec.placements)
+        found, mesh = (None, None) if spec is None else (tuple(spec.placements), spec.mesh)
     if found is None or any(each.is_partial() for each in found):
         return None
-    dims = {each.dim for each in found if not each.is_replicate()}
+    batches = {axis for x in inputs() if _mesh_of(x) == mesh for axis in _sharded_axes(x)}
+    dims = {each.dim for axis, each in enumerate(found) if not each.is_replicate() and axis not in batches}
     if not dims:
         return "replicate"
     return "columns" if all(dim >= rows for dim in dims) else "rows"
@@ -320,6 +323,10 @@ def _data_parallel(model: nn.Module) -> list[Any]:
 def _unsharded(parameter: Any) -> Tensor | None:
     found: Tensor | None = getattr(parameter, "_unsharded_param", None)
     return found
+
+
+def _mesh_of(tensor: Tensor) -> Any:
+    return tensor.device_mesh if is_distributed(tensor) else None  # type: ignore[attr-defined]
 
 
 def _sharded_axes(tensor: Any) -> list[int]:

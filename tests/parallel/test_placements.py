@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from fastfs._network import placements
 from fastfs._network.fully_sharded import GraphLeaves, optimized_parameters
@@ -70,6 +71,13 @@ def tensors() -> dict[str, Any]:
         "moved": (after > before, placements.version(weight) > after),
         "classes": [placements.shard_class(x) for x in (weight, plain, unnamed)],
         "spread": [placements.spread(x) for x in (weight, plain, partial)],
+        "placed": [
+            placements.placed(
+                DTensor.from_local(torch.ones(2, 2), over, [Shard(0), within]), 1, functools.partial(list, x)
+            )
+            for within in (Replicate(), Shard(0), Shard(1))
+            for x in ([], [DTensor.from_local(torch.ones(2), over, [Shard(0), Replicate()])])
+        ],
         "partial": message(placements.check_parameters, {"fine": weight, "blocks.0.weight": partial}),
         "outside": message(placements.check_parameters, {"blocks.1.weight": of_some}),
     }
@@ -179,6 +187,8 @@ def check_tensors(found: dict[str, Any], rank: int) -> None:
     assert plain == ShardClass("", 1, 0)
     assert unnamed == ShardClass("0:2@2,1:2@1", 4, rank)
     assert found["spread"] == ["a:2:shard,b:2:shard", None, "a:2:partial,b:2:partial"]
+    # Ranks along the first axis have batches of their own where the inputs are sharded over it.
+    assert found["placed"] == ["rows", "replicate", "rows", "rows", "rows", "columns"]
     assert found["partial"].startswith(
         "parameter 'blocks.0.weight' is a partial sum over ranks (DTensor with placements"
     )

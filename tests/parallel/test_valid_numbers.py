@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
+from fastfs._record import decrease_reasons
+from fastfs._record.ranks.merging import merge_parameters
+from fastfs._record.ranks.part import Share
 from tests.helpers.parallel_cases import LAYERS, MESHES, global_batch, make_model, parameters_of
 from tests.helpers.processes import run_ranks
 
@@ -105,3 +109,16 @@ def test_models_of_their_own_are_not_one_run(folder: Path, name: str) -> None:
     assert table["aligned_decrease"].isna().all()
     assert table["update_rms"][table["kind"] == "predicted"].isna().all()
     assert set(table["decrease_why"]) == {"ranks that should hold the same parameters report different sums"}
+
+
+@pytest.mark.parametrize(("factor", "differ"), [(1.0, True), (1.0 + 5e-9, False), (float("nan"), True)])
+def test_the_factor_of_clipping_may_be_rounded_differently(factor: float, differ: bool) -> None:
+    def part(factor: float, gradient: float) -> Any:
+        arrays = {"aligned": np.array([[[gradient, 2.0, 0.5, 4.0 * gradient**2]]]), "decrease_reason": np.zeros(1)}
+        place = types.SimpleNamespace(shares=(Share("", 1, 0),))
+        return types.SimpleNamespace(arrays=arrays, place=place, scalars={"gradient_factor": factor})
+
+    # Both ranks have divided the same sums by the factor that they have found.
+    merged = merge_parameters([part(0.3, 1.0), part(0.3 * factor, 1.0 / (1.0 + 5e-9))])
+    assert np.isnan(merged.decrease[0]) == differ
+    assert (merged.reason[0] == decrease_reasons.RANKS_DIFFER) == differ

@@ -20,7 +20,7 @@ from fastfs._monitor.capture.row_keeper import RowKeeper
 from fastfs._monitor.capture.sampling import KeptRows, RowSampler, row_dims
 from fastfs._network.autograd_graph import edge_of
 from fastfs._network.feature_tensors import strided
-from fastfs._network.input_copies import UnknownArgumentError
+from fastfs._network.input_copies import UnknownArgumentError, tensors_in
 from fastfs._network.layers import Layer
 from fastfs._network.placements import is_distributed, is_partial, placed, placements_of, spread
 from fastfs._record.row_reasons import NO_GRAPH, NO_ROOM, NO_SAMPLES, PARTIAL, TRANSFORMED
@@ -94,9 +94,8 @@ class StepCapture:
         inside = features.requires_grad
         hidden = not inside and not torch.is_grad_enabled()  # a recomputation may compute its gradient
         kept, absent = self._keep(captured, index, features) if inside or hidden else (None, NO_GRAPH)
-        call = LayerCall(
-            features.shape, kept, inside, absent, placed(features, row_dims(features)), placements_of(features)
-        )
+        where = placed(features, row_dims(features), lambda: tensors_in((captured.args, captured.kwargs)))
+        call = LayerCall(features.shape, kept, inside, absent, where, placements_of(features))
         captured.calls[index].append(call)
         captured.edges[index].append(edge_of(features))
         if hidden:

@@ -35,6 +35,7 @@ from fastfs._monitor.measure.row_sums import LayerSums, RowSums, totals
 from fastfs._network.input_copies import tensors_in
 from fastfs._network.layers import Layer
 from fastfs._network.perturbed import Perturbed
+from fastfs._network.placements import local
 from fastfs._network.structure import Structure
 from fastfs._record.row_reasons import UNREPEATED
 from fastfs._stats import FeatureStats, ParameterStats
@@ -236,7 +237,7 @@ class CaptureMode(ABC):
     def input_sums(self, forwards: Sequence[ForwardCapture]) -> Tensor:
         """Returns numbers that ranks have in common that were given the same inputs, float64 (n,)."""
         sums = [
-            x.detach().flatten()[:_COMPARED].to(self._resources.device, torch.float64).sum()
+            local(x).detach().flatten()[:_COMPARED].to(self._resources.device, torch.float64).sum()
             for captured in forwards
             for x in tensors_in((captured.args, captured.kwargs))
             if x.layout is torch.strided and not x.is_complex() and not x.is_nested

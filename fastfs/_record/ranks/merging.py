@@ -279,11 +279,19 @@ def _differ(own: Array, theirs: Array, a: RankPart, b: RankPart) -> Any:
         return np.zeros(len(own), dtype=bool)
     scale = np.maximum(np.abs(own), np.abs(theirs))
     scale[:, 0] = np.sqrt(scale[:, 2] * scale[:, 3]) + scale[:, 0]  # |<g, dw>| <= |g| |dw|, and may cancel
-    apart = np.abs(own - theirs) > _SAME * scale
+    # Each rank has divided D and |g|^2 by the factor of the gradients as its own samples tell it, up to their rounding.
+    ratio = _ratio(b.scalars.get("gradient_factor", 1.0), a.scalars.get("gradient_factor", 1.0))
+    given = theirs * [ratio, 1.0, 1.0, ratio**2]
+    apart = (np.abs(own - theirs) > _SAME * scale) & (np.abs(own - given) > _SAME * scale)
     codes, others = a.arrays["decrease_reason"], b.arrays["decrease_reason"]
     hidden = np.isin(codes, (decrease_reasons.STRUCTURE, decrease_reasons.NOTHING))  # which parameters are a layer's
     moved = (apart[:, 1:3].any(axis=1) & ~hidden & (codes == others)).any()
     return (codes == others) & np.where(codes == 0, apart.any(axis=1), moved & ~hidden)
+
+
+def _ratio(a: float, b: float) -> float:
+    """Returns the quotient of two factors, 1 if one of them is not known."""
+    return a / b if np.isfinite(a) and np.isfinite(b) and a * b > 0 else 1.0
 
 
 def _products(sums: Array) -> Array:
