@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -123,7 +124,7 @@ def run_rank(rank: int, ranks: int, mesh: str, steps: int, rounds: int, folder: 
         sizes.append(len(data))
         return data
 
-    RankPart.to_bytes = counted  # type: ignore
+    mock.patch.object(RankPart, "to_bytes", counted).start()  # for as long as this process lives
     monitor = fastfs.Monitor(
         model,
         optimizer,

@@ -181,7 +181,6 @@ class Monitor:
         names = parameter_names(model, parameters.tensors)
         device = next(iter(names.values())).device
         ranks = Ranks(model, names, loss_weight, own_parameters, rank_timeout, pipeline)
-        settings.check_together(ranks, mode, amplify)
         self._runner = runner = StepRunner(self._schedule, aligned, optimizers, sorted({"cpu", device.type}))
         self._header = make_header(
             model,
@@ -200,6 +199,7 @@ class Monitor:
         )
         with ExitStack() as undo:  # a failed attach leaves nothing behind
             undo.callback(ranks.release)
+            settings.check_together(ranks, mode, amplify)
             self._header["layers"] = ranks.attach(self.layers)
             self._assembler = Assembler(self._header, quantiles)
             self._recorder = open_recorder(

@@ -204,7 +204,7 @@ class StepRunner:
     def _accompany(self) -> None:
         try:
             self._journal.note(GlobalState(self._device_types).restore)
-            with suppress(Exception):
+            with suppress(Exception):  # the step is left out already, and its record has the failure before this one
                 self._engine.accompany()
         finally:
             self._restore()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,9 @@ import fastfs
 
 BATCH, TOKENS, WIDTH, CLASSES, STEPS = 24, 4, 8, 5, 3
 LAYERS = r"^(embed|blocks\.\d+|blocks\.\d+\.(up|down)|norm)$"
+
+COMPLETE: dict[str, Any] = {"every": 1, "aligned_fraction": 1.0, "rows": None, "alerts": (), "verbose": False}
+"""Options of a monitor that measures every step, with all rows and elements."""
 
 
 class Block(nn.Module):
@@ -221,8 +224,7 @@ def train(
     optim = make_optimizer(model, optimizer)
     monitor = None
     if path is not None:
-        settings: dict[str, Any] = {"layers": LAYERS, "every": 1, "aligned_fraction": 1.0, "rows": None}
-        monitor = fastfs.Monitor(model, optim, path=Path(path), verbose=False, alerts=(), **{**settings, **options})
+        monitor = fastfs.Monitor(model, optim, path=Path(path), **{**COMPLETE, "layers": LAYERS, **options})
     losses = []
     for step in range(STEPS):
         optim.zero_grad()
@@ -268,9 +270,3 @@ def with_and_without(mesh: str, path: str, **options: Any) -> dict[str, Any]:
     for a, b in zip(plain["parameters"], watched["parameters"], strict=True):
         assert torch.equal(a, b)
     return watched
-
-
-def pairs(mine: Any, theirs: Any, columns: Iterator[str] | tuple[str, ...]) -> Iterator[tuple[str, Any, Any]]:
-    """Yields column, own and other values of two tables, row by row."""
-    for column in columns:
-        yield column, mine[column].to_numpy(), theirs[column].to_numpy()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import fastfs
 from tests.helpers.parallel_cases import (
     BATCH,
+    COMPLETE,
     LAYERS,
     STEPS,
     global_batch,
@@ -27,14 +28,7 @@ from tests.helpers.processes import run_ranks
 
 EXACT = ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease", "parameter_norm", "loss")
 
-OPTIONS: dict[str, Any] = {
-    "layers": LAYERS,
-    "every": 1,
-    "aligned_fraction": 1.0,
-    "rows": None,
-    "alerts": (),
-    "verbose": False,
-}
+OPTIONS: dict[str, Any] = {**COMPLETE, "layers": LAYERS}
 
 
 def accelerated(kind: str, path: str | None, clip: float | None, accumulate: int) -> tuple[list[float], list[Any]]:

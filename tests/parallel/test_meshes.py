@@ -50,6 +50,7 @@ MESHES: dict[int, list[tuple[str, dict[str, Any]]]] = {
         ("tp_fsdp", {"accumulate": 2}),
         ("tp_sequence_fsdp", {}),
     ],
+    8: [("fsdp", {}), ("tp_fsdp", {})],
 }
 ROUNDED: list[tuple[str, dict[str, Any]]] = [
     ("ddp", {"dtype": torch.float32}),
@@ -120,7 +121,13 @@ def assert_same_record(many: Any, one: Any, columns: tuple[str, ...] = EXACT, rt
 
 
 @pytest.mark.parametrize(
-    ("ranks", "number"), CASES, ids=["-".join((MESHES[r][n][0], str(r), *MESHES[r][n][1])) for r, n in CASES]
+    ("ranks", "number"),
+    [
+        pytest.param(
+            *(r, n), id="-".join((MESHES[r][n][0], str(r), *MESHES[r][n][1])), marks=[pytest.mark.slow] * (r > 4)
+        )
+        for r, n in CASES
+    ],
 )
 def test_sums_are_those_of_the_global_batch(ranks: int, number: int, many: Any, alone: Any) -> None:
     mesh, options = MESHES[ranks][number]

@@ -18,20 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
+from tests.helpers.parallel_cases import COMPLETE
 from tests.helpers.processes import run_ranks
 
 BATCH, TOKENS, VOCABULARY, STEPS, CLIP, RATE = 8, 16, 2048, 3, 0.5, 1e-3
 IGNORED = -100  # the label of tokens that do not count
 LAYERS = r"^(tok_embeddings|layers\.\d+(\.attention(\.wo|_norm)?|\.feed_forward(\.w1)?)?|norm)$"
 EXACT = ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease", "parameter_norm", "loss")
-OPTIONS: dict[str, Any] = {
-    "layers": LAYERS,
-    "every": 1,
-    "aligned_fraction": 1.0,
-    "rows": None,
-    "alerts": (),
-    "verbose": False,
-}
+OPTIONS: dict[str, Any] = {**COMPLETE, "layers": LAYERS}
 
 Batch = tuple[dict[str, Tensor], Tensor]
 

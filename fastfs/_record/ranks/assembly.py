@@ -18,12 +18,13 @@ from fastfs._record.ranks.residual_check import RESIDUAL, SINGLE_SPACING, residu
 from fastfs._record.ranks.stages import MergedStep, expanded, merge
 from fastfs._record.record import Record
 from fastfs._stats import FeatureStats
+from fastfs.formula import _relations
 
 __all__ = ["Assembler", "relative_errors"]
 
 _CERTAIN = 2.0  # standard errors that a sampled decrease has to be above zero for a prediction
 _LINEAR = 0.1  # residual, or curvature, up to which first order describes a step
-_BACKWARD = FeatureStats.names.index("backward_sq")
+_DOT, _BACKWARD = map(FeatureStats.names.index, ("update_dot_backward", "backward_sq"))
 _ALIGNED = ("parameter_norm", "parameter_update_norm", "gradient_norm")
 
 
@@ -109,7 +110,8 @@ class Assembler:
         columns["nonfinite"] = stats.nonfinite.tolist()
         columns["count"] = stats.count.tolist()
         columns["rows"] = self._padded(rows.rows[:, 0].tolist())
-        residual = np.where(cut, 1.0 - parameters.decrease / -rows.sums[:, 0], np.nan)
+        decrease, dot = map(torch.from_numpy, (parameters.decrease, rows.sums[:, _DOT]))
+        residual = np.where(cut, _relations.residual(decrease, dot).numpy(), np.nan)
         self._errors(columns, rows, stats, residual)
         linear = _linear(residual, rows, _curvature(parts))
         columns["residual"] = self._padded(residual.tolist())
@@ -141,7 +143,8 @@ class Assembler:
         cosine = self.angles.find(_key(parts))
         if cosine is not None and step.whole:
             # Section 2, the feature speed formula, with the last measured angle.
-            speed = parameters.decrease / (cosine * norm)
+            values = map(torch.from_numpy, (parameters.decrease, cosine, norm))
+            speed = _relations.predicted_update_norm(*values).numpy()
         usable = _cut(parts, self._layers) & (speed > 0)
         if any(float(part.arrays.get("accumulated", 1.0)) == 0 for part in parts):
             usable = np.zeros_like(usable)

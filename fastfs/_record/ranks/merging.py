@@ -79,7 +79,7 @@ class MergedRows:
         sums: (L, 9), as in ``FeatureStats.names``.
         spread: Covariances of <b, df>, |df|^2, |b|^2 by the choice of rows, relative to these, (L, 6).
         rows: Numbers of kept and of all rows, (L, 2).
-        margin: See :class:`RankPart`, (L,).
+        margin: How many standard errors <b, df> may be off, at most, (L,).
         reason: Why a row is not valid: codes of :mod:`fastfs._record.row_reasons`, (L,).
         by_batch: Sums of every batch alone, without weights, (B, L, 9).
         first: The first rank of every batch.

@@ -85,14 +85,21 @@ class RankPart:
         time: Seconds since 1970.
         place: Where the rank stands.
         scalars: Values per step, for the record.
-        facts: What the host knows besides; values that JSON can represent.
+        facts: What the host knows besides; values that JSON can represent. ``touched``: per parameter whether it has
+            received a gradient (0 or 1); ``ran`` and ``cut``: per layer, ``cut`` is None if it is unknown. Measured:
+            ``rows``: kept and all rows of each layer; ``margin``: how many standard errors <b, df> may be off, per
+            layer; ``method``; ``structure``, if it differs from the last one; ``placed``, see
+            ``placements.placed``, by the number of a layer. Predicted: ``counts``: elements of the backward vectors.
+            Skipped: ``before``: whether the step itself is still to come.
         arrays: Float64 arrays by name, of L layers, C kinds of parameters, Q quantiles. Measured: ``sums`` (L, 9) as in
             ``FeatureStats.names``, ``spread`` (L, 6) covariances of <b, df>, |df|^2, |b|^2 relative to these,
-            ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q). Predicted: ``backward_sq``
-            (L,), ``count`` (L,). Both: ``aligned`` (C, L, 4) with decrease, |w|^2, |dw|^2, |g|^2; ``variance`` (C, L)
-            of the decrease by sampling; ``decrease_reason`` (L,); in a pipeline ``total`` (C,), the decrease over all
-            parameters of the stage. From several ranks of a mode with a residual ``odd`` (3, L), see
-            ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of the coarsest numbers.
+            ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q), perhaps ``curvature`` (L,); from ranks with
+            peers ``inputs``, numbers that follow from the inputs. Predicted: ``backward_norm`` (L,), perhaps
+            ``accumulated`` (), 0 if gradients were written to between micro-batches. Both: ``aligned`` (C, L, 4) with
+            decrease, |w|^2, |dw|^2, |g|^2; ``variance`` (C, L) of the decrease by sampling; ``decrease_reason`` (L,);
+            in a pipeline ``total`` (C,), the decrease over all parameters of the stage. From several ranks of a mode
+            with a residual ``odd`` (3, L), see ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of
+            the coarsest numbers.
     """
 
     kind: str
