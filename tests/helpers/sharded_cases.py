@@ -23,20 +23,9 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from tests.helpers.parallel_cases import Block
+
 SAMPLES, TOKENS, WIDTH, CLASSES = 8, 4, 8, 5  # five outputs do not divide among ranks
-
-
-class Block(nn.Module):
-    """A residual block of two products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -49,7 +38,7 @@ class Net(nn.Module):
     def __init__(self, recompute: bool = False) -> None:
         super().__init__()
         self.embed = nn.Linear(3, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.blocks = nn.ModuleList(Block(WIDTH) for _ in range(3))
         self.head = nn.Linear(WIDTH, CLASSES)
         self.recompute = recompute
         self.last: Callable[[Any], Tensor] = _unchanged  # between blocks and head
