@@ -11,7 +11,7 @@ SHELL_SCRIPTS = $(shell git ls-files '*.sh') .ci/run
 JAVASCRIPT = $(shell git ls-files '*.js')
 WORKFLOWS = $(shell git ls-files '.github/workflows/*.yml')
 
-.PHONY: demo test test-quick bench doctor lint format hooks clean install
+.PHONY: demo test test-quick bench docs doctor lint format hooks clean install
 
 demo: install
 	$(BIN)/fastfs demo
@@ -28,6 +28,10 @@ test-quick: install
 bench: install
 	$(BIN)/python -m benchmarks.ops.feature_stats
 	$(BIN)/python -m benchmarks.monitor
+
+# The documentation site, in build/site. The tests build it too, and follow its links.
+docs: install
+	$(BIN)/sphinx-build -W --keep-going docs build/site
 
 doctor: install
 	$(BIN)/fastfs doctor

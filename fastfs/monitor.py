@@ -1,6 +1,6 @@
 """Measure, during training, how far the features of each layer move and how that update is aligned with the loss.
 
-:class:`Monitor` attaches to a model and its optimizer. The other names configure it: a :class:`Schedule` says which
+:class:`fastfs.Monitor` attaches to a model and its optimizer. The other names configure it: a :class:`Schedule` says which
 optimizer steps are measured, a :class:`Probe` names a fixed batch to measure on, sinks receive one :class:`Record` per
 step, and alerts examine each record.
 """
@@ -16,7 +16,7 @@ from fastfs._record.record import Record
 from fastfs._record.sinks.callable_sink import CallableSink
 from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._record.sinks.logging_sink import LoggingSink
-from fastfs._record.sinks.protocol import Sink
+from fastfs._record.sinks.protocol import PartlyWrittenError, Sink
 from fastfs._record.writing.alert_rules import (
     AlertRule,
     AngleCollapse,
@@ -47,6 +47,7 @@ __all__ = [
     "Monitor",
     "NonFinite",
     "ParquetSink",
+    "PartlyWrittenError",
     "Probe",
     "RankApart",
     "Record",

@@ -48,7 +48,7 @@ class Extremes:
 def extremes(operator: Operator, *, dense_below: int = _DENSE, tol: float = 0.0, max_iterations: int = 50) -> Extremes:
     """Return the largest and the smallest eigenvalue of an operator.
 
-    The rank of a kernel is at most the number of parameters in its sum (:attr:`BFK.rank_bound`). If this is less than
+    The rank of a kernel is at most the number of parameters in its sum (``BFK.rank_bound``). If this is less than
     N, the smallest eigenvalue is 0 and is not computed. An eigenvalue of absolute value at most N eps times the
     largest, with eps of the precision of the products, is rounding and returned as 0.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+REPORT_READY = "document.documentElement?.dataset.ready === 'yes'"
 _FLAGS = (
     "--headless",
     "--no-sandbox",  # root in a container
@@ -156,11 +157,11 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def open(self, page: Path, timeout: float = 90) -> float:
-        """Load a page; seconds until it says that it is ready."""
+    def open(self, page: Path, timeout: float = 90, *, ready: str = REPORT_READY) -> float:
+        """Load a page; seconds until the script says that it is ready."""
         start = time.monotonic()
         self.call("Page.navigate", url=page.resolve().as_uri(), timeout=timeout)
-        self.wait_for("document.documentElement?.dataset.ready === 'yes'", timeout)
+        self.wait_for(ready, timeout)
         return time.monotonic() - start
 
     def move(self, x: float, y: float) -> None:

@@ -143,6 +143,21 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert [h.get("resumed_at") for h in tables["all"].attrs["headers"]] == [None, 3]
 
 
+def test_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pandas")
+    monkeypatch.chdir(tmp_path)
+    for page in ("index.md", "start.md", "faq.md"):
+        run_blocks(ROOT / "docs" / page, preamble())
+    said = capsys.readouterr().out
+    table = fastfs.load("run/record.jsonl")
+    started = table[table["run"] == table["run"].iloc[-1]]
+    assert started["valid"].all()
+    angles = started.groupby("name")["angle"].median()
+    assert angles.to_list() == pytest.approx([1.34, 1.33, 1.32, 1.32], abs=0.02)  # as the page says
+    assert "blocks.3" in said
+    assert "('blocks.0.branch', 'blocks.1.branch')" in said
+
+
 def test_the_theory(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pandas")
     pytest.importorskip("scipy")

@@ -52,7 +52,7 @@ class Probe:
             x: Any tensor.
 
         Returns:
-            The tensor in :attr:`dtype` if it is floating-point and the probe has one, else ``x``.
+            The tensor in ``dtype`` if it is floating-point and the probe has one, else ``x``.
         """
         return self._cast(x, self.dtype)
 

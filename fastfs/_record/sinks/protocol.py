@@ -11,7 +11,12 @@ __all__ = ["PartlyWrittenError", "Sink"]
 
 
 class PartlyWrittenError(OSError):
-    """A write that failed after its first ``written`` records were safe. Only the others are written again."""
+    """A write that failed after its first records were safe. Only the others are written again.
+
+    Args:
+        error: What failed.
+        written: Number of records that are safe.
+    """
 
     def __init__(self, error: OSError, written: int) -> None:
         super().__init__(error.errno, error.strerror)
@@ -24,7 +29,7 @@ class Sink(Protocol):
 
     :meth:`open` runs in the thread that attaches the monitor, and attaching fails if it raises. Everything else runs
     in the writer's thread. If :meth:`write` raises, the sink gets the same batch again later, from its first record
-    (or, after a :class:`PartlyWrittenError`, from the first one that is not safe).
+    (or, after a :class:`fastfs.monitor.PartlyWrittenError`, from the first one that is not safe).
 
     Optional methods: A sink that buffers records has ``flush()``, after which all of them are safe, and
     ``due() -> float | None``, the time (``time.monotonic()``) at which ``flush`` is to be called. A sink that creates
