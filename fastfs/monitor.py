@@ -1,8 +1,8 @@
 """Measure, during training, how far the features of each layer move and how that update is aligned with the loss.
 
-:class:`fastfs.Monitor` attaches to a model and its optimizer. The other names configure it: a :class:`Schedule` says which
-optimizer steps are measured, a :class:`Probe` names a fixed batch to measure on, sinks receive one :class:`Record` per
-step, and alerts examine each record.
+:class:`fastfs.Monitor` attaches to a model and its optimizer. The other names configure it: a :class:`Schedule` says
+which optimizer steps are measured, a :class:`Probe` names a fixed batch to measure on, sinks receive one
+:class:`Record` per step, and alerts examine each record.
 """
 
 from __future__ import annotations
