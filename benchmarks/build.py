@@ -39,7 +39,8 @@ from benchmarks.harness import file_option, print_table, write_json
 from build_backend.toolchain import find_ninja
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ("LICENSE", "MANIFEST.in", "README.md", "build_backend", "csrc", "fastfs", "pyproject.toml", "setup.py")
+SOURCE = ("LICENSE", "MANIFEST.in", "README.md", "THIRD_PARTY_LICENSES.md", "pyproject.toml", "setup.py")
+SOURCE += ("build_backend", "csrc", "fastfs", "licenses")
 
 # Units, and bytes of the wheel with CUDA.
 MOST_WITH_CUDA, MOST_WITHOUT_CUDA, MOST_FOR_A_HEADER = 25.0, 8.0, 5.0
@@ -127,7 +128,7 @@ def build_wheel(source: Path, env: dict[str, str], isolated: bool = True) -> tup
 
 def ninja_tool(source: Path, *arguments: str) -> str:
     """The output of a subtool of ninja, for the build that was made in `source`."""
-    (file,) = source.glob("build/native-*/build.ninja")
+    (file,) = source.glob("build/native-*/*/build.ninja")
     command = [find_ninja(), "-f", str(file.relative_to(source)), "-t", *arguments]
     return subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout
 

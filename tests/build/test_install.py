@@ -182,7 +182,7 @@ def test_editable_install_is_incremental(tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(source) for file in where.split())
 
     def objects() -> dict[str, int]:
-        files = [*source.glob("build/native-*/**/*.o"), *source.glob("build/native-*/*.so")]
+        files = [*source.glob("build/native-*/**/*.o"), *source.glob("build/native-*/**/*.so")]
         return {file.name: file.stat().st_mtime_ns for file in files}
 
     # A second build compiles nothing.
@@ -347,11 +347,11 @@ def test_ninja_file(tmp_path: Path) -> None:
     sources = ["csrc/binding/module.cpp", "csrc/cpu/loops_avx2.cpp", "csrc/cuda/launch.cu"]
     home = Path("build/here")
     nvcc = Nvcc("/cuda/bin/nvcc", "13.0.88", "/cuda/lib", ("80", "90", "100"), True, "g++-13")
-    text = ninja_file(sources, home, home / "_C.so", ["g++"], nvcc).replace("$\n    ", "")
+    text = ninja_file(sources, home, home / "cpython-313", ["g++"], nvcc).replace("$\n    ", "")
     assert "-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,compute_80]" in text.replace("'", "")
     assert "-ccbin g++-13" in text
     assert "-lcudart_static" in text
-    without = ninja_file(sources, home, home / "_C.so", ["g++"], None)
+    without = ninja_file(sources, home, home / "cpython-313", ["g++"], None)
     assert "nvcc" not in without
     assert "cudart" not in without
     assert str(ROOT) not in text
