@@ -65,7 +65,7 @@ class BuildNative(build_ext):
         settings = read_settings()
         # Not build_temp: an editable install gets a fresh one each time.
         home = Path("build") / f"native-{sysconfig.get_platform()}-{'cpu' if settings.cuda == '0' else 'cuda'}"
-        own = home / sysconfig.get_config_var("SOABI")
+        own = home / f"{sys.implementation.cache_tag}{sysconfig.get_config_var('abiflags') or ''}"
         cxx = find_cxx(own)
         nvcc = find_nvcc(settings)
         with one_build_at_a_time(home):
@@ -73,12 +73,12 @@ class BuildNative(build_ext):
             write_if_changed(home / "include" / "fastfs_config.h", self._config(nvcc).encode())
             write_if_changed(own / "build.ninja", ninja_file(ext.sources, home, own, cxx, nvcc).encode())
             self._run_ninja(own / "build.ninja")
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, not new content: a process that has the old one mapped keeps it.
-        fresh = target.with_name(target.name + ".new")
-        shutil.copyfile(own / "_C.so", fresh)
-        fresh.replace(target)
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A new file, not new content: a process that has the old one mapped keeps it.
+            fresh = target.with_name(target.name + ".new")
+            shutil.copyfile(own / "_C.so", fresh)
+            fresh.replace(target)
 
     def _config(self, nvcc: Nvcc | None) -> str:
         lines = [
@@ -104,7 +104,7 @@ class BuildNative(build_ext):
 
 @contextmanager
 def one_build_at_a_time(home: Path) -> Iterator[None]:
-    """Waits for the builds of other versions of Python, which write the same objects below `home`."""
+    """Waits for other builds, also for other versions of Python: they write the same objects below `home`."""
     import fcntl  # not on Windows, where nothing is compiled
 
     home.mkdir(parents=True, exist_ok=True)

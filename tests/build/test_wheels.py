@@ -38,7 +38,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / f"python{version}").write_text(f"#!/bin/sh\n{text}\n")
         (folder / f"python{version}").chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
-    monkeypatch.delenv("PYENV_VERSION", raising=False)
+    monkeypatch.setenv("PYENV_VERSION", "3.11.7")
     return folder
 
 
