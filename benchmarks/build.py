@@ -39,8 +39,8 @@ from benchmarks.harness import file_option, print_table, write_json
 from build_backend.toolchain import find_ninja
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ("LICENSE", "MANIFEST.in", "README.md", "THIRD_PARTY_LICENSES.md", "pyproject.toml", "setup.py")
-SOURCE += ("build_backend", "csrc", "fastfs", "licenses")
+FILES = ("LICENSE", "MANIFEST.in", "README.md", "THIRD_PARTY_LICENSES.md", "pyproject.toml", "setup.py")
+FOLDERS = ("build_backend", "csrc", "fastfs", "licenses")
 
 # Units, and bytes of the wheel with CUDA.
 MOST_WITH_CUDA, MOST_WITHOUT_CUDA, MOST_FOR_A_HEADER = 25.0, 8.0, 5.0
@@ -110,11 +110,10 @@ class Command:
 def copy_source(folder: Path) -> Path:
     """Copy what a build needs, without what builds have left behind."""
     folder.mkdir()
-    for name in SOURCE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder / name)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
 
 
