@@ -1,5 +1,6 @@
 # make demo    train two small networks, watched; pictures at the end
 # make test    all tests; those that need a GPU or a browser are skipped where none is
+# make wheel   manylinux wheels with CUDA in dist/, for each Python installed, or for those that PYTHONS="3.11 3.13" names
 # A bare clone and Python 3.10 or newer are enough: everything goes into .venv, pinned by constraints.txt.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SHELL_SCRIPTS = $(shell git ls-files '*.sh') .ci/run
 JAVASCRIPT = $(shell git ls-files '*.js')
 WORKFLOWS = $(shell git ls-files '.github/workflows/*.yml')
 
-.PHONY: demo test test-quick bench docs doctor lint format hooks clean install
+.PHONY: demo test test-quick bench docs doctor lint format hooks clean install wheel wheel-test sdist
 
 demo: install
 	$(BIN)/fastfs demo
@@ -74,6 +75,24 @@ format: install
 hooks: install
 	$(BIN)/pre-commit install
 
+# Distributions need no .venv: their tools are those of a lock with hashes.
+BUILD_TOOLS := build/wheels/tools
+wheel wheel-test sdist: $(BUILD_TOOLS)/installed
+
+wheel:
+	$(BUILD_TOOLS)/bin/python -m scripts.wheels build $(PYTHONS)
+
+wheel-test:
+	$(BUILD_TOOLS)/bin/python -m scripts.wheels test $(PYTHONS)
+
+sdist:
+	$(BUILD_TOOLS)/bin/python -m build --sdist --no-isolation
+
+$(BUILD_TOOLS)/installed: locks/build.txt
+	$(PYTHON) -m venv --clear $(BUILD_TOOLS)
+	$(BUILD_TOOLS)/bin/python -m pip install --require-hashes -r $<
+	touch $@
+
 install: $(VENV)/installed
 
 $(VENV)/created:
@@ -82,7 +101,9 @@ $(VENV)/created:
 	touch $@
 
 # Editable: Python files are used in place. The core is compiled again, what changed of it, when its sources change.
+# LOCKED=1 takes the tools from the lock with hashes first, which needs an index with the original files.
 $(VENV)/installed: $(VENV)/created setup.py pyproject.toml constraints.txt fastfs/_version.py $(SOURCES)
+	$(if $(LOCKED),$(BIN)/python -m pip install --require-hashes -r locks/tools.txt)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
 

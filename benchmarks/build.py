@@ -39,7 +39,8 @@ from benchmarks.harness import file_option, print_table, write_json
 from build_backend.toolchain import find_ninja
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ("LICENSE", "MANIFEST.in", "README.md", "build_backend", "csrc", "fastfs", "pyproject.toml", "setup.py")
+FILES = ("LICENSE", "MANIFEST.in", "README.md", "THIRD_PARTY_LICENSES.md", "pyproject.toml", "setup.py")
+FOLDERS = ("build_backend", "csrc", "fastfs", "licenses")
 
 # Units, and bytes of the wheel with CUDA.
 MOST_WITH_CUDA, MOST_WITHOUT_CUDA, MOST_FOR_A_HEADER = 25.0, 8.0, 5.0
@@ -109,11 +110,10 @@ class Command:
 def copy_source(folder: Path) -> Path:
     """Copy what a build needs, without what builds have left behind."""
     folder.mkdir()
-    for name in SOURCE:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-        else:
-            shutil.copy(ROOT / name, folder / name)
+    for name in FILES:
+        shutil.copy(ROOT / name, folder / name)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return folder
 
 
@@ -127,7 +127,7 @@ def build_wheel(source: Path, env: dict[str, str], isolated: bool = True) -> tup
 
 def ninja_tool(source: Path, *arguments: str) -> str:
     """The output of a subtool of ninja, for the build that was made in `source`."""
-    (file,) = source.glob("build/native-*/build.ninja")
+    (file,) = source.glob("build/native-*/*/build.ninja")
     command = [find_ninja(), "-f", str(file.relative_to(source)), "-t", *arguments]
     return subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout
 

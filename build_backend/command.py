@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-from .settings import BuildError, Settings, read_settings
+from .settings import BuildError, read_settings
 from .toolchain import (
     IS_X86_64,
     Nvcc,
@@ -38,6 +40,8 @@ OPTIMISATION = {"module": "-O1", **({"loops_generic": "-O1 -ftree-vectorize"} if
 # So the results are the same everywhere.
 NVCC_FLAGS = "-std=c++17 -O3 -DNDEBUG --fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off".split()
 LINK_FLAGS = "-shared -fopenmp -s -Wl,--exclude-libs,ALL -Wl,-O1 -Wl,--as-needed".split()
+# The sources that see Python.h. The objects of all others serve every version of Python.
+BINDINGS = "csrc/binding/"
 # By the end of the file name. Left out on other machines than x86-64.
 INSTRUCTION_SETS = {
     "_avx2": "-mavx2 -mfma -mf16c".split(),
@@ -60,24 +64,23 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         settings = read_settings()
         # Not build_temp: an editable install gets a fresh one each time.
-        tag = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
-        home = Path("build") / f"native-{tag}-{'cpu' if settings.cuda == '0' else 'cuda'}"
-        cxx = find_cxx(home)
+        home = Path("build") / f"native-{sysconfig.get_platform()}-{'cpu' if settings.cuda == '0' else 'cuda'}"
+        own = home / f"{sys.implementation.cache_tag}{sysconfig.get_config_var('abiflags') or ''}"
+        cxx = find_cxx(own)
         nvcc = find_nvcc(settings)
-        mirror_headers(home / "include")
-        write_if_changed(home / "include" / "fastfs_config.h", self._config(settings, nvcc).encode())
-        library = home / "_C.so"
-        text = ninja_file(ext.sources, home, library, cxx, nvcc)
-        write_if_changed(home / "build.ninja", text.encode())
-        self._run_ninja(home)
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, not new content: a process that has the old one mapped keeps it.
-        fresh = target.with_name(target.name + ".new")
-        shutil.copyfile(library, fresh)
-        fresh.replace(target)
+        with one_build_at_a_time(home):
+            mirror_headers(home / "include")
+            write_if_changed(home / "include" / "fastfs_config.h", self._config(nvcc).encode())
+            write_if_changed(own / "build.ninja", ninja_file(ext.sources, home, own, cxx, nvcc).encode())
+            self._run_ninja(own / "build.ninja")
+            target = Path(self.get_ext_fullpath(ext.name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A new file, not new content: a process that has the old one mapped keeps it.
+            fresh = target.with_name(target.name + ".new")
+            shutil.copyfile(own / "_C.so", fresh)
+            fresh.replace(target)
 
-    def _config(self, settings: Settings, nvcc: Nvcc | None) -> str:
+    def _config(self, nvcc: Nvcc | None) -> str:
         lines = [
             "// Included in front of every source. A file, because nvcc splits -D at commas.",
             "#pragma once",
@@ -89,14 +92,25 @@ class BuildNative(build_ext):
             lines += ["#define FASTFS_WITH_CUDA 1", f'#define FASTFS_ARCHITECTURES "{nvcc.described}"']
         return "\n".join(lines) + "\n"
 
-    def _run_ninja(self, home: Path) -> None:
+    def _run_ninja(self, file: Path) -> None:
         jobs = os.environ.get("MAX_JOBS", "").strip()
         if jobs and not jobs.isdigit():
             raise BuildError(f"MAX_JOBS must be a number of compilers to run at once, not {jobs!r}.")
-        command = [find_ninja(), "-f", str(home / "build.ninja"), *(["-j", jobs] if jobs else [])]
+        command = [find_ninja(), "-f", str(file), *(["-j", jobs] if jobs else [])]
         sys.stdout.flush()
         if subprocess.run(command, check=False).returncode:
             raise BuildError("compiling the native core failed; the compiler's messages are above.")
+
+
+@contextmanager
+def one_build_at_a_time(home: Path) -> Iterator[None]:
+    """Waits for other builds, also for other versions of Python: they write the same objects below `home`."""
+    import fcntl  # not on Windows, where nothing is compiled
+
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def native_sources(root: Path) -> list[str]:
@@ -105,13 +119,16 @@ def native_sources(root: Path) -> list[str]:
     return [path.relative_to(root).as_posix() for pattern in patterns for path in sorted(root.glob(pattern))]
 
 
-def ninja_file(sources: list[str], home: Path, library: Path, cxx: list[str], nvcc: Nvcc | None) -> str:
-    """The text of build.ninja. Its paths are relative to the project: no machine's paths end up in the core."""
+def ninja_file(sources: list[str], home: Path, own: Path, cxx: list[str], nvcc: Nvcc | None) -> str:
+    """The text of build.ninja. Its paths are relative to the project: no machine's paths end up in the core.
+
+    `home` has the objects that every version of Python shares, `own` those of one version and its library.
+    """
     from ninja.ninja_syntax import Writer
 
     out = StringIO()
     ninja = Writer(out, width=120)  # type: ignore[arg-type]  # the stub says str
-    include = ["-Icsrc", "-isystem", str(home / "include"), "-isystem", python_include()]
+    include = ["-Icsrc", "-isystem", str(home / "include")]
     include += ["-include", str(home / "include" / "fastfs_config.h")]
     env = {name: shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CXXFLAGS", "LDFLAGS")}
     ninja.variable("ninja_required_version", "1.5")
@@ -119,7 +136,7 @@ def ninja_file(sources: list[str], home: Path, library: Path, cxx: list[str], nv
     ninja.variable("cxx", _quote(cxx))
     ninja.variable("cxxflags", _quote([*CXX_FLAGS, *include, *env["CPPFLAGS"], *env["CXXFLAGS"]]))
     ninja.variable("level", "-O3")
-    compile_cxx = "$cxx $level $cxxflags $isa -MMD -MF $out.d -c $in -o $out"
+    compile_cxx = "$cxx $level $cxxflags $special -MMD -MF $out.d -c $in -o $out"
     ninja.rule("cxx", compile_cxx, "c++ $in", depfile="$out.d", deps="gcc")
     libraries: list[str] = []
     if nvcc is not None:
@@ -137,7 +154,8 @@ def ninja_file(sources: list[str], home: Path, library: Path, cxx: list[str], nv
 
     objects = []
     for source in sources:
-        target = str(home / f"{source}.o")
+        of_one_python = source.startswith(BINDINGS)
+        target = str((own if of_one_python else home) / f"{source}.o")
         stem = Path(source).stem
         isa = next((suffix for suffix in INSTRUCTION_SETS if stem.endswith(suffix)), None)
         if source.endswith(".cu"):
@@ -146,14 +164,16 @@ def ninja_file(sources: list[str], home: Path, library: Path, cxx: list[str], nv
             ninja.build([target], "nvcc", [source])
         elif isa is None or IS_X86_64:
             variables = {"level": OPTIMISATION[stem]} if stem in OPTIMISATION else {}
-            if isa is not None:
-                variables["isa"] = _quote(INSTRUCTION_SETS[isa])
+            special = ["-isystem", python_include()] if of_one_python else INSTRUCTION_SETS.get(isa or "", [])
+            if special:
+                variables["special"] = _quote(special)
             ninja.build([target], "cxx", [source], variables=variables)
         else:
             continue
         objects.append(target)
-    ninja.build([str(library)], "link", objects)
-    ninja.default(str(library))
+    library = str(own / "_C.so")
+    ninja.build([library], "link", objects)
+    ninja.default(library)
     return out.getvalue()
 
 

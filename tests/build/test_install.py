@@ -2,68 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import tarfile
 import time
-import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from build_backend.command import ninja_file, virtual_architecture
+from build_backend.command import native_sources, ninja_file, virtual_architecture
 from build_backend.settings import CUDA_WHEELS, BuildError, Settings, extra_requirements, read_settings
 from build_backend.toolchain import Nvcc, choose_architectures, find_cxx, find_nvcc
 from fastfs._version import __version__
-
-ROOT = Path(__file__).resolve().parents[2]
-SITE_PACKAGES = [path for path in sys.path if path.endswith("-packages")]
-NOT_SOURCE = shutil.ignore_patterns(".git", ".venv", "*.so", "*.egg-info", "__pycache__", ".*_cache")
-MADE_AT_THE_TOP = {"build", "dist", "runs"}
-
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the native core is for Linux")
-
-
-def environment(**settings: str) -> dict[str, str]:
-    """Return an environment for builds without variables that affect them, and without CUDA unless requested."""
-    dropped = ("FASTFS_", "PYTHON", "CUDA_", "NVCC_", "CXX", "CPPFLAGS", "LDFLAGS", "MAX_JOBS")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**env, "FASTFS_CUDA": "0", **settings}
-
-
-def run(*command: object, cwd: Path, env: dict[str, str] | None = None, code: int = 0) -> str:
-    words = [str(word) for word in command]
-    result = subprocess.run(
-        words, cwd=cwd, env=env or environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    output = result.stdout + result.stderr
-    assert result.returncode == code, output
-    return output
-
-
-def copy_of_source(folder: Path) -> Path:
-    def ignored(where: str, names: list[str]) -> set[str]:
-        return NOT_SOURCE(where, names) | (MADE_AT_THE_TOP if Path(where) == ROOT else set())
-
-    return Path(shutil.copytree(ROOT, folder / "source", ignore=ignored))
-
-
-def environment_with_torch(folder: Path) -> Path:
-    """Create a virtual environment with the packages of this one except fastfs, and return its interpreter."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    (site,) = folder.glob("lib/python*/site-packages")
-    (site / "borrowed.pth").write_text("\n".join(SITE_PACKAGES) + "\n")
-    return folder / "bin" / "python"
-
-
-def install(python: Path, *what: object, cwd: Path, env: dict[str, str] | None = None) -> str:
-    # --ignore-installed keeps the fastfs of the borrowed packages unchanged.
-    options = ("install", "--no-deps", "--no-index", "--no-build-isolation", "--ignore-installed")
-    return run(sys.executable, "-m", "pip", "--python", python, *options, *what, cwd=cwd, env=env)
+from tests.helpers.builds import copy_of_source, environment, environment_with_torch, install, linux, run
+from tests.helpers.source_tree import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +71,8 @@ def test_wheel_has_the_package_and_nothing_else(distributions: tuple[Path, Path]
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     assert {name.split("/")[0] for name in names} == {"fastfs", info}
     assert "fastfs/py.typed" in names
-    assert f"{info}/licenses/LICENSE" in names
+    licences = ("LICENSE", "THIRD_PARTY_LICENSES.md", "licenses/pybind11.txt")
+    assert {name for name in names if "/licenses/" in name} == {f"{info}/licenses/{name}" for name in licences}
     assert len([name for name in names if name.endswith(".so")]) == 1
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".o"))]
     assert "License-Expression: Apache-2.0" in metadata
@@ -161,11 +116,10 @@ def test_installed_core_links_neither_torch_nor_cudart(tmp_path: Path) -> None:
 def test_wheel_works_outside_the_source_tree(distributions: tuple[Path, Path], tmp_path: Path) -> None:
     python = environment_with_torch(tmp_path / "venv")
     install(python, distributions[1], cwd=tmp_path)
-    where = run(python, "-c", "import fastfs; print(fastfs.__file__)", cwd=tmp_path)
-    assert Path(where.strip()).is_relative_to(tmp_path / "venv")
-    doctor = run(tmp_path / "venv" / "bin" / "fastfs", "doctor", cwd=tmp_path)
-    assert "native agrees with reference" in doctor
-    assert "Nothing is wrong" in doctor
+    assert "The wheel works." in run(python, ROOT / "scripts" / "smoke_wheel.py", cwd=tmp_path)
+    # The smoke test tells a wheel without CUDA from one with it.
+    env = environment(FASTFS_CUDA="wheel")
+    assert "AssertionError" in run(python, ROOT / "scripts" / "smoke_wheel.py", cwd=tmp_path, env=env, code=1)
 
 
 # Editable and incremental
@@ -182,7 +136,7 @@ def test_editable_install_is_incremental(tmp_path: Path) -> None:
     assert all(Path(file).is_relative_to(source) for file in where.split())
 
     def objects() -> dict[str, int]:
-        files = [*source.glob("build/native-*/**/*.o"), *source.glob("build/native-*/*.so")]
+        files = [*source.glob("build/native-*/**/*.o"), *source.glob("build/native-*/**/*.so")]
         return {file.name: file.stat().st_mtime_ns for file in files}
 
     # A second build compiles nothing.
@@ -343,15 +297,28 @@ def test_virtual_architectures() -> None:
     assert virtual_architecture("120", ("90a", "120")) == "120"
 
 
+def test_objects_without_bindings_serve_every_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, home = native_sources(ROOT), Path("build/here")
+    nvcc = Nvcc("/cuda/bin/nvcc", "13.0.88", "/cuda/lib", ("80",), True, None)
+    texts = []
+    for name in ("cpython-310", "cpython-313"):
+        monkeypatch.setattr("build_backend.command.python_include", lambda name=name: f"/include/{name}")
+        texts.append(ninja_file(sources, home, home / name, ["g++"], nvcc).replace("$\n    ", "").splitlines())
+    differing = [(one, other) for one, other in zip(*texts, strict=True) if one != other]
+    assert all("cpython-310" in one and one.replace("cpython-310", "cpython-313") == other for one, other in differing)
+    # The bindings with their include path, the library, and which of them is built by default.
+    assert len(differing) == 4
+
+
 def test_ninja_file(tmp_path: Path) -> None:
     sources = ["csrc/binding/module.cpp", "csrc/cpu/loops_avx2.cpp", "csrc/cuda/launch.cu"]
     home = Path("build/here")
     nvcc = Nvcc("/cuda/bin/nvcc", "13.0.88", "/cuda/lib", ("80", "90", "100"), True, "g++-13")
-    text = ninja_file(sources, home, home / "_C.so", ["g++"], nvcc).replace("$\n    ", "")
+    text = ninja_file(sources, home, home / "cpython-313", ["g++"], nvcc).replace("$\n    ", "")
     assert "-gencode=arch=compute_80,code=[sm_80,sm_90,sm_100,compute_80]" in text.replace("'", "")
     assert "-ccbin g++-13" in text
     assert "-lcudart_static" in text
-    without = ninja_file(sources, home, home / "_C.so", ["g++"], None)
+    without = ninja_file(sources, home, home / "cpython-313", ["g++"], None)
     assert "nvcc" not in without
     assert "cudart" not in without
     assert str(ROOT) not in text
