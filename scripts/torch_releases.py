@@ -30,7 +30,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -243,7 +243,13 @@ def run_all(python: Path, selection: Selection, tree: str, jobs: int, timeout: f
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            return dict(zip(selection.files, pool.map(one, selection.files), strict=True))
+            futures = {name: pool.submit(one, name) for name in selection.files}
+            pending = set(futures.values())
+            while pending:  # a signal just before a wait without end would not be handled
+                done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+            return {name: future.result() for name, future in futures.items()}
         except BaseException:
             ended.set()
             pool.shutdown(wait=False, cancel_futures=True)
