@@ -90,4 +90,3 @@ def free_bytes(device: torch.device) -> int:
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     return 4 * 2**30
-

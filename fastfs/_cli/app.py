@@ -69,10 +69,7 @@ def demo(
     ),
     json: Json = None,
 ) -> None:
-    """Train a small transformer and a ResNet with the monitor; show angles, speeds, figures and the overhead.
-
-    It takes one to two minutes on a CPU. Each model is trained twice side by side, with and without the monitor.
-    """
+    """Train a small transformer and a ResNet with the monitor, in two minutes: angles, speeds, figures, its cost."""
     try:
         from fastfs._reproduce import demo as experiment
         from fastfs._utils.devices import named_device
@@ -223,16 +220,10 @@ def scaling_check(
     at_depth: Annotated[int | None, typer.Option(help="Depth of the runs over width; default is a middle one.")] = None,
     tolerance: Annotated[float, typer.Option(help="Permitted deviation of an exponent from 0.")] = 0.15,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for CSV tables and a figure.")] = None,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Also print all exponents, and all advice.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print all exponents, and all advice.")] = False,
     json: Json = None,
 ) -> None:
-    """Check how a model scales: fit exponents of a first step over width and depth, and say in three lines what fails.
-
-    SP: the size of the features does not depend on width and depth. FL: nor does their speed. LD: nor the decrease of
-    the loss. BC: the parts of the network contribute equally to it.
-    """
+    """Check whether a first step keeps its feature size, speed, loss decrease and balance over width and depth."""
     from fastfs.scaling._command import run_check
 
     raise typer.Exit(

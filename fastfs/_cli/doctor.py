@@ -339,4 +339,3 @@ def _show(console: Console, findings: list[Diagnosis], wrong: int) -> None:
         console.print(Text(f"\n{wrong} of {len(findings)} findings are wrong (marked !!).", "bold red"))
     else:
         console.print(Text("\nNothing is wrong.", "bold green"))
-

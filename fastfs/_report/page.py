@@ -81,7 +81,8 @@ def write_report(
     """Does what :func:`write_page` does, for the same arguments.
 
     Returns:
-        What the page says in words, ready for JSON: path and bytes of the page, the run, its boxes, sentences and alerts.
+        What the page says in words, ready for JSON: path and bytes of the page, the run, its boxes, sentences and
+        alerts.
     """
     check_output(out)
     data = page_data(load_compact(Path(path), UNUSED), run=run, source=Path(path).name)
@@ -336,6 +337,8 @@ def _facts(
         facts.append(["resumed at step", ", ".join(resumed[:50])])
     metadata = header.get("metadata")
     for key, value in metadata.items() if isinstance(metadata, Mapping) else []:
+        if key == summary.STEP_TIME_RATIO:
+            continue  # in the boxes at the top
         facts.append([f"metadata: {key}", str(_text(value))])
     others = [other for other in runs if other != run]
     if others:

@@ -15,10 +15,23 @@ from fastfs._record.reading.confidence import LARGEST_FACTOR, SHARE, overall_fac
 from fastfs._report import ranks
 from fastfs._report.grids import Grid, Predictions
 
-__all__ = ["STEP_TIME_RATIO", "cards", "duration", "findings", "number", "predicted_text", "since"]
+__all__ = [
+    "STEP_TIME_RATIO",
+    "WITHHELD",
+    "cards",
+    "confidence_in_words",
+    "duration",
+    "findings",
+    "number",
+    "predicted_text",
+    "since",
+]
 
 STEP_TIME_RATIO = "step_time_ratio"
 """Key of a record's metadata: ratios of step times with and without the monitor, as ``fastfs demo`` measures them."""
+
+WITHHELD = "withheld"
+"""What stands in place of a predicted speed of which too little is known."""
 
 _AS_DECLARED = 0.1  # relative distance of the gradient scale from 1
 _RECENT = 0.2  # share of the measured steps that "at the end" means
@@ -139,84 +152,6 @@ def findings(names: Sequence[str], layers: int, measured: Grid, judged: Predicti
         only = "No step was measured, so nothing tells how far predicted speeds can be trusted: they are withheld."
         return [only] if judged.given.shape[1] else []
     said: list[str] = []
-    for size, unit in parts:
-        if rest >= size or (unit == "s" and not said):
-            said.append(f"{rest // size} {unit}")
-            rest %= size
-        elif said:
-            break
-    return " ".join(said[:2])
-
-
-def duration(header: Mapping[str, Any], grids: Sequence[Grid]) -> float:
-    """Seconds from the start in the header to the last row; NaN without rows."""
-    times = np.concatenate([grid.times for grid in grids]) if grids else np.array([])
-    times = times[np.isfinite(times)]
-    if not len(times):
-        return math.nan
-    start = float(times.min())
-    with contextlib.suppress(ValueError):  # without a readable start in the header, the first row counts
-        start = min(start, datetime.fromisoformat(str(header.get("started"))).timestamp())
-    return float(times.max()) - start
-
-
-def cards(
-    header: Mapping[str, Any], measured: Grid, predicted: Grid, layers: int, alerts: int, skipped: int
-) -> list[dict[str, str]]:
-    """The boxes at the top of the page, each with label, value and note."""
-    steps = np.union1d(measured.steps, predicted.steps)
-    seconds = duration(header, [measured, predicted])
-    angle = measured.columns.get("angle", np.empty((0, 0)))[:layers]
-    present = int((np.isfinite(angle) | measured.invalid[:layers]).sum()) if angle.size else 0
-    valid = int((np.isfinite(angle) & ~measured.invalid[:layers]).sum()) if angle.size else 0
-    spent = float(np.nansum(measured.overhead) + np.nansum(predicted.overhead))
-    loss = _loss(measured, predicted)
-    some = len(steps) > 0
-    boxes = [
-        (
-            "Steps",
-            f"{steps[-1] + 1:,}" if some else "none",
-            f"{steps[0]:,} to {steps[-1]:,} in the record" if some else "the record has no rows yet",
-        ),
-        ("Time", since(seconds), "from the start to the last row"),
-        ("Measured", f"{len(measured.steps):,} steps", f"and {len(predicted.steps):,} predicted from the formula"),
-        (
-            "Angles valid",
-            f"{100 * valid / present:.3g} %" if present else "-",
-            f"{valid:,} of {present:,} (layers x steps)" if present else "no angle was measured",
-        ),
-        ("In the monitor", since(spent) if some else "-", _in_monitor(measured, predicted)),
-        ("Alerts", f"{alerts:,}", f"{skipped:,} optimizer steps skipped" if skipped else "no optimizer step skipped"),
-        (
-            "Loss",
-            number(loss[1]),
-            f"from {number(loss[0])} at the start" if math.isfinite(loss[0]) else "not recorded",
-        ),
-    ]
-    boxes += _step_time(header)
-    boxes += ranks.card(header, measured, predicted)
-    return [{"label": label, "value": value, "note": note} for label, value, note in boxes]
-
-
-def findings(names: Sequence[str], layers: int, measured: Grid, judged: Predictions) -> list[str]:
-    """Describes in sentences what stands out.
-
-    Args:
-        names: of layers and groups.
-        layers: number of layers.
-        measured: grid of the measured rows.
-        judged: the predictions.
-
-    Returns:
-        The sentences.
-    """
-    if not len(measured.steps):
-        return (
-            ["No step was measured: what is shown are predictions from gradients and optimizer steps."]
-            if predicted
-            else []
-        )
-    said: list[str] = []
     recent = max(1, round(_RECENT * len(measured.steps)))
     when = "at the end of the run" if recent < len(measured.steps) else "in the run"
     angle = _layer_medians(measured, "angle", layers, recent)
@@ -237,7 +172,7 @@ def findings(names: Sequence[str], layers: int, measured: Grid, judged: Predicti
             f"slowest: {names[slow]}, {number(relative[slow], 2)}."
         )
     said += _residual(names, layers, measured)
-    said += _confidence(judged)
+    said += confidence_in_words(judged)
     said += _scale(measured)
     said += _invalid(names, layers, measured)
     return said
@@ -254,18 +189,18 @@ def _residual(names: Sequence[str], layers: int, measured: Grid) -> list[str]:
     return [
         f"Residual: half of the valid cells are within {number(float(np.nanmedian(size)), 2)} of 0, "
         f"95 % within {number(float(np.nanpercentile(size, 95)), 2)} (0: the formula holds exactly); the largest is "
-        f"{number(float(clean[layer, column]), 2)}, in {names[layer]} at step {measured.steps[column]:,}."
+        f"{number(float(clean[layer, column]))}, in {names[layer]} at step {measured.steps[column]:,}."
     ]
 
 
-def _confidence(judged: Predictions) -> list[str]:
-    """Says how far predicted speeds can be trusted, and how many are withheld."""
+def confidence_in_words(judged: Predictions) -> list[str]:
+    """Says in sentences how far predicted speeds can be trusted, and how many are withheld."""
     within, count = overall_factor(judged.ratios)
     said = []
     if count:
         said.append(
-            f"Formula: {100 * SHARE:.0f} % of {count:,} measured speeds are within a factor {number(within)} of what it predicts "
-            "for the same step with the angle measured before."
+            f"Formula: {100 * SHARE:.0f} % of {count:,} measured speeds are within a factor {number(within)} of what "
+            "it predicts for the same step with the angle measured before."
         )
     given, withheld = int(judged.given.sum()), int(judged.withheld.sum())
     if given:
@@ -280,7 +215,7 @@ def predicted_text(speed: float, factor: float) -> str:
     """Formats a predicted speed with its factor; it is withheld if the factor is too large or not known."""
     if not math.isfinite(speed):
         return "-"
-    return f"{speed:.2e} ×÷{factor:.2f}" if factor <= LARGEST_FACTOR else "withheld"
+    return f"{speed:.2e} x/÷{factor:.2f}" if factor <= LARGEST_FACTOR else WITHHELD
 
 
 def _scale(measured: Grid) -> list[str]:

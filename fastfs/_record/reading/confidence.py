@@ -100,10 +100,10 @@ def factors(ratios: Array, steps: Array, at: Array) -> Array:
     """
     last = np.searchsorted(steps, at) - 1
     found = np.full((len(ratios), len(at)), np.nan)
-    padded = np.pad(ratios, ((0, 0), (WINDOW - 1, 0)), constant_values=np.nan)
+    padded = np.pad(ratios, ((0, 0), (WINDOW, 0)), constant_values=np.nan)
     windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW, axis=1)
     for end in np.array_split(np.unique(last[last >= 0]), max(1, len(steps) // _BLOCK)):
-        of_steps = factor(windows[:, end].reshape(-1, WINDOW)).reshape(len(ratios), len(end))
+        of_steps = factor(windows[:, end + 1].reshape(-1, WINDOW)).reshape(len(ratios), len(end))
         which = np.isin(last, end)
         found[:, which] = of_steps[:, np.searchsorted(end, last[which])]
     return found

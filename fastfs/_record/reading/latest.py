@@ -122,10 +122,7 @@ class LatestRun:
         self._factors = None
 
     def factor(self, row: int) -> float:
-        """The factor within which the speeds of a layer are of their predictions; NaN if it is not known.
-
-        See :mod:`fastfs._record.reading.confidence`.
-        """
+        """The factor of a layer's predictions by :mod:`fastfs._record.reading.confidence`; NaN if it is not known."""
         if self._factors is None:
             self._factors = self._backtest.factors().tolist()
         return self._factors[row] if row < len(self._factors) else math.nan
