@@ -170,7 +170,7 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
         lines.legend(fontsize=8, framealpha=0.85)
     else:
         depth = ScalarMappable(Normalize(0, len(names) - 1), colormaps["viridis"].resampled(256))
-        bar = figure.colorbar(depth, ax=lines, label="line of layer number", ticks=MaxNLocator(8, integer=True))
+        bar = figure.colorbar(depth, ax=lines, label="layer number of the lines", ticks=MaxNLocator(8, integer=True))
         bar.ax.invert_yaxis()
     for axes in (heat, lines):
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True) if len(steps) > 1 else FixedLocator(steps.tolist()))
