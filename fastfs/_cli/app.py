@@ -107,13 +107,13 @@ def report(
     """Write one self-contained HTML page about a run: heat maps, lines, predictions, alerts."""
     try:
         from fastfs._record.reading.locate import find_record
-        from fastfs._report.page import write_page
+        from fastfs._report.page import write_report
         from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 
         check_json_output(json)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: typer.echo(f"fastfs report: {message}", err=True)
-            summary = write_page(find_record(run), out, run=run_id)
+            summary = write_report(find_record(run), out, run=run_id)
         typer.echo(f"{out} ({summary['bytes'] / 1e6:.1f} MB)", err=is_stdout(json))
         if json is not None:
             write_json(json, summary)

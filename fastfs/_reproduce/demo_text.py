@@ -72,7 +72,7 @@ def print_result(console: Console, result: dict[str, Any]) -> None:
     every = result["every"]
     grid = Table(title=f"median over the last quarter of the measured steps (every {every})", title_justify="left")
     grid.add_column("layer", no_wrap=True)
-    for column in ("angle", "feature speed", "predicted", "relative update", "decrease"):
+    for column in ("angle (rad)", "feature speed", "predicted", "relative update", "decrease"):
         grid.add_column(column, justify="right", no_wrap=column == "predicted")
     for row in result["layers"]:
         mark = "" if row["valid"] == 1 else " *"

@@ -251,10 +251,10 @@ class ScalingReport:
 
     def _first_step(self) -> str:
         """Say what to do first. The sizes of features come before their speed, which depends on them, and so on."""
+        if self.curvature > _CURVED:
+            return f"Do first: check again with smaller learning rates; {self._curved()}."
         if self.passed:
             return "Nothing has to change."
-        if self.curvature > _CURVED:
-            return f"Do first: smaller learning rates; {self._curved()}."
         if self.status is Status.UNCLEAR:
             most = max((v for v in self.verdicts if v.status is Status.UNCLEAR and v.seeds), key=lambda v: v.seeds or 0)
             return f"To decide {most.desideratum} {most.quantity} over {most.axis}: {self._more(most)}."
