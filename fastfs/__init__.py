@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 # Imported at first use: `fastfs --help` and the completion of the shell need not wait for torch, the stateless
-# measurements need no monitor, and `spectrum` needs SciPy.
+# measurements need no monitor, and `spectrum` needs SciPy. The ops in `torch.ops.fastfs` are registered then, too.
 _LAZY_OBJECTS = {
     "FeatureStats": "fastfs._stats",
     "Monitor": "fastfs.monitor",

@@ -86,9 +86,10 @@ def main() -> int:
         quick="few steps, to test the benchmark itself",
         options={
             "--steps": {"type": count_option, "help": "steps of each training; default is that of the demo"},
-            "--seeds": {"type": count_option, "default": 3, "help": "trainings of each model"},
+            "--seeds": {"type": count_option, "default": 2, "help": "trainings of each model"},
         },
     )
+    torch.set_num_threads(1)  # as in the demo
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for task in TASKS.values():

@@ -185,7 +185,7 @@ def _residual(names: Sequence[str], layers: int, measured: Grid) -> list[str]:
     size = np.abs(clean)
     if not np.isfinite(size).any():
         return []
-    layer, column = np.unravel_index(int(np.nanargmax(size)), size.shape)
+    layer, column = divmod(int(np.nanargmax(size)), size.shape[1])
     return [
         f"Residual: half of the valid cells are within {number(float(np.nanmedian(size)), 2)} of 0, "
         f"95 % within {number(float(np.nanpercentile(size, 95)), 2)} (0: the formula holds exactly); the largest is "

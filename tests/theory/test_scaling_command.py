@@ -130,8 +130,8 @@ def test_command_fails_with_the_table_and_the_files(file: Any, tmp_path: Path) -
     assert what.startswith("Not 0 within 0.15, exponents of FL ")
     assert "FL feature speed over width (-0" in what
     assert "FL sensitivity over width (-0" in what
-    assert first.startswith("Do first, then check again: FL over width: sensitivity falls like width^-0")
-    assert "multiply the output's std by width^-0" in first
+    assert first.startswith("Do first, then check again: FL over depth: sensitivity grows like depth^+")
+    assert "multiply the output's std by depth^+" in first
     assert written.startswith("Written to ")
     exponents = pandas.read_csv(tmp_path / "out" / "scaling-check.csv")
     speed = exponents[(exponents["quantity"] == "feature speed") & (exponents["axis"] == "width")].iloc[0]

@@ -58,7 +58,7 @@ class Backtest:
         cosine, residual = cosine.astype(np.float64), residual.astype(np.float64)
         before = np.full(len(cosine), np.nan) if self._before is None else self._before
         with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = before / ((1.0 - residual) * cosine)
+            ratio: Array = before / ((1.0 - residual) * cosine)
             ratio[~(valid & (before > 0) & (ratio > 0) & np.isfinite(ratio))] = np.nan
         self._before = np.where(valid & linear & np.isfinite(cosine), cosine, before)
         self._recent.append(ratio)
