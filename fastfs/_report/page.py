@@ -202,7 +202,8 @@ def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[G
 
 
 def _of_kind(table: pandas.DataFrame, mine: Array, kind: str) -> Array:
-    return mine & np.asarray(table["kind"] == kind, dtype=bool)
+    chosen: Array = mine & np.asarray(table["kind"] == kind, dtype=bool)
+    return chosen
 
 
 def _room(cells: int, rows: int, columns: int) -> int:
