@@ -36,8 +36,8 @@ def test_a_comparison_is_the_formula_with_the_angle_before() -> None:
 
 def test_what_cannot_be_compared() -> None:
     usual = (0.5, 0.0, True, True)
-    assert steps(Backtest(), usual, (0.5, 0.0, False, True))[1] != 1  # not valid
-    assert math.isnan(steps(Backtest(), usual, (0.5, 0.0, False, True))[1])
+    assert steps(Backtest(), usual, usual)[1] == 1
+    assert math.isnan(steps(Backtest(), usual, (0.5, 0.0, False, True))[1])  # not valid
     assert math.isnan(steps(Backtest(), usual, (0.5, 1.5, True, False))[1])  # D is negative: no prediction
     assert math.isnan(steps(Backtest(), usual, (0.5, 1.0, True, False))[1])  # D is 0
     assert math.isnan(steps(Backtest(), usual, (0.5, math.nan, True, True))[1])  # not a cut
