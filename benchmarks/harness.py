@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastfs._bench import machine
 from fastfs._bench.machine import environment
 from fastfs._bench.timing import Times, median_ratio, side_by_side, time_call, wall_time
+from fastfs._utils import json_output
 from fastfs._utils.devices import named_device
 
 __all__ = [
@@ -130,7 +130,7 @@ def write_json(path: Path | None, device: torch.device, results: list[dict[str, 
     """Write the environment and the results so far, unless path is None. Call it after each result."""
     if path is None:
         return
-    machine.write_json(path, {"environment": environment(device), "results": results})
+    json_output.write_json(path, {"environment": environment(device), "results": results})
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastfs import reference
-from fastfs._core.optimizer_rules import OptimizerRule
-from fastfs._functional import feature_stats, optimizer_stats, update_stats
-from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
 from fastfs._version import __version__
 
 if TYPE_CHECKING:
-    from fastfs import formula, models, monitor, scaling, spectrum
+    from fastfs import formula, models, monitor, reference, scaling, spectrum
+    from fastfs._core.optimizer_rules import OptimizerRule
+    from fastfs._functional import feature_stats, optimizer_stats, update_stats
     from fastfs._record.reading.load import load
+    from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
     from fastfs.monitor import Monitor
 
 __all__ = [
@@ -40,9 +39,20 @@ __all__ = [
     "update_stats",
 ]
 
-# Imported at first use: the stateless measurements need none of them, and `spectrum` needs SciPy.
-_LAZY_OBJECTS = {"Monitor": "fastfs.monitor", "load": "fastfs._record.reading.load"}
-_LAZY_MODULES = ("formula", "models", "monitor", "scaling", "spectrum")
+# Imported at first use: `fastfs --help` and the completion of the shell need not wait for torch, the stateless
+# measurements need no monitor, and `spectrum` needs SciPy. The ops in `torch.ops.fastfs` are registered then, too.
+_LAZY_OBJECTS = {
+    "FeatureStats": "fastfs._stats",
+    "Monitor": "fastfs.monitor",
+    "OptimizerRule": "fastfs._core.optimizer_rules",
+    "ParameterStats": "fastfs._stats",
+    "UpdateStats": "fastfs._stats",
+    "feature_stats": "fastfs._functional",
+    "load": "fastfs._record.reading.load",
+    "optimizer_stats": "fastfs._functional",
+    "update_stats": "fastfs._functional",
+}
+_LAZY_MODULES = ("formula", "models", "monitor", "reference", "scaling", "spectrum")
 
 
 def __dir__() -> list[str]:
@@ -51,7 +61,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY_OBJECTS:
-        return getattr(importlib.import_module(_LAZY_OBJECTS[name]), name)
+        globals()[name] = found = getattr(importlib.import_module(_LAZY_OBJECTS[name]), name)
+        return found
     if name in _LAZY_MODULES:
         return importlib.import_module(f"fastfs.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

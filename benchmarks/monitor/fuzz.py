@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import count_option, file_option, print_table
-from fastfs._bench import machine
 from fastfs._bench.machine import environment
+from fastfs._utils.json_output import write_json
 from tests.fuzz.judge import judge
 from tests.fuzz.recipe import Recipe, random_recipe, shrink
 from tests.fuzz.setting import (
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _write(path: Path | None, results: list[dict[str, Any]]) -> None:
     if path is not None:
-        machine.write_json(path, {"environment": environment(torch.device("cpu")), "results": results})
+        write_json(path, {"environment": environment(torch.device("cpu")), "results": results})
 
 
 if __name__ == "__main__":

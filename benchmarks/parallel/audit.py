@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness import count_option, environment, file_option, print_table
 from benchmarks.parallel.clean_loops import clean_loop, run_clean, run_clean_loops
 from benchmarks.parallel.scaling_bugs import BUGS, UNSEEN, run_loops
-from fastfs._bench.machine import write_json
+from fastfs._utils.json_output import write_json
 from fastfs.monitor import GradientScale, Record
 from tests.helpers.processes import run_ranks
 

@@ -11,11 +11,10 @@ from rich.table import Table
 
 from fastfs._bench.ceilings import COPY
 from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
-from fastfs._bench.machine import write_json
 from fastfs._bench.quick import measure
 from fastfs._bench.verdict import conclusion, troubles, verdict
 from fastfs._utils.devices import fastest_device, named_device
-from fastfs._utils.output_files import check_output
+from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 
 __all__ = ["CANNOT", "run_bench"]
 
@@ -28,17 +27,16 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
 
     Args:
         device: device such as "cuda:0"; None selects a GPU that torch can use, or else the CPU.
-        out: file for the result, or None.
+        out: file for the result, ``-`` for standard output, or None.
         seconds: approximate duration.
 
     Returns:
         The exit status: 0, or 2 if the measurement failed.
     """
-    console, errors = Console(emoji=False), Console(stderr=True, emoji=False)
+    console, errors = Console(stderr=is_stdout(out), emoji=False), Console(stderr=True, emoji=False)
     try:
         where = fastest_device() if device is None else named_device(device)
-        if out is not None:
-            check_output(out)
+        check_json_output(out)
         with errors.status("measuring") as status:
             result = measure(where, seconds, lambda what: status.update(f"measuring: {escape(what)}"))
         result["verdict"], result["troubles"] = verdict(result), troubles(result)
@@ -46,6 +44,7 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
         _show(console, result)
         if out is not None:
             write_json(out, result)
+        if out is not None and not is_stdout(out):
             console.print(escape(f"Written to {out}"), highlight=False, soft_wrap=True)
     except (ArithmeticError, OSError, RuntimeError, ValueError) as error:
         errors.print(escape(f"fastfs bench: {error}"), highlight=False, soft_wrap=True)

@@ -1,10 +1,9 @@
-"""Properties of the machine that a result depends on, sizes of caches and memory, and the result file."""
+"""Properties of the machine that a result depends on, sizes of caches and memory."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import platform
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 import torch
 
 from fastfs._core import ops
-from fastfs._utils.output_files import write_whole
 from fastfs._version import __version__
 
-__all__ = ["cache_bytes", "core_trouble", "environment", "free_bytes", "processor", "write_json"]
+__all__ = ["cache_bytes", "core_trouble", "environment", "free_bytes", "processor"]
 
 USUAL_CACHE = 32 * 2**20
 """Assumed bytes of the cache if the processor does not report it."""
@@ -92,17 +90,3 @@ def free_bytes(device: torch.device) -> int:
             if line.startswith("MemAvailable"):
                 return int(line.split()[1]) * 1024
     return 4 * 2**30
-
-
-def write_json(path: Path, result: dict[str, Any]) -> None:
-    """Write a result atomically.
-
-    Args:
-        path: the file.
-        result: content, serializable as JSON.
-
-    Raises:
-        OSError: the file or its folder cannot be written.
-        ValueError: the path exists and is not a regular file.
-    """
-    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())

@@ -15,7 +15,6 @@ __all__ = ["app"]
 app = typer.Typer(
     help="Per-layer feature speed and backward-feature angle of networks in training.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -28,9 +27,32 @@ class DemoModel(str, Enum):
     all = "all"
 
 
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write the result as JSON; - is standard output, without the text."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fastfs._cli.doctor import version_line
+
+        typer.echo(version_line())
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Make typer keep the names of subcommands even if there is only one."""
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print versions and the native core in use."
+        ),
+    ] = False,
+) -> None:
+    """Take the options of ``fastfs`` itself."""
 
 
 @app.command()
@@ -42,9 +64,12 @@ def demo(
     every: Annotated[int, typer.Option(min=1, help="Measure every this many steps.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:1.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Torch threads; one is stable on a busy machine.")] = 1,
-    out: Annotated[Path, typer.Option(help="Folder for record.jsonl, plots and summary.json.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for records, figures and summary.json.")] = Path(
+        "runs/demo"
+    ),
+    json: Json = None,
 ) -> None:
-    """Train a small transformer and a ResNet with the monitor; show angles, speeds, figures and the overhead."""
+    """Train a small transformer and a ResNet with the monitor, in two minutes: angles, speeds, figures, its cost."""
     try:
         from fastfs._reproduce import demo as experiment
         from fastfs._utils.devices import named_device
@@ -55,7 +80,7 @@ def demo(
         raise typer.Exit(1) from error
     names = list(experiment.TASKS) if model is DemoModel.all else [model.value]
     try:
-        summary = experiment.run_demo(names, steps, every, out, device=named_device(device), threads=threads)
+        summary = experiment.run_demo(names, steps, every, out, device=named_device(device), threads=threads, json=json)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"fastfs demo: {error}", err=True)
         raise typer.Exit(1) from error
@@ -77,19 +102,24 @@ def report(
     run_id: Annotated[
         str | None, typer.Option("--run", help="Id of the run; default is the last one in the record.")
     ] = None,
+    json: Json = None,
 ) -> None:
     """Write one self-contained HTML page about a run: heat maps, lines, predictions, alerts."""
     try:
         from fastfs._record.reading.locate import find_record
-        from fastfs._report.page import write_page
+        from fastfs._report.page import write_report
+        from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 
+        check_json_output(json)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: typer.echo(f"fastfs report: {message}", err=True)
-            page = write_page(find_record(run), out, run=run_id)
+            summary = write_report(find_record(run), out, run=run_id)
+        typer.echo(f"{out} ({summary['bytes'] / 1e6:.1f} MB)", err=is_stdout(json))
+        if json is not None:
+            write_json(json, summary)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"fastfs report: {error}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"{page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
 @app.command()
@@ -99,12 +129,15 @@ def watch(
     interval: Annotated[float, typer.Option(min=0.05, help="Seconds between reads of the record.")] = 1.0,
     layers: Annotated[str, typer.Option(help="Show only layers whose name contains this.")] = "",
     order: Annotated[Order, typer.Option(help="Which layers to show if not all fit.")] = Order.worst,
+    json: Json = None,
 ) -> None:
     """Show the latest numbers of a running training in the terminal: angle, speed, loss, alerts. Ctrl-C exits."""
+    if json is not None and not once:
+        raise typer.BadParameter("it takes one look at the record: use it with --once", param_hint="--json")
     from fastfs._report.watch import watch as follow
 
     try:
-        follow(run, once=once, interval=interval, search=layers, order=order.value)
+        follow(run, once=once, interval=interval, search=layers, order=order.value, json=json)
     except (OSError, ValueError) as error:
         typer.echo(f"fastfs watch: {error}", err=True)
         raise typer.Exit(1) from error
@@ -119,6 +152,7 @@ def reproduce(
     ),
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     seeds: Annotated[int | None, typer.Option(min=2, help="Number of seeds; default is that of each figure.")] = None,
+    json: Json = None,
 ) -> None:
     """Recompute the figures and numbers of the paper and compare them with the published ones."""
     try:
@@ -126,7 +160,7 @@ def reproduce(
         from fastfs._reproduce.paper.run import reproduce as run
         from fastfs._reproduce.paper.study import StudySettings
 
-        checks = run(chosen(only), StudySettings(quick=quick, first_seed=seed, seeds=seeds), out)
+        checks = run(chosen(only), StudySettings(quick=quick, first_seed=seed, seeds=seeds), out, json=json)
     except (ImportError, OSError, ValueError) as error:
         typer.echo(f"fastfs reproduce: {error}", err=True)
         raise typer.Exit(2) from error
@@ -134,12 +168,17 @@ def reproduce(
         raise typer.Exit(1)
 
 
-@app.command()
-def doctor() -> None:
+@app.command(epilog="Exit status: 0, 1 if something is wrong, 2 if the result cannot be written.")
+def doctor(json: Json = None) -> None:
     """Report what is installed, built and in use, and check the native core against the reference."""
     from fastfs._cli.doctor import run_doctor
 
-    raise typer.Exit(run_doctor())
+    try:
+        status = run_doctor(json=json)
+    except (OSError, ValueError) as error:
+        typer.echo(f"fastfs doctor: {error}", err=True)
+        raise typer.Exit(2) from error
+    raise typer.Exit(status)
 
 
 @app.command(epilog="Exit status: 0, or 2 if the measurement failed.")
@@ -147,7 +186,7 @@ def bench(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda or cuda:1; default is a GPU if there is one, else the CPU.")
     ] = None,
-    json: Annotated[Path | None, typer.Option("--json", help="File for all numbers.")] = None,
+    json: Json = None,
     seconds: Annotated[float, typer.Option(min=1, help="Approximate duration.")] = 60.0,
 ) -> None:
     """Benchmark this machine in a minute: memory, the kernels, eager torch, torch.compile, torch._foreach_norm."""
@@ -181,8 +220,10 @@ def scaling_check(
     at_depth: Annotated[int | None, typer.Option(help="Depth of the runs over width; default is a middle one.")] = None,
     tolerance: Annotated[float, typer.Option(help="Permitted deviation of an exponent from 0.")] = 0.15,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder for CSV tables and a figure.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also print all exponents, and all advice.")] = False,
+    json: Json = None,
 ) -> None:
-    """Fit exponents over width and depth to feature size, feature speed, loss decrease and balance of a first step."""
+    """Check whether a first step keeps its feature size, speed, loss decrease and balance over width and depth."""
     from fastfs.scaling._command import run_check
 
     raise typer.Exit(
@@ -198,6 +239,8 @@ def scaling_check(
             at_depth=at_depth,
             tolerance=tolerance,
             out=out,
+            verbose=verbose,
+            json=json,
         )
     )
 

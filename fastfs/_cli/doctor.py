@@ -1,14 +1,12 @@
 """`fastfs doctor`: report what is installed and in use, why other parts are not, and whether results are correct.
 
-`diagnose` collects the findings and needs only torch; `run_doctor` shows them. `python -m fastfs._cli.doctor --json`
-works without rich.
+`diagnose` collects the findings and needs only torch; `run_doctor` shows them.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import itertools
-import json
 import os
 import platform
 import sys
@@ -16,17 +14,18 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from fastfs._core import ops
 from fastfs._core.checks import DTYPES
 from fastfs._core.self_check import self_check
+from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 from fastfs._version import __version__
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 Status = Literal["ok", "note", "wrong"]
 
@@ -288,31 +287,41 @@ def _openmp_libraries(files: list[str]) -> list[str]:
 # Output
 
 
-def run_doctor(console: Console | None = None, *, as_json: bool = False) -> int:
-    """Show the diagnosis on `console`, or as JSON on standard output.
+def run_doctor(console: Console | None = None, *, json: Path | None = None) -> int:
+    """Show the diagnosis on `console`, and write it as JSON.
 
     Args:
-        console: where to print; None means standard output.
-        as_json: whether to print JSON.
+        console: where to print; None means standard output, or standard error if the JSON goes to standard output.
+        json: file for the JSON, `-` for standard output, or None.
 
     Returns:
         The exit status: 1 if something is wrong, else 0.
+
+    Raises:
+        OSError: the file cannot be written.
+        ValueError: it exists and is not a regular file.
     """
+    check_json_output(json)
     findings = diagnose()
     wrong = sum(f.status == "wrong" for f in findings)
-    if as_json:
-        print(json.dumps({"ok": not wrong, "findings": [asdict(f) for f in findings]}, indent=2))
-    else:
-        _show(console, findings, wrong)
+    _show(console or Console(stderr=is_stdout(json)), findings, wrong)
+    if json is not None:
+        write_json(json, {"ok": not wrong, "findings": [asdict(f) for f in findings]})
     return 1 if wrong else 0
 
 
-def _show(console: Console | None, findings: list[Diagnosis], wrong: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def version_line() -> str:
+    """Versions of fastfs and torch, and the native core in use, in one line."""
+    native = "none (slow reference)"
+    if ops.native_available():
+        try:
+            native = f"in use ({ops.build_info()['instruction_set']})"
+        except RuntimeError as error:  # FASTFS_CPU names an unavailable instruction set
+            native = f"refuses to work ({error})"
+    return f"fastfs {__version__}, torch {torch.__version__}, native core {native}"
 
-    console = console or Console()
+
+def _show(console: Console, findings: list[Diagnosis], wrong: int) -> None:
     marks = {"ok": Text("ok", "green"), "note": Text("--", "yellow"), "wrong": Text("!!", "bold red")}
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
@@ -330,16 +339,3 @@ def _show(console: Console | None, findings: list[Diagnosis], wrong: int) -> Non
         console.print(Text(f"\n{wrong} of {len(findings)} findings are wrong (marked !!).", "bold red"))
     else:
         console.print(Text("\nNothing is wrong.", "bold green"))
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run `python -m fastfs._cli.doctor [--json]`."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m fastfs._cli.doctor", description="What is installed and in use")
-    parser.add_argument("--json", action="store_true", help="machine-readable")
-    return run_doctor(as_json=parser.parse_args(arguments).json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,12 +10,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastfs._record.columns import KEYS
+from fastfs._record.reading.confidence import LARGEST_FACTOR, Backtest, factors
 from fastfs._report.quantities import NOT_QUANTITIES, QUANTITIES, Quantity
 
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["Grid", "Thinned", "has_numbers", "make_grid", "predicted_before", "quantities_of", "thin", "thin_series"]
+__all__ = [
+    "Grid",
+    "Predictions",
+    "Thinned",
+    "has_numbers",
+    "judge_predictions",
+    "make_grid",
+    "quantities_of",
+    "thin",
+    "thin_series",
+]
 
 Array = np.ndarray[Any, Any]
 
@@ -142,23 +153,46 @@ def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where:
     return Grid(steps, per_step("time"), per_step("loss"), seconds, grids, invalid, why, reasons, scale, ranks, apart)
 
 
-def predicted_before(measured: Grid, predicted: Grid) -> tuple[Array, Array]:
-    """Finds the last predicted speed between each measured step and the previous one.
+@dataclass(frozen=True)
+class Predictions:
+    """Predicted speeds of a run, and how far they can be trusted: :mod:`fastfs._record.reading.confidence`.
+
+    Attributes:
+        ratios: (rows, measured steps), measured speed over the one that would have been predicted, NaN for none.
+        given: (rows, predicted steps), whether the record has a predicted speed.
+        factors: (rows, predicted steps), within which the speed is with a probability of 80 %; NaN if not known.
+    """
+
+    ratios: Array
+    given: Array
+    factors: Array
+
+    @property
+    def withheld(self) -> Array:
+        """(rows, predicted steps), the predictions that are not shown: their factor is too large or not known."""
+        return self.given & ~(self.factors <= LARGEST_FACTOR)
+
+
+def judge_predictions(table: pandas.DataFrame, measured: Grid, predicted: Grid, where: Array) -> Predictions:
+    """Compares measured speeds with those that would have been predicted, and gives every prediction its factor.
+
+    Args:
+        table: of the run.
+        measured: grid of the measured rows.
+        predicted: grid of the predicted rows.
+        where: mask of the measured rows.
 
     Returns:
-        The speeds, float32 (rows, measured steps), NaN where there is none; their steps (measured steps,), -1 for none.
+        What is known about the predictions.
     """
-    speed = predicted.columns["update_rms"]
-    at = np.searchsorted(predicted.steps, measured.steps) - 1
-    before = np.concatenate([[-1], measured.steps[:-1]])
-    found = np.zeros(len(at), dtype=bool)
-    if len(predicted.steps):
-        found = (at >= 0) & (predicted.steps[at] > before)
-    values = np.full((len(measured.invalid), len(at)), np.nan, dtype=np.float32)
-    values[:, found] = speed[:, at[found]]
-    origin = np.full(len(at), -1, dtype=np.int64)
-    origin[found] = predicted.steps[at[found]]
-    return values, origin
+    rows = len(measured.invalid)
+    needed = make_grid(table, rows, ("cos_angle", "residual", "linear"), where).columns
+    backtest, ratios = Backtest(), np.full(measured.invalid.shape, np.nan)
+    for i in range(len(measured.steps)):
+        cosine, residual, linear = (needed[name][:, i] for name in ("cos_angle", "residual", "linear"))
+        ratios[:, i] = backtest.add(cosine, residual, ~measured.invalid[:, i], linear == 1)
+    speed = predicted.columns.get("update_rms", np.full(predicted.invalid.shape, np.nan))
+    return Predictions(ratios, np.isfinite(speed), factors(ratios, measured.steps, predicted.steps))
 
 
 @dataclass(frozen=True)

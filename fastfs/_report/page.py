@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from fastfs._record.reading.confidence import LARGEST_FACTOR, SHARE, WINDOW
 from fastfs._record.reading.load import load_compact
 from fastfs._report import ranks, summary
 from fastfs._report.grids import (
@@ -23,8 +24,8 @@ from fastfs._report.grids import (
     Grid,
     Thinned,
     has_numbers,
+    judge_predictions,
     make_grid,
-    predicted_before,
     quantities_of,
     thin,
     thin_series,
@@ -38,7 +39,7 @@ try:
 except ImportError as missing:
     raise ImportError(f'a report needs plotly and pandas ({missing}): pip install "fastfs[report]"') from missing
 
-__all__ = ["build_page", "page_data", "render", "write_page"]
+__all__ = ["build_page", "page_data", "render", "write_page", "write_report"]
 
 # Bounds of the page: cells of grids (5.3 bytes each), alerts and text. With plotly.js (4.8 MB) it stays below 15 MB for
 # up to 5,000 layers; 100 layers with all quantities take about 10 MB, however long the run.
@@ -70,9 +71,25 @@ def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str], *, run
         OSError: the record cannot be read, or the page cannot be written.
         ValueError: not a record, or without that run, or ``out`` exists and is not a regular file.
     """
+    write_report(path, out, run=run)
+    return Path(out)
+
+
+def write_report(
+    path: str | os.PathLike[str], out: str | os.PathLike[str], *, run: str | None = None
+) -> dict[str, Any]:
+    """Does what :func:`write_page` does, for the same arguments.
+
+    Returns:
+        What the page says in words, ready for JSON: path and bytes of the page, the run, its boxes, sentences and
+        alerts.
+    """
     check_output(out)
-    page = build_page(load_compact(Path(path), UNUSED), run=run, source=Path(path).name)
-    return write_whole(out, page.encode("utf-8"))
+    data = page_data(load_compact(Path(path), UNUSED), run=run, source=Path(path).name)
+    page = render(data).encode("utf-8")
+    write_whole(out, page)
+    said = {key: data[key] for key in ("run", "title", "cards", "findings")}
+    return {"page": str(out), "bytes": len(page), **said, "alerts": dict(data["alert_rules"])}
 
 
 def build_page(table: pandas.DataFrame, *, run: str | None = None, source: str = "") -> str:
@@ -125,12 +142,12 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
     names += [f"row {i}" for i in range(len(names), rows)]  # a record with more rows than its header names
     measured, shown = _grid(table, mine, "measured", rows)
     predicted, shown_predicted = _grid(table, mine, "predicted", rows)
-    before, origin = (
-        predicted_before(measured, predicted)
-        if "update_rms" in predicted.columns
-        else (np.full(measured.invalid.shape, np.nan, np.float32), np.full(len(measured.steps), -1))
-    )
-    measured.columns["predicted_before"] = before
+    judged = judge_predictions(table, measured, predicted, _of_kind(table, mine, "measured"))
+    if "update_rms" in measured.columns:
+        measured.columns["predicted"] = measured.columns["update_rms"] / judged.ratios
+    if judged.given.any():
+        predicted.columns["factor"] = np.where(judged.given, judged.factors, np.nan)
+        predicted.columns["update_rms"] = np.where(judged.withheld, np.nan, predicted.columns["update_rms"])
 
     alert_steps = [int(alert["step"]) for alert in alerts if isinstance(alert.get("step"), int)]
     kept = thin(measured, _room(_MEASURED_CELLS, rows, len(measured.columns)), alert_steps)
@@ -144,11 +161,15 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
         "cards": summary.cards(header, measured, predicted, len(layers), len(alerts), len(skipped)),
         "findings": [
             *ranks.findings(header, names, len(layers), measured, predicted),
-            *summary.findings(names, len(layers), measured, before, len(predicted.steps) > 0),
+            *summary.findings(names, len(layers), measured, judged),
         ],
         "rows": _rows(names, len(layers), header, structures),
-        "measured": {**_packed(measured, kept, shown), "origin": origin[kept.index].tolist()},
-        "predicted": _packed(predicted, kept_predicted, shown_predicted),
+        "measured": _packed(measured, kept, shown),
+        "predicted": {
+            **_packed(predicted, kept_predicted, shown_predicted),
+            "withheld": _base64(judged.withheld[:, kept_predicted.index], "u1"),
+        },
+        "confidence": {"share": SHARE, "largest": LARGEST_FACTOR, "window": WINDOW},
         "loss": {"steps": line[0].tolist(), "values": [float(f"{value:.6g}") for value in line[1]]},
         "alerts": [_alert(alert, names) for alert in _ends(alerts, _MOST_ALERTS)],
         "alert_rules": Counter(str(alert.get("rule")) for alert in alerts).most_common(50),
@@ -168,7 +189,7 @@ def _of_run(table: pandas.DataFrame, name: str, run: str) -> list[dict[str, Any]
 
 
 def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[Grid, list[Quantity]]:
-    part = mine & np.asarray(table["kind"] == kind, dtype=bool)
+    part = _of_kind(table, mine, kind)
     if not part.any():
         none: Array = np.empty(0)
         cells: Array = np.zeros((rows, 0), np.uint8)
@@ -178,6 +199,11 @@ def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[G
         found = [quantity for quantity in found if quantity.key in PREDICTED]
     columns = [q.key for q in found] + [q.error for q in found if q.error and has_numbers(table, q.error, part)]
     return make_grid(table, rows, columns, part), found
+
+
+def _of_kind(table: pandas.DataFrame, mine: Array, kind: str) -> Array:
+    chosen: Array = mine & np.asarray(table["kind"] == kind, dtype=bool)
+    return chosen
 
 
 def _room(cells: int, rows: int, columns: int) -> int:
@@ -312,6 +338,8 @@ def _facts(
         facts.append(["resumed at step", ", ".join(resumed[:50])])
     metadata = header.get("metadata")
     for key, value in metadata.items() if isinstance(metadata, Mapping) else []:
+        if key == summary.STEP_TIME_RATIO:
+            continue  # in the boxes at the top
         facts.append([f"metadata: {key}", str(_text(value))])
     others = [other for other in runs if other != run]
     if others:

@@ -110,7 +110,7 @@ def plot_record(
 
 
 def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figure:
-    """Draws a heat map over steps and layers, and a line over steps for each layer.
+    """Draws a heat map over steps and layers, the first layer on top, and a line over steps for each layer.
 
     Gray cells were not measured; dots mark rows that are not valid.
 
@@ -146,7 +146,8 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
     notes = ["grey: not measured"] * bool(np.isnan(data).any()) + ["dots: not valid"] * bool(len(flagged))
     heat.set_xlabel("optimizer step" + (f"   ({', '.join(notes)})" if notes else ""))
     _name_layers(heat, names)
-    figure.colorbar(mesh, ax=heat, label=plot.label, extend=_extend(data, norm))
+    heat.invert_yaxis()  # the first layer on top, as on the report page
+    figure.colorbar(mesh, ax=heat, extend=_extend(data, norm))  # the axis of the lines next to it has the label
 
     colors = colormaps["viridis"](np.linspace(0.0, 0.92, len(names)))
     marker = "." if len(steps) <= 3 else None
@@ -169,7 +170,8 @@ def plot_layers(table: pandas.DataFrame, plot: Plot, *, title: str = "") -> Figu
         lines.legend(fontsize=8, framealpha=0.85)
     else:
         depth = ScalarMappable(Normalize(0, len(names) - 1), colormaps["viridis"].resampled(256))
-        figure.colorbar(depth, ax=lines, label="layer (0 is nearest the input)", ticks=MaxNLocator(8, integer=True))
+        bar = figure.colorbar(depth, ax=lines, label="layer number of the lines", ticks=MaxNLocator(8, integer=True))
+        bar.ax.invert_yaxis()
     for axes in (heat, lines):
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True) if len(steps) > 1 else FixedLocator(steps.tolist()))
     return figure

@@ -48,5 +48,14 @@ PREDICTED = frozenset(column.name for column, _ in _DISPLAYED if "predicted" in 
 NOT_QUANTITIES = frozenset(column.name for column in COLUMNS if column.per != "layer" or column.type != "number")
 """Declared columns that are not numbers per layer."""
 
-UNUSED = NOT_QUANTITIES - {"valid", "why", "loss", "overhead_seconds", "gradient_scale", "ranks", "rank_apart"}
+UNUSED = NOT_QUANTITIES - {
+    "valid",
+    "why",
+    "linear",
+    "loss",
+    "overhead_seconds",
+    "gradient_scale",
+    "ranks",
+    "rank_apart",
+}
 """Columns that the report does not need."""

@@ -11,10 +11,27 @@ from typing import Any
 
 import numpy as np
 
+from fastfs._record.reading.confidence import LARGEST_FACTOR, SHARE, overall_factor
 from fastfs._report import ranks
-from fastfs._report.grids import Array, Grid
+from fastfs._report.grids import Grid, Predictions
 
-__all__ = ["cards", "duration", "findings", "number", "since"]
+__all__ = [
+    "STEP_TIME_RATIO",
+    "WITHHELD",
+    "cards",
+    "confidence_in_words",
+    "duration",
+    "findings",
+    "number",
+    "predicted_text",
+    "since",
+]
+
+STEP_TIME_RATIO = "step_time_ratio"
+"""Key of a record's metadata: ratios of step times with and without the monitor, as ``fastfs demo`` measures them."""
+
+WITHHELD = "withheld"
+"""What stands in place of a predicted speed of which too little is known."""
 
 _AS_DECLARED = 0.1  # relative distance of the gradient scale from 1
 _RECENT = 0.2  # share of the measured steps that "at the end" means
@@ -84,11 +101,7 @@ def cards(
             f"{100 * valid / present:.3g} %" if present else "-",
             f"{valid:,} of {present:,} (layers x steps)" if present else "no angle was measured",
         ),
-        (
-            "Overhead",
-            f"{100 * spent / seconds:.2g} %" if seconds > 0 else "-",
-            f"{since(spent)} spent measuring" if some else "nothing measured yet",
-        ),
+        ("In the monitor", since(spent) if some else "-", _in_monitor(measured, predicted)),
         ("Alerts", f"{alerts:,}", f"{skipped:,} optimizer steps skipped" if skipped else "no optimizer step skipped"),
         (
             "Loss",
@@ -96,29 +109,48 @@ def cards(
             f"from {number(loss[0])} at the start" if math.isfinite(loss[0]) else "not recorded",
         ),
     ]
+    boxes += _step_time(header)
     boxes += ranks.card(header, measured, predicted)
     return [{"label": label, "value": value, "note": note} for label, value, note in boxes]
 
 
-def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, predicted: bool) -> list[str]:
+def _in_monitor(measured: Grid, predicted: Grid) -> str:
+    """The host time of a step in the monitor: medians."""
+    kinds = (("measured", measured.overhead), ("predicted", predicted.overhead))
+    said = [f"{1e3 * np.nanmedian(s):.3g} ms per {kind} step" for kind, s in kinds if np.isfinite(s).any()]
+    return f"host time: {', '.join(said)}" if said else "nothing measured yet"
+
+
+def _step_time(header: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The box of a run beside the same training without the monitor: the step time ratio."""
+    metadata = header.get("metadata")
+    ratio = metadata.get(STEP_TIME_RATIO) if isinstance(metadata, Mapping) else None
+    if not isinstance(ratio, Mapping):
+        return []
+    names = ("measured_step", "other_step", "at_this_every", "at_every_100")
+    values = [ratio.get(name) for name in names]
+    if not all(isinstance(value, int | float) for value in values):
+        return []
+    measured, other, here, hundred = (f"{value:.2f}" for value in values)
+    note = f"of a measured step; {other} of others, {here} on average here, {hundred} at every=100"
+    return [("Step time ratio", measured, note)]
+
+
+def findings(names: Sequence[str], layers: int, measured: Grid, judged: Predictions) -> list[str]:
     """Describes in sentences what stands out.
 
     Args:
         names: of layers and groups.
         layers: number of layers.
         measured: grid of the measured rows.
-        before: speeds of :func:`fastfs._report.grids.predicted_before`.
-        predicted: whether there are predicted rows.
+        judged: the predictions.
 
     Returns:
         The sentences.
     """
     if not len(measured.steps):
-        return (
-            ["No step was measured: what is shown are predictions from gradients and optimizer steps."]
-            if predicted
-            else []
-        )
+        only = "No step was measured, so nothing tells how far predicted speeds can be trusted: they are withheld."
+        return [only] if judged.given.shape[1] else []
     said: list[str] = []
     recent = max(1, round(_RECENT * len(measured.steps)))
     when = "at the end of the run" if recent < len(measured.steps) else "in the run"
@@ -139,27 +171,51 @@ def findings(names: Sequence[str], layers: int, measured: Grid, before: Array, p
             f"Fastest relative to its features {when}: {names[fast]}, {number(relative[fast], 2)} per step; "
             f"slowest: {names[slow]}, {number(relative[slow], 2)}."
         )
-    residual = measured.columns.get("residual")
-    if residual is not None:
-        clean = np.abs(residual[:layers][~measured.invalid[:layers] & np.isfinite(residual[:layers])])
-        if clean.size:
-            said.append(
-                f"Residual: half of the valid cells are within {number(float(np.median(clean)), 2)} of 0, "
-                f"95 % within {number(float(np.percentile(clean, 95)), 2)} (0: the formula holds exactly)."
-            )
-    speed = measured.columns.get("update_rms")
-    if speed is not None:
-        usable = np.isfinite(before) & (before > 0) & (speed > 0) & ~measured.invalid
-        ratio = (before[usable] / speed[usable])[:]
-        if ratio.size:
-            low, mid, high = np.percentile(ratio, (5, 50, 95))
-            said.append(
-                f"Predicted speed over the speed measured next: median {number(float(mid), 3)}, "
-                f"90 % between {number(float(low), 2)} and {number(float(high), 2)} (1: the prediction was right)."
-            )
+    said += _residual(names, layers, measured)
+    said += confidence_in_words(judged)
     said += _scale(measured)
     said += _invalid(names, layers, measured)
     return said
+
+
+def _residual(names: Sequence[str], layers: int, measured: Grid) -> list[str]:
+    if "residual" not in measured.columns:
+        return []
+    clean = np.where(measured.invalid, np.nan, measured.columns["residual"])[:layers]
+    size = np.abs(clean)
+    if not np.isfinite(size).any():
+        return []
+    layer, column = divmod(int(np.nanargmax(size)), size.shape[1])
+    return [
+        f"Residual: half of the valid cells are within {number(float(np.nanmedian(size)), 2)} of 0, "
+        f"95 % within {number(float(np.nanpercentile(size, 95)), 2)} (0: the formula holds exactly); the largest is "
+        f"{number(float(clean[layer, column]))}, in {names[layer]} at step {measured.steps[column]:,}."
+    ]
+
+
+def confidence_in_words(judged: Predictions) -> list[str]:
+    """Says in sentences how far predicted speeds can be trusted, and how many are withheld."""
+    within, count = overall_factor(judged.ratios)
+    said = []
+    if count:
+        said.append(
+            f"Formula: {100 * SHARE:.0f} % of {count:,} measured speeds are within a factor {number(within)} of what "
+            "it predicts for the same step with the angle measured before."
+        )
+    given, withheld = int(judged.given.sum()), int(judged.withheld.sum())
+    if given:
+        rest = "each is shown with the factor of its layer"
+        if withheld:
+            rest = f"{withheld:,} are withheld, because their factor is above {LARGEST_FACTOR:g} or not known yet"
+        said.append(f"Predicted speeds: {given:,}; {rest}.")
+    return said
+
+
+def predicted_text(speed: float, factor: float) -> str:
+    """Formats a predicted speed with its factor; it is withheld if the factor is too large or not known."""
+    if not math.isfinite(speed):
+        return "-"
+    return f"{speed:.2e} x/÷{factor:.2f}" if factor <= LARGEST_FACTOR else WITHHELD
 
 
 def _scale(measured: Grid) -> list[str]:

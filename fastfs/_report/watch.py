@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,12 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fastfs._record.ranks.part_files import rank_files
+from fastfs._record.reading.confidence import LARGEST_FACTOR, SHARE
 from fastfs._record.reading.follow import Follower
 from fastfs._record.reading.follow_parts import PartsFollower
 from fastfs._record.reading.latest import LatestRun
 from fastfs._record.reading.locate import find_record
 from fastfs._report.ranks import apart_text
-from fastfs._report.summary import number, since
+from fastfs._report.summary import WITHHELD, number, predicted_text, since
+from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 
 __all__ = ["ORDERS", "screen", "watch"]
 
@@ -27,6 +30,10 @@ ORDERS = ("worst", "layer")
 _ALERT_LINES = 3
 _OTHERS = "a larger window, --once or --layers shows others"
 _WIDE = 76
+_PREDICTED = (
+    f"predicted: {100 * SHARE:.0f} % of speeds are within the factor x/÷; withheld where it is above "
+    f"{LARGEST_FACTOR:g} or not known yet"
+)
 _QUIET_AT_LEAST = 60.0  # seconds without a row before the age of the last row turns red
 _QUIET_GAPS = 10.0  # ... and this many times the usual time between rows
 
@@ -78,13 +85,15 @@ def screen(
         table.add_column("#", justify="right", no_wrap=True, min_width=len(str(state.layers)))
     table.add_column("layer", no_wrap=True, overflow="ellipsis", ratio=2, min_width=12)
     table.add_column("angle", justify="right", no_wrap=True, min_width=11 if wide else 5)
-    for title in ("speed", "relative", "predicted"):
-        table.add_column(title, justify="right", no_wrap=True, min_width=9)
+    for title, least in (("speed", 9), ("relative", 9), ("predicted", 15 if wide else 9)):
+        table.add_column(title, justify="right", no_wrap=True, min_width=least)
     table.add_column("valid", no_wrap=True, overflow="ellipsis", ratio=1, min_width=3)
     for row in shown:
         cells = _cells(state, row, degrees=wide)
         table.add_row(*(cells if wide else cells[1:]))
-    caption = [Text(note, style="dim", no_wrap=True, overflow="ellipsis")] if note else []
+    shown_predictions = state.step("predicted") is not None and any(_predicted(state, row) != "-" for row in shown)
+    notes = [note, *([_PREDICTED] if shown_predictions and height is None else [])]
+    caption = [Text(one, style="dim", overflow="ellipsis", no_wrap=one == note) for one in notes if one]
     return Group(*lines, table, *caption)
 
 
@@ -152,11 +161,11 @@ def _quiet(state: LatestRun) -> float:
 def _cells(state: LatestRun, row: int, degrees: bool) -> list[Text]:
     valid = state.valid(row)
     style = "yellow" if valid is False else ""
-    predicted = state.number("predicted", "update_rms", row)
     if valid is False:
         verdict = Text(f"no: {_clean(state.why(row) or 'no reason given')}", style="yellow")
     else:
         verdict = Text("yes" if valid else "-")
+    predicted = _predicted(state, row)
     no_cut = row < len(state.cut) and state.cut[row] is False
     return [
         Text(str(row) if row < state.layers else "", style="dim"),
@@ -166,7 +175,10 @@ def _cells(state: LatestRun, row: int, degrees: bool) -> list[Text]:
             Text(_short(state.number("measured", column, row)), style=style)
             for column in ("update_rms", "relative_update")
         ),
-        Text("no cut" if no_cut and math.isnan(predicted) else _short(predicted), style="dim" if no_cut else ""),
+        Text(
+            "no cut" if no_cut and predicted == "-" else predicted,
+            style="dim" if no_cut or predicted == WITHHELD else "",
+        ),
         verdict,
     ]
 
@@ -176,6 +188,7 @@ def watch(
     *,
     console: Console | None = None,
     once: bool = False,
+    json: Path | None = None,
     interval: float = 1.0,
     order: str = "worst",
     search: str = "",
@@ -188,6 +201,7 @@ def watch(
         path: of the record (JSONL), or of the folder of the run. Unless ``once``, it need not exist yet.
         console: of rich.
         once: whether to print one table with all layers and return.
+        json: file for what the table shows, as JSON, with ``once``; ``-`` is standard output, which then has no table.
         interval: seconds between polls of the file.
         order: see :func:`screen`.
         search: see :func:`screen`.
@@ -199,9 +213,10 @@ def watch(
         OSError: the record cannot be read.
         ValueError: not a record, or the output is not a terminal, without ``once``.
     """
-    console = console or Console()
+    console = console or Console(stderr=is_stdout(json))
     state = LatestRun()
     if once:
+        check_json_output(json)
         follower = _follower(path)
         new = follower.poll()
         state.update(new.lines)
@@ -211,6 +226,8 @@ def watch(
         console.print(
             screen(state, now=clock(), width=console.width, order="layer", search=search, name=follower.path.name)
         )
+        if json is not None:
+            write_json(json, _as_json(state, search))
         return
     if not console.is_terminal:
         raise ValueError("the output is not a terminal: use --once")
@@ -240,6 +257,43 @@ def watch(
     console.print(_fitted(state, console, clock(), order, search, ""))
 
 
+def _as_json(state: LatestRun, search: str) -> dict[str, Any]:
+    """What the table shows, with the names of the record's columns. Missing numbers are null."""
+    last = state.last
+    return {
+        "run": state.header.get("run"),
+        "model": state.header.get("model"),
+        "step": None if last is None else last.step,
+        "time": None if last is None else last.time,
+        "loss": None if last is None else last.loss,
+        "steps_per_second": state.steps_per_second,
+        "measured_step": state.step("measured"),
+        "predicted_step": state.step("predicted"),
+        "gradient_scale": state.scalar("measured", "gradient_scale"),
+        "skipped": state.skipped,
+        "unreadable_lines": state.unreadable,
+        "ranks": state.ranks,
+        "alerts": dict(state.alert_count),
+        "layers": [_row_as_json(state, row) for row, name in enumerate(state.names) if search.lower() in name.lower()],
+    }
+
+
+def _row_as_json(state: LatestRun, row: int) -> dict[str, Any]:
+    factor = state.factor(row)
+    predicted = state.number("predicted", "update_rms", row)
+    measured = ("angle", "update_rms", "relative_update")
+    return {
+        "name": state.names[row],
+        "group": row >= state.layers,
+        "cut": state.cut[row] if row < len(state.cut) else None,
+        **{column: state.number("measured", column, row) for column in measured},
+        "valid": state.valid(row),
+        "why": state.why(row),
+        "predicted_update_rms": predicted if factor <= LARGEST_FACTOR else None,
+        "predicted_factor": factor,
+    }
+
+
 def _fitted(state: LatestRun, console: Console, now: float, order: str, search: str, name: str) -> RenderableType:
     return screen(state, now=now, width=console.width, height=console.height, order=order, search=search, name=name)
 
@@ -256,6 +310,10 @@ def _follower(path: str | os.PathLike[str]) -> Follower | PartsFollower:
 def _clean(value: Any) -> str:
     """Replaces characters that a terminal would interpret."""
     return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
+def _predicted(state: LatestRun, row: int) -> str:
+    return predicted_text(state.number("predicted", "update_rms", row), state.factor(row))
 
 
 def _angle(value: float, degrees: bool) -> str:

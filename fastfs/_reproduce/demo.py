@@ -6,23 +6,27 @@ import importlib.util
 import json
 import math
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from torch import Tensor, nn
 
 from fastfs._network.state import RandomState
+from fastfs._record.reading.confidence import SHARE, overall_factor
+from fastfs._report.grids import judge_predictions, make_grid
+from fastfs._report.summary import STEP_TIME_RATIO, confidence_in_words
 from fastfs._reproduce import data
+from fastfs._reproduce.demo_text import print_meaning, print_next, print_result, training_progress
+from fastfs._reproduce.step_times import step_time_ratio
 from fastfs._utils.devices import repeatable_attention
+from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 from fastfs._utils.output_files import write_whole
 from fastfs.models import ResNet, Transformer
 from fastfs.monitor import Monitor
@@ -159,11 +163,10 @@ def run_task(
             verbose=False,
             metadata={"task": task.title, **about},
         ) as monitor,
-        _progress(console) as progress,
+        training_progress(console, task.name, steps) as progress,
         repeatable_attention(device),
     ):
-        bar = progress.add_task(task.name, total=steps, loss=float("nan"))
-        for _ in range(steps):
+        for done in range(1, steps + 1):
             inputs, targets = next(batches)
             batch = inputs.to(device), targets.to(device)
             before, after = RandomState.take(devices), None
@@ -172,9 +175,12 @@ def run_task(
                 run.step(task, batch, monitor if run is watched else None)
                 equal_randomness &= after is None or not after.moved()
                 after = RandomState.take(devices)
-            progress.update(bar, advance=1, loss=watched.losses[-1])
+            progress(done, watched.losses[-1])
 
+    cost = step_time_ratio(plain.seconds, watched.seconds, every)
+    _add_metadata(record, STEP_TIME_RATIO, cost)
     table = load(record)
+    layers, predictions = _layer_table(table)
     pictures = plot_record(record, out, title=task.title)
     if importlib.util.find_spec("plotly") is not None:
         from fastfs._report.page import write_page
@@ -191,57 +197,66 @@ def run_task(
         "bitwise_equal": equal_randomness
         and plain.losses == watched.losses
         and all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True)),
-        "overhead": _overhead(plain.seconds, watched.seconds, every),
-        "layers": _layer_table(table),
+        "step_time_ratio": cost,
+        "layers": layers,
+        "predictions": predictions,
         "files": [str(path.relative_to(out.parent)) for path in (record, *pictures)],
         "seconds": time.perf_counter() - started,
     }
 
 
-def _overhead(plain: list[float], watched: list[float], every: int) -> dict[str, float]:
-    """Return ratios of median step times, monitored to unmonitored, over the same steps.
+def _add_metadata(record: Path, key: str, value: Any) -> None:
+    """Add to the metadata of a finished run, so that every page of the record shows the same."""
+    first, rest = record.read_bytes().split(b"\n", 1)
+    header = json.loads(first)
+    header["metadata"][key] = value
+    write_whole(record, json.dumps(header, separators=(",", ":")).encode() + b"\n" + rest)
 
-    ``total`` is the overhead at this ``every``, and ``total_at_100`` the overhead at 100. ``noise_ratio`` compares even
-    with odd unmonitored steps: it bounds the accuracy of the other ratios.
+
+def _layer_table(table: pandas.DataFrame) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Summarize the layers, and the predictions.
 
     Returns:
-        Ratios and seconds by name.
+        One entry per layer, with medians over the last quarter of the measured steps and the predicted ones since; what
+        is known about the predictions of the whole run.
     """
-    measured = statistics.median(watched[::every]) / statistics.median(plain[::every])
-    idle = 1.0
-    others = [step for step in range(len(plain)) if step % every]
-    if others:
-        idle = statistics.median(watched[i] for i in others) / statistics.median(plain[i] for i in others)
-    return {
-        "plain_step_seconds": statistics.median(plain),
-        "noise_ratio": statistics.median(plain[::2]) / statistics.median(plain[1::2] or plain),
-        "measured_step_ratio": measured,
-        "other_step_ratio": idle,
-        "total": (measured + (every - 1) * idle) / every - 1.0,
-        "total_at_100": (measured + 99 * idle) / 100 - 1.0,
-    }
-
-
-def _layer_table(table: pandas.DataFrame) -> list[dict[str, Any]]:
-    """Return one entry per layer: medians over the last quarter of measured steps and the predicted ones since."""
-    measured = table[table["kind"] == "measured"]
+    kind = table["kind"].to_numpy()
+    measured = table[kind == "measured"]
     steps = sorted(measured["step"].unique())
     first = steps[-max(1, len(steps) // 4)]
     groups = measured[measured["step"] >= first].groupby("layer", sort=True)
     medians = groups[["angle", "cos_angle", "update_rms", "relative_update", "aligned_decrease"]].median()
     names, valid = groups["name"].first(), groups["valid"].mean()
-    between = table[(table["kind"] == "predicted") & (table["step"] >= first)]
-    predicted = between.groupby("layer")["update_rms"].median().reindex(medians.index)
-    return [
+    between = make_grid(table, len(medians), ("update_rms",), kind == "predicted")
+    judged = judge_predictions(
+        table, make_grid(table, len(medians), (), kind == "measured"), between, kind == "measured"
+    )
+    within, comparisons = overall_factor(judged.ratios)
+    late = between.steps >= first
+    given, shown = judged.given[:, late], (judged.given & ~judged.withheld)[:, late]
+    speed, factor = between.columns["update_rms"][:, late], judged.factors[:, late]
+    layers = [
         {
             "layer": int(i),
             "name": names[i],
             **{k: float(v) for k, v in row.items()},
-            "predicted_update_rms": None if math.isnan(predicted[i]) else float(predicted[i]),
+            "predictions": int(given[i].sum()),
+            "predictions_withheld": int((given & ~shown)[i].sum()),
+            "predicted_update_rms": float(np.median(speed[i][shown[i]])) if shown[i].any() else None,
+            "predicted_factor": float(np.median(factor[i][shown[i]])) if shown[i].any() else None,
             "valid": float(valid[i]),
         }
         for i, row in medians.iterrows()
     ]
+    predictions = {
+        "share": SHARE,
+        "factor": None if math.isnan(within) else within,
+        "comparisons": comparisons,
+        "given": int(judged.given.sum()),
+        "withheld": int(judged.withheld.sum()),
+        "in_words": confidence_in_words(judged),
+    }
+    return layers, predictions
 
 
 def run_demo(
@@ -253,6 +268,7 @@ def run_demo(
     device: torch.device = _CPU,
     threads: int = 1,
     console: Console | None = None,
+    json: Path | None = None,
 ) -> dict[str, Any]:
     """Run the given tasks, print the results and write ``summary.json``.
 
@@ -263,7 +279,8 @@ def run_demo(
         out: output folder. In an existing folder, only files of an earlier demo are overwritten.
         device: device to train on, from the same initial parameters and batches on all devices.
         threads: number of torch threads during the run. One is fast enough, and stable on a busy machine.
-        console: where to print; None means standard output.
+        console: where to print; None means standard output, or standard error if the JSON goes to standard output.
+        json: file for the content of ``summary.json``, ``-`` for standard output, or None.
 
     Returns:
         The content of ``summary.json``.
@@ -271,7 +288,8 @@ def run_demo(
     Raises:
         OutputError: ``out`` is not a folder, or holds a file of the same name that the demo did not write.
     """
-    console = console or Console()
+    console = console or Console(stderr=is_stdout(json))
+    check_json_output(json)
     _check_out(out, models)
     out.mkdir(parents=True, exist_ok=True)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
@@ -287,75 +305,24 @@ def run_demo(
     try:
         for name in models:
             task = TASKS[name]
-            console.print(f"\n[bold]{task.name}[/bold]: {task.title}")
-            result = run_task(task, steps or task.steps, every, out / name, console, device)
+            count = steps or task.steps
+            console.print(
+                f"\n[bold]{task.name}[/bold]: {task.title}; {count} steps, each with and without the monitor",
+                highlight=False,
+            )
+            result = run_task(task, count, every, out / name, console, device)
             summary["tasks"][name] = result
-            _print_result(console, result)
+            print_result(console, result)
     finally:
         torch.set_num_threads(threads_before)
-    write_whole(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
-    console.print(_MEANING)
+    write_json(out / "summary.json", summary)
+    print_meaning(console)
     pages = [file for task in summary["tasks"].values() for file in task["files"] if file.endswith(_PAGE)]
-    more = f", {_PAGE}" if pages else '; for a report page of each run: pip install "fastfs[report]"'
-    console.print(
-        f"\nWritten to {out}: summary.json, and per model record.jsonl, {', '.join(_PICTURES)}{more}", soft_wrap=True
-    )
+    files = ["record.jsonl", *_PICTURES, *([_PAGE] if pages else [])]
+    print_next(console, out, models[0], files, pages)
+    if json is not None:
+        write_json(json, summary)
     return summary
-
-
-_MEANING = (
-    "\n[bold]What the numbers mean.[/bold] Angle: between the change of a layer's output in one optimizer step and the "
-    "direction of steepest descent of the loss; 0 = aligned, pi/2 = 1.57 = orthogonal. Feature speed: rms of that "
-    "change. Decrease: first-order decrease of the loss due to the parameters up to this layer. For the same decrease, "
-    "features move further at a larger angle: |change| = decrease / (cos(angle) x |backward vector|). With the last "
-    "measured angle, this predicts the speed of every step in between without an extra forward."
-)
-
-
-def _print_result(console: Console, result: dict[str, Any]) -> None:
-    grid = Table(
-        title=f"median over the last quarter of the measured steps (every {result['every']})", title_justify="left"
-    )
-    grid.add_column("layer")
-    for column in ("angle (rad)", "cosine", "feature speed", "predicted", "relative update", "decrease"):
-        grid.add_column(column, justify="right")
-    for row in result["layers"]:
-        mark = "" if row["valid"] == 1 else " *"
-        grid.add_row(
-            row["name"],
-            f"{row['angle']:.3f}{mark}",
-            f"{row['cos_angle']:.4f}",
-            f"{row['update_rms']:.2e}",
-            "" if row["predicted_update_rms"] is None else f"{row['predicted_update_rms']:.2e}",
-            f"{row['relative_update']:.2e}",
-            f"{row['aligned_decrease']:.2e}",
-        )
-    console.print(grid)
-    if any(row["valid"] < 1 for row in result["layers"]):
-        console.print("* not valid in every step: rounding noise or a zero vector")
-    cost = result["overhead"]
-    console.print(f"loss {result['loss_first']:.3f} -> {result['loss_last']:.3f} in {result['steps']} steps")
-    console.print(
-        f"monitoring with aligned_every=1: a measured step takes {cost['measured_step_ratio']:.2f}x a plain one, a "
-        f"predicted step {cost['other_step_ratio']:.3f}x; {cost['total']:+.1%} at every={result['every']}, "
-        f"extrapolated {cost['total_at_100']:+.1%} at every=100 (plain to plain steps: {cost['noise_ratio']:.3f}x)"
-    )
-    if result["bitwise_equal"]:
-        console.print("with and without the monitor: losses, final parameters and random state bitwise equal")
-    else:
-        console.print("[red]losses, parameters or random state differ with and without the monitor[/red]")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
 
 
 def _mean(values: list[float]) -> float:

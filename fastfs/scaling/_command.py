@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 from fastfs.scaling._check import check
 from fastfs.scaling._factory import load_factory
 from fastfs.scaling._fit import Status
@@ -22,7 +23,9 @@ CANNOT = 2
 _STATUS = {Status.PASS: 0, Status.FAIL: 1, Status.UNCLEAR: 3}
 
 
-def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arguments: Any) -> int:
+def run_check(
+    factory: str, *, widths: str, depths: str, out: Path | None, verbose: bool, json: Path | None, **arguments: Any
+) -> int:
     """Run the command.
 
     Args:
@@ -30,16 +33,19 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
         widths: comma-separated widths.
         depths: comma-separated depths.
         out: folder for the files, or None.
+        verbose: whether to print the exponents and all advice below the verdict.
+        json: file for the result as JSON, ``-`` for standard output, or None.
         **arguments: further arguments of :func:`fastfs.scaling.check`.
 
     Returns:
         The exit status: 0 if all desiderata pass, 1 if one fails, 3 if none fails but some are unclear, 2 if the
         measurement failed.
     """
-    console = Console(emoji=False)
+    console = Console(stderr=is_stdout(json), emoji=False)
     errors = Console(stderr=True, emoji=False)
     try:
         sizes = _integers("--widths", widths), _integers("--depths", depths)
+        check_json_output(json)
         if out is not None:
             _check_output(out)
         made = load_factory(factory)
@@ -50,8 +56,12 @@ def run_check(factory: str, *, widths: str, depths: str, out: Path | None, **arg
                 bar.update(task, completed=done, total=total)
 
             report = check(made, widths=sizes[0], depths=sizes[1], progress=progress, **arguments)
-        console.print(report.table())
-        console.print(escape(report.words()), highlight=False, soft_wrap=True)
+        console.print(escape(str(report)), highlight=False, soft_wrap=True)
+        if verbose:
+            console.print(report.table())
+            console.print(escape(report.words()), highlight=False, soft_wrap=True)
+        if json is not None:
+            write_json(json, report.to_dict())
         if out is not None:
             written = ", ".join(path.name for path in report.write(out))
             console.print(escape(f"Written to {out}: {written}"), highlight=False, soft_wrap=True)

@@ -17,8 +17,8 @@ from fastfs._utils.extras import frame
 from fastfs._utils.output_files import check_output, write_whole
 from fastfs.scaling._fit import Exponent, Status
 from fastfs.scaling._predicted import Sizes, matching
-from fastfs.scaling._rendering import render
-from fastfs.scaling._verdicts import Point, Verdict, curvature
+from fastfs.scaling._rendering import render, some
+from fastfs.scaling._verdicts import DESIDERATA, Point, Verdict, curvature
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -26,12 +26,25 @@ if TYPE_CHECKING:
 __all__ = ["ScalingReport"]
 
 _COLORS = {Status.PASS: "green", Status.UNCLEAR: "yellow", Status.FAIL: "red"}
+_CURVED = 0.3  # relative deviation of the loss decrease from first order that is worth a word
 _MOST_SEEDS = 1000  # beyond this number, more seeds are not suggested
+
+
+def _row(v: Verdict) -> dict[str, Any]:
+    fit = (v.fit.exponent, v.fit.low, v.fit.high) if v.fit else (math.nan,) * 3
+    numbers = dict(zip(("exponent", "low", "high"), fit, strict=True))
+    status = v.status.value if v.status else "info"
+    head = {"desideratum": v.desideratum, "quantity": v.quantity, "axis": v.axis}
+    return {**head, **numbers, "status": status, "seeds": v.seeds, "advice": v.advice}
+
+
+def _span(sizes: tuple[int, ...]) -> str:
+    return f"{min(sizes)} to {max(sizes)}"
 
 
 @dataclass(frozen=True)
 class ScalingReport:
-    """The result of :func:`fastfs.scaling.check`. ``str()`` is the table.
+    """The result of :func:`fastfs.scaling.check`. ``str()`` is the verdict in three lines.
 
     Attributes:
         widths: widths that were run at ``at_depth``.
@@ -142,14 +155,25 @@ class ScalingReport:
         Raises:
             ImportError: pandas is not installed.
         """
-        rows = []
-        for v in self.verdicts:
-            fit = (v.fit.exponent, v.fit.low, v.fit.high) if v.fit else (math.nan,) * 3
-            row = dict(zip(("exponent", "low", "high"), fit, strict=True))
-            status = v.status.value if v.status else "info"
-            head = {"desideratum": v.desideratum, "quantity": v.quantity, "axis": v.axis}
-            rows.append({**head, **row, "status": status, "seeds": v.seeds, "advice": v.advice})
-        return frame(rows)
+        return frame([_row(verdict) for verdict in self.verdicts])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything: verdict, settings, exponents (the rows of :meth:`to_frame`) and measurements.
+
+        Returns:
+            Mappings, lists, texts and numbers; numbers that are missing are NaN, and those without a bound infinite.
+        """
+        fields = ("widths", "depths", "at_width", "at_depth", "seeds", "optimizer", "tolerance", "confidence")
+        return {
+            "status": self.status.value,
+            "desiderata": {name: self.of(name).value for name in DESIDERATA},
+            "verdict": str(self).split("\n"),
+            "settings": {name: getattr(self, name) for name in fields},
+            "exponents": [_row(verdict) for verdict in self.verdicts],
+            "curvature": self.curvature,
+            "matches": self.matches(),
+            "points": [dataclasses.asdict(point) for point in self.points],
+        }
 
     def points_frame(self) -> DataFrame:
         """Return one row per measurement, with one column ``contribution:<group>`` per group of parameters.
@@ -185,16 +209,13 @@ class ScalingReport:
         return grid
 
     def words(self) -> str:
-        """Return text on what to change, what is unclear, and which scheme the exponents match."""
+        """Return all advice: what to change, what is unclear, and which scheme the exponents match."""
         lines = [f"{v.desideratum} over {v.axis}: {v.advice}." for v in self.verdicts if v.status is Status.FAIL]
         for v in self.verdicts:
             if v.status is Status.UNCLEAR and v.seeds is not None:
                 lines.append(f"{v.desideratum} over {v.axis}: {v.quantity} is unclear; {self._more(v)}.")
-        if self.curvature > 0.3:
-            lines.append(
-                f"The loss decrease deviates from first order by up to {self.curvature:.2g} times its size: the "
-                "exponents include curvature; smaller learning rates would measure the scaling alone."
-            )
+        if self.curvature > _CURVED:
+            lines.append(f"Smaller learning rates would measure the scaling alone: {self._curved()}.")
         found = self.matches()
         if len(found) == 1:
             lines.append(f"Speed, decrease, sensitivity and angle scale as in the table's {found[0]!r} MLP.")
@@ -202,11 +223,51 @@ class ScalingReport:
             lines.append(
                 f"Speed, decrease, sensitivity and angle scale as in one of {', '.join(found)}: too uncertain to tell."
             )
-        lines.append(f"{self.status.value}: " + ", ".join(f"{d} {self.of(d).value}" for d in ("SP", "FL", "LD", "BC")))
         return "\n".join(lines)
 
+    def details(self) -> str:
+        """Return the verdict, the table of exponents and all advice, as ``fastfs scaling-check --verbose`` prints."""
+        return render(str(self), self.table(), self.words())
+
     def __str__(self) -> str:
-        return render(self.table(), self.words())
+        """Return the verdict in three lines: what passes and fails, which exponents fail, and what to do first."""
+        found = ", ".join(f"{name} {self.of(name).value}" for name in DESIDERATA)
+        sizes = f"{self.optimizer}, widths {_span(self.widths)} at depth {self.at_depth}, "
+        sizes += f"depths {_span(self.depths)} at width {self.at_width}, {self.seeds} seeds"
+        return "\n".join((f"{self.status.value}: {found} ({sizes})", self._what(), self._first_step()))
+
+    def _what(self) -> str:
+        """Say which exponents decided the status."""
+        if self.passed:
+            return f"All exponents of size, speed, loss decrease and balance are 0 within {self.tolerance:g}."
+        own = [v for v in self.verdicts if v.status is self.status]
+        own.sort(key=lambda v: -abs(v.fit.exponent) if v.fit else -math.inf)
+        said = [
+            f"{v.desideratum} {v.quantity} over {v.axis} ({f'{v.fit.exponent:+.2f}' if v.fit else 'not positive'})"
+            for v in own
+        ]
+        what = "Not 0 within" if self.status is Status.FAIL else "Unclear whether 0 within"
+        return f"{what} {self.tolerance:g}, exponents of {some(said)}."
+
+    def _first_step(self) -> str:
+        """Say what to do first. The sizes of features come before their speed, which depends on them, and so on."""
+        if self.curvature > _CURVED:
+            return f"Do first: check again with smaller learning rates; {self._curved()}."
+        if self.passed:
+            return "Nothing has to change."
+        if self.status is Status.UNCLEAR:
+            most = max((v for v in self.verdicts if v.status is Status.UNCLEAR and v.seeds), key=lambda v: v.seeds or 0)
+            return f"To decide {most.desideratum} {most.quantity} over {most.axis}: {self._more(most)}."
+        ordered = ("feature size", "feature size, mean of layers", "sensitivity", "loss decrease")
+        failed = [v for v in self.verdicts if v.status is Status.FAIL]
+
+        def order(v: Verdict) -> tuple[int, float]:
+            last = len(ordered) + (v.quantity == "feature speed")  # its advice refers to the others
+            place = ordered.index(v.quantity) if v.quantity in ordered else last
+            return place, -abs(v.fit.exponent) if v.fit else -math.inf
+
+        first = min(failed, key=order)
+        return f"Do first, then check again: {first.desideratum} over {first.axis}: {first.advice}."
 
     def write(self, out: str | os.PathLike[str]) -> list[Path]:
         """Write ``scaling-check.csv`` (exponents), ``scaling-check-points.csv`` and ``scaling-check.png`` to a folder.
@@ -241,6 +302,12 @@ class ScalingReport:
         figure.savefig(picture, format="png", dpi=120, metadata={"Software": "fastfs.scaling"})
         write_whole(files[2], picture.getvalue())
         return files
+
+    def _curved(self) -> str:
+        return (
+            f"the loss decrease deviates from first order by up to {self.curvature:.2g} times its size, and the "
+            "exponents include this curvature"
+        )
 
     def _more(self, v: Verdict) -> str:
         assert v.seeds is not None

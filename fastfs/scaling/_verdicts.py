@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from fastfs.scaling._fit import Exponent, Status, fit_exponent, judge
 from fastfs.scaling._rendering import some
 
-__all__ = ["AXES", "Point", "Verdict", "curvature", "verdicts"]
+__all__ = ["AXES", "DESIDERATA", "Point", "Verdict", "curvature", "verdicts"]
 
 AXES = ("width", "depth")
+
+DESIDERATA = ("SP", "FL", "LD", "BC")
+"""Feature size, feature speed, loss decrease and balanced contributions."""
 
 
 @dataclass(frozen=True)

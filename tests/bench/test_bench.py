@@ -21,6 +21,7 @@ from fastfs._bench.expected import expected_sums
 from fastfs._bench.inputs import COLD, RoundRobin, bytes_of, copies_for, make_inputs
 from fastfs._cli.app import app
 from fastfs._core import ops
+from fastfs._utils.json_output import write_json
 
 native = pytest.mark.skipif(not ops.native_available(), reason="no native core")
 CPU = torch.device("cpu")
@@ -271,9 +272,9 @@ def test_thirds_hold_the_bytes() -> None:
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "result.json"
-    machine.write_json(path, {"a": 1})
+    write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        machine.write_json(path, {"a": object()})
+        write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(path.parent.iterdir()) == [path]
 

@@ -37,6 +37,7 @@ def test_demo_writes_where_it_is_told_to(tmp_path: Path) -> None:
     code, output = run("demo", "--model", "resnet", "--steps", 3, "--every", 2, "--out", tmp_path / "out")
     assert code == 0, output
     assert "bitwise equal" in output
+    assert "3 of 3 steps" in output
     task = json.loads((tmp_path / "out" / "summary.json").read_text())["tasks"]["resnet"]
     assert (task["steps"], task["every"]) == (3, 2)
     assert (tmp_path / "out" / "resnet" / "angle.png").exists()
@@ -71,7 +72,7 @@ def test_a_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
 def test_doctor_passes_on_the_exit_code(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     import fastfs._cli.doctor
 
-    monkeypatch.setattr(fastfs._cli.doctor, "run_doctor", lambda: status)
+    monkeypatch.setattr(fastfs._cli.doctor, "run_doctor", lambda json: status)
     assert run("doctor")[0] == status
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,8 +50,10 @@ def test_here_nothing_is_wrong() -> None:
 
 @native
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    assert doctor.run_doctor(json=Path("-")) == 0
+    printed = capsys.readouterr()
+    assert "Nothing is wrong" in printed.err
+    result = json.loads(printed.out)
     assert result["ok"] is True
     assert {"versions", "native core", "cpu", "cuda", "self-check", "threads"} == {
         finding["section"] for finding in result["findings"]

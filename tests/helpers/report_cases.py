@@ -92,6 +92,7 @@ def measured(names: list[str], step: int, *, run: str = "r1", invalid: float = 0
             "noise_floor": [2e-5 for _ in names],
             "valid": valid,
             "why": [None if v else "update below 5x the noise floor of bfloat16" for v in valid],
+            "linear": [abs(r) <= 0.1 for r in residual],
             "method": ["plain" for _ in names],
             "nonfinite": [0 for _ in names],
             "count": [size for _ in names],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -259,3 +261,101 @@ def test_names_are_plain_text(browser: Any, pages: Any) -> None:
     shown = browser.evaluate("document.querySelector('#heat .ytick text').textContent")
     assert shown.startswith("</")
     assert_clean(browser, pages["evil"])
+
+
+@pytest.mark.parametrize(("name", "expected"), [("small", range(4)), ("ranks", range(8)), ("middle", range(0, 100, 9))])
+def test_as_many_layers_are_picked_as_the_lines_can_tell_apart(
+    browser: Any, pages: Any, name: str, expected: range
+) -> None:
+    load(browser, pages[name])
+    picked = browser.evaluate(
+        "[...document.querySelectorAll('#picks button[aria-pressed=true]')].map((b) => b.textContent)"
+    )
+    assert picked == [f"blocks.{i}" for i in expected]
+    looks = browser.evaluate(
+        "document.getElementById('lines').data.filter((t) => (t.mode || '').startsWith('lines') && t.hovertemplate)"
+        ".map((t) => [t.name, t.line.color, t.line.dash])"
+    )
+    assert [look[0] for look in looks] == picked
+    assert len({(color, dash) for _, color, dash in looks}) == len(picked)
+
+
+@pytest.fixture(scope="module")
+def spiky(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A page with residuals of 40 and -3, and angles of blocks.1 that say nothing about the next ones."""
+    lines = cases.run_lines(4, 80, every=2, invalid=0.0)
+    for line in lines:
+        if line["kind"] == "measured":
+            line["layers"]["cos_angle"][1] = 0.9 if line["step"] % 4 else 0.1
+    rows = {line["step"]: line["layers"] for line in lines if line["kind"] == "measured"}
+    rows[40]["residual"][2], rows[60]["residual"][0] = 40.0, -3.0
+    folder = tmp_path_factory.mktemp("spiky")
+    return write_page(cases.write(folder / "r.jsonl", lines), folder / "r.html")
+
+
+def test_the_residual_shows_its_main_event(browser: Any, spiky: Any) -> None:
+    load(browser, spiky)
+    axis, points = browser.evaluate(
+        "(() => { const p = document.getElementById('residual'); return [p._fullLayout.yaxis.range,"
+        " p.data.filter((t) => t.customdata).flatMap((t) => t.customdata.map((v, i) => [v, t.y[i]]))]; })()"
+    )
+    drawn = {value: place for value, place in points if value is not None}
+    assert {40.0, -3.0} <= set(drawn)
+    assert axis[0] < drawn[-3.0] < 0 < drawn[40.0] < axis[1]
+    small = [place for value, place in drawn.items() if abs(value) < 0.1]
+    assert max(small) - min(small) > (axis[1] - axis[0]) / 40  # not flattened by the spike
+    assert [drawn[value] for value in sorted(drawn)] == sorted(drawn.values())
+    ticks = browser.evaluate("document.getElementById('residual').layout.yaxis.ticktext")
+    assert "0" in ticks
+    assert len(set(ticks)) == len(ticks)
+    words = browser.evaluate("document.getElementById('residual-legend').textContent")
+    assert "Largest of the shown layers: 40, in blocks.2 at step 40." in words
+    assert "beyond them, the axis is logarithmic" in words
+    assert_clean(browser, spiky)
+    if folder := os.environ.get("FASTFS_SCREENSHOTS"):
+        browser.screenshot(Path(folder) / "spiky.png")
+
+
+def test_a_small_residual_has_an_ordinary_axis(browser: Any, pages: Any) -> None:
+    load(browser, pages["middle"])
+    same = "document.getElementById('residual').data.every((t) => t.y.every((v, i) => v === t.customdata[i]))"
+    assert browser.evaluate(same) is True
+    assert "logarithmic" not in browser.evaluate("document.getElementById('residual-legend').textContent")
+
+
+def test_predictions_have_a_band_or_are_withheld(browser: Any, spiky: Any) -> None:
+    load(browser, spiky)
+    note = browser.evaluate("document.getElementById('formula-note').textContent")
+    assert "of the measured speeds are within a factor" in note
+    assert "predictions are withheld: their factor is above 3, or not known" in note
+    lines = browser.evaluate(
+        "document.getElementById('speed').data.map((t) => [t.name, t.y.filter((v) => v !== null).length])"
+    )
+    counts = dict(line for line in lines if line[0].endswith("predicted"))
+    assert counts["blocks.1, predicted"] == counts["blocks.3, predicted"] == 0  # withheld; not a cut
+    assert counts["blocks.0, predicted"] == counts["blocks.2, predicted"] > 30
+    bands = [count for name, count in lines if name == "band"]
+    assert bands == [2 * counts["blocks.0, predicted"]] * 2
+    choose(browser, "quantity", "predicted:update_rms")
+    legend = browser.evaluate("document.getElementById('heat-legend').textContent")
+    withheld = browser.evaluate("[...data.predicted.withheld]")
+    assert f"predictions withheld ({sum(withheld)})" in legend
+    row, width = 1, len(withheld) // 4
+    assert heat(browser, f"plot.data[0].z[{row}].every((v) => v === null)") is True
+    text = hover(browser, 0, width - 1)
+    low, high = re.search(r"80 %: within (\S+) to (\S+)", text).groups()
+    value = float(re.search(r"predicted: (\S+)", text)[1])
+    factor = browser.evaluate(f"data.predicted.columns.factor[{width - 1}]")
+    assert float(low) == pytest.approx(value / factor, rel=0.01)
+    assert float(high) == pytest.approx(value * factor, rel=0.01)
+    choose(browser, "quantity", "predicted:factor")
+    assert heat(browser, f"plot.data[0].z[1][{width - 1}]") == pytest.approx(math.log10(9), abs=0.1)
+    assert_clean(browser, spiky)
+
+
+def test_the_first_layer_is_on_top(browser: Any, pages: Any) -> None:
+    load(browser, pages["small"])
+    tops = browser.evaluate(
+        "[...document.querySelectorAll('#heat .ytick text')].map((t) => [t.textContent, t.getBoundingClientRect().top])"
+    )
+    assert [name for name, _ in sorted(tops, key=lambda one: one[1])] == ["0", "1", "2", "3"]

@@ -18,7 +18,7 @@ import pytest
 
 from fastfs._record.reading.load import load
 from fastfs._report import summary
-from fastfs._report.grids import Grid, make_grid, predicted_before, thin, thin_series
+from fastfs._report.grids import Grid, Predictions, make_grid, thin, thin_series
 from fastfs._report.page import build_page, page_data, write_page
 from fastfs._report.quantities import QUANTITIES
 from tests.helpers import report_cases as cases
@@ -131,15 +131,75 @@ def test_a_line_keeps_its_spikes() -> None:
     assert (values[steps] == kept).all()
 
 
-def test_the_prediction_is_the_last_one_since_the_previous_measurement() -> None:
-    def grid(steps: int, speed: Any) -> Any:
-        values = np.array([speed], dtype=np.float32)
-        return Grid(*(np.array(steps),) * 4, {"update_rms": values}, np.zeros((1, len(steps)), bool), values, [])
+def test_predictions_are_shown_with_their_factor_or_withheld(tmp_path: Path) -> None:
+    lines = cases.run_lines(4, 81, every=2)
+    for line in lines:
+        if line["kind"] == "measured":  # the angle of blocks.1 says nothing about the next one
+            cosine = 0.9 if line["step"] % 4 else 0.1
+            line["layers"]["cos_angle"][1] = cosine
+    table = load(cases.write(tmp_path / "record.jsonl", lines))
+    data = page_data(table)
+    predicted = data["predicted"]
+    recorded = table[table["kind"] == "predicted"].pivot_table(index="layer", columns="step", values="update_rms")
+    speed, factor = column(predicted, "update_rms"), column(predicted, "factor")
+    withheld = column(predicted, "withheld", "u1").astype(bool)
+    assert not np.isfinite(speed[withheld]).any()
+    assert withheld[1].all()  # the factor is 9
+    assert not np.isfinite(speed[3]).any()  # nothing was predicted: not a cut
+    assert not withheld[3].any()
+    assert withheld[0, :4].all()  # fewer than 4 comparisons
+    assert not withheld[0, 6:].any()
+    assert factor[1, -1] == pytest.approx(9, rel=0.2)
+    assert speed[[0, 2], 6:] == pytest.approx(recorded.loc[[0, 2]].to_numpy()[:, 6:])
+    assert (factor[[0, 2], 6:] < 3).all()
+    said = " ".join(data["findings"])
+    assert f"Predicted speeds: {3 * 40}; {int(withheld.sum())} are withheld" in said
+    compared = np.isfinite(column(data["measured"], "predicted")).sum()
+    assert f"80 % of {compared} measured speeds are within a factor" in said
+    # What the formula would have predicted at measured steps, beside what was measured there.
+    there = column(data["measured"], "predicted")
+    rows = {line["step"]: line["layers"] for line in lines if line["kind"] == "measured"}
+    for step in (20, 42):
+        now, before = rows[step], rows[step - 2]
+        if now["valid"][2] and before["valid"][2] and before["linear"][2]:
+            ratio = before["cos_angle"][2] / ((1 - now["residual"][2]) * now["cos_angle"][2])
+            assert there[2, step // 2] == pytest.approx(now["update_rms"][2] / ratio, rel=1e-3)
 
-    measured = grid([0, 10, 20, 30], [1, 2, 3, 4])
-    values, origin = predicted_before(measured, grid([3, 9, 19, 31], [5, 6, 7, 8]))
-    assert origin.tolist() == [-1, 9, 19, -1]
-    assert values[0].tolist() == pytest.approx([math.nan, 6, 7, math.nan], nan_ok=True)
+
+def test_nothing_tells_how_good_predictions_without_measurements_are(tmp_path: Path) -> None:
+    data = page_data(load(cases.write(tmp_path / "r.jsonl", cases.run_lines(4, 20, kinds=("predicted",)))))
+    given = column(data["predicted"], "withheld", "u1")
+    assert given.tolist() == [[1] * 20] * 3 + [[0] * 20]
+    assert np.isnan(column(data["predicted"], "update_rms")).all()
+    assert "they are withheld" in data["findings"][0]
+
+
+def test_the_largest_residual_is_named(tmp_path: Path) -> None:
+    lines = cases.run_lines(4, 20, invalid=0.0)
+    lines[9]["layers"]["residual"][2] = -7.25
+    step = lines[9]["step"]
+    data = page_data(load(cases.write(tmp_path / "r.jsonl", lines)))
+    assert any(f"the largest is -7.25, in blocks.2 at step {step}." in text for text in data["findings"])
+
+
+@pytest.mark.parametrize("ratio", [None, {"measured_step": 1.5, "other_step": 1.02, "at_this_every": 1.1}, 3])
+def test_the_page_says_what_the_monitor_cost_only_if_it_was_measured(tmp_path: Path, ratio: Any) -> None:
+    lines = cases.run_lines(2, 6, every=2)
+    lines[0]["metadata"][summary.STEP_TIME_RATIO] = ratio
+    path = cases.write(tmp_path / "r.jsonl", lines)
+    cards = {card["label"]: card for card in page_data(load(path))["cards"]}
+    assert "Overhead" not in cards
+    assert cards["In the monitor"] == {
+        "label": "In the monitor",
+        "value": "0.063 s",
+        "note": "host time: 20 ms per measured step, 1 ms per predicted step",
+    }
+    assert "Step time ratio" not in cards
+    lines[0]["metadata"][summary.STEP_TIME_RATIO] = {**(ratio if isinstance(ratio, dict) else {}), "at_every_100": 1.03}
+    if isinstance(ratio, dict):
+        card = {c["label"]: c for c in page_data(load(cases.write(path, lines)))["cards"]}["Step time ratio"]
+        assert card["value"] == "1.50"
+        assert card["note"] == "of a measured step; 1.02 of others, 1.10 on average here, 1.03 at every=100"
 
 
 def test_a_step_that_was_repeated_after_a_resume_counts_once(tmp_path: Path) -> None:
@@ -270,10 +330,10 @@ def test_very_many_layers_and_alerts_stay_small() -> None:
 )
 def test_the_scale_of_gradients_is_said_in_words(scales: Any, said: str) -> None:
     grid = replace(grid_of([0, 1, 2], np.zeros((1, 3), dtype=bool)), scale=np.array(scales))
-    nothing = np.full((1, 3), np.nan)
-    assert said in " ".join(summary.findings(["a"], 1, grid, nothing, False))
+    nothing = Predictions(np.full((1, 3), np.nan), np.zeros((1, 0), bool), np.zeros((1, 0)))
+    assert said in " ".join(summary.findings(["a"], 1, grid, nothing))
     empty = replace(grid, scale=None)
-    assert "Gradient scale" not in " ".join(summary.findings(["a"], 1, empty, nothing, False))
+    assert "Gradient scale" not in " ".join(summary.findings(["a"], 1, empty, nothing))
 
 
 def test_durations_and_numbers_are_readable() -> None:

@@ -268,3 +268,14 @@ def test_watch_ends_with_an_interrupt_and_leaves_the_table(tmp_path: Path) -> No
 
     watch(Path(path), console=console, sleep=interrupt, clock=lambda: NOW)
     assert "blocks.1" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_predicted_speeds_have_their_factor_or_are_withheld() -> None:
+    few = text_of(cases.run_lines(4, 7, every=2))  # 3 comparisons
+    assert few.count("withheld") == 3 + 1  # the caption; the other layer is not a cut
+    assert "x/÷1" not in few
+    text = text_of(cases.run_lines(4, 41, every=2, invalid=0.0))
+    rows = [line for line in text.splitlines() if "blocks." in line]
+    assert [bool(re.search(r"\de-\d\d x/÷1\.\d\d ", row)) for row in rows] == [True, True, True, False]
+    assert "no cut" in rows[3]
+    assert "80 % of speeds are within the factor x/÷; withheld where it is above 3 or not known yet" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fastfs._cli.app import app
+from fastfs._record.reading.confidence import LARGEST_FACTOR
 from fastfs._record.reading.load import load, read_header
+from fastfs._report.page import page_data
 from fastfs._reproduce import data
-from fastfs._reproduce.demo import TASKS, OutputError, _overhead, run_demo
+from fastfs._reproduce.demo import TASKS, OutputError, run_demo
+from fastfs._reproduce.demo_text import training_progress
+from fastfs._reproduce.step_times import step_time_ratio
 
 # Data
 
@@ -104,18 +109,52 @@ def test_both_models_end_to_end(tmp_path: Path, small: None) -> None:
         assert task["bitwise_equal"] is True
         assert task["loss_last"] < task["loss_first"]
         assert [row["name"] for row in task["layers"]] == [f"blocks.{i}" for i in range(layers)]
-        assert task["overhead"]["measured_step_ratio"] > 0
+        cost = task["step_time_ratio"]
+        assert (cost["measured_pairs"], cost["other_pairs"]) == (3, 9)
+        assert cost["at_this_every"] == pytest.approx((cost["measured_step"] + 4 * cost["other_step"]) / 5)
+        # The record, its page and what was printed have the same numbers.
+        assert read_header(out / name / "record.jsonl")["metadata"]["step_time_ratio"] == cost
+        page = page_data(every_step)
+        card = next(card for card in page["cards"] if card["label"] == "Step time ratio")
+        assert card["value"] == f"{cost['measured_step']:.2f}"
+        assert f"{cost['at_this_every']:.2f} on average here, {cost['at_every_100']:.2f} at every=100" in card["note"]
+        assert json.dumps(card["note"])[1:-1] in (out / name / "report.html").read_text()
+        for value in (cost["measured_step"], cost["other_step"], cost["at_this_every"], cost["at_every_100"]):
+            assert re.search(rf"^(a|av).*  {value:.2f}  ", printed.getvalue(), re.M)
+        # Three measured steps are too few comparisons to trust a prediction.
+        assert task["predictions"]["comparisons"] <= 2 * layers
+        assert task["predictions"]["given"] == task["predictions"]["withheld"] > 0
+        assert set(task["predictions"]["in_words"]) <= set(page["findings"])
         assert all((out / file).exists() for file in task["files"])
         assert len(task["files"]) == 5
-        assert all(row["aligned_decrease"] > 0 and row["predicted_update_rms"] > 0 for row in task["layers"])
+        assert all(row["aligned_decrease"] > 0 and row["predicted_update_rms"] is None for row in task["layers"])
+        assert all(row["predictions_withheld"] == row["predictions"] == 1 for row in task["layers"])
         assert sorted(every_step["step"].unique()) == list(range(12))
         assert every_step[every_step["kind"] == "predicted"]["aligned_decrease"].notna().all()
         assert "fastfs report" in (out / name / "report.html").read_text()
     assert read_header(out / "transformer" / "record.jsonl")["metadata"]["bytes"] == 4_000_000
     assert torch.get_num_threads() == threads
     text = printed.getvalue()
-    for expected in ("angle (rad)", "blocks.1", "bitwise equal", "a measured step takes", "What the numbers mean"):
+    for expected in (
+        "angle (rad)",
+        "blocks.1",
+        "bitwise",
+        "a measured step (3 pairs)",
+        "withheld",
+        "What the numbers mean",
+    ):
         assert expected in text
+
+    page = out / "transformer" / "report.html"
+    following = text[text.index("\nNext\n") :]
+    assert f"Open {page} in a browser" in following
+    commands = [line.strip().split("    #")[0].split() for line in following.splitlines() if " fastfs " in line]
+    assert [words[1] for words in commands] == ["report", "watch"]
+    for words in commands:
+        words = [str(tmp_path / "again.html") if word == "report.html" else word for word in words]
+        done = CliRunner().invoke(app, words[1:])
+        assert done.exit_code == 0, done.output
+    assert (tmp_path / "again.html").exists()
 
     # A second run overwrites its own files and keeps others.
     (out / "mine.txt").write_text("mine")
@@ -168,10 +207,48 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path, name: str) -> 
         run_demo(["resnet"], steps=1, every=1, out=out, console=Console(file=io.StringIO()))
 
 
-def test_overhead_compares_medians_over_the_same_steps() -> None:
-    cost = _overhead(plain=[9.0, 1.0, 1.0, 3.0, 1.0, 1.0], watched=[18.0, 1.0, 1.0, 6.0, 1.0, 1.0], every=3)
-    assert cost["measured_step_ratio"] == 2.0
-    assert cost["other_step_ratio"] == 1.0
-    assert cost["total"] == pytest.approx(1 / 3)
-    assert cost["total_at_100"] == pytest.approx(0.01)
-    assert _overhead([1.0, 1.0], [2.0, 2.0], every=1)["total"] == pytest.approx(1.0)
+@pytest.mark.slow
+def test_predictions_are_printed_with_their_factor(tmp_path: Path) -> None:
+    printed = io.StringIO()
+    summary = run_demo(["resnet"], steps=40, every=4, out=tmp_path, console=Console(file=printed, width=100))
+    task = summary["tasks"]["resnet"]
+    found = task["predictions"]
+    assert 0 < found["withheld"] < found["given"] == 30 * 24
+    assert found["comparisons"] == 9 * 24
+    assert 1 < found["factor"] < LARGEST_FACTOR
+    for row in task["layers"]:
+        assert 1 <= row["predicted_factor"] <= LARGEST_FACTOR
+        assert f"{row['predicted_update_rms']:.2e} x/÷{row['predicted_factor']:.2f}" in printed.getvalue()
+    assert "80 % of 216 measured speeds are within a factor" in " ".join(printed.getvalue().split())
+
+
+def test_the_step_time_ratio_compares_the_same_steps() -> None:
+    plain, watched = [9.0, 1.0, 2.0, 3.0, 1.0, 4.0], [18.0, 1.1, 2.2, 9.0, 1.1, 4.4]
+    cost = step_time_ratio(plain, watched, every=3)
+    assert cost["measured_step"] == 2.5  # of 2 and 3: pairs, not medians of steps that differ in size
+    assert cost["measured_step_quartiles"] == [2.25, 2.75]
+    assert cost["other_step"] == pytest.approx(1.1)
+    assert (cost["measured_pairs"], cost["other_pairs"]) == (2, 4)
+    assert cost["at_this_every"] == pytest.approx((2.5 + 2.2) / 3)
+    assert cost["at_every_100"] == pytest.approx((2.5 + 99 * 1.1) / 100)
+    assert cost["plain_step_seconds"] == 2.5
+    alone = step_time_ratio([1.0], [2.0], every=1)
+    assert (alone["at_this_every"], alone["other_step"], alone["other_pairs"]) == (2.0, 1.0, 0)
+    assert alone["measured_step_quartiles"] is alone["other_step_quartiles"] is None
+
+
+@pytest.mark.parametrize(("steps", "lines"), [(1, 1), (3, 3), (10, 10), (160, 10), (301, 10)])
+def test_progress_without_a_terminal_is_a_few_lines(steps: int, lines: int) -> None:
+    file = io.StringIO()
+    with training_progress(Console(file=file), "resnet", steps) as progress:
+        for done in range(1, steps + 1):
+            progress(done, 0.5)
+    printed = file.getvalue().splitlines()
+    assert len(printed) == lines
+    assert printed[-1].startswith(f"resnet: {steps} of {steps} steps, loss 0.500 in ")
+    assert all("left" in line for line in printed[:-1])
+    terminal = io.StringIO()
+    with training_progress(Console(file=terminal, force_terminal=True), "resnet", steps) as progress:
+        progress(steps, 0.5)
+    assert f"{steps}/{steps}" in terminal.getvalue()
+    assert "of" not in terminal.getvalue()

@@ -35,7 +35,8 @@ def reports() -> Any:
 @pytest.mark.parametrize("scheme", ["standard", "ntk", "mup", "fsc"])
 def test_schemes_are_told_apart(reports: Any, scheme: str) -> None:
     assert reports[scheme].classify() == scheme
-    assert f"as in the table's {scheme!r} MLP" in str(reports[scheme])
+    assert f"as in the table's {scheme!r} MLP" in reports[scheme].words()
+    assert len(str(reports[scheme]).splitlines()) == 3
 
 
 @pytest.mark.parametrize("axis", ["width", "depth"])
@@ -77,7 +78,8 @@ def test_unclear_is_said_with_the_seeds_that_would_tell() -> None:
     assert not report.passed
     unclear = [v for v in report.verdicts if v.status is Status.UNCLEAR]
     assert all(v.seeds > 2 for v in unclear)
-    assert "seeds instead of 2 would decide it" in str(report)
+    assert "seeds instead of 2 would decide it" in report.words()
+    assert "seeds" in str(report).splitlines()[2]
 
 
 @pytest.mark.slow
@@ -173,7 +175,7 @@ def test_a_group_that_is_not_trained_is_said() -> None:
 
     report = scaling.check(head_alone, widths=(16, 24, 32), depths=(3, 4, 5), seeds=2)
     assert report.of("BC") is Status.FAIL
-    assert "the updates of blocks.0 do not decrease the loss" in str(report)
+    assert "the updates of blocks.0 do not decrease the loss" in report.details()
 
 
 @pytest.mark.parametrize("span", [1.02, 1.5, 3.0, 6.0, 30.0, 5000.0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -122,8 +124,15 @@ def test_command_fails_with_the_table_and_the_files(file: Any, tmp_path: Path) -
     sizes = ("--widths", "32,64,128,256", "--depths", "4,6,8", "--at-depth", 4, "--seeds", 8)
     result = command(f"{file}:ntk", *sizes, "--out", tmp_path / "out")
     assert result.exit_code == 1, result.output
-    assert "FL over width: feature speed falls like width^-0" in result.output
-    assert "FAIL: SP" in result.output
+    verdict, what, first, written = result.stdout.splitlines()
+    assert verdict.startswith("FAIL: SP ")
+    assert verdict.endswith("(SGD, widths 32 to 256 at depth 4, depths 4 to 8 at width 256, 8 seeds)")
+    assert what.startswith("Not 0 within 0.15, exponents of FL ")
+    assert "FL feature speed over width (-0" in what
+    assert "FL sensitivity over width (-0" in what
+    assert first.startswith("Do first, then check again: FL over depth: sensitivity grows like depth^+")
+    assert "multiply the output's std by depth^+" in first
+    assert written.startswith("Written to ")
     exponents = pandas.read_csv(tmp_path / "out" / "scaling-check.csv")
     speed = exponents[(exponents["quantity"] == "feature speed") & (exponents["axis"] == "width")].iloc[0]
     assert speed["status"] == "FAIL"
@@ -134,17 +143,42 @@ def test_command_fails_with_the_table_and_the_files(file: Any, tmp_path: Path) -
     assert (tmp_path / "out" / "scaling-check.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_command_says_more_if_it_is_asked(file: Any, tmp_path: Path) -> None:
+    sizes = ("--widths", "32,64,128,256", "--depths", "4,6,8", "--at-depth", 4, "--seeds", 8)
+    result = command(f"{file}:ntk", *sizes, "--verbose", "--json", tmp_path / "result.json")
+    lines = result.stdout.splitlines()
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert lines[:3] == found["verdict"]
+    assert lines[3].startswith("Exponents over width (at depth 4) and depth (at width 256)")
+    assert any(line.startswith("FL over width: feature speed falls like width^-0") for line in lines[4:])
+    assert any(line.startswith("FL over width: sensitivity falls like width^-0") for line in lines[4:])
+    assert found["status"] == "FAIL"
+    assert set(found["desiderata"]) == {"SP", "FL", "LD", "BC"}
+    speed = next(row for row in found["exponents"] if (row["quantity"], row["axis"]) == ("feature speed", "width"))
+    assert speed["status"] == "FAIL"
+    assert speed["low"] < speed["exponent"] < speed["high"] < -0.15
+    assert len(found["points"]) == 8 * (4 + 3)
+
+
 def test_command_tells_unclear_from_pass(file: Any) -> None:
     result = command(f"{file}:fsc", "--widths", "48,64,80", "--depths", "4,5,6", "--seeds", 2)
     assert result.exit_code == 3, result.output
-    assert "UNCLEAR: SP" in result.output
+    verdict, what, first = result.stdout.splitlines()
+    assert verdict.startswith("UNCLEAR: SP ")
+    assert what.startswith("Unclear whether 0 within 0.15, exponents of ")
+    assert re.match(
+        r"To decide (SP|FL|LD|BC) .* over (width|depth): (about \d+|this would take more than 1000) seeds", first
+    )
 
 
 def test_command_passes(file: Any) -> None:
     sizes = ("--widths", "64,128,256", "--depths", "8,12,16,24", "--at-depth", 4, "--at-width", 256)
     result = command(f"{file}:fsc", *sizes, "--seeds", 8, "--tolerance", 0.9)
     assert result.exit_code == 0, result.output
-    assert "PASS: SP PASS, FL PASS, LD PASS, BC PASS" in result.output
+    verdict, what, first = result.stdout.splitlines()
+    assert verdict.startswith("PASS: SP PASS, FL PASS, LD PASS, BC PASS (")
+    assert what == "All exponents of size, speed, loss decrease and balance are 0 within 0.9."
+    assert first == "Nothing has to change."
 
 
 def test_command_finds_modules(file: Any, monkeypatch: pytest.MonkeyPatch) -> None:

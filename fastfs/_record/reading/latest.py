@@ -7,6 +7,9 @@ from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from fastfs._record.reading.confidence import Backtest
 from fastfs._record.schema import CheckedLine, row_names
 
 __all__ = ["LatestRun", "LatestStep", "RaisedAlert"]
@@ -66,6 +69,8 @@ class LatestRun:
         self._times: deque[tuple[int, float]] = deque(maxlen=64)
         self.ranks_missing_since: int | None = None
         self._ranks = 0
+        self._backtest = Backtest()
+        self._factors: list[float] | None = []
         self._apart: deque[dict[int, int]] = deque(maxlen=_APART_STEPS)  # layer -> rank, of the last measured steps
 
     def update(self, lines: Sequence[CheckedLine]) -> None:
@@ -89,6 +94,7 @@ class LatestRun:
             else:
                 self._rows[kind] = checked
                 self._note_ranks(checked)
+                self._compare(checked)
                 if self._times and line["step"] <= self._times[-1][0]:  # resumed from an earlier step
                     self._times.clear()
                 self._times.append((line["step"], float(line["time"])))
@@ -104,6 +110,22 @@ class LatestRun:
         if checked.kind == "measured":
             column = checked.columns.get("rank_apart", ())
             self._apart.append({i: int(rank) for i, rank in enumerate(column) if math.isfinite(rank)})
+
+    def _compare(self, checked: CheckedLine) -> None:
+        """Compares a measured step with what would have been predicted there."""
+        if checked.kind != "measured" or self.header["schema"] == 1:
+            return
+        missing = np.full(checked.length, np.nan)
+        cosine, residual = (checked.columns.get(name, missing) for name in ("cos_angle", "residual"))
+        valid, linear = (checked.columns.get(name, missing) == 1 for name in ("valid", "linear"))
+        self._backtest.add(cosine, residual, valid, linear)
+        self._factors = None
+
+    def factor(self, row: int) -> float:
+        """The factor of a layer's predictions by :mod:`fastfs._record.reading.confidence`; NaN if it is not known."""
+        if self._factors is None:
+            self._factors = self._backtest.factors().tolist()
+        return self._factors[row] if row < len(self._factors) else math.nan
 
     @property
     def ranks(self) -> int:

@@ -9,6 +9,7 @@ const DARK_DIVERGING = [[0, "#a6d8f5"], [0.25, "#3b87bd"], [0.5, "#0b0e12"], [0.
 const DASHES = ["solid", "dash", "dot"];
 const MOST_DOTS = 1500;
 const MOST_SCATTER = 4000;
+const FIRST_ORDER = 0.1; // up to this residual, first order describes a step
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const isDark = () => document.documentElement.dataset.theme === "dark";
@@ -58,7 +59,7 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
   const part = q.part, steps = part.steps, width = steps.length;
   const z = [], grey = [], below = [];
   const finite = [];
-  let invalidCells = 0, belowCells = 0, emptyCells = 0;
+  let invalidCells = 0, belowCells = 0, emptyCells = 0, withheldCells = 0;
   const dots = { x: [], y: [] };
   rows.forEach((row, y) => {
     const line = new Array(width), greyLine = new Array(width), belowLine = new Array(width);
@@ -68,7 +69,7 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
       line[c] = greyLine[c] = belowLine[c] = null;
       if (bad && !showInvalid) { greyLine[c] = 1; invalidCells++; continue; }
       if (q.guarded && !showInvalid && part.invalid_merged[at] > 0) { dots.x.push(steps[c]); dots.y.push(y); }
-      if (!Number.isFinite(value)) { emptyCells++; continue; }
+      if (!Number.isFinite(value)) { if (q.id === "predicted:update_rms" && part.withheld[at] === 1) withheldCells++; else emptyCells++; continue; }
       if (log && value <= 0) { belowLine[c] = 1; belowCells++; continue; }
       line[c] = log ? Math.log10(value) : value;
       finite.push(line[c]);
@@ -115,32 +116,42 @@ function heatFigure(q, rows, { log, range, showInvalid }) {
     xaxis: stepAxis(range, { showgrid: false }),
     yaxis: axis(prefix ? `layer (${escapeLabel(shorten(prefix, 30))}*)` : "layer", { tickvals: labels, ticktext: text, range: [rows.length - 0.5, -0.5], showgrid: false, automargin: false, fixedrange: phone }),
   });
-  return { traces, layout, notes: { invalidCells, belowCells, emptyCells, dots: dots.x.length, showDots, alerts: alerts.length, clipped } };
+  return { traces, layout, notes: { invalidCells, belowCells, emptyCells, withheldCells, dots: dots.x.length, showDots, alerts: alerts.length, clipped } };
 }
 
-// A line per picked layer, with crosses for rows that are not valid and bands of one standard error.
+// The area between the ends [step, low, high] of bands; null separates areas.
+function bandTrace(edges, color, row) {
+  const x = [], y = [];
+  let area = [];
+  for (const edge of [...edges, null]) {
+    if (edge) { area.push(edge); continue; }
+    const back = area.slice().reverse();
+    x.push(...area.map((e) => e[0]), ...back.map((e) => e[0]), null);
+    y.push(...area.map((e) => e[2]), ...back.map((e) => e[1]), null);
+    area = [];
+  }
+  return { type: "scatter", mode: "lines", name: "band", x, y, fill: "toself", fillcolor: color + "26", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: String(row) };
+}
+
+// A line per picked layer, with crosses for rows that are not valid and bands (see `band`).
 function linesFigure(q, picks, { log, range, height = 380 }) {
   const part = q.part, steps = part.steps, width = steps.length, traces = [];
   let bad = 0, bands = 0;
   picks.forEach((row, index) => {
     const name = escapeLabel(shorten(data.rows[row].name, 40)), line = colorOf(index);
-    const at = row * width, y = [], crossX = [], crossY = [], why = [], bandX = [], upper = [], lower = [];
-    const error = q.error ? part.columns[q.error] : null;
+    const at = row * width, y = [], crossX = [], crossY = [], why = [], edges = [];
     for (let c = 0; c < width; c++) {
       const value = q.values[at + c], invalid = q.guarded && part.invalid[at + c] === 1;
       const drawable = Number.isFinite(value) && (!log || value > 0);
       y.push(drawable && !invalid ? value : null);
       if (drawable && invalid) { crossX.push(steps[c]); crossY.push(value); why.push(escapeLabel(part.reasons[part.why[at + c]] ?? "")); }
-      if (drawable && !invalid && error && Number.isFinite(error[at + c])) {
-        bandX.push(steps[c]); upper.push(value + error[at + c]); lower.push(log ? Math.max(value - error[at + c], value * 0.02) : value - error[at + c]);
-      }
+      const ends = drawable && !invalid ? band(q, at + c, value, log) : null;
+      if (ends) edges.push([steps[c], ...ends]);
+      else if (!drawable) edges.push(null);
     }
     bad += crossX.length;
-    if (bandX.length) {
-      bands++;
-      traces.push({ type: "scatter", mode: "lines", x: [...bandX, ...bandX.slice().reverse()], y: [...upper, ...lower.reverse()], fill: "toself", fillcolor: line.color + "26", line: { width: 0 }, hoverinfo: "skip", showlegend: false, legendgroup: String(row) });
-    }
-    traces.push({ type: "scatter", mode: width <= 80 ? "lines+markers" : "lines", name, legendgroup: String(row), x: steps, y, connectgaps: true, line: { ...line, width: 1.8 }, marker: { size: 5 },
+    if (edges.some((e) => e)) { bands++; traces.push(bandTrace(edges, line.color, row)); }
+    traces.push({ type: "scatter", mode: width <= 80 ? "lines+markers" : "lines", name, legendgroup: String(row), x: steps, y, connectgaps: part !== data.predicted, line: { ...line, width: 1.8 }, marker: { size: 5 },
       hovertemplate: `${name}<br>step %{x:,d}<br>%{y:.4g} ${escapeLabel(q.unit)}<extra></extra>` });
     if (crossX.length) traces.push({ type: "scatter", mode: "markers", name: name + ", not valid", legendgroup: String(row), showlegend: false, x: crossX, y: crossY, text: why, marker: { symbol: "x-thin", size: 6, line: { width: 1.2, color: line.color } }, opacity: 0.7,
       hovertemplate: `${name}: not valid<br>%{text}<br>step %{x:,d}<br>%{y:.4g}<extra></extra>` });
@@ -151,9 +162,43 @@ function linesFigure(q, picks, { log, range, height = 380 }) {
   return { traces, layout, notes: { bad, bands } };
 }
 
-// Measured speed against the prediction before it.
+// The residual of the picked layers. An axis that has to show more than 0.5 is linear around 0 and logarithmic beyond
+// FIRST_ORDER, so that nothing is cut off and the rest stays readable.
+function residualFigure(q, picks, range) {
+  const figure = linesFigure(q, picks, { log: false, range, height: 320 });
+  const all = figure.traces.flatMap((trace) => trace.y).filter((v) => v !== null && Number.isFinite(v));
+  const most = all.reduce((a, b) => Math.max(a, Math.abs(b)), 0), wide = most > 0.5;
+  const place = (v) => (wide && v !== null ? Math.asinh(v / FIRST_ORDER) : v);
+  for (const trace of figure.traces) {
+    trace.customdata = trace.y;
+    trace.y = trace.y.map(place);
+    if (trace.hovertemplate) trace.hovertemplate = trace.hovertemplate.replace("%{y:", "%{customdata:");
+  }
+  if (wide) {
+    const sizes = [FIRST_ORDER, 0.3];
+    for (let e = 0; 10 ** e <= most; e++) sizes.push(10 ** e, 3 * 10 ** e);
+    const stride = Math.ceil(sizes.length / 6), ticks = sizes.filter((v, i) => v <= most * 1.2 && i % stride === 0);
+    const tickvals = [...ticks.map((v) => -v).reverse(), 0, ...ticks].filter((v) => all.some((one) => (v < 0 ? one <= v / 1.2 : v === 0 || one >= v / 1.2)));
+    Object.assign(figure.layout.yaxis, { tickvals: tickvals.map(place), ticktext: tickvals.map((v) => format(v, 3)) });
+  }
+  if (most >= FIRST_ORDER) figure.layout.shapes = [-1, 1].map((sign) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: place(sign * FIRST_ORDER), y1: place(sign * FIRST_ORDER), line: { color: css("--quiet"), dash: "dot", width: 1 } }));
+  return { ...figure, notes: { wide, most } };
+}
+
+// The valid residual of these rows that is furthest from 0.
+function largestResidual(q, rows) {
+  const width = q.part.steps.length;
+  let found = null;
+  for (const row of rows) for (let c = 0; c < width; c++) {
+    const value = q.values[row * width + c];
+    if (Number.isFinite(value) && q.part.invalid[row * width + c] !== 1 && !(found && Math.abs(value) <= Math.abs(found.value))) found = { value, row, step: q.part.steps[c] };
+  }
+  return found;
+}
+
+// Measured speed against what the formula predicts for the same step with the angle before.
 function scatterFigure(rows) {
-  const part = data.measured, width = part.steps.length, before = part.columns.predicted_before, speed = part.columns.update_rms;
+  const part = data.measured, width = part.steps.length, before = part.columns.predicted, speed = part.columns.update_rms;
   const points = [];
   if (before && speed) for (const row of rows) for (let c = 0; c < width; c++) {
     const at = row * width + c;
@@ -163,25 +208,31 @@ function scatterFigure(rows) {
   const shown = points.filter((point, i) => i % stride === 0);
   const all = shown.flatMap((p) => [p[0], p[1]]);
   const low = all.reduce((a, b) => Math.min(a, b), Infinity) / 1.3, high = all.reduce((a, b) => Math.max(a, b), 0) * 1.3;
-  const ratios = points.map((p) => p[0] / p[1]).sort((a, b) => a - b);
+  const factor = Math.exp(percentile(points.map((p) => Math.abs(Math.log(p[1] / p[0]))).sort((a, b) => a - b), data.confidence.share));
+  const aside = (times, dash) => ({ type: "scatter", mode: "lines", x: [low, high], y: [low * times, high * times], line: { color: css("--quiet"), dash, width: 1 }, hoverinfo: "skip", showlegend: false });
   const traces = [
-    { type: "scatter", mode: "lines", x: [low, high], y: [low, high], line: { color: css("--quiet"), dash: "dash", width: 1 }, hoverinfo: "skip", showlegend: false },
+    aside(1, "dash"), aside(factor, "dot"), aside(1 / factor, "dot"),
     { type: "scatter", mode: "markers", name: "layers at measured steps", x: shown.map((p) => p[0]), y: shown.map((p) => p[1]), showlegend: false,
       marker: { size: shown.length > 1000 ? 3.5 : 6, opacity: 0.7, color: shown.map((p) => p[2]), colorscale: "Viridis", showscale: true, cmin: 0, cmax: Math.max(1, layerRows.length - 1), colorbar: { thickness: 10, title: { text: "layer number", side: "right" }, nticks: 6 } },
-      text: shown.map((p) => `${escapeLabel(data.rows[p[2]].name)}<br>measured at step ${whole(part.steps[p[3]])}<br>predicted at step ${whole(part.origin[p[3]])}`),
+      text: shown.map((p) => `${escapeLabel(data.rows[p[2]].name)}<br>step ${whole(part.steps[p[3]])}`),
       hovertemplate: "%{text}<br>predicted %{x:.4g}<br>measured %{y:.4g}<extra></extra>" },
   ];
   const both = [{ y: all }];
   const layout = frame(380, { xaxis: logAxis("predicted speed (units per step)", both, { tickangle: 0 }), yaxis: logAxis("measured speed (units per step)", both) });
-  return { traces, layout, notes: { points: points.length, shown: shown.length, median: percentile(ratios, 0.5) } };
+  return { traces, layout, notes: { points: points.length, shown: shown.length, factor } };
 }
 
-// Speed of the picked layers: dots for measured steps, a thin line for predicted ones.
+// Speed of the picked layers: dots for measured steps, a thin line with its band for predicted ones.
 function speedFigure(picks, range) {
   const traces = [], m = data.measured, p = data.predicted;
   picks.forEach((row, index) => {
     const name = escapeLabel(shorten(data.rows[row].name, 30)), { color } = colorOf(index);
     const series = (part, keep) => part.steps.map((s, c) => { const at = row * part.steps.length + c, v = part.columns.update_rms[at]; return v > 0 && keep(at) ? v : null; });
+    const predicted = quantities.find((q) => q.id === "predicted:update_rms");
+    if (predicted) {
+      const edges = series(p, () => true).map((v, c) => (v === null ? null : [p.steps[c], ...band(predicted, row * p.steps.length + c, v, true)]));
+      if (edges.some((e) => e)) traces.push(bandTrace(edges, color, row));
+    }
     if (p.columns.update_rms) traces.push({ type: "scatter", mode: "lines", x: p.steps, y: series(p, () => true), name: name + ", predicted", legendgroup: String(row), showlegend: !m.columns.update_rms, line: { color, width: 1 }, opacity: 0.85,
       hovertemplate: `${name}<br>step %{x:,d}<br>predicted %{y:.4g}<extra></extra>` });
     if (m.columns.update_rms) traces.push({ type: "scatter", mode: "markers", x: m.steps, y: series(m, (at) => m.invalid[at] !== 1), name, legendgroup: String(row), marker: { color, size: 5, symbol: index < LINES.length ? "circle" : "diamond-open" },

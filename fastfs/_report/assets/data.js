@@ -15,6 +15,9 @@ for (const part of [data.measured, data.predicted]) {
   part.invalid_merged = new Uint16Array(bytes(part.invalid_merged));
   part.why = new Uint8Array(bytes(part.why));
 }
+data.predicted.withheld = new Uint8Array(bytes(data.predicted.withheld));
+const percent = `${Math.round(100 * data.confidence.share)} %`;
+const whyWithheld = `their factor is above ${data.confidence.largest}, or not known: fewer than 4 comparisons at the last ${data.confidence.window} measured steps`;
 
 // The menu: quantities of measured steps, then of predicted steps.
 const quantities = [];
@@ -30,7 +33,17 @@ for (const q of data.predicted.quantities) {
   const predicted = q.key === "update_rms";
   quantities.push({ ...q, id: "predicted:" + q.key, part: data.predicted, values: data.predicted.columns[q.key], guarded: false, error: null,
     label: q.label + (predicted ? ", predicted" : ", between measurements"),
-    about: predicted ? "Speed by the feature speed formula with the last measured angle, at steps without a measurement; empty for layers that are not cuts." : q.about });
+    about: predicted ? `Speed by the feature speed formula with the last measured angle, at steps without a measurement; empty for layers that are not cuts. With a probability of about ${percent}, the speed is within the factor of its prediction, the band around its line.` : q.about });
+}
+if (data.predicted.columns.factor) quantities.push({ id: "predicted:factor", key: "factor", label: "Factor of predictions", unit: "ratio", log: true, guarded: false, error: null, part: data.predicted, values: data.predicted.columns.factor,
+  about: `${percent} of the measured speeds are within this factor of what the formula predicts for the same steps, over the last ${data.confidence.window} measured steps of the layer. Above ${data.confidence.largest}, predictions are withheld.` });
+
+// The ends of the band around a value: the factor of a prediction, or one standard error. Null if there is none.
+function band(q, at, value, log) {
+  if (q.id === "predicted:update_rms") { const factor = q.part.columns.factor[at]; return [value / factor, value * factor]; }
+  const error = q.error && q.part.columns[q.error] ? q.part.columns[q.error][at] : NaN;
+  if (!Number.isFinite(error)) return null;
+  return [log ? Math.max(value - error, value * 0.02) : value - error, value + error];
 }
 
 const layerRows = data.rows.map((row, i) => i).filter((i) => !data.rows[i].group);

@@ -96,13 +96,14 @@ function drawStatic() {
 
 function drawHeat() {
   const q = quantity(), rows = shownRows();
-  $("heat-title").textContent = `${q.label} (${q.unit}), layer by step`;
+  $("heat-title").textContent = `${q.label}, layer by step`;
   $("heat-about").textContent = q.about;
   const { traces, layout, notes } = heatFigure(q, rows, { log: state.log, range: range(), showInvalid: state.showInvalid });
   const parts = [];
   if (!rows.length) parts.push([null, "No layer matches the search."]);
   if (notes.invalidCells) parts.push([css("--invalid"), `not valid (${whole(notes.invalidCells)} cells): hover for the reason`]);
   if (notes.belowCells) parts.push(["#D55E00", `zero or negative, which a logarithmic scale cannot show (${whole(notes.belowCells)})`]);
+  if (notes.withheldCells) parts.push([css("--plot"), `predictions withheld (${whole(notes.withheldCells)}): ${whyWithheld}`]);
   if (notes.emptyCells) parts.push([css("--plot"), q.part === data.predicted ? `nothing recorded (${whole(notes.emptyCells)}): not a cut, or no angle yet` : `not measured (${whole(notes.emptyCells)})`]);
   if (notes.alerts) parts.push([null, "▼ alert."]);
   if (notes.showDots) parts.push([null, "●: some of the steps that it represents were not valid."]);
@@ -115,17 +116,17 @@ function drawHeat() {
 function drawLines() {
   const q = quantity(), { traces, layout, notes } = linesFigure(q, state.picks, { log: state.log, range: range() });
   const parts = [];
-  if (notes.bands) parts.push([null, "Bands: one standard error (only a sample of the rows was kept)."]);
+  if (notes.bands) parts.push([null, q.id === "predicted:update_rms" ? `Bands: the factor of each prediction (${percent} of comparisons).` : "Bands: one standard error (only a sample of the rows was kept)."]);
   if (notes.bad) parts.push([null, `Crosses: not valid (${whole(notes.bad)}); lines skip them.`]);
   if (!state.picks.length) parts.push([null, "Pick layers above, or click on a row of the heat map."]);
   legend($("lines-legend"), parts);
   const residual = quantities.find((one) => one.id === "measured:residual");
   const work = [Plotly.react("lines", traces, layout, CONFIG)];
   if (residual) {
-    const figure = linesFigure(residual, state.picks, { log: false, range: range(), height: 320 });
-    const seen = figure.traces.flatMap((t) => t.y).filter((v) => v !== null && Math.abs(v) > 2);
-    if (seen.length) figure.layout.yaxis.range = [-2, 2];
-    legend($("residual-legend"), seen.length ? [[null, `${whole(seen.length)} points above 2 or below -2 are outside the plot: zoom out to see them.`]] : []);
+    const figure = residualFigure(residual, state.picks, range()), largest = largestResidual(residual, shownRows()), said = [];
+    if (largest) said.push([null, `Largest of the shown layers: ${format(largest.value, 3)}, in ${data.rows[largest.row].name} at step ${whole(largest.step)}.`]);
+    if (figure.notes.most >= FIRST_ORDER) said.push([null, `Between the dotted lines, first order describes the step${figure.notes.wide ? "; beyond them, the axis is logarithmic" : ""}.`]);
+    legend($("residual-legend"), said);
     work.push(Plotly.react("residual", figure.traces, figure.layout, CONFIG));
   }
   if (!$("formula-panel").hidden) {
@@ -142,10 +143,13 @@ function drawFormula() {
   const some = notes.points > 0;
   $("scatter").hidden = $("formula-about").hidden = !some;
   $("scatter").parentElement.style.gridTemplateColumns = some ? "" : "minmax(0, 1fr)";
-  const why = !data.predicted.total ? "This run has no predicted rows" : !data.measured.total ? "This run has no measured rows" : "No valid measurement of the shown layers has a prediction before it";
-  $("formula-note").textContent = some
-    ? `${whole(notes.shown)} of ${whole(notes.points)} points drawn; the median of predicted / measured is ${format(notes.median, 3)}. Right: measured (dots) and predicted (thin lines) speed of the layers picked above.`
-    : `${why}, so there is nothing to compare.`;
+  const why = data.measured.total ? "No valid measurement of the shown layers has a valid and linear angle before it" : "This run has no measured rows";
+  const withheld = data.predicted.withheld.reduce((sum, one) => sum + one, 0);
+  const left = some
+    ? `${whole(notes.shown)} of ${whole(notes.points)} points drawn; ${percent} of the measured speeds are within a factor ${format(notes.factor, 3)} of the prediction, between the dotted lines. `
+    : `${why}, so there is nothing to compare. `;
+  const drawn = data.predicted.columns.factor ? "Right: measured (dots) and predicted speed (lines; the band is the factor of each prediction) of the layers picked above. " : "";
+  $("formula-note").textContent = left + drawn + (withheld ? `${whole(withheld)} predictions are withheld: ${whyWithheld}.` : "");
   return some ? Plotly.react("scatter", traces, layout, CONFIG) : null;
 }
 
@@ -202,6 +206,11 @@ function tipText(row, c) {
   lines.push(`${q.label}: ${format(value)} ${Number.isFinite(value) ? q.unit : ""}` + (q.key === "angle" && Number.isFinite(value) ? ` (${((value * 180) / Math.PI).toFixed(1)}°)` : ""));
   const error = q.error && part.columns[q.error] ? part.columns[q.error][at] : NaN;
   if (Number.isFinite(error)) lines.push(`standard error: ${format(error, 2)}`);
+  if (q.id === "predicted:update_rms") {
+    const ends = Number.isFinite(value) ? band(q, at, value, true) : null;
+    if (ends) lines.push(`${percent}: within ${format(ends[0], 3)} to ${format(ends[1], 3)}`);
+    if (part.withheld[at]) lines.push(`withheld: ${whyWithheld}`);
+  }
   if (part === data.measured) {
     if (q.key !== "relative_update" && part.columns.relative_update) lines.push(`relative update: ${format(part.columns.relative_update[at])} per step`);
     if (part.columns.noise_floor) lines.push(`noise floor: ${format(part.columns.noise_floor[at])} per step`);
@@ -272,14 +281,14 @@ function wire() {
   $("scale").addEventListener("change", (e) => { state.log = e.target.value === "log"; drawHeat(); drawLines(); });
   let waiting = 0;
   $("filter").addEventListener("input", (e) => { clearTimeout(waiting); waiting = setTimeout(() => { state.search = e.target.value; drawPicks(); drawHeat(); drawFormula(); }, 150); });
-  $("kind").addEventListener("change", (e) => { state.kind = e.target.value; state.picks = spread(shownRows(), 5); drawAll(); });
+  $("kind").addEventListener("change", (e) => { state.kind = e.target.value; state.picks = spread(shownRows(), MOST_PICKS); drawAll(); });
   $("show-invalid").addEventListener("change", (e) => { state.showInvalid = e.target.checked; drawHeat(); });
   for (const id of ["from", "to"]) {
     $(id).min = first; $(id).max = last;
     $(id).addEventListener("change", () => setRange(Number($("from").value), Number($("to").value)));
   }
   $("reset").addEventListener("click", () => setRange(first, last));
-  $("pick-shown").addEventListener("click", () => { state.picks = spread(shownRows(), 6); drawPicks(); drawLines(); });
+  $("pick-shown").addEventListener("click", () => { state.picks = spread(shownRows(), MOST_PICKS); drawPicks(); drawLines(); });
   $("pick-none").addEventListener("click", () => { state.picks = []; drawPicks(); drawLines(); });
   $("theme").addEventListener("click", () => { setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"); drawAll(); });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (e) => { setTheme(e.matches ? "dark" : "light"); drawAll(); });
@@ -290,7 +299,7 @@ function wire() {
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 drawStatic();
 wire();
-if (quantities.length) { chooseQuantity(state.quantity); state.picks = spread(layerRows, 5); }
+if (quantities.length) { chooseQuantity(state.quantity); state.picks = spread(layerRows, MOST_PICKS); }
 if (hasRows) { $("from").value = first; $("to").value = last; }
 drawAll().then(() => {
   attach();

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -38,9 +37,9 @@ def value_text(value: Value | None) -> str:
     return f"{value.mean:.3f}" if math.isnan(value.error) else f"{value.mean:.3f} ± {value.error:.3f}"
 
 
-def summary(results: Mapping[str, ComputedFigure], checks: Sequence[Check], settings: StudySettings) -> str:
-    """Return the run as JSON: environment, every figure with its values and seconds, every check, and ``passed``."""
-    content = {
+def summary(results: Mapping[str, ComputedFigure], checks: Sequence[Check], settings: StudySettings) -> dict[str, Any]:
+    """Return the run, for JSON: environment, every figure with its values and seconds, every check, and ``passed``."""
+    return {
         "made_by": MADE_BY,
         "environment": _environment(settings),
         "passed": _passed(checks),
@@ -51,8 +50,7 @@ def summary(results: Mapping[str, ComputedFigure], checks: Sequence[Check], sett
                 "seconds": round(result.seconds, 3),
                 "files": [f"{name}.png", f"{name}.csv"],
                 "values": {
-                    key: {"mean": _number(v.mean), "error": _number(v.error), "note": v.note}
-                    for key, v in result.outcome.values.items()
+                    key: {"mean": v.mean, "error": v.error, "note": v.note} for key, v in result.outcome.values.items()
                 },
             }
             for name, result in results.items()
@@ -63,16 +61,15 @@ def summary(results: Mapping[str, ComputedFigure], checks: Sequence[Check], sett
                 "key": entry.published.key,
                 "what": entry.published.what,
                 "source": entry.published.source,
-                "published": [_number(entry.published.low), _number(entry.published.high)],
-                "accepted": [_number(entry.low), _number(entry.high)],
-                "ours": None if entry.value is None else _number(entry.value.mean),
-                "error": None if entry.value is None else _number(entry.value.error),
+                "published": [entry.published.low, entry.published.high],
+                "accepted": [entry.low, entry.high],
+                "ours": None if entry.value is None else entry.value.mean,
+                "error": None if entry.value is None else entry.value.error,
                 "passed": entry.passed,
             }
             for entry in checks
         ],
     }
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def page(results: Mapping[str, ComputedFigure], checks: Sequence[Check], settings: StudySettings) -> str:
@@ -149,10 +146,6 @@ def _passed(checks: Sequence[Check]) -> bool | None:
     """Return whether all compared numbers passed, or None if none was compared."""
     verdicts = [entry.passed for entry in checks if entry.passed is not None]
     return all(verdicts) if verdicts else None
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _environment(settings: StudySettings) -> dict[str, Any]:

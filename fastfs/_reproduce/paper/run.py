@@ -16,6 +16,7 @@ from fastfs._reproduce.paper.page import MADE_BY, page, summary, value_text
 from fastfs._reproduce.paper.published import Check, check
 from fastfs._reproduce.paper.studies import STUDIES
 from fastfs._reproduce.paper.study import ComputedFigure, StudySettings
+from fastfs._utils.json_output import check_json_output, is_stdout, strict_json, write_json
 from fastfs._utils.output_files import check_output, write_whole
 
 __all__ = ["chosen", "reproduce"]
@@ -47,7 +48,12 @@ def chosen(only: str | None) -> list[str]:
 
 
 def reproduce(
-    names: Sequence[str], settings: StudySettings, out: Path, *, console: Console | None = None
+    names: Sequence[str],
+    settings: StudySettings,
+    out: Path,
+    *,
+    console: Console | None = None,
+    json: Path | None = None,
 ) -> list[Check]:
     """Compute and write figures, and print the published numbers beside ours.
 
@@ -58,7 +64,8 @@ def reproduce(
         names: names of figures, as from :func:`chosen`.
         settings: sizes and seeds.
         out: folder, created if missing; files of these names in it are replaced.
-        console: where to print; None means standard output.
+        console: where to print; None means standard output, or standard error if the JSON goes to standard output.
+        json: file for the content of ``summary.json``, ``-`` for standard output, or None.
 
     Returns:
         The published numbers of these figures, beside ours.
@@ -66,7 +73,8 @@ def reproduce(
     Raises:
         OSError: the folder cannot be created or written to.
     """
-    console = console or Console()
+    console = console or Console(stderr=is_stdout(json))
+    check_json_output(json)
     _prepare(out)
     results: dict[str, ComputedFigure] = {}
     with Progress(
@@ -85,10 +93,13 @@ def reproduce(
             write_whole(out / f"{name}.csv", results[name].outcome.table.to_csv(index=False).encode(), _MARK)
             write_whole(out / f"{name}.png", results[name].image, _MARK)
     checks = check({name: result.outcome.values for name, result in results.items()}, quick=settings.quick)
-    write_whole(out / "summary.json", summary(results, checks, settings).encode(), _MARK)
+    content = summary(results, checks, settings)
+    write_whole(out / "summary.json", strict_json(content).encode(), _MARK)
     write_whole(out / "summary.html", page(results, checks, settings).encode(), _MARK)
     _print(console, checks)
     console.print(f"Written to {out}: summary.html, summary.json, a PNG and a CSV for each figure", soft_wrap=True)
+    if json is not None:
+        write_json(json, content)
     return checks
 
 
