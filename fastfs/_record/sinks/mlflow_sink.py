@@ -23,8 +23,8 @@ except ImportError as missing:
 
 __all__ = ["MlflowSink"]
 
-_MOST_POINTS = 1000  # MLflow takes no more at a time
-_LONGEST_LABEL = 100
+_MOST_POINTS, _MOST_TAGS = 1000, 100  # MLflow takes no more at a time
+_LONGEST_NAME = 100
 _LONGEST_TAG = 5000
 _JITTER = "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"
 _PERMANENT = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE", "PERMISSION_DENIED")
@@ -58,7 +58,7 @@ class MlflowSink:
         self._run_id = ""
         self._metrics = Metrics({}, 1)
         self._keys: dict[Metric, str] = {}
-        self._tags: list[RunTag] = []
+        self._tags: dict[str, str] = {}
 
     def open(self, header: Mapping[str, Any]) -> None:
         """Takes the id of the run. Nothing is sent yet, so that a server that hangs does not hold up training.
@@ -69,20 +69,22 @@ class MlflowSink:
         Raises:
             ValueError: There is no active run in this thread, and no ``run_id`` was given.
         """
-        active = mlflow.active_run() if self._given is None else None
-        if self._given is None and active is None:
+        active = mlflow.active_run()
+        run_id = self._given or (active and active.info.run_id)
+        if not run_id:
             raise ValueError(
                 "MlflowSink: expected an active run in this thread: call mlflow.start_run() before attaching, or give "
                 "run_id="
             )
-        self._run_id = self._given or active.info.run_id
+        self._run_id = run_id
         os.environ.setdefault(_JITTER, "0")
         self._client = MlflowClient(mlflow.get_tracking_uri())
         self._metrics = Metrics(header, self._max_keys)
         self._keys = unique_keys(self._metrics.metrics, self._key)
         about = {name: value for name, value in header.items() if isinstance(value, (str, int, float)) and value != ""}
         about["left_out"] = ", ".join(metric.key(self._prefix) for metric in self._metrics.left_out)
-        self._tags = [self._tag(name, str(value)) for name, value in about.items()]
+        for name, value in about.items():
+            self._tag(name, str(value))
 
     def write(self, records: Sequence[Record]) -> None:
         """Sends the records.
@@ -96,14 +98,13 @@ class MlflowSink:
         """
         if self._client is None:
             raise ValueError("this sink is closed")
-        self._tags += [
-            self._tag(f"alert.{title.removeprefix('fastfs: ')}", text) for title, text in alert_texts(records)
-        ]
+        for title, text, _ in alert_texts(records):
+            self._tag(f"alert.{title.removeprefix('fastfs: ')}", text)
         points: list[Point] = []
         sent = 0
         for done, record in enumerate(records):
             values = self._metrics.of(record)
-            if len(points) + len(values) > _MOST_POINTS - len(self._tags):
+            if len(points) + len(values) > _MOST_POINTS:
                 self._send(points, sent)
                 points, sent = [], done
             time = int(1000 * record.time)
@@ -117,18 +118,23 @@ class MlflowSink:
         assert self._client is not None
         try:
             while self._tags:
-                self._client.log_batch(self._run_id, tags=self._tags[:100], synchronous=True)
-                del self._tags[:100]
-            if points:
-                self._client.log_batch(self._run_id, metrics=points, synchronous=True)
+                some = list(self._tags.items())[:_MOST_TAGS]
+                self._client.log_batch(self._run_id, tags=[RunTag(*one) for one in some], synchronous=True)
+                self._tags = dict(list(self._tags.items())[_MOST_TAGS:])
+            for start in range(0, len(points), _MOST_POINTS):
+                self._client.log_batch(self._run_id, points[start : start + _MOST_POINTS], synchronous=True)
         except MlflowException as error:
             if error.error_code in _PERMANENT:
                 raise
             raise PartlyWrittenError(OSError(None, str(error)), sent) from error
 
     def _key(self, metric: Metric) -> str:
-        label = re.sub(r"[^\w.\- :]", "_", metric.label)[:_LONGEST_LABEL]
+        label = _cleaned(metric.label)
         return Metric(metric.quantity, "_" if set(label) == {"."} else label).key(self._prefix)
 
-    def _tag(self, name: str, value: str) -> RunTag:
-        return RunTag(f"{self._prefix}.{re.sub(r'[^\w.\- ]', '_', name)[:_LONGEST_LABEL]}", value[:_LONGEST_TAG])
+    def _tag(self, name: str, value: str) -> None:
+        self._tags[f"{self._prefix}.{_cleaned(name)}"] = value[:_LONGEST_TAG]
+
+
+def _cleaned(name: str) -> str:
+    return re.sub(r"[^\w.\- ]", "_", name)[:_LONGEST_NAME]

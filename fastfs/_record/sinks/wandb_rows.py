@@ -19,12 +19,13 @@ from typing import Any
 from fastfs._record.writing.exception_text import exception_text
 
 try:
+    import wandb
     from wandb import Table, termwarn
     from wandb.sdk.wandb_run import Run, TeardownHook, TeardownStage
 except ImportError as missing:
     raise ImportError('fastfs: a W&B sink needs wandb: pip install "fastfs[wandb]"') from missing
 
-__all__ = ["Run", "Table", "WandbRows"]
+__all__ = ["Run", "Table", "WandbRows", "active_run"]
 
 _FINISH_SECONDS = 10.0
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
@@ -125,3 +126,9 @@ class WandbRows:
                     self._write_one()
         except Exception as error:
             termwarn(f"fastfs: {len(self._waiting)} records could not be written: {exception_text(error)}")
+
+
+def active_run() -> Run | None:
+    """Returns the run that ``wandb.init`` started last and that has not finished."""
+    run: Run | None = wandb.run
+    return run

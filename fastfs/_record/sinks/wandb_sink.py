@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-import wandb
-
 from fastfs._record.columns import QUANTITIES
 from fastfs._record.record import Record
 from fastfs._record.schema import row_names
 from fastfs._record.sinks.alert_text import alert_texts
 from fastfs._record.sinks.metrics import MAX_KEYS, Metrics, shown_values
-from fastfs._record.sinks.wandb_rows import Run, Table, WandbRows
+from fastfs._record.sinks.wandb_rows import Run, Table, WandbRows, active_run
 
 __all__ = ["WandbSink"]
 
@@ -83,7 +81,7 @@ class WandbSink:
         Raises:
             ValueError: There is no run, or another monitor uses the prefix.
         """
-        run = self._given or wandb.run
+        run = self._given or active_run()
         if run is None:
             raise ValueError("WandbSink: expected an active run: call wandb.init() before attaching, or give run=")
         self._metrics = Metrics(header, self._max_keys)
@@ -99,7 +97,8 @@ class WandbSink:
         run.define_metric(f"{self._prefix}/step", hidden=True)
         run.define_metric(f"{self._prefix}/*", step_metric=f"{self._prefix}/step")
         left_out = [metric.key(self._prefix) for metric in self._metrics.left_out]
-        run.config.update({f"{self._prefix}_record": {**header, "left_out": left_out}}, allow_val_change=True)
+        configuration: Any = run.config
+        configuration.update({f"{self._prefix}_record": {**header, "left_out": left_out}}, allow_val_change=True)
         rows.attached = True
         rows.own = self._own_rows or run.settings.mode == "shared"
         self._run, self._rows = run, rows
@@ -147,7 +146,7 @@ class WandbSink:
             return
         while self._raised:
             title, text, _ = self._raised[0]
-            self._run.alert(title[:_LONGEST_TITLE], text, wandb.AlertLevel.WARN, _AT_ONCE)
+            self._run.alert(title[:_LONGEST_TITLE], text, "WARN", _AT_ONCE)
             self._raised.popleft()
         self._rows.write()
 
