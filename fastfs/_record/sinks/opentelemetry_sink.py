@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastfs._record.columns import BY_NAME
@@ -11,7 +12,7 @@ from fastfs._record.sinks.metrics import MAX_KEYS, STATISTICS, Metrics
 from fastfs._version import __version__
 
 try:
-    from opentelemetry.metrics import Meter, MeterProvider, get_meter_provider
+    from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation, get_meter_provider
 except ImportError as missing:
     text = 'fastfs: an OpenTelemetry sink needs opentelemetry-sdk: pip install "fastfs[opentelemetry]"'
     raise ImportError(text) from missing
@@ -22,11 +23,12 @@ _UNITS = {"rad": "rad", "s": "s"}
 
 
 class OpenTelemetrySink:
-    """Sets a gauge ``fastfs.<quantity>`` per quantity at each measured step, and counts alerts.
+    """Shows the last measured step as observable gauges ``fastfs.<quantity>``, and counts alerts.
 
     A gauge has the attribute ``fastfs.group`` for a group's value and ``fastfs.statistic`` (``median``, ``min``,
-    ``max``) for one of all layers, see ``docs/trackers.md``; ``fastfs.step`` is the step. The counter ``fastfs.alerts``
-    has the attribute ``fastfs.rule``. Exporters of the meter provider send them, with the time of the export.
+    ``max``) for one of all layers, see ``docs/trackers.md``; ``fastfs.step`` is the step. A value that the last measured
+    step does not have is not exported. The counter ``fastfs.alerts`` has the attribute ``fastfs.rule``. The scope of
+    the instruments has the attribute ``fastfs.run``, the id of the run.
 
     Args:
         meter_provider: by default the global one. Without one, OpenTelemetry ignores the values.
@@ -41,8 +43,8 @@ class OpenTelemetrySink:
         self._provider = meter_provider
         self._max_keys = max_keys
         self._metrics = Metrics({}, 1)
-        self._meter: Meter | None = None
-        self._gauges: dict[str, Any] = {}
+        self._run: str | None = None
+        self._last: dict[str, list[Observation]] = {}
         self._alerts: Any = None
 
     def open(self, header: Mapping[str, Any]) -> None:
@@ -52,12 +54,15 @@ class OpenTelemetrySink:
             header: The header of the run.
         """
         self._metrics = Metrics(header, self._max_keys)
-        meter = (self._provider or get_meter_provider()).get_meter("fastfs", __version__)
-        self._gauges = {"step": meter.create_gauge("fastfs.step", "{step}", "last measured optimizer step")}
-        for quantity in dict.fromkeys(metric.quantity for metric in self._metrics.metrics):
-            column = BY_NAME.get(quantity)
-            unit, about = (_UNITS.get(column.unit, "1"), column.meaning) if column else ("1", "share of layers")
-            self._gauges[quantity] = meter.create_gauge(f"fastfs.{quantity}", unit, about)
+        provider = self._provider or get_meter_provider()
+        run = self._run = str(header["run"])
+        meter = provider.get_meter("fastfs", __version__, attributes={"fastfs.run": run})
+        quantities = ["step", *dict.fromkeys(metric.quantity for metric in self._metrics.metrics)]
+        for quantity in quantities:
+            column = BY_NAME[quantity] if quantity in BY_NAME else None
+            unit = _UNITS.get(column.unit, "1") if column else "1"
+            callback = partial(self._observed, run, quantity)
+            meter.create_observable_gauge(f"fastfs.{quantity}", [callback], unit, column.meaning if column else "")
         self._alerts = meter.create_counter("fastfs.alerts", "{alert}", "alerts")
 
     def write(self, records: Sequence[Record]) -> None:
@@ -65,10 +70,22 @@ class OpenTelemetrySink:
             if record.kind == "alert":
                 self._alerts.add(1, {"fastfs.rule": str(record.scalars.get("rule"))})
             elif record.kind == "measured":
-                self._gauges["step"].set(record.step)
-            for metric, value in self._metrics.of(record).items():
-                kind = "fastfs.statistic" if metric.label in STATISTICS else "fastfs.group"
-                self._gauges[metric.quantity].set(value, {kind: metric.label} if metric.label else {})
+                last = {"step": [Observation(record.step)]}
+                for metric, value in self._metrics.of(record).items():
+                    kind = "fastfs.statistic" if metric.label in STATISTICS else "fastfs.group"
+                    attributes = {kind: metric.label} if metric.label else {}
+                    last.setdefault(metric.quantity, []).append(Observation(value, attributes))
+                self._last = last
 
     def close(self) -> None:
-        pass
+        """Exports what there is, if the provider can be told to, and ends the gauges."""
+        if self._run is not None:
+            getattr(self._provider or get_meter_provider(), "force_flush", int)()
+            self._run, self._last = None, {}
+
+    def discard(self) -> None:
+        """Ends the gauges."""
+        self._run, self._last = None, {}
+
+    def _observed(self, run: str, quantity: str, _options: CallbackOptions) -> list[Observation]:
+        return self._last.get(quantity, []) if run == self._run else []
