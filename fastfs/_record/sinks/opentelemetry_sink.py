@@ -26,9 +26,9 @@ class OpenTelemetrySink:
     """Shows the last measured step as observable gauges ``fastfs.<quantity>``, and counts alerts.
 
     A gauge has the attribute ``fastfs.group`` for a group's value and ``fastfs.statistic`` (``median``, ``min``,
-    ``max``) for one of all layers, see ``docs/trackers.md``; ``fastfs.step`` is the step. A value that the last measured
-    step does not have is not exported. The counter ``fastfs.alerts`` has the attribute ``fastfs.rule``. The scope of
-    the instruments has the attribute ``fastfs.run``, the id of the run.
+    ``max``) for one of all layers, see ``docs/trackers.md``; ``fastfs.step`` is the step. A value that the
+    last measured step does not have is not exported. The counter ``fastfs.alerts`` has the attribute ``fastfs.rule``.
+    The scope of the instruments has the attribute ``fastfs.run``, the id of the run.
 
     Args:
         meter_provider: by default the global one. Without one, OpenTelemetry ignores the values.
@@ -59,7 +59,7 @@ class OpenTelemetrySink:
         meter = provider.get_meter("fastfs", __version__, attributes={"fastfs.run": run})
         quantities = ["step", *dict.fromkeys(metric.quantity for metric in self._metrics.metrics)]
         for quantity in quantities:
-            column = BY_NAME[quantity] if quantity in BY_NAME else None
+            column = BY_NAME.get(quantity)
             unit = _UNITS.get(column.unit, "1") if column else "1"
             callback = partial(self._observed, run, quantity)
             meter.create_observable_gauge(f"fastfs.{quantity}", [callback], unit, column.meaning if column else "")
