@@ -52,7 +52,7 @@ def each_step(run: Any) -> Callable[[int], None]:
     return log
 
 
-LOOPS: dict[str, Callable[[Any], Callable[[int], None]]] = {
+LOOPS: dict[str, Callable[[Any], Callable[[int], object]]] = {
     "step=": each_step,
     "step= with gaps": lambda run: lambda step: run.log({"loss": step, "accuracy": step}, step=100 * step),
     "without": lambda run: lambda step: run.log({"loss": step, "accuracy": step}),

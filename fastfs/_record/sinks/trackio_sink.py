@@ -9,12 +9,6 @@ from fastfs._record.record import Record
 from fastfs._record.sinks.alert_text import alert_texts
 from fastfs._record.sinks.metrics import MAX_KEYS, Metrics
 
-try:
-    from trackio import AlertLevel
-    from trackio.context_vars import current_run
-except ImportError as missing:
-    raise ImportError('fastfs: a trackio sink needs trackio: pip install "fastfs[trackio]"') from missing
-
 if TYPE_CHECKING:
     from trackio.run import Run
 
@@ -33,11 +27,19 @@ class TrackioSink:
         prefix: first part of the keys; different for monitors that write to the same run.
 
     Raises:
+        ImportError: trackio is not installed. (Here, not when this module is imported: environments in which the public
+            interface is checked need not have it.)
         ValueError: ``max_keys`` is out of range.
     """
 
     def __init__(self, run: Run | None = None, *, max_keys: int = MAX_KEYS, prefix: str = "fastfs") -> None:
+        try:
+            from trackio import AlertLevel
+            from trackio.context_vars import current_run
+        except ImportError as missing:
+            raise ImportError('fastfs: a trackio sink needs trackio: pip install "fastfs[trackio]"') from missing
         Metrics({}, max_keys)
+        self._current, self._level = current_run, AlertLevel.WARN
         self._given = run
         self._run: Any = None
         self._max_keys = max_keys
@@ -53,7 +55,7 @@ class TrackioSink:
         Raises:
             ValueError: There is no active run in this thread, and no ``run`` was given.
         """
-        self._run = self._given or current_run.get()
+        self._run = self._given or self._current.get()
         if self._run is None:
             raise ValueError("TrackioSink: expected an active run: call trackio.init() before attaching, or give run=")
         self._metrics = Metrics(header, self._max_keys)
@@ -64,7 +66,7 @@ class TrackioSink:
                 keys = {metric.key(self._prefix): value for metric, value in values.items()}
                 self._run.log(keys, step=record.step)
         for title, text, step in alert_texts(records):
-            self._run.alert(title, text, AlertLevel.WARN, step=step)
+            self._run.alert(title, text, self._level, step=step)
 
     def close(self) -> None:
         self._run = None
