@@ -70,14 +70,17 @@ def test_the_global_registry_by_name_and_port() -> None:
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
-        with pytest.raises(OSError, match="in use"):
-            train(sinks=[f"prometheus:{taken.getsockname()[1]}"])
+        mine = PrometheusSink(port=taken.getsockname()[1])
+        for sink in (f"prometheus:{taken.getsockname()[1]}", mine):
+            with pytest.raises(OSError, match="in use"):
+                train(sinks=[sink])
     assert REGISTRY.get_sample_value("fastfs_step") is None
     _, monitor = train(sinks=["prometheus"])
     monitor.flush()
     assert REGISTRY.get_sample_value("fastfs_step") == STEPS - 1
-    with pytest.raises(ValueError, match="Duplicated timeseries"):
-        train(sinks=["prometheus"])
+    for again in ("prometheus", PrometheusSink()):
+        with pytest.raises(ValueError, match="Duplicated timeseries"):
+            train(sinks=[again])
     _, other = train(sinks=[PrometheusSink(prefix="other")])
     other.flush()
     assert REGISTRY.get_sample_value("other_step") == STEPS - 1
@@ -95,5 +98,5 @@ def test_a_resumed_run_is_registered_once_and_names_of_the_user_are_kept() -> No
     sink.open(head(resumed_at=3))
     sink.write([measured(3)])
     assert scraped(registry)["fastfs_angle_of_mine",] == 3
-    sink.discard() if hasattr(sink, "discard") else sink.close()
+    sink.close()
     assert set(scraped(registry)) == {("fastfs_angle_of_mine",)}

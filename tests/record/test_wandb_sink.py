@@ -150,9 +150,7 @@ run = offline_run(Path(folder))
 _, monitor = train(lambda step: run.log({"loss": step}, step=step), sinks=[WandbSink(table=True)], flush_seconds=60.0)
 if end == "error":
     raise ValueError("the loop failed")
-if end == "close":
-    monitor.close()
-if end == "other":
+else:
     monitor.close()
     _, monitor = train(lambda step: run.log({"loss": step}, step=step + 6), sinks=["wandb"], flush_seconds=60.0)
 """
@@ -161,7 +159,7 @@ if end == "other":
 def test_scripts_that_finish_nothing_lose_nothing(tmp_path: Path) -> None:
     """W&B writes the last row of such a script only when its own process ends, some seconds later."""
     started = {}
-    for end in ("nothing", "error", "close", "other"):
+    for end in ("error", "other"):
         (tmp_path / end).mkdir()
         command = [sys.executable, "-W", "error", "-c", SCRIPT, end, str(tmp_path / end)]
         started[end] = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -177,6 +175,31 @@ def test_scripts_that_finish_nothing_lose_nothing(tmp_path: Path) -> None:
         assert loss == [(step, step % STEPS) for step in range(times * STEPS)]
         (table,) = folder.glob("wandb/offline-run-*/files/media/table/fastfs/layers_*.table.json")
         assert len(json.loads(table.read_text())["data"]) == 4 * STEPS
+
+
+DEAD = """
+import os, signal, sys
+from pathlib import Path
+from tests.helpers.small_training import same, train
+from tests.helpers.wandb_runs import offline_run
+alone, _ = train()
+run = offline_run(Path(sys.argv[1]))
+children = " ".join(path.read_text() for path in Path("/proc/self/task").glob("*/children")).split()
+services = [int(one) for one in children if "wandb-core" in Path(f"/proc/{one}/cmdline").read_text()]
+assert len(services) == 1
+options = {"sinks": ["wandb"], "flush_seconds": 60.0}
+beside, monitor = train(lambda step: step == 1 and os.kill(services[0], signal.SIGKILL), **options)
+monitor.close()
+print("same", same(alone, beside))
+"""
+
+
+def test_a_dead_process_of_wandb_neither_stops_nor_changes_a_training(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", DEAD, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    assert "same True" in done.stdout, done.stderr
+    assert done.stderr.count("fastfs.Monitor: WandbSink failed to flush") == 1
+    assert f"fastfs: {STEPS} records could not be written" in done.stderr
 
 
 # What is written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -126,7 +127,7 @@ class MlflowSink:
         except MlflowException as error:
             if error.error_code in _PERMANENT:
                 raise
-            raise PartlyWrittenError(OSError(None, str(error)), sent) from error
+            raise PartlyWrittenError(OSError(errno.EIO, str(error)), sent) from error
 
     def _key(self, metric: Metric) -> str:
         label = _cleaned(metric.label)

@@ -80,8 +80,9 @@ class OpenTelemetrySink:
     def close(self) -> None:
         """Exports what there is, if the provider can be told to, and ends the gauges."""
         if self._run is not None:
-            getattr(self._provider or get_meter_provider(), "force_flush", int)()
-            self._run, self._last = None, {}
+            if (flush := getattr(self._provider or get_meter_provider(), "force_flush", None)) is not None:
+                flush()
+            self.discard()
 
     def discard(self) -> None:
         """Ends the gauges."""

@@ -73,11 +73,16 @@ class PrometheusSink(Collector):
             ValueError: The registry has metrics of these names already.
         """
         self._metrics = Metrics(header, self._max_keys)
-        if not self._registered:  # otherwise the run is resumed
+        if self._registered:  # the run is resumed
+            return
+        if self._port is not None:
+            self._server = start_http_server(self._port, self._address, self._registry)
+        try:
             self._registry.register(self)
-            self._registered = True
-            if self._port is not None:
-                self._server = start_http_server(self._port, self._address, self._registry)
+        except BaseException:
+            self.close()
+            raise
+        self._registered = True
 
     def describe(self) -> Iterable[Family]:
         """Returns the names of the metrics, which the registry keeps unique."""

@@ -80,7 +80,8 @@ class WandbRows:
             termwarn(
                 f"fastfs: {_MANY} records wait for rows of this run, because it begins fewer than the monitor records. "
                 "They follow when the run finishes. If the loop never gives step= to log, use "
-                "WandbSink(own_rows=True)."
+                "WandbSink(own_rows=True).",
+                repeat=False,
             )
 
     def due(self) -> float | None:

@@ -152,10 +152,12 @@ class WandbSink:
 
     def close(self) -> None:
         """Leaves what waits for rows to the run, which writes it when it finishes."""
-        if self._rows is not None and not self._rows.finishing:
-            self._add_table()
-            self._rows.write()
-        self.discard()
+        try:
+            if self._rows is not None and not self._rows.finishing:
+                self._add_table()
+                self._rows.write()
+        finally:
+            self.discard()
 
     def discard(self) -> None:
         """Leaves the run."""
