@@ -7,6 +7,7 @@ which optimizer steps are measured, a :class:`Probe` names a fixed batch to meas
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fastfs._monitor.measure.probe import Probe
@@ -17,6 +18,7 @@ from fastfs._record.sinks.callable_sink import CallableSink
 from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._record.sinks.logging_sink import LoggingSink
 from fastfs._record.sinks.protocol import PartlyWrittenError, Sink
+from fastfs._record.sinks.targets import OPTIONAL_SINKS
 from fastfs._record.writing.alert_rules import (
     AlertRule,
     AngleCollapse,
@@ -31,8 +33,13 @@ from fastfs._record.writing.alert_rules import (
 )
 
 if TYPE_CHECKING:
+    from fastfs._record.sinks.mlflow_sink import MlflowSink
+    from fastfs._record.sinks.opentelemetry_sink import OpenTelemetrySink
     from fastfs._record.sinks.parquet_sink import ParquetSink
+    from fastfs._record.sinks.prometheus_sink import PrometheusSink
     from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
+    from fastfs._record.sinks.trackio_sink import TrackioSink
+    from fastfs._record.sinks.wandb_sink import WandbSink
 
 __all__ = [
     "AlertRule",
@@ -44,18 +51,23 @@ __all__ = [
     "JsonlSink",
     "LayerFrozen",
     "LoggingSink",
+    "MlflowSink",
     "Monitor",
     "NonFinite",
+    "OpenTelemetrySink",
     "ParquetSink",
     "PartlyWrittenError",
     "Probe",
+    "PrometheusSink",
     "RankApart",
     "Record",
     "ResidualLarge",
     "Schedule",
     "Sink",
     "TensorBoardSink",
+    "TrackioSink",
     "UpdateAbove",
+    "WandbSink",
     "default_alerts",
 ]
 
@@ -65,13 +77,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # These two need optional dependencies, and say so when they are imported.
-    if name == "ParquetSink":
-        from fastfs._record.sinks.parquet_sink import ParquetSink
-
-        return ParquetSink
-    if name == "TensorBoardSink":
-        from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
-
-        return TensorBoardSink
+    if name in OPTIONAL_SINKS:
+        return getattr(import_module(f"fastfs._record.sinks.{OPTIONAL_SINKS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -103,7 +103,8 @@ class Monitor:
         rank_timeout: Longest time in seconds that a rank is waited for, in agreements and in the record.
         path: File that JSON lines are appended to; ``record.jsonl`` if neither ``path`` nor ``sinks`` is given. A name
             that ends in ``.parquet`` is a folder of Parquet files, ``"tensorboard:FOLDER"`` one for TensorBoard.
-        sinks: More places for the record: such paths, functions of a list of rows, or :class:`fastfs.monitor.Sink`.
+        sinks: More places for the record: such paths, functions of a list of rows, :class:`fastfs.monitor.Sink`, or
+            names: ``"wandb"``, ``"mlflow"``, ``"trackio"``, ``"prometheus"``, ``"opentelemetry"``, ``"logging"``.
         flush_seconds: Longest time in seconds before a record is written.
         alerts: Rules that examine every record; None for :func:`fastfs.monitor.default_alerts`, ``()`` for none.
         on_alert: Function that is called with every alert, in the training thread.

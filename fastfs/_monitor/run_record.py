@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +11,7 @@ from fastfs._record.ranks.assembly import Assembler
 from fastfs._record.ranks.exchange import Alone, Collector, Gatherer, Inbox, PartRecords, Sender
 from fastfs._record.ranks.part_files import rank_path
 from fastfs._record.ranks.run_store import RunStore
-from fastfs._record.sinks.targets import as_sink, checked_targets
+from fastfs._record.sinks.targets import as_path, as_sink, checked_targets, lines_path
 from fastfs._record.writing.recorder import Recorder
 
 __all__ = ["RunRecord", "joined", "open_recorder"]
@@ -94,7 +93,7 @@ def open_recorder(
     """
     targets = checked_targets(sinks)
     if path is not None or not targets:
-        targets.insert(0, "record.jsonl" if path is None else path)
+        targets.insert(0, "record.jsonl" if path is None else as_path(path))
     if part is None:
         part = RunRecord(None, writes=True, rank=None, sends=False)
     if part.rank is not None:
@@ -123,11 +122,10 @@ def _only_path(targets: list[Any]) -> Path:
     Raises:
         ValueError: There are other sinks, or it is no file of JSON lines.
     """
-    only = targets[0]
-    lines = isinstance(only, (str, os.PathLike)) and not os.fspath(only).rstrip("/").endswith(".parquet")
-    if len(targets) > 1 or not lines or (isinstance(only, str) and only.startswith("tensorboard:")):
+    only = lines_path(targets[0])
+    if only is None or len(targets) > 1:
         raise ValueError(
             'merge="files": expected one path of JSON lines and no sinks, since the records are made when the files of '
             f"the ranks are loaded, got {', '.join(map(repr, targets))}"
         )
-    return Path(only)
+    return only

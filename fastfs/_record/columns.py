@@ -21,6 +21,7 @@ __all__ = [
     "PART",
     "PER_LAYER",
     "PER_STEP",
+    "QUANTITIES",
     "ROW_KINDS",
     "SCHEMA",
     "SCHEMAS",
@@ -347,6 +348,10 @@ EVENT_FIELDS = {
 PER_LAYER = tuple(column.name for column in COLUMNS if column.per == "layer")
 PER_STEP = tuple(column.name for column in COLUMNS if column.per == "step")
 ALWAYS_PER_STEP = tuple(column.name for column in COLUMNS if column.per == "step" and not column.optional)
+QUANTITIES = tuple(
+    sorted((one for one in COLUMNS if one.display), key=lambda one: one.display.menu if one.display else 0)
+)
+"""Those that the report shows, in the order of its menu."""
 FROM_STATS = tuple(column.name for column in COLUMNS if column.from_stats)
 BY_NAME = {column.name: column for column in (*KEYS, *COLUMNS)}
 

@@ -22,10 +22,9 @@ from fastfs._record.sinks.callable_sink import CallableSink
 from fastfs._record.sinks.jsonl_sink import JsonlSink
 from fastfs._record.sinks.parquet_sink import ParquetSink
 from fastfs._record.sinks.protocol import PartlyWrittenError
-from fastfs._record.sinks.targets import as_sink
 from fastfs._record.sinks.tensorboard_sink import TensorBoardSink
 from fastfs._record.writing.recorder import Recorder
-from tests.helpers.record_cases import LAYERS, Collecting, alert, decode, head, measured, payload, predicted
+from tests.helpers.record_cases import LAYERS, alert, decode, head, measured, payload, predicted
 
 SKIPPED = Record("skipped", 3, 103.0, {"reason": "the gradient scaler found infinities"})
 STRUCTURE = Record(
@@ -50,46 +49,6 @@ def tensorboard(folder: Path) -> Any:
 
 def texts(events: Any, tag: Any) -> Any:
     return [(event.step, event.tensor_proto.string_val[0].decode()) for event in events.Tensors(f"{tag}/text_summary")]
-
-
-# Targets
-
-
-def test_paths_and_functions_become_sinks(tmp_path: Path) -> None:
-    kinds = {
-        tmp_path / "a.jsonl": JsonlSink,
-        os.fspath(tmp_path / "b"): JsonlSink,
-        tmp_path / "c.parquet": ParquetSink,
-        f"{tmp_path}/d.parquet/": ParquetSink,
-        f"tensorboard:{tmp_path}/e": TensorBoardSink,
-        print: CallableSink,
-    }
-    for target, kind in kinds.items():
-        sink = as_sink(target)
-        assert type(sink) is kind
-        sink.close()
-    mine = Collecting()
-    assert as_sink(mine) is mine
-    with pytest.raises(TypeError, match="sink: expected a path, a function or an object"):
-        as_sink(3)
-    with pytest.raises(TypeError, match=r"make one, JsonlSink\(...\)"):
-        as_sink(JsonlSink)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("module", "target", "extra"),
-    [("tensorboard", "tensorboard:x", "tensorboard"), ("pyarrow", "x.parquet", "parquet")],
-)
-def test_a_sink_without_its_extra_says_what_to_install(tmp_path: Path, module: str, target: str, extra: str) -> None:
-    make = f"from fastfs._record.sinks.targets import as_sink; as_sink({target!r})"
-    script = f"import sys; sys.modules[{module!r}] = None; {make}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
-    assert f"ImportError: fastfs: a {extra.title().replace('b', 'B') if extra[0] == 't' else 'Parquet'}" in done.stderr
-    assert f'pip install "fastfs[{extra}]"' in done.stderr
 
 
 # JSON lines

@@ -158,6 +158,37 @@ def test_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "('blocks.0.branch', 'blocks.1.branch')" in said
 
 
+def test_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'store'}")
+    run_blocks(ROOT / "docs" / "trackers.md", preamble())
+    assert Path("run/tracked.jsonl").exists()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert list(tmp_path.glob("store/*/*/metrics/fastfs/angle/median"))
+    said = capsys.readouterr().out
+    assert 'fastfs_angle{group="",statistic="median"}' in said
+    assert "fastfs_step 2.0" in said
+
+
+def test_the_keys_of_trackers_are_explained_in_their_order() -> None:
+    from fastfs._record.columns import QUANTITIES
+    from fastfs._record.sinks.metrics import VALID_SHARE
+    from fastfs._record.step_columns import STEP_COLUMNS
+
+    text = (ROOT / "docs" / "trackers.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.count("|") == 5]
+    table = [row for row in rows if re.fullmatch(r"`\w+`", row[0])]
+    assert table == [
+        [f"`{one.name}`", one.display.label, one.unit or "1", "valid ones" if one.display.guarded else "all"]
+        for one in QUANTITIES
+    ]
+    assert f"1. `fastfs/{VALID_SHARE}`:" in text
+    named = re.search(r"^3\. values per step: (.*), as", text, re.MULTILINE)
+    assert re.findall(r"`(\w+)`", named[1]) == [one.name for one in STEP_COLUMNS if one.tensorboard]
+
+
 def test_the_theory(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pandas")
     pytest.importorskip("scipy")

@@ -32,10 +32,12 @@ class Sink(Protocol):
     (or, after a :class:`fastfs.monitor.PartlyWrittenError`, from the first one that is not safe).
 
     Optional methods: A sink that buffers records has ``flush()``, after which all of them are safe, and
-    ``due() -> float | None``, the time (``time.monotonic()``) at which ``flush`` is to be called. A sink that creates
-    files has ``discard()``, called instead of ``close`` when attaching fails: it closes the sink and removes what the
-    sink created. :meth:`open` is called again when a run is resumed; the header then has the same run id and
-    ``resumed_at``.
+    ``due() -> float | None``, the time (``time.monotonic()``) at which ``flush`` is to be called. A sink whose target
+    may end before the monitor does has ``bind(flush)``, called after :meth:`open` with a function of a timeout in
+    seconds that brings everything recorded so far to the sinks; it must not be called in the writer's thread. A sink
+    that creates files has ``discard()``, called instead of ``close`` when attaching fails: it closes the sink and
+    removes what the sink created. :meth:`open` is called again when a run is resumed; the header then has the same run
+    id and ``resumed_at``.
     """
 
     def open(self, header: Mapping[str, Any]) -> None:

@@ -7,13 +7,14 @@ import itertools
 import json
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastfs._record.columns import COLUMNS, ROW_KINDS
+from fastfs._record.columns import COLUMNS, QUANTITIES, ROW_KINDS
 from fastfs._record.record import Record
 from fastfs._record.schema import row_names
 from fastfs._record.sinks.folders import make_folders, remove_folders
@@ -22,6 +23,7 @@ try:
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
     from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import RecordWriter
+    from torch.utils.tensorboard.summary import custom_scalars
     from torch.utils.tensorboard.summary import text as text_summary
 except ImportError as missing:
     raise ImportError('fastfs: a TensorBoard sink needs tensorboard: pip install "fastfs[tensorboard]"') from missing
@@ -36,19 +38,23 @@ class TensorBoardSink:
 
     Each batch of records is a single write of whole events to the sink's own file, so that a killed process leaves at
     worst an event that readers skip. A write that fails in the middle is undone before it is tried again. A resumed run
-    gets a further file, and TensorBoard drops the steps that it repeats.
+    gets a further file, and TensorBoard drops the steps that it repeats. On the page "Custom Scalars", one chart
+    for each quantity shows all layers, and another one all groups.
 
     Args:
         logdir: created if missing; ``tensorboard --logdir`` with it or a parent folder shows the run.
         predicted: whether to write predicted records, too: their ``update_rms`` as ``predicted_update_rms``, other
             columns under the names that measured records use. Event files then grow quickly.
+        layout: whether to write that page. TensorBoard shows one such page for each folder, so leave it out if another
+            writer writes its own.
 
     Raises:
         OSError: the folder cannot be created.
     """
 
-    def __init__(self, logdir: str | os.PathLike[str], *, predicted: bool = False) -> None:
+    def __init__(self, logdir: str | os.PathLike[str], *, predicted: bool = False, layout: bool = True) -> None:
         self.logdir = Path(logdir)
+        self._layout = layout
         self._predicted = predicted
         self._descriptor: int | None = None
         self._size = 0
@@ -76,6 +82,8 @@ class TensorBoardSink:
             events.append(Event(wall_time=time.time(), step=step, session_log=SessionLog(status=SessionLog.START)))
         about = f"```json\n{json.dumps(header, indent=1, default=str)}\n```"
         events.append(_event(text_summary("fastfs/run", about), step or 0, time.time()))
+        if self._layout:
+            events.append(_event(custom_scalars(_charts(header)), step or 0, time.time()))
         self._append(events)
 
     def write(self, records: Sequence[Record]) -> None:
@@ -129,6 +137,23 @@ class TensorBoardSink:
             os.ftruncate(self._descriptor, self._size)  # nobody else writes to this file
             raise
         self._size += sent
+
+
+def _charts(header: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """Returns, for each kind of rows and each quantity, a chart of the tags that match a pattern."""
+    groups = "|".join(map(re.escape, header.get("groups") or ()))
+    patterns = {
+        "layers": f"(?!(?:{groups})$).+" if groups else ".+",
+        **({"groups": f"(?:{groups})$"} if groups else {}),
+    }
+    return {
+        f"fastfs: {rows}": {
+            column.display.label: ("Multiline", [f"^fastfs/{column.name}/{pattern}"])
+            for column in QUANTITIES
+            if column.display
+        }
+        for rows, pattern in patterns.items()
+    }
 
 
 def _shown(name: str, value: Any) -> bool:

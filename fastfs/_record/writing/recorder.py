@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import warnings
@@ -113,6 +114,10 @@ class Recorder:
             self._writer = Writer(self._ring, collects, queues, rules, self._messages, float(flush_seconds))
             undo.pop_all()
         self._finalizer = weakref.finalize(self, _finish, self._writer, self._pid)
+        atexit.register(self._finalizer)  # before what existed before this recorder, such as a tracker's run, ends
+        for sink in sinks:
+            if (bind := getattr(sink, "bind", None)) is not None:
+                bind(self._writer.flush)
 
     @property
     def run(self) -> str:
@@ -192,6 +197,7 @@ class Recorder:
         self._closed = True
         if not self._forked():
             _report_failures(self._writer, self._writer.stop(timeout), timeout, self._messages.append)
+        atexit.unregister(self._finalizer)
         self._finalizer.detach()  # after stopping: if that is interrupted, the interpreter writes the rest at exit
         if self._forked():
             return
