@@ -161,17 +161,18 @@ def _watch_training_steps(trainer: Any, session: TrainerSession) -> None:
         try:
             loss = original(*args, **kwargs)
         except BaseException:
-            session.close()
+            session.close(failed=True)
             raise
         session.log(loss)
         return loss
 
+    own, function = weakref.ref(trainer), weakref.ref(training_step)  # a trainer that has failed can be dropped
+
     def restore() -> None:
-        if vars(trainer).get("training_step") is training_step:
-            if before is None:
-                del trainer.training_step
-            else:
-                trainer.training_step = before
+        owner = own()
+        if owner is not None and vars(owner).get("training_step") is function():
+            vars(owner).pop("training_step")
+            vars(owner).update({} if before is None else {"training_step": before})
 
     trainer.training_step = training_step
     session.at_close = restore

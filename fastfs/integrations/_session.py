@@ -6,7 +6,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class TrainerSession:
         Returns:
             The monitor.
         """
-        self.close()
+        self.close(failed=True)
         options = {"scaler": scaler} | self.options
         if options.get("path") is None and not options.get("sinks"):
             options["path"] = os.path.join(folder, "record.jsonl")
@@ -81,13 +81,20 @@ class TrainerSession:
         """Returns what a checkpoint needs to continue the run: of the open monitor, else of the last one."""
         return self.state if self.monitor is None else self.monitor.state_dict()
 
-    def close(self) -> None:
-        """Detaches the monitor, if there is one, and writes the rest of the record."""
+    def close(self, failed: bool = False) -> None:
+        """Detaches the monitor, if there is one, and writes the rest of the record.
+
+        Args:
+            failed: Whether training has failed; an error of the device must not hide the one that ended it.
+        """
         monitor, self.monitor = self.monitor, None
-        if monitor is not None:
-            with ExitStack() as stack:
-                stack.callback(monitor.close)
-                stack.callback(self.at_close)
+        if monitor is None:
+            return
+        self.state = None
+        with ExitStack() as stack:
+            stack.callback(monitor.close)
+            stack.callback(self.at_close)
+            with suppress(Exception) if failed else nullcontext():
                 self.state = monitor.state_dict()
 
 
