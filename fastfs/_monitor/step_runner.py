@@ -43,7 +43,6 @@ class StepRunner:
 
     Attributes:
         step: Number of the next optimizer step.
-        loss: Loss that was logged for it.
         measures: Whether it will be measured.
         aligns: Whether its aligned decrease will be computed.
         notices: Gives warnings.
@@ -58,7 +57,8 @@ class StepRunner:
         device_types: Sequence[str],
     ) -> None:
         self.step = 0
-        self.loss: Tensor | float | None = None
+        self._loss: Tensor | float | None = None  # logged since the last forward began
+        self._losses_before: Tensor | float | None = None  # logged for the step before that
         self.measures = self.aligns = False
         self.notices = Notices(lambda: self.step)
         self.warn = self.notices.warn
@@ -91,6 +91,18 @@ class StepRunner:
         self._optimizer_steps = optimizer_steps
         self.measures, self.aligns = measures, aligns
         self._arm()
+
+    @property
+    def loss(self) -> Tensor | float | None:
+        """Sum of the losses that were logged for the step; None if none was."""
+        return _added(self._losses_before, self._loss)
+
+    def log(self, loss: Tensor | float) -> None:
+        """Adds to the loss of the step, if it is recorded."""
+        if self.measures or self.aligns:
+            tensor = isinstance(loss, Tensor)
+            value = loss.detach().to(torch.float64, copy=True).reshape(()) if tensor else float(loss)
+            self._loss = _added(self._loss, value)
 
     # Around the optimizers
 
@@ -143,10 +155,20 @@ class StepRunner:
         self._optimizer_steps.forward_begins()
         if torch._C._current_graph_task_id() == -1:
             self._engine.factor.begin()
+        self._losses_before, self._loss = self.loss, None
+        self._forget_thrown_away()
+
+    def backward_begins(self) -> None:
+        """Part of :class:`fastfs._monitor.capture.listener.CaptureListener`."""
+        self._forget_thrown_away()  # loops may call zero_grad() after the forward
+
+    def _forget_thrown_away(self) -> None:
+        """Records that gradients led to no step, and forgets them with the losses of the forwards before this one."""
         if self._engine.factor.thrown_away() and not self._capture.leaves.unreduced:
             self._engine.skipped(self.step, "gradients were thrown away without an optimizer step", before=True)
             self._engine.factor.clear()
             self._capture.forget_gradients()
+            self._losses_before = None
 
     def failed(self, error: Exception) -> None:
         """Leaves the measurement of this step out, and records why.
@@ -224,7 +246,8 @@ class StepRunner:
         self._recorder.poll()
 
     def _measure(self, started: float) -> None:
-        loss = torch.tensor(self.loss, dtype=torch.float64) if isinstance(self.loss, float) else self.loss
+        loss = self.loss
+        loss = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
         if not self.measures:
             self._engine.predict(self.step, loss, started)
         elif not self._engine.measure(self.step, loss, started):
@@ -259,7 +282,7 @@ class StepRunner:
         if self._finishing is None:
             return
         self.step = self._finishing + 1
-        self.loss = self._why = None
+        self._loss = self._losses_before = self._why = None
         self._failed = False
         try:
             self._capture.clear()
@@ -309,3 +332,7 @@ class StepRunner:
             self._capture.switch.level = taps.EVERYTHING
         else:
             self._capture.switch.level = taps.GRADIENTS if self.aligns else taps.OFF
+
+
+def _added(total: Tensor | float | None, loss: Tensor | float | None) -> Tensor | float | None:
+    return loss if total is None else total if loss is None else total + loss
