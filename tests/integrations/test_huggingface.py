@@ -8,6 +8,7 @@ import gc
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import fastfs
 from tests.helpers.monitor_by_hand import HandWatch
+from tests.helpers.processes import run_ranks
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -420,3 +422,47 @@ def test_callbacks_made_from_json_keep_their_options(tmp_path: Path) -> None:
         trainer(
             make("llama"), tmp_path, [FastfsCallback(sinks=[print])], restore_callback_states_from_checkpoint=True
         )
+
+
+# Two ranks
+
+
+def on_a_rank(folder: str, resume: bool, watch: bool) -> Any:
+    """Trains on this rank; returns losses and parameters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Accelerate and gloo
+        warnings.filterwarnings("error", "fastfs")
+        callbacks = [FastfsCallback(every=1, rows=None)] if watch else []
+        options: dict[str, Any] = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        saving = {} if resume else {"save_strategy": "steps", "save_steps": 1}
+        done = trainer(make("llama"), Path(folder), callbacks, ddp_backend="gloo", **options, **saving)
+        if resume:
+            last = sorted(Path(folder).glob("checkpoint-*"))[1]
+            done.train(resume_from_checkpoint=str(last))
+        else:
+            done.train()
+    return losses(done), [p.detach().clone() for p in done.model.parameters()]
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path: Path) -> None:
+    """Losses are scaled by the number of labels on all ranks; the record is that of one process, and is continued."""
+    plain = run_ranks(on_a_rank, 2, folder=str(tmp_path / "off"), resume=False, watch=False)
+    watched = run_ranks(on_a_rank, 2, folder=str(tmp_path / "on"), resume=False, watch=True)
+    for one, other in zip(plain, watched, strict=True):
+        assert one[0] == other[0]
+        assert all(torch.equal(a, b) for a, b in zip(one[1], other[1], strict=True))
+    single = trainer(
+        make("llama"), tmp_path / "one", [FastfsCallback(every=1, rows=None)], gradient_accumulation_steps=2
+    )
+    single.train()
+    many, one = measured(tmp_path / "on"), measured(tmp_path / "one")
+    assert (many["ranks"] == 2).all()
+    assert many["valid"].all()
+    for column in ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease", "loss"):
+        assert many[column].tolist() == pytest.approx(one[column].tolist(), rel=1e-4), column
+    run_ranks(on_a_rank, 2, folder=str(tmp_path / "on"), resume=True, watch=True)
+    again = measured(tmp_path / "on")
+    assert again["run"].nunique() == 1
+    for column in ("step", "name", "angle", "loss"):
+        assert again[column].tolist() == many[column].tolist(), column

@@ -434,7 +434,7 @@ def test_both_names_of_the_package(tmp_path: Path) -> None:
         "enable_checkpointing=False, callbacks=[LightningCallback(every=1)]).fit(BoringModel())\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert measured(tmp_path)["valid"].tolist() == [True, True]
+    assert measured(tmp_path)["step"].tolist() == [0, 1]
 
 
 # Two ranks
@@ -468,3 +468,18 @@ def on_a_rank(name: str, folder: str) -> list[float]:
     assert losses == watched
     assert all(torch.equal(a, b) for a, b in zip(parameters, others, strict=True))
     return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Task", "Itself"])
+def test_two_ranks(tmp_path: Path, name: str) -> None:
+    """The record is that of one process, also if the LightningModule is the network, which DDP calls to train."""
+    run_ranks(on_a_rank, 2, timeout=120, name=name, folder=str(tmp_path / "many"))
+    fit(without_dropout(make(name)), tmp_path / "one", [LightningCallback(every=1, rows=None)])
+    many, one = measured(tmp_path / "many"), measured(tmp_path / "one")
+    assert (many["ranks"] == 2).all()
+    assert many["valid"].all()
+    for column in ("step", "name", "count", "rows"):
+        assert many[column].tolist() == one[column].tolist(), column
+    for column in ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease", "loss"):
+        assert many[column].tolist() == pytest.approx(one[column].tolist(), rel=1e-5), column
