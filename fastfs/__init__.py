@@ -1,8 +1,8 @@
 """Measure how fast the features of each layer move in training, and how that is aligned with the backward pass.
 
-The public interface is what ``fastfs``, ``fastfs.formula``, ``fastfs.models``, ``fastfs.monitor``,
-``fastfs.reference``, ``fastfs.scaling`` and ``fastfs.spectrum`` list in ``__all__``. Modules and packages with a
-leading underscore are internal and change without notice.
+The public interface is what ``fastfs``, ``fastfs.formula``, ``fastfs.integrations``, ``fastfs.models``,
+``fastfs.monitor``, ``fastfs.reference``, ``fastfs.scaling`` and ``fastfs.spectrum`` list in ``__all__``. Modules and
+packages with a leading underscore are internal and change without notice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastfs._stats import FeatureStats, ParameterStats, UpdateStats
 from fastfs._version import __version__
 
 if TYPE_CHECKING:
-    from fastfs import formula, models, monitor, scaling, spectrum
+    from fastfs import formula, integrations, models, monitor, scaling, spectrum
     from fastfs._record.reading.load import load
     from fastfs.monitor import Monitor
 
@@ -30,6 +30,7 @@ __all__ = [
     "__version__",
     "feature_stats",
     "formula",
+    "integrations",
     "load",
     "models",
     "monitor",
@@ -42,7 +43,7 @@ __all__ = [
 
 # Imported at first use: the stateless measurements need none of them, and `spectrum` needs SciPy.
 _LAZY_OBJECTS = {"Monitor": "fastfs.monitor", "load": "fastfs._record.reading.load"}
-_LAZY_MODULES = ("formula", "models", "monitor", "scaling", "spectrum")
+_LAZY_MODULES = ("formula", "integrations", "models", "monitor", "scaling", "spectrum")
 
 
 def __dir__() -> list[str]:

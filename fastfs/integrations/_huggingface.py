@@ -109,9 +109,7 @@ class FastfsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, un
         return {"args": _portable(self._session.options), "attributes": attributes}
 
     def _run_of(self, saved: list[Any]) -> Any:
-        """Returns the state of the monitor in what a checkpoint holds of callbacks of this class: of the last one with
-        the same options if there are several.
-        """
+        """Returns the state of the monitor in a checkpoint: of several callbacks, that with the same options."""
         own = _portable(self._session.options)
         alike = [each for each in saved if each.get("args") == own] or saved[-1:]
         run = alike[-1].get("attributes", {}).get("run")

@@ -18,9 +18,9 @@ from tests.helpers.monitor_by_hand import HandWatch
 
 pytest.importorskip("accelerate")
 
-from accelerate import Accelerator  # noqa: E402
-from accelerate.optimizer import AcceleratedOptimizer  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 STEPS, PARTS, LAYERS = 4, 2, ["blocks.0", "blocks.1"]
 
