@@ -100,9 +100,9 @@ class StepRunner:
     def log(self, loss: Tensor | float) -> None:
         """Adds to the loss of the step, if it is recorded."""
         if self.measures or self.aligns:
-            tensor = isinstance(loss, Tensor)
-            value = loss.detach().to(torch.float64, copy=True).reshape(()) if tensor else float(loss)
-            self._loss = _added(self._loss, value)
+            if isinstance(loss, Tensor):
+                loss = loss.detach().to(torch.float64, copy=True).reshape(())
+            self._loss = _added(self._loss, loss if isinstance(loss, Tensor) else float(loss))
 
     # Around the optimizers
 

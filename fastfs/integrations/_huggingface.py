@@ -10,6 +10,7 @@ import os
 import sys
 import weakref
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _calling_trainer() -> Any:
     Raises:
         RuntimeError: There is none.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if isinstance(found := frame.f_locals.get("self"), Trainer):
             return found

@@ -66,7 +66,7 @@ class LightningCallback(_lightning.Callback):  # type: ignore[misc, name-defined
     @property
     def state_key(self) -> str:
         """Key of the state in checkpoints: callbacks for different modules have their own."""
-        return self._generate_state_key(module=self._module)
+        return str(self._generate_state_key(module=self._module))
 
     @property
     def monitor(self) -> Monitor | None:

@@ -44,15 +44,14 @@ def mixtral() -> Any:
 
 
 def t5() -> Any:
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
-    )
-    return T5ForConditionalGeneration(config)
+    sizes: dict[str, Any] = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    sizes["decoder_start_token_id"] = 0
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes))
 
 
 def vit() -> Any:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4, num_labels=5))
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
+    return ViTForImageClassification(ViTConfig(**sizes, intermediate_size=32, image_size=8, patch_size=4))
 
 
 def lora() -> Any:

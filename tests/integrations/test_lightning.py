@@ -115,7 +115,7 @@ class Adversarial(Task):
         self.other = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
         self.automatic_optimization = False
 
-    def training_step(self, batch: Any, _index: int) -> None:
+    def training_step(self, batch: Any, _index: int) -> Any:
         first, second = self.optimizers()
         self.toggle_optimizer(second)
         judged = self.other(self.net(batch[0]).detach())

@@ -94,6 +94,7 @@ def test_a_checkpoint_that_was_loaded_to_validate_is_not_continued(tmp_path: Pat
     assert measured(tmp_path).groupby("run")["step"].max().tolist() == [STEPS - 1] * 2
 
 
+@pytest.mark.slow
 def test_both_names_of_the_package(tmp_path: Path) -> None:
     """A process that has imported the old name only does not import the other one."""
     pytest.importorskip("pytorch_lightning")
@@ -114,7 +115,7 @@ def test_both_names_of_the_package(tmp_path: Path) -> None:
 
 def distributed(name: str, folder: str, watch: bool) -> tuple[list[float], list[Tensor]]:
     """Trains on this rank's half of the batches; returns losses and parameters."""
-    from lightning.pytorch.plugins.environments import LightningEnvironment
+    from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
     from lightning.pytorch.strategies import DDPStrategy
 
     sampler = torch.utils.data.DistributedSampler
