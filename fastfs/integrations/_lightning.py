@@ -100,12 +100,12 @@ class LightningCallback(_lightning.Callback):  # type: ignore[misc, name-defined
             )
         optimizers = trainer.optimizers
         name = _network_in(pl_module, optimizers) if self._module is None else _checked(pl_module, self._module)
-        model = pl_module.get_submodule(name) if name else OwnForward(pl_module)
+        model = pl_module.get_submodule(name) if name else SelfCalls(pl_module)
         mine = own_optimizers(model, optimizers)
         self._every_loss = len(mine) == len(optimizers)
         folder = trainer.log_dir or trainer.default_root_dir
         self._session.open(model, mine, folder, _scaler(trainer), self._loaded)
-        if isinstance(model, OwnForward):
+        if isinstance(model, SelfCalls):
             self._session.at_close = model.replace(pl_module)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
@@ -153,7 +153,7 @@ class LightningCallback(_lightning.Callback):  # type: ignore[misc, name-defined
         self._loaded = state_dict["run"]
 
 
-class OwnForward(nn.Module):
+class SelfCalls(nn.Module):
     """Stands for a ``LightningModule`` that is the network itself, in the calls ``self(x)`` of its ``training_step``.
 
     Strategies also call the ``LightningModule`` to run ``training_step``, through the same hooks.
@@ -164,7 +164,7 @@ class OwnForward(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.__class__ = type(type(module).__name__, (OwnForward,), {})  # the name in the record
+        self.__class__ = type(type(module).__name__, (SelfCalls,), {})  # the name in the record
         self.module = module
         self._original = module.forward
 

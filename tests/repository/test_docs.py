@@ -148,7 +148,9 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert [h.get("resumed_at") for h in tables["all"].attrs["headers"]] == [None, 3]
 
 
-@pytest.mark.filterwarnings("ignore:.*isinstance.treespec", "ignore:.*does not have many workers")  # of Lightning
+@pytest.mark.filterwarnings(
+    "ignore:.*isinstance.treespec", "ignore:.*does not have many workers", "ignore:You defined a .validation_step"
+)
 def test_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("lightning")
