@@ -1,6 +1,6 @@
-"""Callbacks that attach the monitor to a trainer in one line: Hugging Face Transformers and Lightning.
+"""What attaches the monitor to a trainer in one line: of Hugging Face Transformers, of Lightning, of torchtitan.
 
-Each needs its package, and says so when it is imported. ``docs/trainers.md`` has an example of each.
+Callbacks need their package, and say so when they are imported. ``docs/trainers.md`` has an example of each.
 """
 
 from __future__ import annotations
@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastfs.integrations._huggingface import FastfsCallback
     from fastfs.integrations._lightning import LightningCallback
+    from fastfs.integrations._torchtitan import watch_torchtitan
 
-__all__ = ["FastfsCallback", "LightningCallback"]
+__all__ = ["FastfsCallback", "LightningCallback", "watch_torchtitan"]
 
-_MODULES = {"FastfsCallback": "_huggingface", "LightningCallback": "_lightning"}
+_MODULES = {
+    "FastfsCallback": "_huggingface",
+    "LightningCallback": "_lightning",
+    "watch_torchtitan": "_torchtitan",
+}
 
 
 def __dir__() -> list[str]:

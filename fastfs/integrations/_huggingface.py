@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-import io
 import json
 import os
 import sys
@@ -13,9 +10,7 @@ from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
-import torch
-
-from fastfs.integrations._session import TrainerSession
+from fastfs.integrations._session import TrainerSession, decoded, encoded
 
 try:
     from transformers import Trainer, TrainerCallback
@@ -91,7 +86,7 @@ class FastfsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, un
             trainer.accelerator.scaler,
             self._run_of(saved if isinstance(saved, list) else [saved or {}]),
         )
-        _watch_training_steps(trainer, self._session)
+        self._session.watch(trainer, "training_step")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Closes the monitor.
@@ -106,7 +101,7 @@ class FastfsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, un
     def state(self) -> dict[str, Any]:
         """Returns what ``trainer_state.json`` holds of the callback: its options, and in a checkpoint the run."""
         monitor = self._session.monitor
-        attributes = {} if monitor is None else {"run": _encoded(monitor.state_dict())}
+        attributes = {} if monitor is None else {"run": encoded(monitor.state_dict())}
         return {"args": _portable(self._session.options), "attributes": attributes}
 
     def _run_of(self, saved: list[Any]) -> Any:
@@ -114,7 +109,7 @@ class FastfsCallback(TrainerCallback, ExportableState):  # type: ignore[misc, un
         own = _portable(self._session.options)
         alike = [each for each in saved if each.get("args") == own] or saved[-1:]
         run = alike[-1].get("attributes", {}).get("run")
-        return None if run is None else torch.load(io.BytesIO(base64.b64decode(run)), weights_only=True)
+        return None if run is None else decoded(run)
 
 
 def _portable(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,12 +121,6 @@ def _portable(options: Mapping[str, Any]) -> dict[str, Any]:
         except TypeError:
             continue
     return found
-
-
-def _encoded(state: dict[str, Any]) -> str:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _calling_trainer() -> Any:
@@ -146,32 +135,3 @@ def _calling_trainer() -> Any:
             return found
         frame = frame.f_back
     raise RuntimeError("FastfsCallback: expected to be called by a transformers.Trainer")
-
-
-def _watch_training_steps(trainer: Any, session: TrainerSession) -> None:
-    """Logs the losses that training steps return, and closes the monitor if one raises.
-
-    They are those of the backward: scaled for gradient accumulation.
-    """
-    original, before = trainer.training_step, vars(trainer).get("training_step")
-
-    @functools.wraps(original)
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        try:
-            loss = original(*args, **kwargs)
-        except BaseException:
-            session.close(failed=True)
-            raise
-        session.log(loss)
-        return loss
-
-    own, function = weakref.ref(trainer), weakref.ref(training_step)  # a trainer that has failed can be dropped
-
-    def restore() -> None:
-        owner = own()
-        if owner is not None and vars(owner).get("training_step") is function():
-            vars(owner).pop("training_step")
-            vars(owner).update({} if before is None else {"training_step": before})
-
-    trainer.training_step = training_step
-    session.at_close = restore

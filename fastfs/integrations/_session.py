@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import functools
 import inspect
+import io
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from fastfs._monitor.monitor import Monitor
 
-__all__ = ["TrainerSession"]
+__all__ = ["TrainerSession", "decoded", "encoded", "own_optimizers"]
 
 
 class TrainerSession:
@@ -65,17 +70,52 @@ class TrainerSession:
             options["path"] = os.path.join(folder, "record.jsonl")
         self.monitor = monitor = Monitor(model, optimizers, **options)
         if state is not None:
-            try:
-                monitor.load_state_dict(state)
-            except ValueError as error:
-                text = f"{self.owner}: the checkpoint's record cannot be continued, a new run begins ({error})"
-                warnings.warn(text, RuntimeWarning, stacklevel=3)
+            self.resume(state)
         return monitor
 
-    def log(self, loss: Tensor | float) -> None:
-        """Adds to the loss of the coming step."""
+    def resume(self, state: Any) -> None:
+        """Continues the run of a checkpoint, if it is of the same layers. Before the first step."""
+        assert self.monitor is not None
+        try:
+            self.monitor.load_state_dict(state)
+        except ValueError as error:
+            text = f"{self.owner}: the checkpoint's record cannot be continued, a new run begins ({error})"
+            warnings.warn(text, RuntimeWarning, stacklevel=3)
+
+    def log(self, loss: Any) -> None:
+        """Adds to the loss of the coming step: a tensor, of which the local part counts."""
         if self.monitor is not None:
-            self.monitor.log(loss=loss)
+            self.monitor.log(loss=loss.to_local() if hasattr(loss, "to_local") else loss)
+
+    def watch(self, trainer: Any, method: str) -> None:
+        """Logs the losses that a method of the trainer returns, and closes the monitor if it raises.
+
+        Args:
+            trainer: The trainer.
+            method: Name of the method that runs forward and backward.
+        """
+        original, before = getattr(trainer, method), vars(trainer).get(method)
+
+        @functools.wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                loss = original(*args, **kwargs)
+            except BaseException:
+                self.close(failed=True)
+                raise
+            self.log(loss)
+            return loss
+
+        own, function = weakref.ref(trainer), weakref.ref(watched)  # a trainer that has failed can be dropped
+
+        def restore() -> None:
+            attributes = {} if (owner := own()) is None else vars(owner)
+            if function() is not None and attributes.get(method) is function():
+                del attributes[method]
+                attributes.update({} if before is None else {method: before})
+
+        setattr(trainer, method, watched)
+        self.at_close = restore
 
     def take_state(self) -> dict[str, Any] | None:
         """Returns what a checkpoint needs to continue the run: of the open monitor, else of the last one."""
@@ -102,3 +142,15 @@ def own_optimizers(model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
     """Returns the optimizers that update a parameter of the model."""
     own = set(map(id, model.parameters()))
     return [each for each in optimizers if any(id(p) in own for g in each.param_groups for p in g["params"])]
+
+
+def encoded(state: dict[str, Any]) -> str:
+    """Returns a monitor's state as text."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def decoded(text: str) -> Any:
+    """Returns the state in a text of :func:`encoded`."""
+    return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)

@@ -114,7 +114,7 @@ class Manual(Task):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, _index: int) -> Tensor:
-        optimizers = self.optimizers()
+        optimizers: Any = self.optimizers()
         loss = torch.zeros(())
         for x, y in zip(batch[0].chunk(2), batch[1].chunk(2), strict=True):
             part = F.cross_entropy(self.net(x), y) / 2

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 import fastfs
 from fastfs.models import Transformer
 from tests.helpers.monitor_by_hand import HandWatch
+from tests.helpers.processes import reset_accelerate
 
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 STEPS, PARTS, LAYERS = 4, 2, ["blocks.0", "blocks.1"]
 
@@ -29,8 +29,7 @@ STEPS, PARTS, LAYERS = 4, 2, ["blocks.0", "blocks.1"]
 def _no_state() -> Iterator[None]:
     """Accelerate keeps its settings for the process."""
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
 
 
 def batches(first: int) -> list[Tensor]:
@@ -50,8 +49,7 @@ def train(
     **options: Any,
 ) -> Any:
     """Trains for some steps; returns the losses of micro-batches, the model and the numbers of one step by hand."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    reset_accelerate()
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PARTS, **options)
     net = Transformer(vocabulary=32, width=16, depth=2, heads=2, context=8)

@@ -24,7 +24,7 @@ from tests.helpers.parallel_cases import (
     parameters_of,
     train,
 )
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import reset_accelerate, run_ranks
 
 EXACT = ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease", "parameter_norm", "loss")
 
@@ -121,11 +121,9 @@ def trained(path: str | None, folder: str) -> tuple[list[float], list[Any]]:
 
 def on_a_rank(kind: str, path: str, clip: float | None = None, accumulate: int = 1) -> None:
     """Trains twice; with a monitor it has to be the same, bit by bit."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def run(path: str | None) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset_accelerate()
         return trained(path, folder) if kind == "trainer" else accelerated(kind, path, clip, accumulate)
 
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:

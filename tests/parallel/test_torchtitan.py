@@ -7,6 +7,7 @@ import logging
 import types
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
+from fastfs.integrations import watch_torchtitan
 from tests.helpers.parallel_cases import COMPLETE
 from tests.helpers.processes import run_ranks
 
@@ -121,7 +123,6 @@ def trained(path: str | None, tensor: int, backend: str, meshes: list[Any]) -> t
     from torchtitan.trainer import Trainer
 
     losses: list[float] = []
-    monitors: list[fastfs.Monitor] = []
 
     class Loop(Trainer):  # type: ignore[misc, unused-ignore]
         def init_distributed(self) -> Any:  # the process group exists, and DTensor keeps the first of equal meshes
@@ -136,8 +137,6 @@ def trained(path: str | None, tensor: int, backend: str, meshes: list[Any]) -> t
             loss = super().forward_backward_step(**batch)
             own = loss.to_local() if hasattr(loss, "to_local") else loss
             losses.append(own.item())
-            for monitor in monitors:
-                monitor.log(loss=own)
             return loss
 
     config = trainer_config(tensor, backend)
@@ -150,14 +149,11 @@ def trained(path: str | None, tensor: int, backend: str, meshes: list[Any]) -> t
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), whole_model().parameters(), strict=True):
             parameter.copy_(distribute_tensor(value.detach(), parameter.device_mesh, parameter.placements))
-    if path is not None:
-        monitors.append(fastfs.Monitor(model, loop.optimizers, path=Path(path), **OPTIONS))
     batches = loop.batch_generator(own_batches(loop))
-    for step in range(STEPS):
-        loop.step = step + 1
-        loop.train_step(batches)
-    for monitor in monitors:
-        monitor.close()
+    with nullcontext() if path is None else watch_torchtitan(loop, path=path, **OPTIONS):
+        for step in range(STEPS):
+            loop.step = step + 1
+            loop.train_step(batches)
     parameters = [p.full_tensor().detach().clone() for p in model.parameters()]
     loop.close()
     return losses, parameters

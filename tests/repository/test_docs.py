@@ -154,10 +154,12 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("lightning")
+    import lightning.pytorch as lightning
     from accelerate import Accelerator
     from transformers import Trainer
 
     from tests.helpers import huggingface_cases, lightning_cases
+    from tests.helpers.processes import reset_accelerate
 
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "trainers.md"
@@ -166,11 +168,13 @@ def test_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = {"Trainer": Trainer, "fastfs": fastfs, "model": done.model, "arguments": done.args}
     run_block(page, first, names | {"dataset": done.train_dataset})
     settings = {"default_root_dir": "two", "max_steps": 3, "accelerator": "cpu", "logger": False}
-    names = {"lightning": lightning_cases.lightning, "fastfs": fastfs, "settings": settings, "folder": "two"}
+    names = {"lightning": lightning, "fastfs": fastfs, "settings": settings, "folder": "two"}
     run_block(page, second, names | {"task": lightning_cases.make("Task"), "loader": lightning_cases.loader()})
     names = preamble() | {"Accelerator": Accelerator, "fastfs": fastfs}
-    loader = torch.utils.data.DataLoader(names["data"], batch_size=None)
+    loader: Any = torch.utils.data.DataLoader(names["data"], batch_size=None)
+    reset_accelerate()
     run_block(page, third, names | {"loader": loader})
+    reset_accelerate()
     for record in ("one", "two", "run"):
         table = fastfs.load(record)
         assert set(table["kind"]) >= {"measured"}, record

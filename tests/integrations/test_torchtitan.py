@@ -1,0 +1,102 @@
+"""The monitor for the Trainer of torchtitan, on CPU: its own loop, compiled blocks, and its checkpoints."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastfs
+from fastfs.integrations import watch_torchtitan
+from tests.helpers.processes import run_ranks
+from tests.parallel.test_torchtitan import Batch, global_batch, on_cpu, trainer_config, whole_model
+
+torchtitan = pytest.importorskip("torchtitan.trainer", exc_type=ImportError)
+
+STEPS, STOP = 4, 2
+
+
+class Data:
+    """A data loader whose place checkpoints carry."""
+
+    def __init__(self, **_: Any) -> None:
+        self.next = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            tokens, labels = global_batch(self.next)
+            self.next += 1
+            yield {"input": tokens}, labels
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+
+def trained(folder: str, steps: int, watch: bool, **options: Any) -> tuple[list[float], list[Tensor]]:
+    from torchtitan.components.checkpointer import CheckpointManager
+    from torchtitan.config import CompileConfig
+    from torchtitan.trainer import Trainer
+
+    losses: list[float] = []
+
+    class Loop(Trainer):  # type: ignore[misc, unused-ignore]
+        def forward_backward_step(self, **batch: Any) -> Any:
+            loss = super().forward_backward_step(**batch)
+            losses.append(loss.item())
+            return loss
+
+    config = trainer_config(1, "partial_dtensor")
+    config.dump_folder, config.training.steps = folder, steps
+    config.training.disable_cuda_graphs = not options.get("graphs", False)
+    config.checkpoint = CheckpointManager.Config(enable=True, interval=1, last_save_model_only=False)
+    config.compile = CompileConfig(enable=options.get("compiled", False), components=["model"], backend="aot_eager")
+    config.tokenizer = types.SimpleNamespace(build=lambda **_: None)
+    config.dataloader = types.SimpleNamespace(build=Data)
+    loop = Loop(config)
+    (model,) = loop.model_parts
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), whole_model().parameters(), strict=True):
+            parameter.copy_(value.detach())
+    with watch_torchtitan(loop, every=2, aligned_every=1) if watch else nullcontext():
+        loop.train()
+    assert "forward_backward_step" not in vars(loop)
+    assert "fastfs" not in loop.checkpointer.states
+    loop.close()
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+def on_a_rank(folder: str, compiled: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchtitan
+        warnings.filterwarnings("error", "fastfs")
+        on_cpu()
+        plain = trained(f"{folder}/off", STEPS, False, compiled=compiled)
+        watched = trained(f"{folder}/whole", STEPS, True, compiled=compiled)
+        first = trained(f"{folder}/part", STOP, True, compiled=compiled)
+        rest = trained(f"{folder}/part", STEPS, True, compiled=compiled)
+        assert plain[0] == watched[0] == first[0] + rest[0]
+        for others in (watched[1], rest[1]):
+            assert all(torch.equal(a, b) for a, b in zip(plain[1], others, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", [False, True])
+def test_its_loop_and_its_checkpoints(tmp_path: Path, compiled: bool) -> None:
+    run_ranks(on_a_rank, 1, timeout=240, folder=str(tmp_path), compiled=compiled)
+    part, whole = fastfs.load(tmp_path / "part"), fastfs.load(tmp_path / "whole")
+    assert part["run"].nunique() == 1
+    measured = part[part["kind"] == "measured"]
+    assert measured["step"].tolist() == [0, 0, 2, 2]
+    assert measured["valid"].all(), measured["why"].tolist()
+    for column in ("step", "kind", "name", "loss", "angle", "aligned_decrease", "update_rms"):
+        assert part[column].equals(whole[column]), column
