@@ -66,6 +66,8 @@ class StepRunner:
         self._aligned = aligned
         self._optimizers = optimizers
         self._device_types = device_types
+        self._trains = False  # a forward of the model has begun
+        self._initializes = False  # an optimizer only creates its state
         self._failed = False  # the measurement of this step
         self._why: str | None = None  # the reason why this step is not measured
         self._journal = Journal()  # of settings of torch and Python
@@ -117,6 +119,9 @@ class StepRunner:
     def before(self, optimizer: int, first: bool) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
         self.recover()
+        if self._initializes or (not self._trains and _stands_still(self._optimizers[optimizer])):
+            self._initializes = True
+            return
         which, ranks = self._optimizers[optimizer], self._engine.ranks
         met = ranks.meetings
         self._run(lambda: self._engine.before(which, optimizer, self.step, first=first, measured=self.measures))
@@ -127,10 +132,15 @@ class StepRunner:
 
     def after(self, optimizer: int) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
+        if self._initializes:
+            return
         self._run(lambda: self._engine.after(self._optimizers[optimizer], optimizer, measured=self.measures))
 
     def finish(self) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
+        if self._initializes:
+            self._initializes = False
+            return
         try:
             self._finishing = self.step  # until the end is over: after an interrupt, recover() completes it
             self._settle()
@@ -153,6 +163,7 @@ class StepRunner:
         """Part of :class:`fastfs._monitor.capture.listener.CaptureListener`."""
         self.recover()
         self._optimizer_steps.forward_begins()
+        self._trains = True
         if torch._C._current_graph_task_id() == -1:
             self._engine.factor.begin()
         self._losses_before, self._loss = self.loss, None
@@ -336,3 +347,12 @@ class StepRunner:
 
 def _added(total: Tensor | float | None, loss: Tensor | float | None) -> Tensor | float | None:
     return loss if total is None else total if loss is None else total + loss
+
+
+def _stands_still(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether all learning rates are 0.
+
+    Before the first forward, such a step is none of training: torch.distributed.checkpoint takes it to have the
+    optimizer create the state that a checkpoint is loaded into.
+    """
+    return all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)

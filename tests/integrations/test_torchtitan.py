@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastfs
 from fastfs.integrations import watch_torchtitan
 from tests.helpers.processes import run_ranks
-from tests.parallel.test_torchtitan import Batch, global_batch, on_cpu, trainer_config, whole_model
+from tests.parallel.test_torchtitan import Batch, global_batch, make_loop, on_cpu, trainer_config
 
 torchtitan = pytest.importorskip("torchtitan.trainer", exc_type=ImportError)
 
@@ -42,19 +41,11 @@ class Data:
         self.next = state["next"]
 
 
-def trained(folder: str, steps: int, watch: bool, **options: Any) -> tuple[list[float], list[Tensor]]:
+def trained(folder: str, steps: int, watch: bool, meshes: list[Any], **options: Any) -> tuple[list[float], list[Any]]:
     from torchtitan.components.checkpointer import CheckpointManager
     from torchtitan.config import CompileConfig
-    from torchtitan.trainer import Trainer
 
     losses: list[float] = []
-
-    class Loop(Trainer):  # type: ignore[misc, unused-ignore]
-        def forward_backward_step(self, **batch: Any) -> Any:
-            loss = super().forward_backward_step(**batch)
-            losses.append(loss.item())
-            return loss
-
     config = trainer_config(1, "partial_dtensor")
     config.dump_folder, config.training.steps = folder, steps
     config.training.disable_cuda_graphs = not options.get("graphs", False)
@@ -62,28 +53,26 @@ def trained(folder: str, steps: int, watch: bool, **options: Any) -> tuple[list[
     config.compile = CompileConfig(enable=options.get("compiled", False), components=["model"], backend="aot_eager")
     config.tokenizer = types.SimpleNamespace(build=lambda **_: None)
     config.dataloader = types.SimpleNamespace(build=Data)
-    loop = Loop(config)
-    (model,) = loop.model_parts
-    with torch.no_grad():
-        for parameter, value in zip(model.parameters(), whole_model().parameters(), strict=True):
-            parameter.copy_(value.detach())
+    loop = make_loop(config, losses, meshes)
     with watch_torchtitan(loop, every=2, aligned_every=1) if watch else nullcontext():
         loop.train()
     assert "forward_backward_step" not in vars(loop)
     assert "fastfs" not in loop.checkpointer.states
+    parameters = [p.full_tensor().detach().clone() for p in loop.model_parts[0].parameters()]
     loop.close()
-    return losses, [p.detach().clone() for p in model.parameters()]
+    return losses, parameters
 
 
 def on_a_rank(folder: str, compiled: bool) -> None:
+    meshes: list[Any] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torchtitan
         warnings.filterwarnings("error", "fastfs")
         on_cpu()
-        plain = trained(f"{folder}/off", STEPS, False, compiled=compiled)
-        watched = trained(f"{folder}/whole", STEPS, True, compiled=compiled)
-        first = trained(f"{folder}/part", STOP, True, compiled=compiled)
-        rest = trained(f"{folder}/part", STEPS, True, compiled=compiled)
+        plain = trained(f"{folder}/off", STEPS, False, meshes, compiled=compiled)
+        watched = trained(f"{folder}/whole", STEPS, True, meshes, compiled=compiled)
+        first = trained(f"{folder}/part", STOP, True, meshes, compiled=compiled)
+        rest = trained(f"{folder}/part", STEPS, True, meshes, compiled=compiled)
         assert plain[0] == watched[0] == first[0] + rest[0]
         for others in (watched[1], rest[1]):
             assert all(torch.equal(a, b) for a, b in zip(plain[1], others, strict=True))
