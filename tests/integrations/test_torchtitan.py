@@ -48,12 +48,15 @@ def trained(folder: str, steps: int, watch: bool, meshes: list[Any], **options: 
     losses: list[float] = []
     config = trainer_config(1, "partial_dtensor")
     config.dump_folder, config.training.steps = folder, steps
-    config.training.disable_cuda_graphs = not options.get("graphs", False)
     config.checkpoint = CheckpointManager.Config(enable=True, interval=1, last_save_model_only=False)
     config.compile = CompileConfig(enable=options.get("compiled", False), components=["model"], backend="aot_eager")
     config.tokenizer = types.SimpleNamespace(build=lambda **_: None)
     config.dataloader = types.SimpleNamespace(build=Data)
     loop = make_loop(config, losses, meshes)
+    config.training.disable_cuda_graphs = False
+    with pytest.raises(ValueError, match=r"CUDA graphs .* set training.disable_cuda_graphs"), watch_torchtitan(loop):
+        pass
+    config.training.disable_cuda_graphs = True
     with watch_torchtitan(loop, every=2, aligned_every=1) if watch else nullcontext():
         loop.train()
     assert "forward_backward_step" not in vars(loop)
