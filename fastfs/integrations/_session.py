@@ -14,7 +14,7 @@ from contextlib import ExitStack, nullcontext, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastfs._monitor.monitor import Monitor
 
@@ -83,9 +83,10 @@ class TrainerSession:
             warnings.warn(text, RuntimeWarning, stacklevel=3)
 
     def log(self, loss: Any) -> None:
-        """Adds to the loss of the coming step: a tensor, of which the local part counts."""
-        if self.monitor is not None:
-            self.monitor.log(loss=loss.to_local() if hasattr(loss, "to_local") else loss)
+        """Adds to the loss of the coming step, if it is a tensor with one element, of which the local part counts."""
+        loss = loss.to_local() if hasattr(loss, "to_local") else loss
+        if self.monitor is not None and isinstance(loss, Tensor) and loss.numel() == 1:  # methods may be overridden
+            self.monitor.log(loss=loss)
 
     def watch(self, trainer: Any, method: str) -> None:
         """Logs the losses that a method of the trainer returns, and closes the monitor if it raises.

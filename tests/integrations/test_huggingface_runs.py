@@ -61,6 +61,24 @@ def test_a_training_that_raises_leaves_no_hook(tmp_path: Path) -> None:
     assert table["run"].nunique() == 2
 
 
+class OutOfMemory(FailingLoss):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().compute_loss(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise RuntimeError("CUDA out of memory.") from None
+
+
+def test_a_batch_that_does_not_fit(tmp_path: Path) -> None:
+    """The trainer begins again with smaller batches, and the callback with another run."""
+    trainer(
+        make("llama"), tmp_path, [FastfsCallback(every=1, rows=None)], kind=OutOfMemory, auto_find_batch_size=True
+    ).train()
+    table = measured(tmp_path)
+    assert [len(set(part["step"])) for _, part in table.groupby("run", sort=False)] == [2, STEPS]
+    assert table.groupby("run", sort=False)["count"].first().tolist() == [4 * 12 * 16, 3 * 12 * 16]
+
+
 @pytest.mark.parametrize("event", ["on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end"])
 def test_an_interrupt_outside_of_a_training_step(tmp_path: Path, event: str) -> None:
     """The next training closes what the interrupted one has left open, and trains as one that was not watched."""

@@ -116,7 +116,8 @@ class Adversarial(Task):
         self.automatic_optimization = False
 
     def training_step(self, batch: Any, _index: int) -> Any:
-        first, second = self.optimizers()
+        optimizers: Any = self.optimizers()
+        first, second = optimizers
         self.toggle_optimizer(second)
         judged = self.other(self.net(batch[0]).detach())
         second.zero_grad()
