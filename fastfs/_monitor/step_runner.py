@@ -28,6 +28,8 @@ from fastfs._record.writing.recorder import Recorder
 
 __all__ = ["StepRunner"]
 
+Loss = Tensor | float | None
+
 
 class StepRunner:
     """Decides which steps are measured, and calls the engine before, around and after them.
@@ -57,8 +59,7 @@ class StepRunner:
         device_types: Sequence[str],
     ) -> None:
         self.step = 0
-        self._loss: Tensor | float | None = None  # logged since the last forward began
-        self._losses_before: Tensor | float | None = None  # logged for the step before that
+        self._losses: tuple[Loss, Loss] = (None, None)  # logged for the step before the last forward began, and since
         self.measures = self.aligns = False
         self.notices = Notices(lambda: self.step)
         self.warn = self.notices.warn
@@ -95,16 +96,17 @@ class StepRunner:
         self._arm()
 
     @property
-    def loss(self) -> Tensor | float | None:
+    def loss(self) -> Loss:
         """Sum of the losses that were logged for the step; None if none was."""
-        return _added(self._losses_before, self._loss)
+        return _added(*self._losses)
 
     def log(self, loss: Tensor | float) -> None:
         """Adds to the loss of the step, if it is recorded."""
         if self.measures or self.aligns:
             if isinstance(loss, Tensor):
                 loss = loss.detach().to(torch.float64, copy=True).reshape(())
-            self._loss = _added(self._loss, loss if isinstance(loss, Tensor) else float(loss))
+            before, own = self._losses
+            self._losses = before, _added(own, loss if isinstance(loss, Tensor) else float(loss))
 
     # Around the optimizers
 
@@ -163,10 +165,10 @@ class StepRunner:
         """Part of :class:`fastfs._monitor.capture.listener.CaptureListener`."""
         self.recover()
         self._optimizer_steps.forward_begins()
-        self._trains = True
+        self._trains, self._initializes = True, False
         if torch._C._current_graph_task_id() == -1:
             self._engine.factor.begin()
-        self._losses_before, self._loss = self.loss, None
+        self._losses = self.loss, None
         self._forget_thrown_away()
 
     def backward_begins(self) -> None:
@@ -179,7 +181,7 @@ class StepRunner:
             self._engine.skipped(self.step, "gradients were thrown away without an optimizer step", before=True)
             self._engine.factor.clear()
             self._capture.forget_gradients()
-            self._losses_before = None
+            self._losses = None, self._losses[1]
 
     def failed(self, error: Exception) -> None:
         """Leaves the measurement of this step out, and records why.
@@ -293,7 +295,8 @@ class StepRunner:
         if self._finishing is None:
             return
         self.step = self._finishing + 1
-        self._loss = self._losses_before = self._why = None
+        self._losses = None, None
+        self._why = None
         self._failed = False
         try:
             self._capture.clear()
@@ -345,7 +348,7 @@ class StepRunner:
             self._capture.switch.level = taps.GRADIENTS if self.aligns else taps.OFF
 
 
-def _added(total: Tensor | float | None, loss: Tensor | float | None) -> Tensor | float | None:
+def _added(total: Loss, loss: Loss) -> Loss:
     return loss if total is None else total if loss is None else total + loss
 
 
