@@ -26,8 +26,11 @@ extensions = [
 ]
 nitpicky = True  # every reference to a Python object has to resolve
 # Other packages' pages are not read while building, so that a build needs no network.
-_OTHERS = r"(collections|contextlib|matplotlib|numpy|os|pandas|pathlib|rich|scipy|torch|typing)(\..+)?"
-_SHORT = r"DataFrame|LossFunction|Optimizer|nn\.Module|dict\[str|ProcessGroup"  # as annotations name them
+_OTHERS = (
+    r"(collections|contextlib|lightning|matplotlib|numpy|opentelemetry|os|pandas|pathlib|prometheus_client|rich|scipy"
+    r"|torch|transformers|typing|wandb)(\..+)?"
+)
+_SHORT = r"DataFrame|LossFunction|Optimizer|nn\.Module|dict\[str|ProcessGroup|Run"  # as annotations name them
 _INTERNAL = r"fastfs\.(\w+\.)?_.+"
 nitpick_ignore_regex = [(r"py:.*", pattern) for pattern in (_OTHERS, _SHORT, _INTERNAL)]
 
@@ -36,7 +39,8 @@ nitpick_ignore_regex = [(r"py:.*", pattern) for pattern in (_OTHERS, _SHORT, _IN
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 
-autodoc_default_options = {"members": True, "inherited-members": "Module, OSError, int, tuple"}
+_FOREIGN_BASES = "Callback, Collector, Module, OSError, TrainerCallback, int, tuple"  # without their members
+autodoc_default_options = {"members": True, "inherited-members": _FOREIGN_BASES}
 autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"

@@ -1,8 +1,8 @@
 """Measure how fast the features of each layer move in training, and how that is aligned with the backward pass.
 
-The public interface is what ``fastfs``, ``fastfs.formula``, ``fastfs.models``, ``fastfs.monitor``,
-``fastfs.reference``, ``fastfs.scaling`` and ``fastfs.spectrum`` list in ``__all__``. Modules and packages with a
-leading underscore are internal and change without notice.
+The public interface is what ``fastfs``, ``fastfs.formula``, ``fastfs.integrations``, ``fastfs.models``,
+``fastfs.monitor``, ``fastfs.reference``, ``fastfs.scaling`` and ``fastfs.spectrum`` list in ``__all__``. Modules and
+packages with a leading underscore are internal and change without notice.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastfs._version import __version__
 
 if TYPE_CHECKING:
-    from fastfs import formula, models, monitor, reference, scaling, spectrum
+    from fastfs import formula, integrations, models, monitor, reference, scaling, spectrum
     from fastfs._core.optimizer_rules import OptimizerRule
     from fastfs._functional import feature_stats, optimizer_stats, update_stats
     from fastfs._record.reading.load import load
@@ -29,6 +29,7 @@ __all__ = [
     "__version__",
     "feature_stats",
     "formula",
+    "integrations",
     "load",
     "models",
     "monitor",
@@ -52,7 +53,7 @@ _LAZY_OBJECTS = {
     "optimizer_stats": "fastfs._functional",
     "update_stats": "fastfs._functional",
 }
-_LAZY_MODULES = ("formula", "models", "monitor", "reference", "scaling", "spectrum")
+_LAZY_MODULES = ("formula", "integrations", "models", "monitor", "reference", "scaling", "spectrum")
 
 
 def __dir__() -> list[str]:

@@ -323,11 +323,8 @@ class Monitor:
         """
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise ValueError(f"Monitor.log: expected a scalar loss, got a tensor of shape {tuple(loss.shape)}")
-        runner = self._runner
-        if self._closed or not (runner.measures or runner.aligns):
-            return
-        value = loss.detach().to(torch.float64, copy=True).reshape(()) if isinstance(loss, Tensor) else float(loss)
-        runner.loss = value if runner.loss is None else runner.loss + value
+        if not self._closed:
+            self._runner.log(loss)
 
     def flush(self, timeout: float = 30.0) -> bool:
         """Writes everything measured so far to the sinks and waits for it.

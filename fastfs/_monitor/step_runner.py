@@ -28,6 +28,8 @@ from fastfs._record.writing.recorder import Recorder
 
 __all__ = ["StepRunner"]
 
+Loss = Tensor | float | None
+
 
 class StepRunner:
     """Decides which steps are measured, and calls the engine before, around and after them.
@@ -43,7 +45,6 @@ class StepRunner:
 
     Attributes:
         step: Number of the next optimizer step.
-        loss: Loss that was logged for it.
         measures: Whether it will be measured.
         aligns: Whether its aligned decrease will be computed.
         notices: Gives warnings.
@@ -58,7 +59,7 @@ class StepRunner:
         device_types: Sequence[str],
     ) -> None:
         self.step = 0
-        self.loss: Tensor | float | None = None
+        self._losses: tuple[Loss, Loss] = (None, None)  # logged for the step before the last forward began, and since
         self.measures = self.aligns = False
         self.notices = Notices(lambda: self.step)
         self.warn = self.notices.warn
@@ -66,6 +67,8 @@ class StepRunner:
         self._aligned = aligned
         self._optimizers = optimizers
         self._device_types = device_types
+        self._trains = False  # a forward of the model has begun
+        self._initializes = False  # an optimizer only creates its state
         self._failed = False  # the measurement of this step
         self._why: str | None = None  # the reason why this step is not measured
         self._journal = Journal()  # of settings of torch and Python
@@ -92,6 +95,19 @@ class StepRunner:
         self.measures, self.aligns = measures, aligns
         self._arm()
 
+    @property
+    def loss(self) -> Loss:
+        """Sum of the losses that were logged for the step; None if none was."""
+        return _added(*self._losses)
+
+    def log(self, loss: Tensor | float) -> None:
+        """Adds to the loss of the step, if it is recorded."""
+        if self.measures or self.aligns:
+            if isinstance(loss, Tensor):
+                loss = loss.detach().to(torch.float64, copy=True).reshape(())
+            before, own = self._losses
+            self._losses = before, _added(own, loss if isinstance(loss, Tensor) else float(loss))
+
     # Around the optimizers
 
     def enter(self, optimizer: int) -> None:
@@ -105,6 +121,9 @@ class StepRunner:
     def before(self, optimizer: int, first: bool) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
         self.recover()
+        if self._initializes or (not self._trains and _stands_still(self._optimizers[optimizer])):
+            self._initializes = True
+            return
         which, ranks = self._optimizers[optimizer], self._engine.ranks
         met = ranks.meetings
         self._run(lambda: self._engine.before(which, optimizer, self.step, first=first, measured=self.measures))
@@ -115,10 +134,15 @@ class StepRunner:
 
     def after(self, optimizer: int) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
+        if self._initializes:
+            return
         self._run(lambda: self._engine.after(self._optimizers[optimizer], optimizer, measured=self.measures))
 
     def finish(self) -> None:
         """Part of :class:`fastfs._monitor.steps.StepListener`."""
+        if self._initializes:
+            self._initializes = False
+            return
         try:
             self._finishing = self.step  # until the end is over: after an interrupt, recover() completes it
             self._settle()
@@ -141,12 +165,23 @@ class StepRunner:
         """Part of :class:`fastfs._monitor.capture.listener.CaptureListener`."""
         self.recover()
         self._optimizer_steps.forward_begins()
+        self._trains, self._initializes = True, False
         if torch._C._current_graph_task_id() == -1:
             self._engine.factor.begin()
+        self._losses = self.loss, None
+        self._forget_thrown_away()
+
+    def backward_begins(self) -> None:
+        """Part of :class:`fastfs._monitor.capture.listener.CaptureListener`."""
+        self._forget_thrown_away()  # loops may call zero_grad() after the forward
+
+    def _forget_thrown_away(self) -> None:
+        """Records that gradients led to no step, and forgets them with the losses of the forwards before this one."""
         if self._engine.factor.thrown_away() and not self._capture.leaves.unreduced:
             self._engine.skipped(self.step, "gradients were thrown away without an optimizer step", before=True)
             self._engine.factor.clear()
             self._capture.forget_gradients()
+            self._losses = None, self._losses[1]
 
     def failed(self, error: Exception) -> None:
         """Leaves the measurement of this step out, and records why.
@@ -224,7 +259,8 @@ class StepRunner:
         self._recorder.poll()
 
     def _measure(self, started: float) -> None:
-        loss = torch.tensor(self.loss, dtype=torch.float64) if isinstance(self.loss, float) else self.loss
+        loss = self.loss
+        loss = torch.tensor(loss, dtype=torch.float64) if isinstance(loss, float) else loss
         if not self.measures:
             self._engine.predict(self.step, loss, started)
         elif not self._engine.measure(self.step, loss, started):
@@ -259,7 +295,8 @@ class StepRunner:
         if self._finishing is None:
             return
         self.step = self._finishing + 1
-        self.loss = self._why = None
+        self._losses = None, None
+        self._why = None
         self._failed = False
         try:
             self._capture.clear()
@@ -309,3 +346,16 @@ class StepRunner:
             self._capture.switch.level = taps.EVERYTHING
         else:
             self._capture.switch.level = taps.GRADIENTS if self.aligns else taps.OFF
+
+
+def _added(total: Loss, loss: Loss) -> Loss:
+    return loss if total is None else total if loss is None else total + loss
+
+
+def _stands_still(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether all learning rates are 0.
+
+    Before the first forward, such a step is none of training: torch.distributed.checkpoint takes it to have the
+    optimizer create the state that a checkpoint is loaded into.
+    """
+    return all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from tests.helpers.monitor_loops import Loop, Run, cuda_randomness
+from tests.helpers.monitor_loops import Loop, cuda_randomness
 
 Columns = dict[str, list[float]]
 
@@ -25,49 +27,61 @@ def by_hand(loop: Loop, steps: Sequence[int], layers: Sequence[str]) -> dict[int
     result = {}
     for step in range(max(steps) + 1):
         if step in steps:
-            watch = _Watch(run, layers)
+            watch = HandWatch(run.model, layers, scale=1.0 if run.scaler is None else run.scaler.get_scale())
             loop.advance(run, step)
-            result[step] = watch.finish(loop)
+            result[step] = watch.finish(loop.precision())
         else:
             loop.advance(run, step)
     return result
 
 
-class _Watch:
-    """Clones what passes by in one step."""
+class HandWatch:
+    """Clones what passes by in one step.
 
-    def __init__(self, run: Run, layers: Sequence[str]) -> None:
-        self.model = run.model
+    Args:
+        model: The module that is called.
+        layers: Names of layers that form a chain behind the stem.
+        stem: Prefixes of the names of parameters before the first layer.
+        scale: Factor of the loss that is to be divided out.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], stem: tuple[str, ...] = ("stem.",), scale: float = 1.0
+    ) -> None:
+        self.model = model
         self.layers = layers
-        self.scale = 1.0 if run.scaler is None else run.scaler.get_scale()
-        self.forwards: list[tuple[Tensor, Any, list[Tensor]]] = []
+        self.stem = stem
+        self.scale = scale
+        self.forwards: list[tuple[Any, Any, Any, list[Tensor]]] = []
         self.inside = self.again = False
         self.before: list[list[Tensor]] = [[] for _ in layers]
         self.backward: list[list[Tensor]] = [[] for _ in layers]
         self.after: list[list[Tensor]] = [[] for _ in layers]
         self.handles: list[Any] = [
-            run.model.register_forward_pre_hook(self._enter),
-            run.model.register_forward_hook(self._leave),
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave),
         ]
         for index, name in enumerate(layers):
-            module = run.model.get_submodule(name)
+            module = model.get_submodule(name)
             self.handles.append(module.register_forward_hook(lambda _m, _a, out, i=index: self._tap(i, out)))
-        self.old = [p.detach().double() for p in run.model.parameters()]
+        self.old = [p.detach().double() for p in model.parameters()]
         self.old = [p.clone() for p in self.old]
         self.gradients = [torch.zeros_like(p) for p in self.old]
-        for index, p in enumerate(run.model.parameters()):
+        for index, p in enumerate(model.parameters()):
             if p.requires_grad:
                 self.handles.append(p.register_hook(lambda g, i=index: self._gradient(i, g)))
 
-    def _enter(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def _enter(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.again and torch.is_grad_enabled() and self.model.training:
             self.inside = True
-            self.forwards.append((args[0].clone(), _random(), [b.clone() for b in self.model.buffers()]))
+            inputs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (args, kwargs))
+            self.forwards.append((*inputs, _random(), [b.clone() for b in self.model.buffers()]))
 
     def _leave(self, *_: Any) -> None:
         self.inside = False
 
-    def _tap(self, index: int, output: Tensor) -> None:
+    def _tap(self, index: int, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
         if self.again:
             self.after[index].append(output.detach().double().clone())
         elif self.inside:
@@ -80,14 +94,15 @@ class _Watch:
     def _gradient(self, index: int, gradient: Tensor) -> None:
         self.gradients[index] += gradient.double()
 
-    def finish(self, loop: Loop) -> Columns:
+    def finish(self, precision: AbstractContextManager[Any]) -> Columns:
+        """Runs the forwards again, removes the hooks and returns the numbers."""
         self.again = True
         now, buffers = _random(), [b.clone() for b in self.model.buffers()]
-        for x, state, old in self.forwards:
+        for args, kwargs, state, old in self.forwards:
             _set_random(state)
             _set_buffers(self.model, old)
-            with torch.no_grad(), loop.precision():
-                self.model(x)
+            with torch.no_grad(), precision:
+                self.model(*args, **kwargs)
         _set_random(now)
         _set_buffers(self.model, buffers)
         for handle in self.handles:
@@ -103,7 +118,7 @@ class _Watch:
         )
         b, df = b / self.scale, g - f
         decrease = 0.0
-        upstream = ("stem.", *(f"{name}." for name in self.layers[: index + 1]))
+        upstream = (*self.stem, *(f"{name}." for name in self.layers[: index + 1]))
         for (name, p), old, gradient in zip(self.model.named_parameters(), self.old, self.gradients, strict=True):
             if name.startswith(upstream):
                 decrease -= float((gradient / self.scale * (p.detach().double() - old)).sum())

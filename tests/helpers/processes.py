@@ -19,7 +19,7 @@ from typing import Any
 
 from tests.helpers.source_tree import ROOT
 
-__all__ = ["RankError", "run_ranks"]
+__all__ = ["RankError", "reset_accelerate", "run_ranks"]
 
 _OF_TORCH = (".torch.jit.*is deprecated", "The .grad attribute of a Tensor that is not a leaf")  # as in pyproject.toml
 _GRACE = 3.0  # seconds for the other ranks to fail by themselves, once one has failed
@@ -64,6 +64,14 @@ def run_ranks(function: str | Callable[..., Any], world: int, *, timeout: float 
         said = "\n".join((folder / f"output.{rank}").read_text(errors="replace")[-4000:] for rank in range(world))
         head = f"{place}: not over after {timeout} s" if late else f"{place} failed"
         raise RankError(f"{head}\n" + "\n".join(errors) + f"\noutput:\n{said}")
+
+
+def reset_accelerate() -> None:
+    """Forgets the settings that Accelerate keeps for the process."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
 
 
 def _place(function: Callable[..., Any]) -> str:

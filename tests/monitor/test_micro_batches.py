@@ -128,3 +128,34 @@ def test_a_layer_that_runs_twice_counts_its_rows_twice() -> None:
         train(model, optimizer, 1)
     assert seen[0]["count"] == 2 * 16 * 8
     assert seen[0]["valid"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before the forward", "after it"])
+@pytest.mark.parametrize("log_first", [False, True], ids=["log after the backward", "log before it"])
+@pytest.mark.parametrize("every", [1, 4], ids=["measured", "predicted"])
+def test_losses_of_gradients_that_were_thrown_away(late: bool, log_first: bool, every: int) -> None:
+    """The loss of a step is that of its own forwards, wherever the loop zeroes gradients that led to no step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    rows: list[dict[str, Any]] = []
+    expected = []
+    monitor = fastfs.Monitor(model, optimizer, every=every, aligned_every=1, sinks=[rows.extend], verbose=False)
+    for number in range(8):
+        if not late:
+            optimizer.zero_grad()
+        loss = model(torch.randn(4, 16)).square().mean()
+        if late:
+            optimizer.zero_grad()
+        if log_first:
+            monitor.log(loss=loss)
+        loss.backward()
+        if not log_first:
+            monitor.log(loss=loss)
+        if number in (0, 4, 5, 7):
+            optimizer.step()
+            expected.append(loss.item())
+    monitor.close()
+    found = {row["step"]: row for row in rows if row["kind"] in ("measured", "predicted")}
+    assert [found[step]["loss"] for step in range(4)] == pytest.approx(expected, rel=1e-6)
+    assert [row["step"] for row in rows if row["kind"] == "skipped"] == [1, 1, 1, 3]

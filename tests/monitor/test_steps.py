@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fastfs
 from tests.helpers.step_cases import MAKERS, ONE, Accumulating, Mine, Plain, Slow, give, watch
 
 
@@ -191,3 +192,37 @@ def test_a_copy_of_a_wrapper_is_not_watched(how: Any, make: Any, model: nn.Modul
     optimizer.step()
     assert log.take() == ONE
     steps.close()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_that_only_creates_the_state_of_the_optimizer(every: int) -> None:
+    """torch.distributed.checkpoint takes a step at learning rate 0 before it loads an optimizer."""
+    from torch.distributed.checkpoint import state_dict as checkpoints
+
+    def run(state: Any = None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        rows: list[dict[str, Any]] = []
+        monitor = fastfs.Monitor(model, optimizer, every=every, aligned_every=1, sinks=[rows.extend], verbose=False)
+        if state is not None:
+            checkpoints.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+            model.load_state_dict(state["model"])
+            monitor.load_state_dict(state["monitor"])
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+        saved = {
+            "optimizer": checkpoints.get_optimizer_state_dict(model, optimizer),
+            "model": copy.deepcopy(model.state_dict()),
+            "monitor": monitor.state_dict(),
+        }
+        monitor.close()
+        return rows, saved
+
+    first, state = run()
+    second, _ = run(state)
+    numbers = [row["step"] for row in (*first, *second) if row["kind"] in ("measured", "predicted")]
+    assert sorted(set(numbers)) == [0, 1, 2, 3]
+    assert not [row for row in (*first, *second) if row["kind"] == "skipped"]

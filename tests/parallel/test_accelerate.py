@@ -24,7 +24,7 @@ from tests.helpers.parallel_cases import (
     parameters_of,
     train,
 )
-from tests.helpers.processes import run_ranks
+from tests.helpers.processes import reset_accelerate, run_ranks
 
 EXACT = ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease", "parameter_norm", "loss")
 
@@ -76,25 +76,16 @@ def accelerated(kind: str, path: str | None, clip: float | None, accumulate: int
 
 def trained(path: str | None, folder: str) -> tuple[list[float], list[Any]]:
     """Trains by the Trainer of transformers; returns losses and parameters."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    net, losses, monitors = make_model(torch.float32), [], []
+    from fastfs.integrations import FastfsCallback
 
-    class Attach(TrainerCallback):  # type: ignore[misc, unused-ignore]
-        def on_train_begin(self, *_: Any, **__: Any) -> None:
-            if path is not None:  # the wrapped model is the one that the Trainer calls
-                monitors.append(fastfs.Monitor(trainer.model_wrapped, trainer.optimizer, path=Path(path), **OPTIONS))
-
-        def on_train_end(self, *_: Any, **__: Any) -> None:
-            for monitor in monitors:
-                monitor.close()
+    net, losses = make_model(torch.float32), []
 
     class Loop(Trainer):  # type: ignore[misc, unused-ignore]
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
             loss = F.cross_entropy(model(inputs["x"]).flatten(0, -2), inputs["y"].flatten())
             losses.append(loss.item())
-            for monitor in monitors:
-                monitor.log(loss=loss)
             return loss
 
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -121,7 +112,7 @@ def trained(path: str | None, folder: str) -> tuple[list[float], list[Any]]:
         train_dataset=rows,
         data_collator=lambda items: {key: torch.stack([item[key] for item in items]) for key in ("x", "y")},
         optimizers=(make_optimizer(net, "adamw"), None),
-        callbacks=[Attach()],
+        callbacks=[] if path is None else [FastfsCallback(path=path, **OPTIONS)],
     )
     trainer.train()
     assert isinstance(trainer.model_wrapped, torch.nn.parallel.DistributedDataParallel)
@@ -130,11 +121,9 @@ def trained(path: str | None, folder: str) -> tuple[list[float], list[Any]]:
 
 def on_a_rank(kind: str, path: str, clip: float | None = None, accumulate: int = 1) -> None:
     """Trains twice; with a monitor it has to be the same, bit by bit."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def run(path: str | None) -> Any:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
+        reset_accelerate()
         return trained(path, folder) if kind == "trainer" else accelerated(kind, path, clip, accumulate)
 
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:

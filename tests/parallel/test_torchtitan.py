@@ -7,6 +7,7 @@ import logging
 import types
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
+from fastfs.integrations import watch_torchtitan
 from tests.helpers.parallel_cases import COMPLETE
 from tests.helpers.processes import run_ranks
 
@@ -64,6 +66,7 @@ def on_cpu() -> None:
     """Without an accelerator torchtitan assumes CUDA, and asks for the memory of the device."""
     from torchtitan.components import metrics
     from torchtitan.distributed import parallel_dims
+    from torchtitan.distributed import utils as distributed_utils
     from torchtitan.tools import utils
 
     utils.device_type = parallel_dims.device_type = "cpu"
@@ -73,6 +76,7 @@ def on_cpu() -> None:
         device_name="cpu", device_capacity=1, get_peak_stats=lambda: stats, reset_peak_stats=lambda: None
     )
     metrics.build_device_memory_monitor = lambda: monitor
+    distributed_utils.set_pg_timeouts = lambda **_: None  # with a barrier of the device
     logging.disable(logging.WARNING)
 
 
@@ -114,14 +118,11 @@ def trainer_config(tensor: int, backend: str) -> Any:
     )
 
 
-def trained(path: str | None, tensor: int, backend: str, meshes: list[Any]) -> tuple[list[float], list[Tensor]]:
-    """Trains by the Trainer; returns losses of this rank and whole parameters."""
+def make_loop(config: Any, losses: list[float], meshes: list[Any]) -> Any:
+    """Returns the trainer of a configuration, with the weights of the whole model. It notes losses of this rank."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import distribute_tensor
     from torchtitan.trainer import Trainer
-
-    losses: list[float] = []
-    monitors: list[fastfs.Monitor] = []
 
     class Loop(Trainer):  # type: ignore[misc, unused-ignore]
         def init_distributed(self) -> Any:  # the process group exists, and DTensor keeps the first of equal meshes
@@ -136,12 +137,8 @@ def trained(path: str | None, tensor: int, backend: str, meshes: list[Any]) -> t
             loss = super().forward_backward_step(**batch)
             own = loss.to_local() if hasattr(loss, "to_local") else loss
             losses.append(own.item())
-            for monitor in monitors:
-                monitor.log(loss=own)
             return loss
 
-    config = trainer_config(tensor, backend)
-    config.tokenizer = config.dataloader = types.SimpleNamespace(build=lambda **_: None)
     loop = Loop(config)
     (model,) = loop.model_parts
     for module in model.modules():
@@ -150,15 +147,21 @@ def trained(path: str | None, tensor: int, backend: str, meshes: list[Any]) -> t
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), whole_model().parameters(), strict=True):
             parameter.copy_(distribute_tensor(value.detach(), parameter.device_mesh, parameter.placements))
-    if path is not None:
-        monitors.append(fastfs.Monitor(model, loop.optimizers, path=Path(path), **OPTIONS))
+    return loop
+
+
+def trained(path: str | None, tensor: int, backend: str, meshes: list[Any]) -> tuple[list[float], list[Tensor]]:
+    """Trains by the Trainer; returns losses of this rank and whole parameters."""
+    losses: list[float] = []
+    config = trainer_config(tensor, backend)
+    config.tokenizer = config.dataloader = types.SimpleNamespace(build=lambda **_: None)
+    loop = make_loop(config, losses, meshes)
     batches = loop.batch_generator(own_batches(loop))
-    for step in range(STEPS):
-        loop.step = step + 1
-        loop.train_step(batches)
-    for monitor in monitors:
-        monitor.close()
-    parameters = [p.full_tensor().detach().clone() for p in model.parameters()]
+    with nullcontext() if path is None else watch_torchtitan(loop, path=path, **OPTIONS):
+        for step in range(STEPS):
+            loop.step = step + 1
+            loop.train_step(batches)
+    parameters = [p.full_tensor().detach().clone() for p in loop.model_parts[0].parameters()]
     loop.close()
     return losses, parameters
 

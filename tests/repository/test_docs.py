@@ -92,9 +92,14 @@ def preamble() -> dict[str, Any]:
 def run_blocks(path: Path, names: dict[str, Any]) -> None:
     blocks = python_blocks(path)
     assert blocks, f"{path.name} has no Python"
-    for line, source in blocks:
-        code = compile("\n" * (line - 1) + source, str(path), "exec")  # errors show the line of the page
-        exec(code, names)
+    for block in blocks:
+        run_block(path, block, names)
+
+
+def run_block(path: Path, block: tuple[int, str], names: dict[str, Any]) -> None:
+    line, source = block
+    code = compile("\n" * (line - 1) + source, str(path), "exec")  # errors show the line of the page
+    exec(code, names)
 
 
 @pytest.fixture
@@ -187,6 +192,40 @@ def test_the_keys_of_trackers_are_explained_in_their_order() -> None:
     assert f"1. `fastfs/{VALID_SHARE}`:" in text
     named = re.search(r"^3\. values per step: (.*), as", text, re.MULTILINE)
     assert re.findall(r"`(\w+)`", named[1]) == [one.name for one in STEP_COLUMNS if one.tensorboard]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*isinstance.treespec", "ignore:.*does not have many workers", "ignore:You defined a .validation_step"
+)
+def test_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("lightning")
+    import lightning.pytorch as lightning
+    from accelerate import Accelerator
+    from transformers import Trainer
+
+    from tests.helpers import huggingface_cases, lightning_cases
+    from tests.helpers.processes import reset_accelerate
+
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "trainers.md"
+    first, second, third = python_blocks(page)
+    done = huggingface_cases.trainer(huggingface_cases.make("llama"), tmp_path / "one", [])
+    names = {"Trainer": Trainer, "fastfs": fastfs, "model": done.model, "arguments": done.args}
+    run_block(page, first, names | {"dataset": done.train_dataset})
+    settings = {"default_root_dir": "two", "max_steps": 3, "accelerator": "cpu", "logger": False}
+    names = {"lightning": lightning, "fastfs": fastfs, "settings": settings, "folder": "two"}
+    run_block(page, second, names | {"task": lightning_cases.make("Task"), "loader": lightning_cases.loader()})
+    names = preamble() | {"Accelerator": Accelerator, "fastfs": fastfs}
+    loader: Any = torch.utils.data.DataLoader(names["data"], batch_size=None)
+    reset_accelerate()
+    run_block(page, third, names | {"loader": loader})
+    reset_accelerate()
+    for record in ("one", "two", "run"):
+        table = fastfs.load(record)
+        assert set(table["kind"]) >= {"measured"}, record
+        assert table["loss"].notna().all()
+        assert not table.attrs["skipped"]
 
 
 def test_the_theory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import fastfs
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLIC = ("fastfs", "formula", "models", "monitor", "reference", "scaling", "spectrum")
+PUBLIC = ("fastfs", "formula", "integrations", "models", "monitor", "reference", "scaling", "spectrum")
 MODULES = tuple(name if name == "fastfs" else f"fastfs.{name}" for name in PUBLIC)
 PINNED = Path(__file__).with_name("public_api.txt")
 

@@ -95,11 +95,10 @@ class Capture(StepCapture):
         self._touched = bytearray(len(parameters))  # parameters that have received a gradient in this step
         self._graphs = GraphCache()
         self._model = model
-        self._parameters: dict[str, Tensor] = {}
         self._tensors: list[Tensor] = []
         self._slots: list[ParameterSlot] = []
         self._fingerprint: Fingerprint | None = None  # the last one; the next one reuses its layout
-        self._forward_begins = listener.forward_begins
+        self._forward_begins, self._training_backward_begins = listener.forward_begins, listener.backward_begins
         self._open: ForwardCapture | None = None  # the forward that is running
         self._depth = 0
         self.set_parameters(parameters)
@@ -342,6 +341,7 @@ class Capture(StepCapture):
         self._task = number
         self.backwards_seen += 1
         self._drop_discarded()
+        self._training_backward_begins()
         self._stamps = stamps(self._tensors)
         queue_last(functools.partial(self._backward_over, generation), self.failed)
         if self.gradients is not None:

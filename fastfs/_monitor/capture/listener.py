@@ -16,6 +16,9 @@ class CaptureListener(Protocol):
     def forward_begins(self) -> None:
         """Called when the model begins a forward with gradient, whether it is captured or not."""
 
+    def backward_begins(self) -> None:
+        """Called when a captured forward's backward begins, before it adds to gradients."""
+
     def failed(self, error: Exception) -> None:
         """Called with an exception in a hook. The exception must not reach the training loop."""
 

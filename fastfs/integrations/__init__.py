@@ -1,0 +1,32 @@
+"""What attaches the monitor to a trainer in one line: of Hugging Face Transformers, of Lightning, of torchtitan.
+
+Callbacks need their package, and say so when they are imported. ``docs/trainers.md`` has an example of each.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastfs.integrations._huggingface import FastfsCallback
+    from fastfs.integrations._lightning import LightningCallback
+    from fastfs.integrations._torchtitan import watch_torchtitan
+
+__all__ = ["FastfsCallback", "LightningCallback", "watch_torchtitan"]
+
+_MODULES = {
+    "FastfsCallback": "_huggingface",
+    "LightningCallback": "_lightning",
+    "watch_torchtitan": "_torchtitan",
+}
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
