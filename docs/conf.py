@@ -39,7 +39,7 @@ nitpick_ignore_regex = [(r"py:.*", pattern) for pattern in (_OTHERS, _SHORT, _IN
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 
-_FOREIGN_BASES = "Callback, Collector, Module, OSError, TrainerCallback, int, tuple"  # without their members
+_FOREIGN_BASES = "Callback, Module, OSError, TrainerCallback, int, tuple"  # without their members
 autodoc_default_options = {"members": True, "inherited-members": _FOREIGN_BASES}
 autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"

@@ -44,12 +44,12 @@ def licence_of(package: str) -> str | None:
         about = metadata(package)
     except PackageNotFoundError:
         return None
-    if about["License-Expression"]:
-        return str(about["License-Expression"])
+    if expression := about.get("License-Expression"):
+        return str(expression)
     classifiers = [text for text in about.get_all("Classifier", []) if text.startswith("License ::")]
     if classifiers:
         return ", ".join(text.rpartition(" :: ")[2] for text in classifiers)
-    name = str(about["License"] or "")
+    name = str(about.get("License") or "")
     if not name or "\n" in name:
         raise ValueError(f"the metadata of {package} names no licence")
     return name
