@@ -68,6 +68,8 @@ class TrainerSession:
         options = {"scaler": scaler} | self.options
         if options.get("path") is None and not options.get("sinks"):
             options["path"] = os.path.join(folder, "record.jsonl")
+        if isinstance(sinks := options.get("sinks"), (list, tuple)):
+            options["sinks"] = [_trainers_sink(sink) for sink in sinks]
         self.monitor = monitor = Monitor(model, optimizers, **options)
         if state is not None:
             self.resume(state)
@@ -137,6 +139,15 @@ class TrainerSession:
             stack.callback(self.at_close)
             with suppress(Exception) if failed else nullcontext():
                 self.state = monitor.state_dict()
+
+
+def _trainers_sink(sink: Any) -> Any:
+    """Returns what a sink means in a trainer, whose logger gives no ``step=`` to W&B and begins few rows of its own."""
+    if sink != "wandb":
+        return sink
+    from fastfs.monitor import WandbSink
+
+    return WandbSink(own_rows=True)
 
 
 def own_optimizers(model: nn.Module, optimizers: Sequence[Any]) -> list[Any]:
