@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("lightning")
-wandb = pytest.importorskip("wandb")
-mlflow = pytest.importorskip("mlflow")
+pytest.importorskip("wandb")
+pytest.importorskip("mlflow")
 
 import lightning.pytorch as lightning
+import mlflow
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 from transformers import TrainerCallback
 
