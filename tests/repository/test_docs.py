@@ -5,7 +5,10 @@ The blocks of a page run in order in one namespace, which :func:`preamble` fills
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from fastfs.models import Transformer
 ROOT = Path(__file__).resolve().parents[2]
 MONITOR_PAGES = ("monitor.md", "validity.md", "loops_and_models.md", "record.md")
 """The pages on the monitor below docs/, in the order in which their blocks run."""
+FIRST_PAGES = ("index.md", "start.md", "faq.md")
 
 pytestmark = pytest.mark.skipif(not ops.native_available(), reason="no native core")
 
@@ -151,7 +155,7 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pandas")
     monkeypatch.chdir(tmp_path)
-    for page in ("index.md", "start.md", "faq.md"):
+    for page in FIRST_PAGES:
         run_blocks(ROOT / "docs" / page, preamble())
     said = capsys.readouterr().out
     table = fastfs.load("run/record.jsonl")
@@ -226,6 +230,24 @@ def test_the_trainers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(table["kind"]) >= {"measured"}, record
         assert table["loss"].notna().all()
         assert not table.attrs["skipped"]
+
+
+@pytest.mark.slow
+def test_several_ranks(tmp_path: Path) -> None:
+    ((_, source),) = python_blocks(ROOT / "docs" / "parallel.md")
+    (tmp_path / "run.py").write_text(source)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "run.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = fastfs.load(tmp_path / "run/record.jsonl")
+    assert table[["step", "ranks"]].drop_duplicates().to_numpy().tolist() == [[0, 2], [2, 2]]
+    assert table["valid"].all()
+
+
+def test_no_page_has_blocks_that_nothing_runs() -> None:
+    run = {*MONITOR_PAGES, *FIRST_PAGES, "theory.md", "trackers.md", "trainers.md", "parallel.md"}
+    assert {path.name for path in (ROOT / "docs").glob("*.md") if python_blocks(path)} <= run
 
 
 def test_the_theory(capsys: pytest.CaptureFixture[str]) -> None:
