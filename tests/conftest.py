@@ -8,6 +8,7 @@ import random
 import signal
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -103,6 +104,32 @@ def switched_back(seeded: None) -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> str:
     """Runs the test on the CPU and, where there is one, on the GPU."""
     return request.param
+
+
+@pytest.fixture
+def local_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """W&B offline and MLflow in a folder below ``tmp_path``, which is the current folder, as in a new process."""
+    import mlflow
+    import wandb
+
+    store = tmp_path / "store"
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER": "0",
+        "WANDB_CONSOLE": "off",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    wandb.teardown()  # it keeps the settings of the first run
+    mlflow.set_tracking_uri(f"file:{store}")
+    yield store
+    while mlflow.active_run():
+        mlflow.end_run()
+    mlflow.set_tracking_uri("")
+    wandb.teardown()
 
 
 @pytest.fixture

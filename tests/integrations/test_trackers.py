@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,23 +26,10 @@ from tests.helpers.wandb_runs import history
 
 ANGLE = "fastfs/angle/median"
 
-pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{each}") for each in (*OF_LIGHTNING, "You defined a")]
-
-
-@pytest.fixture(autouse=True)
-def local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.chdir(tmp_path)
-    for name, value in {
-        "WANDB_MODE": "offline",
-        "WANDB_DIR": str(tmp_path),
-        "WANDB_CONSOLE": "off",
-        "WANDB_SILENT": "true",
-        "MLFLOW_ALLOW_FILE_STORE": "true",
-        "MLFLOW_TRACKING_URI": f"file:{tmp_path / 'store'}",
-    }.items():
-        monkeypatch.setenv(name, value)
-    yield
-    wandb.teardown()  # it keeps the settings of the first run
+pytestmark = [
+    pytest.mark.usefixtures("local_trackers"),
+    *(pytest.mark.filterwarnings(f"ignore:.*{each}") for each in (*OF_LIGHTNING, "You defined a")),
+]
 
 
 class Slow(TrainerCallback):  # type: ignore[misc, unused-ignore]

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,7 @@ from tests.helpers.small_training import STEPS, same, train
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"file:{tmp_path / 'store'}")
-    yield
-    while mlflow.active_run():
-        mlflow.end_run()
-    mlflow.set_tracking_uri(before)
+pytestmark = pytest.mark.usefixtures("local_trackers")
 
 
 def points(run: Any, key: str) -> list[tuple[int, float]]:

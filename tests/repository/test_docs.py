@@ -167,15 +167,11 @@ def test_first_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "('blocks.0.branch', 'blocks.1.branch')" in said
 
 
-def test_the_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'store'}")
+def test_the_trackers(tmp_path: Path, local_trackers: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_blocks(ROOT / "docs" / "trackers.md", preamble())
     assert Path("run/tracked.jsonl").exists()
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
-    assert list(tmp_path.glob("store/*/*/metrics/fastfs/angle/median"))
+    assert list(local_trackers.glob("*/*/metrics/fastfs/angle/median"))
     said = capsys.readouterr().out
     assert 'fastfs_angle{group="",statistic="median"}' in said
     assert "fastfs_step 2.0" in said

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fastfs._record.writing.exception_text import exception_text
+from fastfs._record.exception_text import exception_text
 
 try:
     import wandb

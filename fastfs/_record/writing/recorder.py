@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastfs._record.encoding import to_json
+from fastfs._record.exception_text import exception_text
 from fastfs._record.ranks.assembly import Assembler
 from fastfs._record.ranks.exchange import Alone, Collector
 from fastfs._record.ranks.part import RankPart
@@ -23,7 +24,6 @@ from fastfs._record.record import Record, as_line
 from fastfs._record.schema import Checker
 from fastfs._record.sinks.protocol import Sink
 from fastfs._record.writing.alerts import Alerts, checked_streaks
-from fastfs._record.writing.exception_text import exception_text
 from fastfs._record.writing.ring import Decode, Ring
 from fastfs._record.writing.sink_queue import SinkQueue
 from fastfs._record.writing.writer import Message, Writer

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+from fastfs._record.exception_text import exception_text
 from fastfs._record.record import Record
 from fastfs._record.sinks.protocol import PartlyWrittenError, Sink
-from fastfs._record.writing.exception_text import exception_text
 
 __all__ = ["SinkQueue"]
 

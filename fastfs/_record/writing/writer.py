@@ -19,10 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from fastfs._record.columns import PART
+from fastfs._record.exception_text import exception_text
 from fastfs._record.ranks.exchange import Collector
 from fastfs._record.record import Record
 from fastfs._record.writing.alerts import Alerts
-from fastfs._record.writing.exception_text import exception_text
 from fastfs._record.writing.interruptible_lock import InterruptibleLock
 from fastfs._record.writing.ring import Batch, Decode, Ring
 from fastfs._record.writing.sink_queue import SinkQueue
