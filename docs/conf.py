@@ -39,7 +39,9 @@ nitpick_ignore_regex = [(r"py:.*", pattern) for pattern in (_OTHERS, _SHORT, _IN
 myst_heading_anchors = 4
 myst_enable_extensions = ["attrs_inline", "colon_fence"]
 
-_FOREIGN_BASES = "Callback, Module, OSError, TrainerCallback, int, tuple"  # without their members
+_FOREIGN_BASES = (
+    "BaseException, Callback, Exception, Module, OSError, TrainerCallback, int, tuple"  # without their members
+)
 autodoc_default_options = {"members": True, "inherited-members": _FOREIGN_BASES}
 autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"
@@ -86,7 +88,13 @@ def restore_colons(_app: Any, _what: str, _name: str, _object: Any, _options: An
     lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
+def skip_aliases(_app: Any, _what: str, _name: str, member: Any, _skip: bool, _options: Any) -> bool | None:
+    """Leaves out "Alias for field number 0" of named tuples, whose fields the docstring of the class describes."""
+    return True if type(member).__name__ == "_tuplegetter" else None
+
+
 def setup(app: Any) -> None:
-    """Connects the functions before and after napoleon, whose priority is 500."""
+    """Connects the functions; those of docstrings before and after napoleon, whose priority is 500."""
+    app.connect("autodoc-skip-member", skip_aliases)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)
     app.connect("autodoc-process-docstring", restore_colons, priority=600)

@@ -4,7 +4,7 @@
 # From a network that no learning rate trains to the measurement, the cause, and two remedies: a scaling from a table,
 # and a measured one. Runs in less than a minute on two cores, on the digits that scikit-learn ships.
 #
-#     pip install "fastfs[plot,spectrum]" scikit-learn
+#     pip install ".[demo,scaling]"
 #     python examples/deep_mlp.py
 #
 # The cells also open as a notebook (`# %%` is the percent format of Jupytext, VS Code, PyCharm and Spyder).

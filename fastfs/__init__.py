@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastfs._utils.lazy import lazy_attribute
 from fastfs._version import __version__
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 # Imported at first use: `fastfs --help` and the completion of the shell need not wait for torch, the stateless
-# measurements need no monitor, and `spectrum` needs SciPy. The ops in `torch.ops.fastfs` are registered then, too.
+# measurements need no monitor. The ops in `torch.ops.fastfs` are registered then, too.
 _LAZY_OBJECTS = {
     "FeatureStats": "fastfs._stats",
     "Monitor": "fastfs.monitor",
@@ -61,9 +62,6 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY_OBJECTS:
-        globals()[name] = found = getattr(importlib.import_module(_LAZY_OBJECTS[name]), name)
-        return found
     if name in _LAZY_MODULES:
         return importlib.import_module(f"fastfs.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy_attribute(__name__, _LAZY_OBJECTS, name)

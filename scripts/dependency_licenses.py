@@ -44,12 +44,12 @@ def licence_of(package: str) -> str | None:
         about = metadata(package)
     except PackageNotFoundError:
         return None
-    if expression := about.get("License-Expression"):
-        return str(expression)
+    if expressions := about.get_all("License-Expression"):
+        return str(expressions[0])
     classifiers = [text for text in about.get_all("Classifier", []) if text.startswith("License ::")]
     if classifiers:
         return ", ".join(text.rpartition(" :: ")[2] for text in classifiers)
-    name = str(about.get("License") or "")
+    name = str(about.get_all("License", [""])[0])
     if not name or "\n" in name:
         raise ValueError(f"the metadata of {package} names no licence")
     return name

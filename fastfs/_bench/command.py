@@ -16,7 +16,7 @@ from fastfs._bench.verdict import conclusion, troubles, verdict
 from fastfs._utils.devices import fastest_device, named_device
 from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 
-__all__ = ["CANNOT", "run_bench"]
+__all__ = ["CANNOT", "run_bench", "show"]
 
 CANNOT = 2
 """Exit status if the measurement failed."""
@@ -41,7 +41,7 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
             result = measure(where, seconds, lambda what: status.update(f"measuring: {escape(what)}"))
         result["verdict"], result["troubles"] = verdict(result), troubles(result)
         result["conclusion"] = conclusion(result)
-        _show(console, result)
+        show(console, result)
         if out is not None:
             write_json(out, result)
         if out is not None and not is_stdout(out):
@@ -52,13 +52,14 @@ def run_bench(device: str | None, *, out: Path | None, seconds: float) -> int:
     return 0
 
 
-def _show(console: Console, result: dict[str, Any]) -> None:
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Print the table and the verdict of a measurement, in 80 columns."""
     environment = result["environment"]
     cores = f"{environment['processor']}, threads: {environment['threads']}"
     console.print(escape(environment.get("device") or cores), highlight=False, soft_wrap=True)
     console.print("GB/s, and speedup of fastfs over the others", highlight=False, soft_wrap=True)
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("inputs", "memory", "copy", "fastfs", "of memory", "eager", "by hand", "compile", "3 norms"):
+    for column in ("inputs", "memory", "copy", "fastfs", "of\nmemory", "eager", "by\nhand", "compile", "3\nnorms"):
         table.add_column(column, justify="left" if column == "inputs" else "right", no_wrap=True)
     for case in result["results"]:
         rows = {row["implementation"]: row for row in case["rows"]}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import io
+import sys
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -53,6 +54,9 @@ def _root(
     ] = False,
 ) -> None:
     """Take the options of ``fastfs`` itself."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a degree sign must not end a command where the locale has none
 
 
 @app.command()
@@ -73,8 +77,6 @@ def demo(
     try:
         from fastfs._reproduce import demo as experiment
         from fastfs._utils.devices import named_device
-
-        importlib.import_module("fastfs._report.plots")  # report a failing import before minutes of training
     except ImportError as error:
         typer.echo(f"fastfs demo: {error}", err=True)
         raise typer.Exit(1) from error
@@ -187,7 +189,7 @@ def bench(
         str | None, typer.Option(help="cpu, cuda or cuda:1; default is a GPU if there is one, else the CPU.")
     ] = None,
     json: Json = None,
-    seconds: Annotated[float, typer.Option(min=1, help="Approximate duration.")] = 60.0,
+    seconds: Annotated[float, typer.Option(min=1, max=3600, help="Approximate duration.")] = 60.0,
 ) -> None:
     """Benchmark this machine in a minute: memory, the kernels, eager torch, torch.compile, torch._foreach_norm."""
     from fastfs._bench.command import run_bench

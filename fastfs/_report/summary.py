@@ -206,7 +206,8 @@ def confidence_in_words(judged: Predictions) -> list[str]:
     if given:
         rest = "each is shown with the factor of its layer"
         if withheld:
-            rest = f"{withheld:,} are withheld, because their factor is above {LARGEST_FACTOR:g} or not known yet"
+            which = "all" if withheld == given else f"{withheld:,}"
+            rest = f"{which} are withheld, because their factor is above {LARGEST_FACTOR:g} or not known yet"
         said.append(f"Predicted speeds: {given:,}; {rest}.")
     return said
 

@@ -81,17 +81,33 @@ def screen(
         note = f"no layer has {search!r} in its name"
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     wide = width >= _WIDE
-    if wide:
-        table.add_column("#", justify="right", no_wrap=True, min_width=len(str(state.layers)))
-    table.add_column("layer", no_wrap=True, overflow="ellipsis", ratio=2, min_width=12)
-    table.add_column("angle", justify="right", no_wrap=True, min_width=11 if wide else 5)
-    for title, least in (("speed", 9), ("relative", 9), ("predicted", 15 if wide else 9)):
-        table.add_column(title, justify="right", no_wrap=True, min_width=least)
-    table.add_column("valid", no_wrap=True, overflow="ellipsis", ratio=1, min_width=3)
+    widths = {
+        "#": len(str(state.layers)),
+        "layer": 12,
+        "angle": 11 if wide else 5,
+        "speed": 9,
+        "relative": 9,
+        "predicted": 16,
+        "valid": 5,
+    }
+    fitting = dict(widths)
+    for title in ("#", "predicted", "relative", "speed"):  # left out rather than cut: 1.5e-0 reads like a number
+        if (not wide and title == "#") or sum(fitting.values()) + 2 * (len(fitting) - 1) > width:
+            del fitting[title]
+    for title, least in fitting.items():
+        if title in ("layer", "valid"):
+            ratio = 2 if title == "layer" else 1
+            table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=ratio, min_width=least)
+        else:
+            table.add_column(title, justify="right", no_wrap=True, min_width=least)
     for row in shown:
-        cells = _cells(state, row, degrees=wide)
-        table.add_row(*(cells if wide else cells[1:]))
-    shown_predictions = state.step("predicted") is not None and any(_predicted(state, row) != "-" for row in shown)
+        cells = dict(zip(widths, _cells(state, row, degrees=wide), strict=True))
+        table.add_row(*(cells[title] for title in fitting))
+    shown_predictions = (
+        "predicted" in fitting
+        and state.step("predicted") is not None
+        and any(_predicted(state, row) != "-" for row in shown)
+    )
     notes = [note, *([_PREDICTED] if shown_predictions and height is None else [])]
     caption = [Text(one, style="dim", overflow="ellipsis", no_wrap=one == note) for one in notes if one]
     return Group(*lines, table, *caption)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastfs._utils.extras import load
+
 __all__ = ["Text", "digits", "minibatches", "stdlib_text", "windows"]
 
 
@@ -87,11 +89,7 @@ def digits() -> tuple[Tensor, Tensor]:
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError('the digits need scikit-learn: pip install "fastfs[demo]"') from error
-    images, labels = load_digits(return_X_y=True)
+    images, labels = load("sklearn.datasets", "demo", "the data of digits").load_digits(return_X_y=True)
     inputs = torch.as_tensor(images, dtype=torch.float32)
     return (inputs - inputs.mean()) / inputs.std(), torch.as_tensor(labels, dtype=torch.int64)
 

@@ -25,6 +25,7 @@ from fastfs._report.summary import STEP_TIME_RATIO, confidence_in_words
 from fastfs._reproduce import data
 from fastfs._reproduce.demo_text import print_meaning, print_next, print_result, training_progress
 from fastfs._reproduce.step_times import step_time_ratio
+from fastfs._utils import extras
 from fastfs._utils.devices import repeatable_attention
 from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 from fastfs._utils.output_files import write_whole
@@ -51,7 +52,7 @@ class OutputError(ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """A training: its name and the functions that create its parts."""
+    """A training: its name, the functions that create its parts, and the optional packages that it needs."""
 
     name: str
     title: str
@@ -60,6 +61,7 @@ class Task:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     batches: Callable[[], tuple[Iterator[Batch], dict[str, Any]]]
     loss: Callable[[Tensor, Tensor], Tensor]
+    packages: tuple[str, ...] = ("matplotlib", "pandas")
 
 
 def _text() -> tuple[Iterator[Batch], dict[str, Any]]:
@@ -91,6 +93,7 @@ TASKS = {
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
         batches=_digits,
         loss=F.cross_entropy,
+        packages=("matplotlib", "pandas", "sklearn"),
     ),
 }
 
@@ -286,9 +289,12 @@ def run_demo(
         The content of ``summary.json``.
 
     Raises:
+        ImportError: a package that a task needs is not installed.
         OutputError: ``out`` is not a folder, or holds a file of the same name that the demo did not write.
     """
     console = console or Console(stderr=is_stdout(json))
+    for package in dict.fromkeys(package for name in models for package in TASKS[name].packages):
+        extras.load(package, "demo", "the demo")  # before minutes of training
     check_json_output(json)
     _check_out(out, models)
     out.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,10 @@ def check_json_output(path: Path | None) -> None:
 
     Raises:
         OSError: the path cannot be inspected, or a parent is not a folder.
-        ValueError: the path exists and is not a regular file.
+        ValueError: the path exists and is not a regular file, or is ``-`` and standard output is closed.
     """
+    if is_stdout(path) and sys.stdout is None:
+        raise ValueError("--json -: standard output is closed")
     if path is not None and not is_stdout(path):
         check_output(path)
 

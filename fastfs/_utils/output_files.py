@@ -38,7 +38,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
         mode = stat.S_IFREG
     for is_kind, what in _KINDS:
         if is_kind(mode):
-            hint = f"; name a file, such as {path / 'report.html'}" if what == "a folder" else ""
+            hint = "; name a file in it" if what == "a folder" else ""
             raise ValueError(f"{path}: is {what}, expected a regular file or a new one{hint}")
     return Path(os.path.realpath(path))
 

@@ -5,8 +5,9 @@ Callbacks need their package, and say so when they are imported. ``docs/trainers
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
+
+from fastfs._utils.lazy import lazy_attribute
 
 if TYPE_CHECKING:
     from fastfs.integrations._huggingface import FastfsCallback
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["FastfsCallback", "LightningCallback", "watch_torchtitan"]
 
 _MODULES = {
-    "FastfsCallback": "_huggingface",
-    "LightningCallback": "_lightning",
-    "watch_torchtitan": "_torchtitan",
+    "FastfsCallback": "fastfs.integrations._huggingface",
+    "LightningCallback": "fastfs.integrations._lightning",
+    "watch_torchtitan": "fastfs.integrations._torchtitan",
 }
 
 
@@ -27,6 +28,4 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return lazy_attribute(__name__, _MODULES, name)

@@ -14,7 +14,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 except ImportError as missing:
-    raise ImportError('the figure of a scaling check needs matplotlib: pip install "fastfs[plot]"') from missing
+    raise ImportError('the figure of a scaling check needs matplotlib: pip install "fastfs[scaling]"') from missing
 
 __all__ = ["plot_exponents"]
 

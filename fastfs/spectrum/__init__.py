@@ -5,11 +5,14 @@ between the feature update and -b is a property of the kernel K_l. The functions
 with vectors and form the matrix only on request.
 """
 
-try:
-    import scipy  # noqa: F401
-except ImportError as missing:
-    raise ImportError('fastfs.spectrum needs scipy: pip install "fastfs[spectrum]"') from missing
-else:
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastfs._utils.extras import load
+from fastfs._utils.lazy import lazy_attribute
+
+if TYPE_CHECKING:
     from fastfs.spectrum._angles import Angles, angles
     from fastfs.spectrum._conditioning import Conditioning, conditioning, kantorovich
     from fastfs.spectrum._extremes import Extremes, extremes
@@ -36,6 +39,31 @@ __all__ = [
     "singular_values",
 ]
 
+# Imported at first use, so that `from fastfs import *` and `help(fastfs)` do not need SciPy.
+_MODULES = {
+    "BFK": "fastfs.spectrum._operator",
+    "Angles": "fastfs.spectrum._angles",
+    "Conditioning": "fastfs.spectrum._conditioning",
+    "Extremes": "fastfs.spectrum._extremes",
+    "LayerJacobian": "fastfs.spectrum._jacobians",
+    "Moments": "fastfs.spectrum._moments",
+    "Quadrature": "fastfs.spectrum._lanczos",
+    "SingularValues": "fastfs.spectrum._jacobians",
+    "angles": "fastfs.spectrum._angles",
+    "conditioning": "fastfs.spectrum._conditioning",
+    "extremes": "fastfs.spectrum._extremes",
+    "kantorovich": "fastfs.spectrum._conditioning",
+    "moments": "fastfs.spectrum._moments",
+    "quadrature": "fastfs.spectrum._lanczos",
+    "singular_values": "fastfs.spectrum._jacobians",
+}
+
 
 def __dir__() -> list[str]:
     return __all__
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        load("scipy", "spectrum", "fastfs.spectrum")
+    return lazy_attribute(__name__, _MODULES, name)

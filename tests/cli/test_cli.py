@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
+from fastfs._bench.ceilings import COPY
+from fastfs._bench.command import show
+from fastfs._bench.comparison import COMPILE, EAGER, HAND, NORMS, OURS
 from fastfs._cli.app import app
 from tests.helpers import report_cases as cases
 
@@ -76,14 +83,6 @@ def test_doctor_passes_on_the_exit_code(monkeypatch: pytest.MonkeyPatch, status:
     assert run("doctor")[0] == status
 
 
-def test_missing_packages_are_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "fastfs._report.plots", None)
-    code, output = run("demo", "--out", tmp_path / "out")
-    assert code == 1
-    assert "fastfs demo:" in output
-    assert not (tmp_path / "out").exists()
-
-
 def test_report_writes_the_page_and_says_where(tmp_path: Path) -> None:
     cases.write(tmp_path / "record.jsonl", cases.run_lines(3, 5))
     code, output = run("report", tmp_path, "-o", tmp_path / "pages" / "report.html")
@@ -138,3 +137,38 @@ def test_it_runs_as_a_module() -> None:
     )
     assert done.returncode == 2
     assert "--steps" in done.stderr
+
+
+def test_a_locale_without_the_signs_of_a_table_does_not_end_a_command(tmp_path: Path) -> None:
+    record = cases.write(tmp_path / "record.jsonl", cases.run_lines(3, 5))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "fastfs._cli.app", "watch", "--once", str(record)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"\d\.\d{3} +\d+\?", done.stdout)  # degrees
+
+
+def test_json_to_a_closed_standard_output_is_reported_before_the_work() -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m fastfs._cli.app doctor --json - >&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "fastfs doctor: --json -: standard output is closed\n")
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "0.5", "1e9"])
+def test_bench_takes_a_duration_that_ends(seconds: str) -> None:
+    code, output = run("bench", "--seconds", seconds)
+    assert code == 2
+    assert "Invalid value for '--seconds'" in output
+
+
+def test_the_table_of_bench_fits_into_80_columns() -> None:
+    rows = [{"implementation": "stream", "GB/s": 4024.0}, {"implementation": COPY, "GB/s": 4024.0}]
+    rows += [{"implementation": OURS, "GB/s": 4024.0, "of ceiling": 0.87}]
+    rows += [{"implementation": name, "fastfs is faster by": 185.8} for name in (EAGER, HAND, COMPILE, NORMS)]
+    case = {"kind": "many layers", "dtype": "bfloat16", "rows": rows}
+    printed = io.StringIO()
+    machine = {"device": "GPU", "processor": "CPU", "threads": 1}
+    result = {"environment": machine, "results": [case], "verdict": [], "troubles": [], "conclusion": ""}
+    show(Console(file=printed, width=80), result)
+    assert "…" not in printed.getvalue()
+    assert printed.getvalue().count("185.8x") == 4

@@ -279,3 +279,26 @@ def test_predicted_speeds_have_their_factor_or_are_withheld() -> None:
     assert [bool(re.search(r"\de-\d\d x/÷1\.\d\d ", row)) for row in rows] == [True, True, True, False]
     assert "no cut" in rows[3]
     assert "80 % of speeds are within the factor x/÷; withheld where it is above 3 or not known yet" in text
+
+
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (100, "# layer angle speed relative predicted valid"),
+        (66, "layer angle speed relative predicted valid"),
+        (65, "layer angle speed relative valid"),
+        (40, "layer angle speed valid"),
+        (26, "layer angle valid"),
+    ],
+)
+def test_numbers_are_left_out_rather_than_cut(width: int, columns: str) -> None:
+    lines = cases.run_lines(2, 60, every=2, invalid=0.0)
+    whole, text = text_of(lines, 200), text_of(lines, width)
+    header = next(line for line in text.splitlines() if "layer" in line and "angle" in line)
+    assert header.split() == columns.split()
+    rows = [line.split() for line in text.splitlines() if line.strip("# 01").startswith("blocks.")]
+    assert len(rows) == 2
+    known = set(whole.split())
+    assert all(word in known and (word != "…") for row in rows for word in row)
+    assert all(row[-1] == "yes" for row in rows)
+    assert ("80 % of speeds" in text) is ("predicted" in columns)  # explained where it is shown

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,18 @@ def test_digits_are_standardized_and_batches_cover_an_epoch() -> None:
 def test_bad_sizes_are_refused(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "pandas", "sklearn"])
+def test_a_missing_package_is_reported_before_the_first_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["demo", "--steps", "1", "--out", str(out)])
+    assert result.exit_code == 1
+    assert result.output == f'fastfs demo: the demo needs {package}: pip install "fastfs[demo]"\n'
+    assert not out.exists()
 
 
 # The run
