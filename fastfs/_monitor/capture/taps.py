@@ -1,11 +1,12 @@
 """Taps: forward hooks on the watched layers that also work inside graphs of torch.compile.
 
 Outside of a compiled graph, a tap passes the features to its receiver directly. Inside, where no Python runs, the tap
-is the op ``fastfs::tap_both``, which AOTAutograd traces together with ``fastfs::tap`` on the gradient. They call the
-receiver when the graph runs. (Were the hook on the gradient registered in sight of Dynamo, Dynamo would restore its
-side effects behind it, and in torch 2.13 loses attributes that the forward sets later.) The anchor is a small tensor on the CPU whose *values* name the receiver:
-(key of the receiver, layer, direction). One graph therefore serves every block of a model, and no block or step causes
-a recompilation. The op is declared to mutate the anchor, so that it is not eliminated as dead code.
+is the op ``fastfs::tap_both``, which AOTAutograd traces together with ``fastfs::tap`` on the gradient; they call the
+receiver when the graph runs. (If Dynamo saw the hook on the gradient, it would restore its side effects behind it, and
+torch 2.13 then loses attributes that the forward sets later.) The anchor is a small tensor on the CPU whose *values*
+name the receiver: (key of the receiver, layer, direction). One graph therefore serves every block of a model, and no
+block or step causes a recompilation. The ops are declared to mutate the anchor, so that they are not eliminated as dead
+code.
 
 Whether a step is tapped is :attr:`Switch.on`, a Python flag that Dynamo guards on. Two graphs are cached, and the one
 for off is exactly the graph of the model without a monitor.
