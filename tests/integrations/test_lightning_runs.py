@@ -92,8 +92,9 @@ def test_two_callbacks_continue_their_own_runs(tmp_path: Path) -> None:
         return [blocks, heads]
 
     saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
-    fit(make("Task"), tmp_path, [*callbacks(), saving], max_steps=2)
-    again = trainer(tmp_path, callbacks())
+    epochs: dict[str, Any] = {"limit_train_batches": 2}  # of two steps
+    fit(make("Task"), tmp_path, [*callbacks(), saving], max_steps=2, **epochs)
+    again = trainer(tmp_path, callbacks(), **epochs)
     again.fit(make("Task"), loader(), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
     for name, layers in (("blocks", ["blocks.0", "blocks.1"]), ("heads", ["head"])):
         table = measured(tmp_path / f"{name}.jsonl")

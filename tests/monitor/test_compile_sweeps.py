@@ -228,7 +228,7 @@ class Iterating(Net):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x)  # type: ignore[no-any-return]
+        return self.head(x)
 
 
 def test_a_forward_that_iterates_over_its_blocks() -> None:
