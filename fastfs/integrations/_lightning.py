@@ -65,8 +65,10 @@ class LightningCallback(_lightning.Callback):  # type: ignore[misc, name-defined
 
     @property
     def state_key(self) -> str:
-        """Key of the state in checkpoints: callbacks for different modules have their own."""
-        return str(self._generate_state_key(module=self._module))
+        """Key of the state in checkpoints: callbacks for different modules or layers have their own."""
+        layers = self._session.options.get("layers")
+        layers = getattr(layers, "__qualname__", layers)  # of a function, whose repr differs from process to process
+        return str(self._generate_state_key(module=self._module, layers=layers))
 
     @property
     def monitor(self) -> Monitor | None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -54,6 +56,12 @@ def vit() -> Any:
     return ViTForImageClassification(ViTConfig(**sizes, intermediate_size=32, image_size=8, patch_size=4))
 
 
+def bert() -> Any:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 5}
+    off: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForSequenceClassification(BertConfig(vocab_size=VOCABULARY, **sizes, **off, intermediate_size=32))
+
+
 def lora() -> Any:
     from peft import LoraConfig, get_peft_model
 
@@ -66,6 +74,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mixtral": mixtral,
     "t5": t5,
     "vit": vit,
+    "bert": bert,
     "lora": lora,
 }
 
@@ -80,6 +89,9 @@ def samples(name: str) -> list[dict[str, Any]]:
     draw = torch.Generator().manual_seed(1)
     if name == "vit":
         return [{"pixel_values": torch.randn(3, 8, 8, generator=draw), "labels": i % 5} for i in range(64)]
+    if name == "bert":
+        tokens = torch.randint(0, VOCABULARY, (64, TOKENS), generator=draw)
+        return [{"input_ids": each, "labels": i % 5} for i, each in enumerate(tokens)]
     found = []
     for _ in range(64):
         tokens = torch.randint(0, VOCABULARY, (TOKENS,), generator=draw)
@@ -92,7 +104,7 @@ def samples(name: str) -> list[dict[str, Any]]:
 def trainer(
     model: Any, folder: Path, callbacks: list[Any], *, kind: type[Trainer] = Trainer, **options: Any
 ) -> Trainer:
-    name = "vit" if isinstance(model, ViTForImageClassification) else "text"
+    kinds = {ViTForImageClassification: "vit", BertForSequenceClassification: "bert"}
     defaults = {
         "use_cpu": True,
         "max_steps": STEPS,
@@ -105,7 +117,7 @@ def trainer(
     }
     extra = {} if "model_init" not in options else {"model_init": options.pop("model_init")}
     arguments = TrainingArguments(str(folder), **defaults | options)
-    data = samples(name)
+    data = samples(kinds.get(type(model), "text"))
     return kind(model, arguments, train_dataset=data, eval_dataset=data[:8], callbacks=callbacks, **extra)
 
 

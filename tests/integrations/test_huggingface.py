@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -126,6 +127,27 @@ def test_training_is_the_same_and_rows_are_valid(tmp_path: Path, name: str) -> N
     assert sorted(set(seen["step"])) == list(range(STEPS))
     # A LoRA adapter begins as zero: the gradients of one of its factors are zero, too.
     assert seen["valid"].all(), seen[~seen["valid"].astype(bool)][["step", "name", "why"]]
+    assert seen["loss"].notna().all()
+
+
+@pytest.mark.graphs
+@pytest.mark.parametrize("compiled_before", [False, True])
+def test_a_compiled_model_that_writes_to_its_configuration(tmp_path: Path, compiled_before: bool) -> None:
+    """In its first forward, behind the watched layers: Dynamo must not lose what it writes (the kind of its loss)."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # as in a new process
+        trained = []
+        for folder, callbacks in (("off", []), ("on", [FastfsCallback(every=2, rows=None)])):
+            if not compiled_before:
+                torch._dynamo.reset()
+            options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 3}
+            trained.append(trainer(make("bert"), tmp_path / folder, callbacks, **options))
+            trained[-1].train()
+    torch._dynamo.reset()
+    assert_same(*trained)
+    seen = measured(tmp_path / "on")
+    assert seen["step"].tolist() == [0, 0, 2, 2]
+    assert seen["valid"].all()
     assert seen["loss"].notna().all()
 
 

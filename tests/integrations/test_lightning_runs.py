@@ -79,9 +79,27 @@ def test_a_resumed_training_continues_the_record(tmp_path: Path, name: str) -> N
         assert table[column].equals(expected[column]), column
     # What a later checkpoint holds is what the last training has left.
     again.save_checkpoint(tmp_path / "end.ckpt")
-    state = torch.load(tmp_path / "end.ckpt", weights_only=False)["callbacks"]["LightningCallback{'module': None}"]
+    state = torch.load(tmp_path / "end.ckpt", weights_only=False)["callbacks"]
+    (state,) = (each for name, each in state.items() if name.startswith("LightningCallback"))
     assert state["run"]["step"] == STEPS
     assert state["run"]["recorder"]["run"] == table["run"].iloc[0]
+
+
+def test_two_callbacks_continue_their_own_runs(tmp_path: Path) -> None:
+    def callbacks() -> list[LightningCallback]:
+        blocks = LightningCallback(every=1, path=tmp_path / "blocks.jsonl")
+        heads = LightningCallback(every=1, layers=lambda name, _module: name == "head", path=tmp_path / "heads.jsonl")
+        return [blocks, heads]
+
+    saving = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=1)
+    epochs: dict[str, Any] = {"limit_train_batches": 2}  # of two steps
+    fit(make("Task"), tmp_path, [*callbacks(), saving], max_steps=2, **epochs)
+    again = trainer(tmp_path, callbacks(), **epochs)
+    again.fit(make("Task"), loader(), loader(), ckpt_path=str(tmp_path / "last.ckpt"))
+    for name, layers in (("blocks", ["blocks.0", "blocks.1"]), ("heads", ["head"])):
+        table = measured(tmp_path / f"{name}.jsonl")
+        assert table["run"].nunique() == 1
+        assert table["name"].tolist() == layers * STEPS
 
 
 def test_a_checkpoint_that_was_loaded_to_validate_is_not_continued(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -222,6 +223,37 @@ class Other(nn.Module):
         return self.head(x)
 
 
+class Iterating(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def test_a_forward_that_iterates_over_its_blocks() -> None:
+    """Of a model that was compiled and trained before without a monitor, by another way of guards in Dynamo."""
+    found: list[list[dict[str, Any]]] = []
+    for order in ("watched", "unwatched, watched"):
+        torch._dynamo.reset()
+        CONFIG.skip_nnmodule_hook_guards = True
+        for each in order.split(", "):
+            torch.manual_seed(0)
+            model: Any = torch.compile(Iterating(), backend="eager")
+            optimizer = sgd(model)
+            seen: list[dict[str, Any]] = []
+            options: dict[str, Any] = {"layers": loops.BLOCKS, "every": 1, "verbose": False}
+            with (
+                fastfs.Monitor(model, optimizer, sinks=[measured_into(seen)], **options)
+                if each == "watched"
+                else (nullcontext())
+            ):
+                train(model, optimizer, 2)
+        found.append(seen)
+    assert len(found[0]) == 6
+    assert_same_rows(found[1], found[0])
+
+
 class Third(Other):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * 2.0
@@ -229,7 +261,7 @@ class Third(Other):
 
 def test_unrelated_models_are_not_compiled_again() -> None:
     """Both have Linear layers, which are watched in one of them."""
-    other = torch.compile(Other(), backend="eager")
+    other = torch.compile(Iterating(), backend="eager")
     train(other, sgd(other), 1)
     model = torch.compile(Third(), backend="eager")
     train(model, sgd(model), 1)

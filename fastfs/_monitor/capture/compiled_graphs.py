@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,17 @@ def drop_unguarded(model: nn.Module, watched: Sequence[nn.Module]) -> int:
 
 def _has_unguarded(code: types.CodeType, hooked: set[int], holders: set[int], is_forward: bool) -> bool:
     entries = _dynamo().eval_frame._debug_get_cache_entry_list(code)
-    return any(_is_unguarded(entry.guard_manager.code_parts, hooked, holders, is_forward) for entry in entries)
+    return any(_is_unguarded(list(_guards(entry.guard_manager.root)), hooked, holders, is_forward) for entry in entries)
+
+
+def _guards(manager: Any) -> Iterator[str]:
+    """Yields all guards below a manager. Its ``code_parts`` lack those of modules over which a forward iterates."""
+    for guard in manager.get_leaf_guards():
+        yield from (part.split("#")[0].rstrip() for part in guard.verbose_code_parts())
+    pairs = manager.get_key_value_managers().values() if hasattr(manager, "get_key_value_managers") else ()
+    for child in chain(manager.get_child_managers(), *pairs):
+        if child is not None:
+            yield from _guards(child)
 
 
 def _is_unguarded(guards: Sequence[str], hooked: set[int], holders: set[int], is_forward: bool) -> bool:

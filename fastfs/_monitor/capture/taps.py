@@ -1,10 +1,12 @@
 """Taps: forward hooks on the watched layers that also work inside graphs of torch.compile.
 
 Outside of a compiled graph, a tap passes the features to its receiver directly. Inside, where no Python runs, the tap
-is the op ``fastfs::tap(features, anchor)``, with a second one on the gradient. Dynamo traces both into the graph, and
-they call the receiver when the graph runs. The anchor is a small tensor on the CPU whose *values* name the receiver:
-(key of the receiver, layer, direction). One graph therefore serves every block of a model, and no block or step causes
-a recompilation. The op is declared to mutate the anchor, so that it is not eliminated as dead code.
+is the op ``fastfs::tap_both``, which AOTAutograd traces together with ``fastfs::tap`` on the gradient; they call the
+receiver when the graph runs. (If Dynamo saw the hook on the gradient, it would restore its side effects behind it, and
+torch 2.13 then loses attributes that the forward sets later.) The anchor is a small tensor on the CPU whose *values*
+name the receiver: (key of the receiver, layer, direction). One graph therefore serves every block of a model, and no
+block or step causes a recompilation. The ops are declared to mutate the anchor, so that they are not eliminated as dead
+code.
 
 Whether a step is tapped is :attr:`Switch.on`, a Python flag that Dynamo guards on. Two graphs are cached, and the one
 for off is exactly the graph of the model without a monitor.
@@ -154,10 +156,34 @@ def _tap_fake(features: Tensor, anchor: Tensor) -> None:
     pass
 
 
+def _tap_both(features: Tensor, anchor: Tensor, _gradient_anchor: Tensor) -> None:
+    _tap(features, anchor)
+
+
+def _tap_both_with_autograd(features: Tensor, anchor: Tensor, gradient_anchor: Tensor) -> None:
+    """Also taps the gradient. AOTAutograd calls this while it traces forward and backward."""
+    if features.requires_grad:
+        features.register_hook(functools.partial(_tap_gradient, gradient_anchor))
+    with torch._C._AutoDispatchBelowAutograd():
+        torch.ops.fastfs.tap_both(features, anchor, gradient_anchor)
+
+
+def _tap_gradient(anchor: Tensor, gradient: Tensor) -> None:
+    torch.ops.fastfs.tap(gradient, anchor)
+
+
+def _tap_both_fake(features: Tensor, anchor: Tensor, gradient_anchor: Tensor) -> None:
+    pass
+
+
 LIBRARY.define("tap(Tensor features, Tensor(a!) anchor) -> ()")
 LIBRARY.impl("tap", _tap, "CompositeExplicitAutograd")
 LIBRARY.impl("tap", torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_fake("fastfs::tap", _tap_fake, lib=LIBRARY)
+LIBRARY.define("tap_both(Tensor features, Tensor(a!) anchor, Tensor gradient_anchor) -> ()")
+LIBRARY.impl("tap_both", _tap_both, "CompositeExplicitAutograd")
+LIBRARY.impl("tap_both", _tap_both_with_autograd, "Autograd")
+torch.library.register_fake("fastfs::tap_both", _tap_both_fake, lib=LIBRARY)
 
 
 def inert(*_args: Any, **_kwargs: Any) -> None:
@@ -274,10 +300,7 @@ class Tap(Hook):
         if is_distributed(features):  # DTensors dispatch only operations of torch
             self.hidden = True
             return
-        torch.ops.fastfs.tap(features, self.forward_anchor)
-        if features.requires_grad:
-            anchor = self.backward_anchor
-            features.register_hook(lambda gradient: torch.ops.fastfs.tap(gradient, anchor))
+        torch.ops.fastfs.tap_both(features, self.forward_anchor, self.backward_anchor)
 
     def features(self, module: nn.Module, output: Any) -> Tensor:
         """Returns the features in an output.
