@@ -79,7 +79,7 @@ def test_the_global_registry_by_name_and_port() -> None:
     monitor.flush()
     assert REGISTRY.get_sample_value("fastfs_step") == STEPS - 1
     for again in ("prometheus", PrometheusSink()):
-        with pytest.raises(ValueError, match="Duplicated timeseries"):
+        with pytest.raises(ValueError, match=r"give each a prefix.*Duplicated timeseries"):
             train(sinks=[again])
     _, other = train(sinks=[PrometheusSink(prefix="other")])
     other.flush()
@@ -87,6 +87,12 @@ def test_the_global_registry_by_name_and_port() -> None:
     other.close()
     monitor.close()
     assert REGISTRY.get_sample_value("fastfs_step") is None
+
+
+@pytest.mark.parametrize("sink", ["prometheus:0", "prometheus:99999"])
+def test_a_port_that_does_not_exist_is_named(sink: str) -> None:
+    with pytest.raises(ValueError, match=r"port: expected an integer from 1 to 65535, got"):
+        train(sinks=[sink])
 
 
 def test_a_resumed_run_is_registered_once_and_names_of_the_user_are_kept() -> None:

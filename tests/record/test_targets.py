@@ -66,7 +66,7 @@ def test_a_word_that_is_no_name_of_a_sink_is_no_file(
 
 
 @pytest.mark.parametrize(
-    "target", ["wandb:project", "mlflow:run", "prometheus:", "prometheus:a", "prometheus:-1", "logging:x"]
+    "target", ["", "wandb:project", "mlflow:run", "prometheus:", "prometheus:a", "prometheus:-1", "logging:x"]
 )
 def test_what_follows_a_name_is_checked(target: str) -> None:
     with pytest.raises(ValueError, match=r"expected a path .*'prometheus:PORT'"):

@@ -38,7 +38,7 @@ class PrometheusSink(Collector):
         prefix: first part of the names; different for monitors that share a registry.
 
     Raises:
-        ValueError: ``max_keys`` is out of range.
+        ValueError: ``max_keys`` or ``port`` is out of range.
     """
 
     def __init__(
@@ -51,6 +51,8 @@ class PrometheusSink(Collector):
         prefix: str = "fastfs",
     ) -> None:
         Metrics({}, max_keys)
+        if port is not None and (type(port) is not int or not 0 < port < 65536):
+            raise ValueError(f"PrometheusSink: port: expected an integer from 1 to 65535, got {port!r}")
         self._registry = REGISTRY if registry is None else registry
         self._port = port
         self._address = address
@@ -79,9 +81,12 @@ class PrometheusSink(Collector):
             self._server = start_http_server(self._port, self._address, self._registry)
         try:
             self._registry.register(self)
-        except BaseException:
+        except ValueError as error:
             self.close()
-            raise
+            raise ValueError(
+                f"PrometheusSink: the registry has metrics of another monitor named {self._prefix!r}: give each a "
+                f"prefix, for example sinks=[PrometheusSink(prefix={self._prefix + '_2'!r})] ({error})"
+            ) from error
         self._registered = True
 
     def describe(self) -> Iterable[Family]:

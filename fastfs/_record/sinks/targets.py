@@ -98,7 +98,7 @@ def checked_targets(targets: Any) -> list[Any]:
 
 
 def _is_name(target: Any) -> bool:
-    return isinstance(target, str) and bool(_WORD.fullmatch(target) or _PREFIX.match(target))
+    return isinstance(target, str) and bool(not target or _WORD.fullmatch(target) or _PREFIX.match(target))
 
 
 def _named(target: str) -> Sink:
