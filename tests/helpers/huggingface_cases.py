@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -25,7 +24,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-import fastfs
+from tests.helpers.trainer_cases import assert_same_state
 
 VOCABULARY, TOKENS, STEPS = 64, 12, 4
 SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2}
@@ -128,15 +127,4 @@ def losses(done: Trainer) -> list[float]:
 def assert_same(one: Trainer, other: Trainer) -> None:
     """Asserts that two trainings have the same parameters and losses, bit by bit."""
     assert losses(one) == losses(other)
-    mine, theirs = (each.model.state_dict() for each in (one, other))
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-
-
-def measured(folder: Path) -> Any:
-    table = fastfs.load(folder)
-    return table[table["kind"] == "measured"]
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert_same_state(one.model, other.model)

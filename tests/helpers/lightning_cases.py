@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-import fastfs
+from tests.helpers.trainer_cases import assert_same_state
 
 STEPS, BATCH = 4, 4
 BLOCKS = ["blocks.0", "blocks.1"]
@@ -175,15 +175,4 @@ def fit(task: Any, folder: Path, callbacks: list[Any], **options: Any) -> Any:
 
 def assert_same(one: Any, other: Any) -> None:
     assert one.losses == other.losses
-    mine, theirs = one.state_dict(), other.state_dict()
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-
-
-def measured(folder: Path) -> Any:
-    table = fastfs.load(folder)
-    return table[table["kind"] == "measured"]
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    assert_same_state(one, other)

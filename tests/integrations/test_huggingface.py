@@ -20,7 +20,8 @@ pytest.importorskip("accelerate")
 from transformers import TrainerCallback
 
 from fastfs.integrations import FastfsCallback
-from tests.helpers.huggingface_cases import MODELS, STEPS, assert_same, make, measured, trainer
+from tests.helpers.huggingface_cases import MODELS, STEPS, assert_same, make, trainer
+from tests.helpers.trainer_cases import measured
 
 # Of peft 0.21, with transformers 5.24.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

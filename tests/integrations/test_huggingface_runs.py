@@ -20,7 +20,8 @@ pytest.importorskip("accelerate")
 from transformers import Trainer, TrainerCallback
 
 from fastfs.integrations import FastfsCallback
-from tests.helpers.huggingface_cases import STEPS, assert_same, hooks, losses, make, measured, trainer
+from tests.helpers.huggingface_cases import STEPS, assert_same, losses, make, trainer
+from tests.helpers.trainer_cases import hooks, measured
 
 
 class Failing(TrainerCallback):  # type: ignore[misc, unused-ignore]

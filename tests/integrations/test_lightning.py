@@ -31,8 +31,8 @@ from tests.helpers.lightning_cases import (
     assert_same,
     fit,
     make,
-    measured,
 )
+from tests.helpers.trainer_cases import measured
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{each}") for each in OF_LIGHTNING]
 

@@ -26,13 +26,12 @@ from tests.helpers.lightning_cases import (
     OF_LIGHTNING,
     STEPS,
     fit,
-    hooks,
     loader,
     make,
-    measured,
     trainer,
     without_dropout,
 )
+from tests.helpers.trainer_cases import hooks, measured
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{each}") for each in OF_LIGHTNING]
 
