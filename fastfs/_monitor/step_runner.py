@@ -356,6 +356,7 @@ def _stands_still(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether all learning rates are 0.
 
     Before the first forward, such a step is none of training: torch.distributed.checkpoint takes it to have the
-    optimizer create the state that a checkpoint is loaded into.
+    optimizer create the state that a checkpoint is loaded into. Its rates are on the host; others are not waited for.
     """
-    return all(float(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
+    rates = [group.get("lr", 1.0) for group in optimizer.param_groups]
+    return all(not (isinstance(x, Tensor) and x.device.type != "cpu") and float(x) == 0.0 for x in rates)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastfs._record import columns
 from fastfs._record.column import Column, Display
 from fastfs._record.columns import COLUMNS
 
@@ -35,14 +36,10 @@ def _quantity(column: Column, display: Display) -> Quantity:
     )
 
 
-_DISPLAYED = sorted(
-    ((column, column.display) for column in COLUMNS if column.display is not None), key=lambda pair: pair[1].menu
-)
-
-QUANTITIES = tuple(_quantity(column, display) for column, display in _DISPLAYED)
+QUANTITIES = tuple(_quantity(column, column.display) for column in columns.QUANTITIES if column.display)
 """In the order of the menu."""
 
-PREDICTED = frozenset(column.name for column, _ in _DISPLAYED if "predicted" in column.kinds)
+PREDICTED = frozenset(column.name for column in columns.QUANTITIES if "predicted" in column.kinds)
 """Quantities of predicted records."""
 
 NOT_QUANTITIES = frozenset(column.name for column in COLUMNS if column.per != "layer" or column.type != "number")

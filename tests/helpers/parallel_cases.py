@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -270,3 +271,13 @@ def with_and_without(mesh: str, path: str, **options: Any) -> dict[str, Any]:
     for a, b in zip(plain["parameters"], watched["parameters"], strict=True):
         assert torch.equal(a, b)
     return watched
+
+
+def assert_same_valid_rows(many: Any, one: Any) -> None:
+    """Asserts that a float32 training by somebody else's trainer has valid rows with the numbers of one process."""
+    for column in ("step", "kind", "name", "count", "rows"):
+        assert many[column].tolist() == one[column].tolist(), column
+    assert many["valid"].all()
+    for column in ("angle", "update_rms", "feature_rms", "backward_rms", "aligned_decrease", "parameter_norm", "loss"):
+        mine, other = (table[column].to_numpy(dtype=float) for table in (many, one))
+        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=0, err_msg=column)

@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 
-class Slow(TrainerCallback):  # type: ignore[misc, unused-ignore]
+class OwnValue(TrainerCallback):  # type: ignore[misc, unused-ignore]
     """Logs a value of its own to the run, as users do."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -43,7 +43,7 @@ class Slow(TrainerCallback):  # type: ignore[misc, unused-ignore]
 def test_the_trainer_of_transformers_with_wandb(tmp_path: Path, logging_steps: int) -> None:
     alone = trainer(make("llama"), tmp_path / "alone", [], logging_steps=logging_steps)
     alone.train()
-    callbacks = [Slow(), FastfsCallback(every=1, sinks=["wandb"])]
+    callbacks = [OwnValue(), FastfsCallback(every=1, sinks=["wandb"])]
     done = trainer(make("llama"), tmp_path / "out", callbacks, logging_steps=logging_steps, report_to=["wandb"])
     done.train()
     wandb.finish()

@@ -81,12 +81,15 @@ class PrometheusSink(Collector):
             self._server = start_http_server(self._port, self._address, self._registry)
         try:
             self._registry.register(self)
-        except ValueError as error:
+        except BaseException as error:
             self.close()
-            raise ValueError(
-                f"PrometheusSink: the registry has metrics of another monitor named {self._prefix!r}: give each a "
-                f"prefix, for example sinks=[PrometheusSink(prefix={self._prefix + '_2'!r})] ({error})"
-            ) from error
+            if isinstance(error, ValueError):
+                raise ValueError(
+                    f"PrometheusSink: the registry has metrics named {self._prefix!r} already, of another monitor for "
+                    f"instance: give each a prefix, for example sinks=[PrometheusSink(prefix={self._prefix + '_2'!r})] "
+                    f"({error})"
+                ) from error
+            raise
         self._registered = True
 
     def describe(self) -> Iterable[Family]:
