@@ -220,6 +220,8 @@ class _Search:
         ):
             return members  # its own forward decides how the children are combined
         inner = _unique(self.blocks(members, within=True))
+        if not inner:  # also if its weights are called up and down, like resampling layers
+            return members
         covered = sum(map(self._tree.weights, inner))
         left = sum(map(self._tree.weights, members)) - covered
         for member in members:

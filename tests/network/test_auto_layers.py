@@ -33,6 +33,34 @@ def test_styles_of_public_scripts(entry: Any) -> None:
     assert picked.reached == entry.count - ("not used" in entry.verdict)
 
 
+class Named(nn.Module):
+    """A residual block whose weights have the given names."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = x
+        for part in self.children():
+            branch = part(branch).relu()
+        return x + branch
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("up", "down"), ("up_proj", "down_proj"), ("reduce", "merge", "embed"), ("pool_in", "patch_out"), ("down", "act")],
+)
+@pytest.mark.parametrize("depth", [2, 5])
+def test_blocks_whose_weights_are_named_as_resampling_layers(names: tuple[str, ...], depth: int) -> None:
+    stream = text.Stream([Named(*names) for _ in range(depth)])
+    assert auto(stream) == [f"blocks.{i}" for i in range(depth)]
+    assert auto(nn.ModuleDict({"embed": nn.Linear(4, WIDTH), "stream": stream})) == [
+        f"stream.blocks.{i}" for i in range(depth)
+    ]
+
+
 class Small(nn.Module):
     """A block of a norm and one linear map."""
 
