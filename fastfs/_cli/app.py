@@ -125,6 +125,26 @@ def report(
 
 
 @app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="A record, or the folder of a run.", metavar="RUN")],
+    run_id: Annotated[
+        str | None, typer.Option("--run", help="Id of the run; default is the last one in the record.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Say the three things that matter most about a run: the numbers, what they mean, what to change."""
+    try:
+        from fastfs._report.explain import explain_run
+
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: typer.echo(f"fastfs explain: {message}", err=True)
+            explain_run(run, run=run_id, json=json)
+    except (ImportError, OSError, ValueError) as error:
+        typer.echo(f"fastfs explain: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
 def watch(
     run: Annotated[Path, typer.Argument(help="A record that is being written, or the folder of a run.", metavar="RUN")],
     once: Annotated[bool, typer.Option("--once", help="Print one table with all layers and exit.")] = False,

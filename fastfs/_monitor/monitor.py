@@ -195,6 +195,7 @@ class Monitor:
             rows=rows,
             samples=samples,
             memory_bytes=memory,
+            untrained=settings.untrained(model, parameters.tensors),
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
             **describe(ranks.place),
         )

@@ -16,6 +16,7 @@ from fastfs._monitor.measure.modes import MODES
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.ranks import Ranks
 from fastfs._monitor.schedule import Every
+from fastfs._network.layers import parameter_names
 from fastfs._network.placements import local
 from fastfs._record.writing.recorder import check_recorder_state
 
@@ -33,10 +34,12 @@ __all__ = [
     "describe",
     "shown",
     "speaks",
+    "untrained",
 ]
 
 _MIB = 2**20
 _OPERATIONS, _OF_LAYERS = 60, 3  # torch operations of an aligned step, and per layer, as a dispatch mode counts them
+_MOST_NAMES = 20
 _TINY = 2**20  # bytes of parameters up to which host work takes longer than the pass over them
 
 
@@ -178,6 +181,18 @@ def check_together(ranks: Ranks, mode: str, amplify: bool) -> None:
 def shown(schedule: Any) -> Any:
     """Returns a schedule as the header shows it."""
     return schedule.steps if isinstance(schedule, Every) else None if schedule is None else repr(schedule)
+
+
+def untrained(model: nn.Module, parameters: Sequence[Tensor]) -> list[str]:
+    """Returns names of the parameters that require a gradient and are in no optimizer, at most 20 and how many more.
+
+    Args:
+        model: The model.
+        parameters: Those that are in an optimizer.
+    """
+    known = {id(p) for p in parameters}
+    names = list(parameter_names(model, [p for p in model.parameters() if p.requires_grad and id(p) not in known]))
+    return [*names[:_MOST_NAMES], *([f"and {len(names) - _MOST_NAMES} more"] if len(names) > _MOST_NAMES else [])]
 
 
 def speaks() -> bool:

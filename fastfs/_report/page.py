@@ -30,7 +30,10 @@ from fastfs._report.grids import (
     thin,
     thin_series,
 )
+from fastfs._report.guide import Guide
 from fastfs._report.quantities import PREDICTED, UNUSED, Quantity
+from fastfs._report.run_numbers import RunNumbers, cuts
+from fastfs._report.signs import CHANGE, signs
 from fastfs._utils.output_files import check_output, write_whole
 
 try:
@@ -88,7 +91,7 @@ def write_report(
     data = page_data(load_compact(Path(path), UNUSED), run=run, source=Path(path).name)
     page = render(data).encode("utf-8")
     write_whole(out, page)
-    said = {key: data[key] for key in ("run", "title", "cards", "findings")}
+    said = {key: data[key] for key in ("run", "title", "cards", "signs", "findings")}
     return {"page": str(out), "bytes": len(page), **said, "alerts": dict(data["alert_rules"])}
 
 
@@ -154,11 +157,16 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
     kept_predicted = thin(predicted, _room(_PREDICTED_CELLS, rows, len(predicted.columns)), alert_steps)
     line = _loss_line(measured, predicted)
     model = str(header.get("model", "run"))
+    guide = Guide.read()
+    numbers = RunNumbers(header, names[: len(layers)], measured, cuts(structures, len(layers)), alerts, skipped)
+    rules = Counter(str(alert.get("rule")) for alert in alerts)
     return {
         "title": f"{model} ({run})" if model else run,
         "source": source,
         "run": run,
         "cards": summary.cards(header, measured, predicted, len(layers), len(alerts), len(skipped)),
+        "signs": _signs(numbers, guide),
+        "guide": _guide(guide, [*shown, *shown_predicted], rules),
         "findings": [
             *ranks.findings(header, names, len(layers), measured, predicted),
             *summary.findings(names, len(layers), measured, judged),
@@ -172,13 +180,33 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
         "confidence": {"share": SHARE, "largest": LARGEST_FACTOR, "window": WINDOW},
         "loss": {"steps": line[0].tolist(), "values": [float(f"{value:.6g}") for value in line[1]]},
         "alerts": [_alert(alert, names) for alert in _ends(alerts, _MOST_ALERTS)],
-        "alert_rules": Counter(str(alert.get("rule")) for alert in alerts).most_common(50),
+        "alert_rules": rules.most_common(50),
         "skipped": [
             {"step": one.get("step"), "reason": _text(one.get("reason"))} for one in _ends(skipped, _MOST_SKIPPED)
         ],
         "resumed": [head["resumed_at"] for head in own if isinstance(head.get("resumed_at"), int)],
         "thinned": _thinned(measured, kept, predicted, kept_predicted, line, len(alerts), len(skipped)),
         "facts": _facts(header, own, runs, run, source),
+    }
+
+
+def _signs(numbers: RunNumbers, guide: Guide) -> list[dict[str, Any]]:
+    """What is to be changed, with the paragraph of the guide about it."""
+    found = signs(numbers, guide) if len(numbers.grid.steps) else []
+    return [
+        {"text": sign.text, "anchor": None if sign.paragraph is None else sign.paragraph.anchor}
+        for sign in found
+        if sign.severity >= CHANGE
+    ]
+
+
+def _guide(guide: Guide, shown: Sequence[Quantity], rules: Mapping[str, int]) -> dict[str, Any]:
+    """The paragraphs, and which of them is about each quantity and alert of the page."""
+    named = {"columns": [quantity.key for quantity in shown], "alerts": rules}
+    about = {kind: {name: guide.about(kind, name) for name in names} for kind, names in named.items()}
+    return {
+        "paragraphs": [{"anchor": one.anchor, "title": one.title, "text": one.text} for one in guide.paragraphs],
+        **{kind: {name: one.anchor for name, one in found.items() if one} for kind, found in about.items()},
     }
 
 

@@ -71,6 +71,7 @@ def test_header_and_rows(tmp_path: Path) -> None:
         "rows": 1024,
         "samples": None,
         "memory_bytes": 2**29,
+        "untrained": [],
         "groups": {},
         "metadata": {"data": "made up", "lr": None},
     }

@@ -35,7 +35,11 @@ function fillTable(table, columns, rows) {
   const body = element("tbody");
   for (const row of rows) {
     const line = element("tr");
-    row.forEach((cell, i) => line.append(element("td", cell, columns[i][1] ? "n" : "")));
+    row.forEach((cell, i) => {
+      const made = element("td", cell instanceof Node ? null : cell, columns[i][1] ? "n" : "");
+      if (cell instanceof Node) made.append(cell);
+      line.append(made);
+    });
     body.append(line);
   }
   table.append(body);
@@ -47,6 +51,38 @@ function legend(node, parts) {
     const text = words.endsWith(".") ? words : words + ".";
     if (color) { const mark = element("i"); mark.style.background = color; node.append(mark); }
     node.append(document.createTextNode((color ? "" : " ") + text));
+  }
+}
+
+// ---- the guide
+
+function guideLink(anchor, words) {
+  const link = element("a", words);
+  link.href = `#guide-${anchor}`;
+  link.addEventListener("click", () => { $("guide").open = true; });
+  return link;
+}
+const ruleLink = (rule) => (data.guide.alerts[rule] ? guideLink(data.guide.alerts[rule], rule) : document.createTextNode(rule));
+// Text with **bold**, *emphasis* and `code`; nothing else of Markdown is in the guide.
+function marked(tag, text) {
+  const made = element(tag), kinds = { "**": "b", "*": "i", "`": "code" };
+  for (const part of text.split(/(\*\*[^*]+\*\*|\*[^*]+\*|`[^`]+`)/)) {
+    const mark = part.match(/^(\*\*|\*|`)/)?.[0];
+    made.append(mark && part.length > 2 ? element(kinds[mark], part.slice(mark.length, -mark.length)) : part);
+  }
+  return made;
+}
+function drawGuide() {
+  for (const paragraph of data.guide.paragraphs) {
+    const article = element("article");
+    article.id = `guide-${paragraph.anchor}`;
+    article.append(element("h3", paragraph.title), ...paragraph.text.split("\n\n").map((one) => marked("p", one)));
+    $("guide").append(article);
+  }
+  for (const sign of data.signs) {
+    const item = element("li", sign.text + " ");
+    if (sign.anchor) item.append(guideLink(sign.anchor, "What to do"));
+    $("signs").append(item);
   }
 }
 
@@ -63,11 +99,11 @@ function drawStatic() {
   for (const text of data.findings) $("findings").append(element("li", text));
   if (data.alert_rules.length) {
     $("alarm").hidden = false;
-    $("alarm").textContent = "Alerts: " + data.alert_rules.map(([rule, count]) => `${rule} (${whole(count)})`).join(", ") + ". Details are in the table below.";
+    $("alarm").append("Alerts: ", ...data.alert_rules.flatMap(([rule, count], i) => [i ? ", " : "", ruleLink(rule), ` (${whole(count)})`]), ". Details are in the table below.");
   }
   const total = data.alert_rules.reduce((sum, [, count]) => sum + count, 0);
   $("alerts-note").textContent = total ? `${whole(total)} in total` + (total > data.alerts.length ? `; the first and last ${data.alerts.length / 2} are listed.` : ".") : "None.";
-  if (total) fillTable($("alerts"), [["step", 1], ["rule"], ["layer"], ["value", 1], ["message"]], data.alerts.map((a) => [whole(a.step), a.rule, a.layer ?? "-", format(a.value), a.message ?? ""]));
+  if (total) fillTable($("alerts"), [["step", 1], ["rule"], ["layer"], ["value", 1], ["message"]], data.alerts.map((a) => [whole(a.step), ruleLink(a.rule), a.layer ?? "-", format(a.value), a.message ?? ""]));
   if (data.skipped.length) { $("skipped-panel").hidden = false; fillTable($("skipped"), [["step", 1], ["reason"]], data.skipped.map((s) => [whole(s.step), s.reason ?? ""])); }
   const known = layerRows.filter((row) => data.rows[row].cut !== null), cuts = known.filter((row) => data.rows[row].cut);
   $("structure-summary").textContent = known.length ? `Structure: ${cuts.length} of ${known.length} layers are cuts` : `Structure: ${layerRows.length} layers (cuts are not recorded)`;
@@ -97,7 +133,9 @@ function drawStatic() {
 function drawHeat() {
   const q = quantity(), rows = shownRows();
   $("heat-title").textContent = `${q.label}, layer by step`;
-  $("heat-about").textContent = q.about;
+  $("heat-about").textContent = q.about + " ";
+  const anchor = data.guide.columns[q.key];
+  if (anchor) $("heat-about").append(guideLink(anchor, "What do I do with this number?"));
   const { traces, layout, notes } = heatFigure(q, rows, { log: state.log, range: range(), showInvalid: state.showInvalid });
   const parts = [];
   if (!rows.length) parts.push([null, "No layer matches the search."]);
@@ -298,6 +336,7 @@ function wire() {
 
 setTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
 drawStatic();
+drawGuide();
 wire();
 if (quantities.length) { chooseQuantity(state.quantity); state.picks = spread(layerRows, MOST_PICKS); }
 if (hasRows) { $("from").value = first; $("to").value = last; }
