@@ -162,7 +162,8 @@ def test_no_button_sends_anything_anywhere(browser: Any, pages: Any, name: str) 
         "[...new Set([...document.querySelectorAll('.modebar-btn')].map((b) => b.dataset.title))]"
     )
     assert sorted(titles) == ["Download plot as a PNG", "Pan", "Reset axes", "Zoom", "Zoom in", "Zoom out"]
-    assert browser.evaluate("document.querySelectorAll('a[href], form, iframe').length") == 0
+    outside = "document.querySelectorAll('a[href]:not([href^=\"#guide-\"]), form, iframe').length"
+    assert browser.evaluate(outside) == 0
     assert browser.evaluate("Plotly.toImage('heat', {format: 'png'}).then((url) => url.length)") > 1000
     # The content security policy forbids requests, whatever causes them.
     refused = "fetch('http://127.0.0.1:9/').then(() => 'sent', () => 'refused')"
@@ -257,7 +258,7 @@ def test_names_are_plain_text(browser: Any, pages: Any) -> None:
     load(browser, pages["evil"])
     assert browser.evaluate("document.querySelector('#picks button').textContent") == EVIL
     assert browser.evaluate("document.querySelector('#structure tbody td:nth-child(2)').textContent") == EVIL
-    assert browser.evaluate("document.querySelectorAll('img, a[href*=example], b:not(.card b)').length") == 0
+    assert browser.evaluate("document.querySelectorAll('img, a[href*=example], b:not(.card b, #guide b)').length") == 0
     shown = browser.evaluate("document.querySelector('#heat .ytick text').textContent")
     assert shown.startswith("</")
     assert_clean(browser, pages["evil"])
@@ -359,3 +360,32 @@ def test_the_first_layer_is_on_top(browser: Any, pages: Any) -> None:
         "[...document.querySelectorAll('#heat .ytick text')].map((t) => [t.textContent, t.getBoundingClientRect().top])"
     )
     assert [name for name, _ in sorted(tops, key=lambda one: one[1])] == ["0", "1", "2", "3"]
+
+
+def test_quantities_alerts_and_signs_lead_to_their_paragraph(browser: Any, pages: Any, tmp_path: Path) -> None:
+    lines = cases.run_lines(6, 40, every=2)
+    for line in lines:
+        if line["kind"] == "measured":
+            line["layers"]["feature_rms"] = [3.0**i for i in range(6)]
+    alerts = [{**cases.alert(4, layer=None), "rule": rule} for rule in ("large update 2", "a rule of mine")]
+    record = cases.write(tmp_path / "record.jsonl", [*lines, *alerts])
+    load(browser, write_page(record, tmp_path / "page.html"))
+    links = browser.evaluate("[...document.querySelectorAll('a')].map((a) => [a.textContent, a.getAttribute('href')])")
+    speed, size = "#guide-speed-and-relative-update", "#guide-feature-size"
+    assert links.count(["large update 2", speed]) == 2  # above the page, and in the table
+    assert ["What to do", size] in links
+    assert ["What do I do with this number?", "#guide-angle"] in links
+    assert "a rule of mine" not in [text for text, _ in links]
+    choose(browser, "quantity", "measured:relative_update")
+    assert browser.evaluate("document.querySelector('#heat-about a').getAttribute('href')") == speed
+    targets = {href for _, href in links}
+    assert browser.evaluate(f"{sorted(targets)}.every((id) => document.querySelector(id))")
+    assert not browser.evaluate("document.getElementById('guide').open")
+    browser.evaluate("document.querySelector('#signs a').click()")
+    browser.wait_for(f"document.querySelector('{size}').getBoundingClientRect().top < window.innerHeight")
+    assert browser.evaluate("document.getElementById('guide').open")
+    assert "1/sqrt(depth)" in browser.evaluate(f"document.querySelector('{size}').textContent")
+    assert browser.evaluate(f"document.querySelector('{size} b').textContent") == "Healthy:"
+    if folder := os.environ.get("FASTFS_SCREENSHOTS"):
+        browser.screenshot(Path(folder) / "guide.png")
+    assert browser.problems == []
