@@ -27,6 +27,7 @@ Array = np.ndarray[Any, Any]
 _LARGE = 0.5  # relative update, and residual, of a step that is not first order
 _LEAST_COSINE = 0.02  # below which the residual divides by noise
 _OFTEN = 0.1  # share of the measured steps
+_RISE = 1.2  # of the loss over its first value
 _LITTLE = 0.1  # share of the loss
 _LINEAR = 0.02  # residual of a step of which ten times as much would still be first order
 _AS_DECLARED = 0.1  # relative distance of the gradient scale from 1, and its variation
@@ -112,7 +113,11 @@ def _too_high(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
     residual = np.where(np.abs(run.column("cos_angle")) < _LEAST_COSINE, np.nan, np.abs(residual))
     update, residual = (np.nan_to_num(_medians(each)) for each in (update, residual))
     high = (update > _LARGE) | (residual > _LARGE)
-    if high.sum() >= max(2, _OFTEN * len(high)) or (high.sum() >= 2 and high[:3].sum() >= 2):
+    often = high[len(high) // 2 :].mean() >= _OFTEN
+    # Large first steps are usual without a warm-up, and harmless unless the loss rises.
+    loss = run.grid.loss[np.isfinite(run.grid.loss)]
+    harm = len(loss) > 1 and loss[1:].max() > _RISE * loss[0]
+    if high.sum() >= 2 and (often or harm):
         steps = run.grid.steps[high]
         numbers = {"steps": int(high.sum()), "relative_update": update.max(), "residual": residual.max()}
         text = (
