@@ -117,7 +117,7 @@ def _too_high(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
     # Large first steps are usual without a warm-up, and harmless unless the loss rises.
     loss = run.grid.loss[np.isfinite(run.grid.loss)]
     harm = len(loss) > 1 and loss[1:].max() > _RISE * loss[0]
-    if high.sum() >= 2 and (often or harm):
+    if (often and high.sum() > 1) or (harm and high.any()):
         steps = run.grid.steps[high]
         numbers = {"steps": int(high.sum()), "relative_update": update.max(), "residual": residual.max()}
         text = (
@@ -194,6 +194,8 @@ def _dead(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
 
 
 def _collapse(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
+    if run.header.get("mode") == "probe":
+        return  # the update follows other batches
     cosine = run.column("cos_angle")
     late = cosine[:, -max(1, round(_LATE * cosine.shape[1])) :]
     of_layers = _medians(late.T)
