@@ -13,6 +13,7 @@ from fastfs._record.columns import FROM_STATS, quantile_name
 from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
 from fastfs._record.ranks.merging import MergedParameters, MergedRows
+from fastfs._record.ranks.parameter_steps import step_columns
 from fastfs._record.ranks.part import Array, RankPart
 from fastfs._record.ranks.residual_check import RESIDUAL, SINGLE_SPACING, residual_is_large, rms_residual
 from fastfs._record.ranks.stages import MergedStep, expanded, merge
@@ -185,6 +186,9 @@ class Assembler:
     def _aligned(self, parameters: MergedParameters) -> dict[str, list[Any]]:
         columns = {"aligned_decrease": self._padded(parameters.decrease.tolist())}
         for name, values in zip(_ALIGNED, parameters.norms.T, strict=True):
+            columns[name] = self._padded(values.tolist())
+        dots = np.where(parameters.reason[:, None] == decrease_reasons.RANKS_DIFFER, np.nan, parameters.dots)
+        for name, values in step_columns(parameters.norms, dots).items():
             columns[name] = self._padded(values.tolist())
         errors: list[Any] = [None] * self._layers
         if parameters.variance is not None:

@@ -60,6 +60,7 @@ class MergedParameters:
         decrease: D in units of the loss, NaN where it is not known, (L,).
         variance: Of D by sampling, (L,); None if every rank has read everything.
         norms: |w|, |dw| and |g|, (L, 3).
+        dots: <g, dw> and <w, dw>, w after the step, NaN where they are not known, (L, 2).
         reason: Why D is not known: codes of :mod:`fastfs._record.decrease_reasons`, (L,).
         total: In a pipeline, D over all parameters of the stage.
     """
@@ -67,6 +68,7 @@ class MergedParameters:
     decrease: Array
     variance: Array | None
     norms: Array
+    dots: Array
     reason: Any
     total: float
 
@@ -196,7 +198,7 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
     arrays = [part.arrays for part in parts]
     layers = arrays[0]["aligned"].shape[1]
     keys = list(dict.fromkeys(share.key for part in parts for share in part.place.shares))
-    sums = np.zeros((layers, 4))
+    sums = np.zeros((layers, 6))
     sampled = any("variance" in each for each in arrays)
     variance = np.zeros(layers)
     reason, missing = np.zeros(layers, dtype=np.int64), decrease_reasons.MISSING_RANKS
@@ -213,23 +215,31 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
             reason = np.where(reason == 0, missing, reason)
         for copies in held.values():
             number, part = copies[0]
-            own, codes = part.arrays["aligned"][number], part.arrays["decrease_reason"].astype(np.int64)
+            own, codes = _own(part, number), part.arrays["decrease_reason"].astype(np.int64)
             for other, replica in copies[1:]:
-                theirs = replica.arrays["aligned"][other]
-                differ = _differ(own, theirs, part, replica)
+                theirs = _own(replica, other)
+                differ = _differ(own[:, :4], theirs[:, :4], part, replica)
                 reason = np.where(differ & (reason != missing), decrease_reasons.RANKS_DIFFER, reason)
                 unknown = np.isnan(own[:, 0]) & ~np.isnan(theirs[:, 0])  # a layer that only some ranks have
                 own = np.where(unknown[:, None], theirs, own)
-            sums += own / [1.0, *[part.place.shares[number].summands] * 3]  # all summands have the whole |w| and |dw|
+            whole = part.place.shares[number].summands  # all of which have the whole w and dw
+            sums += own / [1.0, *[whole] * 3, 1.0, whole]
             if "variance" in part.arrays:
                 variance += part.arrays["variance"][number]
             total += float(part.arrays["total"][number]) if "total" in part.arrays else 0.0
             reason = np.where((reason == 0) & np.isnan(own[:, 0]), codes, reason)
     decrease = np.where(reason == 0, sums[:, 0], np.nan)
     complete = not (reason == missing).any()
-    return MergedParameters(
-        decrease, variance if sampled else None, np.sqrt(sums[:, 1:]), reason, total if complete else np.nan
-    )
+    dots = np.where(reason[:, None] == missing, np.nan, sums[:, 4:])
+    norms = np.sqrt(sums[:, 1:4])
+    return MergedParameters(decrease, variance if sampled else None, norms, dots, reason, total if complete else np.nan)
+
+
+def _own(part: RankPart, kind: int) -> Array:
+    """Returns the sums over a kind of parameters: decrease, |w|^2, |dw|^2, |g|^2, <g, dw>, <w, dw>, (L, 6)."""
+    sums = part.arrays["aligned"][kind]
+    dots = part.arrays["dots"][kind] if "dots" in part.arrays else np.full((len(sums), 2), np.nan)
+    return np.concatenate([sums, dots], axis=1)
 
 
 def merge_norms(found: Sequence[Sequence[RankPart]], weights: Sequence[float]) -> tuple[Array, Array]:
