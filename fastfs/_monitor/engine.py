@@ -279,8 +279,10 @@ class Engine:
             "margin": sums.margin,
             "method": mode.method,
         }
-        if self.ranks.link is not None:
+        if self.ranks.link is not None or observed.loss is not None:
             fields["total"] = done.total
+        if observed.loss is not None:
+            fields |= observed.loss.fields(loss, scale, sums.stats, observed.eps)
         if verdict.odd is not None and not self.ranks.alone:  # for the residual of the run
             fields["odd"] = verdict.odd / torch.stack([scale, torch.ones_like(scale), torch.ones_like(scale)])[:, None]
             fields["eps"] = observed.eps

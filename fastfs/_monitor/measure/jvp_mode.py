@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.capture_mode import ModeResources, StepInputs, UpdateEvidence
+from fastfs._monitor.measure.loss_change import LossChange
 from fastfs._monitor.measure.row_sums import LayerSums, from_direction
 from fastfs._monitor.measure.training_mode import ReplaySums, TrainingMode, model_at
 from fastfs._network.perturbed import load_forward_mode, tangents
@@ -44,6 +45,9 @@ class JvpMode(TrainingMode):
 
     def _repeat(self, step: StepInputs) -> ReplaySums:
         return self._eager(step, step.parameters)
+
+    def _loss_change(self, step: StepInputs, result: ReplaySums) -> LossChange | None:
+        return None  # the forward runs at the parameters before the step
 
     def _assess(
         self, step: StepInputs, evidence: UpdateEvidence, sums: LayerSums, eps: Tensor, coarsest: float

@@ -13,6 +13,7 @@ from fastfs._record.columns import FROM_STATS, quantile_name
 from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
 from fastfs._record.ranks.merging import MergedParameters, MergedRows
+from fastfs._record.ranks.overshoot import overshoot
 from fastfs._record.ranks.parameter_steps import step_columns
 from fastfs._record.ranks.part import Array, RankPart
 from fastfs._record.ranks.residual_check import RESIDUAL, SINGLE_SPACING, residual_is_large, rms_residual
@@ -128,6 +129,7 @@ class Assembler:
         factor = between.common_factor(parts) if parts[0].place.stages == 1 else 1.0
         scale = between.gradient_scale(residual, rows.sums, reason == 0)
         scalars["gradient_scale"] = None if scale is None or factor is None else scale * factor
+        scalars["overshoot"] = overshoot(step, reason)
         where = (reason == 0) & cut & (linear == 1)
         self.angles.keep(_key(parts), stats.cos_angle[: self._layers].numpy(), where)
         return columns, scalars
