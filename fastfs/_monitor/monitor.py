@@ -21,6 +21,7 @@ from fastfs._monitor.engine import Engine
 from fastfs._monitor.measure.aligned_decrease import LossScale
 from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import ModeResources
+from fastfs._monitor.measure.casts import CastSamples
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.modes import find_mode
 from fastfs._monitor.measure.parameters import Parameters
@@ -90,6 +91,8 @@ class Monitor:
         memory: Bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
         groups: Name -> regular expression on the names of watched layers; totals of groups are recorded, too.
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
+        casts: Casts of the parameters before the forward whose effect on each step is recorded, as columns
+            ``cast_loss_bfloat16``, ...: ``"bfloat16"``, ``"float8_e4m3fn"``, ``"mxfp8"``.
         select: Function that returns the features in a layer's output; by default its first floating-point tensor.
         scaler: The :class:`torch.amp.GradScaler` of the loop.
         loss_weight: w in "gradient used = w times the sum over ranks of the gradients of their losses", or a function
@@ -138,6 +141,7 @@ class Monitor:
         groups: dict[str, str] | None = None,
         quantiles: Sequence[float] = (),
         select: taps.Select = first_floating,
+        casts: Sequence[str] = (),
         scaler: Any = None,
         loss_weight: Weight = None,
         own_parameters: str | None = None,
@@ -159,6 +163,7 @@ class Monitor:
         chosen = settings.check_mode(mode, probe, amplify)
         settings.check_sizes(rows, memory, quantiles)
         settings.check_samples(samples, rows, mode)
+        settings.check_casts(casts)
         sampled_every = settings.check_fraction(aligned_fraction)
         self._layers = select_layers(
             model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -250,6 +255,7 @@ class Monitor:
                 parameters=parameters,
                 factor=factor,
                 scale=scale,
+                casts=CastSamples(casts, device),
                 device=device,
                 push=self._recorder.push,
                 put=self._recorder.put,

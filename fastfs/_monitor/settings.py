@@ -17,10 +17,12 @@ from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.ranks import Ranks
 from fastfs._monitor.schedule import Every
 from fastfs._network.placements import local
+from fastfs._record.parameter_columns import CASTS
 from fastfs._record.writing.recorder import check_recorder_state
 
 __all__ = [
     "aligned_work",
+    "check_casts",
     "check_compiled",
     "check_fraction",
     "check_mode",
@@ -91,6 +93,17 @@ def check_samples(samples: Any, rows: int | None, mode: str) -> None:
         )
     if rows is not None and rows < samples:
         raise ValueError(f"samples: expected at most rows={rows}, since a row of each sample is kept, got {samples!r}")
+
+
+def check_casts(casts: Any) -> None:
+    """Raises TypeError or ValueError if these are not different names of casts."""
+    if isinstance(casts, str) or not isinstance(casts, Sequence):
+        raise TypeError(f"casts: expected a sequence of {', '.join(map(repr, CASTS))}, got {casts!r:.100}")
+    for cast in casts:
+        if cast not in CASTS:
+            raise ValueError(f"casts: expected some of {', '.join(map(repr, CASTS))}, got {cast!r:.100}")
+    if len(set(casts)) < len(casts):
+        raise ValueError(f"casts: expected each name once, got {casts!r:.100}")
 
 
 def _check_integer(name: str, value: Any, least: int, unit: str) -> None:

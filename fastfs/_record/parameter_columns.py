@@ -5,10 +5,42 @@ from __future__ import annotations
 from fastfs._record.column import Column, Display
 from fastfs._record.step_columns import ROW_KINDS
 
-__all__ = ["PARAMETER_COLUMNS"]
+__all__ = ["CASTS", "PARAMETER_COLUMNS"]
+
+CASTS = ("bfloat16", "float8_e4m3fn", "mxfp8")
+"""Casts of parameters whose effect the monitor can measure."""
 
 _OWN = "of the parameters that are upstream of this layer and of no earlier watched layer"
 _NOT_SAMPLED = "null where only a [sample](validity.md#sampled-parameters) of these was read"
+
+
+def _columns_of(cast: str, menu: int) -> tuple[Column, Column]:
+    name = f"cast_loss_{cast}"
+    return (
+        Column(
+            name=name,
+            type="number",
+            meaning=f"with `casts=`: 1 - cos^2 of the angle between dw and dc = c(w + dw) - c(w) for the "
+            f"[cast c to {cast}](monitor.md#casts), {_OWN}, of those with at least two dimensions: the share of the "
+            "step that the cast parameters do not follow",
+            optional=True,
+            display=Display(
+                menu,
+                f"Loss by {cast}",
+                f"Share of the optimizer's step that is rounding if the forward uses parameters in {cast}. 0: the cast "
+                "parameters move as the parameters do; 1: their move has nothing to do with it.",
+                error=f"{name}_se",
+            ),
+        ),
+        Column(
+            name=f"{name}_se",
+            type="number",
+            meaning=f"standard error of `{name}` that comes from the sample of the parameters",
+            optional=True,
+            tensorboard=False,
+        ),
+    )
+
 
 PARAMETER_COLUMNS = (
     Column(
@@ -93,5 +125,6 @@ PARAMETER_COLUMNS = (
             "and this one; 0: across it; negative: it raises the loss.",
         ),
     ),
+    *(column for number, cast in enumerate(CASTS) for column in _columns_of(cast, 18 + number)),
 )
 """In the order of a table."""

@@ -102,7 +102,6 @@ class Steps:
         steps: How many.
         micro_batches: Of each step.
         clip: Norm to which gradients are clipped.
-        autocast: Dtype of the forward.
         monitor: Arguments of the monitor.
     """
 
@@ -135,7 +134,11 @@ class Steps:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 for optimizer in optimizers:
                     optimizer.step()
-                self.seen.append([vectors(before, model, layer) for layer in range(len(model.blocks))])  # type: ignore[arg-type]
+                self.note(before, model)
+
+    def note(self, before: nn.Module, after: nn.Module) -> None:
+        """Keeps what a test compares with: of copies before the step and the model after it."""
+        self.seen.append([vectors(before, after, layer) for layer in range(len(before.blocks))])  # type: ignore[arg-type]
 
     @property
     def by_place(self) -> dict[tuple[int, int], Row]:

@@ -12,6 +12,7 @@ from fastfs._record import decrease_reasons, row_reasons
 from fastfs._record.columns import FROM_STATS, quantile_name
 from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
+from fastfs._record.ranks.cast_losses import cast_columns
 from fastfs._record.ranks.merging import MergedParameters, MergedRows
 from fastfs._record.ranks.overshoot import overshoot
 from fastfs._record.ranks.parameter_steps import step_columns
@@ -118,7 +119,7 @@ class Assembler:
         linear = _linear(residual, rows, _curvature(parts))
         columns["residual"] = self._padded(residual.tolist())
         columns["linear"] = self._padded([None if x != x else bool(x) for x in linear.tolist()])
-        columns |= self._aligned(parameters)
+        columns |= self._aligned(parameters, parts[0].facts.get("casts", ()))
         self._add_quantiles(columns, parts)
         scalars = _scalars(parts, step)
         if len(parts[0].place.ranks) > 1:
@@ -185,12 +186,14 @@ class Assembler:
 
     # Columns
 
-    def _aligned(self, parameters: MergedParameters) -> dict[str, list[Any]]:
+    def _aligned(self, parameters: MergedParameters, names: Sequence[str] = ()) -> dict[str, list[Any]]:
         columns = {"aligned_decrease": self._padded(parameters.decrease.tolist())}
         for name, values in zip(_ALIGNED, parameters.norms.T, strict=True):
             columns[name] = self._padded(values.tolist())
-        dots = np.where(parameters.reason[:, None] == decrease_reasons.RANKS_DIFFER, np.nan, parameters.dots)
-        for name, values in step_columns(parameters.norms, dots).items():
+        differ = parameters.reason[:, None] == decrease_reasons.RANKS_DIFFER  # of several models there is no one step
+        dots, casts = (np.where(differ, np.nan, each) for each in (parameters.dots, parameters.casts))
+        found = step_columns(parameters.norms, dots) | cast_columns(names, casts)
+        for name, values in found.items():
             columns[name] = self._padded(values.tolist())
         errors: list[Any] = [None] * self._layers
         if parameters.variance is not None:

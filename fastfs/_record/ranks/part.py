@@ -98,10 +98,10 @@ class RankPart:
             numbers that follow from the inputs. Predicted: ``backward_norm`` (L,), perhaps
             ``accumulated`` (), 0 if gradients were written to between micro-batches. Both: ``aligned`` (C, L, 4) with
             decrease, |w|^2, |dw|^2, |g|^2, and ``dots`` (C, L, 2) with <g, dw>, <w, dw>, which older files lack, see
-            ``Aligned``; ``variance`` (C, L) of the decrease by sampling; ``decrease_reason`` (L,);
-            in a pipeline, and with ``loss_change``, ``total`` (C,), the decrease over all parameters of the stage. From
-            several ranks of a mode with a residual ``odd`` (3, L), see ``update_estimates.odd_part``, and ``eps`` (L,),
-            the spacing at 1 of the coarsest numbers.
+            ``Aligned``; ``casts`` (C, L, 9 for each of ``facts["casts"]``), see ``CastSamples``; ``variance`` (C, L) of
+            the decrease by sampling; ``decrease_reason`` (L,); in a pipeline, and with ``loss_change``, ``total`` (C,),
+            the decrease over all parameters of the stage. From several ranks of a mode with a residual ``odd`` (3, L),
+            see ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of the coarsest numbers.
     """
 
     kind: str
