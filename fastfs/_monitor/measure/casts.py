@@ -146,8 +146,9 @@ class CastSamples:
             error = total**2 / kept * (1 - kept / total) / max(kept - 1, 1) if kept else 0.0
             factors.append([total / kept if kept else 0.0] * 3 + [error] * 6)
             # The scale of the tensor, and blocks across the last dimension, are those of the whole parameter.
-            unknown[CASTS.index("float8_e4m3fn"), number] = shape != whole
-            unknown[CASTS.index("mxfp8"), number] = shape[-1:] != whole[-1:]
+            if len(whole) > 1:
+                unknown[CASTS.index("float8_e4m3fn"), number] = shape != whole
+                unknown[CASTS.index("mxfp8"), number] = shape[-1:] != whole[-1:]
         owner = np.repeat(np.arange(len(key)), counts)
         self._sum = SegmentSums(np.asarray(counts, dtype=np.int64), self._device)
         self._owner = on_device(owner, self._device)
