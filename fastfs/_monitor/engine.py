@@ -296,6 +296,8 @@ class Engine:
         if verdict.odd is not None and not self.ranks.alone:  # for the residual of the run
             fields["odd"] = verdict.odd / torch.stack([scale, torch.ones_like(scale), torch.ones_like(scale)])[:, None]
             fields["eps"] = observed.eps
+        if observed.nonlinear is not None:
+            fields["nonlinear"] = observed.nonlinear
         if observed.curvature is not None:
             fields["curvature"] = observed.curvature
         if len(self.ranks.place.peers) > 1:

@@ -91,6 +91,7 @@ class Monitor:
         memory: Bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
         groups: Name -> regular expression on the names of watched layers; totals of groups are recorded, too.
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
+        nonlinear: Whether ``mode="jvp"`` also runs a plain second forward, for the column ``nonlinear_update``.
         casts: Casts of the parameters before the forward whose effect on each step is recorded, as columns
             ``cast_loss_bfloat16``, ...: ``"bfloat16"``, ``"float8_e4m3fn"``, ``"mxfp8"``.
         select: Function that returns the features in a layer's output; by default its first floating-point tensor.
@@ -141,6 +142,7 @@ class Monitor:
         groups: dict[str, str] | None = None,
         quantiles: Sequence[float] = (),
         select: taps.Select = first_floating,
+        nonlinear: bool = False,
         casts: Sequence[str] = (),
         scaler: Any = None,
         loss_weight: Weight = None,
@@ -160,7 +162,7 @@ class Monitor:
         optimizers = [each.optimizer for each in found]
         self._schedule = as_schedule(every)
         aligned = None if aligned_every is None else as_schedule(aligned_every)
-        chosen = settings.check_mode(mode, probe, amplify)
+        chosen = settings.check_mode(mode, probe, amplify, nonlinear)
         settings.check_sizes(rows, memory, quantiles)
         settings.check_samples(samples, rows, mode)
         settings.check_casts(casts)
@@ -243,6 +245,7 @@ class Monitor:
                 device=device,
                 warn=runner.warn,
                 probe=chosen,
+                nonlinear=nonlinear,
                 linked=(lambda forward: forward) if ranks.link is None else ranks.link.linked,
             )
             self._engine = Engine(

@@ -42,14 +42,14 @@ _OPERATIONS, _OF_LAYERS = 60, 3  # torch operations of an aligned step, and per 
 _TINY = 2**20  # bytes of parameters up to which host work takes longer than the pass over them
 
 
-def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
+def check_mode(mode: Any, probe: Any, amplify: Any, nonlinear: Any = False) -> Probe | None:
     """Checks the arguments of a mode.
 
     Returns:
         The probe of probe mode; None in the other modes.
 
     Raises:
-        TypeError: The probe or ``amplify`` has a wrong type.
+        TypeError: The probe, ``amplify`` or ``nonlinear`` has a wrong type.
         ValueError: The mode is unknown, or arguments exclude each other.
     """
     if not isinstance(mode, str) or mode not in MODES:
@@ -58,6 +58,10 @@ def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
         raise TypeError(f"amplify: expected True or False, got {amplify!r}")
     if amplify and mode != "batch":
         raise ValueError(f'amplify: is for mode="batch"; mode={mode!r} has no rounding noise to overcome')
+    if not isinstance(nonlinear, bool):
+        raise TypeError(f"nonlinear: expected True or False, got {nonlinear!r}")
+    if nonlinear and mode != "jvp":
+        raise ValueError(f'nonlinear: is for mode="jvp", which measures the first-order update; got mode={mode!r}')
     if (probe is not None) != (mode == "probe"):
         raise ValueError(
             'probe: expected with mode="probe", and only there: a pair of inputs and a loss function of the output, '

@@ -267,6 +267,29 @@ COLUMNS = (
     ),
     *PARAMETER_COLUMNS,
     Column(
+        name="nonlinear_update",
+        type="number",
+        meaning="with `nonlinear=True`: |df - J dw| / |df|, with the first-order update J dw; null where rounding "
+        "could be mistaken for it",
+        source="[2505.01618](https://arxiv.org/abs/2505.01618)",
+        optional=True,
+        display=Display(
+            21,
+            "Nonlinear update",
+            "How much of the feature update first order does not explain, relative to it. Near 0: the layers up to "
+            "this one are lazy in this step, i.e. linear in their parameters.",
+            logarithmic=True,
+            guarded=True,
+            error="nonlinear_update_se",
+        ),
+    ),
+    Column(
+        name="nonlinear_update_se",
+        type="number",
+        meaning=_STANDARD_ERROR.format("nonlinear_update").replace("null", "0"),
+        optional=True,
+    ),
+    Column(
         name="rank_angle_sd",
         type="number",
         unit="rad",

@@ -140,8 +140,9 @@ class TrainingMode(CaptureMode):
         if self._subsets:  # no sum contains the difference to the first forward
             verdict = dataclasses.replace(verdict, self_contained=torch.ones_like(verdict.valid))
         absent = self._absent(step.forwards)
-        loss = self._loss_change(step, result)
-        return FeatureObservation(verdict, sums, eps, absent, curvature, result.choices, self._checked_choices, loss)
+        choices = result.choices, self._checked_choices
+        loss, rest = self._loss_change(step, result), self._nonlinear(eps, evidence.depth)
+        return FeatureObservation(verdict, sums, eps, absent, curvature, *choices, loss, rest)
 
     def accompany(self, step: StepInputs) -> None:
         """Runs the second forwards for the sake of other ranks."""
@@ -174,6 +175,10 @@ class TrainingMode(CaptureMode):
     def _loss_change(self, step: StepInputs, result: ReplaySums) -> LossChange | None:
         """Returns what the second forwards after the step say of the loss, None if they do not compute it."""
         return of_outputs(step.forwards, result.scalars, self._resources.device)
+
+    def _nonlinear(self, eps: Tensor, depth: Tensor) -> Tensor | None:
+        """Returns the sums of :func:`fastfs._record.ranks.nonlinear.nonlinear_columns`; None if they are unknown."""
+        return None
 
     # Second forwards
 

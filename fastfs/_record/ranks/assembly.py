@@ -14,6 +14,7 @@ from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
 from fastfs._record.ranks.cast_losses import cast_columns
 from fastfs._record.ranks.merging import MergedParameters, MergedRows
+from fastfs._record.ranks.nonlinear import nonlinear_columns
 from fastfs._record.ranks.overshoot import overshoot
 from fastfs._record.ranks.parameter_steps import step_columns
 from fastfs._record.ranks.part import Array, RankPart
@@ -117,6 +118,9 @@ class Assembler:
         residual = np.where(cut, _relations.residual(decrease, dot).numpy(), np.nan)
         self._errors(columns, rows, stats, residual)
         linear = _linear(residual, rows, _curvature(parts))
+        if all("nonlinear" in part.arrays for part in parts):  # each rank has a batch of its own
+            rest = self._with_groups(np.sum([part.arrays["nonlinear"] for part in parts], axis=0))
+            columns |= {name: values.tolist() for name, values in nonlinear_columns(rest).items()}
         columns["residual"] = self._padded(residual.tolist())
         columns["linear"] = self._padded([None if x != x else bool(x) for x in linear.tolist()])
         columns |= self._aligned(parameters, parts[0].facts.get("casts", ()))

@@ -30,6 +30,7 @@ _ABSENT: dict[str, tuple[int, float]] = {
     "amplified": (0, 0.0),
     "quantiles": (0, np.nan),
     "curvature": (0, np.nan),
+    "nonlinear": (0, 0.0),
     "odd": (1, 0.0),
     "eps": (0, 0.0),
     "backward_norm": (0, np.nan),
