@@ -119,7 +119,8 @@ class CastSamples:
         if kinds is not None:
             values = torch.where(kinds[:, :, None], values[:, None, :], 0.0).flatten(1)
         values = torch.nn.functional.pad(values, (0, 0, 0, incidence.columns - len(values)))
-        return incidence.own(values).unflatten(1, (-1, width)).transpose(0, 1)
+        sums: Tensor = incidence.own(values).unflatten(1, (-1, width))
+        return sums.transpose(0, 1)
 
     def _plan(self, key: list[tuple[torch.Size, torch.Size]]) -> None:
         """Draws the blocks of every parameter: where their elements are, and which of these are padding."""
@@ -174,9 +175,9 @@ class CastSamples:
         largest = torch.ones((len(parameters), 1), device=self._device)
         if "float8_e4m3fn" in self.names:
             norms = torch._foreach_norm(tensors, float("inf"))
-            place = on_device(np.asarray([number for number, _ in self._places]), self._device)
+            read = on_device(np.asarray([number for number, _ in self._places]), self._device)
             each = torch.stack([norm.to(self._device, torch.float32, non_blocking=True) for norm in norms])
-            largest[place] = each[:, None]
+            largest[read] = each[:, None]
         return blocks, largest[self._owner]
 
     def _of_cast(self, name: str, after: tuple[Tensor, Tensor]) -> Tensor:

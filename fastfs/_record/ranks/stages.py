@@ -116,8 +116,10 @@ def merge(parts: Sequence[RankPart], known: dict[int, int]) -> MergedStep:
     if any(each is not None for each in variances):
         filled = np.stack([np.zeros(layers) if each is None else each for each in variances])
         variance = np.array([filled[: owner[i] + 1, i].sum() for i in chosen])
-    own = (np.stack([getattr(m.parameters, name) for m in found])[owner, chosen] for name in ("norms", "dots", "casts"))
-    parameters = MergedParameters(decrease, variance, *own, reason, 0.0)
+    norms, dots, casts = (
+        np.stack([getattr(m.parameters, name) for m in found])[owner, chosen] for name in ("norms", "dots", "casts")
+    )
+    parameters = MergedParameters(decrease, variance, norms, dots, casts, reason, 0.0)
     rows = None
     if last.rows is not None:
         every = [m.rows for m in found if m.rows is not None]
