@@ -95,7 +95,8 @@ def function_learning_rates(
         raise ValueError(f"probes: expected an integer >= 1, got {probes!r}")
     lin = Linearization(model, loss_fn, batch, layers=[layer], parameters=parameters, dtype=dtype)
     moves = updates_of(lin, lr=lr, optimizer=optimizer, updates=updates)
-    output, pull = torch.func.vjp(lin.function(0), list(lin.parameters))
+    linear = torch.func.vjp(lin.function(0), list(lin.parameters))
+    output, pull = linear[0], linear[1]
     generator = torch.Generator(output.device).manual_seed(seed)
     found = []
     for _ in range(probes):

@@ -138,7 +138,7 @@ class Steps:
 
     def note(self, before: nn.Module, after: nn.Module) -> None:
         """Keeps what a test compares with: of copies before the step and the model after it."""
-        self.seen.append([vectors(before, after, layer) for layer in range(len(before.blocks))])  # type: ignore[arg-type]
+        self.seen.append([vectors(before, after, layer) for layer in range(len(before.blocks))])
 
     @property
     def by_place(self) -> dict[tuple[int, int], Row]:

@@ -48,7 +48,7 @@ def by_hand(name: str, w: Tensor) -> Tensor:
         scaled = (single * scale).reshape(-1, w.shape[-1]).tolist()
         found = torch.tensor([[e4m3(x) for x in row] for row in scaled], dtype=torch.float64)
         return (found / float(scale)).reshape(w.shape)
-    result = []
+    result: list[list[float]] = []
     for row in rows:
         result.append([])
         for first in range(0, len(row), 32):
@@ -80,9 +80,9 @@ class Casts(Steps):
         """Keeps copies."""
         copies = [
             tuple([p.detach().clone() for p in own_parameters(each, layer)] for each in (before, after))
-            for layer in range(len(before.blocks))  # type: ignore[arg-type]
+            for layer in range(len(before.blocks))
         ]
-        self.kept.append(copies)  # type: ignore[arg-type]
+        self.kept.append(copies)
 
 
 @pytest.mark.parametrize("name", CASTS)

@@ -40,7 +40,7 @@ MODELS = {"mlp": Net, "convolutions": Convolutions, "tied transformer": Words, "
 
 def features(model: nn.Module, values: dict[str, Tensor], x: Tensor) -> tuple[Tensor, ...]:
     found: list[Tensor] = []
-    handles = [block.register_forward_hook(lambda _m, _i, out: found.append(out.clone())) for block in model.blocks]  # type: ignore[union-attr]
+    handles = [block.register_forward_hook(lambda _m, _i, out: found.append(out.clone())) for block in model.blocks]
     torch.func.functional_call(model, values, (x,))
     for handle in handles:
         handle.remove()
@@ -51,11 +51,12 @@ def by_hand(before: nn.Module, after: nn.Module, batches: list[Tensor]) -> list[
     """|df - J dw| / |df| of every block, over all batches."""
     w = {name: p.detach().double() for name, p in before.named_parameters()}
     dw = {name: p.detach().double() - w[name] for name, p in after.named_parameters()}
-    sums = torch.zeros(len(before.blocks), 2, dtype=torch.float64)  # type: ignore[arg-type]
+    sums = torch.zeros(len(before.blocks), 2, dtype=torch.float64)
     model = copy.deepcopy(before).double()
     for x in batches:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            old, change = torch.func.jvp(lambda v, x=x: features(model, v, x.double()), (w,), (dw,))
+            found = torch.func.jvp(lambda v, x=x: features(model, v, x.double()), (w,), (dw,))
+        old, change = found[0], found[1]
         new = features(model, {name: w[name] + dw[name] for name in w}, x.double())
         for row, f, t, g in zip(sums, old, change, new, strict=True):
             row += torch.stack([(g - f - t).square().sum(), (g - f).square().sum()]).detach()
