@@ -54,8 +54,8 @@ def by_hand(name: str, w: Tensor) -> Tensor:
         for first in range(0, len(row), 32):
             block = row[first : first + 32]
             largest = max(map(abs, block))
-            scale = 2.0 ** (math.floor(math.log2(largest)) - 8) if largest else 1.0
-            result[-1] += [e4m3(x / scale) * scale for x in block]
+            shared = 2.0 ** (math.floor(math.log2(largest)) - 8) if largest else 1.0
+            result[-1] += [e4m3(x / shared) * shared for x in block]
     return torch.tensor(result, dtype=torch.float64).reshape(w.shape)
 
 

@@ -65,6 +65,8 @@ def both(folder: str) -> bool:
     for mesh in ("ddp", "fsdp"):
         train(mesh, f"{folder}/{mesh}.jsonl", ranks, rank)
     train("ddp", f"{folder}/files/ddp.jsonl", ranks, rank, merge="files")
+    train("ddp", f"{folder}/weight.jsonl", ranks, rank, loss_weight=1.0)
+    train("ddp", f"{folder}/unlike.jsonl", ranks, rank, casts=CASTS[rank:])
     return True
 
 
@@ -90,6 +92,17 @@ def test_two_ranks_are_one_run(folder: Path, name: str) -> None:
             assert found[column].isna().all()
         else:
             np.testing.assert_allclose(found[column], one[column], rtol=1e-5, atol=1e-6, err_msg=column)
+
+
+def test_losses_with_another_weight_than_the_gradients_have_no_overshoot(folder: Path) -> None:
+    assert fastfs.load(folder / "weight.jsonl")["overshoot"].isna().all()
+
+
+def test_ranks_with_different_casts_have_none_together(folder: Path) -> None:
+    table = fastfs.load(folder / "unlike.jsonl")
+    assert table["valid"].all()
+    assert table["overshoot"].notna().all()
+    assert table["cast_loss_mxfp8"].isna().all()
 
 
 def test_parts_of_older_files_lack_the_sums() -> None:

@@ -24,7 +24,7 @@ def scalar_outputs(output: Any) -> dict[int, Tensor]:
     return {
         number: x.detach().clone()
         for number, x in enumerate(tensors)
-        if type(x) is Tensor and x.numel() == 1 and x.is_floating_point()
+        if type(x) is Tensor and x.layout is torch.strided and x.numel() == 1 and x.is_floating_point()
     }
 
 

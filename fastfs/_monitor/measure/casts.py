@@ -91,7 +91,8 @@ class CastSamples:
         """Copies the samples. To be called right before the step."""
         if not self.names:
             return
-        key = [(p.shape, local(p).shape) for p in parameters]
+        nothing = torch.Size((0,))  # of complex numbers, which no cast takes
+        key = [(p.shape, local(p).shape) if p.is_floating_point() else (nothing, nothing) for p in parameters]
         if key != self._key:
             self._plan(key)
         self._before = self._read(parameters)

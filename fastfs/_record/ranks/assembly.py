@@ -134,7 +134,7 @@ class Assembler:
         factor = between.common_factor(parts) if parts[0].place.stages == 1 else 1.0
         scale = between.gradient_scale(residual, rows.sums, reason == 0)
         scalars["gradient_scale"] = None if scale is None or factor is None else scale * factor
-        scalars["overshoot"] = overshoot(step, reason)
+        scalars["overshoot"] = overshoot(step, reason, scale)
         where = (reason == 0) & cut & (linear == 1)
         self.angles.keep(_key(parts), stats.cos_angle[: self._layers].numpy(), where)
         return columns, scalars

@@ -21,10 +21,11 @@ def cast_columns(names: Sequence[str], sums: Array) -> dict[str, Array]:
 
     Args:
         names: The casts.
-        sums: Totals A, B, C and their covariances AA, AB, AC, BB, BC, CC of each cast, (L, 9 for each).
+        sums: Totals A, B, C and their covariances AA, AB, AC, BB, BC, CC of each cast, (L, 9 for each); (L, 0) if the
+            ranks have measured different ones.
     """
     columns: dict[str, Array] = {}
-    for name, each in zip(names, np.split(sums, max(len(names), 1), axis=1), strict=False):
+    for name, each in zip(names, np.split(sums, len(names), axis=1) if sums.shape[1] else (), strict=False):
         dot, moved, update = each[:, :3].T
         covariance = np.empty((len(each), 3, 3))
         for place, (i, j) in enumerate(((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))):

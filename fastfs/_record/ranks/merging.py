@@ -200,7 +200,8 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
     arrays = [part.arrays for part in parts]
     layers = arrays[0]["aligned"].shape[1]
     keys = list(dict.fromkeys(share.key for part in parts for share in part.place.shares))
-    sums = np.zeros(_own(parts[0], 0).shape)
+    alike = len({each["casts"].shape[2:] if "casts" in each else () for each in arrays}) == 1
+    sums = np.zeros(_own(parts[0], 0, alike).shape)
     sampled = any("variance" in each for each in arrays)
     variance = np.zeros(layers)
     reason, missing = np.zeros(layers, dtype=np.int64), decrease_reasons.MISSING_RANKS
@@ -217,9 +218,9 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
             reason = np.where(reason == 0, missing, reason)
         for copies in held.values():
             number, part = copies[0]
-            own, codes = _own(part, number), part.arrays["decrease_reason"].astype(np.int64)
+            own, codes = _own(part, number, alike), part.arrays["decrease_reason"].astype(np.int64)
             for other, replica in copies[1:]:
-                theirs = _own(replica, other)
+                theirs = _own(replica, other, alike)
                 differ = _differ(own[:, :4], theirs[:, :4], part, replica)
                 reason = np.where(differ & (reason != missing), decrease_reasons.RANKS_DIFFER, reason)
                 unknown = np.isnan(own[:, 0]) & ~np.isnan(theirs[:, 0])  # a layer that only some ranks have
@@ -244,12 +245,12 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
     )
 
 
-def _own(part: RankPart, kind: int) -> Array:
+def _own(part: RankPart, kind: int, casts: bool) -> Array:
     """Returns the sums over a kind of parameters: decrease, |w|^2, |dw|^2, |g|^2, <g, dw>, <w, dw>, casts, (L, K)."""
     sums = part.arrays["aligned"][kind]
     dots = part.arrays["dots"][kind] if "dots" in part.arrays else np.full((len(sums), 2), np.nan)
-    casts = [part.arrays["casts"][kind]] if "casts" in part.arrays else []
-    return np.concatenate([sums, dots, *casts], axis=1)
+    more = [part.arrays["casts"][kind]] if casts and "casts" in part.arrays else []
+    return np.concatenate([sums, dots, *more], axis=1)
 
 
 def merge_norms(found: Sequence[Sequence[RankPart]], weights: Sequence[float]) -> tuple[Array, Array]:
