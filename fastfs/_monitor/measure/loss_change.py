@@ -54,9 +54,8 @@ class LossChange:
             return {}
         before, change = self.before / scale, self.change / scale
         if logged is not None and not self.certain:  # else the loop may have added terms that the outputs do not have
-            same = (logged.to(before.device, torch.float64) - before).abs() <= max(
-                _SAME, 2 * self.spacing
-            ) * before.abs()
+            away = (logged.to(before.device, torch.float64) - before).abs()
+            same = away <= max(_SAME, 2 * self.spacing) * before.abs()
             change = torch.where(same, change, torch.nan)
         of_features = features.backward_sq * features.before_sq / features.count * eps.square()
         noise = eps.amax().clamp_min(self.spacing) * self.before.abs() + of_features.nan_to_num().sum().sqrt()
