@@ -18,6 +18,7 @@ from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.aligned_decrease import Aligned, LossScale, aligned
 from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import CaptureMode, StepInputs, UpdateEvidence
+from fastfs._monitor.measure.casts import CastSamples
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.layer_norms import LayerNorms
 from fastfs._monitor.measure.learned_structure import LearnedStructure, StepKey, StepStructure
@@ -54,6 +55,7 @@ class Engine:
         parameters: What the optimizers do to the parameters.
         factor: What happens to gradients between backward and step.
         scale: The loss scale.
+        casts: Samples of the parameters, to see what casts take of a step.
         device: Device of the sums.
         push: Takes the vector of a step and the function that decodes its host copy.
         put: Takes a part that is on the host.
@@ -68,6 +70,7 @@ class Engine:
     parameters: Parameters
     factor: GradientFactor
     scale: LossScale
+    casts: CastSamples
     device: torch.device
     push: Push
     put: Callable[[RankPart], None]
@@ -118,6 +121,7 @@ class Engine:
 
     def _before_measuring(self, step: int) -> None:
         mode, parameters, forwards = self.mode, self.parameters.tensors, self.capture.waiting
+        self.casts.take(parameters)
         if mode.captures_training:
             if not forwards:
                 self.ranks.meet(step, "", "no forward and backward of the model was seen before the step")
@@ -190,6 +194,7 @@ class Engine:
         self.factor.clear()
         self._loss_scale = self._found_inf = self._written = self._agreed = None
         self.mode.clear()
+        self.casts.forget()
 
     def close(self) -> None:
         """Forgets the step and removes the hooks on parameters."""
@@ -279,11 +284,20 @@ class Engine:
             "margin": sums.margin,
             "method": mode.method,
         }
-        if self.ranks.link is not None:
+        if self.ranks.link is not None or observed.loss is not None:
             fields["total"] = done.total
+        if self.casts.names:
+            incidence = None if structure is None else structure.incidence
+            kinds = self.ranks.kinds(self.device)
+            fields["casts"] = self.casts.sums(inputs.parameters, incidence, kinds, done.dots)
+            facts["casts"] = self.casts.names
+        if observed.loss is not None:
+            fields |= observed.loss.fields(loss, scale, sums.stats, observed.eps)
         if verdict.odd is not None and not self.ranks.alone:  # for the residual of the run
             fields["odd"] = verdict.odd / torch.stack([scale, torch.ones_like(scale), torch.ones_like(scale)])[:, None]
             fields["eps"] = observed.eps
+        if observed.nonlinear is not None:
+            fields["nonlinear"] = observed.nonlinear
         if observed.curvature is not None:
             fields["curvature"] = observed.curvature
         if len(self.ranks.place.peers) > 1:

@@ -21,6 +21,7 @@ from fastfs._monitor.engine import Engine
 from fastfs._monitor.measure.aligned_decrease import LossScale
 from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import ModeResources
+from fastfs._monitor.measure.casts import CastSamples
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.modes import find_mode
 from fastfs._monitor.measure.parameters import Parameters
@@ -90,6 +91,9 @@ class Monitor:
         memory: Bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
         groups: Name -> regular expression on the names of watched layers; totals of groups are recorded, too.
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
+        nonlinear: Whether ``mode="jvp"`` also runs a plain second forward, for the column ``nonlinear_update``.
+        casts: Casts of the parameters before the forward whose effect on each step is recorded, as columns
+            ``cast_loss_bfloat16``, ...: ``"bfloat16"``, ``"float8_e4m3fn"``, ``"mxfp8"``.
         select: Function that returns the features in a layer's output; by default its first floating-point tensor.
         scaler: The :class:`torch.amp.GradScaler` of the loop.
         loss_weight: w in "gradient used = w times the sum over ranks of the gradients of their losses", or a function
@@ -138,6 +142,8 @@ class Monitor:
         groups: dict[str, str] | None = None,
         quantiles: Sequence[float] = (),
         select: taps.Select = first_floating,
+        nonlinear: bool = False,
+        casts: Sequence[str] = (),
         scaler: Any = None,
         loss_weight: Weight = None,
         own_parameters: str | None = None,
@@ -156,9 +162,10 @@ class Monitor:
         optimizers = [each.optimizer for each in found]
         self._schedule = as_schedule(every)
         aligned = None if aligned_every is None else as_schedule(aligned_every)
-        chosen = settings.check_mode(mode, probe, amplify)
+        chosen = settings.check_mode(mode, probe, amplify, nonlinear)
         settings.check_sizes(rows, memory, quantiles)
         settings.check_samples(samples, rows, mode)
+        settings.check_casts(casts)
         sampled_every = settings.check_fraction(aligned_fraction)
         self._layers = select_layers(
             model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -239,6 +246,7 @@ class Monitor:
                 device=device,
                 warn=runner.warn,
                 probe=chosen,
+                nonlinear=nonlinear,
                 linked=(lambda forward: forward) if ranks.link is None else ranks.link.linked,
             )
             self._engine = Engine(
@@ -251,6 +259,7 @@ class Monitor:
                 parameters=parameters,
                 factor=factor,
                 scale=scale,
+                casts=CastSamples(casts, device),
                 device=device,
                 push=self._recorder.push,
                 put=self._recorder.put,

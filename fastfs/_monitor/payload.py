@@ -70,7 +70,7 @@ class StepCodec:
 
 def aligned_fields(decrease: Aligned) -> dict[str, Tensor]:
     """Returns the fields of a payload that hold the aligned decrease of every layer."""
-    fields = {"aligned": decrease.sums, "decrease_reason": decrease.reason}
+    fields = {"aligned": decrease.sums, "dots": decrease.dots, "decrease_reason": decrease.reason}
     if decrease.variance is not None:
         fields["variance"] = decrease.variance
     return fields

@@ -18,10 +18,12 @@ from fastfs._monitor.ranks import Ranks
 from fastfs._monitor.schedule import Every
 from fastfs._network.layers import parameter_names
 from fastfs._network.placements import local
+from fastfs._record.parameter_columns import CASTS
 from fastfs._record.writing.recorder import check_recorder_state
 
 __all__ = [
     "aligned_work",
+    "check_casts",
     "check_compiled",
     "check_fraction",
     "check_mode",
@@ -43,14 +45,14 @@ _MOST_NAMES = 20
 _TINY = 2**20  # bytes of parameters up to which host work takes longer than the pass over them
 
 
-def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
+def check_mode(mode: Any, probe: Any, amplify: Any, nonlinear: Any = False) -> Probe | None:
     """Checks the arguments of a mode.
 
     Returns:
         The probe of probe mode; None in the other modes.
 
     Raises:
-        TypeError: The probe or ``amplify`` has a wrong type.
+        TypeError: The probe, ``amplify`` or ``nonlinear`` has a wrong type.
         ValueError: The mode is unknown, or arguments exclude each other.
     """
     if not isinstance(mode, str) or mode not in MODES:
@@ -59,6 +61,10 @@ def check_mode(mode: Any, probe: Any, amplify: Any) -> Probe | None:
         raise TypeError(f"amplify: expected True or False, got {amplify!r}")
     if amplify and mode != "batch":
         raise ValueError(f'amplify: is for mode="batch"; mode={mode!r} has no rounding noise to overcome')
+    if not isinstance(nonlinear, bool):
+        raise TypeError(f"nonlinear: expected True or False, got {nonlinear!r}")
+    if nonlinear and mode != "jvp":
+        raise ValueError(f'nonlinear: is for mode="jvp", which measures the first-order update; got mode={mode!r}')
     if (probe is not None) != (mode == "probe"):
         raise ValueError(
             'probe: expected with mode="probe", and only there: a pair of inputs and a loss function of the output, '
@@ -94,6 +100,17 @@ def check_samples(samples: Any, rows: int | None, mode: str) -> None:
         )
     if rows is not None and rows < samples:
         raise ValueError(f"samples: expected at most rows={rows}, since a row of each sample is kept, got {samples!r}")
+
+
+def check_casts(casts: Any) -> None:
+    """Raises TypeError or ValueError if these are not different names of casts."""
+    if isinstance(casts, str) or not isinstance(casts, Sequence):
+        raise TypeError(f"casts: expected a sequence of {', '.join(map(repr, CASTS))}, got {casts!r:.100}")
+    for cast in casts:
+        if cast not in CASTS:
+            raise ValueError(f"casts: expected some of {', '.join(map(repr, CASTS))}, got {cast!r:.100}")
+    if len(set(casts)) < len(casts):
+        raise ValueError(f"casts: expected each name once, got {casts!r:.100}")
 
 
 def _check_integer(name: str, value: Any, least: int, unit: str) -> None:

@@ -8,6 +8,7 @@ the native one), the Parquet reader, the report's quantities and the tables in `
 from __future__ import annotations
 
 from fastfs._record.column import Column, Display, ValueType
+from fastfs._record.parameter_columns import PARAMETER_COLUMNS
 from fastfs._record.step_columns import ROW_KINDS, STEP_COLUMNS
 
 __all__ = [
@@ -41,7 +42,6 @@ PART = "part"
 """Kind of the lines in the file of one rank: what it contributes to a step, from which readers make records."""
 
 _STANDARD_ERROR = "standard error of `{}` that comes from the sample of rows; null if all rows were kept"
-_OWN_PARAMETERS = "of the parameters that are upstream of this layer and of no earlier watched layer"
 
 KEYS = (
     Column("kind", "string", per="row", since=1),
@@ -265,44 +265,29 @@ COLUMNS = (
             guarded=True,
         ),
     ),
+    *PARAMETER_COLUMNS,
     Column(
-        name="parameter_norm",
+        name="nonlinear_update",
         type="number",
-        unit="parameter units",
-        meaning=f"|w| {_OWN_PARAMETERS}",
-        kinds=ROW_KINDS,
+        meaning="with `nonlinear=True`: |df - J dw| / |df|, with the first-order update J dw; null where rounding "
+        "could be mistaken for it",
+        source="[2505.01618](https://arxiv.org/abs/2505.01618)",
+        optional=True,
         display=Display(
-            13,
-            "Parameter norm",
-            "Norm of the parameters between the previous watched layer and this one.",
+            21,
+            "Nonlinear update",
+            "How much of the feature update first order does not explain, relative to it. Near 0: the layers up to "
+            "this one are lazy in this step, i.e. linear in their parameters.",
             logarithmic=True,
+            guarded=True,
+            error="nonlinear_update_se",
         ),
     ),
     Column(
-        name="parameter_update_norm",
+        name="nonlinear_update_se",
         type="number",
-        unit="parameter units per step",
-        meaning=f"|dw| {_OWN_PARAMETERS}",
-        kinds=ROW_KINDS,
-        display=Display(
-            12,
-            "Parameter update norm",
-            "Norm of the optimizer's update of the parameters between the previous watched layer and this one.",
-            logarithmic=True,
-        ),
-    ),
-    Column(
-        name="gradient_norm",
-        type="number",
-        unit="loss per parameter unit",
-        meaning=f"|g| {_OWN_PARAMETERS}",
-        kinds=ROW_KINDS,
-        display=Display(
-            11,
-            "Gradient norm",
-            "Norm of the gradient of the parameters between the previous watched layer and this one.",
-            logarithmic=True,
-        ),
+        meaning=_STANDARD_ERROR.format("nonlinear_update").replace("null", "0"),
+        optional=True,
     ),
     Column(
         name="rank_angle_sd",

@@ -76,6 +76,16 @@ STEP_COLUMNS = (
         source="2, identity",
     ),
     Column(
+        name="overshoot",
+        type="number",
+        meaning="2 (dL + D) / D, with D of all parameters and dL the change of the loss on the same batch: D is the "
+        "decrease to first order, and curvature takes half of this share of it. 0: first order describes the step; 1: "
+        "it ends at the minimum along its direction; 2: the loss is what it was. [Null](monitor.md#overshoot) unless "
+        "the loss after the step is known",
+        per="step",
+        source="[2103.00065](https://arxiv.org/abs/2103.00065), 2",
+    ),
+    Column(
         name="ranks",
         type="integer",
         meaning="number of ranks whose numbers the record contains; only in runs of several",

@@ -25,6 +25,8 @@ EXACT = (
     "aligned_decrease",
     "parameter_norm",
     "parameter_update_norm",
+    "parameter_rotation",
+    "parameter_radial_update",
     "loss",
 )
 SAME = ("step", "kind", "name", "valid", "why", "decrease_why", "linear", "count", "rows")
@@ -139,11 +141,12 @@ def test_sums_are_those_of_the_global_batch(ranks: int, number: int, many: Any, 
     assert found.attrs["headers"][-1]["ranks"] == ranks
     assert layers * STEPS == len(found) > 0
     assert list(path.parent.iterdir()) == [path]
-    norms = found["gradient_norm"].to_numpy(dtype=float), one["gradient_norm"].to_numpy(dtype=float)
-    known = ~np.isnan(norms[0])
-    assert known.any()
-    assert known.all() or "sequence" in mesh  # norm layers have summands of their gradients
-    np.testing.assert_allclose(norms[0][known], norms[1][known], rtol=1e-10)
+    for name in ("gradient_norm", "parameter_cos_angle"):
+        norms = found[name].to_numpy(dtype=float), one[name].to_numpy(dtype=float)
+        known = ~np.isnan(norms[0])
+        assert known.any()
+        assert known[~np.isnan(norms[1])].all() or "sequence" in mesh  # norm layers have summands of their gradients
+        np.testing.assert_allclose(norms[0][known], norms[1][known], rtol=1e-10)
 
 
 def test_rounded_numbers_are_as_good_as_those_of_one_process(folder: Path, alone: Any) -> None:

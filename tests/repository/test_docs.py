@@ -135,7 +135,7 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
             run_blocks(ROOT / "docs" / page, names)
     records = sorted(path.stem for path in Path("run").glob("*.jsonl"))
     tables = {name: fastfs.load(f"run/{name}.jsonl") for name in records}
-    wanted = "accumulated alerts all backward compiled groups jvp probe record samples scaled several"
+    wanted = "accumulated alerts all backward casts compiled groups jvp nonlinear probe record samples scaled several"
     assert records == wanted.split()
     for name, table in tables.items():
         measured = table[table["kind"] == "measured"]
@@ -145,6 +145,8 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert set(tables["accumulated"]["micro_batches"]) == {2}
     assert set(tables["scaled"]["loss_scale"]) == {1024.0}
     assert set(tables["jvp"]["kind"]) == {"measured", "predicted"}
+    assert tables["casts"]["cast_loss_mxfp8"].between(0.0, 1.0).all()
+    assert "nonlinear_update" in tables["nonlinear"]
     assert tables["groups"]["group"].any()
     assert "cos_angle_q10" in tables["groups"]
     assert len([row for row in names["rows"] if row["kind"] == "measured"]) == 2  # one step, two layers

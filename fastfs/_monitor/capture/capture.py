@@ -31,7 +31,7 @@ from fastfs._monitor.capture.backward_norms import BackwardNorms
 from fastfs._monitor.capture.backwards import GradientWatch, TrainingBackwards, current, queue_last, stamps
 from fastfs._monitor.capture.compiled_graphs import DynamoSettings, drop_unguarded
 from fastfs._monitor.capture.fingerprints import Fingerprint
-from fastfs._monitor.capture.forward_capture import ForwardCapture
+from fastfs._monitor.capture.forward_capture import ForwardCapture, scalar_outputs
 from fastfs._monitor.capture.forwards import (
     ParameterSlot,
     active_calls,
@@ -189,10 +189,7 @@ class Capture(StepCapture):
         forwards, self._forwards = self._forwards, []
         counts = self._backwards.counts
         for captured in forwards:
-            settled = [call.settle(counts) for calls in captured.calls for call in calls]
-            captured.has_backward = any(settled)
-            found = [outputs for number, outputs in captured.reached.items() if counts(number)]
-            captured.outputs = sorted(set().union(*found))
+            captured.has_backward = captured.settle(counts)
         forwards = [captured for captured in forwards if captured.has_backward]
         if forwards:
             self.budget.learn(forwards, self.dropped)
@@ -259,6 +256,7 @@ class Capture(StepCapture):
                 self._hook(x, taps.Guarded(begins, self.failed))
         if self.switch.level != taps.EVERYTHING or captured.dropped:
             return
+        captured.scalars = scalar_outputs(outputs)
         self._or_drop(captured, self._end, captured, outputs, traced)
 
     def _end(self, captured: ForwardCapture, outputs: list[Tensor], traced: bool) -> None:
@@ -327,7 +325,7 @@ class Capture(StepCapture):
     # In the backward
 
     def _backward_begins(
-        self, captured: weakref.ref[ForwardCapture], output: int, generation: int, _gradient: Tensor
+        self, captured: weakref.ref[ForwardCapture], output: int, generation: int, gradient: Tensor
     ) -> None:
         """Called when a gradient arrives at an output of the model, before any arrives at its parameters."""
         if generation != self._generation or current() == -1:
@@ -335,7 +333,7 @@ class Capture(StepCapture):
         seen = captured()
         number = self._backwards.note()
         if seen is not None:
-            seen.reached.setdefault(number, set()).add(output)
+            seen.reach(number, output, gradient)
         if self._task == number or not self._backwards.counts(number):
             return
         self._task = number

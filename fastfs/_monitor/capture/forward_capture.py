@@ -8,13 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastfs._monitor.capture.fingerprints import Fingerprint
 from fastfs._monitor.capture.sampling import KeptRows, SampleSubset
 from fastfs._network.autograd_graph import Edge, Trace
 from fastfs._network.state import ForwardState
 
-__all__ = ["ForwardCapture", "LayerCall"]
+__all__ = ["ForwardCapture", "LayerCall", "scalar_outputs"]
+
+
+def scalar_outputs(output: Any) -> dict[int, Tensor]:
+    """Returns copies of the tensors in a model's output that may be a loss, by their number among the tensors."""
+    tensors = [x for x in tree_leaves(output) if isinstance(x, Tensor)]
+    return {
+        number: x.detach().clone()
+        for number, x in enumerate(tensors)
+        if type(x) is Tensor and x.layout is torch.strided and x.numel() == 1 and x.is_floating_point()
+    }
 
 
 class LayerCall:
@@ -119,6 +130,8 @@ class ForwardCapture:
         self.trace: Trace | None = None
         self.signature: Hashable = None
         self.reached: dict[int, set[int]] = {}  # outputs that a backward reached, by the number of the backward
+        self.scalars: dict[int, Tensor] = {}  # outputs that may be a loss, by their number
+        self.losses: dict[int, tuple[int, Tensor]] = {}  # by backward the first of these it reached, and its gradient
         self.leaves = 0  # inputs that count as parameters, after the parameters
         self.outputs: list[int] = []  # of these, those that a training backward reached
         # Reasons why a second forward would differ from this one.
@@ -128,6 +141,19 @@ class ForwardCapture:
         self.dependent = False  # the inputs depend on trained parameters
         # A parameter and its gradient at the begin of the next forward: the same object later means accumulation.
         self.witness: tuple[Tensor, weakref.ref[Tensor]] | None = None
+
+    def reach(self, backward: int, output: int, gradient: Tensor) -> None:
+        """Notes that a backward has reached an output, of which it then goes on to others that depend on it."""
+        self.reached.setdefault(backward, set()).add(output)
+        if output in self.scalars and backward not in self.losses and type(gradient) is Tensor:
+            self.losses[backward] = output, gradient.detach().clone()
+
+    def settle(self, counts: Callable[[int], bool]) -> bool:
+        """Keeps what backwards that count have brought; returns whether it is a backward vector of any layer."""
+        settled = [call.settle(counts) for calls in self.calls for call in calls]
+        self.outputs = sorted(set().union(*(found for number, found in self.reached.items() if counts(number))))
+        self.losses = {number: found for number, found in self.losses.items() if counts(number)}
+        return any(settled)
 
     def replayed_shape(self, shape: torch.Size) -> torch.Size | None:
         """Returns the shape in a second forward of features that had ``shape`` in the first; None if there is none."""
@@ -148,6 +174,7 @@ class ForwardCapture:
             call.before = call.backward = None
             call.parts = {}
         self.calls, self.edges, self.inputs_seen, self.bytes = [], [], [], 0
+        self.scalars, self.losses = {}, {}
 
     def accumulates(self) -> bool:
         """Returns False if ``zero_grad()`` (to None) has discarded the gradient of this forward."""

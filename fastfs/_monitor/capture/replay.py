@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.capture import taps
-from fastfs._monitor.capture.forward_capture import ForwardCapture
+from fastfs._monitor.capture.forward_capture import ForwardCapture, scalar_outputs
 from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs._network.feature_tensors import strided
 from fastfs._network.guard import FunctionGuard, Guard, Plans, WriteError, pop_ended
@@ -58,12 +58,14 @@ class ReplayedForward:
         coarsest: Per layer, spacing at 1 of the coarsest numbers that were computed with up to it; None if unknown.
         choices: Integer results of top-k and argmax, in order.
         cut: Layers before which the forward detached a first-order change.
+        scalars: Outputs that may be a loss, by their number.
     """
 
     after: Features
     coarsest: list[float] | None
     choices: list[Tensor]
     cut: set[int]
+    scalars: dict[int, Tensor]
 
 
 class Replayer:
@@ -240,14 +242,15 @@ class Replayer:
         options: dict[str, Any] = {"single": single, "strict": strict}
         options["allowed" if renewed else "inputs"] = copies
 
-        def run(guard: Guard | None) -> None:
+        def run(guard: Guard | None) -> Any:
             watching.extend([] if guard is None else [guard])
-            forward(*args, **kwargs)
+            return forward(*args, **kwargs)
 
-        self.run(captured.state, handle, run, grad=self._with_graph, guarded=guarded, **options)
+        output = self.run(captured.state, handle, run, grad=self._with_graph, guarded=guarded, **options)
+        scalars = scalar_outputs(output)
         if not watching:
-            return ReplayedForward(after, None, [], cut)
-        return ReplayedForward(after, coarsest, watching[0].choices, cut)
+            return ReplayedForward(after, None, [], cut, scalars)
+        return ReplayedForward(after, coarsest, watching[0].choices, cut, scalars)
 
     def _rows(self, features: Tensor, see: Callable[[Tensor], Tensor], choice: RowChoice, within: bool) -> Tensor:
         """Copies rows, as of the features before: a later operation may modify the features in place."""

@@ -54,7 +54,9 @@ class Aligned:
     Attributes:
         sums: float64 (C, L, 4), for C kinds of parameters: D_l in units of the loss, over the parameters upstream of
             the layer, NaN where it is not known; and |w|^2, |dw|^2, |g|^2 over those between this layer and the watched
-            ones before.
+            ones before: its own.
+        dots: float64 (C, L, 2): <g, dw> in units of the loss, and <w, dw> with w after the step, over the layer's own
+            parameters. NaN where only a sample of these was read, since their error is not known.
         reason: int64 (L,), why the decrease is not known: a code of :mod:`fastfs._record.decrease_reasons`, 0 where it
             is known.
         total: The decrease over all parameters, float64 (C,).
@@ -64,6 +66,7 @@ class Aligned:
     """
 
     sums: Tensor
+    dots: Tensor
     reason: Tensor
     total: Tensor
     variance: Tensor | None = None
@@ -78,7 +81,7 @@ class Aligned:
         """Returns the result for a step whose structure is not known."""
         nothing = torch.full((kinds, layers, 4), torch.nan, dtype=torch.float64, device=device)
         code = torch.full((layers,), decrease_reasons.STRUCTURE, dtype=torch.int64, device=device)
-        return cls(nothing, code, nothing[:, 0, 0])
+        return cls(nothing, nothing[:, :, :2], code, nothing[:, 0, 0])
 
 
 def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, kinds: Tensor | None = None) -> Aligned:
@@ -92,11 +95,11 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, 
     """
     columns = [found.stats.sums[:, column] for column in _COLUMNS]
     if found.sampling is not None:
-        columns.append(found.sampling[:, _VARIANCE])
+        columns += found.sampling[:, [_VARIANCE, _SAMPLED]].unbind(dim=1)
     values, width = torch.stack(columns, dim=1), len(columns)
     if factor is not None:
         one, square = torch.ones_like(factor), factor.square()
-        values = values / torch.stack([factor, one, one, square, square][:width])  # <g, dw>, |w|^2, |dw|^2, |g|^2
+        values = values / torch.stack([factor, one, one, square, one, square, one][:width])
     if kinds is not None:
         values = torch.where(kinds[:, :, None], values[:, None, :], 0.0).flatten(1)
     if incidence.columns > len(values):  # inputs of a pipeline stage, which stand for the parameters of those before
@@ -104,7 +107,10 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, 
     total = -values[:, ::width].sum(dim=0)
     upstream, own = (x.unflatten(1, (-1, width)).transpose(0, 1) for x in incidence.both(values))
     decrease = -upstream[:, :, 0]
-    variance = None if found.sampling is None else upstream[:, :, -1]
+    dots, variance = own[:, :, [0, 4]], None
+    if found.sampling is not None:
+        variance = upstream[:, :, 5]
+        dots = torch.where(own[:, :, 6:] > 0, torch.nan, dots)
     if found.fine and incidence.everywhere:
         reason = torch.zeros(decrease.shape[1], dtype=torch.int64, device=decrease.device)
     else:
@@ -116,8 +122,9 @@ def aligned(found: MeasuredUpdate, incidence: Incidence, factor: Tensor | None, 
         reason = torch.where(first < len(decrease_reasons.REASONS), first, decrease_reasons.FINE)
         reason = torch.where(incidence.known, reason, decrease_reasons.NOTHING)
         reason = torch.where(decrease.isnan().any(dim=0), reason, decrease_reasons.FINE)
-    return Aligned(torch.cat([decrease[:, :, None], own[:, :, 1:4]], dim=2), reason, total, variance)
+    return Aligned(torch.cat([decrease[:, :, None], own[:, :, 1:4]], dim=2), dots, reason, total, variance)
 
 
-_COLUMNS = [ParameterStats.names.index(name) for name in ("dot", "parameter_sq", "update_sq", "gradient_sq")]
-_VARIANCE = SAMPLING.index("dot_variance")
+_NAMES = ("dot", "parameter_sq", "update_sq", "gradient_sq", "parameter_dot_update")
+_COLUMNS = list(map(ParameterStats.names.index, _NAMES))
+_VARIANCE, _SAMPLED = map(SAMPLING.index, ("dot_variance", "sampled"))

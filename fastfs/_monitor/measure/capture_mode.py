@@ -62,6 +62,7 @@ class ModeResources:
         probe: The batch and loss of probe mode, else None.
         linked: Returns a forward of the model in which a stage of a pipeline receives the activations of the one before
             and passes its own on; without a pipeline the forward itself.
+        nonlinear: Whether the first-order update is compared with the real one.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class ModeResources:
     warn: Callable[[str, str], None]
     probe: Probe | None
     linked: Callable[[Callable[..., Any]], Callable[..., Any]]
+    nonlinear: bool = False
 
     def totals(self, rows: list[RowSums]) -> LayerSums:
         """Returns sums over rows as sums over layers."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.measure import trust
+from fastfs._monitor.measure.loss_change import LossChange
 from fastfs._monitor.measure.row_sums import LayerSums
 from fastfs._stats import FeatureStats
 
@@ -27,6 +28,8 @@ class FeatureObservation:
         curvature: Second-order part of the update relative to the first, at most, float64 (L,); None if unknown.
         choices: Integer results of top-k and argmax in the second forward, per forward.
         checked_choices: The same in the check before the step; empty if there was no check.
+        nonlinear: Sums over df - J dw and df, float64 (L, 6), see ``_record/ranks/nonlinear.py``; None if unknown.
+        loss: What the step did to the loss of the backward vectors; None if that is unknown.
     """
 
     verdict: trust.AssessedUpdate
@@ -36,6 +39,8 @@ class FeatureObservation:
     curvature: Tensor | None = None
     choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
     checked_choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
+    loss: LossChange | None = None
+    nonlinear: Tensor | None = None
 
 
 def changed_choices(

@@ -22,6 +22,7 @@ from fastfs._stats import ParameterStats
 __all__ = ["Parameters"]
 
 _VARIANCE, _SAMPLED = map(SAMPLING.index, ("dot_variance", "sampled"))
+_GROWTH = ParameterStats.names.index("parameter_dot_update")
 
 
 class Parameters:
@@ -186,6 +187,7 @@ class Parameters:
             for found in results[1:]:
                 total = total + found.stats.sums.to(device, non_blocking=True)
                 code = torch.where(code == decrease_reasons.FINE, found.reason.to(device, non_blocking=True), code)
+                total[:, _GROWTH] = torch.nan  # of the update in all, it does not follow
             sums.append(total)
             codes.append(code)
             samplings.append(_together([found.sampling for found in results], device))

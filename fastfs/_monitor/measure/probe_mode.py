@@ -20,6 +20,7 @@ from fastfs._monitor.measure.capture_mode import (
     UpdateEvidence,
 )
 from fastfs._monitor.measure.learned_structure import LearnedStructure
+from fastfs._monitor.measure.loss_change import LossChange
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
 from fastfs._monitor.measure.row_sums import RowSums, Triple, from_replay
@@ -65,6 +66,8 @@ class ProbeMode(CaptureMode):
         self._before: list[list[tuple[KeptRows, list[Tensor]]]] = []
         self._gradients: list[Tensor | None] = []
         self._loss: Tensor | None = None
+        self._loss_after: Tensor | None = None
+        self._loss_spacing = 0.0
         self._account: ForwardCapture | None = None
         self._called_with: tuple[tuple[Any, ...], dict[str, Any]] = (), {}
         self._without_room: set[int] = set()
@@ -97,9 +100,7 @@ class ProbeMode(CaptureMode):
 
         def run(model: nn.Module) -> None:
             args, kwargs = self._called_with
-            loss = self._probe.loss(model(*args, **kwargs))
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise TypeError(f"probe: expected a loss that gives a scalar tensor, got {loss!r}")
+            loss = self._loss_of(model(*args, **kwargs))
             flags = [p.requires_grad for p in parameters]
             if self._structure is None or flags != self._flags:
                 self._flags = flags
@@ -107,7 +108,7 @@ class ProbeMode(CaptureMode):
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found = iter(torch.autograd.grad(loss, wanted, allow_unused=True))
             self._gradients = [next(found) if leaf.requires_grad else None for leaf in leaves]
-            self._loss = loss.detach().to(torch.float64).reshape(())
+            self._loss = loss.detach().to(self._resources.device, torch.float64).reshape(())
 
         def forward(guard: Guard | None) -> None:
             watching.extend([] if guard is None else [guard])
@@ -136,19 +137,29 @@ class ProbeMode(CaptureMode):
     def observe(self, step: StepInputs, evidence: UpdateEvidence) -> FeatureObservation:
         """Runs the forward on the probe after the step."""
         resources = self._resources
-        sums = resources.totals([self._second_forward(step)])
+        sums = resources.totals([self._second_forward(step, loss=True)])
         eps = resources.on_device(self._coarsest)
-        return FeatureObservation(
-            resources.assessor.assess_replay(sums, eps, evidence.depth), sums, eps, self._absent()
-        )
+        assert self._loss is not None
+        assert self._loss_after is not None
+        loss = LossChange(self._loss, self._loss_after - self._loss, self._loss_spacing, certain=True)
+        verdict = resources.assessor.assess_replay(sums, eps, evidence.depth)
+        return FeatureObservation(verdict, sums, eps, self._absent(), loss=loss)
+
+    def _loss_of(self, output: Any) -> Tensor:
+        """Returns the loss of the probe, of one element."""
+        loss = self._probe.loss(output)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"probe: expected a loss that gives a scalar tensor, got {loss!r}")
+        self._loss_spacing = torch.finfo(loss.dtype).eps
+        return loss
 
     def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns copies of the probe's inputs, to which the forward may write."""
         args, kwargs = copy_arguments((self._probe.args, self._probe.kwargs), Tensor.clone)
         return args, kwargs
 
-    def _second_forward(self, step: StepInputs) -> RowSums:
-        """Runs the forward at the current parameters and returns sums of rows against the features before."""
+    def _second_forward(self, step: StepInputs, *, loss: bool = False) -> RowSums:
+        """Runs the forward, and the loss, at the current parameters; returns sums against the features before."""
         after: list[list[Tensor]] = []
 
         def handle(layer: Layer, features: Tensor) -> None:
@@ -162,10 +173,17 @@ class ProbeMode(CaptureMode):
         def forward(grad: bool) -> None:
             after[:] = [[] for _ in self._resources.layers]
             args, kwargs = self._inputs()
+
+            def run(model: nn.Module) -> None:
+                output = model(*args, **kwargs)
+                if loss:
+                    found = self._loss_of(output).detach()
+                    self._loss_after = found.to(self._resources.device, torch.float64).reshape(())
+
             self._replayer.run(
                 self._fixed_state(),
                 handle,
-                lambda _guard: step.model(values, *args, **kwargs),
+                lambda _guard: step.model.within(values, run),
                 grad=grad,
                 allowed=tensors_in((args, kwargs)),
             )

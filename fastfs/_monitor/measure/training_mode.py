@@ -17,6 +17,7 @@ from fastfs._monitor.capture.replay import Features, ReplayedForward
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.capture_mode import CaptureMode, ModeResources, StepInputs, UpdateEvidence
 from fastfs._monitor.measure.learned_structure import LearnedStructure
+from fastfs._monitor.measure.loss_change import LossChange, of_outputs
 from fastfs._monitor.measure.observation import FeatureObservation, without_update
 from fastfs._monitor.measure.row_sums import LayerSums, RowSums, Triple, from_replay
 from fastfs._network.fully_sharded import GraphLeaves
@@ -42,18 +43,21 @@ class ReplaySums:
         after: Shapes and rows of the features of each forward, as :class:`ReplayedForward` has them.
         coarsest: Per layer, spacing at 1 of the coarsest numbers that were computed with; None if unknown.
         choices: Integer results of top-k and argmax, of each forward.
+        scalars: Outputs of each forward that may be a loss, by their number.
     """
 
     rows: list[RowSums] = field(default_factory=list)
     after: list[Features] = field(default_factory=list)
     coarsest: list[float] | None = None
     choices: list[list[Tensor]] = field(default_factory=list)
+    scalars: list[dict[int, Tensor]] = field(default_factory=list)
 
     def add(self, rows: RowSums, replay: ReplayedForward) -> None:
         """Adds a second forward."""
         self.rows.append(rows)
         self.after.append(replay.after)
         self.choices.append(replay.choices)
+        self.scalars.append(replay.scalars)
         if replay.coarsest is not None:
             self.coarsest = list(map(max, replay.coarsest, self.coarsest or replay.coarsest))
 
@@ -136,7 +140,9 @@ class TrainingMode(CaptureMode):
         if self._subsets:  # no sum contains the difference to the first forward
             verdict = dataclasses.replace(verdict, self_contained=torch.ones_like(verdict.valid))
         absent = self._absent(step.forwards)
-        return FeatureObservation(verdict, sums, eps, absent, curvature, result.choices, self._checked_choices)
+        choices = result.choices, self._checked_choices
+        loss, rest = self._loss_change(step, result), self._nonlinear(eps, evidence.depth)
+        return FeatureObservation(verdict, sums, eps, absent, curvature, *choices, loss, rest)
 
     def accompany(self, step: StepInputs) -> None:
         """Runs the second forwards for the sake of other ranks."""
@@ -165,6 +171,14 @@ class TrainingMode(CaptureMode):
             eps: Spacing at 1 of the coarsest numbers in each layer.
             coarsest: The largest of these, on the host.
         """
+
+    def _loss_change(self, step: StepInputs, result: ReplaySums) -> LossChange | None:
+        """Returns what the second forwards after the step say of the loss, None if they do not compute it."""
+        return of_outputs(step.forwards, result.scalars, self._resources.device)
+
+    def _nonlinear(self, eps: Tensor, depth: Tensor) -> Tensor | None:
+        """Returns the sums of :func:`fastfs._record.ranks.nonlinear.nonlinear_columns`; None if they are unknown."""
+        return None
 
     # Second forwards
 

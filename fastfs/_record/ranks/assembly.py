@@ -12,7 +12,11 @@ from fastfs._record import decrease_reasons, row_reasons
 from fastfs._record.columns import FROM_STATS, quantile_name
 from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
+from fastfs._record.ranks.cast_losses import cast_columns
 from fastfs._record.ranks.merging import MergedParameters, MergedRows
+from fastfs._record.ranks.nonlinear import nonlinear_columns
+from fastfs._record.ranks.overshoot import overshoot
+from fastfs._record.ranks.parameter_steps import step_columns
 from fastfs._record.ranks.part import Array, RankPart
 from fastfs._record.ranks.residual_check import RESIDUAL, SINGLE_SPACING, residual_is_large, rms_residual
 from fastfs._record.ranks.stages import MergedStep, expanded, merge
@@ -114,9 +118,12 @@ class Assembler:
         residual = np.where(cut, _relations.residual(decrease, dot).numpy(), np.nan)
         self._errors(columns, rows, stats, residual)
         linear = _linear(residual, rows, _curvature(parts))
+        if all("nonlinear" in part.arrays for part in parts):  # each rank has a batch of its own
+            rest = self._with_groups(np.sum([part.arrays["nonlinear"] for part in parts], axis=0))
+            columns |= {name: values.tolist() for name, values in nonlinear_columns(rest).items()}
         columns["residual"] = self._padded(residual.tolist())
         columns["linear"] = self._padded([None if x != x else bool(x) for x in linear.tolist()])
-        columns |= self._aligned(parameters)
+        columns |= self._aligned(parameters, parts[0].facts.get("casts", ()))
         self._add_quantiles(columns, parts)
         scalars = _scalars(parts, step)
         if len(parts[0].place.ranks) > 1:
@@ -127,6 +134,7 @@ class Assembler:
         factor = between.common_factor(parts) if parts[0].place.stages == 1 else 1.0
         scale = between.gradient_scale(residual, rows.sums, reason == 0)
         scalars["gradient_scale"] = None if scale is None or factor is None else scale * factor
+        scalars["overshoot"] = overshoot(step, reason, scale)
         where = (reason == 0) & cut & (linear == 1)
         self.angles.keep(_key(parts), stats.cos_angle[: self._layers].numpy(), where)
         return columns, scalars
@@ -182,9 +190,14 @@ class Assembler:
 
     # Columns
 
-    def _aligned(self, parameters: MergedParameters) -> dict[str, list[Any]]:
+    def _aligned(self, parameters: MergedParameters, names: Sequence[str] = ()) -> dict[str, list[Any]]:
         columns = {"aligned_decrease": self._padded(parameters.decrease.tolist())}
         for name, values in zip(_ALIGNED, parameters.norms.T, strict=True):
+            columns[name] = self._padded(values.tolist())
+        differ = parameters.reason[:, None] == decrease_reasons.RANKS_DIFFER  # of several models there is no one step
+        dots, casts = (np.where(differ, np.nan, each) for each in (parameters.dots, parameters.casts))
+        found = step_columns(parameters.norms, dots) | cast_columns(names, casts)
+        for name, values in found.items():
             columns[name] = self._padded(values.tolist())
         errors: list[Any] = [None] * self._layers
         if parameters.variance is not None:

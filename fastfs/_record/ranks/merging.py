@@ -60,6 +60,8 @@ class MergedParameters:
         decrease: D in units of the loss, NaN where it is not known, (L,).
         variance: Of D by sampling, (L,); None if every rank has read everything.
         norms: |w|, |dw| and |g|, (L, 3).
+        dots: <g, dw> and <w, dw>, w after the step, NaN where they are not known, (L, 2).
+        casts: Sums of the casts, see ``cast_losses``, NaN where they are not known, (L, 9 for each).
         reason: Why D is not known: codes of :mod:`fastfs._record.decrease_reasons`, (L,).
         total: In a pipeline, D over all parameters of the stage.
     """
@@ -67,6 +69,8 @@ class MergedParameters:
     decrease: Array
     variance: Array | None
     norms: Array
+    dots: Array
+    casts: Array
     reason: Any
     total: float
 
@@ -196,7 +200,8 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
     arrays = [part.arrays for part in parts]
     layers = arrays[0]["aligned"].shape[1]
     keys = list(dict.fromkeys(share.key for part in parts for share in part.place.shares))
-    sums = np.zeros((layers, 4))
+    alike = len({each["casts"].shape[2:] if "casts" in each else () for each in arrays}) == 1
+    sums = np.zeros(_own(parts[0], 0, alike).shape)
     sampled = any("variance" in each for each in arrays)
     variance = np.zeros(layers)
     reason, missing = np.zeros(layers, dtype=np.int64), decrease_reasons.MISSING_RANKS
@@ -213,23 +218,39 @@ def merge_parameters(parts: Sequence[RankPart]) -> MergedParameters:
             reason = np.where(reason == 0, missing, reason)
         for copies in held.values():
             number, part = copies[0]
-            own, codes = part.arrays["aligned"][number], part.arrays["decrease_reason"].astype(np.int64)
+            own, codes = _own(part, number, alike), part.arrays["decrease_reason"].astype(np.int64)
             for other, replica in copies[1:]:
-                theirs = replica.arrays["aligned"][other]
-                differ = _differ(own, theirs, part, replica)
+                theirs = _own(replica, other, alike)
+                differ = _differ(own[:, :4], theirs[:, :4], part, replica)
                 reason = np.where(differ & (reason != missing), decrease_reasons.RANKS_DIFFER, reason)
                 unknown = np.isnan(own[:, 0]) & ~np.isnan(theirs[:, 0])  # a layer that only some ranks have
                 own = np.where(unknown[:, None], theirs, own)
-            sums += own / [1.0, *[part.place.shares[number].summands] * 3]  # all summands have the whole |w| and |dw|
+            whole = part.place.shares[number].summands  # all of which have the whole w and dw
+            sums += own / [1.0, *[whole] * 3, 1.0, *[whole] * (own.shape[1] - 5)]
             if "variance" in part.arrays:
                 variance += part.arrays["variance"][number]
             total += float(part.arrays["total"][number]) if "total" in part.arrays else 0.0
             reason = np.where((reason == 0) & np.isnan(own[:, 0]), codes, reason)
     decrease = np.where(reason == 0, sums[:, 0], np.nan)
     complete = not (reason == missing).any()
+    rest = np.where(reason[:, None] == missing, np.nan, sums[:, 4:])
     return MergedParameters(
-        decrease, variance if sampled else None, np.sqrt(sums[:, 1:]), reason, total if complete else np.nan
+        decrease=decrease,
+        variance=variance if sampled else None,
+        norms=np.sqrt(sums[:, 1:4]),
+        dots=rest[:, :2],
+        casts=rest[:, 2:],
+        reason=reason,
+        total=total if complete else np.nan,
     )
+
+
+def _own(part: RankPart, kind: int, casts: bool) -> Array:
+    """Returns the sums over a kind of parameters: decrease, |w|^2, |dw|^2, |g|^2, <g, dw>, <w, dw>, casts, (L, K)."""
+    sums = part.arrays["aligned"][kind]
+    dots = part.arrays["dots"][kind] if "dots" in part.arrays else np.full((len(sums), 2), np.nan)
+    more = [part.arrays["casts"][kind]] if casts and "casts" in part.arrays else []
+    return np.concatenate([sums, dots, *more], axis=1)
 
 
 def merge_norms(found: Sequence[Sequence[RankPart]], weights: Sequence[float]) -> tuple[Array, Array]:

@@ -93,13 +93,16 @@ class RankPart:
             Skipped: ``before``: whether the step itself is still to come.
         arrays: Float64 arrays by name, of L layers, C kinds of parameters, Q quantiles. Measured: ``sums`` (L, 9) as in
             ``FeatureStats.names``, ``spread`` (L, 6) covariances of <b, df>, |df|^2, |b|^2 relative to these,
-            ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q), perhaps ``curvature`` (L,); from ranks with
-            peers ``inputs``, numbers that follow from the inputs. Predicted: ``backward_norm`` (L,), perhaps
+            ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q), perhaps ``curvature`` (L,),
+            ``nonlinear`` (L, 6), see ``nonlinear_columns``, ``loss_change`` (2,), how the loss changed and the rounding
+            error of that; from ranks with peers ``inputs``, numbers that follow from the inputs. Predicted:
+            ``backward_norm`` (L,), perhaps
             ``accumulated`` (), 0 if gradients were written to between micro-batches. Both: ``aligned`` (C, L, 4) with
-            decrease, |w|^2, |dw|^2, |g|^2; ``variance`` (C, L) of the decrease by sampling; ``decrease_reason`` (L,);
-            in a pipeline ``total`` (C,), the decrease over all parameters of the stage. From several ranks of a mode
-            with a residual ``odd`` (3, L), see ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of
-            the coarsest numbers.
+            decrease, |w|^2, |dw|^2, |g|^2, and ``dots`` (C, L, 2) with <g, dw>, <w, dw>, which older files lack, see
+            ``Aligned``; ``casts`` (C, L, 9 for each of ``facts["casts"]``), see ``CastSamples``; ``variance`` (C, L) of
+            the decrease by sampling; ``decrease_reason`` (L,); in a pipeline, and with ``loss_change``, ``total`` (C,),
+            the decrease over all parameters of the stage. From several ranks of a mode with a residual ``odd`` (3, L),
+            see ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of the coarsest numbers.
     """
 
     kind: str

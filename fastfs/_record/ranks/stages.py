@@ -30,10 +30,13 @@ _ABSENT: dict[str, tuple[int, float]] = {
     "amplified": (0, 0.0),
     "quantiles": (0, np.nan),
     "curvature": (0, np.nan),
+    "nonlinear": (0, 0.0),
     "odd": (1, 0.0),
     "eps": (0, 0.0),
     "backward_norm": (0, np.nan),
     "aligned": (1, np.nan),
+    "dots": (1, np.nan),
+    "casts": (1, np.nan),
     "variance": (1, 0.0),
     "decrease_reason": (0, float(decrease_reasons.NOTHING)),
 }
@@ -113,8 +116,10 @@ def merge(parts: Sequence[RankPart], known: dict[int, int]) -> MergedStep:
     if any(each is not None for each in variances):
         filled = np.stack([np.zeros(layers) if each is None else each for each in variances])
         variance = np.array([filled[: owner[i] + 1, i].sum() for i in chosen])
-    norms = np.stack([m.parameters.norms for m in found])[owner, chosen]
-    parameters = MergedParameters(decrease, variance, norms, reason, 0.0)
+    norms, dots, casts = (
+        np.stack([getattr(m.parameters, name) for m in found])[owner, chosen] for name in ("norms", "dots", "casts")
+    )
+    parameters = MergedParameters(decrease, variance, norms, dots, casts, reason, 0.0)
     rows = None
     if last.rows is not None:
         every = [m.rows for m in found if m.rows is not None]
