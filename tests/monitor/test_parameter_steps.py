@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastfs
 from fastfs._monitor import monitor as monitor_module
 from fastfs._monitor.measure.parameters import Parameters
 from fastfs._record.ranks.parameter_steps import step_columns
@@ -114,3 +115,24 @@ def test_null_where_a_sample_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
             assert all(math.isnan(row[name]) for name in NAMES)
         else:
             check(row, *run.seen[place[0]][place[1]], 1e-8, 1e-10)
+
+
+def test_norms_of_an_optimizer_that_steps_twice_in_a_training_step() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    first, last = (torch.optim.SGD(model[i].parameters(), lr=0.1) for i in (0, 2))
+    rows: list[Any] = []
+    with fastfs.Monitor(model, [first, last], layers=["0", "2"], every=1, sinks=[rows.extend], verbose=False):
+        for _ in range(2):
+            for optimizer in (first, last):
+                optimizer.zero_grad()
+            model(torch.randn(8, 4).double()).square().mean().backward()
+            first.step()
+            first.step()
+            last.step()
+    own = [row for row in rows if row["kind"] == "measured" and row["name"] == "0"]
+    norm = torch.cat([p.detach().flatten() for p in model[0].parameters()]).norm()
+    assert own[-1]["parameter_norm"] == pytest.approx(float(norm), rel=1e-12)
+    for row in own:  # of the steps together these are not known, while D is the sum of both
+        assert math.isnan(row["parameter_update_norm"])
+        assert math.isnan(row["gradient_norm"])
+        assert row["aligned_decrease"] > 0

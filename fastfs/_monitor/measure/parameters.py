@@ -22,7 +22,8 @@ from fastfs._stats import ParameterStats
 __all__ = ["Parameters"]
 
 _VARIANCE, _SAMPLED = map(SAMPLING.index, ("dot_variance", "sampled"))
-_GROWTH = ParameterStats.names.index("parameter_dot_update")
+_QUADRATIC = [ParameterStats.names.index(n) for n in ("parameter_dot_update", "update_sq", "gradient_sq")]
+_OF_LAST = [ParameterStats.names.index(n) for n in ("parameter_sq", "count")]
 
 
 class Parameters:
@@ -185,9 +186,11 @@ class Parameters:
             total = results[0].stats.sums.to(device, non_blocking=True)
             code = results[0].reason.to(device, non_blocking=True)
             for found in results[1:]:
-                total = total + found.stats.sums.to(device, non_blocking=True)
+                own = found.stats.sums.to(device, non_blocking=True)
+                total = total + own
                 code = torch.where(code == decrease_reasons.FINE, found.reason.to(device, non_blocking=True), code)
-                total[:, _GROWTH] = torch.nan  # of the update in all, it does not follow
+                total[:, _OF_LAST] = own[:, _OF_LAST]
+                total[:, _QUADRATIC] = torch.nan  # of the update in all, these do not follow
             sums.append(total)
             codes.append(code)
             samplings.append(_together([found.sampling for found in results], device))
