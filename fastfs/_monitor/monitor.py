@@ -21,6 +21,7 @@ from fastfs._monitor.engine import Engine
 from fastfs._monitor.measure.aligned_decrease import LossScale
 from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import ModeResources
+from fastfs._monitor.measure.details import Details, matrix_bytes
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.modes import find_mode
 from fastfs._monitor.measure.parameters import Parameters
@@ -88,6 +89,9 @@ class Monitor:
             these; None for all. For ``mode="batch"`` and ``"jvp"``, and models whose samples do not act on one another,
             which is checked at every measured step. The first dimension of the inputs counts the samples.
         memory: Bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
+        details: Whether to look into the second forwards at measured steps: what moves the outputs of every weight matrix
+            and how it is aligned with its inputs, dead features, attention logits, tokens of experts
+            (:func:`fastfs.monitor.load_details`). Takes one more forward. For ``mode="batch"``.
         groups: Name -> regular expression on the names of watched layers; totals of groups are recorded, too.
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
         select: Function that returns the features in a layer's output; by default its first floating-point tensor.
@@ -135,6 +139,7 @@ class Monitor:
         rows: int | None = 1024,
         samples: int | None = None,
         memory: int = 2**29,
+        details: bool = False,
         groups: dict[str, str] | None = None,
         quantiles: Sequence[float] = (),
         select: taps.Select = first_floating,
@@ -159,6 +164,7 @@ class Monitor:
         chosen = settings.check_mode(mode, probe, amplify)
         settings.check_sizes(rows, memory, quantiles)
         settings.check_samples(samples, rows, mode)
+        settings.check_details(details, mode, amplify, samples)
         sampled_every = settings.check_fraction(aligned_fraction)
         self._layers = select_layers(
             model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -194,6 +200,7 @@ class Monitor:
             aligned_fraction=1 / sampled_every,
             rows=rows,
             samples=samples,
+            **({"details": True} if details else {}),
             memory_bytes=memory,
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
             **describe(ranks.place),
@@ -239,6 +246,7 @@ class Monitor:
                 warn=runner.warn,
                 probe=chosen,
                 linked=(lambda forward: forward) if ranks.link is None else ranks.link.linked,
+                details=Details(model, self._layers, self._capture.keeper, device) if details else None,
             )
             self._engine = Engine(
                 model=model,
@@ -298,7 +306,7 @@ class Monitor:
         parameters = self._engine.parameters
         return settings.describe(
             self._header,
-            parameters.snapshot_bytes,
+            parameters.snapshot_bytes + (matrix_bytes(parameters.tensors) if "details" in self._header else 0),
             self._engine.mode.momentary_bytes(parameters.tensors),
             self._recorder.device_bytes,
             settings.aligned_work(parameters.tensors, len(self._layers), self._header["aligned_fraction"]),

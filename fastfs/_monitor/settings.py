@@ -22,6 +22,7 @@ from fastfs._record.writing.recorder import check_recorder_state
 __all__ = [
     "aligned_work",
     "check_compiled",
+    "check_details",
     "check_fraction",
     "check_mode",
     "check_ranks",
@@ -91,6 +92,15 @@ def check_samples(samples: Any, rows: int | None, mode: str) -> None:
         )
     if rows is not None and rows < samples:
         raise ValueError(f"samples: expected at most rows={rows}, since a row of each sample is kept, got {samples!r}")
+
+
+def check_details(details: Any, mode: str, amplify: bool, samples: Any) -> None:
+    """Raises TypeError for what is no bool, ValueError with what ``details`` cannot be combined."""
+    if not isinstance(details, bool):
+        raise TypeError(f"details: expected True or False, got {details!r}")
+    if details and (mode != "batch" or amplify or samples is not None):
+        other = "amplify=True" if amplify else f"mode={mode!r}" if mode != "batch" else f"samples={samples}"
+        raise ValueError(f'details: is for mode="batch" without amplify and samples, got {other}')
 
 
 def _check_integer(name: str, value: Any, least: int, unit: str) -> None:

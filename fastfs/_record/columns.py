@@ -8,12 +8,14 @@ the native one), the Parquet reader, the report's quantities and the tables in `
 from __future__ import annotations
 
 from fastfs._record.column import Column, Display, ValueType
+from fastfs._record.detail_columns import DETAIL_COLUMNS, DETAIL_FIELDS, DETAILS
 from fastfs._record.step_columns import ROW_KINDS, STEP_COLUMNS
 
 __all__ = [
     "ALWAYS_PER_STEP",
     "BY_NAME",
     "COLUMNS",
+    "DETAILS",
     "EVENT_FIELDS",
     "FROM_STATS",
     "KEYS",
@@ -35,7 +37,7 @@ SCHEMA = 2
 SCHEMAS = (1, 2)
 """Versions that the readers accept."""
 
-KINDS = ("header", "structure", *ROW_KINDS, "skipped", "alert")
+KINDS = ("header", "structure", *ROW_KINDS, DETAILS, "skipped", "alert")
 
 PART = "part"
 """Kind of the lines in the file of one rank: what it contributes to a step, from which readers make records."""
@@ -325,6 +327,7 @@ COLUMNS = (
         optional=True,
         tensorboard=False,
     ),
+    *DETAIL_COLUMNS,
     *STEP_COLUMNS,
 )
 """In the order of a table. A record may have others, such as quantiles."""
@@ -335,6 +338,7 @@ EVENT_FIELDS = {
         Column("reason", "string", kinds=("structure",), meaning="why it is not"),
         Column("parameters", "integer", kinds=("structure",), meaning="number of upstream parameters"),
     ),
+    DETAILS: DETAIL_FIELDS,
     "skipped": (Column("reason", "string", per="step", kinds=("skipped",), meaning="why there are no rows"),),
     "alert": (
         Column("rule", "string", per="step", kinds=("alert",), meaning="name of the rule"),

@@ -27,6 +27,7 @@ from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.replay import Replayer
 from fastfs._monitor.capture.row_keeper import RowKeeper
 from fastfs._monitor.measure.assessment import UpdateAssessor
+from fastfs._monitor.measure.details import Details
 from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
@@ -62,6 +63,7 @@ class ModeResources:
         probe: The batch and loss of probe mode, else None.
         linked: Returns a forward of the model in which a stage of a pipeline receives the activations of the one before
             and passes its own on; without a pipeline the forward itself.
+        details: Looks into the second forwards; None for nobody.
     """
 
     model: nn.Module
@@ -75,6 +77,7 @@ class ModeResources:
     warn: Callable[[str, str], None]
     probe: Probe | None
     linked: Callable[[Callable[..., Any]], Callable[..., Any]]
+    details: Details | None = None
 
     def totals(self, rows: list[RowSums]) -> LayerSums:
         """Returns sums over rows as sums over layers."""

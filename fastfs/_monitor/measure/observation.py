@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.measure import trust
+from fastfs._monitor.measure.details import StepDetails
 from fastfs._monitor.measure.row_sums import LayerSums
 from fastfs._stats import FeatureStats
 
@@ -27,6 +28,7 @@ class FeatureObservation:
         curvature: Second-order part of the update relative to the first, at most, float64 (L,); None if unknown.
         choices: Integer results of top-k and argmax in the second forward, per forward.
         checked_choices: The same in the check before the step; empty if there was no check.
+        details: What the second forwards have shown of the inside of layers; None if nobody has looked.
     """
 
     verdict: trust.AssessedUpdate
@@ -36,6 +38,7 @@ class FeatureObservation:
     curvature: Tensor | None = None
     choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
     checked_choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
+    details: StepDetails | None = None
 
 
 def changed_choices(

@@ -1,0 +1,218 @@
+"""What second forwards show of the inside of layers, with ``Monitor(details=True)``.
+
+A function mode, the guard of second forwards, hands calls of torch functions to an observer: products with trained
+matrices, attention, activation functions, top-k. Training's own forwards are not observed. The forward before the step
+gives inputs x and all that is said of features before the step, the one after it gives x'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from fastfs._monitor.capture.forward_capture import ForwardCapture
+from fastfs._monitor.capture.row_keeper import RowKeeper
+from fastfs._monitor.capture.sampling import RowChoice
+from fastfs._monitor.measure.weight_motion import ForwardProducts, KeptProduct, WeightMotion
+from fastfs._network.guard import FunctionGuard, Guard
+from fastfs._network.layers import Layer, parameter_names
+from fastfs._network.running_modules import running_modules
+from fastfs._network.weight_products import ATTENTION, PRODUCTS, UNREADABLE, Product, TrainedMatrices, opened, product_of
+
+__all__ = ["Details", "StepDetails", "matrix_bytes"]
+
+_UNUSED = "no product with it was seen in the forward"
+_FEW = "memory= leaves no room for two rows of its input"
+_OTHER = "it was not called in the same way again after the step"
+
+
+@dataclass(frozen=True)
+class StepDetails:
+    """What a step contributes to the record besides its rows.
+
+    Attributes:
+        fields: Tensors for the payload.
+        facts: What the host knows of them.
+    """
+
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Details:
+    """Observes the second forwards of a step.
+
+    Args:
+        model: The module that the loop calls.
+        layers: The watched layers.
+        keeper: Has the choice of rows, and the budget that bounds the bytes that they take.
+        device: Of the sums.
+
+    Attributes:
+        functions: The functions whose calls are looked at.
+    """
+
+    functions = frozenset((*PRODUCTS, *UNREADABLE, ATTENTION))
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        keeper: RowKeeper,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._sampler, self._budget = keeper.sampler, keeper.budget
+        self._device = device
+        self._layers = {id(layer.module): layer.index for layer in layers}
+        self._opened = opened(ATTENTION)
+        self._set_parameters([])
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets the step."""
+        self._forwards: dict[ForwardCapture, ForwardProducts] = {}
+        self._waiting = 0  # forwards of the step that have not begun
+        self._after = False
+        self._why: dict[int, str] = {}  # why there is nothing to say of a parameter
+        self._where: dict[int, set[int | None]] = {}  # layers in which a parameter is used
+
+    def _set_parameters(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._names = list(parameter_names(self._model, parameters))
+        self._matrices = TrainedMatrices(parameters)
+        self._motion = WeightMotion(parameters, self._sampler, self._device)
+
+    # Around the forwards of a step
+
+    def before(self, forwards: Sequence[ForwardCapture], parameters: Sequence[Tensor]) -> None:
+        """Called before the second forwards that precede the optimizer step."""
+        self.clear()
+        if list(map(id, parameters)) != list(map(id, self._parameters)):
+            self._set_parameters(parameters)
+        self._waiting = len(forwards)
+
+    def after(self) -> None:
+        """Called before the second forwards that follow it."""
+        self._after = True
+
+    def begin(self, captured: ForwardCapture) -> None:
+        """Called when a second forward begins, perhaps for another time."""
+        known = self._forwards.get(captured)
+        if self._after:
+            self._products = known or ForwardProducts()
+            self._products.restart()
+        else:
+            captured.bytes -= 0 if known is None else known.bytes
+            self._waiting -= known is None
+            self._products = self._forwards[captured] = ForwardProducts()
+        self._captured = captured
+        self._calls = 0  # of matrices
+        self._mark = 0  # number of choices of rows before the last watched layer ended
+        self._rows: int | None = None  # how many rows all watched layers so far had, 0 if not equally many
+
+    def leave(self, features: Tensor, guard: Guard) -> None:
+        """Called when a watched layer has returned."""
+        rows = math.prod(features.shape[:-1])
+        self._rows = rows if self._rows in (None, rows) else 0
+        self._mark = len(guard.orders or ())
+
+    def finish(self) -> StepDetails:
+        """Returns what the second forwards of the step have shown."""
+        totals = self._motion.total(self._forwards.values())
+        entries, found = [], []
+        for number, p in enumerate(self._parameters):
+            if p.dim() < 2:
+                continue
+            total = totals.get(number)
+            why = self._why.get(number)
+            layers = self._where.get(number, set())
+            layer = layers.pop() if len(layers) == 1 else None
+            if total is None or why not in (None, UNREADABLE[F.embedding]):  # the matrix of the head may be tied
+                entries.append([self._names[number], 0, layer, 0, False, why or _UNUSED, None])
+            else:
+                found.append(total)
+                motions = _OTHER if total.unpaired else None
+                entries.append([self._names[number], 1, layer, total.fan_in, total.sampled, None, motions])
+        facts = {"weights": entries}
+        if not found:
+            return StepDetails({}, facts)
+        stacked = {name: torch.stack([getattr(x, name) for x in found]) for name in ("sums", "covariances", "changed")}
+        return StepDetails({f"weight_{name}": x for name, x in stacked.items()}, facts)
+
+    # In a forward
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: FunctionGuard) -> Any:
+        """Part of :class:`fastfs._network.guard.CallObserver`."""
+        if func is ATTENTION:
+            with guard:
+                return self._opened(*args, **kwargs)
+        past_dispatch: Any = torch._C._DisableTorchDispatch()
+        past_autocast: Any = torch._C._DisableAutocast()
+        with past_dispatch, past_autocast, torch._C.DisableTorchFunction(), torch.no_grad():
+            self._look(func, args, kwargs, guard.guard)
+        return func(*args, **kwargs)
+
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard) -> None:
+        if func in UNREADABLE:
+            for x in tree_leaves((args, kwargs)):
+                if (view := self._matrices.find(x)) is not None:
+                    self._why[view.parameter] = UNREADABLE[func]
+        elif func in PRODUCTS:
+            self._product(func, args, kwargs, guard)
+
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard) -> None:
+        operands = [view for x in (*args, *kwargs.values()) if (view := self._matrices.find(x)) is not None]
+        if not operands:
+            return
+        try:
+            product = product_of(func, args, kwargs, self._matrices)
+        except NotImplementedError as error:
+            self._why.update(dict.fromkeys((view.parameter for view in operands), str(error)))
+            return
+        view = None if product is None else self._matrices.find(product.weight)
+        if product is None or view is None or not product.rows.numel():
+            return
+        self._where.setdefault(view.parameter, set()).add(self._layer())
+        self._calls += 1
+        orders = guard.orders or []
+        if self._after:
+            self._motion.repeat(self._products, product, view, orders)
+        elif (choice := self._choose(product)) is None:
+            self._why[view.parameter] = _FEW
+        else:
+            self._products.orders = orders
+            rows = self._motion.rows(product, choice)
+            noise = guard.coarsest**2 * self._calls / 6.0  # two roundings per operation, each uniform
+            chosen = (self._mark if self._rows == product.rows.shape[0] else 0, len(orders))
+            bare = product._replace(weight=rows[:0], rows=rows[:0])
+            kept = KeptProduct(bare, view, rows, product.rows.shape, choice, noise, chosen)
+            self._motion.keep(self._products, kept)
+
+    def _layer(self) -> int | None:
+        """Returns the innermost watched layer that is running."""
+        return next((self._layers[id(each)] for each in running_modules() if id(each) in self._layers), None)
+
+    def _choose(self, product: Product) -> RowChoice | None:
+        """Returns which rows of an input to keep, and charges their bytes; None if there is no room for two."""
+        rows = product.rows
+        size = 2 * rows[0].numel() * rows.element_size()  # before and after the step
+        share = self._budget.left(self._captured) // (len(self._matrices) * (self._waiting + 1))
+        choice = self._sampler.choose(rows.shape[0], share // size)
+        if choice.kept < min(choice.total, 2):
+            return None
+        self._budget.take(self._captured, choice.kept * size, "inputs of weight matrices")
+        self._products.bytes += choice.kept * size
+        return choice
+
+
+def matrix_bytes(parameters: Sequence[Tensor]) -> int:
+    """Returns the bytes of the copies of all matrices, which are held for the time of an optimizer step."""
+    return sum(p.nbytes for p in parameters if p.dim() > 1 and type(p) in (Tensor, nn.Parameter))
