@@ -24,7 +24,15 @@ from fastfs._monitor.measure.weight_motion import ForwardProducts, KeptProduct, 
 from fastfs._network.guard import FunctionGuard, Guard
 from fastfs._network.layers import Layer, parameter_names
 from fastfs._network.running_modules import running_modules
-from fastfs._network.weight_products import ATTENTION, PRODUCTS, UNREADABLE, Product, TrainedMatrices, opened, product_of
+from fastfs._network.weight_products import (
+    ATTENTION,
+    PRODUCTS,
+    UNREADABLE,
+    Product,
+    TrainedMatrices,
+    opened,
+    product_of,
+)
 
 __all__ = ["Details", "StepDetails", "matrix_bytes"]
 

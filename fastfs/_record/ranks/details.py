@@ -83,7 +83,9 @@ def details_of(parts: Sequence[RankPart], reasons: Sequence[int]) -> tuple[dict[
     return layers, entries.columns
 
 
-def _merged(parts: Sequence[RankPart], kind: str, arrays: Sequence[str]) -> dict[str, list[tuple[list[Any], list[Any]]]]:
+def _merged(
+    parts: Sequence[RankPart], kind: str, arrays: Sequence[str]
+) -> dict[str, list[tuple[list[Any], list[Any]]]]:
     """Returns what each rank says of an entry of the facts, and its slices of the arrays, by the name of the entry."""
     found: dict[str, list[tuple[list[Any], list[Any]]]] = {}
     for part in parts:

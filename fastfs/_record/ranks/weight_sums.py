@@ -67,7 +67,7 @@ def weight_quantities(sums: Array, covariances: Array | None, fan_in: int) -> di
                 for each, power in powers.items():
                     others = [sums[SUMS.index(x)] ** p for x, p in powers.items() if x != each]
                     slope[SUMS.index(each)] = power * sums[SUMS.index(each)] ** (power - 1) * np.prod(others)
-                error = float(np.sqrt(np.maximum(slope @ covariances @ slope, 0.0)))
+                error = float(np.sqrt(np.maximum(slope @ covariances @ slope, 0.0))) if value else 0.0
             found[name] = value, error
         for kind in ("weight", "update"):
             value, error = found[f"{kind}_alignment"]
