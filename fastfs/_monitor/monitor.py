@@ -89,9 +89,9 @@ class Monitor:
             these; None for all. For ``mode="batch"`` and ``"jvp"``, and models whose samples do not act on one another,
             which is checked at every measured step. The first dimension of the inputs counts the samples.
         memory: Bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
-        details: Whether to look into the second forwards at measured steps: what moves the outputs of every weight matrix
-            and how it is aligned with its inputs, dead features, attention logits, tokens of experts
-            (:func:`fastfs.monitor.load_details`). Takes one more forward. For ``mode="batch"``.
+        details: Whether to look into second forwards: what moves the outputs of every weight matrix, how it is aligned
+            with its inputs, attention logits, dead features, loads of experts (:func:`fastfs.monitor.load_details`).
+            Measured steps have one more forward. For ``mode="batch"``.
         groups: Name -> regular expression on the names of watched layers; totals of groups are recorded, too.
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
         select: Function that returns the features in a layer's output; by default its first floating-point tensor.
@@ -200,7 +200,7 @@ class Monitor:
             aligned_fraction=1 / sampled_every,
             rows=rows,
             samples=samples,
-            **({"details": True} if details else {}),
+            details=details,
             memory_bytes=memory,
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
             **describe(ranks.place),
@@ -306,7 +306,7 @@ class Monitor:
         parameters = self._engine.parameters
         return settings.describe(
             self._header,
-            parameters.snapshot_bytes + (matrix_bytes(parameters.tensors) if "details" in self._header else 0),
+            parameters.snapshot_bytes + (matrix_bytes(parameters.tensors) if self._header["details"] else 0),
             self._engine.mode.momentary_bytes(parameters.tensors),
             self._recorder.device_bytes,
             settings.aligned_work(parameters.tensors, len(self._layers), self._header["aligned_fraction"]),

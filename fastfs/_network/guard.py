@@ -238,7 +238,9 @@ class Guard(TorchDispatchMode):
 class CallObserver(Protocol):
     """Looks at calls of torch functions in a guarded forward. It changes none of them."""
 
-    functions: Container[Any]
+    @property
+    def functions(self) -> Container[Any]:
+        """The functions whose calls it is given."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: FunctionGuard) -> Any:
         """Returns the result of one of :attr:`functions`; inside of it the guard sees calls only if it is entered."""

@@ -77,7 +77,7 @@ class TrainedMatrices:
         for number, p in self._by_storage.get(operand.untyped_storage()._cdata, ()):
             offset = operand.storage_offset() - p.storage_offset()
             if operand.dtype is p.dtype and operand.numel() and 0 <= offset <= p.numel() - _reach(operand):
-                return MatrixView(number, tuple(operand.shape), operand.stride(), offset)
+                return MatrixView(number, tuple(operand.shape), operand.stride(), int(offset))
         return None
 
 

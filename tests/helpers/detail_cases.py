@@ -125,7 +125,8 @@ def _conv2d(m: nn.Conv2d, x: Tensor) -> dict[str, list[tuple[Tensor, Tensor]]]:
 
 
 def _attention(m: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Calls:
-    assert m.batch_first and k is v
+    assert m.batch_first
+    assert k is v
     e, heads = m.embed_dim, m.num_heads
     w, b = m.in_proj_weight.double(), m.in_proj_bias.double()
     q, k = q.double(), k.double()
@@ -133,7 +134,8 @@ def _attention(m: nn.MultiheadAttention, q: Tensor, k: Tensor, v: Tensor, **_: A
     qh, kh, vh = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in parts)
     out = ((qh @ kh.transpose(-1, -2) / math.sqrt(e // heads)).softmax(-1) @ vh).transpose(1, 2).flatten(-2)
     flat = lambda x: x.reshape(-1, e)  # noqa: E731
-    own = [(w, flat(q))] if q is k or q.shape == k.shape and torch.equal(q, k) else [(w[:e], flat(q)), (w[e:], flat(k))]
+    same = q.shape == k.shape and torch.equal(q, k)
+    own = [(w, flat(q))] if same else [(w[:e], flat(q)), (w[e:], flat(k))]
     return {"in_proj_weight": own, "out_proj.weight": [(m.out_proj.weight, flat(out))]}
 
 
@@ -287,9 +289,9 @@ def mixtral(experts_implementation: str = "eager") -> Any:
     config = transformers.MixtralConfig(
         vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=32,
-        use_cache=False, experts_implementation=experts_implementation,
+        use_cache=False,
     )  # fmt: skip
-    return transformers.MixtralForCausalLM(config)
+    return transformers.MixtralForCausalLM._from_config(config, experts_implementation=experts_implementation)
 
 
 CASES = [

@@ -39,7 +39,7 @@ class ForwardObserver(CallObserver, Protocol):
     def begin(self, captured: ForwardCapture) -> None:
         """Called when a second forward begins, perhaps for another time."""
 
-    def leave(self, features: Tensor, guard: Guard) -> None:
+    def leave(self, layer: Layer, features: Tensor, guard: Guard) -> None:
         """Called when a watched layer has returned."""
 
 
@@ -240,7 +240,7 @@ class Replayer:
             after[layer.index].append((shape, rows))
             for guard in watching:
                 if observer is not None:
-                    observer.leave(features, guard)
+                    observer.leave(layer, features, guard)
                 coarsest[layer.index] = guard.coarsest
                 if guard.cut:
                     cut.add(layer.index)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.row_keeper import RowKeeper
 from fastfs._monitor.capture.sampling import RowChoice
+from fastfs._monitor.measure.layer_calls import ACTIVATIONS, ROUTING, SOFTMAX, ForwardCalls, LayerCalls, Place
 from fastfs._monitor.measure.weight_motion import ForwardProducts, KeptProduct, WeightMotion
 from fastfs._network.guard import FunctionGuard, Guard
 from fastfs._network.layers import Layer, parameter_names
@@ -33,6 +34,7 @@ from fastfs._network.weight_products import (
     opened,
     product_of,
 )
+from fastfs._network.wrappers import clean_name, prefixes
 
 __all__ = ["Details", "StepDetails", "matrix_bytes"]
 
@@ -67,7 +69,7 @@ class Details:
         functions: The functions whose calls are looked at.
     """
 
-    functions = frozenset((*PRODUCTS, *UNREADABLE, ATTENTION))
+    functions = frozenset((*PRODUCTS, *UNREADABLE, ATTENTION, *SOFTMAX, *ACTIVATIONS, *ROUTING))
 
     def __init__(
         self,
@@ -80,13 +82,18 @@ class Details:
         self._sampler, self._budget = keeper.sampler, keeper.budget
         self._device = device
         self._layers = {id(layer.module): layer.index for layer in layers}
+        wrapped = prefixes(model)
+        self._modules = {id(module): clean_name(name, wrapped) for name, module in model.named_modules()}
+        self._inside = LayerCalls(keeper.sampler, device)
         self._opened = opened(ATTENTION)
+        self._heads: int | None = None  # of the call of `ATTENTION` that is running
         self._set_parameters([])
         self.clear()
 
     def clear(self) -> None:
         """Forgets the step."""
         self._forwards: dict[ForwardCapture, ForwardProducts] = {}
+        self._found: dict[ForwardCapture, ForwardCalls] = {}
         self._waiting = 0  # forwards of the step that have not begun
         self._after = False
         self._why: dict[int, str] = {}  # why there is nothing to say of a parameter
@@ -121,14 +128,17 @@ class Details:
             captured.bytes -= 0 if known is None else known.bytes
             self._waiting -= known is None
             self._products = self._forwards[captured] = ForwardProducts()
-        self._captured = captured
+            self._found[captured] = ForwardCalls()
+        self._captured, self._heads = captured, None
         self._calls = 0  # of matrices
         self._mark = 0  # number of choices of rows before the last watched layer ended
         self._rows: int | None = None  # how many rows all watched layers so far had, 0 if not equally many
 
-    def leave(self, features: Tensor, guard: Guard) -> None:
+    def leave(self, layer: Layer, features: Tensor, guard: Guard) -> None:
         """Called when a watched layer has returned."""
         rows = math.prod(features.shape[:-1])
+        if not self._after:
+            self._inside.leave(self._found[self._captured], layer.index, rows)
         self._rows = rows if self._rows in (None, rows) else 0
         self._mark = len(guard.orders or ())
 
@@ -149,32 +159,48 @@ class Details:
                 found.append(total)
                 motions = _OTHER if total.unpaired else None
                 entries.append([self._names[number], 1, layer, total.fan_in, total.sampled, None, motions])
-        facts = {"weights": entries}
-        if not found:
-            return StepDetails({}, facts)
-        stacked = {name: torch.stack([getattr(x, name) for x in found]) for name in ("sums", "covariances", "changed")}
-        return StepDetails({f"weight_{name}": x for name, x in stacked.items()}, facts)
+        fields: dict[str, Tensor] = {}
+        for name in ("sums", "covariances", "changed") if found else ():
+            fields[f"weight_{name}"] = torch.stack([getattr(x, name) for x in found])
+        inside = ForwardCalls()
+        for each in self._found.values():
+            inside.add(each)
+        more, facts = inside.result()
+        return StepDetails(fields | more, {"weights": entries, **facts})
 
     # In a forward
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: FunctionGuard) -> Any:
         """Part of :class:`fastfs._network.guard.CallObserver`."""
         if func is ATTENTION:
-            with guard:
-                return self._opened(*args, **kwargs)
+            self._heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
+            try:
+                with guard:
+                    return self._opened(*args, **kwargs)
+            finally:
+                self._heads = None
+        output = func(*args, **kwargs) if func in ROUTING else None  # others may write to their arguments
         past_dispatch: Any = torch._C._DisableTorchDispatch()
         past_autocast: Any = torch._C._DisableAutocast()
         with past_dispatch, past_autocast, torch._C.DisableTorchFunction(), torch.no_grad():
-            self._look(func, args, kwargs, guard.guard)
-        return func(*args, **kwargs)
+            self._look(func, args, kwargs, guard.guard, output)
+        return func(*args, **kwargs) if output is None else output
 
-    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard) -> None:
+    def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard, output: Any) -> None:
         if func in UNREADABLE:
             for x in tree_leaves((args, kwargs)):
                 if (view := self._matrices.find(x)) is not None:
                     self._why[view.parameter] = UNREADABLE[func]
         elif func in PRODUCTS:
             self._product(func, args, kwargs, guard)
+        elif not self._after:
+            found, place = self._found[self._captured], self._place()
+            if func in SOFTMAX:
+                self._inside.attention(found, place, func, args, kwargs, self._heads)
+            elif func in ROUTING:
+                self._inside.choice(found, place, args, kwargs, output.indices)
+            else:
+                self._inside.activation(found, place, func, args, kwargs)
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard) -> None:
         operands = [view for x in (*args, *kwargs.values()) if (view := self._matrices.find(x)) is not None]
@@ -188,7 +214,7 @@ class Details:
         view = None if product is None else self._matrices.find(product.weight)
         if product is None or view is None or not product.rows.numel():
             return
-        self._where.setdefault(view.parameter, set()).add(self._layer())
+        self._where.setdefault(view.parameter, set()).add(self._place().layer)
         self._calls += 1
         orders = guard.orders or []
         if self._after:
@@ -204,9 +230,16 @@ class Details:
             kept = KeptProduct(bare, view, rows, product.rows.shape, choice, noise, chosen)
             self._motion.keep(self._products, kept)
 
-    def _layer(self) -> int | None:
-        """Returns the innermost watched layer that is running."""
-        return next((self._layers[id(each)] for each in running_modules() if id(each) in self._layers), None)
+    def _place(self) -> Place:
+        """Returns the innermost module of the model that is running, and the innermost watched layer."""
+        innermost, layer, classes = None, None, []
+        for module in running_modules():
+            innermost = module if innermost is None and id(module) in self._modules else innermost
+            classes.append(type(module).__name__)
+            if (layer := self._layers.get(id(module))) is not None:
+                break
+        name = self._modules.get(id(innermost), "")
+        return Place(name, layer, " ".join([name.rpartition(".")[2], *classes]), innermost)
 
     def _choose(self, product: Product) -> RowChoice | None:
         """Returns which rows of an input to keep, and charges their bytes; None if there is no room for two."""

@@ -25,9 +25,10 @@ from fastfs._network.precision import SINGLE, product_coarseness
 from fastfs._network.weight_products import MatrixView, Product
 from fastfs._record.ranks.weight_sums import SUMS
 
-__all__ = ["ForwardProducts", "WeightMotion"]
+__all__ = ["AT_ONCE", "ForwardProducts", "KeptProduct", "WeightMotion", "wide"]
 
-_AT_ONCE = 1 << 22  # numbers of an intermediate result
+AT_ONCE = 1 << 22
+"""Numbers of an intermediate result, at most."""
 
 
 @dataclass
@@ -177,14 +178,14 @@ class WeightMotion:
     def _row_sums(self, kept: KeptProduct, after: Tensor | None) -> Tensor:
         """Returns what each row adds to `SUMS`, float64 (k, len(SUMS))."""
         product, parameter = kept.product, self._parameters[kept.view.parameter].detach()
-        w = _wide(kept.view.of(self._before[kept.view.parameter]), product.kind)
-        update = _wide(kept.view.of(parameter), product.kind) - w
+        w = wide(kept.view.of(self._before[kept.view.parameter]), product.kind)
+        update = wide(kept.view.of(parameter), product.kind) - w
         squares = [torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in (w, update)]
         found = []
         size = max(w[..., 0].numel(), kept.rows[0].numel(), w.shape[0])
-        step = max(_AT_ONCE // size, 1)
+        step = max(AT_ONCE // size, 1)
         for first in range(0, kept.choice.kept, step):
-            x = _wide(kept.rows[first : first + step], product.kind)
+            x = wide(kept.rows[first : first + step], product.kind)
             input_sq = product.squares(x)
             output, new = product.apply(w, x), product.apply(update, x)
             columns = {
@@ -194,7 +195,7 @@ class WeightMotion:
                 "update_bound": squares[1] * input_sq,
             }
             if after is not None:
-                moved = _wide(after[first : first + step], product.kind)
+                moved = wide(after[first : first + step], product.kind)
                 own, inherited = product.apply(update, moved), product.apply(w, moved - x)
                 columns["own"], columns["inherited"] = _dot(own, own), _dot(inherited, inherited)
                 columns["own_dot_inherited"] = _dot(own, inherited)
@@ -209,7 +210,7 @@ def _repeated(calls: Sequence[KeptProduct]) -> int:
     return sum(kept.repeated for kept in calls)
 
 
-def _wide(x: Tensor, kind: str) -> Tensor:
+def wide(x: Tensor, kind: str) -> Tensor:
     """Returns a tensor in float32, or in float64 where products in float32 would be rounded more coarsely."""
     coarse = product_coarseness(kind, x.device.type) > SINGLE
     return x.to(torch.float64 if coarse or x.dtype is torch.float64 else torch.float32)

@@ -61,14 +61,13 @@ class Assembler:
         found = [part for part in parts if part.kind != "skipped"]
         if not found:
             return [_skipped(parts[0], parts)]
-        self._details = None
         kind = "measured" if any(part.kind == "measured" for part in found) else "predicted"
         found = [part for part in found if part.kind == kind]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # NaN is what is not known
             columns, scalars = self._measured(found) if kind == "measured" else self._predicted(found)
         first = found[0]
         result = [Record(kind, first.step, first.time, scalars, columns)]
-        if self._details is not None:
+        if kind == "measured" and self._details is not None:
             result.append(Record("details", first.step, first.time, {}, self._details))
         if structure is not None:
             result.insert(0, Record("structure", first.step, first.time, {}, structure))
@@ -123,6 +122,7 @@ class Assembler:
         columns["linear"] = self._padded([None if x != x else bool(x) for x in linear.tolist()])
         columns |= self._aligned(parameters)
         self._add_quantiles(columns, parts)
+        self._details = None
         if all("details" in part.facts for part in parts):
             inside, self._details = details_of(parts, reason.tolist())
             columns |= {name: self._padded(values) for name, values in inside.items()}

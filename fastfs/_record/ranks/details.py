@@ -76,7 +76,8 @@ def details_of(parts: Sequence[RankPart], reasons: Sequence[int]) -> tuple[dict[
     def why(layer: int | None) -> str | None:
         if refused is not None:
             return refused
-        return unusable[layer] if layer is not None else next(filter(None, unusable), None)
+        codes = unusable if layer is None else unusable[layer : layer + 1]
+        return next((text for text in codes if text is not None), None)
 
     for add in (_add_weights, _add_heads, _add_activations, _add_experts):
         add(parts, why, entries, layers)
