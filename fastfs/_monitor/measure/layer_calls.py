@@ -287,7 +287,7 @@ def _logits(place: Place, args: Any, kwargs: Any, heads: int | None) -> Tensor |
         return None
     values: Tensor = x.detach()
     if heads is not None and x.dim() == 3:
-        return values.unflatten(0, (-1, heads))
+        return values.view(-1, heads, *values.shape[1:])
     return values if x.dim() == 4 and any(word in place.classes.lower() for word in _ATTENTION) else None
 
 

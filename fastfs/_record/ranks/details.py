@@ -69,7 +69,7 @@ def details_of(parts: Sequence[RankPart], reasons: Sequence[int]) -> tuple[dict[
     entries = _Entries()
     layers = {one.name: [math.nan] * len(reasons) for one in DETAIL_COLUMNS}
     unusable = [row_reasons.REASONS[code] if code in _UNUSABLE else None for code in reasons]
-    refused = next((each.facts["details"]["why"] for each in parts if "why" in each.facts["details"]), None)
+    refused: str | None = next((each.facts["details"]["why"] for each in parts if "why" in each.facts["details"]), None)
     if any(len(part.place.peers) > 1 or part.place.stages > 1 for part in parts):
         refused = _SHARDED
 

@@ -1,0 +1,201 @@
+"""Training is bitwise the same with `Monitor(details=True)`, and what it is refused for or leaves out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastfs
+from tests.helpers import monitor_loops as loops
+from tests.helpers.detail_cases import CASES as MODELS
+from tests.helpers.detail_cases import DetailCase, mlp, transformer
+from tests.helpers.monitor_cases import CASES, assert_same
+
+DYNAMO = pytest.mark.filterwarnings(loops.DYNAMO)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_is_bitwise_the_same(case: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+
+    def attach(model: Any, optimizer: torch.optim.Optimizer) -> Any:
+        return fastfs.Monitor(
+            model, optimizer, layers=r"blocks\.\d+$", every=2, details=True, path=path, alerts=(), verbose=False
+        )
+
+    assert_same(case.run(6, None), case.run(6, attach))
+    table = fastfs.monitor.load_details(path)
+    assert set(table["step"]) == {0, 2, 4}
+    assert table["value"].notna().any()
+
+
+def final_state(case: DetailCase, path: Path | None) -> list[Tensor]:
+    torch.manual_seed(3)
+    model = case.model()
+    optimizers = case.optimizers(model)
+    monitor = None
+    if path is not None:
+        monitor = fastfs.Monitor(
+            model, optimizers, every=1, details=True, layers=case.layers, path=path, alerts=(), verbose=False
+        )
+    for step in range(3):
+        model.zero_grad()
+        for part in range(case.micro_batches):
+            case.value(model, case.batch(step * case.micro_batches + part)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    if monitor is not None:
+        monitor.close()
+    return [p.detach().clone() for p in model.parameters()] + [torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+def test_parameters_are_bitwise_the_same(case: DetailCase, tmp_path: Path) -> None:
+    alone, watched = final_state(case, None), final_state(case, tmp_path / "a.jsonl")
+    assert all(map(torch.equal, alone, watched))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(reentrant: bool, tmp_path: Path) -> None:
+    found = {}
+    for kind in (None, reentrant):
+        for details in (True, False):
+            torch.manual_seed(0)
+            model = loops.Net(reentrant=kind, drop=0.2)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            path = tmp_path / f"{kind}{details}.jsonl"
+            with fastfs.Monitor(
+                model, optimizer, layers=loops.BLOCKS, every=1, details=details, path=path, alerts=(), verbose=False
+            ):
+                for step in range(3):
+                    x, y = loops.rows(step)
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+            found[kind, details] = path, [*model.parameters(), *model.buffers()]
+    for details in (True, False):
+        assert all(map(torch.equal, found[None, True][1], found[reentrant, details][1]))
+    tables = [fastfs.monitor.load_details(found[kind, True][0]) for kind in (None, reentrant)]
+    assert len(tables[0]) == len(tables[1]) > 0
+    assert np.allclose(tables[0]["value"], tables[1]["value"], rtol=1e-12, equal_nan=True)
+    assert tables[0]["value"].notna().mean() > 0.9
+
+
+@DYNAMO
+@pytest.mark.graphs
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_models(backend: str, tmp_path: Path) -> None:
+    """Eager forwards in place of compiled graphs are looked into: the same numbers up to rounding."""
+    torch._dynamo.reset()
+    tables, ends = [], []
+    for compiled, details in ((False, True), (True, True), (True, False)):
+        torch.manual_seed(0)
+        model = transformer().eval()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        called: Any = torch.compile(model, backend=backend) if compiled else model
+        path = tmp_path / f"{compiled}{details}.jsonl"
+        with fastfs.Monitor(called, optimizer, every=1, details=details, path=path, alerts=(), verbose=False):
+            for step in range(2):
+                generator = torch.Generator().manual_seed(step)
+                tokens = torch.randint(64, (4, 17), generator=generator)
+                optimizer.zero_grad()
+                F.cross_entropy(called(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()).backward()
+                optimizer.step()
+        tables.append(fastfs.monitor.load_details(path))
+        ends.append([p.detach().clone() for p in model.parameters()])
+    torch._dynamo.reset()
+    assert all(map(torch.equal, ends[1], ends[2]))
+    assert len(tables[2]) == 0
+    first = [table[table["step"] == 0] for table in tables]
+    assert first[1]["why"].equals(first[0]["why"])
+    assert np.allclose(first[1]["value"], first[0]["value"], rtol=1e-2, atol=1e-4, equal_nan=True)
+
+
+REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"details": 1}, TypeError, "details: expected True or False, got 1"),
+    ({"amplify": True}, ValueError, r'details: is for mode="batch" without amplify and samples, got amplify=True'),
+    ({"mode": "jvp"}, ValueError, r"got mode='jvp'"),
+    ({"samples": 4}, ValueError, r"got samples=4"),
+]
+
+
+@pytest.mark.parametrize(("settings", "error", "message"), REFUSED)
+def test_refused_settings(settings: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = mlp()
+    with pytest.raises(error, match=message):
+        fastfs.Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1), **{"details": True, **settings})
+
+
+def trained(model: nn.Module, x: Tensor, path: Path, **settings: Any) -> Any:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with fastfs.Monitor(
+        model, optimizer, every=1, details=True, path=path, alerts=(), verbose=False, **settings
+    ) as monitor:
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        description = monitor.description
+    return fastfs.monitor.load_details(path), description
+
+
+def test_the_budget_bounds_the_inputs_that_are_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 64)
+    sizes = []
+    for memory in (10**6, 2 * 10**5, 8 * 10**4):
+        model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+        table, description = trained(model, x, tmp_path / f"{memory}.jsonl", memory=memory)
+        sizes.append(table)
+        assert "0.0 MiB for parameters before the step" in description
+    assert sizes[0]["standard_error"].isna().all()
+    assert sizes[1]["standard_error"].notna().any()
+    assert set(sizes[2]["why"].dropna()) >= {"memory= leaves no room for two rows of its input"}
+
+
+class Reads(nn.Module):
+    """Uses matrices in ways that are not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.summed = nn.Parameter(torch.randn(4, 4))
+        self.stack = nn.Parameter(torch.randn(3, 4, 4))
+        self.cast = nn.Linear(4, 4)
+        self.still = nn.Linear(4, 4).requires_grad_(False)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.still(self.computed(x))
+        x = torch.einsum("bi,ij->bj", x, self.summed)
+        x = torch.bmm(x.expand(3, -1, -1), self.stack).sum(dim=0)
+        return F.linear(x.double(), self.cast.weight.double())
+
+
+def test_matrices_that_are_not_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Reads()
+    table, _ = trained(model, torch.randn(8, 4), tmp_path / "a.jsonl", layers=[""])
+    frozen = table["name"] == "still.weight"
+    known = table[frozen].groupby("quantity")["value"].min()
+    assert known["weight_alignment"] > 0
+    assert known["own_motion"] == 0
+    assert np.isnan(known["update_alignment"])
+    table = table[~frozen]
+    assert table["value"].isna().all()
+    why = table.groupby("name")["why"].unique().map(list).to_dict()
+    unseen = ["no product with it was seen in the forward"]
+    assert why == {
+        "computed.parametrizations.weight.original0": unseen,
+        "computed.parametrizations.weight.original1": unseen,
+        "summed": ["it is used in torch.einsum, which is not read"],
+        "stack": ["it is used in torch.bmm, which is not read"],
+        "cast.weight": unseen,
+        "unused.weight": unseen,
+    }
