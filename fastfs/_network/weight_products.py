@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ATTENTION", "PRODUCTS", "UNREADABLE", "MatrixView", "Product", "TrainedMatrices", "opened", "product_of"]
+__all__ = [
+    "ATTENTION",
+    "PRODUCTS",
+    "UNREADABLE",
+    "MatrixView",
+    "Product",
+    "TrainedMatrices",
+    "is_plain",
+    "opened",
+    "product_of",
+]
 
 ATTENTION = F.multi_head_attention_forward
 """A function in Python of which function modes see only the call as a whole; see :func:`opened`."""
@@ -64,7 +74,7 @@ class TrainedMatrices:
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         self._by_storage: dict[int, list[tuple[int, Tensor]]] = {}
         for number, p in enumerate(parameters):
-            if p.dim() > 1 and _is_plain(p) and _reach(p) == p.numel():
+            if p.dim() > 1 and is_plain(p) and _reach(p) == p.numel():
                 self._by_storage.setdefault(p.untyped_storage()._cdata, []).append((number, p))
 
     def __len__(self) -> int:
@@ -72,7 +82,7 @@ class TrainedMatrices:
 
     def find(self, operand: Any) -> MatrixView | None:
         """Return which parameter an operand is or is a part of; None if it is no part of one."""
-        if not isinstance(operand, Tensor) or not _is_plain(operand):
+        if not isinstance(operand, Tensor) or not is_plain(operand):
             return None
         for number, p in self._by_storage.get(operand.untyped_storage()._cdata, ()):
             offset = operand.storage_offset() - p.storage_offset()
@@ -192,7 +202,7 @@ def _reach(x: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Return whether a tensor is plain memory with real numbers: no subclass, no wrapper of functorch."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided or not x.is_floating_point():
         return False

@@ -92,9 +92,17 @@ def test_tokens_of_experts_add_up_and_logits_are_the_largest(folder: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp", "tp"])
-def test_sharded_models_have_reasons(folder: Path, mesh: str) -> None:
-    (table,) = tables(folder, mesh)
+def test_matrices_of_fsdp_have_a_reason_and_activations_are_those_of_all_batches(folder: Path) -> None:
+    one, many = tables(folder, "single", "fsdp")
+    shares = many["quantity"] == "saturated_share"
+    assert np.allclose(many[shares]["value"], one[one["quantity"] == "saturated_share"]["value"], rtol=1e-9)
+    assert many[~shares]["value"].isna().all()
+    assert many[many["name"].str.endswith("weight")]["why"].str.contains("it is sharded").all()
+
+
+@pytest.mark.slow
+def test_tensor_parallel_layers_have_a_reason(folder: Path) -> None:
+    (table,) = tables(folder, "tp")
     assert len(table) > 0
     assert table["value"].isna().all()
     assert table["why"].str.contains("the ranks hold parts of one model").all()

@@ -31,6 +31,7 @@ from fastfs._network.weight_products import (
     UNREADABLE,
     Product,
     TrainedMatrices,
+    is_plain,
     opened,
     product_of,
 )
@@ -39,6 +40,7 @@ from fastfs._network.wrappers import clean_name, prefixes
 __all__ = ["Details", "StepDetails", "matrix_bytes"]
 
 _UNUSED = "no product with it was seen in the forward"
+_SHARDED = "it is sharded, or no ordinary tensor, of which products are not read"
 _FEW = "memory= leaves no room for two rows of its input"
 _OTHER = "it was not called in the same way again after the step"
 
@@ -154,7 +156,9 @@ class Details:
             layers = self._where.get(number, set())
             layer = layers.pop() if len(layers) == 1 else None
             if total is None or why not in (None, UNREADABLE[F.embedding]):  # the matrix of the head may be tied
-                entries.append([self._names[number], 0, layer, 0, False, why or _UNUSED, None])
+                entries.append(
+                    [self._names[number], 0, layer, 0, False, why or (_UNUSED if is_plain(p) else _SHARDED), None]
+                )
             else:
                 found.append(total)
                 motions = _OTHER if total.unpaired else None
@@ -256,4 +260,4 @@ class Details:
 
 def matrix_bytes(parameters: Sequence[Tensor]) -> int:
     """Returns the bytes of the copies of all matrices, which are held for the time of an optimizer step."""
-    return sum(p.nbytes for p in parameters if p.dim() > 1 and type(p) in (Tensor, nn.Parameter))
+    return sum(p.nbytes for p in parameters if p.dim() > 1 and is_plain(p))
