@@ -70,6 +70,7 @@ def test_header_and_rows(tmp_path: Path) -> None:
         "aligned_fraction": 0.25,
         "rows": 1024,
         "samples": None,
+        "details": False,
         "memory_bytes": 2**29,
         "groups": {},
         "metadata": {"data": "made up", "lr": None},

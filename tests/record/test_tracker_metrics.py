@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastfs._record.columns import BY_NAME, QUANTITIES
+from fastfs._record.detail_columns import DETAIL_COLUMNS
 from fastfs._record.record import Record
 from fastfs._record.sinks.metrics import STATISTICS, VALID_SHARE, Metric, Metrics, shown_values, unique_keys
 from tests.helpers.record_cases import alert, head, measured, predicted
@@ -102,7 +103,7 @@ def test_a_group_may_have_the_name_of_a_statistic() -> None:
 
 
 def test_what_does_not_fit_is_left_out_in_order() -> None:
-    quantities = [column.name for column in QUANTITIES]
+    quantities = [column.name for column in QUANTITIES if column not in DETAIL_COLUMNS]
     medians = [Metric(name, "median") for name in quantities]
     assert Metrics(head(), 1).metrics == [Metric(VALID_SHARE)]
     assert Metrics(head(), 4).metrics == [Metric(VALID_SHARE), *medians[:3]]
@@ -113,6 +114,15 @@ def test_what_does_not_fit_is_left_out_in_order() -> None:
     assert len(many.metrics) + len(many.left_out) == 1 + len(medians) * 23 + 6
     everything = Metrics(head(groups={}))
     assert not everything.left_out
+
+
+def test_details_take_keys_in_runs_that_have_them_only() -> None:
+    details = {Metric(column.name, "median") for column in DETAIL_COLUMNS}
+    plain, inside = Metrics(head()), Metrics({**head(), "details": True})
+    assert not details & {*plain.metrics, *plain.left_out}
+    assert details <= set(inside.metrics)
+    shown = len(QUANTITIES) - len(DETAIL_COLUMNS)
+    assert inside.metrics[: 1 + shown] == plain.metrics[: 1 + shown]
 
 
 @pytest.mark.parametrize("record", [predicted(0), alert(0), Record("skipped", 0, 0.0, {"reason": "x"})])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastfs._record.columns import BY_NAME, QUANTITIES
+from fastfs._record.detail_columns import DETAIL_COLUMNS
 from fastfs._record.record import Record
 from fastfs._record.step_columns import STEP_COLUMNS
 
@@ -46,7 +47,8 @@ class Metrics:
     They are chosen in this order, each line as long as it fits as a whole:
 
     1. the share of valid layers;
-    2. the medians over the layers of all quantities with a place in the report's menu, in the order of that menu;
+    2. the medians over the layers of all quantities with a place in the report's menu, in the order of that menu (those
+       of ``Monitor(details=True)`` in runs with details only);
     3. the values per step that TensorBoard shows;
     4. for each of these quantities, the values of all groups;
     5. for each of them, its smallest and its largest value over the layers.
@@ -76,7 +78,8 @@ class Metrics:
             while label in STATISTICS or label in self._groups:
                 label += "_"
             self._groups[label] = self._layers + index
-        names = [column.name for column in QUANTITIES]
+        absent = () if header.get("details") else DETAIL_COLUMNS
+        names = [column.name for column in QUANTITIES if column not in absent]
         parts = [
             [Metric(VALID_SHARE)],
             *([Metric(name, "median")] for name in names),
