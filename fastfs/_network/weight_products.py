@@ -184,7 +184,7 @@ def _convolution(function: Any, args: Sequence[Any], kwargs: dict[str, Any], fou
 
 
 def _row_squares(rows: Tensor) -> Tensor:
-    return rows.square().sum(dim=1, dtype=torch.float64)
+    return rows.square().sum(dim=1).double()
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.row_keeper import RowKeeper
-from fastfs._monitor.capture.sampling import RowChoice
+from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs._monitor.measure.layer_calls import ACTIVATIONS, ROUTING, SOFTMAX, ForwardCalls, LayerCalls, Place
 from fastfs._monitor.measure.weight_motion import ForwardProducts, KeptProduct, WeightMotion
 from fastfs._network.guard import FunctionGuard, Guard
@@ -39,6 +39,7 @@ from fastfs._network.wrappers import clean_name, prefixes
 
 __all__ = ["Details", "StepDetails", "matrix_bytes"]
 
+_ROWS = 256  # kept of an input at most, unless all rows are: every matrix multiplies them four times
 _UNUSED = "no product with it was seen in the forward"
 _SHARDED = "it is sharded, or no ordinary tensor, of which products are not read"
 _FEW = "memory= leaves no room for two rows of its input"
@@ -81,12 +82,14 @@ class Details:
         device: torch.device,
     ) -> None:
         self._model = model
-        self._sampler, self._budget = keeper.sampler, keeper.budget
+        rows = keeper.sampler.rows
+        self._sampler = RowSampler(None if rows is None else min(rows, _ROWS))
+        self._budget = keeper.budget
         self._device = device
         self._layers = {id(layer.module): layer.index for layer in layers}
         wrapped = prefixes(model)
         self._modules = {id(module): clean_name(name, wrapped) for name, module in model.named_modules()}
-        self._inside = LayerCalls(keeper.sampler, device)
+        self._inside = LayerCalls(self._sampler, device)
         self._opened = opened(ATTENTION)
         self._heads: int | None = None  # of the call of `ATTENTION` that is running
         self._set_parameters([])

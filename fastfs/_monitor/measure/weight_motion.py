@@ -217,4 +217,5 @@ def wide(x: Tensor, kind: str) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).flatten(1).sum(dim=1, dtype=torch.float64)
+    """Returns the dot products of rows. Those of up to 2^20 numbers are added up in their own precision."""
+    return (a * b).flatten(1).sum(dim=1).double()
