@@ -246,7 +246,7 @@ class Monitor:
                 warn=runner.warn,
                 probe=chosen,
                 linked=(lambda forward: forward) if ranks.link is None else ranks.link.linked,
-                details=Details(model, self._layers, self._capture.keeper, device) if details else None,
+                details=Details(model, self._layers, self._capture.keeper, device, runner.warn) if details else None,
             )
             self._engine = Engine(
                 model=model,

@@ -202,7 +202,7 @@ def _reach(x: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
-def is_plain(x: Tensor) -> bool:
+def is_plain(x: Any) -> bool:
     """Return whether a tensor is plain memory with real numbers: no subclass, no wrapper of functorch."""
     if type(x) not in (Tensor, torch.nn.Parameter) or x.layout is not torch.strided or not x.is_floating_point():
         return False

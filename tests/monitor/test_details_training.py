@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastfs
+from fastfs._monitor.measure.layer_calls import LayerCalls
 from tests.helpers import monitor_loops as loops
 from tests.helpers.detail_cases import CASES as MODELS
 from tests.helpers.detail_cases import DetailCase, mlp, transformer
-from tests.helpers.monitor_cases import CASES, assert_same
+from tests.helpers.monitor_cases import CASES, assert_same, rows
 
 DYNAMO = pytest.mark.filterwarnings(loops.DYNAMO)
 
@@ -74,7 +75,7 @@ def test_checkpoints(reentrant: bool, tmp_path: Path) -> None:
                 model, optimizer, layers=loops.BLOCKS, every=1, details=details, path=path, alerts=(), verbose=False
             ):
                 for step in range(3):
-                    x, y = loops.rows(step)
+                    x, y = rows(step)
                     optimizer.zero_grad()
                     F.cross_entropy(model(x), y).backward()
                     optimizer.step()
@@ -199,3 +200,69 @@ def test_matrices_that_are_not_read(tmp_path: Path) -> None:
         "cast.weight": unseen,
         "unused.weight": unseen,
     }
+
+
+class Mapped(nn.Module):
+    """Calls its products and functions inside of vmap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.outer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def each(row: Tensor) -> Tensor:
+            y = torch.relu(F.linear(row, self.inner.weight))
+            return F.scaled_dot_product_attention(y, y, y).softmax(dim=-1)
+
+        return self.outer(torch.func.vmap(each)(x.view(2, 4, 4)).flatten(0, 1))
+
+
+def test_calls_inside_of_vmap(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    table, _ = trained(Mapped(), torch.randn(8, 4), tmp_path / "a.jsonl", layers=["outer"])
+    by_name = {name: own for name, own in table.groupby("name")}
+    assert by_name["outer.weight"]["value"].notna().all()
+    assert set(by_name["inner.weight"]["why"]) == {
+        "its input is no ordinary tensor: in a torch.func transform, or sharded"
+    }
+
+
+def test_steps_in_the_backward(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = mlp()
+    own = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def step_now(p: Any) -> None:
+        own[p].step()
+        own[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step_now)
+    before = [p.detach().clone() for p in model.parameters()]
+    x, y = rows(0)
+    path = tmp_path / "a.jsonl"
+    with fastfs.Monitor(
+        model, list(own.values()), every=1, details=True, rows=None, path=path, alerts=(), verbose=False
+    ):
+        F.cross_entropy(model(x), y).backward()
+    table = fastfs.monitor.load_details(path)
+    found = table[table["name"] == "0.weight"].set_index("quantity")["value"]
+    if found.notna().any():  # else there is a reason
+        w, dw = before[0].double(), (model[0].weight.detach() - before[0]).double()
+        want = (x.double() @ dw.t()).norm() / (x.double() @ w.t()).norm()
+        assert found["own_motion"] == pytest.approx(want.item(), rel=1e-5)
+    assert (table["value"].notna() | table["why"].notna()).all()
+
+
+def test_a_failure_costs_the_details_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("made up")
+
+    monkeypatch.setattr(LayerCalls, "activation", fail)
+    with pytest.warns(RuntimeWarning, match=r"has no details: .*ZeroDivisionError: made up"):
+        table, _ = trained(mlp(), torch.randn(16, 8), tmp_path / "a.jsonl")
+    assert len(table) == 0
+    rows_of_layers = fastfs.load(tmp_path / "a.jsonl")
+    assert rows_of_layers["valid"].all()
+    assert len(rows_of_layers) == 2 * 3

@@ -8,7 +8,7 @@ gives inputs x and all that is said of features before the step, the one after i
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.row_keeper import RowKeeper
 from fastfs._monitor.capture.sampling import RowChoice, RowSampler
-from fastfs._monitor.measure.layer_calls import ACTIVATIONS, ROUTING, SOFTMAX, ForwardCalls, LayerCalls, Place
+from fastfs._monitor.measure.layer_calls import ACTIVATIONS, ROUTING, SOFTMAX, CallPlace, ForwardCalls, LayerCalls
 from fastfs._monitor.measure.weight_motion import ForwardProducts, KeptProduct, WeightMotion
 from fastfs._network.guard import FunctionGuard, Guard
 from fastfs._network.layers import Layer, parameter_names
@@ -42,6 +42,7 @@ __all__ = ["Details", "StepDetails", "matrix_bytes"]
 _ROWS = 256  # kept of an input at most, unless all rows are: every matrix multiplies them four times
 _UNUSED = "no product with it was seen in the forward"
 _SHARDED = "it is sharded, or no ordinary tensor, of which products are not read"
+_WRAPPED = "its input is no ordinary tensor: in a torch.func transform, or sharded"
 _FEW = "memory= leaves no room for two rows of its input"
 _OTHER = "it was not called in the same way again after the step"
 
@@ -67,6 +68,7 @@ class Details:
         layers: The watched layers.
         keeper: Has the choice of rows, and the budget that bounds the bytes that they take.
         device: Of the sums.
+        warn: Called with a kind and a message if looking fails.
 
     Attributes:
         functions: The functions whose calls are looked at.
@@ -80,8 +82,10 @@ class Details:
         layers: Sequence[Layer],
         keeper: RowKeeper,
         device: torch.device,
+        warn: Callable[[str, str], None],
     ) -> None:
         self._model = model
+        self._warn = warn
         rows = keeper.sampler.rows
         self._sampler = RowSampler(None if rows is None else min(rows, _ROWS))
         self._budget = keeper.budget
@@ -91,7 +95,8 @@ class Details:
         self._modules = {id(module): clean_name(name, wrapped) for name, module in model.named_modules()}
         self._inside = LayerCalls(self._sampler, device)
         self._opened = opened(ATTENTION)
-        self._heads: int | None = None  # of the call of `ATTENTION` that is running
+        self._attends = False  # a call of `ATTENTION` is running, ...
+        self._heads: int | None = None  # ... with so many heads
         self._set_parameters([])
         self.clear()
 
@@ -99,8 +104,12 @@ class Details:
         """Forgets the step."""
         self._forwards: dict[ForwardCapture, ForwardProducts] = {}
         self._found: dict[ForwardCapture, ForwardCalls] = {}
+        self._motion.clear()
+        self._products = ForwardProducts()
+        self._captured: ForwardCapture | None = None
         self._waiting = 0  # forwards of the step that have not begun
         self._after = False
+        self._failure: str | None = None
         self._why: dict[int, str] = {}  # why there is nothing to say of a parameter
         self._where: dict[int, set[int | None]] = {}  # layers in which a parameter is used
 
@@ -134,7 +143,7 @@ class Details:
             self._waiting -= known is None
             self._products = self._forwards[captured] = ForwardProducts()
             self._found[captured] = ForwardCalls()
-        self._captured, self._heads = captured, None
+        self._captured, self._attends, self._heads = captured, False, None
         self._calls = 0  # of matrices
         self._mark = 0  # number of choices of rows before the last watched layer ended
         self._rows: int | None = None  # how many rows all watched layers so far had, 0 if not equally many
@@ -143,12 +152,26 @@ class Details:
         """Called when a watched layer has returned."""
         rows = math.prod(features.shape[:-1])
         if not self._after:
+            assert self._captured is not None
             self._inside.leave(self._found[self._captured], layer.index, rows)
         self._rows = rows if self._rows in (None, rows) else 0
         self._mark = len(guard.orders or ())
 
     def finish(self) -> StepDetails:
-        """Returns what the second forwards of the step have shown."""
+        """Returns what the second forwards of the step have shown. Like looking at a call, it raises no exception."""
+        found = StepDetails()
+        if self._failure is None:
+            try:
+                found = self._shown()
+            except Exception as error:
+                self._fail(error)
+        return found if self._failure is None else StepDetails({}, {"why": self._failure})
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = f"looking into the second forward failed ({type(error).__name__}: {error})"
+        self._warn("details", f"has no details: {self._failure}")
+
+    def _shown(self) -> StepDetails:
         totals = self._motion.total(self._forwards.values())
         entries, found = [], []
         for number, p in enumerate(self._parameters):
@@ -179,18 +202,22 @@ class Details:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: FunctionGuard) -> Any:
         """Part of :class:`fastfs._network.guard.CallObserver`."""
-        if func is ATTENTION:
-            self._heads = kwargs.get("num_heads", args[4] if len(args) > 4 else None)
+        if func is ATTENTION and not self._attends:
+            self._attends, self._heads = True, kwargs.get("num_heads", args[4] if len(args) > 4 else None)
             try:
                 with guard:
                     return self._opened(*args, **kwargs)
             finally:
-                self._heads = None
+                self._attends, self._heads = False, None
         output = func(*args, **kwargs) if func in ROUTING else None  # others may write to their arguments
         past_dispatch: Any = torch._C._DisableTorchDispatch()
         past_autocast: Any = torch._C._DisableAutocast()
         with past_dispatch, past_autocast, torch._C.DisableTorchFunction(), torch.no_grad():
-            self._look(func, args, kwargs, guard.guard, output)
+            try:
+                if self._failure is None:
+                    self._look(func, args, kwargs, guard.guard, output)
+            except Exception as error:
+                self._fail(error)
         return func(*args, **kwargs) if output is None else output
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard, output: Any) -> None:
@@ -200,7 +227,8 @@ class Details:
                     self._why[view.parameter] = UNREADABLE[func]
         elif func in PRODUCTS:
             self._product(func, args, kwargs, guard)
-        elif not self._after:
+        elif not self._after and func is not ATTENTION:
+            assert self._captured is not None
             found, place = self._found[self._captured], self._place()
             if func in SOFTMAX:
                 self._inside.attention(found, place, func, args, kwargs, self._heads)
@@ -221,23 +249,26 @@ class Details:
         view = None if product is None else self._matrices.find(product.weight)
         if product is None or view is None or not product.rows.numel():
             return
+        if not is_plain(product.rows):
+            self._why[view.parameter] = _WRAPPED
+            return
         self._where.setdefault(view.parameter, set()).add(self._place().layer)
         self._calls += 1
-        orders = guard.orders or []
+        orders = [] if guard.orders is None else guard.orders
+        chosen = (self._mark if self._rows == product.rows.shape[0] else 0, len(orders))
         if self._after:
-            self._motion.repeat(self._products, product, view, orders)
+            self._motion.repeat(self._products, product, view, orders[slice(*chosen)])
         elif (choice := self._choose(product)) is None:
             self._why[view.parameter] = _FEW
         else:
             self._products.orders = orders
             rows = self._motion.rows(product, choice)
             noise = guard.coarsest**2 * self._calls / 6.0  # two roundings per operation, each uniform
-            chosen = (self._mark if self._rows == product.rows.shape[0] else 0, len(orders))
             bare = product._replace(weight=rows[:0], rows=rows[:0])
             kept = KeptProduct(bare, view, rows, product.rows.shape, choice, noise, chosen)
             self._motion.keep(self._products, kept)
 
-    def _place(self) -> Place:
+    def _place(self) -> CallPlace:
         """Returns the innermost module of the model that is running, and the innermost watched layer."""
         innermost, layer, classes = None, None, []
         for module in running_modules():
@@ -246,12 +277,13 @@ class Details:
             if (layer := self._layers.get(id(module))) is not None:
                 break
         name = self._modules.get(id(innermost), "")
-        return Place(name, layer, " ".join([name.rpartition(".")[2], *classes]), innermost)
+        return CallPlace(name, layer, " ".join([name.rpartition(".")[2], *classes]), innermost)
 
     def _choose(self, product: Product) -> RowChoice | None:
         """Returns which rows of an input to keep, and charges their bytes; None if there is no room for two."""
         rows = product.rows
         size = 2 * rows[0].numel() * rows.element_size()  # before and after the step
+        assert self._captured is not None
         share = self._budget.left(self._captured) // (len(self._matrices) * (self._waiting + 1))
         choice = self._sampler.choose(rows.shape[0], share // size)
         if choice.kept < min(choice.total, 2):

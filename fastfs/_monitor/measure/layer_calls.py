@@ -14,8 +14,9 @@ from torch import Tensor
 from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs._monitor.measure.weight_motion import AT_ONCE, wide
 from fastfs._network.running_modules import given_to
+from fastfs._network.weight_products import is_plain
 
-__all__ = ["ACTIVATIONS", "ROUTING", "SOFTMAX", "ForwardCalls", "LayerCalls", "Place"]
+__all__ = ["ACTIVATIONS", "ROUTING", "SOFTMAX", "CallPlace", "ForwardCalls", "LayerCalls"]
 
 SOFTMAX = frozenset((F.scaled_dot_product_attention, F.softmax, torch.softmax, Tensor.softmax))
 """Functions that turn attention logits into weights."""
@@ -37,7 +38,7 @@ _COMPOSED = "transformers.activations"  # module of classes that compute an acti
 
 
 @dataclass(frozen=True)
-class Place:
+class CallPlace:
     """Where a call is: the name of the innermost module, and the innermost watched layer.
 
     Attributes:
@@ -93,7 +94,7 @@ class ForwardCalls:
     heads: dict[str, tuple[int | None, Tensor]] = field(default_factory=dict)
     activations: dict[str, Activation] = field(default_factory=dict)
     experts: dict[str, tuple[int | None, Tensor]] = field(default_factory=dict)
-    choosing: list[tuple[Place, Tensor, int, int]] = field(default_factory=list)
+    choosing: list[tuple[CallPlace, Tensor, int, int]] = field(default_factory=list)
     unknown: dict[tuple[str, str], tuple[int | None, str]] = field(default_factory=dict)
 
     def add(self, other: ForwardCalls) -> None:
@@ -150,7 +151,7 @@ class LayerCalls:
     # Attention
 
     def attention(
-        self, found: ForwardCalls, place: Place, func: Any, args: Any, kwargs: Any, heads: int | None
+        self, found: ForwardCalls, place: CallPlace, func: Any, args: Any, kwargs: Any, heads: int | None
     ) -> None:
         """Notes the largest logit of each head, of kept queries and all keys that they may attend to.
 
@@ -195,7 +196,7 @@ class LayerCalls:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if not all(type(x) is Tensor and x.layout is torch.strided for x in (query, key)):
+        if not all(map(is_plain, (query, key))):
             raise NotImplementedError("its queries and keys are no ordinary tensors")
         if query.dim() == 3:
             query, key = query.unsqueeze(1), key.unsqueeze(1)
@@ -225,7 +226,7 @@ class LayerCalls:
 
     # Activations
 
-    def activation(self, found: ForwardCalls, place: Place, func: Any, args: Any, kwargs: Any) -> None:
+    def activation(self, found: ForwardCalls, place: CallPlace, func: Any, args: Any, kwargs: Any) -> None:
         """Notes on which kept entries the derivative of an activation function is at most 0.001.
 
         A unit is an entry of the last dimension, and a row everything before it; of four and more dimensions, a unit is
@@ -235,7 +236,7 @@ class LayerCalls:
         kwargs = {name: value for name, value in kwargs.items() if name != "input"}
         if (whole := _whole(place.module)) is not None:
             func, x, rest, kwargs = whole.forward, given_to(whole), [], {}
-        if type(x) is not Tensor or not x.is_floating_point() or x.dim() < 2 or not x.numel():
+        if not is_plain(x) or x.dim() < 2 or not x.numel():
             return
         rows = x.detach().reshape(-1, x.shape[-1], 1) if x.dim() < 4 else x.detach().flatten(2)
         total, units, size = rows.shape
@@ -253,11 +254,11 @@ class LayerCalls:
 
     # Experts
 
-    def choice(self, found: ForwardCalls, place: Place, args: Any, kwargs: Any, indices: Tensor) -> None:
+    def choice(self, found: ForwardCalls, place: CallPlace, args: Any, kwargs: Any, indices: Tensor) -> None:
         """Notes a call of top-k along the last dimension in a watched layer, until the layer returns."""
         scores = args[0] if args else kwargs["input"]
         dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
-        if place.layer is not None and scores.dim() > 1 and dim in (-1, scores.dim() - 1) and type(indices) is Tensor:
+        if place.layer is not None and is_plain(scores) and scores.dim() > 1 and dim in (-1, scores.dim() - 1):
             found.choosing.append((place, indices, scores.shape[-1], scores.numel() // max(scores.shape[-1], 1)))
 
     def leave(self, found: ForwardCalls, layer: int, rows: int) -> None:
@@ -279,11 +280,11 @@ class LayerCalls:
             found.add(ForwardCalls(experts={place.name: (place.layer, tokens)}))
 
 
-def _logits(place: Place, args: Any, kwargs: Any, heads: int | None) -> Tensor | None:
+def _logits(place: CallPlace, args: Any, kwargs: Any, heads: int | None) -> Tensor | None:
     """Returns the input of a softmax over keys, (samples, heads, queries, keys); None if it is none."""
     x = args[0] if args else kwargs["input"]
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if type(x) is not Tensor or dim not in (-1, x.dim() - 1):
+    if not is_plain(x) or dim not in (-1, x.dim() - 1):
         return None
     values: Tensor = x.detach()
     if heads is not None and x.dim() == 3:

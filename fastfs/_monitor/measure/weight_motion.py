@@ -121,15 +121,19 @@ class WeightMotion:
             self._before[number] = self._parameters[number].detach().clone()
         forward.kept.setdefault(kept.view, []).append(kept)
 
+    def clear(self) -> None:
+        """Forgets the step."""
+        self._before = {}
+
     def repeat(self, forward: ForwardProducts, product: Product, view: MatrixView, orders: Sequence[Tensor]) -> None:
-        """Adds a call that is repeated after the step."""
+        """Adds a call that is repeated after the step, with what its rows were chosen by."""
         number, calls = forward.again[view], forward.kept.get(view, [])
         forward.again[view] += 1
         if number >= len(calls) or calls[number].shape != product.rows.shape:
             return
         kept = calls[number]
-        pairs = list(zip(forward.orders, orders, strict=False))[slice(*kept.chosen)]
-        if len(pairs) < kept.chosen[1] - kept.chosen[0] or any(a.shape != b.shape for a, b in pairs):
+        pairs = list(zip(first := forward.orders[slice(*kept.chosen)], orders, strict=False))
+        if len(first) != len(orders) or any(a.shape != b.shape for a, b in pairs):
             return
         kept.repeated = True
         total = self._add(forward.totals, kept, self.rows(product, kept.choice))
@@ -152,7 +156,7 @@ class WeightMotion:
                     found[number] += total
                 else:
                     found[number] = total
-        self._before = {}
+        self.clear()
         return found
 
     def rows(self, product: Product, choice: RowChoice) -> Tensor:
