@@ -64,7 +64,8 @@ def details_of(parts: Sequence[RankPart], reasons: Sequence[int]) -> tuple[dict[
         reasons: Codes of ``row_reasons`` of all layers.
 
     Returns:
-        Values per layer by column, and lists of equal lengths by the fields of an entry.
+        Values per layer by column, and lists of equal lengths by the fields of an entry. If nothing is known, there is
+        one entry without a name, which says why.
     """
     entries = _Entries()
     layers = {one.name: [math.nan] * len(reasons) for one in DETAIL_COLUMNS}
@@ -81,6 +82,8 @@ def details_of(parts: Sequence[RankPart], reasons: Sequence[int]) -> tuple[dict[
 
     for add in (_add_weights, _add_heads, _add_activations, _add_experts):
         add(parts, why, entries, layers)
+    if refused is not None and not entries.columns["name"]:
+        entries.add("", "", None, None, why=refused)
     return layers, entries.columns
 
 
