@@ -226,6 +226,52 @@ def test_calls_inside_of_vmap(tmp_path: Path) -> None:
     assert why == "its input is no ordinary tensor: in a torch.func transform, or sharded"
 
 
+class Sorting(nn.Module):
+    """Applies a matrix to tokens in the order of a learned score, to the chosen ones, and to all in their own order."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.score = nn.Linear(4, 1)
+        self.moved = nn.Linear(4, 4)
+        self.still = nn.Linear(4, 4)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        score = self.score(x).squeeze(1)
+        if self.how == "sorted":
+            order = score.argsort()
+            return self.still(self.moved(x[order])[order.argsort()])
+        if self.how == "masked":
+            mask = score > score.median()
+            return self.still(torch.zeros_like(x).masked_scatter(mask[:, None], self.moved(x[mask])))
+        chosen = score.topk(8).indices
+        return self.still(torch.zeros_like(x).index_copy(0, chosen, self.moved(x.index_select(0, chosen))))
+
+
+@pytest.mark.parametrize("how", ["sorted", "masked", "top-k"])
+@pytest.mark.parametrize("lr", [0.0, 10.0])
+def test_rows_in_another_order_are_not_compared(how: str, lr: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sorting(how))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(16, 4)
+    path = tmp_path / "a.jsonl"
+    with fastfs.Monitor(
+        model, optimizer, layers=["0"], every=1, details=True, rows=None, path=path, alerts=(), verbose=False
+    ):
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            model[0].score.weight.grad = torch.full((1, 4), lr) * torch.tensor([1.0, -2.0, 3.0, -4.0])
+        optimizer.step()
+    table = fastfs.monitor.load_details(path)
+    motions = table[table["quantity"].isin(["own_motion", "inherited_motion"])].set_index("name")
+    changed = {"the step has changed which rows the matrix is applied to"}
+    assert set(motions.loc["0.moved.weight", "why"]) == (changed if lr else {None})
+    assert set(motions.loc["0.still.weight", "why"]) == (changed if lr else {None})
+    assert motions.loc["0.score.weight", "why"].isna().all()
+    assert table[table["quantity"] == "weight_alignment"]["value"].notna().all()
+
+
 def test_steps_in_the_backward(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = mlp()

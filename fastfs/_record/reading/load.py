@@ -67,8 +67,9 @@ def load_details(path: str | os.PathLike[str]) -> pandas.DataFrame:
 
     The columns are ``run``, ``step``, ``time`` (seconds since 1970), ``name`` (of a parameter, or of the module that
     calls), ``quantity``, ``index`` (of the head or expert, NaN for all), ``value``, ``standard_error`` (NaN if all rows
-    were kept) and ``why`` (the value is NaN, else None); a row without a name says why a step has no details. ``docs/monitor.md`` explains the quantities. If a resumed run
-    repeated steps, the table has only the last repetition.
+    were kept) and ``why`` (the value is NaN, else None). A row without a name says why a step has no details.
+    ``docs/monitor.md`` explains the quantities. If a resumed run repeated steps, the table has only the last
+    repetition.
 
     Args:
         path: as for :func:`fastfs.load`.
