@@ -42,8 +42,8 @@ _POWERS: dict[str, dict[str, float]] = {
 
 
 def is_noise(sums: Array) -> bool:
-    """Returns whether the change of the input may be rounding noise."""
-    return bool(sums[SUMS.index("input_update")] < _NOISE**2 * sums[SUMS.index("input_noise")])
+    """Returns whether the change of the input may be rounding noise; an input with the same bits has not changed."""
+    return bool(0.0 < sums[SUMS.index("input_update")] < _NOISE**2 * sums[SUMS.index("input_noise")])
 
 
 def weight_quantities(sums: Array, covariances: Array | None, fan_in: int) -> dict[str, tuple[float, float]]:
