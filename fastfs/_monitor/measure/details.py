@@ -257,7 +257,7 @@ class Details:
         orders = [] if guard.orders is None else guard.orders
         chosen = (self._mark if self._rows == product.rows.shape[0] else 0, len(orders))
         if self._after:
-            self._motion.repeat(self._products, product, view, orders[slice(*chosen)])
+            self._motion.repeat(self._products, product, view, orders, chosen)
         elif (choice := self._choose(product)) is None:
             self._why[view.parameter] = _FEW
         else:

@@ -76,6 +76,34 @@ class _Total:
         return self
 
 
+class _Comparison:
+    """Compares what rows were chosen by before and after the step, from some place on, as far as it is needed."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._same_shapes = True
+        self._flags: list[Tensor] = []
+
+    def extend(self, before: Sequence[Tensor], after: Sequence[Tensor], device: torch.device) -> Tensor | None:
+        """Returns whether any of these differ, bool (); None if they cannot be compared.
+
+        Args:
+            before: What rows were chosen by before the step, at least as many as in the last call.
+            after: The same after it.
+            device: Of the result.
+        """
+        for a, b in zip(before[self._count :], after[self._count :], strict=False):
+            self._same_shapes = self._same_shapes and a.shape == b.shape
+            if self._same_shapes:
+                self._flags.append((a != b).any().to(device, non_blocking=True))
+        self._count = max(self._count, min(len(before), len(after)))
+        if not self._same_shapes or len(before) != len(after):
+            return None
+        changed = torch.stack(self._flags).any() if self._flags else torch.zeros((), dtype=torch.bool, device=device)
+        self._flags = [changed]
+        return changed
+
+
 class ForwardProducts:
     """The products of one forward before the step, what chose their rows, and the sums when they are repeated after it.
 
@@ -95,6 +123,7 @@ class ForwardProducts:
         """Forgets the forward after the step."""
         self.again: Counter[MatrixView] = Counter()
         self.totals: dict[int, _Total] = {}
+        self.compared: dict[tuple[int, int], _Comparison] = {}  # by the places in the two forwards
         for kept in (each for calls in self.kept.values() for each in calls):
             kept.repeated = False
 
@@ -125,20 +154,35 @@ class WeightMotion:
         """Forgets the step."""
         self._before = {}
 
-    def repeat(self, forward: ForwardProducts, product: Product, view: MatrixView, orders: Sequence[Tensor]) -> None:
-        """Adds a call that is repeated after the step, with what its rows were chosen by."""
+    def repeat(
+        self,
+        forward: ForwardProducts,
+        product: Product,
+        view: MatrixView,
+        orders: Sequence[Tensor],
+        chosen: tuple[int, int],
+    ) -> None:
+        """Adds a call that is repeated after the step.
+
+        Args:
+            forward: The forward before it.
+            product: The call.
+            view: Which part of which parameter the matrix is.
+            orders: What rows have been chosen by so far.
+            chosen: First and last of those that say which rows these are.
+        """
         number, calls = forward.again[view], forward.kept.get(view, [])
         forward.again[view] += 1
         if number >= len(calls) or calls[number].shape != product.rows.shape:
             return
         kept = calls[number]
-        pairs = list(zip(first := forward.orders[slice(*kept.chosen)], orders, strict=False))
-        if len(first) != len(orders) or any(a.shape != b.shape for a, b in pairs):
+        comparison = forward.compared.setdefault((kept.chosen[0], chosen[0]), _Comparison())
+        changed = comparison.extend(forward.orders[slice(*kept.chosen)], orders[slice(*chosen)], self._device)
+        if changed is None:
             return
         kept.repeated = True
         total = self._add(forward.totals, kept, self.rows(product, kept.choice))
-        flags = [(a != b).any().to(self._device, non_blocking=True) for a, b in pairs]
-        total.changed = torch.stack([total.changed, *flags]).any()
+        total.changed = total.changed | changed
 
     def total(self, forwards: Iterable[ForwardProducts]) -> dict[int, _Total]:
         """Returns the sums of all forwards, by the number of the parameter, and forgets the step."""
