@@ -23,7 +23,7 @@ from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs._monitor.measure.layer_calls import ACTIVATIONS, ROUTING, SOFTMAX, CallPlace, ForwardCalls, LayerCalls
 from fastfs._monitor.measure.weight_motion import ForwardProducts, KeptProduct, WeightMotion
 from fastfs._network.guard import FunctionGuard, Guard
-from fastfs._network.layers import Layer, parameter_names
+from fastfs._network.layers import Layer, parameter_names, unwrapped
 from fastfs._network.running_modules import running_modules
 from fastfs._network.weight_products import (
     ATTENTION,
@@ -91,8 +91,8 @@ class Details:
         self._budget = keeper.budget
         self._device = device
         self._layers = {id(layer.module): layer.index for layer in layers}
-        wrapped = prefixes(model)
-        self._modules = {id(module): clean_name(name, wrapped) for name, module in model.named_modules()}
+        wrapped, whole = prefixes(model), type(unwrapped(model)).__name__
+        self._modules = {id(module): clean_name(name, wrapped) or whole for name, module in model.named_modules()}
         self._inside = LayerCalls(self._sampler, device)
         self._opened = opened(ATTENTION)
         self._attends = False  # a call of `ATTENTION` is running, ...
