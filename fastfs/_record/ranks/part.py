@@ -90,9 +90,9 @@ class RankPart:
             ``rows``: kept and all rows of each layer; ``margin``: how many standard errors <b, df> may be off, per
             layer; ``method``; ``structure``, if it differs from the last one; ``placed``, see
             ``placements.placed``, by the number of a layer. Predicted: ``counts``: elements of the backward vectors.
-            ``details``, if there are any: ``weights``, ``heads``, ``activations`` and ``experts``, lists of entries
-            [name, number of slices of the arrays, layer, ...], or ``why`` there are none. Skipped: ``before``: whether
-            the step itself is still to come.
+            Skipped: ``before``: whether the step itself is still to come. Measured with details, ``details``:
+            ``weights``, ``heads``, ``activations`` and ``experts``, lists of entries [name, number of slices of the
+            arrays, layer, ...], or ``why`` there are none.
         arrays: Float64 arrays by name, of L layers, C kinds of parameters, Q quantiles. Measured: ``sums`` (L, 9) as in
             ``FeatureStats.names``, ``spread`` (L, 6) covariances of <b, df>, |df|^2, |b|^2 relative to these,
             ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q), perhaps ``curvature`` (L,); from ranks with
