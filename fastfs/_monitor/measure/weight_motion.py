@@ -7,8 +7,9 @@ matrices are Frobenius norms.
 Source: the alignment of W and dW with x, |W x| / (|W| |x|) and |dW x| / (|dW| |x|), is that of Kosson et al., "Weight
 Decay may matter more than muP for Learning Rate Transfer in Practice", arXiv 2510.19093; as an exponent of the fan-in,
 log_n of rms(W x) / (rms(W) rms(x)), it is the log alignment ratio of Everett et al., "Scaling Exponents Across
-Parameterizations and Optimizers", arXiv 2407.05872. Own and inherited motion are the two terms of the refined coordinate
-check of Haas et al., arXiv 2505.22491.
+Parameterizations and Optimizers", arXiv 2407.05872. Own and inherited motion are the two terms of the refined
+coordinate check of Haas et al., "On the Surprising Effectiveness of Large Learning Rates under Standard Width Scaling",
+arXiv 2505.22491.
 """
 
 from __future__ import annotations
