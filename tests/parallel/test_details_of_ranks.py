@@ -64,6 +64,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Halves(torch.nn.Module):
+    """Ranks use one of two experts each, and both the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2))
+        self.idle = torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, which: int) -> torch.Tensor:
+        used = self.experts[which](x)
+        out: torch.Tensor = self.head(used + 0 * torch.stack([p.sum() for p in self.parameters()]).sum())
+        return out
+
+
+def apart(path: str) -> None:
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of gloo
+        model = torch.nn.parallel.DistributedDataParallel(Halves())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with fastfs.Monitor(
+        model, optimizer, layers=["head"], every=1, details=True, rows=None, path=path, alerts=(), verbose=False
+    ):
+        model(torch.randn(8, 4), dist.get_rank()).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.slow
+def test_experts_that_one_rank_uses_have_the_numbers_of_this_rank(tmp_path: Path) -> None:
+    run_ranks(apart, 2, path=str(tmp_path / "a.jsonl"))
+    table = fastfs.monitor.load_details(tmp_path / "a.jsonl").set_index("name")
+    for name in ("experts.0.weight", "experts.1.weight", "head.weight"):
+        own = table.loc[name].set_index("quantity")
+        assert own.loc["own_motion", "value"] > 0
+        assert own["why"].dropna().index.tolist() in ([], ["motion_cosine"])
+    assert set(table.loc["idle.weight", "why"]) == {"no product with it was seen in the forward"}
+
+
 def tables(folder: Path, *names: str) -> list[Any]:
     return [fastfs.monitor.load_details(folder / f"{name}.jsonl") for name in names]
 

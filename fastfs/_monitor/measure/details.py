@@ -40,7 +40,6 @@ from fastfs._network.wrappers import clean_name, prefixes
 __all__ = ["Details", "StepDetails", "matrix_bytes"]
 
 _ROWS = 256  # kept of an input at most, unless all rows are: every matrix multiplies them four times
-_UNUSED = "no product with it was seen in the forward"
 _SHARDED = "it is sharded, or no ordinary tensor, of which products are not read"
 _WRAPPED = "its input is no ordinary tensor: in a torch.func transform, or sharded"
 _FEW = "memory= leaves no room for two rows of its input"
@@ -182,9 +181,8 @@ class Details:
             layers = self._where.get(number, set())
             layer = layers.pop() if len(layers) == 1 else None
             if total is None or why not in (None, UNREADABLE[F.embedding]):  # the matrix of the head may be tied
-                entries.append(
-                    [self._names[number], 0, layer, 0, False, why or (_UNUSED if is_plain(p) else _SHARDED), None]
-                )
+                why = why or (None if is_plain(p) else _SHARDED)
+                entries.append([self._names[number], 0, layer, 0, False, why, None])
             else:
                 found.append(total)
                 motions = _OTHER if total.unpaired else None

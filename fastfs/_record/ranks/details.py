@@ -17,6 +17,7 @@ __all__ = ["details_of"]
 
 _FIELDS = tuple(one.name for one in DETAIL_FIELDS)
 _SHARDED = "the ranks hold parts of one model, of which single matrices and layers are not put together"
+_UNUSED = "no product with it was seen in the forward"
 _CHANGED = "the step has changed which rows the matrix is applied to"
 _ROUNDED = "the change of its input is below five times what rounding may produce"
 _UNDEFINED = "it is 0 / 0, or there are numbers that are not finite"
@@ -102,7 +103,8 @@ def _merged(
 
 
 def _one_layer(every: Sequence[tuple[list[Any], list[Any]]]) -> int | None:
-    layers = {facts[0] for facts, _ in every}
+    """Returns the layer of an entry, None if ranks that have something to say name several or none."""
+    layers = {facts[0] for facts, own in every if own}
     return layers.pop() if len(layers) == 1 else None
 
 
@@ -112,9 +114,11 @@ def _add_weights(parts: Sequence[RankPart], why: Why, entries: _Entries, layers:
     for name, every in _merged(parts, "weights", arrays).items():
         layer = _one_layer(every)
         missing = why(layer) or next((facts[3] for facts, _ in every if facts[3] is not None), None)
-        sums = sum((own[0][0] for _, own in every if own), start=np.zeros(len(SUMS)))
-        covariances = sum((own[1][0] for _, own in every if own), start=np.zeros((len(SUMS), len(SUMS))))
-        changed = _CHANGED if any(own[2][0] for _, own in every if own) else None
+        every = [each for each in every if each[1]]  # a rank may not use an expert
+        missing = missing or (None if every else _UNUSED)
+        sums = sum((own[0][0] for _, own in every), start=np.zeros(len(SUMS)))
+        covariances = sum((own[1][0] for _, own in every), start=np.zeros((len(SUMS), len(SUMS))))
+        changed = _CHANGED if any(own[2][0] for _, own in every) else None
         motions = next((facts[4] for facts, _ in every if facts[4] is not None), changed)
         sampled = any(facts[2] for facts, _ in every)
         fans = {facts[1] for facts, _ in every}
@@ -135,6 +139,7 @@ def _add_weights(parts: Sequence[RankPart], why: Why, entries: _Entries, layers:
 
 
 def _add_heads(parts: Sequence[RankPart], why: Why, entries: _Entries, layers: Layers) -> None:
+    by_layer: dict[int, list[float]] = {}
     for name, every in _merged(parts, "heads", ("head_logits",)).items():
         layer = _one_layer(every)
         missing = why(layer) or next((facts[1] for facts, _ in every if facts[1] is not None), None)
@@ -145,7 +150,9 @@ def _add_heads(parts: Sequence[RankPart], why: Why, entries: _Entries, layers: L
         for head, value in enumerate(values.tolist()):
             entries.add(name, "attention_logit_max", head, value)
         if layer is not None:
-            layers["attention_logit_max"][layer] = float(np.nanmax([layers["attention_logit_max"][layer], *values]))
+            by_layer.setdefault(layer, []).extend(values.tolist())
+    for layer, found in by_layer.items():
+        layers["attention_logit_max"][layer] = float(np.max(found))  # NaN if one is
 
 
 def _add_activations(parts: Sequence[RankPart], why: Why, entries: _Entries, layers: Layers) -> None:
@@ -168,6 +175,7 @@ def _add_activations(parts: Sequence[RankPart], why: Why, entries: _Entries, lay
 
 
 def _add_experts(parts: Sequence[RankPart], why: Why, entries: _Entries, layers: Layers) -> None:
+    by_layer: dict[int, list[float]] = {}
     for name, every in _merged(parts, "experts", ("expert_tokens",)).items():
         layer = _one_layer(every)
         missing = why(layer)
@@ -180,4 +188,6 @@ def _add_experts(parts: Sequence[RankPart], why: Why, entries: _Entries, layers:
         load = float(tokens.max() / tokens.mean())
         entries.add(name, "expert_load_max", None, load)
         if layer is not None:
-            layers["expert_load_max"][layer] = float(np.nanmax([layers["expert_load_max"][layer], load]))
+            by_layer.setdefault(layer, []).append(load)
+    for layer, loads in by_layer.items():
+        layers["expert_load_max"][layer] = max(loads)
