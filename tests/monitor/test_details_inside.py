@@ -189,6 +189,33 @@ def test_dead_and_saturated_features(tmp_path: Path) -> None:
     assert columns["saturated_share"] == pytest.approx(of(table, "saturated_share")["value"].mean())
 
 
+class Written(nn.Module):
+    """Writes what functions return, and what they are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.w(x)
+        if torch.is_grad_enabled():
+            return torch.relu(y).mul(1.0).sigmoid_()
+        return torch.relu(y, out=torch.empty_like(y)).sigmoid_()
+
+
+def test_functions_that_write(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Inside(Written())
+    x = 3 * torch.randn(20, 6)
+    with torch.no_grad():
+        y = model.block.w(x)
+    table = recorded(model, lambda m, _: m(x).square().mean(), tmp_path / "a.jsonl", layers=["block"])
+    slope = y.relu().sigmoid() * (1 - y.relu().sigmoid())
+    tiny = torch.cat([y <= 0, slope <= 1e-3])
+    assert of(table, "saturated_share")["value"].item() == pytest.approx(tiny.double().mean().item())
+    assert fastfs.load(tmp_path / "a.jsonl")["valid"].all()
+
+
 def test_channels_are_units_of_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 16, 2))

@@ -200,7 +200,7 @@ class Details:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: FunctionGuard) -> Any:
         """Part of :class:`fastfs._network.guard.CallObserver`."""
-        if func is ATTENTION and not self._attends:
+        if func is ATTENTION and not self._attends and _ordinary((args, kwargs)):
             self._attends, self._heads = True, kwargs.get("num_heads", args[4] if len(args) > 4 else None)
             try:
                 with guard:
@@ -222,7 +222,8 @@ class Details:
         if func in UNREADABLE:
             for x in tree_leaves((args, kwargs)):
                 if (view := self._matrices.find(x)) is not None:
-                    self._why[view.parameter] = UNREADABLE[func]
+                    known = self._why.get(view.parameter, UNREADABLE[func])
+                    self._why[view.parameter] = known if func is F.embedding else UNREADABLE[func]
         elif func in PRODUCTS:
             self._product(func, args, kwargs, guard)
         elif not self._after and func is not ATTENTION:
@@ -289,6 +290,11 @@ class Details:
         self._budget.take(self._captured, choice.kept * size, "inputs of weight matrices")
         self._products.bytes += choice.kept * size
         return choice
+
+
+def _ordinary(arguments: Any) -> bool:
+    """Returns whether no argument is a tensor of a class that may have functions of its own."""
+    return all(type(x) in (Tensor, nn.Parameter) for x in tree_leaves(arguments) if isinstance(x, Tensor))
 
 
 def matrix_bytes(parameters: Sequence[Tensor]) -> int:

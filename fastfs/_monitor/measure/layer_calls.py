@@ -233,7 +233,7 @@ class LayerCalls:
         a channel, the second dimension, and a row a sample.
         """
         x, *rest = args if args else (kwargs["input"],)
-        kwargs = {name: value for name, value in kwargs.items() if name != "input"}
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("input", "out")}
         if (whole := _whole(place.module)) is not None:
             func, x, rest, kwargs = whole.forward, given_to(whole), [], {}
         if not is_plain(x) or x.dim() < 2 or not x.numel():
