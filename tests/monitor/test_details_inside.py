@@ -199,19 +199,19 @@ class Written(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.w(x)
         if torch.is_grad_enabled():
-            return torch.relu(y).mul(1.0).sigmoid_()
-        return torch.relu(y, out=torch.empty_like(y)).sigmoid_()
+            return torch.tanh(y).mul(1.0).sigmoid_()
+        return torch.tanh(y, out=torch.empty_like(y)).sigmoid_()
 
 
 def test_functions_that_write(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Inside(Written())
-    x = 3 * torch.randn(20, 6)
+    x = 9 * torch.randn(20, 6)
     with torch.no_grad():
         y = model.block.w(x)
     table = recorded(model, lambda m, _: m(x).square().mean(), tmp_path / "a.jsonl", layers=["block"])
-    slope = y.relu().sigmoid() * (1 - y.relu().sigmoid())
-    tiny = torch.cat([y <= 0, slope <= 1e-3])
+    slope = y.tanh().sigmoid() * (1 - y.tanh().sigmoid())
+    tiny = torch.cat([1 - y.tanh().square() <= 1e-3, slope <= 1e-3])
     assert of(table, "saturated_share")["value"].item() == pytest.approx(tiny.double().mean().item())
     assert fastfs.load(tmp_path / "a.jsonl")["valid"].all()
 
