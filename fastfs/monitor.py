@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fastfs._monitor.measure.probe import Probe
 from fastfs._monitor.monitor import Monitor
 from fastfs._monitor.schedule import Every, Schedule
+from fastfs._record.reading.load import load_details
 from fastfs._record.record import Record
 from fastfs._record.sinks.callable_sink import CallableSink
 from fastfs._record.sinks.jsonl_sink import JsonlSink
@@ -69,6 +70,7 @@ __all__ = [
     "UpdateAbove",
     "WandbSink",
     "default_alerts",
+    "load_details",
 ]
 
 

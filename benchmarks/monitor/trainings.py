@@ -26,6 +26,7 @@ EVERY = "every=100: amortized"
 WINDOW = "every=100: a window of 100 steps"
 ALIGNED = "aligned_every=1: a predicted step"
 MEASURED = "measured step"
+DETAILED = "measured step, details=True"
 AMPLIFIED = "measured step, amplify=True"
 JVP = 'measured step, mode="jvp"'
 PROBE = 'measured step, mode="probe"'
@@ -161,6 +162,7 @@ class Bench:
             WINDOW: {"every": 100},
             ALIGNED: {"every": NEVER, "aligned_every": 1},
             MEASURED: {"every": 1},
+            DETAILED: {"every": 1, "details": True},
             AMPLIFIED: {"every": 1, "amplify": True},
             JVP: {"every": 1, "mode": "jvp"},
             PROBE: {"every": 1, "mode": "probe", "probe": self._probe()},

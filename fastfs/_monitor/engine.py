@@ -305,6 +305,9 @@ class Engine:
             facts["placed"] = mode.placed(forwards)
         if self.assessor.kappa is not None:
             fields["kappa"] = self.assessor.kappa
+        if observed.details is not None:
+            fields |= observed.details.fields
+            facts["details"] = observed.details.facts
         if self.capture.dropped:
             facts["cut"] = None
         if cuts_to_record is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from fastfs._monitor.measure.aligned_decrease import LossScale
 from fastfs._monitor.measure.assessment import UpdateAssessor
 from fastfs._monitor.measure.capture_mode import ModeResources
 from fastfs._monitor.measure.casts import CastSamples
+from fastfs._monitor.measure.details import Details, matrix_bytes
 from fastfs._monitor.measure.gradient_treatment import GradientFactor
 from fastfs._monitor.measure.modes import find_mode
 from fastfs._monitor.measure.parameters import Parameters
@@ -89,6 +91,9 @@ class Monitor:
             these; None for all. For ``mode="batch"`` and ``"jvp"``, and models whose samples do not act on one another,
             which is checked at every measured step. The first dimension of the inputs counts the samples.
         memory: Bytes that copies of inputs and rows may take at a measured step; fewer rows are kept to stay below.
+        details: Whether to look into second forwards: what moves the outputs of every weight matrix, how it is aligned
+            with its inputs, attention logits, dead features, loads of experts (:func:`fastfs.monitor.load_details`).
+            Measured steps have one more forward. For ``mode="batch"``.
         groups: Name -> regular expression on the names of watched layers; totals of groups are recorded, too.
         quantiles: Quantiles from 0 to 1 of the rows' cosines and speeds, as columns ``cos_angle_q10``, ...
         nonlinear: Whether ``mode="jvp"`` also runs a plain second forward, for the column ``nonlinear_update``.
@@ -139,6 +144,7 @@ class Monitor:
         rows: int | None = 1024,
         samples: int | None = None,
         memory: int = 2**29,
+        details: bool = False,
         groups: dict[str, str] | None = None,
         quantiles: Sequence[float] = (),
         select: taps.Select = first_floating,
@@ -166,6 +172,7 @@ class Monitor:
         settings.check_sizes(rows, memory, quantiles)
         settings.check_samples(samples, rows, mode)
         settings.check_casts(casts)
+        settings.check_details(details, mode, amplify, samples)
         sampled_every = settings.check_fraction(aligned_fraction)
         self._layers = select_layers(
             model, layers, [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -180,13 +187,9 @@ class Monitor:
         meta = checked_metadata(metadata)
 
         self._closed = False
-        parameters = Parameters(
-            found,
-            snapshot=mode_class.needs_previous,
-            sampled_every=sampled_every,
-            names=lambda each: parameter_names(model, each),
-        )
-        names = parameter_names(model, parameters.tensors)
+        named = functools.partial(parameter_names, model)
+        parameters = Parameters(found, snapshot=mode_class.needs_previous, sampled_every=sampled_every, names=named)
+        names = named(parameters.tensors)
         device = next(iter(names.values())).device
         ranks = Ranks(model, names, loss_weight, own_parameters, rank_timeout, pipeline)
         self._runner = runner = StepRunner(self._schedule, aligned, optimizers, sorted({"cpu", device.type}))
@@ -201,6 +204,9 @@ class Monitor:
             aligned_fraction=1 / sampled_every,
             rows=rows,
             samples=samples,
+            details=details,
+            casts=list(casts),
+            nonlinear=nonlinear,
             memory_bytes=memory,
             untrained=settings.untrained(model, parameters.tensors),
             groups={name: [self._layers[i].name for i in indices] for name, indices in members.items()},
@@ -211,14 +217,9 @@ class Monitor:
             settings.check_together(ranks, mode, amplify)
             self._header["layers"] = ranks.attach(self.layers)
             self._assembler = Assembler(self._header, quantiles)
+            merged = joined(ranks.store, self._header, self._assembler, merge)
             self._recorder = open_recorder(
-                path,
-                sinks,
-                self._header,
-                joined(ranks.store, self._header, self._assembler, merge),
-                alerts=alerts,
-                on_alert=on_alert,
-                flush_seconds=flush_seconds,
+                path, sinks, self._header, merged, alerts=alerts, on_alert=on_alert, flush_seconds=flush_seconds
             )
             undo.callback(self._recorder.discard)
             self._capture = Capture(
@@ -248,6 +249,7 @@ class Monitor:
                 probe=chosen,
                 nonlinear=nonlinear,
                 linked=(lambda forward: forward) if ranks.link is None else ranks.link.linked,
+                details=Details(model, self._layers, self._capture.keeper, device, runner.warn) if details else None,
             )
             self._engine = Engine(
                 model=model,
@@ -308,7 +310,7 @@ class Monitor:
         parameters = self._engine.parameters
         return settings.describe(
             self._header,
-            parameters.snapshot_bytes,
+            parameters.snapshot_bytes + (matrix_bytes(parameters.tensors) if self._header["details"] else 0),
             self._engine.mode.momentary_bytes(parameters.tensors),
             self._recorder.device_bytes,
             settings.aligned_work(parameters.tensors, len(self._layers), self._header["aligned_fraction"]),

@@ -25,6 +25,7 @@ __all__ = [
     "aligned_work",
     "check_casts",
     "check_compiled",
+    "check_details",
     "check_fraction",
     "check_mode",
     "check_ranks",
@@ -111,6 +112,15 @@ def check_casts(casts: Any) -> None:
             raise ValueError(f"casts: expected some of {', '.join(map(repr, CASTS))}, got {cast!r:.100}")
     if len(set(casts)) < len(casts):
         raise ValueError(f"casts: expected each name once, got {casts!r:.100}")
+
+
+def check_details(details: Any, mode: str, amplify: bool, samples: Any) -> None:
+    """Raises TypeError for what is no bool, ValueError with what ``details`` cannot be combined."""
+    if not isinstance(details, bool):
+        raise TypeError(f"details: expected True or False, got {details!r}")
+    if details and (mode != "batch" or amplify or samples is not None):
+        other = "amplify=True" if amplify else f"mode={mode!r}" if mode != "batch" else f"samples={samples}"
+        raise ValueError(f'details: is for mode="batch" without amplify and samples, got {other}')
 
 
 def _check_integer(name: str, value: Any, least: int, unit: str) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -29,10 +29,12 @@ from fastfs._network.journal import Journal
 from fastfs._network.placements import local
 from fastfs._network.precision import SINGLE, coarseness, product_coarseness
 
-__all__ = ["CollectiveError", "FunctionGuard", "Guard", "Plans", "WriteError", "pop_ended", "storages"]
+__all__ = ["CallObserver", "CollectiveError", "FunctionGuard", "Guard", "Plans", "WriteError", "pop_ended", "storages"]
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 _CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
+# What may choose rows, or their order, by values.
+_ORDERS = _CHOICES | {f"aten::{x}" for x in "sort nonzero index index_select gather masked_select".split()}
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 # The schemas of these arguments do not declare that training mode writes to them.
@@ -86,6 +88,7 @@ class _Plan(NamedTuple):
     writes: tuple[tuple[int, str], ...]  # positions and names of arguments that the operation writes to
     fresh: bool  # whether its outputs may be newly allocated memory
     choice: bool
+    order: bool  # its integers and booleans, given or returned, say which rows are taken, and in which order
     kind: str | None  # kind of product, whose precision has a setting of its own
     harmless: bool  # returns views of its arguments and does nothing else
     collective: bool  # communicates with other ranks
@@ -126,6 +129,7 @@ class Guard(TorchDispatchMode):
         self._collectives = collectives
         self.coarsest = 0.0  # largest machine epsilon so far
         self.choices: list[Tensor] = []
+        self.orders: list[Tensor] | None = None  # what rows were chosen by, for an observer
         self.cut = False  # detach() has cut off a first-order change
         self.ended = False
         self._journal = journal
@@ -191,6 +195,8 @@ class Guard(TorchDispatchMode):
                     self._note_precision(plan, tensor)
         if plan.choice:
             self.choices += [local(x) for x in _tensors(output) if not x.is_floating_point()]
+        if plan.order and self.orders is not None:
+            self.orders += [local(x) for x in _tensors([*args[1:], output]) if not x.is_floating_point()]
         return output
 
     def _check(self, func: Any, target: Any) -> None:
@@ -229,6 +235,17 @@ class Guard(TorchDispatchMode):
             self.coarsest = spacing
 
 
+class CallObserver(Protocol):
+    """Looks at calls of torch functions in a guarded forward. It changes none of them."""
+
+    @property
+    def functions(self) -> Container[Any]:
+        """The functions whose calls it is given."""
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: FunctionGuard) -> Any:
+        """Returns the result of one of :attr:`functions`; inside of it the guard sees calls only if it is entered."""
+
+
 class FunctionGuard(TorchFunctionMode):
     """A function mode for calls that bypass the dispatcher.
 
@@ -239,17 +256,23 @@ class FunctionGuard(TorchFunctionMode):
         guard: dispatch mode of the same forward.
         journal: records the assignments to be undone.
         strict: whether to raise instead of copying, for compiled forwards, in which copies cannot be substituted.
+        observer: looks at calls; None for nobody.
     """
 
-    def __init__(self, guard: Guard, journal: Journal, *, strict: bool = False) -> None:
+    def __init__(
+        self, guard: Guard, journal: Journal, *, strict: bool = False, observer: CallObserver | None = None
+    ) -> None:
         super().__init__()
         self.guard = guard
+        self._observer = observer
         self._journal = journal
         self._strict = strict
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if self._observer is not None and func in self._observer.functions and not self.guard.ended:
+            return self._observer.call(func, args, kwargs or {}, self)
         if func not in _PAST_DISPATCH or self.guard.ended:
             return func(*args, **kwargs) if kwargs else func(*args)
         if func in _SETTERS:
@@ -321,7 +344,7 @@ def storages(tensor: Tensor) -> tuple[int, ...]:
 def _plan(func: Any) -> _Plan:
     schema = getattr(func, "_schema", None)
     if schema is None:  # a higher-order operator: the operations in it are dispatched separately
-        return _Plan(func, (), True, False, None, False, False)
+        return _Plan(func, (), True, False, False, None, False, False)
     norm = "batch_norm" in schema.name
     writes = tuple(
         (position, argument.name)
@@ -334,7 +357,8 @@ def _plan(func: Any) -> _Plan:
     collective = schema.name.partition("::")[0] in _COLLECTIVES
     harmless = not (writes or fresh or choice or collective)
     harmless = harmless and all(argument.name != "generator" for argument in schema.arguments)
-    return _Plan(func, writes, fresh, choice, _KINDS.get(schema.name), harmless, collective)
+    order = schema.name in _ORDERS
+    return _Plan(func, writes, fresh, choice, order, _KINDS.get(schema.name), harmless, collective)
 
 
 def _managed() -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = ["Column", "Display", "ValueType"]
 
@@ -51,6 +52,8 @@ class Column:
         quantiles: the monitor can also record quantiles of its values for single rows, see :func:`quantile_name`.
         tensorboard: whether TensorBoard shows it.
         display: how the report shows it; None for columns that are not quantities.
+        option: of the monitor, as its name in the header and a value that it is or contains; records have the column
+            with this option only.
     """
 
     name: str
@@ -67,3 +70,12 @@ class Column:
     quantiles: bool = False
     tensorboard: bool = True
     display: Display | None = None
+    option: tuple[str, Any] | None = None
+
+    def belongs_to(self, header: Mapping[str, Any]) -> bool:
+        """Returns whether the records of a run may have the column, by the options in its header."""
+        if self.option is None:
+            return True
+        name, wanted = self.option
+        value = header.get(name)
+        return bool(value == wanted or (isinstance(value, list) and wanted in value))

@@ -8,6 +8,7 @@ the native one), the Parquet reader, the report's quantities and the tables in `
 from __future__ import annotations
 
 from fastfs._record.column import Column, Display, ValueType
+from fastfs._record.detail_columns import DETAIL_COLUMNS, DETAIL_FIELDS, DETAILS
 from fastfs._record.parameter_columns import PARAMETER_COLUMNS
 from fastfs._record.step_columns import ROW_KINDS, STEP_COLUMNS
 
@@ -15,6 +16,7 @@ __all__ = [
     "ALWAYS_PER_STEP",
     "BY_NAME",
     "COLUMNS",
+    "DETAILS",
     "EVENT_FIELDS",
     "FROM_STATS",
     "KEYS",
@@ -36,7 +38,7 @@ SCHEMA = 2
 SCHEMAS = (1, 2)
 """Versions that the readers accept."""
 
-KINDS = ("header", "structure", *ROW_KINDS, "skipped", "alert")
+KINDS = ("header", "structure", *ROW_KINDS, DETAILS, "skipped", "alert")
 
 PART = "part"
 """Kind of the lines in the file of one rank: what it contributes to a step, from which readers make records."""
@@ -273,6 +275,7 @@ COLUMNS = (
         "could be mistaken for it",
         source="[2505.01618](https://arxiv.org/abs/2505.01618)",
         optional=True,
+        option=("nonlinear", True),
         display=Display(
             21,
             "Nonlinear update",
@@ -288,6 +291,7 @@ COLUMNS = (
         type="number",
         meaning=_STANDARD_ERROR.format("nonlinear_update").replace("null", "0"),
         optional=True,
+        option=("nonlinear", True),
     ),
     Column(
         name="rank_angle_sd",
@@ -310,6 +314,7 @@ COLUMNS = (
         optional=True,
         tensorboard=False,
     ),
+    *DETAIL_COLUMNS,
     *STEP_COLUMNS,
 )
 """In the order of a table. A record may have others, such as quantiles."""
@@ -320,6 +325,7 @@ EVENT_FIELDS = {
         Column("reason", "string", kinds=("structure",), meaning="why it is not"),
         Column("parameters", "integer", kinds=("structure",), meaning="number of upstream parameters"),
     ),
+    DETAILS: DETAIL_FIELDS,
     "skipped": (Column("reason", "string", per="step", kinds=("skipped",), meaning="why there are no rows"),),
     "alert": (
         Column("rule", "string", per="step", kinds=("alert",), meaning="name of the rule"),

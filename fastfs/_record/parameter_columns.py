@@ -24,6 +24,7 @@ def _columns_of(cast: str, menu: int) -> tuple[Column, Column]:
             f"[cast c to {cast}](monitor.md#casts), {_OWN}, of those with at least two dimensions: the share of the "
             "step that the cast parameters do not follow",
             optional=True,
+            option=("casts", cast),
             display=Display(
                 menu,
                 f"Loss by {cast}",
@@ -37,6 +38,7 @@ def _columns_of(cast: str, menu: int) -> tuple[Column, Column]:
             type="number",
             meaning=f"standard error of `{name}` that comes from the sample of the parameters",
             optional=True,
+            option=("casts", cast),
             tensorboard=False,
         ),
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastfs._record.columns import ROW_KINDS
+from fastfs._record.detail_columns import DETAILS
 from fastfs._record.schema import row_names
 
 __all__ = ["Record", "as_line", "as_rows"]
@@ -19,12 +20,12 @@ class Record:
     """What is known about one optimizer step.
 
     Attributes:
-        kind: ``structure``, ``measured``, ``predicted``, ``skipped`` or ``alert``.
+        kind: ``structure``, ``measured``, ``predicted``, ``details``, ``skipped`` or ``alert``.
         step: number of the optimizer step, from 0.
         time: seconds since 1970.
         scalars: values per step, by column.
         columns: values per layer, by column: those of the header's layers followed by those of its groups. Empty for
-            ``skipped`` and ``alert``.
+            ``skipped`` and ``alert``; of ``details`` lists with a value for each entry.
     """
 
     kind: str
@@ -43,7 +44,7 @@ def as_line(record: Record, run: str) -> dict[str, Any]:
     """Converts a record to the object on a line of a JSONL file."""
     line: dict[str, Any] = {"kind": record.kind, "run": run, "step": record.step, "time": record.time, **record.scalars}
     if record.columns:
-        line["layers"] = record.columns
+        line["entries" if record.kind == DETAILS else "layers"] = record.columns
     return line
 
 
@@ -55,7 +56,8 @@ def as_rows(record: Record, header: Mapping[str, Any]) -> list[dict[str, Any]]:
     """
     common = {"kind": record.kind, "run": header["run"], "step": record.step, "time": record.time}
     if record.kind not in ROW_KINDS:
-        return [{**common, **record.scalars, **({"layers": record.columns} if record.columns else {})}]
+        columns = {"entries" if record.kind == DETAILS else "layers": record.columns} if record.columns else {}
+        return [{**common, **record.scalars, **columns}]
     names, layers = row_names(header)
     length = max(map(len, record.columns.values()))
     return [

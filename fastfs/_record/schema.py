@@ -27,6 +27,7 @@ from fastfs._record.columns import (
     SCHEMAS,
     type_of,
 )
+from fastfs._record.detail_columns import DETAILS
 from fastfs._record.encoding import parse
 
 __all__ = ["MOST_STEPS", "Array", "CheckedLine", "Checker", "Line", "UnknownSchemaError", "row_names"]
@@ -230,11 +231,14 @@ def _scalar(name: str, value: Any) -> Any:
 
 
 def _check_event(line: Line, header: Line) -> None:
-    """Checks a line of kind structure, skipped or alert."""
+    """Checks a line of kind structure, details, skipped or alert."""
     kind = line["kind"]
     fields = EVENT_FIELDS[kind]
     known = set(_ENVELOPE)
-    if kind == "structure":
+    if kind == DETAILS:
+        _check_entries(line.get("entries"), fields)
+        known.add("entries")
+    elif kind == "structure":
         _check_structure(line.get("layers"), header, fields)
     else:
         for one in fields:
@@ -259,6 +263,20 @@ def _check_structure(given: Any, header: Line, fields: Sequence[Column]) -> None
             raise ValueError(f"{one.name}: expected {one.type} values")
         if one.type == "integer" and not all(value is None or 0 <= value < MOST_STEPS for value in values):
             raise ValueError(f"{one.name}: expected integers >= 0")
+
+
+def _check_entries(given: Any, fields: Sequence[Column]) -> None:
+    if not isinstance(given, dict):
+        raise ValueError(f"entries: expected lists by name, got {_short(given)}")
+    lengths = {len(values) if isinstance(values, list) else None for values in map(given.get, [x.name for x in fields])}
+    if len(lengths) != 1 or None in lengths:
+        raise ValueError(f"entries: expected lists of one length: {', '.join(one.name for one in fields)}")
+    for one in fields:
+        for value in given[one.name]:
+            if one.type == "integer" and value is not None and not _is_step(value):
+                raise ValueError(f"entries: {one.name}: expected integers >= 0, got {_short(value)}")
+            if one.type != "integer":
+                _check_field(one, value)
 
 
 def _check_field(field_of: Column, value: Any) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastfs._record.columns import BY_NAME, QUANTITIES
+from fastfs._record.detail_columns import DETAIL_COLUMNS
 from fastfs._record.record import Record
 from fastfs._record.sinks.metrics import STATISTICS, VALID_SHARE, Metric, Metrics, shown_values, unique_keys
 from tests.helpers.record_cases import alert, head, measured, predicted
@@ -102,7 +103,7 @@ def test_a_group_may_have_the_name_of_a_statistic() -> None:
 
 
 def test_what_does_not_fit_is_left_out_in_order() -> None:
-    quantities = [column.name for column in QUANTITIES]
+    quantities = [column.name for column in QUANTITIES if column.option is None]
     medians = [Metric(name, "median") for name in quantities]
     assert Metrics(head(), 1).metrics == [Metric(VALID_SHARE)]
     assert Metrics(head(), 4).metrics == [Metric(VALID_SHARE), *medians[:3]]
@@ -113,6 +114,24 @@ def test_what_does_not_fit_is_left_out_in_order() -> None:
     assert len(many.metrics) + len(many.left_out) == 1 + len(medians) * 23 + 6
     everything = Metrics(head(groups={}))
     assert not everything.left_out
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({"details": True}, [column.name for column in DETAIL_COLUMNS]),
+        ({"casts": ["mxfp8", "bfloat16"]}, ["cast_loss_bfloat16", "cast_loss_mxfp8"]),
+        ({"nonlinear": True}, ["nonlinear_update"]),
+        ({"details": False, "casts": [], "nonlinear": None}, []),
+    ],
+)
+def test_quantities_of_an_option_take_keys_in_runs_that_have_it_only(options: Any, more: list[str]) -> None:
+    ordinary = [column.name for column in QUANTITIES if column.option is None]
+    plain, found = Metrics(head(), 300), Metrics({**head(), **options}, 300)
+    medians = [[m.quantity for m in each.metrics if m.label == "median"] for each in (plain, found)]
+    assert medians[0] == ordinary
+    assert sorted(medians[1]) == sorted([*ordinary, *more])
+    assert [name for name in medians[1] if name in ordinary] == ordinary
 
 
 @pytest.mark.parametrize("record", [predicted(0), alert(0), Record("skipped", 0, 0.0, {"reason": "x"})])

@@ -135,7 +135,8 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
             run_blocks(ROOT / "docs" / page, names)
     records = sorted(path.stem for path in Path("run").glob("*.jsonl"))
     tables = {name: fastfs.load(f"run/{name}.jsonl") for name in records}
-    wanted = "accumulated alerts all backward casts compiled groups jvp nonlinear probe record samples scaled several"
+    wanted = "accumulated alerts all backward casts compiled details groups jvp nonlinear probe record samples scaled"
+    wanted += " several"
     assert records == wanted.split()
     for name, table in tables.items():
         measured = table[table["kind"] == "measured"]
@@ -149,6 +150,8 @@ def test_the_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "nonlinear_update" in tables["nonlinear"]
     assert tables["groups"]["group"].any()
     assert "cos_angle_q10" in tables["groups"]
+    assert names["inside"]["value"].notna().any()
+    assert tables["details"]["own_motion"].notna().all()
     assert len([row for row in names["rows"] if row["kind"] == "measured"]) == 2  # one step, two layers
     assert sorted(set(tables["all"]["step"])) == [0]
     assert [h.get("resumed_at") for h in tables["all"].attrs["headers"]] == [None, 3]

@@ -55,6 +55,10 @@ class MemoryBudget:
         captured.bytes += size
         self.most = max(self.most, used + size)
 
+    def left(self, captured: ForwardCapture) -> int:
+        """Returns the bytes that are left for a capture."""
+        return max(self.limit - self._used(captured, self.limit), 0)
+
     def row_bytes(self, features: Tensor) -> int:
         """Returns the bytes of one row of these features, in all copies."""
         return math.prod(features.shape[row_dims(features) :]) * features.element_size() * self.copies

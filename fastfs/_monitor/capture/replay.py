@@ -17,20 +17,30 @@ from fastfs._monitor.capture import taps
 from fastfs._monitor.capture.forward_capture import ForwardCapture, scalar_outputs
 from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs._network.feature_tensors import strided
-from fastfs._network.guard import FunctionGuard, Guard, Plans, WriteError, pop_ended
+from fastfs._network.guard import CallObserver, FunctionGuard, Guard, Plans, WriteError, pop_ended
 from fastfs._network.input_copies import copy_arguments, tensors_in
 from fastfs._network.inventory import Inventories
 from fastfs._network.journal import Journal
 from fastfs._network.layers import Layer
 from fastfs._network.state import ForwardState
 
-__all__ = ["FeatureHandler", "Features", "OwnedState", "ReplayedForward", "Replayer"]
+__all__ = ["FeatureHandler", "Features", "ForwardObserver", "OwnedState", "ReplayedForward", "Replayer"]
 
 FeatureHandler = Callable[[Layer, Tensor], None]
 """Takes the features of a layer in a second forward."""
 
 Features = list[list[tuple[torch.Size, Tensor | None]]]
 """Shape and kept rows of the features, per layer and call."""
+
+
+class ForwardObserver(CallObserver, Protocol):
+    """Looks into the second forwards that repeat training forwards."""
+
+    def begin(self, captured: ForwardCapture) -> None:
+        """Called when a second forward begins, perhaps for another time."""
+
+    def leave(self, layer: Layer, features: Tensor, guard: Guard) -> None:
+        """Called when a watched layer has returned."""
 
 
 class OwnedState(Protocol):
@@ -83,6 +93,7 @@ class Replayer:
         collectives: Whether the forwards may communicate with other ranks, because they all run them.
         together: Whether they do: a failure that can wait then waits until all of them have run.
         begun: Whether the forwards that the ranks have agreed upon have begun on this one.
+        observer: Looks into guarded forwards that repeat training forwards; None for nobody.
     """
 
     def __init__(self, layers: Sequence[Layer], switch: taps.Switch, sampler: RowSampler, owned: OwnedState) -> None:
@@ -94,6 +105,7 @@ class Replayer:
         self.collectives = True
         self.together = False
         self.begun = False
+        self.observer: ForwardObserver | None = None
         self._layers = tuple(layers)
         self._switch = switch
         self._sampler = sampler
@@ -229,6 +241,8 @@ class Replayer:
                     rows = self._rows(features, see, before.choice, captured.samples is not None)
             after[layer.index].append((shape, rows))
             for guard in watching:
+                if observer is not None:
+                    observer.leave(layer, features, guard)
                 coarsest[layer.index] = guard.coarsest
                 if guard.cut:
                     cut.add(layer.index)
@@ -239,13 +253,16 @@ class Replayer:
             with torch.set_grad_enabled(self._with_graph):  # a clone of a leaf is no leaf and may be written to
                 args, kwargs = copy_arguments((args, kwargs), Tensor.clone)
         copies = tensors_in((args, kwargs))
-        options: dict[str, Any] = {"single": single, "strict": strict}
+        observer = self.observer if guarded else None
+        options: dict[str, Any] = {"single": single, "strict": strict, "observer": observer}
         options["allowed" if renewed else "inputs"] = copies
 
         def run(guard: Guard | None) -> Any:
             watching.extend([] if guard is None else [guard])
             return forward(*args, **kwargs)
 
+        if observer is not None:
+            observer.begin(captured)
         output = self.run(captured.state, handle, run, grad=self._with_graph, guarded=guarded, **options)
         scalars = scalar_outputs(output)
         if not watching:
@@ -306,7 +323,7 @@ class OwnForward:
         if not self._guarded:
             return None
         allowed = [*copies, *self._options.pop("allowed", ())]
-        strict = self._options.pop("strict", False)
+        strict, observer = self._options.pop("strict", False), self._options.pop("observer", None)
         guard = Guard(
             replayer.journal,
             allowed,
@@ -316,8 +333,10 @@ class OwnForward:
             **self._options,
         )
         replayer.journal.note(guard.end)
+        guard.orders = None if observer is None else []
         guard.__enter__()  # type: ignore[no-untyped-call]  # left by the journal, which restores its settings
-        FunctionGuard(guard, replayer.journal, strict=strict).__enter__()  # type: ignore[no-untyped-call]
+        functions = FunctionGuard(guard, replayer.journal, strict=strict, observer=observer)
+        functions.__enter__()  # type: ignore[no-untyped-call]
         return guard
 
     def __exit__(

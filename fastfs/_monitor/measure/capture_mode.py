@@ -27,6 +27,7 @@ from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.replay import Replayer
 from fastfs._monitor.capture.row_keeper import RowKeeper
 from fastfs._monitor.measure.assessment import UpdateAssessor
+from fastfs._monitor.measure.details import Details
 from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.measured_update import MeasuredUpdate
 from fastfs._monitor.measure.observation import FeatureObservation
@@ -63,6 +64,7 @@ class ModeResources:
         linked: Returns a forward of the model in which a stage of a pipeline receives the activations of the one before
             and passes its own on; without a pipeline the forward itself.
         nonlinear: Whether the first-order update is compared with the real one.
+        details: Looks into the second forwards; None for nobody.
     """
 
     model: nn.Module
@@ -77,6 +79,7 @@ class ModeResources:
     probe: Probe | None
     linked: Callable[[Callable[..., Any]], Callable[..., Any]]
     nonlinear: bool = False
+    details: Details | None = None
 
     def totals(self, rows: list[RowSums]) -> LayerSums:
         """Returns sums over rows as sums over layers."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastfs._monitor.measure import trust
+from fastfs._monitor.measure.details import StepDetails
 from fastfs._monitor.measure.loss_change import LossChange
 from fastfs._monitor.measure.row_sums import LayerSums
 from fastfs._stats import FeatureStats
@@ -30,6 +31,7 @@ class FeatureObservation:
         checked_choices: The same in the check before the step; empty if there was no check.
         nonlinear: Sums over df - J dw and df, float64 (L, 6), see ``_record/ranks/nonlinear.py``; None if unknown.
         loss: What the step did to the loss of the backward vectors; None if that is unknown.
+        details: What the second forwards have shown of the inside of layers; None if nobody has looked.
     """
 
     verdict: trust.AssessedUpdate
@@ -41,6 +43,7 @@ class FeatureObservation:
     checked_choices: Sequence[Sequence[Tensor]] = field(default_factory=tuple)
     loss: LossChange | None = None
     nonlinear: Tensor | None = None
+    details: StepDetails | None = None
 
 
 def changed_choices(

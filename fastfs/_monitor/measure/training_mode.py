@@ -16,6 +16,7 @@ from fastfs._monitor.capture.forward_capture import ForwardCapture
 from fastfs._monitor.capture.replay import Features, ReplayedForward
 from fastfs._monitor.measure import trust
 from fastfs._monitor.measure.capture_mode import CaptureMode, ModeResources, StepInputs, UpdateEvidence
+from fastfs._monitor.measure.details import StepDetails
 from fastfs._monitor.measure.learned_structure import LearnedStructure
 from fastfs._monitor.measure.loss_change import LossChange, of_outputs
 from fastfs._monitor.measure.observation import FeatureObservation, without_update
@@ -78,7 +79,9 @@ class TrainingMode(CaptureMode):
         model, parallel = resources.model, (nn.parallel.DistributedDataParallel, nn.DataParallel)
         # Without the wrapper's collectives: the other ranks need not have a monitor.
         self._forward: nn.Module = model.module if isinstance(model, parallel) else model
-        self._subsets = self.checks_every_step = resources.keeper.sampler.samples is not None
+        self._subsets = resources.keeper.sampler.samples is not None
+        self._details = resources.replayer.observer = resources.details
+        self.checks_every_step = self._subsets or self._details is not None
         if self._subsets:
             self.unrepeated = row_reasons.NOT_ALONE
         # Whether second forwards run compiled graphs, which cannot be guarded. On some samples of a batch they run
@@ -94,6 +97,8 @@ class TrainingMode(CaptureMode):
         self._eager_coarsest: list[float] | None = None  # of these eager forwards
         self._checked_choices: list[list[Tensor]] = []
         self._base: dict[ForwardCapture, Features] = {}  # features before the step of the samples alone
+        if self._details is not None:
+            self._details.clear()
 
     # Before the step
 
@@ -109,6 +114,8 @@ class TrainingMode(CaptureMode):
 
     def check(self, step: StepInputs) -> FeatureStats:
         """Runs the second forward with the parameters of the first one."""
+        if self._details is not None:
+            self._details.before(step.forwards, step.parameters)
         self._rehearse(step)
         result = self._repeat(step)
         self._checked_choices = result.choices
@@ -130,9 +137,15 @@ class TrainingMode(CaptureMode):
             eps = resources.on_device(assessor.precision(layers, step.forwards, None))
             sums = dataclasses.replace(sums, stats=without_update(sums.stats))
             verdict = assessor.assess_replay(sums, eps, evidence.depth)
-            return FeatureObservation(verdict, sums, eps, self._absent(step.forwards))
+            why = {"why": row_reasons.REASONS[self.refusal(step.forwards) or 0]}
+            details = None if self._details is None else StepDetails({}, why)
+            return FeatureObservation(verdict, sums, eps, self._absent(step.forwards), details=details)
+        if self._details is not None:
+            self._details.after()
+            self._rehearsed = False  # compiled graphs are not looked into
         self._rehearse(step)
         result = self._replay(step)
+        details = None if self._details is None else self._details.finish()
         sums = resources.totals(result.rows)
         coarsest = assessor.precision(layers, step.forwards, result.coarsest or self._eager_coarsest)
         eps = resources.on_device(coarsest)
@@ -142,7 +155,7 @@ class TrainingMode(CaptureMode):
         absent = self._absent(step.forwards)
         choices = result.choices, self._checked_choices
         loss, rest = self._loss_change(step, result), self._nonlinear(eps, evidence.depth)
-        return FeatureObservation(verdict, sums, eps, absent, curvature, *choices, loss, rest)
+        return FeatureObservation(verdict, sums, eps, absent, curvature, *choices, loss, rest, details)
 
     def accompany(self, step: StepInputs) -> None:
         """Runs the second forwards for the sake of other ranks."""

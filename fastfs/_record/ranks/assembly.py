@@ -13,6 +13,7 @@ from fastfs._record.columns import FROM_STATS, quantile_name
 from fastfs._record.ranks import between
 from fastfs._record.ranks.angles import LastAngles
 from fastfs._record.ranks.cast_losses import cast_columns
+from fastfs._record.ranks.details import details_of
 from fastfs._record.ranks.merging import MergedParameters, MergedRows
 from fastfs._record.ranks.nonlinear import nonlinear_columns
 from fastfs._record.ranks.overshoot import overshoot
@@ -50,6 +51,7 @@ class Assembler:
         self._leaders: dict[int, int] = {}  # of every rank, the first one of its batch
         self._between = between.Comparison()
         self._known: dict[str, list[Any]] = {}  # the last structure
+        self._details: dict[str, list[Any]] | None = None  # entries of the step
         self._other_models = np.zeros(self._layers, dtype=bool)  # layers, at the last measurement
 
     def records(self, parts: Sequence[RankPart]) -> list[Record]:
@@ -69,6 +71,8 @@ class Assembler:
             columns, scalars = self._measured(found) if kind == "measured" else self._predicted(found)
         first = found[0]
         result = [Record(kind, first.step, first.time, scalars, columns)]
+        if kind == "measured" and self._details is not None:
+            result.append(Record("details", first.step, first.time, {}, self._details))
         if structure is not None:
             result.insert(0, Record("structure", first.step, first.time, {}, structure))
         left_out = [part for part in parts if part.kind == "skipped"]
@@ -125,6 +129,10 @@ class Assembler:
         columns["linear"] = self._padded([None if x != x else bool(x) for x in linear.tolist()])
         columns |= self._aligned(parameters, parts[0].facts.get("casts", ()))
         self._add_quantiles(columns, parts)
+        self._details = None
+        if all("details" in part.facts for part in parts):
+            inside, self._details = details_of(parts, reason.tolist())
+            columns |= {name: self._padded(values) for name, values in inside.items()}
         scalars = _scalars(parts, step)
         if len(parts[0].place.ranks) > 1:
             scalars["ranks"] = len(parts)

@@ -90,7 +90,9 @@ class RankPart:
             ``rows``: kept and all rows of each layer; ``margin``: how many standard errors <b, df> may be off, per
             layer; ``method``; ``structure``, if it differs from the last one; ``placed``, see
             ``placements.placed``, by the number of a layer. Predicted: ``counts``: elements of the backward vectors.
-            Skipped: ``before``: whether the step itself is still to come.
+            Skipped: ``before``: whether the step itself is still to come. Measured with details, ``details``:
+            ``weights``, ``heads``, ``activations`` and ``experts``, lists of entries [name, number of slices of the
+            arrays, layer, ...], or ``why`` there are none.
         arrays: Float64 arrays by name, of L layers, C kinds of parameters, Q quantiles. Measured: ``sums`` (L, 9) as in
             ``FeatureStats.names``, ``spread`` (L, 6) covariances of <b, df>, |df|^2, |b|^2 relative to these,
             ``reason`` (L,), ``amplified`` (L,), ``quantiles`` (L, 2, Q), perhaps ``curvature`` (L,),
@@ -102,7 +104,10 @@ class RankPart:
             ``Aligned``; ``casts`` (C, L, 9 for each of ``facts["casts"]``), see ``CastSamples``; ``variance`` (C, L) of
             the decrease by sampling; ``decrease_reason`` (L,); in a pipeline, and with ``loss_change``, ``total`` (C,),
             the decrease over all parameters of the stage. From several ranks of a mode with a residual ``odd`` (3, L),
-            see ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of the coarsest numbers.
+            see ``update_estimates.odd_part``, and ``eps`` (L,), the spacing at 1 of the coarsest numbers. With details
+            ``weight_sums`` (W, 9), see ``weight_sums.SUMS``, ``weight_covariances`` (W, 9, 9), ``weight_changed`` (W,),
+            ``head_logits`` (H,), ``expert_tokens`` (E,) and ``activation_sums`` (A, 5): units, dead ones, entries,
+            saturated ones, and the variance of these.
     """
 
     kind: str

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastfs._record.detail_columns import DETAILS
 from fastfs._record.reading.confidence import Backtest
 from fastfs._record.schema import CheckedLine, row_names
 
@@ -89,6 +90,8 @@ class LatestRun:
                 self.alert_count[line["rule"]] += 1
             elif kind == "skipped":
                 self.skipped += 1
+            elif kind == DETAILS:
+                continue
             elif kind == "structure":
                 self.cut = list(line["layers"]["cut"])
             else:

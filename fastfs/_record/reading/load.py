@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastfs._record.columns import PER_LAYER, PER_STEP
+from fastfs._record.detail_columns import DETAIL_FIELDS, DETAILS
 from fastfs._record.encoding import HEADER_START, parse
 from fastfs._record.ranks.part_files import PartFiles, base_of
 from fastfs._record.reading.jsonl_reader import RowReader, split_lines
@@ -20,7 +22,7 @@ from fastfs._record.schema import Checker, Line, UnknownSchemaError
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["load", "load_compact", "read_header"]
+__all__ = ["load", "load_compact", "load_details", "read_header"]
 
 
 def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
@@ -58,6 +60,47 @@ def load(path: str | os.PathLike[str]) -> pandas.DataFrame:
     except ImportError as error:
         raise ImportError('fastfs.load needs pandas: pip install "fastfs[pandas]"') from error
     return _table(_record(Path(path)), Store(), compact=False)
+
+
+def load_details(path: str | os.PathLike[str]) -> pandas.DataFrame:
+    """Reads what ``Monitor(details=True)`` has recorded of the inside of layers into a table with a row for each value.
+
+    The columns are ``run``, ``step``, ``time`` (seconds since 1970), ``name`` (of a parameter, or of the module that
+    calls), ``quantity``, ``index`` (of the head or expert, NaN for all), ``value``, ``standard_error`` (NaN if all rows
+    were kept) and ``why`` (the value is NaN, else None). A row without a name says why a step has no details.
+    ``docs/monitor.md`` explains the quantities. If a resumed run repeated steps, the table has only the last
+    repetition.
+
+    Args:
+        path: as for :func:`fastfs.load`.
+
+    Returns:
+        The table, empty if the record has no details.
+
+    Raises:
+        ImportError: pandas is not installed, or pyarrow for Parquet.
+        OSError: the file cannot be read.
+        ValueError: not a record, or of an unknown schema version.
+
+    Warns:
+        RuntimeWarning: lines (or Parquet parts) that do not conform to the schema were left out.
+    """
+    try:
+        import pandas
+    except ImportError as error:
+        raise ImportError('fastfs.monitor.load_details needs pandas: pip install "fastfs[pandas]"') from error
+    every_column = (*PER_LAYER, *PER_STEP)
+    _, others = _read(_record(Path(path)), Store(leave_out=every_column))
+    lines = [line for line in others if line["kind"] == DETAILS]
+    data: dict[str, Any] = {name: [] for name in ("run", "step", "time", *(one.name for one in DETAIL_FIELDS))}
+    for line in lines:
+        count = len(line["entries"]["name"])
+        for name, values in data.items():
+            values += [line[name]] * count if name in line else line["entries"][name]
+    types = {"step": "int64", "time": "float64", "index": "float64", "value": "float64", "standard_error": "float64"}
+    return pandas.DataFrame(
+        {name: pandas.Series(values, dtype=types.get(name, "object")) for name, values in data.items()}
+    )
 
 
 def read_header(path: str | os.PathLike[str], run: str | None = None) -> dict[str, Any]:
@@ -118,6 +161,12 @@ def _record(path: Path) -> Path:
 def _table(path: Path, store: Store, *, compact: bool) -> pandas.DataFrame:
     from fastfs._record.reading.table import make_table
 
+    headers, others = _read(path, store)
+    return make_table(store, _used(headers), others, compact=compact)
+
+
+def _read(path: Path, store: Store) -> tuple[list[Line], list[Line]]:
+    """Reads a record into a store; returns its headers and the lines that are no rows."""
     if path.is_dir():
         from fastfs._record.reading.parquet_reader import read_parts
 
@@ -131,8 +180,8 @@ def _table(path: Path, store: Store, *, compact: bool) -> pandas.DataFrame:
         _add_rejected(files, reader.rejected)
         headers, others, rejected = reader.headers, reader.others, reader.rejected
     _check_found(path, headers, rejected)
-    rejected.warn(stacklevel=3)
-    return make_table(store, _used(headers), others, compact=compact)
+    rejected.warn(stacklevel=4)
+    return headers, others
 
 
 def _headers(path: Path) -> tuple[list[Line], RejectedLines]:

@@ -46,7 +46,8 @@ class Metrics:
     They are chosen in this order, each line as long as it fits as a whole:
 
     1. the share of valid layers;
-    2. the medians over the layers of all quantities with a place in the report's menu, in the order of that menu;
+    2. the medians over the layers of all quantities with a place in the report's menu, in the order of that menu (those
+       of ``Monitor(details=True)`` in runs with details only);
     3. the values per step that TensorBoard shows;
     4. for each of these quantities, the values of all groups;
     5. for each of them, its smallest and its largest value over the layers.
@@ -76,7 +77,7 @@ class Metrics:
             while label in STATISTICS or label in self._groups:
                 label += "_"
             self._groups[label] = self._layers + index
-        names = [column.name for column in QUANTITIES]
+        names = [column.name for column in QUANTITIES if column.belongs_to(header)]
         parts = [
             [Metric(VALID_SHARE)],
             *([Metric(name, "median")] for name in names),
