@@ -45,6 +45,7 @@ class Grid:
         why: (rows, steps), indices into ``reasons``.
         reasons: texts.
         scale: gradient scale, (steps,); None if it is not in the table.
+        overshoot: of the step, (steps,); None if it is not in the table.
         ranks: number of ranks whose numbers a row has, (steps,); None if it is not in the table.
         apart: (rows, steps), number of a rank that stands apart, NaN if none does; None if it is not in the table.
     """
@@ -60,6 +61,7 @@ class Grid:
     scale: Array | None = None
     ranks: Array | None = None
     apart: Array | None = None
+    overshoot: Array | None = None
 
 
 def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Quantity]:
@@ -144,13 +146,16 @@ def make_grid(table: pandas.DataFrame, rows: int, columns: Sequence[str], where:
         codes, found = pandas.factorize(chosen(np.asarray(table["why"], dtype=object)))
         reasons += [str(reason)[:200] for reason in found[:254]]
         why[layer, at] = np.where(codes < 254, codes + 1, 0)
-    scale, ranks = (per_step(name) if name in table.columns else None for name in ("gradient_scale", "ranks"))
+    scale, ranks, overshoot = (
+        per_step(name) if name in table.columns else None for name in ("gradient_scale", "ranks", "overshoot")
+    )
     apart = None
     if "rank_apart" in table.columns:
         apart = np.full(shape, np.nan)
         apart[layer, at] = chosen(_numbers(table, "rank_apart"))
     seconds = per_step("overhead_seconds")
-    return Grid(steps, per_step("time"), per_step("loss"), seconds, grids, invalid, why, reasons, scale, ranks, apart)
+    of_steps = steps, per_step("time"), per_step("loss"), seconds
+    return Grid(*of_steps, grids, invalid, why, reasons, scale, ranks, apart, overshoot)
 
 
 @dataclass(frozen=True)

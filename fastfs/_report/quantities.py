@@ -52,6 +52,7 @@ UNUSED = NOT_QUANTITIES - {
     "loss",
     "overhead_seconds",
     "gradient_scale",
+    "overshoot",
     "ranks",
     "rank_apart",
 }

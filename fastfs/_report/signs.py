@@ -32,6 +32,7 @@ _LITTLE = 0.1  # share of the loss
 _LINEAR = 0.02  # residual of a step of which ten times as much would still be first order
 _AS_DECLARED = 0.1  # relative distance of the gradient scale from 1, and its variation
 _GROWTH = 30.0  # factor over all layers
+_PAST = 1.2  # overshoot: 1 is the lowest loss along the step
 _STRAIGHT = 0.8  # square of the correlation of a course with a straight line
 _IDLE = 0.05  # of the median of its family
 _COLLAPSED = 0.01  # cosine
@@ -128,6 +129,30 @@ def _too_high(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
         yield Sign(70 + 10 * float(high.mean()), text, guide.about("signs", "high"), numbers)
 
 
+def _overshoot(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
+    values = np.array([]) if run.grid.overshoot is None else _late(run.grid.overshoot[None])
+    middle = _median(values)
+    if np.isfinite(values).sum() >= 3 and middle > _PAST:
+        text = (
+            f"Half of the steps end beyond the lowest loss along them: the overshoot is {number(middle, 2)} (median)."
+        )
+        yield Sign(66, text, guide.about("signs", "overshoot"), {"overshoot": middle})
+
+
+def _inside(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
+    """Columns of ``details=True`` whose size alone says something."""
+    for column, name, most, what in (
+        ("attention_logit_max", "logits", 50.0, "The largest attention logit"),
+        ("expert_load_max", "experts", 3.0, "The load of the busiest expert, relative to the mean,"),
+        ("dead_share", "off", 0.5, "The share of dead units"),
+    ):
+        values = _medians(_late(run.column(column, valid=False)).T)
+        if np.isfinite(values).any() and np.nanmax(values) > most:
+            layer = int(np.nanargmax(values))
+            text = f"{what} is {number(float(values[layer]))} in {run.names[layer]} in the second half."
+            yield Sign(58, text, guide.about("signs", name), {column: float(values[layer])})
+
+
 def _too_low(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
     decrease, loss = _decrease(run), run.grid.loss
     known = np.isfinite(decrease) & np.isfinite(loss)
@@ -197,8 +222,7 @@ def _collapse(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
     if run.header.get("mode") == "probe":
         return  # the update follows other batches
     cosine = run.column("cos_angle")
-    late = cosine[:, -max(1, round(_LATE * cosine.shape[1])) :]
-    of_layers = _medians(late.T)
+    of_layers = _medians(_late(cosine).T)
     low = of_layers < _COLLAPSED
     if low.any() and 2 * low.sum() >= np.isfinite(of_layers).sum():
         text = f"The cosine of {int(low.sum()):,} of {len(low):,} layers is below {_COLLAPSED:g} in the second half."
@@ -244,6 +268,8 @@ _LOOKS: tuple[Callable[[RunNumbers, Guide], Iterator[Sign]], ...] = (
     _scale,
     _frozen,
     _too_high,
+    _overshoot,
+    _inside,
     _too_low,
     _uphill,
     _growth,
@@ -253,6 +279,12 @@ _LOOKS: tuple[Callable[[RunNumbers, Guide], Iterator[Sign]], ...] = (
     _skipped,
     _facts,
 )
+
+
+def _late(values: Array) -> Array:
+    """Returns the second half of the steps, at least one: (N, steps) to (N, late steps)."""
+    late: Array = values[:, -max(1, round(_LATE * values.shape[1])) :]
+    return late
 
 
 def _decrease(run: RunNumbers) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,9 @@ def test_everything_has_a_paragraph() -> None:
     assert {name for kind, name in about if kind == "columns"} <= BY_NAME.keys()
     assert {name for kind, name in about if kind == "alerts"} == {rule.name for rule in default_alerts()}
     assert len({one.anchor for one in guide.paragraphs}) == len(guide.paragraphs)
+    code = (ROOT / "fastfs/_report/signs.py").read_text()
+    named = set(re.findall(r'guide.about\("signs", "(\w+)"\)', code)) | {"logits", "experts", "off"}
+    assert {name for kind, name in about if kind == "signs"} == named
 
 
 def test_the_page_of_the_documentation_has_the_paragraphs() -> None:
@@ -151,6 +155,10 @@ SIGNS: dict[str, tuple[Change, str]] = {
         "parameter-norms",
     ),
     "no angle": (layer_values("cos_angle", lambda i, v, step: 1e-3), "angle"),
+    "overshoot": (lambda line: line.update(overshoot=1.7), "curvature-along-the-step"),
+    "large logits": (lambda line: line["layers"].update(attention_logit_max=[3.0, 80.0, 5.0] * 2), "attention-logits"),
+    "one expert": (lambda line: line["layers"].update(expert_load_max=[1.0, 1.2, 3.8] * 2), "load-of-experts"),
+    "dead units": (lambda line: line["layers"].update(dead_share=[0.0, 0.1, 0.9] * 2), "dead-and-saturated-features"),
     "another scale": (lambda line: line.update(gradient_scale=4.0), "gradient-scale"),
     "not valid": (
         all_of(layer_values("valid", lambda *_: False), layer_values("why", lambda *_: "rounding noise")),
