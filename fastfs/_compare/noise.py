@@ -1,0 +1,193 @@
+"""How large a difference between runs has to be: standard errors, and a bound on false alarms over all comparisons.
+
+Three situations give the standard error of a difference ``d`` of scaled values (:meth:`Measure.scaled`):
+
+* **Equal state.** Two runs with the same seed and data are equal, up to rounding, until something makes them part. If
+  the sizes of features, backward vectors and gradients before a step agree in all layers, the only noise of
+  this step is rounding.
+* **Spread over layers.** Otherwise the layer is compared with the other ones: their common factor is removed, and their
+  spread is the noise (an externally studentized residual). A difference in all layers alike does not show.
+* **Replicates.** With several runs on one side, the variance between them is the noise (a pooled t statistic).
+
+Tails are those of Student's t with the degrees of freedom of the variance, by Satterthwaite's formula. Without
+replicates they are at most :data:`HEAVY`, because the noise of layers differs and has heavy tails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastfs._compare.measures import Measure
+from fastfs._compare.runs import Aligned
+from fastfs.scaling._fit import stats
+
+__all__ = ["HEAVY", "NATURAL", "Differences", "level_of", "of_pair", "of_replicates", "same_state", "with_median"]
+
+Array = np.ndarray[Any, Any]
+
+HEAVY = 4.0
+"""Largest number of degrees of freedom without replicates."""
+
+NATURAL = 0.005
+"""Least relative standard error between runs in different states, however alike the other layers are."""
+
+_SAME = 1e-5  # relative difference up to which two states are equal
+_ROUNDING = 1e-6  # relative error of a sum in float32, with a margin
+_AMPLIFIED = 10.0  # by how much a difference of states may be amplified within a step
+_STATE = ("feature_rms", "backward_rms", "gradient_norm")  # before the step; norms of parameters are those after it
+
+
+@dataclass(frozen=True)
+class Differences:
+    """Differences of one measure between two sides, shape (layers, steps) each, NaN where nothing can be said.
+
+    Attributes:
+        difference: of the scaled values, second minus first side.
+        error: its standard error.
+        freedom: degrees of freedom of the error.
+    """
+
+    difference: Array
+    error: Array
+    freedom: Array
+
+    @property
+    def errors(self) -> Array:
+        """The difference in standard errors."""
+        return self.difference / self.error
+
+    @property
+    def p(self) -> Array:
+        """Two-sided p-values."""
+        found: Array = 2 * stats().t.sf(np.abs(self.errors), self.freedom)
+        return found
+
+
+def level_of(step: Array, cells: Array, confidence: float) -> Array:
+    """Level of each test at the k-th step, k from 0, so that all together raise a false alarm with 1 - confidence.
+
+    The levels of the steps, (1 - confidence) / ((k + 1)(k + 2)), add up to at most 1 - confidence however many follow;
+    what is found at a step does not depend on later ones. Within a step it is Bonferroni's, valid under any dependence.
+
+    Args:
+        step: k.
+        cells: number of tests at this step.
+        confidence: such as 0.95.
+
+    Returns:
+        The levels.
+    """
+    level: Array = (1 - confidence) / ((step + 1.0) * (step + 2.0)) / np.maximum(cells, 1)
+    return level
+
+
+def same_state(aligned: Aligned) -> tuple[Array, Array]:
+    """Finds the steps before which two runs are in the same state.
+
+    Args:
+        aligned: two runs.
+
+    Returns:
+        Whether it is the same, and the largest relative difference, (steps,) each; NaN if nothing is recorded.
+    """
+    rows = [np.concatenate([aligned.values(column) for column in _STATE], axis=1), aligned.losses()[:, None]]
+    first, second = np.concatenate(rows, axis=1)
+    with np.errstate(all="ignore"):
+        apart = np.abs(second - first) / np.maximum(np.abs(first), np.abs(second))
+    apart[first == second] = 0.0
+    one_sided = np.isfinite(first) != np.isfinite(second)
+    largest = np.fmax.reduce(apart, axis=0)
+    return (largest <= _SAME) & ~one_sided.any(axis=0), largest
+
+
+def of_pair(aligned: Aligned, measure: Measure) -> Differences:
+    """Compares two runs, by rounding at steps in the same state and by the spread over layers at the others.
+
+    Args:
+        aligned: two runs.
+        measure: what to compare.
+
+    Returns:
+        The differences.
+    """
+    raw = measure.raw(aligned)
+    first, second = measure.scaled(raw)
+    difference = second - first
+    same, apart = same_state(aligned)
+    rounding = np.fmax(_ROUNDING, _AMPLIFIED * np.where(same, apart, 0.0)) ** 2 + _of_features(aligned, measure)
+    spread, center, others = _without_each(difference)
+    sampling = (measure.error(aligned, raw) ** 2).sum(axis=0)
+    noise = spread**2 * (1 + 1 / np.maximum(others, 1))
+    variance = np.where(same, rounding, noise + sampling + NATURAL**2 + rounding)
+    with np.errstate(all="ignore"):
+        freedom = np.fmin(HEAVY, (others - 1) * (variance / noise) ** 2)
+    freedom = np.where(same, HEAVY, np.where(others >= 2, freedom, np.nan))
+    residual = np.where(same, difference, difference - center)
+    return Differences(np.where(np.isfinite(freedom), residual, np.nan), np.sqrt(variance), freedom)
+
+
+def _of_features(aligned: Aligned, measure: Measure) -> Array:
+    """Squared relative error of a feature update by rounding, (layers, steps); 0 for what needs no feature update."""
+    if not measure.quantity.guarded:
+        return np.zeros((len(aligned.layers), len(aligned.steps)))
+    with np.errstate(all="ignore"):
+        error = aligned.values("noise_floor") / aligned.values("relative_update")
+    return np.nan_to_num((error**2).max(axis=0), nan=0.0, posinf=np.finfo(float).max)
+
+
+def _without_each(difference: Array) -> tuple[Array, Array, Array]:
+    """Standard deviation, mean and number of the other layers, for each layer; each of shape (layers, steps)."""
+    given = np.isfinite(difference)
+    values = np.where(given, difference, 0.0)
+    values = values - _mean(values, given) * given  # sums of squares stay accurate
+    shift = np.where(given, difference, 0.0) - values
+    others = given.sum(axis=0) - given
+    with np.errstate(all="ignore"):
+        center = (values.sum(axis=0) - values) / others
+        squares = (values**2).sum(axis=0) - values**2 - others * center**2
+        spread = np.sqrt(np.maximum(squares, 0.0) / (others - 1))
+    return np.where(others >= 2, spread, 0.0), center + shift, others
+
+
+def _mean(values: Array, given: Array) -> Array:
+    mean: Array = values.sum(axis=0, keepdims=True) / np.maximum(given.sum(axis=0, keepdims=True), 1)
+    return mean
+
+
+def of_replicates(aligned: Aligned, measure: Measure, sides: Array) -> Differences:
+    """Compares two groups of runs, by the variance between the runs of a group.
+
+    Args:
+        aligned: the runs.
+        measure: what to compare.
+        sides: (runs,), whether a run belongs to the second group. One of the groups has at least two runs.
+
+    Returns:
+        The differences, with a last row for the median over layers.
+    """
+    values = with_median(measure.scaled(measure.raw(aligned)))
+    groups = [values[~sides], values[sides]]
+    counts = [np.isfinite(group).sum(axis=0) for group in groups]
+    means = [
+        np.where(np.isfinite(group), group, 0).sum(axis=0) / np.maximum(n, 1)
+        for group, n in zip(groups, counts, strict=True)
+    ]
+    squares = sum(np.nansum((group - mean) ** 2, axis=0) for group, mean in zip(groups, means, strict=True))
+    freedom = counts[0] + counts[1] - 2.0
+    with np.errstate(all="ignore"):
+        noise = squares / freedom * (1 / counts[0] + 1 / counts[1])
+        variance = noise + _ROUNDING**2 + with_median(_of_features(aligned, measure)[None])[0]
+        freedom = freedom * (variance / noise) ** 2
+    tested = (counts[0] > 0) & (counts[1] > 0) & (counts[0] + counts[1] > 2)
+    freedom = np.where(tested, np.fmin(freedom, 1e6), np.nan)
+    return Differences(np.where(tested, means[1] - means[0], np.nan), np.sqrt(variance), freedom)
+
+
+def with_median(values: Array) -> Array:
+    """Appends the median over layers to values (runs, layers, steps); NaN where no layer has one."""
+    given = np.isfinite(values).any(axis=1, keepdims=True)
+    median = np.nanmedian(np.where(given, values, 0.0), axis=1, keepdims=True)
+    return np.concatenate([values, np.where(given, median, np.nan)], axis=1)

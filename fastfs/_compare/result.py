@@ -1,0 +1,181 @@
+"""The result of a comparison of runs: what parts first, as text, table and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from fastfs._utils.extras import frame
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["ALL_LAYERS", "Comparison", "Parting"]
+
+ALL_LAYERS = "all layers"
+"""Name of the median over layers, which is tested with replicates."""
+
+_MANY = 1000.0  # standard errors that need no more digits
+
+
+@dataclass(frozen=True)
+class Parting:
+    """The first step at which a quantity of two sides differs by more than noise.
+
+    Attributes:
+        second: label of the run, or of the group of runs.
+        first: label of what it is compared with.
+        step: number of the optimizer step.
+        layer: name of the layer; ``"all layers"`` for the median over layers.
+        key: name of the quantity or ratio, such as ``"parameter_update_norm"``.
+        quantity: the same in words.
+        value: value of the second side, geometric mean of a group for ratios.
+        reference: value of the first side.
+        change: the factor between them or, if ``ratio`` is false, the difference; without the common change of all
+            layers where the noise is their spread.
+        ratio: whether ``change`` is a factor.
+        errors: size of the change in standard errors.
+        p: p-value of the single test.
+        noise: where the standard error comes from: ``"rounding"``, ``"layers"`` or ``"replicates"``.
+        others: number of other layers in which the quantity parts at the same step.
+    """
+
+    second: str
+    first: str
+    step: int
+    layer: str
+    key: str
+    quantity: str
+    value: float
+    reference: float
+    change: float
+    ratio: bool
+    errors: float
+    p: float
+    noise: str
+    others: int
+
+    def __str__(self) -> str:
+        what = f"x{self.change:.4g}" if self.ratio else f"{self.change:+.3g}"
+        return f"{self.quantity} of {self.layer}: {what} ({_errors(self.errors)} standard errors)"
+
+
+def _errors(errors: float) -> str:
+    return f"more than {_MANY:.0f}" if abs(errors) > _MANY else f"{abs(errors):.3g}"
+
+
+_NOISE = {
+    "rounding": "both runs were in the same state before this step, so the noise is rounding",
+    "layers": "the noise is the spread over the other layers, whose common change is removed",
+    "replicates": "the noise is the variance between runs of a group",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What :func:`fastfs.compare` found. ``str()`` says what parts first.
+
+    Attributes:
+        labels: of the runs of the first side.
+        against: of the runs of the second side; empty if every run is compared with the first one.
+        layers: names of the common layers.
+        steps: common measured steps.
+        equal: labels of the runs whose numbers are all equal to those of the first one.
+        same_state: labels of the runs that are in the same state as the first one before the first common step.
+        confidence: probability that runs of one setting raise no false alarm.
+        partings: for each run, the first parting of each quantity, in the order of steps; at equal steps, what
+            the optimizer determines comes first, then the earliest layer.
+        notes: what was left out, and which settings differ.
+    """
+
+    labels: tuple[str, ...]
+    against: tuple[str, ...]
+    layers: tuple[str, ...]
+    steps: tuple[int, ...]
+    equal: tuple[str, ...]
+    same_state: tuple[str, ...]
+    confidence: float
+    partings: tuple[Parting, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def first(self) -> Parting | None:
+        """The first parting of all runs; None if nothing parts."""
+        return min(self.partings, key=lambda parting: parting.step, default=None)
+
+    def of(self, label: str) -> tuple[Parting, ...]:
+        """Return the partings of one run.
+
+        Args:
+            label: of the run.
+
+        Returns:
+            Its partings, the first one first.
+        """
+        return tuple(parting for parting in self.partings if parting.second == label)
+
+    def to_frame(self) -> DataFrame:
+        """Return one row per parting, with the attributes of :class:`Parting` as columns.
+
+        Returns:
+            A DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        names = [field.name for field in dataclasses.fields(Parting)]
+        return frame({name: [getattr(parting, name) for parting in self.partings] for name in names})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as mappings, lists, texts and numbers.
+
+        Returns:
+            The attributes by name, and the text as ``verdict``.
+        """
+        return {"parted": bool(self.partings), "verdict": str(self).split("\n"), **dataclasses.asdict(self)}
+
+    def table(self) -> Table:
+        """Return the partings as a rich table."""
+        grid = Table(title="Where each quantity parts first", title_justify="left")
+        for column in ("run", "quantity", "step", "layer", "first", "second", "change", "standard errors", "layers"):
+            right = column not in ("run", "quantity", "layer")
+            grid.add_column(column, justify="right" if right else "left", overflow="fold")
+        for one in self.partings:
+            change = f"x{one.change:.4g}" if one.ratio else f"{one.change:+.3g}"
+            cells = (one.second, one.quantity, f"{one.step:,}", one.layer, f"{one.reference:.4g}", f"{one.value:.4g}")
+            grid.add_row(*map(escape, (*cells, change, _errors(one.errors), str(one.others + 1))))
+        return grid
+
+    def __str__(self) -> str:
+        """Return one line on what was compared, and one or two for each run."""
+        steps = f"{len(self.steps)} measured steps ({self.steps[0]:,} to {self.steps[-1]:,})"
+        lines = [f"{len(self.layers)} layers and {steps} in common; {1 - self.confidence:.2g} is the probability of a "]
+        lines[0] += "false alarm in all of it."
+        sides = [(", ".join(self.against), ", ".join(self.labels))] if self.against else []
+        for label, reference in sides or [(label, self.labels[0]) for label in self.labels[1:]]:
+            lines += self._about(label, reference)
+        return "\n".join(lines)
+
+    def _about(self, label: str, reference: str) -> list[str]:
+        head = f"{label} against {reference}"
+        if label in self.equal:
+            return [f"{head}: equal in every number."]
+        found = self.of(label)
+        same = " Both start in the same state." if label in self.same_state else ""
+        if not found:
+            return [f"{head}: nothing parts.{same}"]
+        one = found[0]
+        at_once = [other.quantity.lower() for other in found[1:] if other.step == one.step]
+        also = f" At this step also: {', '.join(at_once)}." if at_once else ""
+        more = f" (and {one.others} more layers)" if one.others else ""
+        return [f"{head}: part first at step {one.step:,}, {one}{more}; {_NOISE[one.noise]}.{also}{same}"]
+
+
+def finite_or_nan(value: float) -> float:
+    """Replace an infinite number."""
+    return value if math.isfinite(value) else math.nan
