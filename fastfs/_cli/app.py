@@ -124,6 +124,31 @@ def report(
         raise typer.Exit(1) from error
 
 
+@app.command(epilog="Exit status: 0 nothing parts, 1 something does, 2 the records cannot be compared.")
+def diff(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Records or folders of runs; PATH::ID names one of the runs of a record. A single record stands for "
+            "all of its runs. Each run is compared with the first one.",
+            metavar="RUN...",
+        ),
+    ],
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="A run of a second side; repeat it for more.", metavar="RUN")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Page with the runs side by side, and their differences.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Probability of no false alarm in all of the comparison.")] = 0.95,
+    json: Json = None,
+) -> None:
+    """Say which layer and which quantity of runs part first, at which step, by how many standard errors."""
+    from fastfs._compare.command import run_diff
+
+    raise typer.Exit(run_diff(runs, against or [], out=out, confidence=confidence, json=json))
+
+
 @app.command()
 def watch(
     run: Annotated[Path, typer.Argument(help="A record that is being written, or the folder of a run.", metavar="RUN")],

@@ -23,12 +23,12 @@ Paths = Sequence[str | os.PathLike[str]]
 def compare(runs: Paths, *, against: Paths = (), confidence: float = 0.95) -> Comparison:
     """Find out which layer and which quantity of runs of the same schedule part first.
 
-    Runs with the same seed and data part at the first step at which something else than rounding differs. Two runs
-    with different seeds differ in every number: a layer parts if it differs from the other ones by more than these
-    scatter, beyond the common change of all layers, which two such runs cannot show to be more than chance. Several
-    runs on a side show how much runs of one setting differ; then the common change is tested as well. Compared are the
-    numbers of measured steps that are valid in all runs: every quantity of the report page, and the ratios of a
-    layer's parameter update to its gradient and to its parameters. ``docs/compare.md`` explains the statistics.
+    Compared are the numbers of measured steps that are valid: every quantity of the report page, and the ratios of a
+    layer's parameter update to its gradient and to its parameters. Runs with the same seed and data part at the first
+    step at which anything differs by more than rounding. Two runs with different seeds differ in every number, so that
+    only the sizes of parameter updates are compared: a layer parts if it differs from the other ones by more than
+    these scatter, beyond their common factor. Several runs on a side show how much runs of one setting differ; then
+    every quantity is tested, and its median over layers. ``docs/compare.md`` explains the statistics.
 
     Args:
         runs: records or folders, as for :func:`fastfs.load`; ``PATH::ID`` names one of the runs of a record, otherwise
@@ -71,7 +71,7 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
     aligned = align(runs)
     labels = tuple(run.label for run in runs)
     split = len(runs) - against
-    equal, same = [], []
+    equal, same, untested = [], [], []
     partings: list[Parting] = []
     if against and split + against > 2:
         sides = np.arange(len(runs)) >= split
@@ -87,6 +87,7 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
             partings += _first_partings(found, pair, run.label, runs[0].label, "", level)
             same += [run.label] if same_state(pair)[0][0] else []
             equal += [run.label] if _equal(pair) else []
+            untested += [] if any(np.isfinite(one.found.p).any() for one in found) else [run.label]
     return Comparison(
         labels=labels[:split],
         against=labels[split:],
@@ -94,6 +95,7 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
         steps=tuple(int(step) for step in aligned.steps),
         equal=tuple(equal),
         same_state=tuple(same),
+        untested=tuple(untested),
         confidence=confidence,
         partings=tuple(partings),
         notes=aligned.notes,

@@ -27,12 +27,15 @@ class Measure:
         label: name in texts.
         quantity: the column.
         over: column by which it is divided.
+        direct: whether it is one of the sizes of a layer's parameter update, which the optimizer's settings determine
+            almost alone.
     """
 
     key: str
     label: str
     quantity: Quantity
     over: str | None = None
+    direct: bool = False
 
     @property
     def ratio(self) -> bool:
@@ -66,22 +69,6 @@ class Measure:
             frozen = (raw == 0) & (raw > 0).any(axis=0)
             return np.log(np.where(frozen, least, np.where(raw > 0, raw, np.nan)))
 
-    def error(self, aligned: Aligned, raw: Array) -> Array:
-        """Returns standard errors of :meth:`scaled` from sampling, 0 where none is recorded.
-
-        Args:
-            aligned: the runs.
-            raw: values (runs, layers, steps).
-
-        Returns:
-            Shape (runs, layers, steps).
-        """
-        if self.quantity.error is None or self.over is not None:
-            return np.zeros(raw.shape)
-        with np.errstate(all="ignore"):
-            relative = aligned.values(self.quantity.error) / (raw if self.ratio else _size(raw))
-        return np.nan_to_num(relative, nan=0.0, posinf=0.0, neginf=0.0)
-
 
 def _size(raw: Array) -> Array:
     """Root mean square over runs and layers, shape (1, 1, steps)."""
@@ -96,9 +83,9 @@ def _measures() -> tuple[Measure, ...]:
     update = known["parameter_update_norm"]
     # First what the optimizer's settings determine most directly: it names the cause rather than a consequence.
     first = (
-        Measure("update_per_gradient", "Parameter update / gradient", update, "gradient_norm"),
-        Measure("update_per_parameter", "Parameter update / parameter", update, "parameter_norm"),
-        Measure(update.key, update.label, update),
+        Measure("update_per_gradient", "Parameter update / gradient", update, "gradient_norm", direct=True),
+        Measure("update_per_parameter", "Parameter update / parameter", update, "parameter_norm", direct=True),
+        Measure(update.key, update.label, update, direct=True),
     )
     others = [Measure(q.key, q.label, q) for q in QUANTITIES if q.key != update.key and q.key not in _NOT_COMPARED]
     return (*first, *others)

@@ -5,9 +5,12 @@ Three situations give the standard error of a difference ``d`` of scaled values 
 * **Equal state.** Two runs with the same seed and data are equal, up to rounding, until something makes them part. If
   the sizes of features, backward vectors and gradients before a step agree in all layers, the only noise of
   this step is rounding.
-* **Spread over layers.** Otherwise the layer is compared with the other ones: their common factor is removed, and their
-  spread is the noise (an externally studentized residual). A difference in all layers alike does not show.
-* **Replicates.** With several runs on one side, the variance between them is the noise (a pooled t statistic).
+* **Spread over layers.** Otherwise two runs differ in every number, and only what the optimizer's settings determine
+  almost alone is compared, the sizes of parameter updates: the common factor of the other layers is removed. The noise
+  is the spread of the other layers (an externally studentized residual), and how much the layer itself changes against
+  the others from one measured step to the next. A difference in all layers alike does not show.
+* **Replicates.** With several runs on one side, the variance between them is the noise (a pooled t statistic), but at
+  least its median over layers, so that a variance that is small by chance does not count.
 
 Tails are those of Student's t with the degrees of freedom of the variance, by Satterthwaite's formula. Without
 replicates they are at most :data:`HEAVY`, because the noise of layers differs and has heavy tails.
@@ -113,20 +116,37 @@ def of_pair(aligned: Aligned, measure: Measure) -> Differences:
     Returns:
         The differences.
     """
-    raw = measure.raw(aligned)
-    first, second = measure.scaled(raw)
-    difference = second - first
+    values = measure.scaled(measure.raw(aligned))
+    difference = values[1] - values[0]
     same, apart = same_state(aligned)
     rounding = np.fmax(_ROUNDING, _AMPLIFIED * np.where(same, apart, 0.0)) ** 2 + _of_features(aligned, measure)
     spread, center, others = _without_each(difference)
-    sampling = (measure.error(aligned, raw) ** 2).sum(axis=0)
-    noise = spread**2 * (1 + 1 / np.maximum(others, 1))
-    variance = np.where(same, rounding, noise + sampling + NATURAL**2 + rounding)
+    spread = spread**2 * (1 + 1 / np.maximum(others, 1))
+    change, changes = _between_steps(values)
+    variance = np.where(same, rounding, spread + change + NATURAL**2 + rounding)
     with np.errstate(all="ignore"):
-        freedom = np.fmin(HEAVY, (others - 1) * (variance / noise) ** 2)
-    freedom = np.where(same, HEAVY, np.where(others >= 2, freedom, np.nan))
+        freedom = np.fmin(HEAVY, variance**2 / (spread**2 / (others - 1) + change**2 / changes))
+    told = same | (measure.direct & (others >= 2) & (changes > 0))
     residual = np.where(same, difference, difference - center)
-    return Differences(np.where(np.isfinite(freedom), residual, np.nan), np.sqrt(variance), freedom)
+    return Differences(
+        np.where(told, residual, np.nan), np.sqrt(variance), np.where(same, HEAVY, np.where(told, freedom, np.nan))
+    )
+
+
+def _between_steps(values: Array) -> tuple[Array, Array]:
+    """Variance of a difference of two runs, by how a layer changes against the others from step to step.
+
+    Args:
+        values: scaled values (2, layers, steps).
+
+    Returns:
+        The variance and its degrees of freedom, (layers, 1) each.
+    """
+    change = np.diff(values - _median(values), axis=2)
+    given = np.isfinite(change)
+    changes = given.sum(axis=(0, 2))[:, None]
+    squares = np.where(given, change, 0.0) ** 2
+    return squares.sum(axis=(0, 2))[:, None] / np.maximum(changes, 1), changes  # half of it twice, for two runs
 
 
 def _of_features(aligned: Aligned, measure: Measure) -> Array:
@@ -178,7 +198,9 @@ def of_replicates(aligned: Aligned, measure: Measure, sides: Array) -> Differenc
     squares = sum(np.nansum((group - mean) ** 2, axis=0) for group, mean in zip(groups, means, strict=True))
     freedom = counts[0] + counts[1] - 2.0
     with np.errstate(all="ignore"):
-        noise = squares / freedom * (1 / counts[0] + 1 / counts[1])
+        within = squares / freedom
+        within[~np.isfinite(within)] = np.nan
+        noise = np.fmax(within, _median(within[None, :-1])[0]) * (1 / counts[0] + 1 / counts[1])
         variance = noise + _ROUNDING**2 + with_median(_of_features(aligned, measure)[None])[0]
         freedom = freedom * (variance / noise) ** 2
     tested = (counts[0] > 0) & (counts[1] > 0) & (counts[0] + counts[1] > 2)
@@ -187,7 +209,11 @@ def of_replicates(aligned: Aligned, measure: Measure, sides: Array) -> Differenc
 
 
 def with_median(values: Array) -> Array:
-    """Appends the median over layers to values (runs, layers, steps); NaN where no layer has one."""
+    """Appends the median over layers to values (runs, layers, steps)."""
+    return np.concatenate([values, _median(values)], axis=1)
+
+
+def _median(values: Array) -> Array:
+    """Median over layers, (runs, 1, steps); NaN where no layer has a value."""
     given = np.isfinite(values).any(axis=1, keepdims=True)
-    median = np.nanmedian(np.where(given, values, 0.0), axis=1, keepdims=True)
-    return np.concatenate([values, np.where(given, median, np.nan)], axis=1)
+    return np.where(given, np.nanmedian(np.where(given, values, 0.0), axis=1, keepdims=True), np.nan)

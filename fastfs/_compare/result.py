@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +70,14 @@ def _errors(errors: float) -> str:
 
 _NOISE = {
     "rounding": "both runs were in the same state before this step, so the noise is rounding",
-    "layers": "the noise is the spread over the other layers, whose common change is removed",
+    "layers": "the noise is the spread over the other layers, whose common factor is removed",
     "replicates": "the noise is the variance between runs of a group",
 }
+
+_APART = (
+    "They start in different states (another seed, other data, or a late first measurement), so that only the sizes of "
+    "parameter updates are compared, layer against layer."
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Comparison:
         steps: common measured steps.
         equal: labels of the runs whose numbers are all equal to those of the first one.
         same_state: labels of the runs that are in the same state as the first one before the first common step.
+        untested: labels of the runs of which nothing can be said without replicates.
         confidence: probability that runs of one setting raise no false alarm.
         partings: for each run, the first parting of each quantity, in the order of steps; at equal steps, what
             the optimizer determines comes first, then the earliest layer.
@@ -99,6 +104,7 @@ class Comparison:
     steps: tuple[int, ...]
     equal: tuple[str, ...]
     same_state: tuple[str, ...]
+    untested: tuple[str, ...]
     confidence: float
     partings: tuple[Parting, ...]
     notes: tuple[str, ...]
@@ -154,8 +160,10 @@ class Comparison:
     def __str__(self) -> str:
         """Return one line on what was compared, and one or two for each run."""
         steps = f"{len(self.steps)} measured steps ({self.steps[0]:,} to {self.steps[-1]:,})"
-        lines = [f"{len(self.layers)} layers and {steps} in common; {1 - self.confidence:.2g} is the probability of a "]
-        lines[0] += "false alarm in all of it."
+        lines = [
+            f"{len(self.layers)} layers and {steps} in common; a false alarm in any of them has a probability of at most "
+            f"{1 - self.confidence:.2g}."
+        ]
         sides = [(", ".join(self.against), ", ".join(self.labels))] if self.against else []
         for label, reference in sides or [(label, self.labels[0]) for label in self.labels[1:]]:
             lines += self._about(label, reference)
@@ -166,16 +174,13 @@ class Comparison:
         if label in self.equal:
             return [f"{head}: equal in every number."]
         found = self.of(label)
-        same = " Both start in the same state." if label in self.same_state else ""
+        if label in self.untested:
+            return [f"{head}: nothing can be said. {_APART} Fewer than three layers have them; give more runs."]
+        how = "" if self.against else "Both start in the same state." if label in self.same_state else _APART
         if not found:
-            return [f"{head}: nothing parts.{same}"]
+            return [f"{head}: nothing parts. {how}".rstrip()]
         one = found[0]
         at_once = [other.quantity.lower() for other in found[1:] if other.step == one.step]
         also = f" At this step also: {', '.join(at_once)}." if at_once else ""
         more = f" (and {one.others} more layers)" if one.others else ""
-        return [f"{head}: part first at step {one.step:,}, {one}{more}; {_NOISE[one.noise]}.{also}{same}"]
-
-
-def finite_or_nan(value: float) -> float:
-    """Replace an infinite number."""
-    return value if math.isfinite(value) else math.nan
+        return [f"{head}: part first at step {one.step:,}, {one}{more}; {_NOISE[one.noise]}.{also} {how}".rstrip()]
