@@ -6,9 +6,10 @@ For each seed and parametrization, nine residual MLPs of 3 widths and 3 depths a
 records are judged together. The parametrizations:
 
 * SP: standard, with initial variance 1/fan_in and the same learning rate for all matrices and sizes.
-* muP: SP's depth with muP's widths: hidden learning rates and the output like 1/width.
-* CompleteP (Dey et al., arXiv 2505.01618, table 1 with alpha = 1): muP, branches times 1/depth, epsilon and weight decay
-  of AdamW adjusted; rates of biases and norms do not depend on the size.
+* muP: hidden learning rates and the output like 1/width, branches times 1/sqrt(depth): stable, but not transferring over
+  depth with the learning rates of AdamW.
+* CompleteP (Dey et al., arXiv 2505.01618, table 1 with alpha = 1): muP with branches times 1/depth, epsilon and weight
+  decay of AdamW adjusted; rates of biases and norms do not depend on the size.
 
 The exit status is 1 unless at least 95 % of the seeds give FAIL for SP, PASS for CompleteP, and for muP PASS over width.
 """
@@ -28,11 +29,14 @@ from benchmarks.harness import print_table
 from fastfs._reproduce.data import digits, minibatches
 from fastfs.scaling import transfer
 
-WIDTHS, DEPTHS = (64, 128, 256), (4, 8, 16)
-BASE_WIDTH, BASE_DEPTH = 64, 4
+WIDTHS, DEPTHS = (64, 128, 256), (8, 16, 32)
+BASE_WIDTH, BASE_DEPTH = 64, 8
+HEAD = (
+    0.25  # times the output layer's usual std: the outputs of narrow networks then start near 0 as those of wide ones
+)
 RULES = ("SP", "muP", "CompleteP")
 LR, WEIGHT_DECAY, EPS = 1e-3, 0.01, 1e-8
-STEPS, EVERY, BATCH = 21, 5, 256
+STEPS, EVERY, BATCH = 16, 3, 256
 
 
 class Branch(nn.Module):
@@ -60,14 +64,14 @@ class ResidualMLP(nn.Module):
     def __init__(self, width: int, depth: int, rule: str) -> None:
         super().__init__()
         self.stem = nn.Linear(64, width)
-        scale = BASE_DEPTH / depth if rule == "CompleteP" else 1.0
+        scale = {"SP": 1.0, "muP": depth**-0.5, "CompleteP": 1 / depth}[rule]
         self.blocks = nn.ModuleList(Branch(width, scale) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, 10)
         self.output_scale = 1.0 if rule == "SP" else BASE_WIDTH / width
         nn.init.normal_(self.stem.weight, std=64**-0.5)
         nn.init.zeros_(self.stem.bias)
-        nn.init.normal_(self.head.weight, std=width**-0.5 if rule == "SP" else BASE_WIDTH**-0.5)
+        nn.init.normal_(self.head.weight, std=HEAD * (width if rule == "SP" else BASE_WIDTH) ** -0.5)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, inputs: Tensor) -> Tensor:

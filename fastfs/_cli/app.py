@@ -272,5 +272,35 @@ def scaling_check(
     )
 
 
+@app.command(
+    epilog="Exit status: 0 all quantities pass, 1 one fails, 3 some are unclear, 2 the records cannot be judged."
+)
+def transfer(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Records or folders of runs of different width and depth. A single record stands for all of its runs.",
+            metavar="RUN...",
+        ),
+    ],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Width and depth of a run; by default the entries width and depth of its metadata.",
+            metavar="RUN=WIDTH,DEPTH",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of measured steps, from the first; default is all in common.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Permitted deviation of an exponent from 0.")] = 0.15,
+    json: Json = None,
+) -> None:
+    """Judge from records which quantities change with width or depth, so that hyper-parameters do not transfer."""
+    from fastfs.scaling._transfer_command import run_transfer
+
+    raise typer.Exit(run_transfer(runs, size or [], json=json, steps=steps, tolerance=tolerance))
+
+
 if __name__ == "__main__":
     app()

@@ -64,8 +64,8 @@ class Parting:
         return f"{self.quantity} of {self.layer}: {what} ({_errors(self.errors)} standard errors)"
 
 
-def _errors(errors: float) -> str:
-    return f"more than {_MANY:.0f}" if abs(errors) > _MANY else f"{abs(errors):.3g}"
+def _errors(errors: float, more: str = "more than ") -> str:
+    return f"{more}{_MANY:.0f}" if abs(errors) > _MANY else f"{abs(errors):.3g}"
 
 
 _NOISE = {
@@ -146,15 +146,17 @@ class Comparison:
         return {"parted": bool(self.partings), "verdict": str(self).split("\n"), **dataclasses.asdict(self)}
 
     def table(self) -> Table:
-        """Return the partings as a rich table."""
+        """Return the partings as a rich table; ``errors`` is the size of the change in standard errors."""
+        several = len({one.second for one in self.partings}) > 1
         grid = Table(title="Where each quantity parts first", title_justify="left")
-        for column in ("run", "quantity", "step", "layer", "first", "second", "change", "standard errors", "layers"):
-            right = column not in ("run", "quantity", "layer")
-            grid.add_column(column, justify="right" if right else "left", overflow="fold")
+        for column in (*["run"][:several], "quantity", "layer"):
+            grid.add_column(column, overflow="fold")
+        for column in ("step", "first", "second", "change", "errors"):
+            grid.add_column(column, justify="right", no_wrap=True)
         for one in self.partings:
             change = f"x{one.change:.4g}" if one.ratio else f"{one.change:+.3g}"
-            cells = (one.second, one.quantity, f"{one.step:,}", one.layer, f"{one.reference:.4g}", f"{one.value:.4g}")
-            grid.add_row(*map(escape, (*cells, change, _errors(one.errors), str(one.others + 1))))
+            numbers = (f"{one.step:,}", f"{one.reference:.3g}", f"{one.value:.3g}", change, _errors(one.errors, ">"))
+            grid.add_row(*map(escape, (*[one.second][:several], one.quantity, one.layer, *numbers)))
         return grid
 
     def __str__(self) -> str:

@@ -55,8 +55,8 @@ def transfer(
 
     Of every run, the geometric mean over its first measured steps is taken. Judged are the rms of features (SP) and of
     their update (FL), both of the last watched layer and as geometric mean over layers, the sensitivity, which is the
-    update's rms per aligned decrease (FL), the aligned decrease at the last layer (LD), and |g| |dw| of the later half
-    of layers over that of the earlier half (BC). Each should scale as size^0. An exponent over width has a constant for
+    update's rms per aligned decrease (FL), the aligned decrease at the last layer (LD), and the median of |g| |dw|
+    over the later half of layers over that of the earlier half, without the first one (BC). Each should scale as size^0. An exponent over width has a constant for
     each depth, and conversely. It passes if its confidence interval lies within the tolerance, fails if it lies outside
     at a twentieth of the error probability, too, and is unclear otherwise. The geometric mean over layers of every other
     quantity of the report is fitted for information.
@@ -165,7 +165,8 @@ def _judged_values(run: RecordedRun, steps: Array) -> dict[_Judged, float]:
     speed = _logs(run, "update_rms", steps, guarded=True)
     decrease = _logs(run, "aligned_decrease", steps, guarded=False)[-1]
     sizes = [_logs(run, f"{what}_norm", steps, guarded=False) for what in ("gradient", "parameter_update")]
-    contribution, half = sizes[0] + sizes[1], len(run.layers) // 2
+    contribution = (sizes[0] + sizes[1])[1:]  # without the first layer, whose parameters include the input layer
+    half = len(contribution) // 2
     logs = {
         _SIZE: size[-1],
         _MEAN_SIZE: _over_layers(size),
@@ -174,7 +175,7 @@ def _judged_values(run: RecordedRun, steps: Array) -> dict[_Judged, float]:
         _SENSITIVITY: speed[-1] - decrease,
         _DECREASE: decrease,
     }
-    if half:  # medians are robust to one odd layer, such as the first one with the input layer
+    if half:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a layer without own parameters at any step
             logs[_BALANCE] = np.nanmedian(contribution[-half:], axis=0) - np.nanmedian(contribution[:half], axis=0)
@@ -218,6 +219,4 @@ def _verdict(
     verb = "grows" if fit.exponent > 0 else "falls"
     text = f"{quantity.name} {verb} like {axis}^{fit.exponent:+.2f}: {quantity.advice}"
     seeds = None if factor is None else factor * len(values)
-    return Verdict(
-        quantity.desideratum, quantity.name, axis, fit, status, seeds, text if status is Status.FAIL else ""
-    )
+    return Verdict(quantity.desideratum, quantity.name, axis, fit, status, seeds, text if status is Status.FAIL else "")
