@@ -1,4 +1,4 @@
-"""Measure how often ``fastfs.compare`` names a changed learning rate of one layer, and how often it raises false alarms.
+"""Measure how often ``fastfs.compare`` names a changed learning rate of one layer, and how often it is wrong.
 
     python -m benchmarks.compare.diff [--json FILE] [--seeds N]
 

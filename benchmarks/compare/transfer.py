@@ -2,16 +2,16 @@
 
     python -m benchmarks.compare.transfer [--json FILE] [--seeds N]
 
-For each seed and parametrization, nine residual MLPs of 3 widths and 3 depths are trained on digits with AdamW, and their
-records are judged together. The parametrizations:
+For each seed and parametrization, nine residual MLPs of 3 widths and 3 depths are trained on digits with AdamW, and
+their records are judged together. The parametrizations:
 
 * SP: standard, with initial variance 1/fan_in and the same learning rate for all matrices and sizes.
-* muP: hidden learning rates and the output like 1/width, branches times 1/sqrt(depth): stable, but not transferring over
-  depth with the learning rates of AdamW.
-* CompleteP (Dey et al., arXiv 2505.01618, table 1 with alpha = 1): muP with branches times 1/depth, epsilon and weight
-  decay of AdamW adjusted; rates of biases and norms do not depend on the size.
+* muP: hidden learning rates and the output like 1/width, branches times 1/sqrt(depth): stable, but not transferring
+  over depth with the learning rates of AdamW.
+* CompleteP (Dey et al., arXiv 2505.01618, alpha = 1): muP with branches times 1/depth, epsilon and weight decay of
+  AdamW adjusted; rates of biases and norms do not depend on the size.
 
-The exit status is 1 unless at least 95 % of the seeds give FAIL for SP, PASS for CompleteP, and for muP PASS over width.
+The exit status is 1 unless at least 95 % of the seeds give FAIL for SP, and PASS for CompleteP and for muP over width.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ class Measure:
         """Whether runs are compared by the ratio of their values, otherwise by the difference."""
         return self.quantity.log
 
-    def raw(self, aligned: Aligned) -> Array:
-        """Returns the values, shape (runs, layers, steps), NaN where one is missing or not valid."""
-        values = aligned.values(self.quantity.key, guarded=self.quantity.guarded)
+    def raw(self, aligned: Aligned, *, valid: bool = True) -> Array:
+        """Returns the values, shape (runs, layers, steps), NaN where one is missing or, if asked for, not valid."""
+        values = aligned.values(self.quantity.key, guarded=valid and self.quantity.guarded)
         with np.errstate(all="ignore"):
             values = values / aligned.values(self.over) if self.over else values
         values[~np.isfinite(values)] = np.nan

@@ -59,9 +59,15 @@ class Parting:
     noise: str
     others: int
 
+    @property
+    def change_text(self) -> str:
+        """The change as a factor or, near 1, in percent; a difference with its sign."""
+        if not self.ratio:
+            return f"{self.change:+.3g}"
+        return f"{100 * (self.change - 1):+.2g} %" if abs(self.change - 1) < 0.01 else f"x{self.change:.4g}"
+
     def __str__(self) -> str:
-        what = f"x{self.change:.4g}" if self.ratio else f"{self.change:+.3g}"
-        return f"{self.quantity} of {self.layer}: {what} ({_errors(self.errors)} standard errors)"
+        return f"{self.quantity} of {self.layer}: {self.change_text} ({_errors(self.errors)} standard errors)"
 
 
 def _errors(errors: float, more: str = "more than ") -> str:
@@ -154,8 +160,8 @@ class Comparison:
         for column in ("step", "first", "second", "change", "errors"):
             grid.add_column(column, justify="right", no_wrap=True)
         for one in self.partings:
-            change = f"x{one.change:.4g}" if one.ratio else f"{one.change:+.3g}"
-            numbers = (f"{one.step:,}", f"{one.reference:.3g}", f"{one.value:.3g}", change, _errors(one.errors, ">"))
+            values = (f"{one.step:,}", f"{one.reference:.3g}", f"{one.value:.3g}")
+            numbers = (*values, one.change_text, _errors(one.errors, ">"))
             grid.add_row(*map(escape, (*[one.second][:several], one.quantity, one.layer, *numbers)))
         return grid
 
@@ -163,8 +169,8 @@ class Comparison:
         """Return one line on what was compared, and one or two for each run."""
         steps = f"{len(self.steps)} measured steps ({self.steps[0]:,} to {self.steps[-1]:,})"
         lines = [
-            f"{len(self.layers)} layers and {steps} in common; a false alarm in any of them has a probability of at most "
-            f"{1 - self.confidence:.2g}."
+            f"{len(self.layers)} layers and {steps} in common; a false alarm in any of them has a probability of at "
+            f"most {1 - self.confidence:.2g}."
         ]
         sides = [(", ".join(self.against), ", ".join(self.labels))] if self.against else []
         for label, reference in sides or [(label, self.labels[0]) for label in self.labels[1:]]:

@@ -77,7 +77,7 @@ class Aligned:
         found = np.full((len(self.runs), len(self.layers), len(self.steps)), np.nan)
         for values, run in zip(found, self.runs, strict=True):
             if column in run.grid.columns:
-                where = self._places(run)
+                where = self.places(run)
                 values[:] = run.grid.columns[column][where]
                 if guarded:
                     values[run.grid.invalid[where]] = np.nan
@@ -87,7 +87,8 @@ class Aligned:
         """Returns the logged losses, shape (runs, steps), NaN where there is none."""
         return np.stack([run.grid.loss[np.searchsorted(run.grid.steps, self.steps)] for run in self.runs])
 
-    def _places(self, run: RecordedRun) -> tuple[Array, ...]:
+    def places(self, run: RecordedRun) -> tuple[Array, ...]:
+        """Returns the places of the common layers and steps in the grid of a run, to index it with."""
         rows = np.array([run.layers.index(name) for name in self.layers])
         return np.ix_(rows, np.searchsorted(run.grid.steps, self.steps))
 
@@ -99,7 +100,7 @@ def read_runs(records: Sequence[str | os.PathLike[str]]) -> list[RecordedRun]:
         records: records or folders of runs, as for :func:`fastfs.load`. ``PATH::ID`` names one of the runs of a record.
 
     Returns:
-        The runs, in this order, with different labels.
+        The runs, in this order, with different labels: their paths without the folders that all share.
 
     Raises:
         ImportError: pandas is not installed.
@@ -108,6 +109,7 @@ def read_runs(records: Sequence[str | os.PathLike[str]]) -> list[RecordedRun]:
     """
     load_extra("pandas", "scaling", "a comparison of runs")
     found: list[RecordedRun] = []
+    shared = _shared_folder([os.fspath(record).partition("::")[0] for record in records])
     for record in records:
         path, _, run = os.fspath(record).partition("::")
         table = load_compact(find_record(path), UNUSED)
@@ -115,14 +117,23 @@ def read_runs(records: Sequence[str | os.PathLike[str]]) -> list[RecordedRun]:
         if run and run not in headers:
             raise ValueError(f"{path}: no run {run!r} in the record; it has: {', '.join(list(headers)[-20:])}")
         chosen = [run] if run else list(headers) if len(records) == 1 else list(headers)[-1:]
-        several = len(headers) > 1
-        found += [_run(table, headers[one], f"{path}::{one}" if several else path) for one in chosen]
+        label = path[shared:]
+        found += [_run(table, headers[one], f"{label}::{one}" if len(headers) > 1 else label) for one in chosen]
     named: dict[str, str] = {}
     for one in found:
         if one.run in named:
             raise ValueError(f"{one.label} and {named[one.run]} are the same run, {one.run}")
         named[one.run] = one.label
     return found
+
+
+def _shared_folder(paths: Sequence[str]) -> int:
+    """Number of characters of the folders that all paths begin with."""
+    folders = [path.split(os.sep)[:-1] for path in paths]
+    shared = 0
+    while len(paths) > 1 and all(len(own) > shared and own[shared] == folders[0][shared] for own in folders):
+        shared += 1
+    return len(os.sep.join([*folders[0][:shared], ""])) if shared else 0
 
 
 def _run(table: Any, header: Mapping[str, Any], label: str) -> RecordedRun:

@@ -55,11 +55,11 @@ def transfer(
 
     Of every run, the geometric mean over its first measured steps is taken. Judged are the rms of features (SP) and of
     their update (FL), both of the last watched layer and as geometric mean over layers, the sensitivity, which is the
-    update's rms per aligned decrease (FL), the aligned decrease at the last layer (LD), and the median of |g| |dw|
-    over the later half of layers over that of the earlier half, without the first one (BC). Each should scale as size^0. An exponent over width has a constant for
-    each depth, and conversely. It passes if its confidence interval lies within the tolerance, fails if it lies outside
-    at a twentieth of the error probability, too, and is unclear otherwise. The geometric mean over layers of every other
-    quantity of the report is fitted for information.
+    update's rms per aligned decrease (FL), the aligned decrease at the last layer (LD), and the median of |g| |dw| over
+    the later half of layers against that over the earlier half, without the first layer (BC). Each should scale as
+    size^0. An exponent over width has a constant for each depth, and conversely. It passes if its confidence interval
+    lies within the tolerance, fails if it lies outside at a twentieth of the error probability, too, and is unclear
+    otherwise. The geometric mean over layers of every other quantity of the report is fitted for information.
 
     Args:
         records: one run each, as for :func:`fastfs.compare`, with the same layers up to their number.
@@ -85,10 +85,10 @@ def transfer(
             raise ValueError(f"{name}: expected a number between 0 and 1, got {number}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
-    if sizes is not None and len(sizes) != len(records):
-        raise ValueError(f"sizes: expected one for every record, got {len(sizes)} for {len(records)} records")
     stats()  # report a missing scipy before reading
     runs = read_runs(records)
+    if sizes is not None and len(sizes) != len(runs):
+        raise ValueError(f"sizes: expected one for every run, got {len(sizes)} for {len(runs)} runs")
     given = [None] * len(runs) if sizes is None else list(sizes)
     found = [_size(run, size) for run, size in zip(runs, given, strict=True)]
     shared = _common_steps(runs)[:steps]
@@ -96,8 +96,8 @@ def transfer(
     if not axes:
         widths, depths = (sorted({size[i] for size in found}) for i in (0, 1))
         raise ValueError(
-            f"an exponent with an interval requires at least 3 different sizes, got the widths {_sizes(widths)} and the "
-            f"depths {_sizes(depths)}"
+            f"an exponent with an interval requires at least 3 different sizes, got the widths {_few(widths)} and the "
+            f"depths {_few(depths)}"
         )
     judged = [_judged_values(run, shared) for run in runs]
     informed = [_other_values(run, shared) for run in runs]
@@ -135,6 +135,10 @@ def _size(run: RecordedRun, given: tuple[float | None, float | None] | None) -> 
             raise ValueError(f"{run.label}: expected a positive {axis}, got {value!r}")
         numbers.append(float(value))
     return numbers[0], numbers[1]
+
+
+def _few(numbers: Sequence[float]) -> str:
+    return ", ".join(f"{number:g}" for number in numbers[:8]) + (", ..." if len(numbers) > 8 else "")
 
 
 def _common_steps(runs: Sequence[RecordedRun]) -> Array:

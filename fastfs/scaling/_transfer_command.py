@@ -56,6 +56,13 @@ def run_transfer(records: Sequence[str], given: Sequence[str], *, json: Path | N
 def _sizes(records: Sequence[str], given: Sequence[str]) -> list[_Given | None] | None:
     """The size of each record, or None if none is given, so that a single record may stand for all of its runs.
 
+    Args:
+        records: as given on the command line.
+        given: values of ``--size``.
+
+    Returns:
+        The sizes, None for a record of which none is given.
+
     Raises:
         ValueError: not in this form, or of a record that is not among the arguments.
     """
