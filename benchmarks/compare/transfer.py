@@ -31,10 +31,9 @@ from fastfs.scaling import transfer
 
 WIDTHS, DEPTHS = (64, 128, 256), (8, 16, 32)
 BASE_WIDTH, BASE_DEPTH = 64, 8
-HEAD = (
-    0.25  # times the output layer's usual std: the outputs of narrow networks then start near 0 as those of wide ones
-)
+HEAD = 0.25  # times the usual std of the output layer, so that narrow networks start near 0 as wide ones do
 RULES = ("SP", "muP", "CompleteP")
+OUTER = 0.5  # the same for the second matrix of branches, whose random part falls like 1/depth in CompleteP
 LR, WEIGHT_DECAY, EPS = 1e-3, 0.01, 1e-8
 STEPS, EVERY, BATCH = 16, 3, 256
 
@@ -49,7 +48,7 @@ class Branch(nn.Module):
         self.outer = nn.Linear(width, width)
         self.scale = scale
         nn.init.normal_(self.inner.weight, std=(2 / width) ** 0.5)
-        nn.init.normal_(self.outer.weight, std=width**-0.5)
+        nn.init.normal_(self.outer.weight, std=OUTER * width**-0.5)
         nn.init.zeros_(self.inner.bias)
         nn.init.zeros_(self.outer.bias)
 

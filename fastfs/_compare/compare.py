@@ -71,21 +71,23 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
     aligned = align(runs)
     labels = tuple(run.label for run in runs)
     split = len(runs) - against
-    equal, same, untested = [], [], []
+    equal, same_at_first, untested = [], [], []
     partings: list[Parting] = []
     if against and split + against > 2:
         sides = np.arange(len(runs)) >= split
         found = [_Tested(measure, of_replicates(aligned, measure, sides), sides, aligned) for measure in MEASURES]
         names = ", ".join(labels[split:]), ", ".join(labels[:split])
-        partings = list(_first_partings(found, aligned, *names, "replicates", confidence))
+        partings = list(_first_partings(found, aligned, *names, ["replicates"] * len(aligned.steps), confidence))
     else:
         level = 1 - (1 - confidence) / (len(runs) - 1)
         for run in runs[1:]:
             pair = Aligned((runs[0], run), aligned.layers, aligned.steps, ())
             sides = np.array([False, True])
-            found = [_Tested(measure, of_pair(pair, measure), sides, pair) for measure in MEASURES]
-            partings += _first_partings(found, pair, run.label, runs[0].label, "", level)
-            same += [run.label] if same_state(pair)[0][0] else []
+            state = same_state(pair)
+            found = [_Tested(measure, of_pair(pair, measure, state), sides, pair) for measure in MEASURES]
+            noises = ["rounding" if same else "layers" for same in state[0]]
+            partings += _first_partings(found, pair, run.label, runs[0].label, noises, level)
+            same_at_first += [run.label] if state[0][0] else []
             equal += [run.label] if _equal(pair) else []
             untested += [] if any(np.isfinite(one.found.p).any() for one in found) else [run.label]
     return Comparison(
@@ -94,16 +96,27 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
         layers=aligned.layers,
         steps=tuple(int(step) for step in aligned.steps),
         equal=tuple(equal),
-        same_state=tuple(same),
+        same_state=tuple(same_at_first),
         untested=tuple(untested),
         confidence=confidence,
         partings=tuple(partings),
-        notes=aligned.notes,
+        notes=(*aligned.notes, *_missing(aligned)),
     )
 
 
+def _missing(aligned: Aligned) -> Iterator[str]:
+    """Says from which step on a run has no numbers where the first one has, as after it diverged."""
+    given = np.isfinite(np.stack([measure.raw(aligned, valid=False) for measure in MEASURES])).any(axis=(0, 2))
+    for run, own in zip(aligned.runs[1:], given[1:], strict=True):
+        lost = given[0] & ~own
+        if lost.any():
+            step = aligned.steps[int(np.argmax(lost))]
+            yield f"{run.label}: numbers are missing from step {step:,} on that {aligned.runs[0].label} has"
+
+
 def _equal(pair: Aligned) -> bool:
-    return all(np.array_equal(*measure.raw(pair), equal_nan=True) for measure in MEASURES)
+    values = [measure.raw(pair) for measure in MEASURES]
+    return all(np.array_equal(first, second, equal_nan=True) for first, second in values)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class _Tested:
 
 
 def _first_partings(
-    tested: Sequence[_Tested], aligned: Aligned, second: str, first: str, noise: str, confidence: float
+    tested: Sequence[_Tested], aligned: Aligned, second: str, first: str, noises: Sequence[str], confidence: float
 ) -> Iterator[Parting]:
     """Yields the first parting of each quantity, those of the first step first.
 
@@ -139,7 +152,6 @@ def _first_partings(
     if not cells.any() and not any(np.isfinite(one.measure.raw(aligned)).all(axis=0).any() for one in tested):
         raise ValueError(f"{second} and {first}: no number is present and valid in both at a common layer and step")
     parted = p < level_of(np.arange(len(cells)), cells, confidence)
-    same = None if noise else same_state(aligned)[0]
     firsts = [(int(np.argmax(own.any(axis=0))), i) for i, own in enumerate(parted) if own.any()]
     for step, i in sorted(firsts):
         one, layers = tested[i], np.flatnonzero(parted[i][:, step])
@@ -147,7 +159,6 @@ def _first_partings(
         reference, value = one.values(layer, step)
         difference = float(one.found.difference[layer, step])
         change = float(np.exp(difference)) if one.measure.ratio else value - reference
-        kind = noise or ("rounding" if same is not None and same[step] else "layers")
         yield Parting(
             second=second,
             first=first,
@@ -161,6 +172,6 @@ def _first_partings(
             ratio=one.measure.ratio,
             errors=float(one.found.errors[layer, step]),
             p=float(p[i, layer, step]),
-            noise=kind,
+            noise=noises[step],
             others=len(layers) - 1,
         )

@@ -89,7 +89,8 @@ class Aligned:
 
     def places(self, run: RecordedRun) -> tuple[Array, ...]:
         """Returns the places of the common layers and steps in the grid of a run, to index it with."""
-        rows = np.array([run.layers.index(name) for name in self.layers])
+        row_of = {name: row for row, name in enumerate(run.layers)}
+        rows = np.array([row_of[name] for name in self.layers])
         return np.ix_(rows, np.searchsorted(run.grid.steps, self.steps))
 
 
@@ -163,7 +164,8 @@ def align(runs: Sequence[RecordedRun]) -> Aligned:
         if not len(run.grid.steps):
             raise ValueError(f"{run.label}: the run has no measured rows yet")
     first = runs[0]
-    layers = tuple(name for name in first.layers if all(name in run.layers for run in runs))
+    others = [set(run.layers) for run in runs[1:]]
+    layers = tuple(name for name in first.layers if all(name in own for own in others))
     if not layers:
         raise ValueError(
             "the runs have no layer in common: " + "; ".join(f"{r.label} has {_some(r.layers)}" for r in runs)
@@ -178,9 +180,9 @@ def align(runs: Sequence[RecordedRun]) -> Aligned:
 
 
 def _notes(runs: Sequence[RecordedRun], layers: Sequence[str], steps: Array) -> list[str]:
-    said = []
+    said, common = [], set(layers)
     for run in runs:
-        others = [name for name in run.layers if name not in layers]
+        others = [name for name in run.layers if name not in common]
         if others:
             said.append(f"{run.label}: left out {_some(others)}, which not every run has")
         if len(run.grid.steps) > len(steps):

@@ -116,7 +116,7 @@ def _quantity(measure: Measure) -> Quantity:
 
 def _facts(aligned: Aligned) -> list[list[str]]:
     """Rows of the table of settings: name, then the text of each run; those that differ first."""
-    each = [dict(map(tuple, header_facts(run.header))) for run in aligned.runs]
+    each = [{key: text for key, text in header_facts(run.header)} for run in aligned.runs]  # noqa: C416 - lists of two
     keys = list(dict.fromkeys(key for facts in each for key in facts))
     rows = [[key, *(facts.get(key, "-") for facts in each)] for key in keys]
     return sorted(rows, key=lambda row: len(set(row[1:])) == 1)
