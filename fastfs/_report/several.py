@@ -15,7 +15,7 @@ from fastfs._compare.runs import Aligned, RecordedRun, align
 from fastfs._record.reading.confidence import LARGEST_FACTOR, SHARE, WINDOW
 from fastfs._report.grids import Grid, Thinned, empty_grid, thin
 from fastfs._report.page import header_facts, packed, render, room
-from fastfs._report.quantities import Quantity
+from fastfs._report.quantities import QUANTITIES, Quantity
 from fastfs._utils.output_files import write_whole
 
 __all__ = ["comparison_page", "write_comparison"]
@@ -55,7 +55,7 @@ def comparison_page(runs: Sequence[RecordedRun], comparison: Comparison) -> str:
     """
     aligned = align(runs)
     aligned = dataclasses.replace(aligned, runs=aligned.runs[:_MOST_RUNS])
-    measures = sorted(MEASURES, key=lambda one: one.over is not None)
+    measures = sorted(MEASURES, key=lambda one: (one.over is not None, QUANTITIES.index(one.quantity)))
     columns = {one.key: one.raw(aligned, valid=False).astype(np.float32) for one in measures}
     shown = [one for one in measures if np.isfinite(columns[one.key]).any()]
     grids = [_grid(aligned, i, {one.key: columns[one.key][i] for one in shown}) for i in range(len(aligned.runs))]

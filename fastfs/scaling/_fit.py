@@ -133,10 +133,11 @@ def fit_exponent(
     inner = _centered(x, labels)
     if not any(inner):
         raise ValueError("expected different sizes within a block, got one size in each")
-    fit = stats().linregress(inner, _centered(y, labels))
-    spread = math.sqrt((len(sizes) - 2) / freedom)  # linregress knows of one constant
-    half = float(stats().t.ppf((1 + confidence) / 2, freedom) * fit.stderr * spread)
-    slope = float(fit.slope)
+    outer = _centered(y, labels)
+    square = math.fsum(a * a for a in inner)
+    slope = math.fsum(a * b for a, b in zip(inner, outer, strict=True)) / square
+    rest = math.fsum((b - slope * a) ** 2 for a, b in zip(inner, outer, strict=True))
+    half = float(stats().t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(rest / freedom / square)
     constant = math.exp(math.fsum(y) / len(y) - slope * math.fsum(x) / len(x))
     return Exponent(slope, slope - half, slope + half, constant, len(sizes), different, confidence, number)
 

@@ -75,7 +75,7 @@ function drawDifference() {
   $("difference-title").textContent = q.log ? `Factor between the runs: ${against}` : `Difference of the runs: ${against}`;
   $("difference-about").textContent = q.log ? "Red: larger than in the first run; blue: smaller." : "Red: above the first run; blue: below.";
   const { traces, layout, notes } = heatFigure(differenceOf(q, state.second), rows, { log: false, range: RANGE, showInvalid: state.showInvalid });
-  const most = Math.max(Math.abs(traces[0].zmin), Math.abs(traces[0].zmax), 1e-12);
+  const most = Math.max(Math.abs(traces[0].zmin), Math.abs(traces[0].zmax), q.log ? 0.004 : 1e-12); // 0.004: a factor of 1.01
   Object.assign(traces[0], { zmin: -most, zmax: most, colorscale: isDark() ? DARK_DIVERGING : DIVERGING });
   if (q.log) { const at = [-1, -0.5, 0, 0.5, 1].map((share) => share * most); Object.assign(traces[0].colorbar, { tickvals: at, ticktext: at.map((v) => "x" + format(10 ** v, most < 1e-3 ? 6 : 3)) }); }
   const marks = data.partings.filter((one) => one.key === q.key && one.second.split(", ").includes(data.labels[state.second]) && !one.all);
