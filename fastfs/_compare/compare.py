@@ -50,6 +50,8 @@ def compare(runs: Paths, *, against: Paths = (), confidence: float = 0.95) -> Co
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    if against and not runs:
+        raise ValueError("runs: expected at least one to compare those of the other side with, got none")
     found = read_runs([*runs, *against])
     return compare_runs(found, len(against), confidence)
 

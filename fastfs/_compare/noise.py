@@ -149,8 +149,8 @@ def _between_steps(values: Array) -> tuple[Array, Array]:
     change = np.diff(values - _median(values), axis=2)
     given = np.isfinite(change)
     changes = given.sum(axis=(0, 2))[:, None]
-    squares = np.where(given, change, 0.0) ** 2
-    return squares.sum(axis=(0, 2))[:, None] / np.maximum(changes, 1), changes  # half of it twice, for two runs
+    squares: Array = (np.where(given, change, 0.0) ** 2).sum(axis=(0, 2))[:, None]
+    return squares / np.maximum(changes, 1), changes  # the variance of a change is twice that of a value; two runs
 
 
 def _of_features(aligned: Aligned, measure: Measure) -> Array:

@@ -194,6 +194,8 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
         fastfs.compare([first])
     with pytest.raises(ValueError, match=r"at least two runs, got none"):
         fastfs.compare([])
+    with pytest.raises(ValueError, match=r"runs: expected at least one"):
+        fastfs.compare([], against=[first, tmp_path / "a.jsonl"])
     with pytest.raises(ValueError, match=r"no layer in common: a.jsonl has blocks.0.*; h.jsonl has head"):
         fastfs.compare([first, train(tmp_path / "h.jsonl", layers="^head$")])
     header = write(tmp_path / "header.jsonl", lines_of(train(tmp_path / "b.jsonl"))[:1])
