@@ -12,7 +12,7 @@ import numpy as np
 from fastfs._compare.measures import MEASURES, Measure
 from fastfs._compare.noise import Differences, level_of, of_pair, of_replicates, same_state, with_median
 from fastfs._compare.result import ALL_LAYERS, Comparison, Parting
-from fastfs._compare.runs import Aligned, RecordedRun, align, read_runs
+from fastfs._compare.runs import AlignedRuns, RecordedRun, align, read_runs
 
 __all__ = ["compare", "compare_runs"]
 
@@ -83,7 +83,7 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
     else:
         level = 1 - (1 - confidence) / (len(runs) - 1)
         for run in runs[1:]:
-            pair = Aligned((runs[0], run), aligned.layers, aligned.steps, ())
+            pair = AlignedRuns((runs[0], run), aligned.layers, aligned.steps, ())
             sides = np.array([False, True])
             state = same_state(pair)
             found = [_Tested(measure, of_pair(pair, measure, state), sides, pair) for measure in MEASURES]
@@ -106,7 +106,7 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
     )
 
 
-def _missing(aligned: Aligned) -> Iterator[str]:
+def _missing(aligned: AlignedRuns) -> Iterator[str]:
     """Says from which step on a run has no numbers where the first one has, as after it diverged."""
     given = np.isfinite(np.stack([measure.raw(aligned, valid=False) for measure in MEASURES])).any(axis=(0, 2))
     for run, own in zip(aligned.runs[1:], given[1:], strict=True):
@@ -116,7 +116,7 @@ def _missing(aligned: Aligned) -> Iterator[str]:
             yield f"{run.label}: numbers are missing from step {step:,} on that {aligned.runs[0].label} has"
 
 
-def _equal(pair: Aligned) -> bool:
+def _equal(pair: AlignedRuns) -> bool:
     values = [measure.raw(pair) for measure in MEASURES]
     return all(np.array_equal(first, second, equal_nan=True) for first, second in values)
 
@@ -126,7 +126,7 @@ class _Tested:
     measure: Measure
     found: Differences
     sides: Array
-    aligned: Aligned
+    aligned: AlignedRuns
 
     def values(self, layer: int, step: int) -> tuple[float, float]:
         """The values of both sides: of a group, what belongs to the mean of its scaled values."""
@@ -142,7 +142,7 @@ class _Tested:
 
 
 def _first_partings(
-    tested: Sequence[_Tested], aligned: Aligned, second: str, first: str, noises: Sequence[str], confidence: float
+    tested: Sequence[_Tested], aligned: AlignedRuns, second: str, first: str, noises: Sequence[str], confidence: float
 ) -> Iterator[Parting]:
     """Yields the first parting of each quantity, those of the first step first.
 

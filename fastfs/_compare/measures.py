@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastfs._compare.runs import Aligned
+from fastfs._compare.runs import AlignedRuns
 from fastfs._report.quantities import QUANTITIES, Quantity
 
 __all__ = ["MEASURES", "Measure"]
@@ -42,7 +42,7 @@ class Measure:
         """Whether runs are compared by the ratio of their values, otherwise by the difference."""
         return self.quantity.log
 
-    def raw(self, aligned: Aligned, *, valid: bool = True) -> Array:
+    def raw(self, aligned: AlignedRuns, *, valid: bool = True) -> Array:
         """Returns the values, shape (runs, layers, steps), NaN where one is missing or, if asked for, not valid."""
         values = aligned.values(self.quantity.key, guarded=valid and self.quantity.guarded)
         with np.errstate(all="ignore"):

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from fastfs._compare.measures import Measure
-from fastfs._compare.runs import Aligned
+from fastfs._compare.runs import AlignedRuns
 from fastfs.scaling._fit import stats
 
 __all__ = ["HEAVY", "NATURAL", "Differences", "level_of", "of_pair", "of_replicates", "same_state", "with_median"]
@@ -90,7 +90,7 @@ def level_of(step: Array, cells: Array, confidence: float) -> Array:
     return level
 
 
-def same_state(aligned: Aligned) -> tuple[Array, Array]:
+def same_state(aligned: AlignedRuns) -> tuple[Array, Array]:
     """Finds the steps before which two runs are in the same state.
 
     Args:
@@ -109,7 +109,7 @@ def same_state(aligned: Aligned) -> tuple[Array, Array]:
     return (largest <= _SAME) & ~one_sided.any(axis=0), largest
 
 
-def of_pair(aligned: Aligned, measure: Measure, state: tuple[Array, Array]) -> Differences:
+def of_pair(aligned: AlignedRuns, measure: Measure, state: tuple[Array, Array]) -> Differences:
     """Compares two runs, by rounding at steps in the same state and by the spread over layers at the others.
 
     Args:
@@ -153,7 +153,7 @@ def _between_steps(values: Array) -> tuple[Array, Array]:
     return squares / np.maximum(changes, 1), changes  # the variance of a change is twice that of a value; two runs
 
 
-def _of_features(aligned: Aligned, measure: Measure) -> Array:
+def _of_features(aligned: AlignedRuns, measure: Measure) -> Array:
     """Squared relative error of a feature update by rounding, (layers, steps); 0 for what needs no feature update."""
     if not measure.quantity.guarded:
         return np.zeros((len(aligned.layers), len(aligned.steps)))
@@ -181,7 +181,7 @@ def _mean(values: Array, given: Array) -> Array:
     return mean
 
 
-def of_replicates(aligned: Aligned, measure: Measure, sides: Array) -> Differences:
+def of_replicates(aligned: AlignedRuns, measure: Measure, sides: Array) -> Differences:
     """Compares two groups of runs, by the variance between the runs of a group.
 
     Args:

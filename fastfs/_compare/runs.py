@@ -16,7 +16,7 @@ from fastfs._report.grids import Grid, make_grid
 from fastfs._report.quantities import QUANTITIES, UNUSED
 from fastfs._utils.extras import load as load_extra
 
-__all__ = ["Aligned", "RecordedRun", "align", "read_runs"]
+__all__ = ["AlignedRuns", "RecordedRun", "align", "read_runs"]
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +49,7 @@ class RecordedRun:
 
 
 @dataclass(frozen=True)
-class Aligned:
+class AlignedRuns:
     """Runs with the layers and steps that all of them have.
 
     Attributes:
@@ -145,7 +145,7 @@ def _run(table: Any, header: Mapping[str, Any], label: str) -> RecordedRun:
     return RecordedRun(label, header, layers, make_grid(table, len(layers), columns, where))
 
 
-def align(runs: Sequence[RecordedRun]) -> Aligned:
+def align(runs: Sequence[RecordedRun]) -> AlignedRuns:
     """Finds the layers and measured steps that all runs have.
 
     Args:
@@ -176,7 +176,7 @@ def align(runs: Sequence[RecordedRun]) -> Aligned:
             "the runs have no measured step in common: "
             + "; ".join(f"{r.label} has {_some([str(step) for step in r.grid.steps])}" for r in runs)
         )
-    return Aligned(tuple(runs), layers, steps, tuple(_notes(runs, layers, steps)))
+    return AlignedRuns(tuple(runs), layers, steps, tuple(_notes(runs, layers, steps)))
 
 
 def _notes(runs: Sequence[RecordedRun], layers: Sequence[str], steps: Array) -> list[str]:

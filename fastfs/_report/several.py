@@ -11,7 +11,7 @@ import numpy as np
 
 from fastfs._compare.measures import MEASURES, Measure
 from fastfs._compare.result import ALL_LAYERS, Comparison
-from fastfs._compare.runs import Aligned, RecordedRun, align
+from fastfs._compare.runs import AlignedRuns, RecordedRun, align
 from fastfs._record.reading.confidence import LARGEST_FACTOR, SHARE, WINDOW
 from fastfs._report.grids import Grid, Thinned, empty_grid, thin
 from fastfs._report.page import header_facts, packed, render, room
@@ -93,7 +93,7 @@ def comparison_page(runs: Sequence[RecordedRun], comparison: Comparison) -> str:
     return render(data, "compare.html")
 
 
-def _grid(aligned: Aligned, run: int, columns: dict[str, np.ndarray[Any, Any]]) -> Grid:
+def _grid(aligned: AlignedRuns, run: int, columns: dict[str, np.ndarray[Any, Any]]) -> Grid:
     own = aligned.runs[run]
     where = aligned.places(own)
     grid = own.grid
@@ -114,7 +114,7 @@ def _quantity(measure: Measure) -> Quantity:
     )
 
 
-def _facts(aligned: Aligned) -> list[list[str]]:
+def _facts(aligned: AlignedRuns) -> list[list[str]]:
     """Rows of the table of settings: name, then the text of each run; those that differ first."""
     each = [{key: text for key, text in header_facts(run.header)} for run in aligned.runs]  # noqa: C416 - lists of two
     keys = list(dict.fromkeys(key for facts in each for key in facts))
