@@ -16,7 +16,7 @@ from fastfs._version import __version__
 if TYPE_CHECKING:
     from fastfs import formula, integrations, models, monitor, reference, scaling, spectrum
     from fastfs._compare.compare import compare
-    from fastfs._compare.result import Comparison, Parting
+    from fastfs._compare.result import Parting, RunComparison
     from fastfs._core.optimizer_rules import OptimizerRule
     from fastfs._functional import feature_stats, optimizer_stats, update_stats
     from fastfs._record.reading.load import load
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from fastfs.monitor import Monitor
 
 __all__ = [
-    "Comparison",
     "FeatureStats",
     "Monitor",
     "OptimizerRule",
     "ParameterStats",
     "Parting",
+    "RunComparison",
     "UpdateStats",
     "__version__",
     "compare",
@@ -49,12 +49,12 @@ __all__ = [
 # Imported at first use: `fastfs --help` and the completion of the shell need not wait for torch, the stateless
 # measurements need no monitor. The ops in `torch.ops.fastfs` are registered then, too.
 _LAZY_OBJECTS = {
-    "Comparison": "fastfs._compare.result",
     "FeatureStats": "fastfs._stats",
     "Monitor": "fastfs.monitor",
     "OptimizerRule": "fastfs._core.optimizer_rules",
     "ParameterStats": "fastfs._stats",
     "Parting": "fastfs._compare.result",
+    "RunComparison": "fastfs._compare.result",
     "UpdateStats": "fastfs._stats",
     "compare": "fastfs._compare.compare",
     "feature_stats": "fastfs._functional",

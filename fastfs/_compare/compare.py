@@ -11,7 +11,7 @@ import numpy as np
 
 from fastfs._compare.measures import MEASURES, Measure
 from fastfs._compare.noise import Differences, level_of, of_pair, of_replicates, same_state, with_median
-from fastfs._compare.result import ALL_LAYERS, Comparison, Parting
+from fastfs._compare.result import ALL_LAYERS, Parting, RunComparison
 from fastfs._compare.runs import AlignedRuns, RecordedRun, align, read_runs
 
 __all__ = ["compare", "compare_runs"]
@@ -20,7 +20,7 @@ Array = np.ndarray[Any, Any]
 Paths = Sequence[str | os.PathLike[str]]
 
 
-def compare(runs: Paths, *, against: Paths = (), confidence: float = 0.95) -> Comparison:
+def compare(runs: Paths, *, against: Paths = (), confidence: float = 0.95) -> RunComparison:
     """Find out which layer and which quantity of runs of the same schedule part first.
 
     Compared are the numbers of measured steps that are valid: every quantity of the report page, and the ratios of a
@@ -56,7 +56,7 @@ def compare(runs: Paths, *, against: Paths = (), confidence: float = 0.95) -> Co
     return compare_runs(found, len(against), confidence)
 
 
-def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: float = 0.95) -> Comparison:
+def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: float = 0.95) -> RunComparison:
     """Does what :func:`compare` does, with runs that were read.
 
     Args:
@@ -92,7 +92,7 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
             same_at_first += [run.label] if state[0][0] else []
             equal += [run.label] if _equal(pair) else []
             untested += [] if any(np.isfinite(one.found.p).any() for one in found) else [run.label]
-    return Comparison(
+    return RunComparison(
         labels=labels[:split],
         against=labels[split:],
         layers=aligned.layers,

@@ -150,7 +150,8 @@ def _between_steps(values: Array) -> tuple[Array, Array]:
     given = np.isfinite(change)
     changes = given.sum(axis=(0, 2))[:, None]
     squares: Array = (np.where(given, change, 0.0) ** 2).sum(axis=(0, 2))[:, None]
-    return squares / np.maximum(changes, 1), changes  # the variance of a change is twice that of a value; two runs
+    variance: Array = squares / np.maximum(changes, 1)  # a change has twice the variance of a value, as two runs do
+    return variance, changes
 
 
 def _of_features(aligned: AlignedRuns, measure: Measure) -> Array:

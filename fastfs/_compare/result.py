@@ -14,7 +14,7 @@ from fastfs._utils.extras import frame
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["ALL_LAYERS", "Comparison", "Parting"]
+__all__ = ["ALL_LAYERS", "Parting", "RunComparison"]
 
 ALL_LAYERS = "all layers"
 """Name of the median over layers, which is tested with replicates."""
@@ -87,7 +87,7 @@ _APART = (
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """What :func:`fastfs.compare` found. ``str()`` says what parts first.
 
     Attributes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastfs._compare.measures import MEASURES, Measure
-from fastfs._compare.result import ALL_LAYERS, Comparison
+from fastfs._compare.result import ALL_LAYERS, RunComparison
 from fastfs._compare.runs import AlignedRuns, RecordedRun, align
 from fastfs._record.reading.confidence import LARGEST_FACTOR, SHARE, WINDOW
 from fastfs._report.grids import Grid, Thinned, empty_grid, thin
@@ -23,7 +23,7 @@ __all__ = ["comparison_page", "write_comparison"]
 _MOST_RUNS = 8
 
 
-def write_comparison(runs: Sequence[RecordedRun], comparison: Comparison, out: str | os.PathLike[str]) -> int:
+def write_comparison(runs: Sequence[RecordedRun], comparison: RunComparison, out: str | os.PathLike[str]) -> int:
     """Writes the page of a comparison atomically.
 
     Args:
@@ -43,7 +43,7 @@ def write_comparison(runs: Sequence[RecordedRun], comparison: Comparison, out: s
     return len(page)
 
 
-def comparison_page(runs: Sequence[RecordedRun], comparison: Comparison) -> str:
+def comparison_page(runs: Sequence[RecordedRun], comparison: RunComparison) -> str:
     """Builds the page.
 
     Args:

@@ -37,10 +37,10 @@ SCALING = ("--widths", "8,16,24", "--depths", "3,4,5", "--seeds", "2")
 def commands(tmp_path: Path) -> dict[str, list[str]]:
     """The arguments of every command that takes ``--json``, with small work."""
     record = cases.write(tmp_path / "record.jsonl", cases.run_lines(4, 30, every=2, alerts=(6,), groups=True))
-    other = cases.write(tmp_path / "other.jsonl", cases.run_lines(4, 30, every=2, run="r2"))
+    other = cases.write(tmp_path / "other.jsonl", [{**line, "run": "r2"} for line in cases.run_lines(4, 30, every=2)])
     sized = []
     for width in (8, 16, 32):
-        lines = cases.run_lines(4, 10, every=2, run=f"w{width}")
+        lines = [{**line, "run": f"w{width}"} for line in cases.run_lines(4, 10, every=2, invalid=0)]
         lines[0]["metadata"] = {"width": width, "depth": 4}
         sized.append(cases.write(tmp_path / f"{width}.jsonl", lines))
     (tmp_path / "factory.py").write_text(FACTORY)
