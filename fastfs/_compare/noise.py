@@ -159,8 +159,10 @@ def _of_features(aligned: AlignedRuns, measure: Measure) -> Array:
     if not measure.quantity.guarded:
         return np.zeros((len(aligned.layers), len(aligned.steps)))
     with np.errstate(all="ignore"):
-        error = aligned.values("noise_floor") / aligned.values("relative_update")
-    return np.nan_to_num((error**2).max(axis=0), nan=0.0, posinf=np.finfo(float).max)
+        error: Array = (aligned.values("noise_floor") / aligned.values("relative_update")).max(axis=0)
+    most = np.sqrt(np.finfo(float).max)
+    squared: Array = np.nan_to_num(error, nan=most, posinf=most) ** 2  # without a noise floor, nothing is told
+    return squared
 
 
 def _without_each(difference: Array) -> tuple[Array, Array, Array]:

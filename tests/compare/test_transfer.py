@@ -55,7 +55,7 @@ def test_exponents_of_exact_powers(records: dict[tuple[int, int], Path]) -> None
         assert report.exponent("feature speed, mean of layers", axis).exponent == pytest.approx(speed, abs=1e-6)
         assert report.exponent("aligned decrease", axis).exponent == pytest.approx(decrease, abs=1e-6)
         assert report.exponent("sensitivity", axis).exponent == pytest.approx(speed - decrease, abs=1e-6)
-    assert report.sizes[0] == (8, 4)
+    assert report.sizes[0] == (8.0, 4.0)
     assert [report.of(axis).value for axis in ("width", "depth")] == ["FAIL", "FAIL"]
     said = str(report)
     assert said.startswith("FAIL: 9 runs, 3 measured steps (0 to 6), exponents against 0 +- 0.15")
