@@ -15,6 +15,8 @@ from fastfs._version import __version__
 
 if TYPE_CHECKING:
     from fastfs import formula, integrations, models, monitor, reference, scaling, spectrum
+    from fastfs._compare.compare import compare
+    from fastfs._compare.result import Parting, RunComparison
     from fastfs._core.optimizer_rules import OptimizerRule
     from fastfs._functional import feature_stats, optimizer_stats, update_stats
     from fastfs._record.reading.load import load
@@ -26,8 +28,11 @@ __all__ = [
     "Monitor",
     "OptimizerRule",
     "ParameterStats",
+    "Parting",
+    "RunComparison",
     "UpdateStats",
     "__version__",
+    "compare",
     "feature_stats",
     "formula",
     "integrations",
@@ -48,7 +53,10 @@ _LAZY_OBJECTS = {
     "Monitor": "fastfs.monitor",
     "OptimizerRule": "fastfs._core.optimizer_rules",
     "ParameterStats": "fastfs._stats",
+    "Parting": "fastfs._compare.result",
+    "RunComparison": "fastfs._compare.result",
     "UpdateStats": "fastfs._stats",
+    "compare": "fastfs._compare.compare",
     "feature_stats": "fastfs._functional",
     "load": "fastfs._record.reading.load",
     "optimizer_stats": "fastfs._functional",

@@ -124,6 +124,31 @@ def report(
         raise typer.Exit(1) from error
 
 
+@app.command(epilog="Exit status: 0 nothing parts, 1 something does, 2 the records cannot be compared.")
+def diff(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Records or folders of runs; PATH::ID names one of the runs of a record. A single record stands for "
+            "all of its runs. Each run is compared with the first one.",
+            metavar="RUN...",
+        ),
+    ],
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="A run of a second side; repeat it for more.", metavar="RUN")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Page with the runs side by side, and their differences.")
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="Probability of no false alarm in all of the comparison.")] = 0.95,
+    json: Json = None,
+) -> None:
+    """Say which layer and which quantity of runs part first, at which step, by how many standard errors."""
+    from fastfs._compare.command import run_diff
+
+    raise typer.Exit(run_diff(runs, against or [], out=out, confidence=confidence, json=json))
+
+
 @app.command()
 def explain(
     run: Annotated[Path, typer.Argument(help="A record, or the folder of a run.", metavar="RUN")],
@@ -265,6 +290,36 @@ def scaling_check(
             json=json,
         )
     )
+
+
+@app.command(
+    epilog="Exit status: 0 all quantities pass, 1 one fails, 3 some are unclear, 2 the records cannot be judged."
+)
+def transfer(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Records or folders of runs of different width and depth. A single record stands for all of its runs.",
+            metavar="RUN...",
+        ),
+    ],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Width and depth of a run; by default the entries width and depth of its metadata.",
+            metavar="RUN=WIDTH,DEPTH",
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of measured steps, from the first; default is all in common.")
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Permitted deviation of an exponent from 0.")] = 0.15,
+    json: Json = None,
+) -> None:
+    """Judge from records which quantities change with width or depth, so that hyper-parameters do not transfer."""
+    from fastfs.scaling._transfer_command import run_transfer
+
+    raise typer.Exit(run_transfer(runs, size or [], json=json, steps=steps, tolerance=tolerance))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ __all__ = [
     "Grid",
     "Predictions",
     "Thinned",
+    "empty_grid",
     "has_numbers",
     "judge_predictions",
     "make_grid",
@@ -62,6 +63,13 @@ class Grid:
     ranks: Array | None = None
     apart: Array | None = None
     overshoot: Array | None = None
+
+
+def empty_grid(rows: int) -> Grid:
+    """Returns a grid without steps."""
+    none: Array = np.empty(0)
+    cells: Array = np.zeros((rows, 0), np.uint8)
+    return Grid(none.astype(np.int64), none, none, none, {}, cells.astype(bool), cells, [])
 
 
 def quantities_of(table: pandas.DataFrame, where: Array | None = None) -> list[Quantity]:

@@ -23,6 +23,7 @@ from fastfs._report.grids import (
     Array,
     Grid,
     Thinned,
+    empty_grid,
     has_numbers,
     judge_predictions,
     make_grid,
@@ -42,7 +43,7 @@ try:
 except ImportError as missing:
     raise ImportError(f'a report needs plotly and pandas ({missing}): pip install "fastfs[report]"') from missing
 
-__all__ = ["build_page", "page_data", "render", "write_page", "write_report"]
+__all__ = ["build_page", "header_facts", "packed", "page_data", "render", "room", "write_page", "write_report"]
 
 # Bounds of the page: cells of grids (5.3 bytes each), alerts and text. With plotly.js (4.8 MB) it stays below 15 MB for
 # up to 5,000 layers; 100 layers with all quantities take about 10 MB, however long the run.
@@ -55,7 +56,7 @@ _MOST_SKIPPED = 200
 _MOST_POINTS = 2000
 _MOST_TEXT = 2000
 
-_ASSETS = ("report.css", "data.js", "charts.js", "report.js")
+_ASSETS = ("report.css", "data.js", "charts.js", "elements.js", "report.js", "compare.js")
 
 
 def write_page(path: str | os.PathLike[str], out: str | os.PathLike[str], *, run: str | None = None) -> Path:
@@ -112,17 +113,17 @@ def build_page(table: pandas.DataFrame, *, run: str | None = None, source: str =
     return render(page_data(table, run=run, source=source))
 
 
-def render(data: Mapping[str, Any]) -> str:
-    """Inserts the data into the template. All text of the record is JSON that cannot end its script element."""
+def render(data: Mapping[str, Any], template: str = "template.html") -> str:
+    """Inserts the data into a template. All text of the record is JSON that cannot end its script element."""
     folder = files("fastfs._report") / "assets"
     parts = {name: (folder / name).read_text(encoding="utf-8") for name in _ASSETS}
     parts["plotly.js"] = get_plotlyjs()
     parts["title"] = html.escape(f"{data['title']} - fastfs report")
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     parts["data.json"] = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    template = (folder / "template.html").read_text(encoding="utf-8")
+    page = (folder / template).read_text(encoding="utf-8")
     # In a single pass, so that nothing inside a part is mistaken for a placeholder.
-    return re.sub(r"@@([a-z.]+)@@", lambda match: parts[match[1]], template)
+    return re.sub(r"@@([a-z.]+)@@", lambda match: parts[match[1]], page)
 
 
 def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = "") -> dict[str, Any]:
@@ -153,8 +154,8 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
         predicted.columns["update_rms"] = np.where(judged.withheld, np.nan, predicted.columns["update_rms"])
 
     alert_steps = [int(alert["step"]) for alert in alerts if isinstance(alert.get("step"), int)]
-    kept = thin(measured, _room(_MEASURED_CELLS, rows, len(measured.columns)), alert_steps)
-    kept_predicted = thin(predicted, _room(_PREDICTED_CELLS, rows, len(predicted.columns)), alert_steps)
+    kept = thin(measured, room(rows, len(measured.columns)), alert_steps)
+    kept_predicted = thin(predicted, room(rows, len(predicted.columns), _PREDICTED_CELLS), alert_steps)
     line = _loss_line(measured, predicted)
     model = str(header.get("model", "run"))
     guide = Guide.read()
@@ -172,9 +173,9 @@ def page_data(table: pandas.DataFrame, *, run: str | None = None, source: str = 
             *summary.findings(names, len(layers), measured, judged),
         ],
         "rows": _rows(names, len(layers), header, structures),
-        "measured": _packed(measured, kept, shown),
+        "measured": packed(measured, kept, shown),
         "predicted": {
-            **_packed(predicted, kept_predicted, shown_predicted),
+            **packed(predicted, kept_predicted, shown_predicted),
             "withheld": _base64(judged.withheld[:, kept_predicted.index], "u1"),
         },
         "confidence": {"share": SHARE, "largest": LARGEST_FACTOR, "window": WINDOW},
@@ -219,9 +220,7 @@ def _of_run(table: pandas.DataFrame, name: str, run: str) -> list[dict[str, Any]
 def _grid(table: pandas.DataFrame, mine: Array, kind: str, rows: int) -> tuple[Grid, list[Quantity]]:
     part = _of_kind(table, mine, kind)
     if not part.any():
-        none: Array = np.empty(0)
-        cells: Array = np.zeros((rows, 0), np.uint8)
-        return Grid(none.astype(np.int64), none, none, none, {}, cells.astype(bool), cells, []), []
+        return empty_grid(rows), []
     found = quantities_of(table, part)
     if kind == "predicted":
         found = [quantity for quantity in found if quantity.key in PREDICTED]
@@ -234,12 +233,12 @@ def _of_kind(table: pandas.DataFrame, mine: Array, kind: str) -> Array:
     return chosen
 
 
-def _room(cells: int, rows: int, columns: int) -> int:
+def room(rows: int, columns: int, cells: int = _MEASURED_CELLS) -> int:
     """Number of steps to show."""
     return max(_LEAST_COLUMNS, min(_MOST_COLUMNS, cells // max(rows * columns, 1)))
 
 
-def _packed(grid: Grid, kept: Thinned, quantities: Sequence[Quantity]) -> dict[str, Any]:
+def packed(grid: Grid, kept: Thinned, quantities: Sequence[Quantity]) -> dict[str, Any]:
     """Encodes a thinned grid: arrays as base64 of little-endian numbers, row by row."""
     fields = ("key", "label", "unit", "about", "log", "guarded", "error")
     return {
@@ -349,15 +348,17 @@ def _thinned(
     return said
 
 
+def header_facts(header: Mapping[str, Any]) -> list[list[str]]:
+    """Lists the settings in the header of a run as pairs of name and text."""
+    left_out = ("kind", "layers", "metadata", "groups", "resumed_at")
+    return [[key, "-" if value is None else str(_text(value))] for key, value in header.items() if key not in left_out]
+
+
 def _facts(
     header: Mapping[str, Any], own: Sequence[Mapping[str, Any]], runs: Sequence[str], run: str, source: str
 ) -> list[list[str]]:
     """Lists the header of the run as pairs of name and text."""
-    facts = [["record", source]] if source else []
-    for key, value in header.items():
-        if key in ("kind", "layers", "metadata", "groups", "resumed_at"):
-            continue
-        facts.append([key, "-" if value is None else str(_text(value))])
+    facts = [*([["record", source]] if source else []), *header_facts(header)]
     facts.append(["layers", f"{len(header.get('layers', [])):,}"])
     for name, members in (header.get("groups") or {}).items():
         facts.append([f"group {name}", f"{len(members):,} layers"])

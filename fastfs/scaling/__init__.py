@@ -12,6 +12,8 @@ from fastfs.scaling._predicted import Prediction, predict
 from fastfs.scaling._report import ScalingReport
 from fastfs.scaling._rules import LayerScale, Rule, apply
 from fastfs.scaling._tables import mlp, resnet
+from fastfs.scaling._transfer import transfer
+from fastfs.scaling._transfer_report import TransferReport
 
 __all__ = [
     "Calibration",
@@ -24,6 +26,7 @@ __all__ = [
     "Rule",
     "ScalingReport",
     "Status",
+    "TransferReport",
     "apply",
     "calibrate",
     "check",
@@ -34,6 +37,7 @@ __all__ = [
     "predict",
     "predicted_cos_angle",
     "resnet",
+    "transfer",
 ]
 
 

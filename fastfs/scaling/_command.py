@@ -15,12 +15,13 @@ from fastfs.scaling._check import check
 from fastfs.scaling._factory import load_factory
 from fastfs.scaling._fit import Status
 
-__all__ = ["CANNOT", "run_check"]
+__all__ = ["CANNOT", "STATUS", "run_check"]
 
 CANNOT = 2
 """Exit status if the measurement failed."""
 
-_STATUS = {Status.PASS: 0, Status.FAIL: 1, Status.UNCLEAR: 3}
+STATUS = {Status.PASS: 0, Status.FAIL: 1, Status.UNCLEAR: 3}
+"""Exit status by verdict."""
 
 
 def run_check(
@@ -68,7 +69,7 @@ def run_check(
     except (ImportError, OSError, ValueError) as error:
         errors.print(escape(f"fastfs scaling-check: {error}"), highlight=False, soft_wrap=True)
         return CANNOT
-    return _STATUS[report.status]
+    return STATUS[report.status]
 
 
 def _check_output(out: Path) -> None:

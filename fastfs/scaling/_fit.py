@@ -46,6 +46,7 @@ class Exponent:
         points: number of measurements.
         sizes: number of different sizes.
         confidence: level of the interval, such as 0.95.
+        blocks: number of blocks of measurements with a constant each.
     """
 
     exponent: float
@@ -55,6 +56,7 @@ class Exponent:
     points: int
     sizes: int
     confidence: float
+    blocks: int = 1
 
     @property
     def half_width(self) -> float:
@@ -73,7 +75,7 @@ class Exponent:
         Raises:
             ImportError: scipy is not installed.
         """
-        quantiles = stats().t.ppf([(1 + confidence) / 2, (1 + self.confidence) / 2], self.points - 2)
+        quantiles = stats().t.ppf([(1 + confidence) / 2, (1 + self.confidence) / 2], self.points - self.blocks - 1)
         half = self.half_width * float(quantiles[0] / quantiles[1])
         low, high = self.exponent - half, self.exponent + half
         return dataclasses.replace(self, low=low, high=high, confidence=confidence)
@@ -82,7 +84,13 @@ class Exponent:
         return f"{self.exponent:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
 
 
-def fit_exponent(sizes: Sequence[float], values: Sequence[float], *, confidence: float = 0.95) -> Exponent:
+def fit_exponent(
+    sizes: Sequence[float],
+    values: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    blocks: Sequence[object] | None = None,
+) -> Exponent:
     """Fit an exponent by least squares of log(value) on log(size), with Student's t for the interval.
 
     Variation over seeds at one size and deviations from a power law both widen the interval.
@@ -91,14 +99,16 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float], *, confidence:
         sizes: widths or depths, positive, one per measurement.
         values: measured values, positive.
         confidence: level of the interval, in (0, 1).
+        blocks: one label per measurement; measurements with the same label have a constant of their own, as those of
+            one depth do in a fit over width. By default, all measurements share one constant.
 
     Returns:
         The exponent with its interval.
 
     Raises:
         ImportError: scipy is not installed.
-        ValueError: there are fewer than three different sizes, the lists differ in length, or a number is not positive
-            and finite, so that it has no logarithm.
+        ValueError: there are fewer than three different sizes, the lists differ in length, there are too few
+            measurements for the number of blocks, or a number is not positive and finite, so that it has no logarithm.
 
     Source: ordinary least squares with Student's t interval.
     """
@@ -113,11 +123,32 @@ def fit_exponent(sizes: Sequence[float], values: Sequence[float], *, confidence:
         wrong = [x for x in numbers if not (math.isfinite(x) and x > 0)]
         if wrong:
             raise ValueError(f"expected positive finite {what}s, got {wrong[0]}")
-    fit = stats().linregress([math.log(s) for s in sizes], [math.log(v) for v in values])
-    half = float(stats().t.ppf((1 + confidence) / 2, len(sizes) - 2) * fit.stderr)
-    slope = float(fit.slope)
-    constant = math.exp(float(fit.intercept))
-    return Exponent(slope, slope - half, slope + half, constant, len(sizes), different, confidence)
+    labels = [None] * len(sizes) if blocks is None else list(blocks)
+    if len(labels) != len(sizes):
+        raise ValueError(f"expected a block for every size, got {len(labels)} blocks and {len(sizes)} sizes")
+    number, x, y = len(set(labels)), [math.log(s) for s in sizes], [math.log(v) for v in values]
+    freedom = len(sizes) - number - 1
+    if freedom < 1:
+        raise ValueError(f"expected at least {number + 2} measurements in {number} blocks, got {len(sizes)}")
+    inner = _centered(x, labels)
+    if not any(inner):
+        raise ValueError("expected different sizes within a block, got one size in each")
+    outer = _centered(y, labels)
+    square = math.fsum(a * a for a in inner)
+    slope = math.fsum(a * b for a, b in zip(inner, outer, strict=True)) / square
+    rest = math.fsum((b - slope * a) ** 2 for a, b in zip(inner, outer, strict=True))
+    half = float(stats().t.ppf((1 + confidence) / 2, freedom)) * math.sqrt(rest / freedom / square)
+    constant = math.exp(math.fsum(y) / len(y) - slope * math.fsum(x) / len(x))
+    return Exponent(slope, slope - half, slope + half, constant, len(sizes), different, confidence, number)
+
+
+def _centered(values: Sequence[float], labels: Sequence[object]) -> list[float]:
+    """Subtract the mean of the own block."""
+    members: dict[object, list[float]] = {}
+    for value, label in zip(values, labels, strict=True):
+        members.setdefault(label, []).append(value)
+    means = {label: math.fsum(own) / len(own) for label, own in members.items()}
+    return [value - means[label] for value, label in zip(values, labels, strict=True)]
 
 
 def judge(fit: Exponent, wanted: float = 0.0, tolerance: float = 0.15) -> tuple[Status, float | None]:

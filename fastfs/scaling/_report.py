@@ -6,6 +6,7 @@ import dataclasses
 import io
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,19 +24,40 @@ from fastfs.scaling._verdicts import DESIDERATA, Point, Verdict, curvature
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["ScalingReport"]
+__all__ = ["ScalingReport", "exponent_row", "exponent_table", "worst"]
 
 _COLORS = {Status.PASS: "green", Status.UNCLEAR: "yellow", Status.FAIL: "red"}
 _CURVED = 0.3  # relative deviation of the loss decrease from first order that is worth a word
 _MOST_SEEDS = 1000  # beyond this number, more seeds are not suggested
 
 
-def _row(v: Verdict) -> dict[str, Any]:
+def exponent_row(v: Verdict) -> dict[str, Any]:
+    """Return a verdict as a row of a table or of JSON."""
     fit = (v.fit.exponent, v.fit.low, v.fit.high) if v.fit else (math.nan,) * 3
     numbers = dict(zip(("exponent", "low", "high"), fit, strict=True))
     status = v.status.value if v.status else "info"
     head = {"desideratum": v.desideratum, "quantity": v.quantity, "axis": v.axis}
     return {**head, **numbers, "status": status, "seeds": v.seeds, "advice": v.advice}
+
+
+def exponent_table(verdicts: Iterable[Verdict], title: str) -> Table:
+    """Return exponents with their status as a rich table."""
+    grid = Table(title=title, title_justify="left")
+    for column in ("", "quantity", "over"):
+        grid.add_column(column)
+    grid.add_column("exponent", justify="right", no_wrap=True)
+    grid.add_column("", no_wrap=True)
+    for v in verdicts:
+        status = "" if v.status is None else f"[{_COLORS[v.status]}]{v.status.value}[/]"
+        fit = "not positive" if v.fit is None else str(v.fit)
+        grid.add_row(v.desideratum or "info", escape(v.quantity), v.axis, escape(fit), status)
+    return grid
+
+
+def worst(statuses: Iterable[Status | None]) -> Status:
+    """FAIL if one of them is, otherwise UNCLEAR if one is, otherwise PASS."""
+    found = set(statuses)
+    return next((s for s in (Status.FAIL, Status.UNCLEAR) if s in found), Status.PASS)
 
 
 def _span(sizes: tuple[int, ...]) -> str:
@@ -73,8 +95,7 @@ class ScalingReport:
     @property
     def status(self) -> Status:
         """FAIL if a desideratum fails, otherwise UNCLEAR if one is unclear, otherwise PASS."""
-        found = {v.status for v in self.verdicts}
-        return next((s for s in (Status.FAIL, Status.UNCLEAR) if s in found), Status.PASS)
+        return worst(v.status for v in self.verdicts)
 
     @property
     def passed(self) -> bool:
@@ -96,7 +117,7 @@ class ScalingReport:
         found = {v.status for v in self.verdicts if v.desideratum == desideratum}
         if not desideratum or not found:
             raise ValueError(f"desideratum: expected one of SP, FL, LD, BC, got {desideratum!r}")
-        return next((s for s in (Status.FAIL, Status.UNCLEAR) if s in found), Status.PASS)
+        return worst(found)
 
     def exponent(self, quantity: str, axis: str) -> Exponent:
         """Return the fitted exponent of a quantity, such as ``("feature speed", "width")``.
@@ -155,7 +176,7 @@ class ScalingReport:
         Raises:
             ImportError: pandas is not installed.
         """
-        return frame([_row(verdict) for verdict in self.verdicts])
+        return frame([exponent_row(verdict) for verdict in self.verdicts])
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything: verdict, settings, exponents (the rows of :meth:`to_frame`) and measurements.
@@ -169,7 +190,7 @@ class ScalingReport:
             "desiderata": {name: self.of(name).value for name in DESIDERATA},
             "verdict": str(self).split("\n"),
             "settings": {name: getattr(self, name) for name in fields},
-            "exponents": [_row(verdict) for verdict in self.verdicts],
+            "exponents": [exponent_row(verdict) for verdict in self.verdicts],
             "curvature": self.curvature,
             "matches": self.matches(),
             "points": [dataclasses.asdict(point) for point in self.points],
@@ -193,20 +214,11 @@ class ScalingReport:
 
     def table(self) -> Table:
         """Return the exponents as a rich table."""
-        grid = Table(
-            title=f"Exponents over width (at depth {self.at_depth}) and depth (at width {self.at_width}). "
+        return exponent_table(
+            self.verdicts,
+            f"Exponents over width (at depth {self.at_depth}) and depth (at width {self.at_width}). "
             f"{self.optimizer}, {self.seeds} seeds, {self.confidence:.0%} intervals, target 0 +- {self.tolerance:g}",
-            title_justify="left",
         )
-        for column in ("", "quantity", "over"):
-            grid.add_column(column)
-        grid.add_column("exponent", justify="right", no_wrap=True)
-        grid.add_column("", no_wrap=True)
-        for v in self.verdicts:
-            status = "" if v.status is None else f"[{_COLORS[v.status]}]{v.status.value}[/]"
-            fit = "not positive" if v.fit is None else str(v.fit)
-            grid.add_row(v.desideratum or "info", escape(v.quantity), v.axis, escape(fit), status)
-        return grid
 
     def words(self) -> str:
         """Return all advice: what to change, what is unclear, and which scheme the exponents match."""

@@ -32,7 +32,7 @@ def test_help_lists_the_commands() -> None:
     code, output = run("--help")
     assert code == 0
     assert "demo" in output
-    for command in ("doctor", "report", "watch"):
+    for command in ("doctor", "report", "diff", "transfer", "watch"):
         assert command in output
     code, output = run("demo", "--help")
     assert code == 0

@@ -37,10 +37,18 @@ SCALING = ("--widths", "8,16,24", "--depths", "3,4,5", "--seeds", "2")
 def commands(tmp_path: Path) -> dict[str, list[str]]:
     """The arguments of every command that takes ``--json``, with small work."""
     record = cases.write(tmp_path / "record.jsonl", cases.run_lines(4, 30, every=2, alerts=(6,), groups=True))
+    other = cases.write(tmp_path / "other.jsonl", [{**line, "run": "r2"} for line in cases.run_lines(4, 30, every=2)])
+    sized = []
+    for width in (8, 16, 32):
+        lines = [{**line, "run": f"w{width}"} for line in cases.run_lines(4, 10, every=2, invalid=0)]
+        lines[0]["metadata"] = {"width": width, "depth": 4}
+        sized.append(cases.write(tmp_path / f"{width}.jsonl", lines))
     (tmp_path / "factory.py").write_text(FACTORY)
     return {
         "doctor": ["doctor"],
         "report": ["report", str(record), "-o", str(tmp_path / "page.html")],
+        "diff": ["diff", str(record), str(other)],
+        "transfer": ["transfer", *map(str, sized)],
         "watch": ["watch", "--once", str(record)],
         "demo": ["demo", "--model", "resnet", "--steps", "3", "--every", "2", "--out", str(tmp_path / "demo")],
         "scaling-check": ["scaling-check", f"{tmp_path / 'factory.py'}:make", *SCALING],
@@ -75,6 +83,8 @@ def test_every_command_takes_json_or_says_why_not(commands: dict[str, list[str]]
     [
         ("doctor", {"ok", "findings"}, "Nothing is wrong"),
         ("report", {"page", "bytes", "run", "title", "cards", "findings", "alerts"}, "page.html ("),
+        ("diff", {"parted", "verdict", "layers", "steps", "partings", "notes"}, "in common"),
+        ("transfer", {"status", "axes", "exponents", "runs", "settings"}, "over width (8, 16, 32)"),
         ("watch", {"run", "step", "loss", "layers", "alerts"}, "blocks.3"),
         ("demo", {"made_by", "tasks", "torch", "device", "threads"}, "What the numbers mean"),
         ("scaling-check", {"status", "verdict", "exponents", "points", "settings"}, "UNCLEAR"),
@@ -98,7 +108,9 @@ def test_json_goes_to_a_file_or_alone_to_standard_output(
     assert [file.name for file in path.parent.iterdir()] == ["result.json"]
 
 
-@pytest.mark.parametrize("name", ["doctor", "report", "watch", "demo", "scaling-check", "reproduce", "bench"])
+@pytest.mark.parametrize(
+    "name", ["doctor", "report", "diff", "transfer", "watch", "demo", "scaling-check", "reproduce", "bench"]
+)
 def test_a_folder_in_place_of_the_file_is_refused_before_the_work(
     commands: dict[str, list[str]], tmp_path: Path, name: str
 ) -> None:

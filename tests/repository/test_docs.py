@@ -247,8 +247,21 @@ def test_several_ranks(tmp_path: Path) -> None:
 
 
 def test_no_page_has_blocks_that_nothing_runs() -> None:
-    run = {*MONITOR_PAGES, *FIRST_PAGES, "theory.md", "trackers.md", "trainers.md", "parallel.md"}
+    run = {*MONITOR_PAGES, *FIRST_PAGES, "compare.md", "theory.md", "trackers.md", "trainers.md", "parallel.md"}
     assert {path.name for path in (ROOT / "docs").glob("*.md") if python_blocks(path)} <= run
+
+
+def test_runs_beside_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pandas")
+    pytest.importorskip("scipy")
+    monkeypatch.chdir(tmp_path)
+    run_blocks(ROOT / "docs" / "compare.md", {})
+    said = capsys.readouterr().out
+    assert re.search(r"^blocks\.2 0 1\.[01]", said, re.MULTILINE)  # as the page says
+    assert re.search(r"^Parameter update.* of blocks\.3: x", said, re.MULTILINE)
+    assert said.count("\nFAIL: 9 runs") == 1
 
 
 def test_the_theory(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ function bytes(text) {
   return out.buffer;
 }
 
-for (const part of [data.measured, data.predicted]) {
+for (const part of [data.measured, data.predicted, ...(data.others ?? [])]) { // others: further runs on the page of fastfs diff
   for (const name of Object.keys(part.columns)) part.columns[name] = new Float32Array(bytes(part.columns[name]));
   part.invalid = new Uint8Array(bytes(part.invalid));
   part.invalid_merged = new Uint16Array(bytes(part.invalid_merged));
