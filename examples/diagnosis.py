@@ -179,6 +179,7 @@ class Case:
     """
 
     shows: str  # the quantity to look at
+    paragraph: str  # of docs/guide.md
     before: Variant | dict[str, Variant]
     after: Variant | dict[str, Variant] = Variant()
 
@@ -186,18 +187,28 @@ class Case:
 every_block = {"layers": r"^blocks\.\d+$"}
 fixed_batch = {"mode": "probe", "probe": (inputs[:256], lambda logits: F.cross_entropy(logits, targets[:256]))}
 CASES = {
-    "learning-rate-too-high": Case("relative_update", Variant(optimizer=lambda model: adamw(model, 0.03))),
-    "learning-rate-too-low": Case("relative_update", Variant(optimizer=lambda model: adamw(model, 1e-6))),
-    "dead-layer": Case("gradient_norm", Variant(lambda: dead(Net()))),
-    "residual-scale": Case("feature_rms", deep(1.0), deep(24**-0.5)),
-    "missing-mup": Case("relative_update", widths(adamw), widths(mup)),
+    "learning-rate-too-high": Case(
+        "relative_update", "speed-and-relative-update", Variant(optimizer=lambda model: adamw(model, 0.03))
+    ),
+    "learning-rate-too-low": Case(
+        "relative_update", "speed-and-relative-update", Variant(optimizer=lambda model: adamw(model, 1e-6))
+    ),
+    "dead-layer": Case("gradient_norm", "backward-size", Variant(lambda: dead(Net()))),
+    "residual-scale": Case("feature_rms", "feature-size", deep(1.0), deep(24**-0.5)),
+    "missing-mup": Case("relative_update", "speed-and-relative-update", widths(adamw), widths(mup)),
     "gradient-scale": Case(
-        "gradient_scale", Variant(optimizer=sgd, micro_batches=4, divide=4), Variant(optimizer=sgd, micro_batches=4)
+        "gradient_scale",
+        "gradient-scale",
+        Variant(optimizer=sgd, micro_batches=4, divide=4),
+        Variant(optimizer=sgd, micro_batches=4),
     ),
     "frozen-by-mistake": Case(
-        "parameter_update_norm", Variant(optimizer=forgotten, options=every_block), Variant(options=every_block)
+        "parameter_update_norm",
+        "parameter-norms",
+        Variant(optimizer=forgotten, options=every_block),
+        Variant(options=every_block),
     ),
-    "sixteen-bits": Case("angle", Variant(autocast=True), Variant(autocast=True, options=fixed_batch)),
+    "sixteen-bits": Case("angle", "noise-floor", Variant(autocast=True), Variant(autocast=True, options=fixed_batch)),
 }
 
 
