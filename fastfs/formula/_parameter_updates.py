@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fastfs._network.learning_rates import LearningRates, resolve
 from fastfs._network.state import RandomState
 
-__all__ = ["gradient_descent", "optimizer_update"]
+__all__ = ["copied_optimizer", "gradient_descent", "optimizer_update"]
 
 
 def gradient_descent(lr: LearningRates, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -80,7 +80,7 @@ def optimizer_update(
     clones: dict[int, Tensor] = {
         key: p.detach().to(dtype or p.dtype, copy=True).requires_grad_(p.requires_grad) for key, p in own.items()
     }
-    clone = _copied(optimizer, clones)
+    clone = copied_optimizer(optimizer, clones)
     if dtype is not None:
         _cast(clone, dtype)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -98,8 +98,16 @@ def optimizer_update(
     return [_difference(clones.get(id(p)), p) for p in parameters]
 
 
-def _copied(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
-    """Return a copy of the optimizer with its state, for other parameters and without hooks."""
+def copied_optimizer(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
+    """Return a copy of the optimizer with its state, for other parameters and without hooks.
+
+    Args:
+        optimizer: the optimizer.
+        clones: the other parameters, by the ids of those that the optimizer has.
+
+    Returns:
+        The copy.
+    """
     kept = {
         name: value
         for name, value in vars(optimizer).items()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastfs.scaling._angle import predicted_cos_angle
 from fastfs.scaling._calibrate import calibrate
-from fastfs.scaling._calibration import Calibration, GroupCalibration
+from fastfs.scaling._first_step import first_step
+from fastfs.scaling._calibration import Calibration
 from fastfs.scaling._check import check, check_point
 from fastfs.scaling._factory import FactoryError, Parts, load_factory
 from fastfs.scaling._fit import Exponent, Status, fit_exponent
@@ -17,7 +18,6 @@ __all__ = [
     "Calibration",
     "Exponent",
     "FactoryError",
-    "GroupCalibration",
     "LayerScale",
     "Parts",
     "Prediction",
@@ -28,6 +28,7 @@ __all__ = [
     "calibrate",
     "check",
     "check_point",
+    "first_step",
     "fit_exponent",
     "load_factory",
     "mlp",

@@ -1,35 +1,27 @@
-"""Automatic scaling of any model: learning rates and output scale from one measurement at initialization."""
+"""Learning rates for a whole training, from short trainings of copies."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from fastfs._functional import update_stats
-from fastfs._network.layers import AUTO, Selection
+from fastfs._network.layers import AUTO, Selection, parameter_names, unwrapped
 from fastfs._network.linearization import Linearization, LossFunction
-from fastfs._stats import FeatureStats
-from fastfs.formula._measure import over_visits
-from fastfs.formula._parameter_updates import optimizer_update
-from fastfs.scaling._calibration import Calibration, GroupCalibration, State
-from fastfs.scaling._groups import Partition, partition
-from fastfs.scaling._optimizers import named
-from fastfs.scaling._rendering import some
+from fastfs.scaling._calibration import Calibration
+from fastfs.scaling._optimizers import OptimizerLike, label, made
+from fastfs.scaling._roles import others
+from fastfs.scaling._trials import Trial, Trials, as_batches
 
-__all__ = ["OptimizerLike", "calibrate"]
+__all__ = ["calibrate"]
 
-OptimizerLike: TypeAlias = str | Optimizer | Callable[..., Optimizer]
-"""``"sgd"``, ``"adam"``, ``"adamw"``, an optimizer, or a function that creates one from parameter groups and ``lr``."""
-
-_ROUNDS = 8
-_CLOSE = 0.02  # relative tolerance of S
-_SMALL, _LINEAR = 1e-3, 0.05  # a small learning rate, and the permitted deviation of its update from proportionality
+_FACTOR = 4.0  # rate of the other parameters over that of the matrices, to begin with
+_BELOW = 4.0  # the largest rate over the rate of the first trial
+_BETTER = 0.005  # share of its loss by which the best trial has to be beaten
+_MOST = 10  # trials that may be paid for
+_MOVES = ((1, 1), (-1, -1), (0, 2), (0, -2), (1, 0), (-1, 0))  # powers of two: of the matrices, of the others
 
 
 def calibrate(
@@ -37,230 +29,46 @@ def calibrate(
     loss_fn: LossFunction,
     batch: Any,
     *,
-    optimizer: OptimizerLike = "sgd",
+    optimizer: OptimizerLike | Sequence[Optimizer] = "sgd",
     layers: Selection = AUTO,
-    target_loss_decrease: float | None = None,
-    target_sensitivity: float = 1.0,
+    steps: int = 100,
 ) -> Calibration:
-    r"""Measure gradients, backward vectors and the angle once, and derive learning rates and the output scale.
-
-    The parameters form n groups: before the first watched layer, one per watched layer, and after the last. Let
-    c_l = <g_l, -dw_l> for a group, where dw is the update that the optimizer's next step would make with lr = 1:
-    |g_l|^2 for SGD, about the sum of |g| for Adam. Balanced contributions and a first-order loss decrease D give
-
-        lr_l = D / (n c_l).
-
-    With these rates, the features of the last hidden layer move by rms(df) = D_{L-1} / (sqrt(elements) |b| cos(theta))
-    (the feature speed formula), which is S D. The last matrix of the output is multiplied by S / target: b grows in
-    proportion, theta hardly changes, and S becomes the target. Because the residual may change a little, S is measured
-    again on a scaled copy and corrected by the secant method until it is within two percent of the target.
-
-    The model is not changed until :meth:`Calibration.apply`.
-
-    Args:
-        model: a model at initialization whose features are of order 1 (signal propagation).
-        loss_fn: function of the model and the batch that returns the loss, a scalar. It must use the model that it
-            receives.
-        batch: second argument of ``loss_fn``, as large as the batches of training.
-        optimizer: ``"sgd"`` (plain), ``"adam"``, ``"adamw"``, an optimizer of this model (whose learning rates are
-            ignored), or a function that creates one, such as
-            ``lambda groups, lr: torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.95))``.
-        layers: the layers, as for :class:`fastfs.Monitor`; the blocks of the model by default.
-        target_loss_decrease: D, in units of the loss; None means a tenth of the loss.
-        target_sensitivity: S = rms(df_{L-1}) / D, in feature units per unit of loss.
-
-    Returns:
-        The measurement and the resulting rates and scale. ``str()`` explains every number.
-
-    Raises:
-        TypeError: the optimizer is none of these or has no plain step, or the loss is not a scalar tensor.
-        ValueError: a target is not positive, a parameter is unused, the updates of a given optimizer instance are not
-            proportional to its learning rate, or a group has a zero gradient or an update along which the loss
-            increases.
-        RuntimeError: in inference mode, or the forward is not repeatable.
-
-    Source: "The Feature Speed Formula" (arXiv 2311.18718), automatic scaling; section 2 for any optimizer.
-    """
-    for name, value in (("target_loss_decrease", target_loss_decrease), ("target_sensitivity", target_sensitivity)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}: expected a positive finite number, got {value}")
-    label = _label(optimizer)
-    lin = Linearization(model, loss_fn, batch, layers=layers)
-    parts = partition(lin)
-    target = 0.1 * abs(float(lin.loss)) if target_loss_decrease is None else float(target_loss_decrease)
-    if target == 0:
-        raise ValueError("target_loss_decrease: the loss is 0, so there is no default; expected a positive number")
-    first = state = _measure(lin, parts, optimizer, label, target)
-    output = [lin.names[p] for p in parts.output]
-    scale, trace, tried = 1.0, [state.sensitivity], [0.0]
-    while output and abs(math.log(state.sensitivity / target_sensitivity)) > _CLOSE and len(trace) < _ROUNDS:
-        following = _next(tried, [math.log(s / target_sensitivity) for s in trace])
-        if following is None:
-            break
-        tried.append(following)
-        scale = math.exp(following)
-        scaled, theirs = _scaled_copy(model, lin, parts, optimizer, scale)
-        if target_loss_decrease is None:
-            target = first.decrease
-        again = Linearization(scaled, loss_fn, batch, layers=layers)
-        state = _measure(again, parts, theirs, label, target)
-        trace.append(state.sensitivity)
-    groups = tuple(
-        GroupCalibration(
-            name=name,
-            parameters=tuple(lin.names[p] for p in members),
-            gradient_norm_before=first.gradient_norms[name],
-            gradient_norm=state.gradient_norms[name],
-            contribution=state.contributions[name],
-            lr=state.rates[name],
-        )
-        for name, members in parts.groups.items()
-    )
-    return Calibration(
-        optimizer=label,
-        members=groups,
-        hidden=lin.layers[parts.hidden].name,
-        output=tuple(output),
-        output_scale=scale,
-        target_loss_decrease=target,
-        target_sensitivity=target_sensitivity,
-        before=first,
-        after=state,
-        trace=tuple(trace),
-        shared=tuple(parts.shared),
-        converged=abs(math.log(state.sensitivity / target_sensitivity)) <= _CLOSE,
-        _parameters=dict(zip(lin.names, lin.originals, strict=True)),
-        _output_norms={lin.names[p]: float(lin.parameters[p].double().norm()) for p in parts.output},
-    )
+    count = steps
+    batches, several = as_batches(batch)
+    lin = Linearization(model, loss_fn, batches(0), layers=layers)
+    apart = others(lin, unwrapped(model))
+    optimizers = made(optimizer, lin)
+    trials = Trials(model, loss_fn, batches, optimizers, apart, count)
+    try:
+        largest, relative = trials.largest_rate(_FACTOR if apart else 1.0)
+        first = largest / _BELOW
+        best = _search(trials, first, bool(apart)) if several else Trial(first, _FACTOR if apart else 1.0, 0, float("nan"))
+    finally:
+        trials.restore()
+    return Calibration(best, largest, relative, trials, optimizers, apart)
 
 
-def _next(tried: list[float], errors: list[float]) -> float | None:
-    """Return the logarithm of the next output scale, from the scales tried so far and the errors log(S / target).
+def _search(trials: Trials, first: float, apart: bool) -> Trial:
+    tried: dict[tuple[int, int], Trial] = {}
 
-    S is proportional to 1/scale except for the residual, which changes with the output; from the second round on, the
-    secant accounts for it. The result is None if S hardly depends on the scale.
-    """
-    slope = -1.0
-    if len(tried) > 1 and tried[-1] != tried[-2]:
-        secant = (errors[-1] - errors[-2]) / (tried[-1] - tried[-2])
-        if secant > -0.05:
-            return None
-        slope = min(max(secant, -4.0), -0.25)
-    return tried[-1] - errors[-1] / slope
+    def at(place: tuple[int, int]) -> Trial:
+        if place not in tried:
+            a, b = place
+            tried[place] = trials.run(first * 2.0**a, _FACTOR * 2.0 ** (b - a) if apart else 1.0)
+        return tried[place]
 
-
-def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, label: str, target: float) -> State:
-    unit = _unit_updates(lin, optimizer)
-    decreases = update_stats(lin.gradients, unit).aligned_decrease.tolist()
-    squares = [float(g.double().square().sum()) for g in lin.gradients]
-    contributions, rates, norms = {}, {}, {}
-    directions: list[Tensor] = [torch.zeros_like(p) for p in lin.parameters]
-    for name, members in parts.groups.items():
-        c = sum(decreases[p] for p in members)
-        norms[name] = math.sqrt(sum(squares[p] for p in members))
-        if norms[name] == 0:
-            raise ValueError(
-                f"group {name!r} ({some([lin.names[p] for p in members])}): the gradient is zero, so no learning rate "
-                "makes it contribute; an output or branch initialized to zero blocks the gradient of preceding layers"
-            )
-        if not (math.isfinite(c) and c > 0):
-            raise ValueError(f"group {name!r}: the loss increases along the update of {label}, <g, -dw> = {c:.4g}")
-        contributions[name] = c
-        rates[name] = target / (len(parts.groups) * c)
-        for p in members:
-            directions[p] = (rates[name] * unit[p]).to(lin.parameters[p].dtype)
-    changed = lin.jvp(directions)
-    visits = zip(lin.features[parts.hidden], changed.features[parts.hidden], lin.backward[parts.hidden], strict=True)
-    stats = FeatureStats(over_visits(*zip(*visits, strict=True), first_order=True))
-    decrease = -float(changed.loss)
-    sensitivity = float(stats.update_rms) / decrease if decrease > 0 else math.nan
-    if not (math.isfinite(sensitivity) and sensitivity > 0):
-        raise ValueError(
-            f"layer {lin.layers[parts.hidden].name!r}: expected features that move while the loss decreases, got "
-            f"rms(df) = {float(stats.update_rms):.4g} and a first-order decrease of {decrease:.4g}"
-        )
-    return State(
-        loss=float(lin.loss),
-        decrease=decrease,
-        gradient_norms=norms,
-        contributions=contributions,
-        rates=rates,
-        backward_norm=float(stats.backward_norm),
-        elements=int(stats.count),
-        cos_angle=float(stats.cos_angle),
-        update_rms=float(stats.update_rms),
-        feature_rms=float(stats.feature_rms),
-        sensitivity=sensitivity,
-    )
-
-
-def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:
-    """Return what the optimizer's next step adds to each parameter with lr = 1, in float64 except for plain SGD."""
-    if optimizer == "sgd":
-        return [-g for g in lin.gradients]
-    if not isinstance(optimizer, Optimizer):
-        # In float64, because small updates are lost in the rounding of a parameter.
-        clones = [p.double().clone().requires_grad_() for p in lin.parameters]
-        made = _factory(optimizer)([{"params": clones}], lr=1.0)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"optimizer: expected a function that returns an optimizer, got {type(made).__name__}")
-        return optimizer_update(made, clones, [g.double() for g in lin.gradients])
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in zip(lin.names, lin.originals, strict=True) if id(p) not in mine]
-    if missing:
-        raise ValueError(f"optimizer: it does not have {some(missing)}")
-    unit, small = (
-        optimizer_update(_with_rate(optimizer, rate), lin.originals, lin.gradients, dtype=torch.float64)
-        for rate in (1.0, _SMALL)
-    )
-    for name, gradient, dw, part in zip(lin.names, lin.gradients, unit, small, strict=True):
-        wanted, found = (float((gradient.double() * x).sum()) for x in (_SMALL * dw, part))
-        if abs(found - wanted) > _LINEAR * abs(wanted):
-            raise ValueError(
-                f"optimizer: expected updates proportional to the learning rate; with a rate of {_SMALL:g} "
-                f"{type(optimizer).__name__} lowers the loss by {-found:.4g} through {name!r}, instead of {-wanted:.4g}"
-            )
-    return unit
-
-
-def _with_rate(optimizer: Optimizer, rate: float, replaced: dict[int, Tensor] | None = None) -> Optimizer:
-    """Return a shallow copy of the optimizer with another lr and, for a copy of the model, its parameters."""
-    replaced = replaced or {}
-    clone: Optimizer = object.__new__(type(optimizer))
-    vars(clone).update(vars(optimizer))
-    clone.param_groups = [
-        {**group, "lr": rate, "params": [replaced.get(id(p), p) for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    state = type(optimizer.state)(dict)  # torch's default for missing entries
-    state.update({replaced.get(id(p), p): kept for p, kept in optimizer.state.items()})
-    clone.state = state
-    return clone
-
-
-def _scaled_copy(
-    model: nn.Module, lin: Linearization, parts: Partition, optimizer: OptimizerLike, scale: float
-) -> tuple[nn.Module, OptimizerLike]:
-    """Return a copy of the model with its output scaled, and the optimizer for it."""
-    memo: dict[int, Any] = {}
-    scaled = copy.deepcopy(model, memo)
-    with torch.no_grad():
-        for p in parts.output:
-            memo[id(lin.originals[p])].mul_(scale)
-    if isinstance(optimizer, Optimizer):
-        return scaled, _with_rate(optimizer, 1.0, {id(p): memo[id(p)] for p in lin.originals})
-    return scaled, optimizer
-
-
-def _factory(optimizer: str | Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    return named(optimizer) if isinstance(optimizer, str) else optimizer
-
-
-def _label(optimizer: OptimizerLike) -> str:
-    if isinstance(optimizer, str):
-        return named(optimizer).__name__
-    if isinstance(optimizer, Optimizer):
-        return type(optimizer).__name__
-    if callable(optimizer):
-        return str(getattr(optimizer, "__name__", type(optimizer).__name__))
-    raise TypeError(f"optimizer: expected a name, an optimizer or a function that returns one, got {optimizer!r}")
+    here = (0, 0)
+    best = at(here)
+    improved = True
+    while improved:
+        improved = False
+        for a, b in _MOVES if apart else _MOVES[:2]:
+            while sum(t.steps for t in trials.done) <= (_MOST - 1) * trials.steps:
+                there = (here[0] + a, here[1] + b)
+                if there in tried:
+                    break
+                found = at(there)
+                if found.reason or found.loss > (1 - _BETTER) * best.loss:
+                    break
+                here, best, improved = there, found, True
+    return best
