@@ -100,7 +100,7 @@ def llama(width: int, depth: int) -> nn.Module:
     import transformers as T
 
     return T.LlamaForCausalLM(T.LlamaConfig(
-        vocab_size=32, hidden_size=32 * width, num_hidden_layers=2 * depth, num_attention_heads=2 * width,
+        vocab_size=32, hidden_size=32 * width, num_hidden_layers=depth, num_attention_heads=2 * width,
         num_key_value_heads=2 * width, intermediate_size=64 * width, max_position_embeddings=64))
 
 
@@ -108,7 +108,7 @@ def gpt2(width: int, depth: int) -> nn.Module:
     import transformers as T
 
     return T.GPT2LMHeadModel(T.GPT2Config(
-        vocab_size=32, n_embd=32 * width, n_layer=2 * depth, n_head=2 * width, n_positions=64, bos_token_id=0,
+        vocab_size=32, n_embd=32 * width, n_layer=depth, n_head=2 * width, n_positions=64, bos_token_id=0,
         eos_token_id=0))
 
 
@@ -116,7 +116,7 @@ def mixtral(width: int, depth: int) -> nn.Module:
     import transformers as T
 
     return T.MixtralForCausalLM(T.MixtralConfig(
-        vocab_size=128, hidden_size=32 * width, num_hidden_layers=1 * depth, num_attention_heads=2 * width,
+        vocab_size=128, hidden_size=32 * width, num_hidden_layers=depth, num_attention_heads=2 * width,
         num_key_value_heads=1 * width, intermediate_size=48 * width, num_local_experts=4, max_position_embeddings=64))
 
 
@@ -124,7 +124,7 @@ def vit(width: int, depth: int) -> nn.Module:
     import transformers as T
 
     return T.ViTForImageClassification(T.ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=32 * width, num_hidden_layers=2 * depth,
+        image_size=8, patch_size=2, num_channels=1, hidden_size=32 * width, num_hidden_layers=depth,
         num_attention_heads=2 * width, intermediate_size=64 * width, num_labels=10))
 
 
@@ -132,7 +132,7 @@ def lora(width: int, depth: int) -> nn.Module:
     """LoRA on a base that is trained a little on bytes first, at a usual rate, and then frozen."""
     import peft
 
-    base = Transformer(128, 32 * width, 2 * depth, 2 * width, 48)
+    base = Transformer(128, 32 * width, depth, 2 * width, 32)
     optimizer = torch.optim.AdamW(base.parameters(), lr=2e-3)
     stream = windows(stdlib_text(400_000), 8, 32, 77)
     for _ in range(60):
@@ -156,7 +156,7 @@ def reversed_text(rows: int, length: int) -> Callable[[int], Iterator[Any]]:
 
 
 TASKS = {task.name: task for task in (
-    Task("transformer", ADAMW, lambda w, d: Transformer(256, 32 * w, 2 * d, 2 * w, 32, dropout=0.1), text(8, 32), _logits, adamw),
+    Task("transformer", ADAMW, lambda w, d: Transformer(256, 32 * w, d, 2 * w, 32, dropout=0.1), text(8, 32), _logits, adamw),
     Task("resnet", SGD, lambda w, d: ResNet(64, 32 * w, 6 * d, 10), images(128), _logits, sgd),
     Task("llama", ADAMW, llama, copies(32, 8, 16), _own, adamw),
     Task("gpt2", ADAMW, gpt2, copies(32, 8, 16), _own, adamw),

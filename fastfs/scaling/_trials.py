@@ -26,7 +26,7 @@ Batches: TypeAlias = Callable[[int], Any]
 
 _LAST = 0.2  # share of the steps over which the loss of a trial is averaged
 _RACES = (0.25, 0.5)  # shares of the steps after which a trial that lags behind ends
-_LAG = 0.5  # ... if its loss has decreased by less than this share of the best trial's decrease
+_LAG = 1.25  # ... if its loss is larger than that of the best trial by this factor
 _GROWTH, _MOST_GROWTH = 1.3, 80  # of the rate per step, while the largest rate is looked for
 _FIRST = 1e-4  # relative update of the first of these steps
 _WINDOW = 3  # steps over which decreases are added
@@ -109,8 +109,6 @@ class Trials:
         model: the model, which is copied for each of them.
         loss_fn: function of the model and a batch.
         batches: batch of each step.
-        optimizers: optimizers of the model, copied with their state.
-        others: parameters, by id, whose rate is the rate of the matrices times a factor.
         steps: steps of a trial.
 
     Attributes:
@@ -119,22 +117,23 @@ class Trials:
         done: the trials so far.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        loss_fn: LossFunction,
-        batches: Batches,
-        optimizers: Sequence[Optimizer],
-        others: frozenset[int],
-        steps: int,
-    ) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFunction, batches: Batches, steps: int) -> None:
         self.steps = steps
         self.taken = 0
         self.done: list[Trial] = []
         self._model, self._loss_fn, self._batches = model, loss_fn, batches
-        self._optimizers = list(optimizers)
-        self._others = others
+        self._optimizers: Sequence[Optimizer] = ()
+        self._others: frozenset[int] = frozenset()
         self._state = ForwardState.take(model).randomness
+
+    def of(self, optimizers: Sequence[Optimizer], others: frozenset[int]) -> None:
+        """Set the optimizers.
+
+        Args:
+            optimizers: optimizers of the model, copied with their state for each training.
+            others: parameters, by id, whose rate is the rate of the matrices times a factor.
+        """
+        self._optimizers, self._others = optimizers, others
 
     def restore(self) -> None:
         """Restore the random numbers, also those of a loader; to be called after the last training."""
@@ -192,8 +191,7 @@ class Trials:
             if not math.isfinite(step.loss):
                 reason = "diverged"
             elif best is not None and count in races and not best.reason:
-                reached, theirs = (x[0] - _end(x, count) for x in (losses, best.losses))
-                reason = "lagged" if reached < _LAG * theirs else ""
+                reason = "lagged" if _end(losses, count) > _LAG * _end(best.losses, count) else ""
             if reason or count == self.steps:
                 break
         loss = math.inf if reason else _end(losses, self.steps)
