@@ -17,6 +17,8 @@ from fastfs.models import MLP, ResNet, Transformer
 ADAMW = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SGD = (1e-3, 1e-2, 1e-1, 3e-1, 1.0)
 MUON = ADAMW
+
+
 @dataclass(frozen=True)
 class Task:
     """A training: ``model(width, depth)`` multiplies the base size; ``batches(seed)`` are a stream."""
@@ -99,33 +101,67 @@ def images(rows: int, square: bool = False) -> Callable[[int], Iterator[Any]]:
 def llama(width: int, depth: int) -> nn.Module:
     import transformers as T
 
-    return T.LlamaForCausalLM(T.LlamaConfig(
-        vocab_size=32, hidden_size=32 * width, num_hidden_layers=depth, num_attention_heads=2 * width,
-        num_key_value_heads=2 * width, intermediate_size=64 * width, max_position_embeddings=64))
+    return T.LlamaForCausalLM(
+        T.LlamaConfig(
+            vocab_size=32,
+            hidden_size=32 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=2 * width,
+            num_key_value_heads=2 * width,
+            intermediate_size=64 * width,
+            max_position_embeddings=64,
+        )
+    )
 
 
 def gpt2(width: int, depth: int) -> nn.Module:
     import transformers as T
 
-    return T.GPT2LMHeadModel(T.GPT2Config(
-        vocab_size=32, n_embd=32 * width, n_layer=depth, n_head=2 * width, n_positions=64, bos_token_id=0,
-        eos_token_id=0))
+    return T.GPT2LMHeadModel(
+        T.GPT2Config(
+            vocab_size=32,
+            n_embd=32 * width,
+            n_layer=depth,
+            n_head=2 * width,
+            n_positions=64,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def mixtral(width: int, depth: int) -> nn.Module:
     import transformers as T
 
-    return T.MixtralForCausalLM(T.MixtralConfig(
-        vocab_size=128, hidden_size=32 * width, num_hidden_layers=depth, num_attention_heads=2 * width,
-        num_key_value_heads=1 * width, intermediate_size=48 * width, num_local_experts=4, max_position_embeddings=64))
+    return T.MixtralForCausalLM(
+        T.MixtralConfig(
+            vocab_size=128,
+            hidden_size=32 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=2 * width,
+            num_key_value_heads=1 * width,
+            intermediate_size=48 * width,
+            num_local_experts=4,
+            max_position_embeddings=64,
+        )
+    )
 
 
 def vit(width: int, depth: int) -> nn.Module:
     import transformers as T
 
-    return T.ViTForImageClassification(T.ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=32 * width, num_hidden_layers=depth,
-        num_attention_heads=2 * width, intermediate_size=64 * width, num_labels=10))
+    return T.ViTForImageClassification(
+        T.ViTConfig(
+            image_size=8,
+            patch_size=2,
+            num_channels=1,
+            hidden_size=32 * width,
+            num_hidden_layers=depth,
+            num_attention_heads=2 * width,
+            intermediate_size=64 * width,
+            num_labels=10,
+        )
+    )
 
 
 def lora(width: int, depth: int) -> nn.Module:
@@ -155,13 +191,23 @@ def reversed_text(rows: int, length: int) -> Callable[[int], Iterator[Any]]:
     return stream
 
 
-TASKS = {task.name: task for task in (
-    Task("transformer", ADAMW, lambda w, d: Transformer(256, 32 * w, d, 2 * w, 32, dropout=0.1), text(8, 32), _logits, adamw),
-    Task("resnet", SGD, lambda w, d: ResNet(64, 32 * w, 6 * d, 10), images(128), _logits, sgd),
-    Task("llama", ADAMW, llama, copies(32, 8, 16), _own, adamw),
-    Task("gpt2", ADAMW, gpt2, copies(32, 8, 16), _own, adamw),
-    Task("vit", MUON, vit, images(32, True), _own, muon),
-    Task("mlp", SGD, lambda w, d: MLP(64, 32 * w, 6 * d, 10), images(128), _logits, sgd),
-    Task("lora", ADAMW, lora, reversed_text(8, 32), _logits, adamw),
-    Task("mixtral", MUON, mixtral, text_of_dicts(8, 32, 128), _own, muon),
-)}
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "transformer",
+            ADAMW,
+            lambda w, d: Transformer(256, 32 * w, d, 2 * w, 32, dropout=0.1),
+            text(8, 32),
+            _logits,
+            adamw,
+        ),
+        Task("resnet", SGD, lambda w, d: ResNet(64, 32 * w, 6 * d, 10), images(128), _logits, sgd),
+        Task("llama", ADAMW, llama, copies(32, 8, 16), _own, adamw),
+        Task("gpt2", ADAMW, gpt2, copies(32, 8, 16), _own, adamw),
+        Task("vit", MUON, vit, images(32, True), _own, muon),
+        Task("mlp", SGD, lambda w, d: MLP(64, 32 * w, 6 * d, 10), images(128), _logits, sgd),
+        Task("lora", ADAMW, lora, reversed_text(8, 32), _logits, adamw),
+        Task("mixtral", MUON, mixtral, text_of_dicts(8, 32, 128), _own, muon),
+    )
+}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastfs.scaling._angle import predicted_cos_angle
 from fastfs.scaling._calibrate import calibrate
-from fastfs.scaling._first_step import first_step
 from fastfs.scaling._calibration import Calibration
 from fastfs.scaling._check import check, check_point
 from fastfs.scaling._factory import FactoryError, Parts, load_factory
+from fastfs.scaling._first_step import first_step
 from fastfs.scaling._fit import Exponent, Status, fit_exponent
 from fastfs.scaling._predicted import Prediction, predict
 from fastfs.scaling._report import ScalingReport

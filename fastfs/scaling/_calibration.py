@@ -20,7 +20,7 @@ from fastfs.scaling._trials import Trial
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["Calibration", "CalibratedGroup"]
+__all__ = ["CalibratedGroup", "Calibration"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Automatic scaling of any model: learning rates and output scale from one measurement at initialization."""
+"""Automatic scaling of any model for its first step: learning rates and output scale from one measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fastfs._functional import update_stats
 from fastfs._network.layers import AUTO, Selection
-from fastfs._network.linearization import Linearization, LossFunction
+from fastfs._network.linearization import Evaluation, Linearization, LossFunction
 from fastfs._stats import FeatureStats
 from fastfs.formula._measure import over_visits
 from fastfs.formula._parameter_updates import optimizer_update
@@ -51,7 +51,9 @@ def first_step(
     proportion, theta hardly changes, and S becomes the target. Because the residual may change a little, S is measured
     again on a scaled copy and corrected by the secant method until it is within two percent of the target.
 
-    The model is not changed until :meth:`FirstStep.apply`.
+    This is the rule of the paper, for the first step of a network at initialization. For the rates of a whole
+    training, see :func:`fastfs.scaling.calibrate`. First-order changes are derivatives, or central differences where
+    torch has no forward-mode derivative. The model is not changed until :meth:`FirstStep.apply`.
 
     Args:
         model: a model at initialization whose features are of order 1 (signal propagation).
@@ -165,7 +167,7 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, kin
         rates[name] = target / (len(parts.groups) * c)
         for p in members:
             directions[p] = (rates[name] * unit[p]).to(lin.parameters[p].dtype)
-    changed = lin.jvp(directions)
+    changed = _changes(lin, directions)
     visits = zip(lin.features[parts.hidden], changed.features[parts.hidden], lin.backward[parts.hidden], strict=True)
     stats = FeatureStats(over_visits(*zip(*visits, strict=True), first_order=True))
     decrease = -float(changed.loss)
@@ -188,6 +190,23 @@ def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, kin
         feature_rms=float(stats.feature_rms),
         sensitivity=sensitivity,
     )
+
+
+def _changes(lin: Linearization, directions: list[Tensor]) -> Evaluation:
+    """Return first-order changes: derivatives, or central differences where torch has no forward-mode derivative."""
+    try:
+        return lin.jvp(directions)
+    except NotImplementedError:
+        sizes = [sum(float(x.double().square().sum()) for x in xs) for xs in (lin.parameters, directions)]
+        coarsest = max(torch.finfo(p.dtype).eps for p in lin.parameters)
+        step = math.sqrt(coarsest * sizes[0] / sizes[1])  # far above rounding, and nearly of first order
+        pairs = list(zip(lin.parameters, directions, strict=True))
+        up, down = (lin.forward([(p + sign * step * d).to(p.dtype) for p, d in pairs]) for sign in (1, -1))
+        features = [
+            tuple((b - a) / (2 * step) for a, b in zip(low, high, strict=True))
+            for low, high in zip(down.features, up.features, strict=True)
+        ]
+        return Evaluation(features, (up.loss - down.loss) / (2 * step))
 
 
 def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:

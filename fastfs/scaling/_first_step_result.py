@@ -1,4 +1,4 @@
-"""The result of a calibration: learning rates, the output scale, and how they were derived."""
+"""The result of the first-step rule: learning rates, the output scale, and how they were derived."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from fastfs._functional import update_stats
 from fastfs._network.linearization import LossFunction
 from fastfs._network.state import ForwardState
 from fastfs.formula._parameter_updates import copied_optimizer
@@ -165,7 +164,7 @@ class Trials:
             rate = start * _GROWTH**count
             recent = [*recent, step][-_WINDOW:]
             expected, realized = sum(s.expected for s in recent), sum(s.realized for s in recent)
-            if not (math.isfinite(realized) and math.isfinite(expected)) or 0 < expected and realized < expected / 2:
+            if not (math.isfinite(realized) and math.isfinite(expected)) or (expected > 0 and realized < expected / 2):
                 return rate, step.relative
             if count == _MOST_GROWTH:
                 break
@@ -199,9 +198,7 @@ class Trials:
         self.done.append(trial)
         return trial
 
-    def _run(
-        self, rate: float | Callable[[int], float], factor: float, measured: bool = False
-    ) -> Iterator[_Step]:
+    def _run(self, rate: float | Callable[[int], float], factor: float, measured: bool = False) -> Iterator[_Step]:
         """Yield the steps of a training without end."""
         self._state.restore()
         memo: dict[int, Any] = {}
