@@ -1,4 +1,4 @@
-"""The trainings on which calibrated learning rates are compared with a grid: eight models, three optimizers, real sizes small."""
+"""The trainings on which calibrated learning rates are compared with a grid: eight small models, three optimizers."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def images(rows: int, square: bool = False) -> Callable[[int], Iterator[Any]]:
 
 
 def llama(width: int, depth: int) -> nn.Module:
-    import transformers as T
+    import transformers
 
-    return T.LlamaForCausalLM(
-        T.LlamaConfig(
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
             vocab_size=32,
             hidden_size=32 * width,
             num_hidden_layers=depth,
@@ -115,10 +115,10 @@ def llama(width: int, depth: int) -> nn.Module:
 
 
 def gpt2(width: int, depth: int) -> nn.Module:
-    import transformers as T
+    import transformers
 
-    return T.GPT2LMHeadModel(
-        T.GPT2Config(
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
             vocab_size=32,
             n_embd=32 * width,
             n_layer=depth,
@@ -131,10 +131,10 @@ def gpt2(width: int, depth: int) -> nn.Module:
 
 
 def mixtral(width: int, depth: int) -> nn.Module:
-    import transformers as T
+    import transformers
 
-    return T.MixtralForCausalLM(
-        T.MixtralConfig(
+    return transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
             vocab_size=128,
             hidden_size=32 * width,
             num_hidden_layers=depth,
@@ -148,10 +148,10 @@ def mixtral(width: int, depth: int) -> nn.Module:
 
 
 def vit(width: int, depth: int) -> nn.Module:
-    import transformers as T
+    import transformers
 
-    return T.ViTForImageClassification(
-        T.ViTConfig(
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(
             image_size=8,
             patch_size=2,
             num_channels=1,

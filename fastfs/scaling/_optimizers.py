@@ -53,7 +53,7 @@ def factory(optimizer: str | Callable[..., Optimizer], groups: list[dict[str, An
     Raises:
         TypeError: the function returns something else.
     """
-    create = named(optimizer) if isinstance(optimizer, str) else optimizer
+    create: Callable[..., Optimizer] = named(optimizer) if isinstance(optimizer, str) else optimizer
     created = create(groups, lr=1.0)
     if not isinstance(created, Optimizer):
         raise TypeError(f"optimizer: expected a function that returns an optimizer, got {type(created).__name__}")
