@@ -150,18 +150,17 @@ def mixtral(width: int, depth: int) -> nn.Module:
 def vit(width: int, depth: int) -> nn.Module:
     import transformers
 
-    return transformers.ViTForImageClassification(
-        transformers.ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            hidden_size=32 * width,
-            num_hidden_layers=depth,
-            num_attention_heads=2 * width,
-            intermediate_size=64 * width,
-            num_labels=10,
-        )
+    config = transformers.ViTConfig(
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_size=32 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=2 * width,
+        intermediate_size=64 * width,
     )
+    config.num_labels = 10
+    return transformers.ViTForImageClassification(config)
 
 
 def lora(width: int, depth: int) -> nn.Module:

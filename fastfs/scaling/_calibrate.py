@@ -56,7 +56,8 @@ def calibrate(
     With one batch, trials would reward memorizing it, and the rate is a quarter of the largest one.
 
     Args:
-        model: the model, at initialization or later, in the mode in which it is trained.
+        model: the model, at initialization or later, in the mode in which it is trained. It is copied by
+            ``copy.deepcopy``, one copy at a time, on one process.
         loss_fn: function of the model and a batch that returns the loss, a scalar. It must use the model that it
             receives.
         batch: a function of the step that returns its batch, the same each time; a ``DataLoader``; or one batch.
@@ -69,7 +70,7 @@ def calibrate(
         The rates and the trials. ``str()`` explains every number.
 
     Raises:
-        TypeError: the optimizer or the batch is none of these, or the loss is not a scalar tensor.
+        TypeError: the optimizer or the batch is none of these, a step needs a closure, or the loss is no scalar tensor.
         ValueError: ``steps`` is too small, the optimizers lack a parameter that trains, no step changes the parameters
             or limits the rate, or every trial diverged.
         RuntimeError: in inference mode, or the loss is not repeatable.

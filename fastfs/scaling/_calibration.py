@@ -180,6 +180,6 @@ class Calibration:
 
 def _theirs(theirs: Mapping[str, Tensor], names: Mapping[int, str], parameter: Tensor) -> Tensor:
     name = names.get(id(parameter))
-    if name not in theirs:
+    if name is None or name not in theirs:
         raise ValueError(f"model: it has no parameter {name!r}; expected the measured model or a copy of it")
     return theirs[name]

@@ -9,6 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastfs._network.linearization import Linearization
+from fastfs.formula._parameter_updates import check_plain_step
 from fastfs.scaling._rendering import some
 
 __all__ = ["OptimizerLike", "factory", "has_all", "label", "made", "named"]
@@ -87,7 +88,8 @@ def made(optimizer: OptimizerLike | Sequence[Optimizer], lin: Linearization) -> 
         The optimizers that were given, or a new one.
 
     Raises:
-        TypeError: it is none of these.
+        TypeError: it is none of these, or a step needs a closure.
+        ValueError: a parameter is missing.
     """
     label(optimizer)
     if isinstance(optimizer, Sequence) and not isinstance(optimizer, str):
@@ -96,6 +98,8 @@ def made(optimizer: OptimizerLike | Sequence[Optimizer], lin: Linearization) -> 
         found = [optimizer]
     else:
         found = [factory(optimizer, [{"params": list(lin.originals)}])]
+    for one in found:
+        check_plain_step(one)
     has_all(found, lin)
     return found
 

@@ -205,7 +205,7 @@ class Trials:
         model = copy.deepcopy(self._model, memo)
         clones = {id(p): memo[id(p)] for p in self._model.parameters()}
         optimizers = [copied_optimizer(optimizer, clones) for optimizer in self._optimizers]
-        others = {id(memo[key]) for key in self._others}
+        others = frozenset(id(memo[key]) for key in self._others)
         shapes = [[(part, part["lr"]) for part in split(optimizer, others)] for optimizer in optimizers]
         for optimizer, parts in zip(optimizers, shapes, strict=True):
             optimizer.param_groups = [part for part, _ in parts]
@@ -214,8 +214,7 @@ class Trials:
         while True:
             now = rate(count) if callable(rate) else rate
             for part, shape in (pair for parts in shapes for pair in parts):
-                inside = is_other(part, others)
-                part["lr"] = now * shape * (factor if inside else 1.0)
+                part["lr"] = now * shape * (factor if is_other(part, others) else 1.0)
             batch = self._batches(count)
             self.taken += 1
             yield self._step(model, optimizers, parameters, batch, measured)
@@ -235,15 +234,17 @@ class Trials:
             optimizer.step()
         if state is None:
             return _Step(float(loss.detach()))
-        moved = [(p.detach() - old, old, p.grad) for p, old in zip(parameters, before, strict=True)]
-        expected = -sum(float((g * dw).sum(dtype=torch.float64)) for dw, _, g in moved if g is not None)
-        sizes = [sum(float(x[i].double().square().sum()) for x in moved) for i in (0, 1)]
+        updates = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
+        dense = [None if p.grad is None else p.grad.to_dense() if p.grad.is_sparse else p.grad for p in parameters]
+        pairs = [(g, dw) for g, dw in zip(dense, updates, strict=True) if g is not None]
+        expected = float(update_stats([g for g, _ in pairs], [dw for _, dw in pairs]).aligned_decrease.sum())
+        moved, size = (math.sqrt(sum(float(x.double().square().sum()) for x in xs)) for xs in (updates, before))
         after = ForwardState.take(model).randomness
         state.restore()
         with torch.no_grad():
             realized = float(loss.detach()) - float(self._loss_fn(model, batch))
         after.restore()
-        return _Step(float(loss.detach()), expected, realized, math.sqrt(sizes[0] / sizes[1]) if sizes[1] else math.inf)
+        return _Step(float(loss.detach()), expected, realized, moved / size if size else math.inf)
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,14 @@ def test_a_zero_output_and_zero_branches_have_rates() -> None:
     assert best.loss < 0.8 * best.losses[0]
 
 
+def test_sparse_gradients_and_their_optimizer() -> None:
+    model = nn.Sequential(nn.Embedding(50, 16, sparse=True), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 50))
+    sparse = torch.optim.SparseAdam(model[0].parameters())
+    dense = torch.optim.Adam(model[1:].parameters())
+    found = scaling.calibrate(model, cross_entropy, tokens, optimizer=[sparse, dense], steps=STEPS)
+    assert [g["lr"] for g in found.groups(sparse)] == [found.rate * found.factor]
+
+
 def test_a_parameter_that_the_loss_does_not_use() -> None:
     model = MLP(10, 32, 4, 5)
     model.extra = nn.Linear(3, 3)
@@ -194,6 +202,11 @@ def test_loaders_start_again_and_keep_their_generator() -> None:
         ({"steps": 5}, ValueError, "steps: expected at least 10, got 5"),
         ({"optimizer": "lion"}, ValueError, "expected one of sgd, adam, adamw"),
         ({"optimizer": 3}, TypeError, "expected a name, an optimizer, several"),
+        (
+            {"optimizer": lambda groups, lr: torch.optim.LBFGS(groups[0]["params"])},
+            TypeError,
+            "LBFGS evaluates the loss",
+        ),
         ({"optimizer": []}, TypeError, "expected a name, an optimizer, several"),
         ({"optimizer": lambda groups, lr: 3}, TypeError, "that returns an optimizer, got int"),
         ({"optimizer": torch.optim.SGD([nn.Parameter(torch.ones(1))])}, ValueError, "does not have blocks"),
