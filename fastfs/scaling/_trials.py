@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from fastfs._functional import update_stats
 from fastfs._network.linearization import LossFunction
 from fastfs._network.state import ForwardState
 from fastfs.formula._parameter_updates import copied_optimizer
