@@ -110,25 +110,21 @@ def calibrate(
 
 def _search(trials: Trials, first: float, factor: float) -> Trial:
     """Return the best trial, moving from the first one to better neighbours until there is none."""
-    tried: dict[tuple[int, int], Trial] = {}
-
-    def at(a: int, b: int) -> Trial:
-        if (a, b) not in tried:
-            tried[a, b] = trials.run(first * 2.0**a, factor * 2.0 ** (b - a))
-        return tried[a, b]
-
     here = (0, 0)
-    best = at(*here)
+    best = trials.run(first, factor)
+    tried = {here}
     improved = True
     while improved:
         improved = False
         for a, b in _MOVES if factor != 1.0 else _MOVES[:2]:
             while trials.taken <= (_MOST - 1) * trials.steps:
-                there = (here[0] + a, here[1] + b)
+                i, j = there = (here[0] + a, here[1] + b)
                 if there in tried:
                     break
-                found = at(*there)
-                if not found.loss < (1 - _BETTER) * best.loss:
+                tried.add(there)
+                found = trials.run(first * 2.0**i, factor * 2.0 ** (j - i))
+                halved = bool(best.reason) and (a, b) == (-1, -1)  # from a rate that diverges, down in any case
+                if not (halved or best.loss - found.loss > _BETTER * abs(found.loss)):
                     break
                 here, best, improved = there, found, True
     if best.reason:

@@ -26,7 +26,7 @@ Batches: TypeAlias = Callable[[int], Any]
 
 _LAST = 0.2  # share of the steps over which the loss of a trial is averaged
 _RACES = (0.25, 0.5)  # shares of the steps after which a trial that lags behind ends
-_LAG = 1.25  # ... if its loss is larger than that of the best trial by this factor
+_LAG = 0.25  # ... if its loss is larger than that of the best trial by this share
 _GROWTH, _MOST_GROWTH = 1.3, 80  # of the rate per step, while the largest rate is looked for
 _FIRST = 1e-4  # relative update of the first of these steps
 _WINDOW = 3  # steps over which decreases are added
@@ -191,7 +191,8 @@ class Trials:
             if not math.isfinite(step.loss):
                 reason = "diverged"
             elif best is not None and count in races and not best.reason:
-                reason = "lagged" if _end(losses, count) > _LAG * _end(best.losses, count) else ""
+                mine, theirs = _end(losses, count), _end(best.losses, count)
+                reason = "lagged" if mine - theirs > _LAG * abs(theirs) else ""
             if reason or count == self.steps:
                 break
         loss = math.inf if reason else _end(losses, self.steps)

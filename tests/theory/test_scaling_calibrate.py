@@ -169,6 +169,34 @@ def test_a_zero_output_and_zero_branches_have_rates() -> None:
     assert best.loss < 0.8 * best.losses[0]
 
 
+def test_negative_losses() -> None:
+    found = scaling.calibrate(MLP(10, 32, 4, 5), lambda m, b: cross_entropy(m, b) - 10, vectors, steps=STEPS)
+    best = min(found.trials, key=lambda trial: trial.loss)
+    assert best.loss < 0
+    assert (found.rate, found.factor) == (best.rate, best.factor)
+
+
+def test_rates_that_diverge_are_halved_until_one_does_not() -> None:
+    """The curvature after 40 steps is 32 times that of the steps in which the largest rate is measured."""
+
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((2, 2), 3.0))
+
+        def forward(self, curvature: float, target: float) -> Tensor:
+            return curvature * (self.weight - target).square().sum() / 2
+
+    def batch(step: int) -> tuple[float, float]:
+        return 32.0 if step >= 40 else 1.0, 1.0 if step % 2 else -1.0
+
+    everywhere = lambda name, module: True  # noqa: E731
+    found = scaling.calibrate(Line(), lambda m, b: m(*b), batch, layers=everywhere)
+    assert [trial.reason for trial in found.trials[:3]] == ["diverged"] * 3  # here, up, down
+    assert found.trials[2].rate == found.trials[0].rate / 2
+    assert found.rate == min(found.trials, key=lambda trial: trial.loss).rate < 2 / 32
+
+
 def test_sparse_gradients_and_their_optimizer() -> None:
     model = nn.Sequential(nn.Embedding(50, 16, sparse=True), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 50))
     sparse = torch.optim.SparseAdam(model[0].parameters())
