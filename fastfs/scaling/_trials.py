@@ -192,7 +192,8 @@ class Trials:
                 reason = "diverged"
             elif best is not None and count in races and not best.reason:
                 mine, theirs = _end(losses, count), _end(best.losses, count)
-                reason = "lagged" if mine - theirs > _LAG * abs(theirs) else ""
+                # Not against a trial that rose again after.
+                reason = "lagged" if mine - theirs > _LAG * abs(theirs) and best.loss <= theirs else ""
             if reason or count == self.steps:
                 break
         loss = math.inf if reason else _end(losses, self.steps)
