@@ -129,13 +129,13 @@ print(f"S = {corrected.sensitivity[-1]:.1f}; best loss {best_fsc[0]:.3f} instead
 # %% [markdown]
 # ## 5. The remedy by measurement
 #
-# The table's constants hold for one output and one row. `scaling.calibrate` measures instead: it finds learning rates
+# The table's constants hold for one output and one row. `scaling.first_step` measures instead: it finds learning rates
 # with which all layers contribute equally to a given decrease per step, and the output scale at which S = 1. It works
 # for any model and optimizer, and explains its numbers before anything is changed.
 
 # %%
 model, _ = mlp_by("mup")
-calibration = scaling.calibrate(model, loss_fn, batch, optimizer="sgd", target_loss_decrease=0.1)
+calibration = scaling.first_step(model, loss_fn, batch, optimizer="sgd", target_loss_decrease=0.1)
 print(calibration)
 calibration.apply(model)
 best_calibrated = train(model, torch.optim.SGD(calibration.groups()))
@@ -150,7 +150,7 @@ print(f"calibrated: loss {best_calibrated[0]:.3f}, accuracy {best_calibrated[1]:
 # %%
 torch.manual_seed(0)
 resnet = ResNet(64, WIDTH, DEPTH, 10)
-calibration = scaling.calibrate(resnet, loss_fn, batch, optimizer="sgd", target_loss_decrease=0.1)
+calibration = scaling.first_step(resnet, loss_fn, batch, optimizer="sgd", target_loss_decrease=0.1)
 calibration.apply(resnet)
 optimizer = torch.optim.SGD(calibration.groups())
 residual = formula.measure(resnet, loss_fn, batch, optimizer=optimizer, first_order=True)

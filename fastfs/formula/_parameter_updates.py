@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fastfs._network.learning_rates import LearningRates, resolve
 from fastfs._network.state import RandomState
 
-__all__ = ["gradient_descent", "optimizer_update"]
+__all__ = ["check_plain_step", "copied_optimizer", "gradient_descent", "optimizer_update"]
 
 
 def gradient_descent(lr: LearningRates, names: Sequence[str], gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -66,12 +66,7 @@ def optimizer_update(
         TypeError: ``optimizer`` is not an optimizer, or its step needs a closure.
         ValueError: the optimizer has none of the parameters, or parameters and gradients differ in number.
     """
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is closure.empty):
-        name = type(optimizer).__name__
-        raise TypeError(f"optimizer: {name} evaluates the loss in its step and so has no update for a single gradient")
+    check_plain_step(optimizer)
     if len(parameters) != len(gradients):
         raise ValueError(f"optimizer_update: got {len(parameters)} parameters and {len(gradients)} gradients")
     own = {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -80,7 +75,7 @@ def optimizer_update(
     clones: dict[int, Tensor] = {
         key: p.detach().to(dtype or p.dtype, copy=True).requires_grad_(p.requires_grad) for key, p in own.items()
     }
-    clone = _copied(optimizer, clones)
+    clone = copied_optimizer(optimizer, clones)
     if dtype is not None:
         _cast(clone, dtype)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -98,8 +93,33 @@ def optimizer_update(
     return [_difference(clones.get(id(p)), p) for p in parameters]
 
 
-def _copied(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
-    """Return a copy of the optimizer with its state, for other parameters and without hooks."""
+def check_plain_step(optimizer: Optimizer) -> None:
+    """Check that an optimizer has a step for the gradients of one backward.
+
+    Args:
+        optimizer: the optimizer.
+
+    Raises:
+        TypeError: it is not an optimizer, or its step needs a closure.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if isinstance(optimizer, torch.optim.LBFGS) or (closure is not None and closure.default is closure.empty):
+        name = type(optimizer).__name__
+        raise TypeError(f"optimizer: {name} evaluates the loss in its step and so has no update for a single gradient")
+
+
+def copied_optimizer(optimizer: Optimizer, clones: dict[int, Tensor]) -> Optimizer:
+    """Return a copy of the optimizer with its state, for other parameters and without hooks.
+
+    Args:
+        optimizer: the optimizer.
+        clones: the other parameters, by the ids of those that the optimizer has.
+
+    Returns:
+        The copy.
+    """
     kept = {
         name: value
         for name, value in vars(optimizer).items()

@@ -1,35 +1,28 @@
-"""Automatic scaling of any model: learning rates and output scale from one measurement at initialization."""
+"""Learning rates for a whole training, from short trainings of copies."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from fastfs._functional import update_stats
-from fastfs._network.layers import AUTO, Selection
+from fastfs._network.layers import AUTO, Selection, unwrapped
 from fastfs._network.linearization import Linearization, LossFunction
-from fastfs._stats import FeatureStats
-from fastfs.formula._measure import over_visits
-from fastfs.formula._parameter_updates import optimizer_update
-from fastfs.scaling._calibration import Calibration, GroupCalibration, State
-from fastfs.scaling._groups import Partition, partition
-from fastfs.scaling._optimizers import named
-from fastfs.scaling._rendering import some
+from fastfs.scaling._calibration import Calibration
+from fastfs.scaling._optimizers import OptimizerLike, label, made
+from fastfs.scaling._roles import others
+from fastfs.scaling._trials import Trial, Trials, as_batches
 
-__all__ = ["OptimizerLike", "calibrate"]
+__all__ = ["calibrate"]
 
-OptimizerLike: TypeAlias = str | Optimizer | Callable[..., Optimizer]
-"""``"sgd"``, ``"adam"``, ``"adamw"``, an optimizer, or a function that creates one from parameter groups and ``lr``."""
-
-_ROUNDS = 8
-_CLOSE = 0.02  # relative tolerance of S
-_SMALL, _LINEAR = 1e-3, 0.05  # a small learning rate, and the permitted deviation of its update from proportionality
+_FACTOR = 4.0  # rate of the other parameters over that of the matrices, to begin with
+_BELOW = 2.0  # the largest rate over the rate of the first trial
+_ALONE = 4.0  # the largest rate over the rate without trials
+_BETTER = 0.005  # share of its loss by which the best trial has to be beaten
+_MOST = 7  # trials that may be paid for, in steps
+_MOVES = ((1, 1), (-1, -1), (0, 2), (0, -2), (1, 0), (-1, 0))  # powers of two: of the matrices, of the others
 
 
 def calibrate(
@@ -37,230 +30,103 @@ def calibrate(
     loss_fn: LossFunction,
     batch: Any,
     *,
-    optimizer: OptimizerLike = "sgd",
+    optimizer: OptimizerLike | Sequence[Optimizer] = "sgd",
     layers: Selection = AUTO,
-    target_loss_decrease: float | None = None,
-    target_sensitivity: float = 1.0,
+    steps: int = 100,
 ) -> Calibration:
-    r"""Measure gradients, backward vectors and the angle once, and derive learning rates and the output scale.
+    r"""Find learning rates by short trainings of copies, without changing model, optimizer or random numbers.
 
-    The parameters form n groups: before the first watched layer, one per watched layer, and after the last. Let
-    c_l = <g_l, -dw_l> for a group, where dw is the update that the optimizer's next step would make with lr = 1:
-    |g_l|^2 for SGD, about the sum of |g| for Adam. Balanced contributions and a first-order loss decrease D give
+    Parameters have one of two rates: matrices between features have the rate eta; embeddings, norms, biases and the
+    output's last matrix ("others") have kappa eta. Rates that the groups of a given optimizer have are kept as ratios.
 
-        lr_l = D / (n c_l).
+    The largest rate is measured first, with kappa = 4 and a rate that grows by 1.3 from step to step. With gradients g
+    and the real update dw of a step on its batch, it is where the decrease falls to half of its first-order value,
 
-    With these rates, the features of the last hidden layer move by rms(df) = D_{L-1} / (sqrt(elements) |b| cos(theta))
-    (the feature speed formula), which is S D. The last matrix of the output is multiplied by S / target: b grows in
-    proportion, theta hardly changes, and S becomes the target. Because the residual may change a little, S is measured
-    again on a scaled copy and corrected by the secant method until it is within two percent of the target.
+        L(w) - L(w + dw) = D / 2,    D = -<g, dw>,
 
-    The model is not changed until :meth:`Calibration.apply`.
+    summed over three steps. On a parabola, this is where a step ends in the minimum, or at most three of these steps
+    later, that is at 2.2 times the rate.
+
+    With several batches, trials then train copies from the same start on the same batches with the same random numbers.
+    The first has half of the largest rate. Doubling or halving both rates, the others' four times, or the matrices'
+    only, continues while it lowers the loss at the end of the trial, its mean over the last fifth of the steps, by half
+    a percent. Trials that diverge, or have a loss 1.25 times that of the best one after a quarter or half of the steps,
+    end early. All this takes at most about seven trials' steps.
+
+    With one batch, trials would reward memorizing it, and the rate is a quarter of the largest one.
 
     Args:
-        model: a model at initialization whose features are of order 1 (signal propagation).
-        loss_fn: function of the model and the batch that returns the loss, a scalar. It must use the model that it
+        model: the model, at initialization or later, in the mode in which it is trained. It is copied by
+            ``copy.deepcopy``, one copy at a time, on one process.
+        loss_fn: function of the model and a batch that returns the loss, a scalar. It must use the model that it
             receives.
-        batch: second argument of ``loss_fn``, as large as the batches of training.
-        optimizer: ``"sgd"`` (plain), ``"adam"``, ``"adamw"``, an optimizer of this model (whose learning rates are
-            ignored), or a function that creates one, such as
-            ``lambda groups, lr: torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.95))``.
-        layers: the layers, as for :class:`fastfs.Monitor`; the blocks of the model by default.
-        target_loss_decrease: D, in units of the loss; None means a tenth of the loss.
-        target_sensitivity: S = rms(df_{L-1}) / D, in feature units per unit of loss.
+        batch: a function of the step that returns its batch, the same each time; a ``DataLoader``; or one batch.
+        optimizer: ``"sgd"`` (plain), ``"adam"``, ``"adamw"``, an optimizer of this model, a sequence of optimizers that
+            share its parameters, or a function of parameter groups and ``lr`` that creates one.
+        layers: the layers, as for :class:`fastfs.Monitor`; what follows the last one is the output.
+        steps: steps of a trial, at least 10. The rates suit trainings of up to a few times this length.
 
     Returns:
-        The measurement and the resulting rates and scale. ``str()`` explains every number.
+        The rates and the trials. ``str()`` explains every number.
 
     Raises:
-        TypeError: the optimizer is none of these or has no plain step, or the loss is not a scalar tensor.
-        ValueError: a target is not positive, a parameter is unused, the updates of a given optimizer instance are not
-            proportional to its learning rate, or a group has a zero gradient or an update along which the loss
-            increases.
-        RuntimeError: in inference mode, or the forward is not repeatable.
+        TypeError: the optimizer or the batch is none of these, a step needs a closure, or the loss is no scalar tensor.
+        ValueError: ``steps`` is too small, the optimizers lack a parameter that trains, no step changes the parameters
+            or limits the rate, or every trial diverged.
+        RuntimeError: in inference mode, or the loss is not repeatable.
 
-    Source: "The Feature Speed Formula" (arXiv 2311.18718), automatic scaling; section 2 for any optimizer.
+    Source: our own rule, compared with grids in ``benchmarks/results/calibrate-cpu.json``; D is the aligned decrease of
+    "The Feature Speed Formula" (arXiv 2311.18718), section 2.
     """
-    for name, value in (("target_loss_decrease", target_loss_decrease), ("target_sensitivity", target_sensitivity)):
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name}: expected a positive finite number, got {value}")
-    label = _label(optimizer)
-    lin = Linearization(model, loss_fn, batch, layers=layers)
-    parts = partition(lin)
-    target = 0.1 * abs(float(lin.loss)) if target_loss_decrease is None else float(target_loss_decrease)
-    if target == 0:
-        raise ValueError("target_loss_decrease: the loss is 0, so there is no default; expected a positive number")
-    first = state = _measure(lin, parts, optimizer, label, target)
-    output = [lin.names[p] for p in parts.output]
-    scale, trace, tried = 1.0, [state.sensitivity], [0.0]
-    while output and abs(math.log(state.sensitivity / target_sensitivity)) > _CLOSE and len(trace) < _ROUNDS:
-        following = _next(tried, [math.log(s / target_sensitivity) for s in trace])
-        if following is None:
-            break
-        tried.append(following)
-        scale = math.exp(following)
-        scaled, theirs = _scaled_copy(model, lin, parts, optimizer, scale)
-        if target_loss_decrease is None:
-            target = first.decrease
-        again = Linearization(scaled, loss_fn, batch, layers=layers)
-        state = _measure(again, parts, theirs, label, target)
-        trace.append(state.sensitivity)
-    groups = tuple(
-        GroupCalibration(
-            name=name,
-            parameters=tuple(lin.names[p] for p in members),
-            gradient_norm_before=first.gradient_norms[name],
-            gradient_norm=state.gradient_norms[name],
-            contribution=state.contributions[name],
-            lr=state.rates[name],
-        )
-        for name, members in parts.groups.items()
-    )
+    if steps < 10:
+        raise ValueError(f"steps: expected at least 10, got {steps}")
+    name = label(optimizer)
+    batches, several = as_batches(batch)
+    trials = Trials(model, loss_fn, batches, steps)
+    try:
+        lin = Linearization(model, loss_fn, batches(0), layers=layers)
+        optimizers = made(optimizer, lin)
+        apart = others(lin, unwrapped(model))
+        trials.of(optimizers, apart)
+        factor = _FACTOR if apart else 1.0
+        largest, update = trials.largest_rate(factor)
+        best = _search(trials, largest / _BELOW, factor) if several else None
+    finally:
+        trials.restore()
     return Calibration(
-        optimizer=label,
-        members=groups,
-        hidden=lin.layers[parts.hidden].name,
-        output=tuple(output),
-        output_scale=scale,
-        target_loss_decrease=target,
-        target_sensitivity=target_sensitivity,
-        before=first,
-        after=state,
-        trace=tuple(trace),
-        shared=tuple(parts.shared),
-        converged=abs(math.log(state.sensitivity / target_sensitivity)) <= _CLOSE,
-        _parameters=dict(zip(lin.names, lin.originals, strict=True)),
-        _output_norms={lin.names[p]: float(lin.parameters[p].double().norm()) for p in parts.output},
+        optimizer=name,
+        rate=largest / _ALONE if best is None else best.rate,
+        factor=factor if best is None else best.factor,
+        largest_rate=largest,
+        largest_update=update,
+        trials=tuple(trials.done),
+        steps=trials.taken,
+        trial_steps=steps,
+        _optimizers=tuple(optimizers),
+        _others=apart,
+        _names={id(p): name for name, p in zip(lin.names, lin.originals, strict=True)},
     )
 
 
-def _next(tried: list[float], errors: list[float]) -> float | None:
-    """Return the logarithm of the next output scale, from the scales tried so far and the errors log(S / target).
-
-    S is proportional to 1/scale except for the residual, which changes with the output; from the second round on, the
-    secant accounts for it. The result is None if S hardly depends on the scale.
-    """
-    slope = -1.0
-    if len(tried) > 1 and tried[-1] != tried[-2]:
-        secant = (errors[-1] - errors[-2]) / (tried[-1] - tried[-2])
-        if secant > -0.05:
-            return None
-        slope = min(max(secant, -4.0), -0.25)
-    return tried[-1] - errors[-1] / slope
-
-
-def _measure(lin: Linearization, parts: Partition, optimizer: OptimizerLike, label: str, target: float) -> State:
-    unit = _unit_updates(lin, optimizer)
-    decreases = update_stats(lin.gradients, unit).aligned_decrease.tolist()
-    squares = [float(g.double().square().sum()) for g in lin.gradients]
-    contributions, rates, norms = {}, {}, {}
-    directions: list[Tensor] = [torch.zeros_like(p) for p in lin.parameters]
-    for name, members in parts.groups.items():
-        c = sum(decreases[p] for p in members)
-        norms[name] = math.sqrt(sum(squares[p] for p in members))
-        if norms[name] == 0:
-            raise ValueError(
-                f"group {name!r} ({some([lin.names[p] for p in members])}): the gradient is zero, so no learning rate "
-                "makes it contribute; an output or branch initialized to zero blocks the gradient of preceding layers"
-            )
-        if not (math.isfinite(c) and c > 0):
-            raise ValueError(f"group {name!r}: the loss increases along the update of {label}, <g, -dw> = {c:.4g}")
-        contributions[name] = c
-        rates[name] = target / (len(parts.groups) * c)
-        for p in members:
-            directions[p] = (rates[name] * unit[p]).to(lin.parameters[p].dtype)
-    changed = lin.jvp(directions)
-    visits = zip(lin.features[parts.hidden], changed.features[parts.hidden], lin.backward[parts.hidden], strict=True)
-    stats = FeatureStats(over_visits(*zip(*visits, strict=True), first_order=True))
-    decrease = -float(changed.loss)
-    sensitivity = float(stats.update_rms) / decrease if decrease > 0 else math.nan
-    if not (math.isfinite(sensitivity) and sensitivity > 0):
-        raise ValueError(
-            f"layer {lin.layers[parts.hidden].name!r}: expected features that move while the loss decreases, got "
-            f"rms(df) = {float(stats.update_rms):.4g} and a first-order decrease of {decrease:.4g}"
-        )
-    return State(
-        loss=float(lin.loss),
-        decrease=decrease,
-        gradient_norms=norms,
-        contributions=contributions,
-        rates=rates,
-        backward_norm=float(stats.backward_norm),
-        elements=int(stats.count),
-        cos_angle=float(stats.cos_angle),
-        update_rms=float(stats.update_rms),
-        feature_rms=float(stats.feature_rms),
-        sensitivity=sensitivity,
-    )
-
-
-def _unit_updates(lin: Linearization, optimizer: OptimizerLike) -> list[Tensor]:
-    """Return what the optimizer's next step adds to each parameter with lr = 1, in float64 except for plain SGD."""
-    if optimizer == "sgd":
-        return [-g for g in lin.gradients]
-    if not isinstance(optimizer, Optimizer):
-        # In float64, because small updates are lost in the rounding of a parameter.
-        clones = [p.double().clone().requires_grad_() for p in lin.parameters]
-        made = _factory(optimizer)([{"params": clones}], lr=1.0)
-        if not isinstance(made, Optimizer):
-            raise TypeError(f"optimizer: expected a function that returns an optimizer, got {type(made).__name__}")
-        return optimizer_update(made, clones, [g.double() for g in lin.gradients])
-    mine = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, p in zip(lin.names, lin.originals, strict=True) if id(p) not in mine]
-    if missing:
-        raise ValueError(f"optimizer: it does not have {some(missing)}")
-    unit, small = (
-        optimizer_update(_with_rate(optimizer, rate), lin.originals, lin.gradients, dtype=torch.float64)
-        for rate in (1.0, _SMALL)
-    )
-    for name, gradient, dw, part in zip(lin.names, lin.gradients, unit, small, strict=True):
-        wanted, found = (float((gradient.double() * x).sum()) for x in (_SMALL * dw, part))
-        if abs(found - wanted) > _LINEAR * abs(wanted):
-            raise ValueError(
-                f"optimizer: expected updates proportional to the learning rate; with a rate of {_SMALL:g} "
-                f"{type(optimizer).__name__} lowers the loss by {-found:.4g} through {name!r}, instead of {-wanted:.4g}"
-            )
-    return unit
-
-
-def _with_rate(optimizer: Optimizer, rate: float, replaced: dict[int, Tensor] | None = None) -> Optimizer:
-    """Return a shallow copy of the optimizer with another lr and, for a copy of the model, its parameters."""
-    replaced = replaced or {}
-    clone: Optimizer = object.__new__(type(optimizer))
-    vars(clone).update(vars(optimizer))
-    clone.param_groups = [
-        {**group, "lr": rate, "params": [replaced.get(id(p), p) for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    state = type(optimizer.state)(dict)  # torch's default for missing entries
-    state.update({replaced.get(id(p), p): kept for p, kept in optimizer.state.items()})
-    clone.state = state
-    return clone
-
-
-def _scaled_copy(
-    model: nn.Module, lin: Linearization, parts: Partition, optimizer: OptimizerLike, scale: float
-) -> tuple[nn.Module, OptimizerLike]:
-    """Return a copy of the model with its output scaled, and the optimizer for it."""
-    memo: dict[int, Any] = {}
-    scaled = copy.deepcopy(model, memo)
-    with torch.no_grad():
-        for p in parts.output:
-            memo[id(lin.originals[p])].mul_(scale)
-    if isinstance(optimizer, Optimizer):
-        return scaled, _with_rate(optimizer, 1.0, {id(p): memo[id(p)] for p in lin.originals})
-    return scaled, optimizer
-
-
-def _factory(optimizer: str | Callable[..., Optimizer]) -> Callable[..., Optimizer]:
-    return named(optimizer) if isinstance(optimizer, str) else optimizer
-
-
-def _label(optimizer: OptimizerLike) -> str:
-    if isinstance(optimizer, str):
-        return named(optimizer).__name__
-    if isinstance(optimizer, Optimizer):
-        return type(optimizer).__name__
-    if callable(optimizer):
-        return str(getattr(optimizer, "__name__", type(optimizer).__name__))
-    raise TypeError(f"optimizer: expected a name, an optimizer or a function that returns one, got {optimizer!r}")
+def _search(trials: Trials, first: float, factor: float) -> Trial:
+    """Return the best trial, moving from the first one to better neighbours until there is none."""
+    here = (0, 0)
+    best = trials.run(first, factor)
+    tried = {here}
+    improved = True
+    while improved:
+        improved = False
+        for a, b in _MOVES if factor != 1.0 else _MOVES[:2]:
+            while trials.taken <= (_MOST - 1) * trials.steps:
+                i, j = there = (here[0] + a, here[1] + b)
+                if there in tried:
+                    break
+                tried.add(there)
+                found = trials.run(first * 2.0**i, factor * 2.0 ** (j - i))
+                halved = bool(best.reason) and (a, b) == (-1, -1)  # from a rate that diverges, down in any case
+                if not (halved or best.loss - found.loss > _BETTER * abs(found.loss)):
+                    break
+                here, best, improved = there, found, True
+    if best.reason:
+        raise ValueError(f"loss_fn: every trial diverged; the last one had a rate of {trials.done[-1].rate:.3g}")
+    return best

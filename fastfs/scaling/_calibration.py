@@ -1,4 +1,4 @@
-"""The result of a calibration: learning rates, the output scale, and how they were derived."""
+"""The result of a calibration: parameter groups with learning rates, and the trials that they come from."""
 
 from __future__ import annotations
 
@@ -7,162 +7,134 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.table import Table
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fastfs._network.layers import parameter_names, unwrapped
 from fastfs._utils.extras import frame
 from fastfs.scaling._rendering import number, render
+from fastfs.scaling._roles import is_other, split
+from fastfs.scaling._trials import Trial
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-__all__ = ["Calibration", "GroupCalibration", "State"]
+__all__ = ["CalibratedGroup", "Calibration"]
 
 
 @dataclass(frozen=True)
-class State:
-    """A measurement at one output scale, with the learning rates that follow from it.
+class CalibratedGroup:
+    """Parameters that share a learning rate.
 
     Attributes:
-        loss: loss of the batch.
-        decrease: first-order decrease of the loss in the step.
-        gradient_norms: group name -> |g|.
-        contributions: group name -> <g, -dw> of the update with lr = 1.
-        rates: group name -> learning rate.
-        backward_norm: |b| of the last hidden features.
-        elements: number of elements of these features over the batch.
-        cos_angle: cosine of the angle between their update and -b.
-        update_rms: rms of their first-order update.
-        feature_rms: rms of the features.
-        sensitivity: S = update_rms / decrease.
-    """
-
-    loss: float
-    decrease: float
-    gradient_norms: Mapping[str, float]
-    contributions: Mapping[str, float]
-    rates: Mapping[str, float]
-    backward_norm: float
-    elements: int
-    cos_angle: float
-    update_rms: float
-    feature_rms: float
-    sensitivity: float
-
-
-@dataclass(frozen=True)
-class GroupCalibration:
-    """A group of parameters and its learning rate.
-
-    Attributes:
-        name: ``"input"``, the name of a watched layer, or ``"output"``.
+        name: name of the group, or ``"matrices"`` or ``"others"`` if it had none.
         parameters: names of its parameters.
-        gradient_norm_before: |g| of the group in the model as given.
-        gradient_norm: |g| with the output scaled.
-        contribution: c = <g, -dw> of the optimizer's update with lr = 1, with the output scaled.
-        lr: D / (n c).
+        other: whether its rate is that of the others, rather than that of the matrices.
+        lr: learning rate.
     """
 
     name: str
     parameters: tuple[str, ...]
-    gradient_norm_before: float
-    gradient_norm: float
-    contribution: float
+    other: bool
     lr: float
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Learning rates and output scale from :func:`fastfs.scaling.calibrate`. ``str()`` explains where each comes from.
+    """Learning rates from :func:`fastfs.scaling.calibrate`. ``str()`` explains where they come from.
 
     Attributes:
-        optimizer: name of the optimizer whose updates were measured.
-        members: the groups in the order of the forward.
-        hidden: name of the layer with the last hidden features.
-        output: names of the parameters to multiply by ``output_scale``; empty if none acts on the output alone.
-        output_scale: factor of the output scale.
-        target_loss_decrease: requested D, in units of the loss.
-        target_sensitivity: requested S, in feature units per unit of loss.
-        before: measurement of the model as given.
-        after: measurement with the output scaled.
-        trace: sensitivity in each round of measurement.
-        shared: names of parameters that act both before and after the last hidden features.
-        converged: whether the sensitivity with the output scaled is within two percent of the target.
+        optimizer: names of the optimizers.
+        rate: learning rate of the matrices.
+        factor: learning rate of the other parameters, over ``rate``.
+        largest_rate: rate at which a step realizes half of its first-order decrease, see ``calibrate``.
+        largest_update: relative update |dw| / |w| of the step at this rate.
+        trials: the trials, in their order; empty if there was one batch.
+        steps: training steps of all trials and of the search for the largest rate, that is the cost.
+        trial_steps: steps of a trial that was not ended.
     """
 
     optimizer: str
-    members: tuple[GroupCalibration, ...]
-    hidden: str
-    output: tuple[str, ...]
-    output_scale: float
-    target_loss_decrease: float
-    target_sensitivity: float
-    before: State
-    after: State
-    trace: tuple[float, ...]
-    shared: tuple[str, ...]
-    converged: bool
-    _parameters: Mapping[str, Tensor] = field(repr=False, compare=False)
-    _output_norms: Mapping[str, float] = field(repr=False, compare=False)
+    rate: float
+    factor: float
+    largest_rate: float
+    largest_update: float
+    trials: tuple[Trial, ...]
+    steps: int
+    trial_steps: int
+    _optimizers: tuple[Optimizer, ...] = field(repr=False, compare=False)
+    _others: frozenset[int] = field(repr=False, compare=False)
+    _names: Mapping[int, str] = field(repr=False, compare=False)
 
-    def groups(self) -> list[dict[str, Any]]:
-        """Return parameter groups of the measured model for its optimizer.
+    @property
+    def members(self) -> tuple[CalibratedGroup, ...]:
+        """The groups of all optimizers."""
+        return tuple(
+            CalibratedGroup(
+                group["name"],
+                tuple(self._names.get(id(p), "(not the model's)") for p in group["params"]),
+                is_other(group, self._others),
+                group["lr"],
+            )
+            for optimizer in self._optimizers
+            for group in self._groups(optimizer)
+        )
 
-        The learning rates are for the model after :meth:`apply`.
-
-        Returns:
-            Dictionaries with ``params``, ``lr`` and ``name``.
-        """
-        return [
-            {"params": [self._parameters[p] for p in group.parameters], "lr": group.lr, "name": group.name}
-            for group in self.members
-        ]
-
-    def apply(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Multiply the output of the model by ``output_scale``. Call this once.
+    def groups(self, optimizer: Optimizer | None = None) -> list[dict[str, Any]]:
+        """Return parameter groups of the model for its optimizer.
 
         Args:
-            model: the measured model, or one with the same parameters, such as a copy.
+            optimizer: which of the given optimizers the groups are for; required if there are several.
 
         Returns:
-            Parameter groups of this model for its optimizer.
+            The groups of the optimizer with their order and options, such as ``weight_decay``, and with ``lr`` and
+            ``name``. A group that holds matrices and others is divided into two.
 
         Raises:
-            ValueError: the output differs from the measured one (already scaled, or trained since), the model lacks a
-                parameter, or the scale was not found. The model is not changed then.
+            ValueError: the optimizer is none of those that were given, or there are several and none is named.
         """
-        if not self.output:
-            raise ValueError(
-                f"nothing acts on the output of the model alone (shared: {', '.join(self.shared) or 'none'}), so its "
-                "scale cannot be set; multiply the output by a factor, or use only the learning rates, from groups()"
-            )
-        if not self.converged:
-            seen = ", ".join(f"{s:.3g}" for s in self.trace)
-            raise ValueError(
-                f"the sensitivity did not reach {self.target_sensitivity:.3g} by scaling {', '.join(self.output)}: "
-                f"measured {seen}. Is there a normalization after it, or does loss_fn not use the model it receives?"
-            )
+        if optimizer is None and len(self._optimizers) > 1:
+            raise ValueError(f"optimizer: expected one of the {len(self._optimizers)} that were calibrated, got None")
+        chosen = self._optimizers[0] if optimizer is None else optimizer
+        if not any(chosen is mine for mine in self._optimizers):
+            raise ValueError(f"optimizer: this {type(chosen).__name__} is not the one that was calibrated")
+        return self._groups(chosen)
+
+    def apply(self, model: nn.Module, optimizer: Optimizer | None = None) -> list[dict[str, Any]]:
+        """Return parameter groups of the model, or of one with the same parameters, such as a copy.
+
+        Nothing is changed: these rates are for the initial values as they are.
+
+        Args:
+            model: the measured model or a copy.
+            optimizer: as in :meth:`groups`.
+
+        Returns:
+            Groups as from :meth:`groups`, with the parameters of this model.
+
+        Raises:
+            ValueError: the model lacks a parameter.
+        """
         inner = unwrapped(model)
         theirs = parameter_names(inner, list(inner.parameters()))
-        missing = [name for name in self._parameters if name not in theirs]
-        if missing:
-            raise ValueError(f"model: it has no parameter {missing[0]!r}; expected the measured model or a copy of it")
-        for name, norm in self._output_norms.items():
-            now = float(theirs[name].detach().double().norm())
-            if not math.isclose(now, norm, rel_tol=1e-4):
-                raise ValueError(f"{name}: the norm was {norm:.6g} when measured and is {now:.6g}: already scaled?")
-        with torch.no_grad():
-            for name in self.output:
-                theirs[name].mul_(self.output_scale)
-        return [
-            {"params": [theirs[p] for p in group.parameters], "lr": group.lr, "name": group.name}
-            for group in self.members
-        ]
+        groups = self.groups(optimizer)
+        for group in groups:
+            group["params"] = [_theirs(theirs, self._names, p) for p in group["params"]]
+        return groups
+
+    def _groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        groups = split(optimizer, self._others)
+        given = [group.get("name") for group in groups]
+        for group in groups:
+            other, name = is_other(group, self._others), group.get("name")
+            role = "others" if other else "matrices"
+            group["lr"] *= self.rate * (self.factor if other else 1.0)
+            group["name"] = role if name is None else f"{name} ({role})" if given.count(name) > 1 else name
+        return groups
 
     def to_frame(self) -> DataFrame:
-        """Return one row per group: name, number of parameters, |g| before and after scaling, contribution, lr.
+        """Return one row per group: name, number of parameters, whether it holds others, and lr.
 
         Returns:
             A DataFrame.
@@ -170,55 +142,44 @@ class Calibration:
         Raises:
             ImportError: pandas is not installed.
         """
-        rows = [
-            {
-                "group": group.name,
-                "parameters": len(group.parameters),
-                "gradient_norm_before": group.gradient_norm_before,
-                "gradient_norm": group.gradient_norm,
-                "contribution": group.contribution,
-                "lr": group.lr,
-            }
-            for group in self.members
-        ]
-        return frame(rows)
+        return frame(
+            [
+                {"group": group.name, "parameters": len(group.parameters), "other": group.other, "lr": group.lr}
+                for group in self.members
+            ]
+        )
 
     def __str__(self) -> str:
-        before, after, n = self.before, self.after, len(self.members)
-        d = self.target_loss_decrease
-        unit = "|g|^2" if self.optimizer == "SGD" else "<g, -dw> at lr 1"
-        # A table title would be wrapped to the width of the table.
-        title = f"Learning rates of {self.optimizer}: lr = D / (n c), c = {unit}, D = {number(d)}, n = {n} groups"
-        grid = Table()
-        grid.add_column("group", overflow="fold")
-        for column in ("tensors", "|g| as given", "|g| scaled", "c scaled", "lr"):
-            grid.add_column(column, justify="right")
-        for group in self.members:
-            values = (group.gradient_norm_before, group.gradient_norm, group.contribution, group.lr)
-            grid.add_row(group.name, str(len(group.parameters)), *map(number, values))
-        angle = math.acos(max(-1.0, min(1.0, before.cos_angle)))
         lines = [
-            f"Loss {number(before.loss)}. Target per step: decrease D = {number(d)}, S = rms(df)/D = "
-            f"{number(self.target_sensitivity)}, so rms(df) = {number(d * self.target_sensitivity)} at {self.hidden}.",
-            f"Measured there: |b| = {number(before.backward_norm)} over {before.elements} elements, angle "
-            f"{angle:.3f} (cos {before.cos_angle:.3f}), rms(f) = {number(before.feature_rms)}.",
-            f"Measured as rms(df)/D: S = {number(before.sensitivity)}; no cut, so the formula does not give it."
-            if self.shared
-            else f"Feature speed formula: S = (D_{{L-1}}/D) / (sqrt(elements) |b| cos) = {number(before.sensitivity)}.",
+            f"Learning rates of {self.optimizer}: {number(self.rate)} for matrices, {number(self.rate * self.factor)} "
+            f"({number(self.factor)} times) for embeddings, norms, biases and the output.",
+            f"At {number(self.largest_rate)}, where a step changes the parameters by {number(self.largest_update)} of "
+            "their norm, it realizes half of its first-order decrease.",
         ]
-        if self.output:
-            rounds = " -> ".join(number(s) for s in self.trace)
-            lines.append(
-                f"Output: multiply {', '.join(self.output)} by {number(self.output_scale)}; S when measured again: "
-                f"{rounds}, |b| = {number(after.backward_norm)}, cos {after.cos_angle:.3f}."
-            )
-            if not self.converged:
-                lines.append("S did NOT reach the target: the output scale does not determine it.")
-        else:
-            lines.append("Output: no parameter acts on it alone, so its scale is left unchanged.")
-        if self.shared:
-            lines.append(
-                f"Shared: {', '.join(self.shared)} acts before and after {self.hidden}; its learning rate balances "
-                "both uses together, in the group where it acts first."
-            )
-        return render("\n".join([*lines, title]), grid)
+        groups = Table()
+        groups.add_column("group", overflow="fold")
+        for column in ("tensors", "lr"):
+            groups.add_column(column, justify="right")
+        for group in self.members:
+            groups.add_row(group.name, str(len(group.parameters)), number(group.lr))
+        if not self.trials:
+            share = number(self.largest_rate / self.rate)
+            lines.append(f"One batch allows no trials: the rate is that one divided by {share}.")
+            return render("\n".join(lines), groups)
+        done = len(self.trials)
+        lines.append(f"The best of {done} trials of at most {self.trial_steps} steps; {self.steps} steps in all.")
+        table = Table()
+        for column in ("matrices", "others", "steps", "loss", ""):
+            table.add_column(column, justify="right")
+        for trial in self.trials:
+            values = (number(trial.rate), number(trial.rate * trial.factor), str(trial.steps))
+            mark = "chosen" if (trial.rate, trial.factor) == (self.rate, self.factor) else trial.reason
+            table.add_row(*values, number(trial.loss) if math.isfinite(trial.loss) else "-", mark)
+        return render("\n".join(lines), groups, table)
+
+
+def _theirs(theirs: Mapping[str, Tensor], names: Mapping[int, str], parameter: Tensor) -> Tensor:
+    name = names.get(id(parameter))
+    if name is None or name not in theirs:
+        raise ValueError(f"model: it has no parameter {name!r}; expected the measured model or a copy of it")
+    return theirs[name]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastfs._network.linearization import Linearization
 
-__all__ = ["INPUT", "OUTPUT", "Partition", "partition"]
+__all__ = ["INPUT", "OUTPUT", "Partition", "output_parameters", "partition"]
 
 INPUT, OUTPUT = "input", "output"
 
@@ -77,14 +77,23 @@ def partition(lin: Linearization) -> Partition:
     last = lin.layers[hidden + 1].name if hidden + 1 < len(lin.layers) else OUTPUT
     if after:
         groups[last] = after
-    return Partition(groups, hidden, _output(lin, after), _shared(lin, hidden))
+    return Partition(groups, hidden, output_parameters(lin, after), _shared(lin, hidden))
 
 
 def _shared(lin: Linearization, layer: int) -> list[str]:
     return [name for name, twice in zip(lin.names, lin.structure.shared[layer].tolist(), strict=True) if twice]
 
 
-def _output(lin: Linearization, after: list[int]) -> list[int]:
+def output_parameters(lin: Linearization, after: list[int]) -> list[int]:
+    """Return the parameters of the module with the last matrix in the forward, or all if there is no matrix.
+
+    Args:
+        lin: the linearized model.
+        after: indices of the parameters to choose from.
+
+    Returns:
+        Indices of parameters.
+    """
     matrices = [p for p in lin.structure.order if p in after and lin.parameters[p].dim() > 1]
     if not matrices:
         return after

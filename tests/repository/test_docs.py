@@ -272,7 +272,8 @@ def test_the_theory(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "inside a residual branch" in said
     assert "token.weight: acts before and after" in said
-    assert names["calibration"].converged
+    assert names["calibration"].trials
+    assert names["first"].converged
 
 
 def test_links_of_the_documentation_resolve() -> None:
