@@ -48,6 +48,7 @@ class Calibration:
         optimizer: names of the optimizers.
         rate: learning rate of the matrices.
         factor: learning rate of the other parameters, over ``rate``.
+        margin: by what the rates of the best trial were divided, since rates so much larger than these diverged; or 1.
         largest_rate: rate at which a step realizes half of its first-order decrease, see ``calibrate``.
         largest_update: relative update |dw| / |w| of the step at this rate.
         trials: the trials, in their order; empty if there was one batch.
@@ -58,6 +59,7 @@ class Calibration:
     optimizer: str
     rate: float
     factor: float
+    margin: float
     largest_rate: float
     largest_update: float
     trials: tuple[Trial, ...]
@@ -168,12 +170,17 @@ class Calibration:
             return render("\n".join(lines), groups)
         done = len(self.trials)
         lines.append(f"The best of {done} trials of at most {self.trial_steps} steps; {self.steps} steps in all.")
+        if self.margin > 1.0:
+            lines.append(
+                f"A rate {number(self.margin)} times as large diverged, so that those of the best trial are divided by it."
+            )
         table = Table()
         for column in ("matrices", "others", "steps", "loss", ""):
             table.add_column(column, justify="right")
         for trial in self.trials:
             values = (number(trial.rate), number(trial.rate * trial.factor), str(trial.steps))
-            mark = "chosen" if (trial.rate, trial.factor) == (self.rate, self.factor) else trial.reason
+            best = math.isclose(trial.rate, self.rate * self.margin) and trial.factor == self.factor
+            mark = "chosen" if best else trial.reason
             table.add_row(*values, number(trial.loss) if math.isfinite(trial.loss) else "-", mark)
         return render("\n".join(lines), groups, table)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastfs import scaling
 from fastfs.models import MLP, Transformer
+from fastfs.scaling._calibrate import _margin
+from fastfs.scaling._trials import Trials
 from tests.helpers.scaling_cases import cross_entropy
 
 STEPS = 12
@@ -319,3 +322,36 @@ def test_finite_steps_agree_with_derivatives(monkeypatch: pytest.MonkeyPatch) ->
     assert finite.before.sensitivity == pytest.approx(exact.before.sensitivity, rel=1e-3)
     assert finite.before.cos_angle == pytest.approx(exact.before.cos_angle, rel=1e-3)
     assert F.l1_loss(torch.tensor(finite.output_scale), torch.tensor(exact.output_scale)) < 1e-2 * exact.output_scale
+
+
+class Quartic(nn.Module):
+    """A parameter w with the loss w^4. From w = 1, gradient descent diverges at rates above 1/2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.w) ** 2
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.3, 1.0), (0.45, 1.4)])
+def test_rates_have_a_margin_to_those_that_diverge(rate: float, expected: float) -> None:
+    model = Quartic()
+    trials = Trials(model, lambda m, x: m(x).square().mean(), lambda step: torch.ones(2, 1), 30)
+    trials.of([torch.optim.SGD(model.parameters())], frozenset())
+    best = trials.run(rate, 1.0)
+    assert best.reason == ""
+    assert _margin(trials, best) == expected
+    assert trials.done[-1].rate == pytest.approx(1.4 * rate)
+    assert trials.done[-1].reason == ("diverged" if expected > 1 else "")
+
+
+def test_the_text_says_that_rates_were_divided() -> None:
+    found = scaling.calibrate(MLP(10, 32, 4, 5), cross_entropy, vectors, optimizer="sgd", steps=STEPS)
+    divided = dataclasses.replace(found, rate=found.rate * found.margin / 1.4, margin=1.4)
+    text = str(divided)
+    assert "A rate 1.4 times as large diverged" in text
+    assert text.count("chosen") == 1
+    assert divided.members[0].lr == pytest.approx(found.members[0].lr * found.margin / 1.4)
+    assert "diverged, so that" not in str(dataclasses.replace(found, margin=1.0))
