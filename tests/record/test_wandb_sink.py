@@ -222,7 +222,8 @@ def test_the_axis_is_defined_and_the_header_is_in_the_configuration(tmp_path: Pa
         ("", "fastfs/*", "fastfs/step"),
     ]
     assert config["lr"] == 0.1
-    left_out = [f"fastfs/{name}/{end}" for name in ("parameter_norm", "rank_angle_sd") for end in ("min", "max")]
+    left_out = [metric.key("fastfs") for metric in Metrics(head()).left_out]
+    assert left_out[0] == "fastfs/radial_update/min"
     assert config["fastfs_record"] == {**head(), "left_out": left_out}
     (row,) = history(tmp_path)
     assert row["fastfs/step"] == 3
