@@ -172,8 +172,8 @@ class Calibration:
         lines.append(f"The best of {done} trials of at most {self.trial_steps} steps; {self.steps} steps in all.")
         if self.margin > 1.0:
             lines.append(
-                f"A rate {number(self.margin)} times as large diverged, so that the rates of the best trial are divided "
-                "by it."
+                f"A rate {number(self.margin)} times as large diverged, so that the rates of the best trial are "
+                "divided by it."
             )
         table = Table()
         for column in ("matrices", "others", "steps", "loss", ""):

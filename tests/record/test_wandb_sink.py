@@ -16,6 +16,7 @@ import pytest
 import wandb
 
 from fastfs._record.record import Record
+from fastfs._record.sinks.metrics import Metrics
 from fastfs.monitor import Sink, WandbSink
 from tests.helpers.record_cases import alert, head, measured, predicted, recorder, until
 from tests.helpers.small_training import STEPS, same, train
