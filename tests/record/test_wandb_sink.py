@@ -224,7 +224,7 @@ def test_the_axis_is_defined_and_the_header_is_in_the_configuration(tmp_path: Pa
     ]
     assert config["lr"] == 0.1
     left_out = [metric.key("fastfs") for metric in Metrics(head()).left_out]
-    assert left_out[0] == "fastfs/radial_update/min"
+    assert left_out[0] == "fastfs/tangential_update/min"
     assert config["fastfs_record"] == {**head(), "left_out": left_out}
     (row,) = history(tmp_path)
     assert row["fastfs/step"] == 3
