@@ -29,7 +29,7 @@ def explain_run(path: Path, *, run: str | None = None, json: Path | None = None)
     Args:
         path: a record, or the folder of a run.
         run: id of the run; the last one by default.
-        json: file for the same as JSON; ``-`` is standard output, without the text.
+        json: file for the same as JSON; ``-`` is standard output, and the text goes to standard error.
 
     Raises:
         ImportError: pandas is not installed.
@@ -38,8 +38,7 @@ def explain_run(path: Path, *, run: str | None = None, json: Path | None = None)
     """
     check_json_output(json)
     numbers, found = explain(path, run=run)
-    if not is_stdout(json):
-        Console(highlight=False).print(_rendered(numbers, found))
+    Console(highlight=False, stderr=is_stdout(json)).print(_rendered(numbers, found))
     if json is not None:
         write_json(
             json, {"run": numbers.header["run"], "record": str(path), "findings": [_as_json(one) for one in found]}

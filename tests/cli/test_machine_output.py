@@ -47,6 +47,7 @@ def commands(tmp_path: Path) -> dict[str, list[str]]:
     return {
         "doctor": ["doctor"],
         "report": ["report", str(record), "-o", str(tmp_path / "page.html")],
+        "explain": ["explain", str(record)],
         "diff": ["diff", str(record), str(other)],
         "transfer": ["transfer", *map(str, sized)],
         "watch": ["watch", "--once", str(record)],
@@ -83,6 +84,7 @@ def test_every_command_takes_json_or_says_why_not(commands: dict[str, list[str]]
     [
         ("doctor", {"ok", "findings"}, "Nothing is wrong"),
         ("report", {"page", "bytes", "run", "title", "cards", "findings", "alerts"}, "page.html ("),
+        ("explain", {"run", "record", "findings"}, "Angle"),
         ("diff", {"parted", "verdict", "layers", "steps", "partings", "notes"}, "in common"),
         ("transfer", {"status", "axes", "exponents", "runs", "settings"}, "over width (8, 16, 32)"),
         ("watch", {"run", "step", "loss", "layers", "alerts"}, "blocks.3"),
@@ -109,7 +111,7 @@ def test_json_goes_to_a_file_or_alone_to_standard_output(
 
 
 @pytest.mark.parametrize(
-    "name", ["doctor", "report", "diff", "transfer", "watch", "demo", "scaling-check", "reproduce", "bench"]
+    "name", ["doctor", "report", "explain", "diff", "transfer", "watch", "demo", "scaling-check", "reproduce", "bench"]
 )
 def test_a_folder_in_place_of_the_file_is_refused_before_the_work(
     commands: dict[str, list[str]], tmp_path: Path, name: str
@@ -192,7 +194,11 @@ finally:
 @pytest.mark.parametrize(
     ("words", "index", "expected"),
     [
-        ("fastfs ", 1, {"demo", "report", "watch", "reproduce", "doctor", "bench", "scaling-check"}),
+        (
+            "fastfs ",
+            1,
+            {"demo", "report", "explain", "diff", "transfer", "watch", "reproduce", "doctor", "bench", "scaling-check"},
+        ),
         ("fastfs re", 1, {"report", "reproduce"}),
         ("fastfs demo --model ", 3, {"transformer", "resnet", "all"}),
         ("fastfs watch --o", 2, {"--once", "--order"}),
