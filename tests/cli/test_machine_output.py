@@ -84,7 +84,7 @@ def test_every_command_takes_json_or_says_why_not(commands: dict[str, list[str]]
     [
         ("doctor", {"ok", "findings"}, "Nothing is wrong"),
         ("report", {"page", "bytes", "run", "title", "cards", "findings", "alerts"}, "page.html ("),
-        ("explain", {"run", "record", "findings"}, "Angle"),
+        ("explain", {"run", "record", "findings"}, "15 measured steps"),
         ("diff", {"parted", "verdict", "layers", "steps", "partings", "notes"}, "in common"),
         ("transfer", {"status", "axes", "exponents", "runs", "settings"}, "over width (8, 16, 32)"),
         ("watch", {"run", "step", "loss", "layers", "alerts"}, "blocks.3"),
