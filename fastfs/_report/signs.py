@@ -26,8 +26,6 @@ WRONG, CHANGE = 80.0, 40.0
 Array = np.ndarray[Any, Any]
 
 _LARGE = 0.5  # relative update, and residual, of a step that is not first order
-_LEAST_COSINE = 0.02  # below which the residual divides by noise
-_OFTEN = 0.1  # share of the measured steps
 _RISE = 1.2  # of the loss over its first value
 _LITTLE = 0.1  # share of the loss
 _LINEAR = 0.02  # residual of a step of which ten times as much would still be first order
@@ -156,23 +154,34 @@ def _decayed(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
 
 
 def _too_high(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
-    update, residual = run.column("relative_update"), run.column("residual")
-    residual = np.where(np.abs(run.column("cos_angle")) < _LEAST_COSINE, np.nan, np.abs(residual))
-    update, residual = (np.nan_to_num(_medians(each)) for each in (update, residual))
-    high = (update > _LARGE) | (residual > _LARGE)
-    often = high[len(high) // 2 :].mean() >= _OFTEN
+    residuals = np.abs(run.column("residual"))
+    columns = run.column("relative_update"), residuals, residuals * _share_of_usual_decrease(run)
+    update, residual, counted = (np.nan_to_num(_medians(each)) for each in columns)
+    high = (update > _LARGE) | (counted > _LARGE)
+    often = 2 * high[len(high) // 2 :].mean() >= 1
     # Large first steps are usual without a warm-up, and harmless unless the loss rises.
     loss = run.grid.loss[np.isfinite(run.grid.loss)]
     harm = len(loss) > 1 and loss[1:].max() > _RISE * loss[0]
     if (often and high.sum() > 1) or (harm and high.any()):
         steps = run.grid.steps[high]
-        numbers = {"steps": int(high.sum()), "relative_update": update.max(), "residual": residual.max()}
+        numbers = {"steps": int(high.sum()), "relative_update": update[high].max(), "residual": residual[high].max()}
         text = (
             f"{high.sum():,} of {len(high):,} measured steps are too large for first order, the last one at "
             f"{steps[-1]:,}: relative update up to {number(numbers['relative_update'], 2)}, residual up to "
             f"{number(numbers['residual'], 2)} (medians over layers)."
         )
         yield Sign(70 + 10 * float(high.mean()), text, guide.about("signs", "high"), numbers)
+
+
+def _share_of_usual_decrease(run: RunNumbers) -> Array:
+    """Returns |<b, df>| relative to its median over the steps, at most 1: (L, steps).
+
+    The residual divides by it. Where the decrease is near 0 by chance, as for a batch whose loss is at its lowest, the
+    residual is large without the step being larger than others.
+    """
+    aligned = np.abs(run.column("cos_angle") * run.column("update_rms") * run.column("backward_rms"))
+    with np.errstate(all="ignore"):
+        return np.minimum(1.0, aligned / _medians(aligned.T)[:, None])
 
 
 def _overshoot(run: RunNumbers, guide: Guide) -> Iterator[Sign]:

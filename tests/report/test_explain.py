@@ -223,6 +223,17 @@ def test_a_cause_is_said_once(tmp_path: Path) -> None:
     assert "80 % of the rows are not valid; most often (48): values that are not finite." in found[0]
 
 
+def test_residuals_of_small_decreases_and_single_large_steps_are_no_sign(tmp_path: Path) -> None:
+    small = all_of(
+        layer_values("residual", lambda i, v, step: -1.5 if step >= 20 else 0.01),
+        layer_values("cos_angle", lambda i, v, step: 0.03 if step >= 20 else 0.2),
+    )
+    single = layer_values("residual", lambda i, v, step: -2.0 if step in (24, 36) else 0.01)
+    for change in (small, single):
+        texts = [sign.text for sign in explain(record(tmp_path, change))[1] if sign.severity >= CHANGE]
+        assert [text for text in texts if "first order" in text] == []
+
+
 def test_frozen_layers_are_no_sign(tmp_path: Path) -> None:
     norms = ("gradient_norm", "parameter_norm", "parameter_update_norm")
     frozen = all_of(*(layer_values(norm, lambda i, v, step: 0.0 if i < 3 else v) for norm in norms))
