@@ -181,7 +181,8 @@ def _share_of_usual_decrease(run: RunNumbers) -> Array:
     """
     aligned = np.abs(run.column("cos_angle") * run.column("update_rms") * run.column("backward_rms"))
     with np.errstate(all="ignore"):
-        return np.minimum(1.0, aligned / _medians(aligned.T)[:, None])
+        share: Array = np.minimum(1.0, aligned / _medians(aligned.T)[:, None])
+    return share
 
 
 def _overshoot(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
