@@ -99,14 +99,27 @@ class Order(str, Enum):
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="A record, or the folder of a run.", metavar="RUN")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="A record, or the folder of a run. Several make one page with the runs side by side, like fastfs diff "
+            "--out; PATH::ID then names one of the runs of a record.",
+            metavar="RUN...",
+        ),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     run_id: Annotated[
         str | None, typer.Option("--run", help="Id of the run; default is the last one in the record.")
     ] = None,
     json: Json = None,
 ) -> None:
-    """Write one self-contained HTML page about a run: heat maps, lines, predictions, alerts."""
+    """Write one self-contained HTML page about a run, or several: heat maps, lines, predictions, alerts."""
+    if len(runs) > 1:
+        if run_id is not None:
+            raise typer.BadParameter("it is for a single record: of several, name PATH::ID", param_hint="--run")
+        from fastfs._compare.command import run_report
+
+        raise typer.Exit(run_report(runs, out=out, json=json))
     try:
         from fastfs._record.reading.locate import find_record
         from fastfs._report.page import write_report
@@ -115,7 +128,7 @@ def report(
         check_json_output(json)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: typer.echo(f"fastfs report: {message}", err=True)
-            summary = write_report(find_record(run), out, run=run_id)
+            summary = write_report(find_record(runs[0]), out, run=run_id)
         typer.echo(f"{out} ({summary['bytes'] / 1e6:.1f} MB)", err=is_stdout(json))
         if json is not None:
             write_json(json, summary)

@@ -1,4 +1,4 @@
-"""The ``fastfs diff`` command: text, table, page and exit status."""
+"""The ``fastfs diff`` command, and ``fastfs report`` of several runs: text, table, page and exit status."""
 
 from __future__ import annotations
 
@@ -14,13 +14,33 @@ from fastfs._compare.runs import read_runs
 from fastfs._utils.json_output import check_json_output, is_stdout, write_json
 from fastfs._utils.output_files import check_output
 
-__all__ = ["run_diff"]
+__all__ = ["run_diff", "run_report"]
 
 _CANNOT = 2
 
 
+def run_report(runs: Sequence[str], *, out: Path, json: Path | None) -> int:
+    """Run ``fastfs report`` of several runs: ``fastfs diff --out``, of which only an error counts for the exit status.
+
+    Args:
+        runs: records; each is compared with the first one.
+        out: the page to write.
+        json: see :func:`run_diff`.
+
+    Returns:
+        The exit status: 0, or 1 if the records cannot be compared.
+    """
+    return int(run_diff(runs, [], out=out, json=json, command="report") == _CANNOT)
+
+
 def run_diff(
-    runs: Sequence[str], against: Sequence[str], *, out: Path | None, confidence: float, json: Path | None
+    runs: Sequence[str],
+    against: Sequence[str],
+    *,
+    out: Path | None,
+    confidence: float = 0.95,
+    json: Path | None,
+    command: str = "diff",
 ) -> int:
     """Run the command.
 
@@ -30,6 +50,7 @@ def run_diff(
         out: the page to write, or None.
         confidence: probability of no false alarm.
         json: file for the result as JSON, ``-`` for standard output, or None.
+        command: name of the command in messages.
 
     Returns:
         The exit status: 0 if nothing parts, 1 if something does, 2 if the records cannot be compared.
@@ -44,7 +65,7 @@ def run_diff(
         if out is not None:
             check_output(out)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: say(f"fastfs diff: {message}", errors)
+            warnings.showwarning = lambda message, *_, **__: say(f"fastfs {command}: {message}", errors)
             found = read_runs([*runs, *against])
         comparison = compare_runs(found, len(against), confidence)
         say(str(comparison))
@@ -60,6 +81,6 @@ def run_diff(
         if json is not None:
             write_json(json, comparison.to_dict())
     except (ImportError, OSError, ValueError) as error:
-        say(f"fastfs diff: {error}", errors)
+        say(f"fastfs {command}: {error}", errors)
         return _CANNOT
     return int(bool(comparison.partings))

@@ -107,13 +107,14 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
 
 
 def _missing(aligned: AlignedRuns) -> Iterator[str]:
-    """Says from which step on a run has no numbers where the first one has, as after it diverged."""
+    """Says from which step on one of two runs has no numbers where the other one has, as after it diverged."""
     given = np.isfinite(np.stack([measure.raw(aligned, valid=False) for measure in MEASURES])).any(axis=(0, 2))
-    for run, own in zip(aligned.runs[1:], given[1:], strict=True):
-        lost = given[0] & ~own
-        if lost.any():
-            step = aligned.steps[int(np.argmax(lost))]
-            yield f"{run.label}: numbers are missing from step {step:,} on that {aligned.runs[0].label} has"
+    first, *others = aligned.runs
+    for run, own in zip(others, given[1:], strict=True):
+        for lacking, has, lost in ((run, first, given[0] & ~own), (first, run, own & ~given[0])):
+            if lost.any():
+                step = aligned.steps[int(np.argmax(lost))]
+                yield f"{lacking.label}: numbers are missing from step {step:,} on that {has.label} has"
 
 
 def _equal(pair: AlignedRuns) -> bool:

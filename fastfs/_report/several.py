@@ -1,4 +1,4 @@
-"""The page of ``fastfs diff``: layer x step heat maps of several runs side by side, and their differences."""
+"""The page of several runs, of ``fastfs diff`` and ``fastfs report``: heat maps side by side, and their differences."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def comparison_page(runs: Sequence[RecordedRun], comparison: RunComparison) -> s
     if len(kept.index) < len(aligned.steps):
         notes.append(f"{len(kept.index):,} of {len(aligned.steps):,} steps are drawn, as recorded; all were compared")
     data = {
-        "title": " and ".join(labels) if len(labels) < 4 else f"{len(runs)} runs",
+        "title": ", ".join(labels) if len(labels) < 4 else f"{len(runs)} runs",
         "labels": labels,
         "verdict": str(comparison).split("\n"),
         "notes": notes,

@@ -6,8 +6,9 @@ The bounds separate the trainings of ``examples/diagnosis.py`` from healthy ones
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +26,6 @@ WRONG, CHANGE = 80.0, 40.0
 Array = np.ndarray[Any, Any]
 
 _LARGE = 0.5  # relative update, and residual, of a step that is not first order
-_LEAST_COSINE = 0.02  # below which the residual divides by noise
-_OFTEN = 0.1  # share of the measured steps
 _RISE = 1.2  # of the loss over its first value
 _LITTLE = 0.1  # share of the loss
 _LINEAR = 0.02  # residual of a step of which ten times as much would still be first order
@@ -37,6 +36,11 @@ _STRAIGHT = 0.8  # square of the correlation of a course with a straight line
 _IDLE = 0.05  # of the median of its family
 _COLLAPSED = 0.01  # cosine
 _LATE = 0.5  # share of the measured steps that are the end of a run
+_FEW = 3  # measured steps
+_NOT_FINITE = "values that are not finite"  # the reason of a row
+_MOSTLY = 0.7  # share of the measured steps
+_DECAYED = 0.1  # norm of the parameters, relative to the first one
+_SIZES = (("feature_rms", "growth", "Features"), ("backward_rms", "vanishing", "Backward vectors"))
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,17 @@ def signs(run: RunNumbers, guide: Guide) -> list[Sign]:
 
 
 def _nonfinite(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
-    found = [alert for alert in run.alerts if str(alert["rule"]).startswith("nonfinite")]
+    found = _nonfinite_alerts(run)
     if found:
         first = found[0]
         where = f" in {first['layer']}" if first.get("layer") else ""
-        text = f"Numbers that are not finite: {len(found):,} alerts, the first at step {first['step']:,}{where}."
+        count = "1 alert" if len(found) == 1 else f"{len(found):,} alerts, the first"
+        text = f"Numbers that are not finite: {count} at step {first['step']:,}{where}."
         yield Sign(95, text, guide.about("alerts", "nonfinite"), {"alerts": len(found), "step": first["step"]})
+
+
+def _nonfinite_alerts(run: RunNumbers) -> list[Mapping[str, Any]]:
+    return [alert for alert in run.alerts if str(alert["rule"]).startswith("nonfinite")]
 
 
 def _invalid(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
@@ -76,6 +85,8 @@ def _invalid(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
     if share <= _LARGE:
         return
     reason, count = run.reasons().most_common(1)[0]
+    if reason == _NOT_FINITE and _nonfinite_alerts(run):
+        return  # the alerts say it
     numbers = {"share": share, "reason": reason}
     text = f"{100 * share:.3g} % of the rows are not valid; most often ({count:,}): {reason}."
     floor, update = (_median(run.column(name, valid=False)) for name in ("noise_floor", "relative_update"))
@@ -103,30 +114,75 @@ def _frozen(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
         yield Sign(86, text, paragraph, {"untrained": names})
     update = run.column("parameter_update_norm", valid=False)
     still = (update == 0).all(axis=1) & (run.column("gradient_norm", valid=False) > 0).any(axis=1)
-    if still.any() and not still.all():
+    # All parameters stay at the first step of a warm-up that begins at 0.
+    if still.any() and not (still.all() and update.shape[1] < _FEW):
         which = [run.names[i] for i in np.flatnonzero(still)]
         text = f"The parameters of {_some(which)} do not move at any measured step, although they get a gradient."
-        yield Sign(84, text, paragraph, {"layers": which})
+        yield Sign(86 if still.all() else 84, text, paragraph, {"layers": which})
+
+
+def _without_gradient(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
+    gradient = run.column("gradient_norm", valid=False)
+    if gradient.shape[1] < _FEW or not (gradient > 0).any():
+        return
+    trained = (run.column("parameter_norm", valid=False) > 0).any(axis=1)  # of a frozen layer, the norm is 0, too
+    none = trained & ((gradient == 0).mean(axis=1) > _MOSTLY)
+    if none.any():
+        which = [run.names[i] for i in np.flatnonzero(none)]
+        text = f"The gradient of the parameters of {_some(which)} is exactly 0 at most measured steps."
+        yield Sign(82, text, guide.about("signs", "dead"), {"layers": which})
+
+
+def _rising(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
+    loss = run.grid.loss[np.isfinite(run.grid.loss)]
+    if len(loss) < 2 * _FEW:
+        return
+    first, late = _median(loss[:_FEW]), _median(loss[len(loss) // 2 :])
+    if 0 < _RISE * first < late:
+        text = f"The loss rises from {number(first)} (first {_FEW} steps) to {number(late)} (second half; medians)."
+        yield Sign(78, text, guide.about("signs", "rising"), {"first": first, "late": late})
+
+
+def _decayed(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
+    norm = run.column("parameter_norm", valid=False)
+    first = norm[:, 0]
+    with np.errstate(all="ignore"):
+        left = _median(np.where(first > 0, _medians(_late(norm).T) / first, np.nan))
+    if left < _DECAYED:
+        text = f"The norm of the parameters falls to {100 * left:.2g} % of its first value (median over layers)."
+        yield Sign(64, text, guide.about("signs", "decayed"), {"left": left})
 
 
 def _too_high(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
-    update, residual = run.column("relative_update"), run.column("residual")
-    residual = np.where(np.abs(run.column("cos_angle")) < _LEAST_COSINE, np.nan, np.abs(residual))
-    update, residual = (np.nan_to_num(_medians(each)) for each in (update, residual))
-    high = (update > _LARGE) | (residual > _LARGE)
-    often = high[len(high) // 2 :].mean() >= _OFTEN
+    residuals = np.abs(run.column("residual"))
+    columns = run.column("relative_update"), residuals, residuals * _share_of_usual_decrease(run)
+    update, residual, counted = (np.nan_to_num(_medians(each)) for each in columns)
+    high = (update > _LARGE) | (counted > _LARGE)
+    often = 2 * high[len(high) // 2 :].mean() >= 1
     # Large first steps are usual without a warm-up, and harmless unless the loss rises.
     loss = run.grid.loss[np.isfinite(run.grid.loss)]
     harm = len(loss) > 1 and loss[1:].max() > _RISE * loss[0]
     if (often and high.sum() > 1) or (harm and high.any()):
         steps = run.grid.steps[high]
-        numbers = {"steps": int(high.sum()), "relative_update": update.max(), "residual": residual.max()}
+        numbers = {"steps": int(high.sum()), "relative_update": update[high].max(), "residual": residual[high].max()}
         text = (
             f"{high.sum():,} of {len(high):,} measured steps are too large for first order, the last one at "
             f"{steps[-1]:,}: relative update up to {number(numbers['relative_update'], 2)}, residual up to "
             f"{number(numbers['residual'], 2)} (medians over layers)."
         )
         yield Sign(70 + 10 * float(high.mean()), text, guide.about("signs", "high"), numbers)
+
+
+def _share_of_usual_decrease(run: RunNumbers) -> Array:
+    """Returns |<b, df>| relative to its median over the steps, at most 1: (L, steps).
+
+    The residual divides by it. Where the decrease is near 0 by chance, as for a batch whose loss is at its lowest, the
+    residual is large without the step being larger than others.
+    """
+    aligned = np.abs(run.column("cos_angle") * run.column("update_rms") * run.column("backward_rms"))
+    with np.errstate(all="ignore"):
+        share: Array = np.minimum(1.0, aligned / _medians(aligned.T)[:, None])
+    return share
 
 
 def _overshoot(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
@@ -181,19 +237,19 @@ def _uphill(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
 
 
 def _growth(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
-    for family in run.families():
-        sizes = _medians(_logs(run.column("feature_rms", valid=False)[family]).T)
+    for (column, name, what), family in itertools.product(_SIZES, run.families()):
+        sizes = _medians(_logs(run.column(column, valid=False)[family]).T)
         if len(family) < 4 or not np.isfinite(sizes).all():
             continue
         slope, _ = np.polyfit(np.arange(len(family)), sizes, 1)
         total = float(np.exp(slope * (len(family) - 1)))
         if max(total, 1 / total) > _GROWTH and np.corrcoef(np.arange(len(family)), sizes)[0, 1] ** 2 > _STRAIGHT:
-            what = "grow" if total > 1 else "shrink"
+            verb = "grow" if total > 1 else "shrink"
             text = (
-                f"Features {what} by a factor {number(float(np.exp(slope)))} from block to block, {number(total)} from "
+                f"{what} {verb} by a factor {number(float(np.exp(slope)))} from block to block, {number(total)} from "
                 f"{run.names[family[0]]} to {run.names[family[-1]]}."
             )
-            yield Sign(72, text, guide.about("signs", "growth"), {"factor": float(np.exp(slope)), "total": total})
+            yield Sign(72, text, guide.about("signs", name), {"factor": float(np.exp(slope)), "total": total})
 
 
 def _dead(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
@@ -208,7 +264,7 @@ def _dead(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
             near = [gradient[family[i]] for i in (place - 1, place + 1) if 0 <= i < len(family)]
             small = gradient[layer] < 0.3 * np.minimum.reduce(near)
             idle = small & (np.abs(own[layer]) < _IDLE * usual)
-            if not still[layer] and idle.mean() > 0.7:
+            if not still[layer] and idle.mean() > _MOSTLY:
                 share = _median(np.abs(own[layer]) / usual)
                 text = (
                     f"{run.names[layer]} is idle: its parameters contribute {number(share, 2)} of the decrease that a "
@@ -267,6 +323,9 @@ _LOOKS: tuple[Callable[[RunNumbers, Guide], Iterator[Sign]], ...] = (
     _invalid,
     _scale,
     _frozen,
+    _without_gradient,
+    _rising,
+    _decayed,
     _too_high,
     _overshoot,
     _inside,

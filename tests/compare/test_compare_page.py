@@ -61,6 +61,23 @@ def test_standard_output_is_json_alone(folder: Path) -> None:
     assert json.loads(result.stdout)["layers"] == [f"blocks.{i}" for i in range(5)]
 
 
+def test_the_report_of_several_runs_is_the_page_of_the_comparison(folder: Path, tmp_path: Path) -> None:
+    runs = [folder / f"{name}.jsonl" for name in ("a", "changed", "seed")]
+    for name, command, status in (("diff", "diff", 1), ("report", "report", 0)):
+        code, output = run(command, *runs, "--out", tmp_path / f"{name}.html", "--json", tmp_path / f"{name}.json")
+        assert code == status
+        assert f"{name}.html (" in output
+    for kind in ("html", "json"):
+        assert (tmp_path / f"report.{kind}").read_bytes() == (tmp_path / f"diff.{kind}").read_bytes()
+    code, output = run("report", *runs, "--run", "r1")
+    assert code == 2
+    assert "PATH::ID" in output
+    code, output = run("report", runs[0], runs[0], "--out", tmp_path / "same.html")
+    assert code == 1
+    assert output.startswith("fastfs report: a.jsonl and a.jsonl are the same run")
+    assert not (tmp_path / "same.html").exists()
+
+
 @pytest.mark.filterwarnings("always:.*damaged.jsonl")
 def test_damaged_lines_are_said(folder: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.jsonl"

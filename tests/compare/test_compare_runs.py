@@ -159,7 +159,7 @@ def test_rows_that_are_not_valid_do_not_count(tmp_path: Path) -> None:
     comparison = fastfs.compare([first, write(tmp_path / "c.jsonl", lines)])
     keys = {one.key for one in comparison.partings if one.step == 0}
     assert keys <= {"update_per_gradient", "update_per_parameter", "parameter_update_norm", "aligned_decrease",
-                    "parameter_norm"}  # fmt: skip
+                    "parameter_norm", "parameter_rotation", "parameter_radial_update"}  # fmt: skip
     assert comparison.first is not None
     assert comparison.first.layer == "blocks.2"
 
@@ -181,9 +181,11 @@ def test_a_run_that_diverged_is_compared_while_it_has_numbers(tmp_path: Path) ->
     lines = lines_of(train(tmp_path / "b.jsonl"))
     last = [line for line in lines if line["kind"] == "measured"][-1]
     last["layers"] = {name: [None] * 5 for name in last["layers"]}
-    comparison = fastfs.compare([first, write(tmp_path / "c.jsonl", lines)])
-    assert comparison.partings == comparison.equal == ()
-    assert comparison.notes == ("c.jsonl: numbers are missing from step 6 on that a.jsonl has",)
+    diverged = write(tmp_path / "c.jsonl", lines)
+    for runs in ([first, diverged], [diverged, first]):
+        comparison = fastfs.compare(runs)
+        assert comparison.partings == comparison.equal == ()
+        assert comparison.notes == ("c.jsonl: numbers are missing from step 6 on that a.jsonl has",)
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:

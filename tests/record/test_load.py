@@ -103,6 +103,9 @@ def test_steps_that_a_resumed_run_repeats_count_once(write: Any) -> None:
     assert table.attrs["alerts"] == []
     assert len(table.attrs["structure"]) == 1
     assert sorted(header["run"] for header in table.attrs["headers"]) == ["a", "a", "b"]
+    compact = load_compact(path)
+    assert compact["run"].astype(str).tolist() == table["run"].tolist()
+    assert compact["step"].tolist() == table["step"].tolist()
     assert read_header(path, "a")["resumed_at"] == 6
     with pytest.raises(ValueError, match="no run 'c'"):
         read_header(path, "c")

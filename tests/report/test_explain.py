@@ -49,7 +49,8 @@ def test_everything_has_a_paragraph() -> None:
     assert {name for kind, name in about if kind == "alerts"} == {rule.name for rule in default_alerts()}
     assert len({one.anchor for one in guide.paragraphs}) == len(guide.paragraphs)
     code = (ROOT / "fastfs/_report/signs.py").read_text()
-    named = set(re.findall(r'guide.about\("signs", "(\w+)"\)', code)) | {"logits", "experts", "off"}
+    named = set(re.findall(r'guide.about\("signs", "(\w+)"\)', code))
+    named |= {"logits", "experts", "off", "growth", "vanishing"}
     assert {name for kind, name in about if kind == "signs"} == named
 
 
@@ -155,6 +156,17 @@ SIGNS: dict[str, tuple[Change, str]] = {
         "parameter-norms",
     ),
     "no angle": (layer_values("cos_angle", lambda i, v, step: 1e-3), "angle"),
+    "vanishing gradients": (layer_values("backward_rms", lambda i, v, step: 10.0 ** (i - 9)), "backward-size"),
+    "layers without a gradient": (
+        layer_values("gradient_norm", lambda i, v, step: 0.0 if i < 3 and step else v),
+        "backward-size",
+    ),
+    "nothing moves": (layer_values("parameter_update_norm", lambda *_: 0.0), "parameter-norms"),
+    "too much weight decay": (
+        layer_values("parameter_norm", lambda i, v, step: 0.7**step if i else 1.0),
+        "parameter-norms",
+    ),
+    "a loss that rises": (lambda line: line.update(loss=2.3 if line["step"] < 16 else 9.0), "loss"),
     "overshoot": (lambda line: line.update(overshoot=1.7), "curvature-along-the-step"),
     "large logits": (lambda line: line["layers"].update(attention_logit_max=[3.0, 80.0, 5.0] * 2), "attention-logits"),
     "one expert": (lambda line: line["layers"].update(expert_load_max=[1.0, 1.2, 3.8] * 2), "load-of-experts"),
@@ -189,13 +201,51 @@ def test_events_are_signs(tmp_path: Path) -> None:
     skipped = [{"kind": "skipped", "run": "r1", "step": 100 + i, "time": 0.0, "reason": "infinite"} for i in range(5)]
     path = record(tmp_path, nothing, wrong, *mine, *skipped, untrained=["blocks.1.weight"])
     found = explain(path)[1]
-    assert found[0].text == "Numbers that are not finite: 1 alerts, the first at step 8 in blocks.2."
+    assert found[0].text == "Numbers that are not finite: 1 alert at step 8 in blocks.2."
     assert found[1].text == "blocks.1.weight require a gradient, and no optimizer has them: they do not train."
     assert found[2].text == "5 steps were skipped; the last one because infinite."
     assert found[0].severity >= WRONG
     path = record(tmp_path, nothing, *mine)
     assert explain(path)[1][0].text == "Alert my rule: 2 times, the first at step 4: too slow."
     assert explain(path)[1][0].paragraph is None
+
+
+def test_a_cause_is_said_once(tmp_path: Path) -> None:
+    broken = all_of(
+        layer_values("valid", lambda i, v, step: step < 8),
+        layer_values("why", lambda i, v, step: None if step < 8 else "values that are not finite"),
+    )
+    alerts = [{**cases.alert(step, layer="blocks.2"), "rule": "nonfinite"} for step in (8, 12)]
+    found = [sign.text for sign in explain(record(tmp_path, broken, *alerts))[1] if sign.severity >= CHANGE]
+    assert found == ["Numbers that are not finite: 2 alerts, the first at step 8 in blocks.2."]
+    found = [sign.text for sign in explain(record(tmp_path, broken))[1] if sign.severity >= CHANGE]
+    assert len(found) == 1
+    assert "80 % of the rows are not valid; most often (48): values that are not finite." in found[0]
+
+
+def test_residuals_of_small_decreases_and_single_large_steps_are_no_sign(tmp_path: Path) -> None:
+    small = all_of(
+        layer_values("residual", lambda i, v, step: -1.5 if step >= 20 else 0.01),
+        layer_values("cos_angle", lambda i, v, step: 0.03 if step >= 20 else 0.2),
+    )
+    single = layer_values("residual", lambda i, v, step: -2.0 if step in (24, 36) else 0.01)
+    for change in (small, single):
+        texts = [sign.text for sign in explain(record(tmp_path, change))[1] if sign.severity >= CHANGE]
+        assert [text for text in texts if "first order" in text] == []
+
+
+def test_frozen_layers_are_no_sign(tmp_path: Path) -> None:
+    norms = ("gradient_norm", "parameter_norm", "parameter_update_norm")
+    frozen = all_of(*(layer_values(norm, lambda i, v, step: 0.0 if i < 3 else v) for norm in norms))
+    assert [sign.text for sign in explain(record(tmp_path, frozen))[1] if sign.severity >= CHANGE] == []
+
+
+def test_the_first_step_of_a_warm_up_is_no_sign(tmp_path: Path) -> None:
+    still = layer_values("parameter_update_norm", lambda *_: 0.0)
+    path = record(tmp_path, still)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:3]) + "\n")  # of which one is a measured step
+    assert [sign.text for sign in explain(path)[1] if sign.severity >= CHANGE] == []
 
 
 def run(*arguments: Any) -> Any:

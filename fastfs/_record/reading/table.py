@@ -69,9 +69,10 @@ class _Builder:
     def keys(self) -> dict[str, Any]:
         store = self._store
         kinds, shapes, firsts = (self._records(g) for g in (store.kinds, store.shapes, store.firsts))
+        runs, codes, _ = _names([store.runs])  # a run that is resumed after another one is declared again
         data: dict[str, Any] = {
             "kind": self._text(self._rows(kinds), _objects(ROW_KINDS)),
-            "run": self._text(self._rows(shapes), _objects(store.runs)),
+            "run": self._text(self._rows(codes[shapes]), runs),
             "step": self._rows(self._records(store.steps)),
             "time": self._rows(self._records(store.times)),
         }
