@@ -130,7 +130,7 @@ def product_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fou
         return _convolution(function, args, kwargs, found)
     if function is F.linear:
         weight = _argument(args, kwargs, 1, "weight")
-        return None if found.find(weight) is None else _linear(_argument(args, kwargs, 0, "input"), weight)
+        return None if found.find(weight) is None else _linear(_argument(args, kwargs, 0, "input"), weight, found)
     place = 1 if function in _ADDED else 0
     left = _argument(args, kwargs, place, "input", "mat1")
     right = _argument(args, kwargs, place + 1, "other", "mat2")
@@ -138,10 +138,10 @@ def product_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fou
         left, right = right, left
     if found.find(right) is not None:
         _two_dimensional(right)
-        return _linear(left, right.t())
+        return _linear(left, right.t(), found)
     if found.find(left) is not None:
         _two_dimensional(left)
-        return _linear(right if right.dim() == 1 else right.transpose(-1, -2), left)
+        return _linear(right if right.dim() == 1 else right.transpose(-1, -2), left, found)
     return None
 
 
@@ -154,8 +154,10 @@ def opened(function: Any) -> Any:
     return types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
 
 
-def _linear(x: Tensor, weight: Tensor) -> Product:
+def _linear(x: Tensor, weight: Tensor, found: TrainedMatrices) -> Product:
     _two_dimensional(weight)
+    if x.dim() == 2 and found.find(x) is not None:
+        raise NotImplementedError("it is multiplied with another parameter, as for a weight that is computed of both")
     rows = x.reshape(-1, x.shape[-1])
     return Product(weight, rows, rows.shape[1], "matmul", lambda w, each: each @ w.t(), _row_squares)
 
