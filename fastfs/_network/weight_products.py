@@ -100,7 +100,7 @@ class Product(NamedTuple):
         fan_in: Number of entries of x that an entry of y is a sum over.
         kind: ``matmul`` or ``conv``: the setting that its precision follows.
         apply: Function of a matrix and of rows, both float, that returns the rows y.
-        squares: Function of rows that returns what |x|^2 of each is, with all x that the matrix is applied to.
+        squares: Function of rows that returns |x|^2 of each, summed over all x that the matrix is applied to.
     """
 
     weight: Tensor
@@ -178,15 +178,15 @@ def _convolution(function: Any, args: Sequence[Any], kwargs: dict[str, Any], fou
         return output
 
     def squares(rows: Tensor) -> Tensor:
-        energy = rows.square().sum(dim=1, keepdim=True)
-        return apply(energy.new_ones((1, 1, *kernel)), energy).flatten(1).sum(dim=1, dtype=torch.float64)
+        energy = rows.double().square().sum(dim=1, keepdim=True)
+        return apply(energy.new_ones((1, 1, *kernel)), energy).flatten(1).sum(dim=1)
 
     rows = x if x.dim() == weight.dim() else x.unsqueeze(0)
     return Product(weight, rows, math.prod(weight.shape[1:]), "conv", apply, squares)
 
 
 def _row_squares(rows: Tensor) -> Tensor:
-    return rows.square().sum(dim=1).double()
+    return rows.double().square().sum(dim=1)
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:

@@ -213,7 +213,7 @@ class Details:
         return func(*args, **kwargs) if output is None else output
 
     def _unseen(self, look: Callable[..., None], *args: Any) -> None:
-        """Calls a function whose operations are no part of the forward, and which costs the details alone if it fails."""
+        """Calls a function outside of the forward; if it fails, this costs the details alone."""
         past_dispatch: Any = torch._C._DisableTorchDispatch()
         past_autocast: Any = torch._C._DisableAutocast()
         with past_dispatch, past_autocast, torch._C.DisableTorchFunction(), torch.no_grad():
