@@ -32,15 +32,18 @@ _ADDED = (torch.addmm, Tensor.addmm)
 PRODUCTS = frozenset((F.linear, *_RIGHT, Tensor.__rmatmul__, *_ADDED, *_CONVOLUTIONS))
 """The functions that :func:`product_of` knows."""
 
+_UNREAD = (
+    *(("torch", x, torch, Tensor) for x in "addmv baddbmm bmm einsum inner mv tensordot _grouped_mm".split()),
+    *(("F", x, F) for x in "bilinear conv_transpose1d conv_transpose2d conv_transpose3d grouped_mm".split()),
+    ("torch.linalg", "multi_dot", torch.linalg),
+)
 UNREADABLE: dict[Any, str] = {
     F.embedding: "it is looked up, which is no product",
-    F.bilinear: "it is used in F.bilinear, which is not read",
-    torch.bmm: "it is used in torch.bmm, which is not read",
-    torch.einsum: "it is used in torch.einsum, which is not read",
     **{
-        function: "its products are grouped (grouped_mm), which is not read"
-        for function in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
-        if function is not None
+        getattr(owner, name): f"it is used in {room}.{name}, which is not read"
+        for room, name, *owners in _UNREAD
+        for owner in owners
+        if hasattr(owner, name)
     },
 }
 """Other functions that take a matrix, and what is said of it then."""

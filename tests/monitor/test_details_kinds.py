@@ -98,6 +98,37 @@ def test_a_product_of_two_parameters_has_no_input(tmp_path: Path) -> None:
     assert reasons == {"it is multiplied with another parameter, as for a weight that is computed of both"}
 
 
+UNREAD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "torch.tensordot": lambda x, w: torch.tensordot(x, w, ([1], [1])),
+    "torch.inner": torch.inner,
+    "torch.mv": lambda x, w: w.mv(x[0]),
+    "torch.bmm": lambda x, w: x[None].bmm(w[None])[0],
+    "torch.linalg.multi_dot": lambda x, w: torch.linalg.multi_dot([x, w]),
+    "F.conv_transpose1d": lambda x, w: F.conv_transpose1d(x[:, :, None], w[:, :, None])[:, :, 0],
+}
+
+
+class Twice(nn.Module):
+    """Uses a matrix in a product that is read, and in another one."""
+
+    def __init__(self, other: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.inner, self.other = nn.Linear(4, 4), other
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y + self.other(x, self.inner.weight) + self.inner.weight.square().sum()
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_calls_that_are_read_do_not_stand_for_others(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    table = recorded(Twice(UNREAD[name]), lambda m, _: m(x).square().mean(), tmp_path / "a.jsonl", layers=["inner"])
+    assert table["value"].isna().all()
+    assert set(table["why"]) == {f"it is used in {name}, which is not read"}
+
+
 def test_updates_whose_squares_are_below_float32(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 4, bias=False)), torch.randn(8, 4) * 1e-22
