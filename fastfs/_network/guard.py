@@ -198,7 +198,8 @@ class Guard(TorchDispatchMode):
         if plan.choice:
             self.choices += [local(x) for x in _tensors(output) if not x.is_floating_point()]
         if plan.order and self.orders is not None:
-            self.orders += [local(x) for x in _tensors([*args, output]) if not x.is_floating_point()]
+            read = torch.tensor(output) if isinstance(output, int) else output
+            self.orders += [local(x) for x in _tensors([*args[1:], read]) if not x.is_floating_point()]
         return output
 
     def _check(self, func: Any, target: Any) -> None:

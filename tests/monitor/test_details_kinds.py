@@ -72,6 +72,30 @@ def test_rows_that_are_placed_elsewhere(how: str, changed: bool, tmp_path: Path)
     assert inner.loc["weight_alignment", "value"] > 0
 
 
+class Counting(nn.Module):
+    """Reads a number that it changes afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2.0 if self.calls.item() == 0 else x
+        y = self.inner(y)
+        self.calls += 1
+        return y
+
+
+def test_a_counter_is_no_choice_of_rows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    table = recorded(Counting(), lambda m, _: m(x).square().mean(), tmp_path / "a.jsonl", steps=2, layers=["inner"])
+    assert len(of(table, "own_motion")) == 2
+    assert of(table, "own_motion")["value"].notna().all()
+
+
 class Merged(nn.Module):
     """Computes a weight of two factors, and multiplies expanded queries with a matrix."""
 
