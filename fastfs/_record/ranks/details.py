@@ -23,13 +23,7 @@ _ROUNDED = "the change of its input is below five times what rounding may produc
 _UNDEFINED = "it is 0 / 0, or there are numbers that are not finite"
 _LOGITS = "the largest logit of every query is 0, as after its subtraction, or there are NaN"
 _RANKS = "not known of the batches of several ranks together"
-# The second forwards of such a layer, or of such a step, were not those of training.
-_UNUSABLE = (
-    *(row_reasons.LEFT_OUT, row_reasons.WRITTEN, row_reasons.OTHER_CALLS, row_reasons.UNREPEATED),
-    *(row_reasons.OTHER_WEIGHTS, row_reasons.DEPENDENT, row_reasons.REWRITTEN, row_reasons.MOVED),
-    *(row_reasons.MISSING_RANKS, row_reasons.RANKS_DIFFER),
-)
-
+_UNUSABLE = (*row_reasons.OTHER_FORWARDS, row_reasons.MISSING_RANKS)
 
 Why = Callable[[int | None], str | None]
 Layers = dict[str, list[float]]
