@@ -32,16 +32,16 @@ _ADDED = (torch.addmm, Tensor.addmm)
 PRODUCTS = frozenset((F.linear, *_RIGHT, Tensor.__rmatmul__, *_ADDED, *_CONVOLUTIONS))
 """The functions that :func:`product_of` knows."""
 
-_UNREAD = (
-    *(("torch", x, torch, Tensor) for x in "addmv baddbmm bmm einsum inner mv tensordot _grouped_mm".split()),
-    *(("F", x, F) for x in "bilinear conv_transpose1d conv_transpose2d conv_transpose3d grouped_mm".split()),
-    ("torch.linalg", "multi_dot", torch.linalg),
+_UNREAD: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    *(("torch", x, (torch, Tensor)) for x in "addmv baddbmm bmm einsum inner mv tensordot _grouped_mm".split()),
+    *(("F", x, (F,)) for x in "bilinear conv_transpose1d conv_transpose2d conv_transpose3d grouped_mm".split()),
+    ("torch.linalg", "multi_dot", (torch.linalg,)),
 )
 UNREADABLE: dict[Any, str] = {
     F.embedding: "it is looked up, which is no product",
     **{
         getattr(owner, name): f"it is used in {room}.{name}, which is not read"
-        for room, name, *owners in _UNREAD
+        for room, name, owners in _UNREAD
         for owner in owners
         if hasattr(owner, name)
     },
