@@ -33,8 +33,10 @@ __all__ = ["CallObserver", "CollectiveError", "FunctionGuard", "Guard", "Plans",
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 _CHOICES = frozenset({"aten::topk", "aten::argmax", "aten::argmin"})
-# What may choose rows, or their order, by values.
-_ORDERS = _CHOICES | {f"aten::{x}" for x in "sort nonzero index index_select gather masked_select".split()}
+# What may choose rows, or their order or places, by values; in place or not. A number read by Python may slice.
+_READS = "sort nonzero index index_select gather masked_select take embedding repeat_interleave _local_scalar_dense"
+_PLACES = "index_put _index_put_impl index_add index_copy scatter scatter_add scatter_reduce masked_scatter"
+_ORDERS = _CHOICES | {f"aten::{x}" for x in f"{_READS} {_PLACES}".split()}
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _HALVES = (torch.float16, torch.bfloat16)
 # The schemas of these arguments do not declare that training mode writes to them.
@@ -196,7 +198,8 @@ class Guard(TorchDispatchMode):
         if plan.choice:
             self.choices += [local(x) for x in _tensors(output) if not x.is_floating_point()]
         if plan.order and self.orders is not None:
-            self.orders += [local(x) for x in _tensors([*args[1:], output]) if not x.is_floating_point()]
+            read = torch.tensor(output) if isinstance(output, int) else output
+            self.orders += [local(x) for x in _tensors([*args[1:], read]) if not x.is_floating_point()]
         return output
 
     def _check(self, func: Any, target: Any) -> None:
@@ -357,7 +360,7 @@ def _plan(func: Any) -> _Plan:
     collective = schema.name.partition("::")[0] in _COLLECTIVES
     harmless = not (writes or fresh or choice or collective)
     harmless = harmless and all(argument.name != "generator" for argument in schema.arguments)
-    order = schema.name in _ORDERS
+    order = schema.name.removesuffix("_") in _ORDERS
     return _Plan(func, writes, fresh, choice, order, _KINDS.get(schema.name), harmless, collective)
 
 

@@ -32,15 +32,18 @@ _ADDED = (torch.addmm, Tensor.addmm)
 PRODUCTS = frozenset((F.linear, *_RIGHT, Tensor.__rmatmul__, *_ADDED, *_CONVOLUTIONS))
 """The functions that :func:`product_of` knows."""
 
+_UNREAD: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    *(("torch", x, (torch, Tensor)) for x in "addmv baddbmm bmm einsum inner mv tensordot _grouped_mm".split()),
+    *(("F", x, (F,)) for x in "bilinear conv_transpose1d conv_transpose2d conv_transpose3d grouped_mm".split()),
+    ("torch.linalg", "multi_dot", (torch.linalg,)),
+)
 UNREADABLE: dict[Any, str] = {
     F.embedding: "it is looked up, which is no product",
-    F.bilinear: "it is used in F.bilinear, which is not read",
-    torch.bmm: "it is used in torch.bmm, which is not read",
-    torch.einsum: "it is used in torch.einsum, which is not read",
     **{
-        function: "its products are grouped (grouped_mm), which is not read"
-        for function in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
-        if function is not None
+        getattr(owner, name): f"it is used in {room}.{name}, which is not read"
+        for room, name, owners in _UNREAD
+        for owner in owners
+        if hasattr(owner, name)
     },
 }
 """Other functions that take a matrix, and what is said of it then."""
@@ -100,7 +103,7 @@ class Product(NamedTuple):
         fan_in: Number of entries of x that an entry of y is a sum over.
         kind: ``matmul`` or ``conv``: the setting that its precision follows.
         apply: Function of a matrix and of rows, both float, that returns the rows y.
-        squares: Function of rows that returns what |x|^2 of each is, with all x that the matrix is applied to.
+        squares: Function of rows that returns |x|^2 of each, summed over all x that the matrix is applied to.
     """
 
     weight: Tensor
@@ -130,7 +133,7 @@ def product_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fou
         return _convolution(function, args, kwargs, found)
     if function is F.linear:
         weight = _argument(args, kwargs, 1, "weight")
-        return None if found.find(weight) is None else _linear(_argument(args, kwargs, 0, "input"), weight)
+        return None if found.find(weight) is None else _linear(_argument(args, kwargs, 0, "input"), weight, found)
     place = 1 if function in _ADDED else 0
     left = _argument(args, kwargs, place, "input", "mat1")
     right = _argument(args, kwargs, place + 1, "other", "mat2")
@@ -138,10 +141,10 @@ def product_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fou
         left, right = right, left
     if found.find(right) is not None:
         _two_dimensional(right)
-        return _linear(left, right.t())
+        return _linear(left, right.t(), found)
     if found.find(left) is not None:
         _two_dimensional(left)
-        return _linear(right if right.dim() == 1 else right.transpose(-1, -2), left)
+        return _linear(right if right.dim() == 1 else right.transpose(-1, -2), left, found)
     return None
 
 
@@ -154,8 +157,10 @@ def opened(function: Any) -> Any:
     return types.FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
 
 
-def _linear(x: Tensor, weight: Tensor) -> Product:
+def _linear(x: Tensor, weight: Tensor, found: TrainedMatrices) -> Product:
     _two_dimensional(weight)
+    if x.dim() == 2 and found.find(x) is not None:
+        raise NotImplementedError("it is multiplied with another parameter, as for a weight that is computed of both")
     rows = x.reshape(-1, x.shape[-1])
     return Product(weight, rows, rows.shape[1], "matmul", lambda w, each: each @ w.t(), _row_squares)
 
@@ -176,15 +181,15 @@ def _convolution(function: Any, args: Sequence[Any], kwargs: dict[str, Any], fou
         return output
 
     def squares(rows: Tensor) -> Tensor:
-        energy = rows.square().sum(dim=1, keepdim=True)
-        return apply(energy.new_ones((1, 1, *kernel)), energy).flatten(1).sum(dim=1, dtype=torch.float64)
+        energy = rows.double().square().sum(dim=1, keepdim=True)
+        return apply(energy.new_ones((1, 1, *kernel)), energy).flatten(1).sum(dim=1)
 
     rows = x if x.dim() == weight.dim() else x.unsqueeze(0)
     return Product(weight, rows, math.prod(weight.shape[1:]), "conv", apply, squares)
 
 
 def _row_squares(rows: Tensor) -> Tensor:
-    return rows.square().sum(dim=1).double()
+    return rows.double().square().sum(dim=1)
 
 
 def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["REASONS"]
+__all__ = ["OTHER_FORWARDS", "REASONS"]
 
 REASONS: tuple[str | None, ...] = (
     None,
@@ -77,3 +77,6 @@ REASONS: tuple[str | None, ...] = (
     OTHER_ROWS,
     PARTIAL,
 ) = range(len(REASONS))
+
+OTHER_FORWARDS = (LEFT_OUT, WRITTEN, OTHER_CALLS, UNREPEATED, OTHER_WEIGHTS, DEPENDENT, REWRITTEN, MOVED, RANKS_DIFFER)
+"""More than the step has happened between the forwards that a row compares, or they are of different inputs."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 from torch.utils._pytree import tree_leaves
 
 from fastfs._monitor.capture.forward_capture import ForwardCapture
@@ -152,7 +153,7 @@ class Details:
         rows = math.prod(features.shape[:-1])
         if not self._after:
             assert self._captured is not None
-            self._inside.leave(self._found[self._captured], layer.index, rows)
+            self._unseen(self._inside.leave, self._found[self._captured], layer.index, rows)
         self._rows = rows if self._rows in (None, rows) else 0
         self._mark = len(guard.orders or ())
 
@@ -200,7 +201,7 @@ class Details:
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: FunctionGuard) -> Any:
         """Part of :class:`fastfs._network.guard.CallObserver`."""
-        if func is ATTENTION and not self._attends and _ordinary((args, kwargs)):
+        if func is ATTENTION and not self._attends and _unobserved() and _ordinary((args, kwargs)):
             self._attends, self._heads = True, kwargs.get("num_heads", args[4] if len(args) > 4 else None)
             try:
                 with guard:
@@ -208,15 +209,19 @@ class Details:
             finally:
                 self._attends, self._heads = False, None
         output = func(*args, **kwargs) if func in ROUTING else None  # others may write to their arguments
+        self._unseen(self._look, func, args, kwargs, guard.guard, output)
+        return func(*args, **kwargs) if output is None else output
+
+    def _unseen(self, look: Callable[..., None], *args: Any) -> None:
+        """Calls a function outside of the forward; if it fails, this costs the details alone."""
         past_dispatch: Any = torch._C._DisableTorchDispatch()
         past_autocast: Any = torch._C._DisableAutocast()
         with past_dispatch, past_autocast, torch._C.DisableTorchFunction(), torch.no_grad():
             try:
                 if self._failure is None:
-                    self._look(func, args, kwargs, guard.guard, output)
+                    look(*args)
             except Exception as error:
                 self._fail(error)
-        return func(*args, **kwargs) if output is None else output
 
     def _look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard, output: Any) -> None:
         if func in UNREADABLE:
@@ -233,7 +238,7 @@ class Details:
                 self._inside.attention(found, place, func, args, kwargs, self._heads)
             elif func in ROUTING:
                 self._inside.choice(found, place, args, kwargs, output.indices)
-            else:
+            elif self._matrices.find(args[0] if args else kwargs["input"]) is None:
                 self._inside.activation(found, place, func, args, kwargs)
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], guard: Guard) -> None:
@@ -290,6 +295,11 @@ class Details:
         self._budget.take(self._captured, choice.kept * size, "inputs of weight matrices")
         self._products.bytes += choice.kept * size
         return choice
+
+
+def _unobserved() -> bool:
+    """Returns whether no function mode of the training loop is to be given calls as wholes."""
+    return all(isinstance(mode, DeviceContext) for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _ordinary(arguments: Any) -> bool:

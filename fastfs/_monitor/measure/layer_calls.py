@@ -60,7 +60,7 @@ class Activation:
 
     Attributes:
         layer: The watched layer.
-        dead: Whether a unit is inactive on all of them, bool (units,).
+        dead: 1 for a unit that is inactive on all of them, 0 for others, NaN if it is not finite, float64 (units,).
         sums: Numbers of entries and of saturated ones, estimated for all rows, and the variance of the latter, (3,).
         sampled: Whether not all rows were kept.
     """
@@ -74,7 +74,7 @@ class Activation:
         """Adds other calls; returns whether they have the same units."""
         if self.dead.shape != other.dead.shape:
             return False
-        self.dead, self.sums = self.dead & other.dead, self.sums + other.sums
+        self.dead, self.sums = torch.minimum(self.dead, other.dead), self.sums + other.sums
         self.sampled = self.sampled or other.sampled
         return True
 
@@ -166,13 +166,12 @@ class LayerCalls:
         try:
             if func is F.scaled_dot_product_attention:
                 largest = self._of_product(*args, **kwargs)
-            elif (logits := _logits(place, args, kwargs, heads)) is not None:
-                at = self._queries(logits.shape[0], logits.shape[2], logits.device)
-                largest = wide(logits[:, :, at], "matmul").amax(dim=(0, 2, 3))
             else:
-                return
+                largest = self._of_softmax(_logits(place, args, kwargs, heads))
         except NotImplementedError as error:
             found.unknown[place.name, "heads"] = place.layer, str(error)
+            return
+        if largest is None:
             return
         result = ForwardCalls(heads={place.name: (place.layer, largest.to(self._device, torch.float64))})
         if place.name in found.heads and found.heads[place.name][1].shape != largest.shape:
@@ -185,6 +184,14 @@ class LayerCalls:
         kept = min(max(self._sampler.wanted(samples * queries) // samples, 1), queries)
         return self._sampler.rows_of(RowChoice(queries, kept), device)
 
+    def _of_softmax(self, logits: Tensor | None) -> Tensor | None:
+        if logits is None or not logits.numel():
+            return None
+        at = self._queries(logits.shape[0], logits.shape[2], logits.device)
+        largest = wide(logits[:, :, at], "matmul").amax(dim=3)
+        # Models may subtract the largest logit of each query, which is then not known.
+        return torch.where((largest == 0.0).all(), math.nan, largest.amax(dim=(0, 2)))
+
     def _of_product(
         self,
         query: Tensor,
@@ -195,7 +202,7 @@ class LayerCalls:
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
-    ) -> Tensor:
+    ) -> Tensor | None:
         if not all(map(is_plain, (query, key))):
             raise NotImplementedError("its queries and keys are no ordinary tensors")
         if query.dim() == 3:
@@ -203,8 +210,10 @@ class LayerCalls:
             attn_mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
         if query.dim() != 4:
             raise NotImplementedError(f"its queries have {query.dim()} dimensions, expected 4 (samples, heads, ...)")
-        samples, heads, queries = query.shape[:3]
-        key = key.expand(samples, -1, -1, -1)
+        if not query.numel() or not key.numel():
+            return None
+        samples, heads, queries = max(len(query), len(key)), max(query.shape[1], key.shape[1]), query.shape[2]
+        query, key = query.expand(samples, heads, -1, -1), key.expand(samples, -1, -1, -1)
         shared = heads // key.shape[1]
         at = self._queries(samples, queries, query.device)
         factor = 1.0 / math.sqrt(query.shape[3]) if scale is None else scale
@@ -243,12 +252,13 @@ class LayerCalls:
         most = max(AT_ONCE // (units * size), 2)
         choice = RowChoice(total, min(self._sampler.wanted(total), most))
         kept = wide(self._sampler.keep(rows.flatten(1), choice).values, "matmul").view(-1, units, size)
-        flat = _derivative(func, kept, rest, kwargs).abs() <= _TINY
-        own = flat.flatten(1).sum(dim=1, dtype=torch.float64)
+        finite = kept.isfinite()
+        flat = (_derivative(func, kept, rest, kwargs).abs() <= _TINY).double().where(finite, math.nan)
+        own = flat.flatten(1).sum(dim=1)
         k = choice.kept
         variance = own.new_zeros(()) if k == total else own.var() * (total * total / k * (1.0 - k / total))
         sums = torch.stack([own.new_tensor(float(x.numel())), own.sum() * (total / k), variance])
-        dead = flat.all(dim=2).all(dim=0)
+        dead = flat.amin(dim=(0, 2))
         activation = Activation(place.layer, dead.to(self._device), sums.to(self._device), k < total)
         found.add(ForwardCalls(activations={place.name: activation}))
 

@@ -266,5 +266,5 @@ def wide(x: Tensor, kind: str) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Returns the dot products of rows. Those of up to 2^20 numbers are added up in their own precision."""
-    return (a * b).flatten(1).sum(dim=1).double()
+    """Returns the dot products of rows, in float64: squares of small updates are too small for float32."""
+    return (a.double() * b.double()).flatten(1).sum(dim=1)

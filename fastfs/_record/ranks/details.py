@@ -21,14 +21,9 @@ _UNUSED = "no product with it was seen in the forward"
 _CHANGED = "the step has changed which rows the matrix is applied to"
 _ROUNDED = "the change of its input is below five times what rounding may produce"
 _UNDEFINED = "it is 0 / 0, or there are numbers that are not finite"
+_LOGITS = "the largest logit of every query is 0, as after its subtraction, or there are NaN"
 _RANKS = "not known of the batches of several ranks together"
-# The second forwards of such a layer, or of such a step, were not those of training.
-_UNUSABLE = (
-    *(row_reasons.LEFT_OUT, row_reasons.WRITTEN, row_reasons.OTHER_CALLS, row_reasons.UNREPEATED),
-    *(row_reasons.OTHER_WEIGHTS, row_reasons.DEPENDENT, row_reasons.REWRITTEN, row_reasons.MOVED),
-    *(row_reasons.MISSING_RANKS, row_reasons.RANKS_DIFFER),
-)
-
+_UNUSABLE = (*row_reasons.OTHER_FORWARDS, row_reasons.MISSING_RANKS)
 
 Why = Callable[[int | None], str | None]
 Layers = dict[str, list[float]]
@@ -148,7 +143,7 @@ def _add_heads(parts: Sequence[RankPart], why: Why, entries: _Entries, layers: L
             continue
         values = np.max([own[0] for _, own in every], axis=0)
         for head, value in enumerate(values.tolist()):
-            entries.add(name, "attention_logit_max", head, value)
+            entries.add(name, "attention_logit_max", head, value, why=_LOGITS if math.isnan(value) else None)
         if layer is not None:
             by_layer.setdefault(layer, []).extend(values.tolist())
     for layer, found in by_layer.items():

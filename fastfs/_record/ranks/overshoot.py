@@ -12,20 +12,7 @@ from fastfs._record.ranks.stages import MergedStep
 __all__ = ["overshoot"]
 
 _SAME = 1e-6  # relative difference up to which ranks that share a batch have the same loss
-# More has happened between the two losses than the step, or they are of other forwards.
-_OTHER = (
-    row_reasons.JACOBIAN,
-    row_reasons.OTHER_MASKS,
-    row_reasons.LEFT_OUT,
-    row_reasons.WRITTEN,
-    row_reasons.OTHER_CALLS,
-    row_reasons.UNREPEATED,
-    row_reasons.OTHER_WEIGHTS,
-    row_reasons.DEPENDENT,
-    row_reasons.REWRITTEN,
-    row_reasons.MOVED,
-    row_reasons.RANKS_DIFFER,
-)
+_OTHER = (*row_reasons.OTHER_FORWARDS, row_reasons.JACOBIAN, row_reasons.OTHER_MASKS)  # dL is not that of the step
 _FACTOR = 1.5  # from 1, less than a wrong weight of two batches makes, and more than curvature at most steps
 _ERROR = 0.05  # by which rounding may change an overshoot that is recorded
 
