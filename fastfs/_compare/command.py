@@ -53,7 +53,8 @@ def run_diff(
         command: name of the command in messages.
 
     Returns:
-        The exit status: 0 if nothing parts, 1 if something does, 2 if the records cannot be compared.
+        The exit status: 0 if nothing parts, 1 if something does or one run has no more numbers, 2 if the records cannot
+        be compared.
     """
     console, errors = Console(stderr=is_stdout(json), emoji=False), Console(stderr=True, emoji=False)
 
@@ -83,4 +84,4 @@ def run_diff(
     except (ImportError, OSError, ValueError) as error:
         say(f"fastfs {command}: {error}", errors)
         return _CANNOT
-    return int(bool(comparison.partings))
+    return int(comparison.parted)

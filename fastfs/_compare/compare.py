@@ -102,7 +102,8 @@ def compare_runs(runs: Sequence[RecordedRun], against: int = 0, confidence: floa
         untested=tuple(untested),
         confidence=confidence,
         partings=tuple(partings),
-        notes=(*aligned.notes, *_missing(aligned)),
+        missing=tuple(_missing(aligned)),
+        notes=aligned.notes,
     )
 
 

@@ -101,6 +101,7 @@ class RunComparison:
         confidence: probability that runs of one setting raise no false alarm.
         partings: for each run, the first parting of each quantity, in the order of steps; at equal steps, what
             the optimizer determines comes first, then the earliest layer.
+        missing: where one run has no numbers at a step at which the other one has, as after it diverged.
         notes: what was left out, and which settings differ.
     """
 
@@ -113,7 +114,13 @@ class RunComparison:
     untested: tuple[str, ...]
     confidence: float
     partings: tuple[Parting, ...]
+    missing: tuple[str, ...]
     notes: tuple[str, ...]
+
+    @property
+    def parted(self) -> bool:
+        """Whether a quantity parts, or one run has no more numbers."""
+        return bool(self.partings or self.missing)
 
     @property
     def first(self) -> Parting | None:
@@ -149,7 +156,7 @@ class RunComparison:
         Returns:
             The attributes by name, and the text as ``verdict``.
         """
-        return {"parted": bool(self.partings), "verdict": str(self).split("\n"), **dataclasses.asdict(self)}
+        return {"parted": self.parted, "verdict": str(self).split("\n"), **dataclasses.asdict(self)}
 
     def table(self) -> Table:
         """Return the partings as a rich table; ``errors`` is the size of the change in standard errors."""
@@ -175,6 +182,7 @@ class RunComparison:
         sides = [(", ".join(self.against), ", ".join(self.labels))] if self.against else []
         for label, reference in sides or [(label, self.labels[0]) for label in self.labels[1:]]:
             lines += self._about(label, reference)
+        lines += [f"{text}." for text in self.missing]
         return "\n".join(lines)
 
     def _about(self, label: str, reference: str) -> list[str]:
@@ -186,7 +194,8 @@ class RunComparison:
             return [f"{head}: nothing can be said. {_APART} Fewer than three layers have them; give more runs."]
         how = "" if self.against else "Both start in the same state." if label in self.same_state else _APART
         if not found:
-            return [f"{head}: nothing parts. {how}".rstrip()]
+            until = " where both have numbers" if self.missing else ""
+            return [f"{head}: nothing parts{until}. {how}".rstrip()]
         one = found[0]
         at_once = [other.quantity.lower() for other in found[1:] if other.step == one.step]
         also = f" At this step also: {', '.join(at_once)}." if at_once else ""

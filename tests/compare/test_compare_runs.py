@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 import fastfs
+from fastfs._cli.app import app
 from fastfs._compare.result import ALL_LAYERS
 from tests.helpers.recorded_runs import NAMES, train
 
@@ -185,7 +187,10 @@ def test_a_run_that_diverged_is_compared_while_it_has_numbers(tmp_path: Path) ->
     for runs in ([first, diverged], [diverged, first]):
         comparison = fastfs.compare(runs)
         assert comparison.partings == comparison.equal == ()
-        assert comparison.notes == ("c.jsonl: numbers are missing from step 6 on that a.jsonl has",)
+        assert comparison.missing == ("c.jsonl: numbers are missing from step 6 on that a.jsonl has",)
+        assert comparison.parted
+        assert str(comparison).endswith("c.jsonl: numbers are missing from step 6 on that a.jsonl has.")
+    assert CliRunner().invoke(app, ["diff", str(first), str(diverged)]).exit_code == 1
 
 
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
