@@ -62,7 +62,9 @@ class Sign:
 
 def signs(run: RunNumbers, guide: Guide) -> list[Sign]:
     """Returns everything that stands out in a run, the most severe first."""
-    found = [sign for look in _LOOKS for sign in look(run, guide)]
+    # Of a probe, the update follows other batches.
+    looks = [look for look in _LOOKS if not (run.header.get("mode") == "probe" and look in (_uphill, _collapse))]
+    found = [sign for look in looks for sign in look(run, guide)]
     return sorted(found, key=lambda sign: -sign.severity)
 
 
@@ -275,8 +277,6 @@ def _dead(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
 
 
 def _collapse(run: RunNumbers, guide: Guide) -> Iterator[Sign]:
-    if run.header.get("mode") == "probe":
-        return  # the update follows other batches
     cosine = run.column("cos_angle")
     of_layers = _medians(_late(cosine).T)
     low = of_layers < _COLLAPSED

@@ -195,6 +195,11 @@ def test_nothing_stands_out_in_a_healthy_record(tmp_path: Path) -> None:
         assert [sign.severity < CHANGE for sign in found] == [True] * 3, [sign.text for sign in found]
 
 
+@pytest.mark.parametrize("name", ["uphill", "no angle"])
+def test_the_update_need_not_follow_a_probe(name: str, tmp_path: Path) -> None:
+    assert explain(record(tmp_path, SIGNS[name][0], mode="probe"))[1][0].severity < CHANGE
+
+
 def test_events_are_signs(tmp_path: Path) -> None:
     wrong = {**cases.alert(8, layer="blocks.2"), "rule": "nonfinite"}
     mine = [{**cases.alert(step, layer=None), "rule": "my rule", "message": "too slow"} for step in (4, 8)]
