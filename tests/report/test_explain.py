@@ -96,7 +96,7 @@ def test_the_trainings_of_the_guide(case: str, tmp_path: Path) -> None:
 Change = Callable[[dict[str, Any]], None]
 
 
-def layer_values(column: str, function: Callable[[int, float, int], float]) -> Change:
+def layer_values(column: str, function: Callable[[int, Any, int], Any]) -> Change:
     def change(line: dict[str, Any]) -> None:
         values = line["layers"][column]
         line["layers"][column] = [function(i, v, line["step"]) for i, v in enumerate(values)]

@@ -21,10 +21,10 @@ function range() {
 // ---- the guide
 
 function guideLink(anchor, words) {
-  const link = element("a", words);
-  link.href = `#guide-${anchor}`;
-  link.addEventListener("click", () => { $("guide").open = true; });
-  return link;
+  const made = element("a", words);
+  made.href = `#guide-${anchor}`;
+  made.addEventListener("click", () => { $("guide").open = true; });
+  return made;
 }
 const ruleLink = (rule) => (data.guide.alerts[rule] ? guideLink(data.guide.alerts[rule], rule) : document.createTextNode(rule));
 // Text with **bold**, *emphasis* and `code`; nothing else of Markdown is in the guide.
