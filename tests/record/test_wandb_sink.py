@@ -16,7 +16,7 @@ import pytest
 import wandb
 
 from fastfs._record.record import Record
-from fastfs._record.sinks.metrics import Metrics
+from fastfs._record.sinks.metrics import MAX_KEYS, Metrics
 from fastfs.monitor import Sink, WandbSink
 from tests.helpers.record_cases import alert, head, measured, predicted, recorder, until
 from tests.helpers.small_training import STEPS, same, train
@@ -223,8 +223,8 @@ def test_the_axis_is_defined_and_the_header_is_in_the_configuration(tmp_path: Pa
         ("", "fastfs/*", "fastfs/step"),
     ]
     assert config["lr"] == 0.1
-    left_out = [metric.key("fastfs") for metric in Metrics(head()).left_out]
-    assert left_out[0] == "fastfs/tangential_update/min"
+    left_out = [metric.key("fastfs") for metric in Metrics(head(), MAX_KEYS - 1).left_out]  # one is the step
+    assert left_out[0] == "fastfs/radial_update/min"
     assert config["fastfs_record"] == {**head(), "left_out": left_out}
     (row,) = history(tmp_path)
     assert row["fastfs/step"] == 3
