@@ -18,6 +18,7 @@ __all__ = [
     "MatrixView",
     "Product",
     "TrainedMatrices",
+    "UnreadCallError",
     "is_plain",
     "opened",
     "product_of",
@@ -114,6 +115,10 @@ class Product(NamedTuple):
     squares: Callable[[Tensor], Tensor]
 
 
+class UnreadCallError(Exception):
+    """A call is none of those that are read; the message is the reason in the record."""
+
+
 def product_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], found: TrainedMatrices) -> Product | None:
     """Return the product that a call of one of :data:`PRODUCTS` is.
 
@@ -127,7 +132,7 @@ def product_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fou
         The product; None if no factor is a trained matrix.
 
     Raises:
-        NotImplementedError: It is one that is not read; the message says why.
+        UnreadCallError: It is one that is not read; the message says why.
     """
     if function in _CONVOLUTIONS:
         return _convolution(function, args, kwargs, found)
@@ -160,7 +165,7 @@ def opened(function: Any) -> Any:
 def _linear(x: Tensor, weight: Tensor, found: TrainedMatrices) -> Product:
     _two_dimensional(weight)
     if x.dim() == 2 and found.find(x) is not None:
-        raise NotImplementedError("it is multiplied with another parameter, as for a weight that is computed of both")
+        raise UnreadCallError("it is multiplied with another parameter, as for a weight that is computed of both")
     rows = x.reshape(-1, x.shape[-1])
     return Product(weight, rows, rows.shape[1], "matmul", lambda w, each: each @ w.t(), _row_squares)
 
@@ -172,7 +177,7 @@ def _convolution(function: Any, args: Sequence[Any], kwargs: dict[str, Any], fou
     named = dict(zip(("bias", "stride", "padding", "dilation", "groups"), args[2:], strict=False))
     settings = {name: value for name, value in {**named, **kwargs}.items() if name not in ("input", "weight", "bias")}
     if settings.pop("groups", 1) != 1:
-        raise NotImplementedError("it is used in a convolution of several groups, which is not read")
+        raise UnreadCallError("it is used in a convolution of several groups, which is not read")
 
     kernel = weight.shape[2:]
 
@@ -199,7 +204,7 @@ def _argument(args: Sequence[Any], kwargs: dict[str, Any], place: int, *names: s
 
 def _two_dimensional(weight: Tensor) -> None:
     if weight.dim() != 2:
-        raise NotImplementedError(f"it is used as a factor of {weight.dim()} dimensions, which is not read")
+        raise UnreadCallError(f"it is used as a factor of {weight.dim()} dimensions, which is not read")
 
 
 def _reach(x: Tensor) -> int:

@@ -47,7 +47,7 @@ class Column:
         since: schema version that introduced it.
         source: section of the paper.
         former_name: its name in schema 1.
-        optional: only some runs have it. A table has other columns even if no record has them.
+        optional: only some runs have it, and no option says which. A table has other columns in any case.
         from_stats: an attribute of :class:`fastfs.FeatureStats` that has the same name.
         quantiles: the monitor can also record quantiles of its values for single rows, see :func:`quantile_name`.
         tensorboard: whether TensorBoard shows it.

@@ -274,7 +274,6 @@ COLUMNS = (
         meaning="with `nonlinear=True`: |df - J dw| / |df|, with the first-order update J dw; null where rounding "
         "could be mistaken for it",
         source="[2505.01618](https://arxiv.org/abs/2505.01618)",
-        optional=True,
         option=("nonlinear", True),
         display=Display(
             21,
@@ -290,7 +289,6 @@ COLUMNS = (
         name="nonlinear_update_se",
         type="number",
         meaning=_STANDARD_ERROR.format("nonlinear_update").replace("null", "0"),
-        optional=True,
         option=("nonlinear", True),
     ),
     Column(

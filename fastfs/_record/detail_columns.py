@@ -17,7 +17,6 @@ DETAIL_COLUMNS = (
         name="weight_alignment",
         type="number",
         meaning=f"|W x| / (|W| |x|) {_OF_MATRICES}, with details",
-        optional=True,
         option=_OPTION,
         display=Display(
             22,
@@ -30,7 +29,6 @@ DETAIL_COLUMNS = (
         name="update_alignment",
         type="number",
         meaning=f"|dW x| / (|dW| |x|) {_OF_MATRICES}, with details",
-        optional=True,
         option=_OPTION,
         display=Display(
             23,
@@ -44,7 +42,6 @@ DETAIL_COLUMNS = (
         type="number",
         unit="per step",
         meaning=f"|dW x'| / |W x| {_OF_MATRICES}, x' the input after the step, with details",
-        optional=True,
         option=_OPTION,
         display=Display(
             24,
@@ -58,7 +55,6 @@ DETAIL_COLUMNS = (
         type="number",
         unit="per step",
         meaning=f"|W dx| / |W x| {_OF_MATRICES}, with details",
-        optional=True,
         option=_OPTION,
         display=Display(
             25,
@@ -72,7 +68,6 @@ DETAIL_COLUMNS = (
         type="number",
         meaning="share of the units before activation functions in the layer that are inactive on all kept rows, "
         "with details",
-        optional=True,
         option=_OPTION,
         display=Display(
             26,
@@ -85,7 +80,6 @@ DETAIL_COLUMNS = (
         type="number",
         meaning="share of the entries before activation functions in the layer where the derivative is at most 0.001, "
         "with details",
-        optional=True,
         option=_OPTION,
         display=Display(
             27,
@@ -97,7 +91,6 @@ DETAIL_COLUMNS = (
         name="attention_logit_max",
         type="number",
         meaning="largest attention logit of the layer, of the kept queries and all keys, with details",
-        optional=True,
         option=_OPTION,
         display=Display(28, "Attention logit", "Largest logit of attention that a kept query has."),
     ),
@@ -105,7 +98,6 @@ DETAIL_COLUMNS = (
         name="expert_load_max",
         type="number",
         meaning="largest number of tokens of an expert relative to the mean over the experts, with details",
-        optional=True,
         option=_OPTION,
         display=Display(29, "Expert load", "Tokens of the busiest expert relative to the mean: 1 is balanced."),
     ),

@@ -23,7 +23,6 @@ def _columns_of(cast: str, menu: int) -> tuple[Column, Column]:
             meaning=f"with `casts=`: 1 - cos^2 of the angle between dw and dc = c(w + dw) - c(w) for the "
             f"[cast c to {cast}](monitor.md#casts), {_OWN}, of those with at least two dimensions: the share of the "
             "step that the cast parameters do not follow",
-            optional=True,
             option=("casts", cast),
             display=Display(
                 menu,
@@ -37,7 +36,6 @@ def _columns_of(cast: str, menu: int) -> tuple[Column, Column]:
             name=f"{name}_se",
             type="number",
             meaning=f"standard error of `{name}` that comes from the sample of the parameters",
-            optional=True,
             option=("casts", cast),
             tensorboard=False,
         ),

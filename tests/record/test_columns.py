@@ -89,7 +89,7 @@ def test_the_monitor_records_the_declared_columns(tmp_path: Path) -> None:
         found = [line for line in lines if line["kind"] == kind]
         assert found
         for line in found:
-            optional = {column.name for column in COLUMNS if column.optional}
+            optional = {column.name for column in COLUMNS if column.optional or column.option}
             assert set(line["layers"]) == {name for name in declared if name in PER_LAYER} - optional | quantiles
             given = set(line) - {"kind", "run", "step", "time", "layers"}
             assert given | optional == {name for name in declared if name in PER_STEP} | optional

@@ -32,6 +32,7 @@ from fastfs._network.weight_products import (
     UNREADABLE,
     Product,
     TrainedMatrices,
+    UnreadCallError,
     is_plain,
     opened,
     product_of,
@@ -247,7 +248,7 @@ class Details:
             return
         try:
             product = product_of(func, args, kwargs, self._matrices)
-        except NotImplementedError as error:
+        except UnreadCallError as error:
             self._why.update(dict.fromkeys((view.parameter for view in operands), str(error)))
             return
         view = None if product is None else self._matrices.find(product.weight)

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastfs._monitor.capture.sampling import RowChoice, RowSampler
 from fastfs._monitor.measure.weight_motion import AT_ONCE, wide
 from fastfs._network.running_modules import given_to
-from fastfs._network.weight_products import is_plain
+from fastfs._network.weight_products import UnreadCallError, is_plain
 
 __all__ = ["ACTIVATIONS", "ROUTING", "SOFTMAX", "CallPlace", "ForwardCalls", "LayerCalls"]
 
@@ -168,7 +168,7 @@ class LayerCalls:
                 largest = self._of_product(*args, **kwargs)
             else:
                 largest = self._of_softmax(_logits(place, args, kwargs, heads))
-        except NotImplementedError as error:
+        except UnreadCallError as error:
             found.unknown[place.name, "heads"] = place.layer, str(error)
             return
         if largest is None:
@@ -204,12 +204,12 @@ class LayerCalls:
         enable_gqa: bool = False,
     ) -> Tensor | None:
         if not all(map(is_plain, (query, key))):
-            raise NotImplementedError("its queries and keys are no ordinary tensors")
+            raise UnreadCallError("its queries and keys are no ordinary tensors")
         if query.dim() == 3:
             query, key = query.unsqueeze(1), key.unsqueeze(1)
             attn_mask = attn_mask.unsqueeze(1) if attn_mask is not None and attn_mask.dim() == 3 else attn_mask
         if query.dim() != 4:
-            raise NotImplementedError(f"its queries have {query.dim()} dimensions, expected 4 (samples, heads, ...)")
+            raise UnreadCallError(f"its queries have {query.dim()} dimensions, expected 4 (samples, heads, ...)")
         if not query.numel() or not key.numel():
             return None
         samples, heads, queries = max(len(query), len(key)), max(query.shape[1], key.shape[1]), query.shape[2]
